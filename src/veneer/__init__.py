@@ -1,0 +1,40 @@
+"""Veneer: one frozen base, many thin low-rank adapters. Train them, prove them, merge them, serve them.
+
+>>> import torch, veneer
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+>>> handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+>>> handle.summary().trainable
+52
+"""
+
+from veneer import adapter, errors
+from veneer.adapter import UnverifiedAdapter, save
+from veneer.attach import detach
+from veneer.check import check
+from veneer.config import LoraConfig
+from veneer.errors import VeneerError
+from veneer.handle import Handle, attach, load
+from veneer.merge import MergeReport, merge, unmerge
+from veneer.select import use
+from veneer.summary import summarise
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Handle",
+    "LoraConfig",
+    "MergeReport",
+    "UnverifiedAdapter",
+    "VeneerError",
+    "adapter",
+    "attach",
+    "check",
+    "detach",
+    "errors",
+    "load",
+    "merge",
+    "save",
+    "summarise",
+    "unmerge",
+    "use",
+]

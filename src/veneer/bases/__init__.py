@@ -1,0 +1,8 @@
+"""How a frozen weight is stored: one file a kind of storage, found through the registry ``BASES``."""
+
+from veneer.bases._base import BASES, Storage, register, storage_of
+from veneer.registry import import_all
+
+import_all(__name__, list(__path__))
+
+__all__ = ["BASES", "Storage", "register", "storage_of"]

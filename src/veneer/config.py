@@ -1,0 +1,139 @@
+"""What to attach, where and how large: ``LoraConfig``, a value that validates itself.
+
+The defaults are those that current results support:
+
+- ``targets="all-linear"``: all linear layers of the body. Adapting attention alone trails adapting the MLPs as well, at
+  equal parameter counts too (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023,
+  "QLoRA", arXiv:2305.14314, section 4).
+- ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a constant alpha makes the best
+  learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters").
+  At rank 16 this is the common ``alpha = 2 · rank``.
+- B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al. 2021,
+  arXiv:2106.09685, section 4.1).
+- The learning rate belongs to the trainer: about ten times that of full fine-tuning (the same 2025 report).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from veneer.errors import ConfigError, nearest, raise_all, sentence
+
+Targets = str | Sequence[str] | Callable[[str, Any], bool]
+
+BIASES = ("none", "targets", "all")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of ``ranks`` and ``alphas``) is one of
+
+    - a word: ``"all-linear"`` (linear layers of the body, no output head), ``"attention"`` and ``"mlp"`` (the linear layers in
+      and outside attention, in the repeated blocks), ``"all"`` (everything that can be attached to);
+    - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
+    - a glob over the full path: ``"model.layers.*.mlp.*"``;
+    - ``"re:…"``, a regular expression that matches the full path;
+    - for ``targets`` also a callable ``(path, module) -> bool``.
+
+    Args:
+        rank: r, the width of the bottleneck, ≥ 1 and at most min(out, in) of each target.
+        alpha: numerator of the scale; None takes the variant's own default (32 for ``lora``).
+        dropout: probability in [0, 1) of dropping an input of the low-rank path while training.
+        targets: what to attach to; each pattern must match something.
+        exclude: what to leave out of ``targets``; each pattern must match something.
+        ranks, alphas: pattern → value, for the targets that differ; the first pattern that matches counts.
+        layers: indices of the repeated blocks to keep (the first number in a path); negative ones count from the end.
+        train_also: modules to train fully, as copies that belong to the adapter: the base keeps its values.
+        bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the model).
+        variant: a name in ``veneer.variants.names()``.
+        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes float32 for a 16-bit base (a
+            16-bit AdamW step of usual size is lost in rounding) and the base's own dtype otherwise.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Targets = "all-linear"
+    exclude: str | Sequence[str] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    layers: Sequence[int] | None = None
+    train_also: str | Sequence[str] = ()
+    bias: str = "none"
+    variant: str = "lora"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        raise_all(ConfigError, "This LoraConfig cannot be used", problems)
+        # Tuples and plain dicts, so that a config is a value: equal when its fields are, and safe to share.
+        for name in ("exclude", "train_also", "targets", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("exclude", "train_also"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        for name in ("ranks", "alphas"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+
+    def _problems(self):
+        yield from _whole("rank", self.rank)
+        for pattern, rank in self.ranks.items():
+            yield from _whole(f"ranks[{pattern!r}]", rank)
+        alphas = {"alpha": 1.0 if self.alpha is None else self.alpha, **{f"alphas[{pattern!r}]": a for pattern, a in self.alphas.items()}}
+        for name, alpha in alphas.items():
+            if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+                yield sentence(f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank")
+        if not _number(self.dropout) or not 0 <= self.dropout < 1:
+            yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
+        if not callable(self.targets) and not _patterns(self.targets):
+            yield sentence(f"targets={self.targets!r}", "a pattern, a list of patterns or a callable", 'use "all-linear"')
+        for name in ("exclude", "train_also"):
+            value = getattr(self, name)
+            if len(value) and not _patterns(value):
+                yield sentence(f"{name}={value!r}", "a pattern or a list of patterns", "name modules of the model")
+        if self.layers is not None and not (self.layers and all(type(index) is int for index in self.layers)):
+            yield sentence(f"layers={self.layers!r}", "a list of block indices", "use e.g. [0, 1, -1], or None for all")
+        if self.bias not in BIASES:
+            yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')
+        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
+            yield sentence(f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that it chose."""
+        fields = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
+        """The config of ``to_dict``; an unknown field is a ConfigError that names the nearest known one."""
+        known = LoraConfig.__dataclass_fields__
+        problems = [
+            sentence(f"field {name!r}{nearest(name, known)}", f"one of {', '.join(known)}", "correct or remove it")
+            for name in fields
+            if name not in known
+        ]
+        raise_all(ConfigError, "This LoraConfig cannot be used", problems)
+        return LoraConfig(**fields)
+
+
+def _whole(name: str, value: object):
+    if type(value) is not int or value < 1:
+        yield sentence(f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _patterns(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(item, str) and item for item in value)

@@ -1,0 +1,57 @@
+"""What holds for one call: which adapter each model uses, and which arithmetic.
+
+The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio task and ends with the
+``with`` block that set it. It is read as ``context.current``. That this is an attribute of the module (PEP 562) and not a
+function is deliberate: ``torch.compile`` cannot trace ``ContextVar.get``, but it does guard module attributes, and it
+reads this one afresh before each run. So a compiled model follows the selection of whichever thread or task calls it,
+where a constant folded into the graph would silently keep the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+
+@dataclass(frozen=True)
+class Context:
+    """``selection`` maps a model's id to the adapter it uses (None: the base alone); a model that is missing uses its
+    default. ``path`` forces "factored" or "materialised". ``reached`` collects the sites that run, for ``check``."""
+
+    selection: Mapping[str, str | None] = field(default_factory=dict)
+    path: str | None = None
+    reached: set[Any] | None = None
+
+
+_CONTEXT: ContextVar[Context] = ContextVar("veneer", default=Context())
+
+if TYPE_CHECKING:
+    current: Context
+
+
+def __getattr__(name: str) -> Context:
+    if name == "current":
+        return _CONTEXT.get()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def enter(**changes: Any) -> Any:
+    """Replace fields of the current context and return the token with which ``leave`` restores it."""
+    return _CONTEXT.set(replace(_CONTEXT.get(), **changes))
+
+
+def leave(token: Any) -> None:
+    _CONTEXT.reset(token)
+
+
+@contextmanager
+def changed(**changes: Any) -> Iterator[None]:
+    """``enter`` and ``leave`` around a block, also when it raises."""
+    token = enter(**changes)
+    try:
+        yield
+    finally:
+        leave(token)

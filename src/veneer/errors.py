@@ -1,0 +1,88 @@
+"""Every error that Veneer raises on purpose, as one tree.
+
+    VeneerError
+    ├── ConfigError        ValueError       a field of a config is wrong
+    ├── TargetError        ValueError       what was asked for cannot be attached to this model
+    ├── SelectionError     RuntimeError     no, an unknown or a conflicting adapter is selected
+    ├── MergeError         RuntimeError     a merge or an unmerge that would lose something
+    ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
+    ├── DataError          ValueError       training data that cannot be read or used
+    ├── OutputExistsError  FileExistsError  an output path that already holds something
+    └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
+        └── BaseMismatchError               an intact adapter, made for another base
+
+Each is also the standard library's type for its kind, so that ``except ValueError`` works. A message says what was
+found, what was expected and what to do; a function that finds several problems collects them and raises once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class VeneerError(Exception):
+    """The root of the tree: catch this to catch everything that Veneer raises on purpose."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """A field of a config is wrong."""
+
+
+class TargetError(VeneerError, ValueError):
+    """What was asked for cannot be attached to this model. Nothing was changed."""
+
+
+class SelectionError(VeneerError, RuntimeError):
+    """No adapter, an unknown adapter or a conflicting adapter is selected for a call."""
+
+
+class MergeError(VeneerError, RuntimeError):
+    """A merge or an unmerge that would lose something. Nothing was changed."""
+
+
+class CheckError(VeneerError, RuntimeError):
+    """An attached adapter that the model's output does not depend on."""
+
+
+class DataError(VeneerError, ValueError):
+    """Training or evaluation data that cannot be read or used."""
+
+
+class OutputExistsError(VeneerError, FileExistsError):
+    """An output path that already holds something, and no leave to replace it."""
+
+
+class AdapterError(VeneerError, ValueError):
+    """An adapter folder that is missing, damaged, altered or not understood."""
+
+
+class BaseMismatchError(AdapterError):
+    """An intact adapter whose base weights are not those of this model."""
+
+
+def sentence(found: str, expected: str, do: str) -> str:
+    """One problem in the form that every message of Veneer has."""
+    return f"Found: {found}. Expected: {expected}. Do: {do}."
+
+
+def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> None:
+    """Raise ``error`` once with every collected problem; return quietly if there are none."""
+    if len(problems) == 1:
+        raise error(f"{what}. {problems[0]}")
+    if problems:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise error(f"{what}: {len(problems)} problems\n{lines}")
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """`` (nearest: 'a', 'b')`` for the known words most like ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
+    return f" (nearest: {', '.join(map(repr, close))})" if close else ""
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """The first ``limit`` names, comma separated, and how many more there are."""
+    names = list(names)
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"

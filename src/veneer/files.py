@@ -1,0 +1,90 @@
+"""Writing a folder so that a crash leaves the old one or the new one, never a half."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from veneer.errors import OutputExistsError, sentence
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def must_not_exist(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError if ``path`` is there and may not be replaced; an empty folder counts as nothing."""
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise OutputExistsError(sentence(f"{path}, which exists", "a new path", "choose another, or allow overwriting"))
+
+
+@contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk first, then renamed in one step.
+    When the block raises, nothing of it stays and ``path`` is as it was.
+
+    Raises:
+        OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False.
+    """
+    path = Path(path)
+    must_not_exist(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _flush(temporary)
+        _put(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush_folder(path.parent)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+    elif path.is_dir() and not any(path.iterdir()):
+        os.rename(temporary, path)
+    elif not _exchange(temporary, path):
+        aside = path.with_name(f".{path.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        temporary.rename(path)
+        shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, where the system can (Linux's renameat2); False if it cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            _flush_folder(file)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

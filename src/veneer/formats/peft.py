@@ -1,0 +1,156 @@
+"""PEFT's layout: the fields of ``adapter_config.json`` and the keys of ``adapter_model.safetensors``.
+
+    base_model.model.<path>.lora_A.weight                 A of a low-rank change (each layer kind says its own two suffixes)
+    base_model.model.<path>.lora_B.weight                 B
+    base_model.model.<path>.<parameter>                   a parameter that was trained in full
+    base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
+
+Read from PEFT 0.21's source and checked against it in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from veneer.errors import AdapterError, raise_all, sentence
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What a config may say without changing the arithmetic that we read from the other fields.
+_INFORMATION = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the same way.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """One low-rank change as the file holds it."""
+
+    A: Tensor
+    B: Tensor
+    suffixes: tuple[str, str]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+
+def key(path: str, suffix: str) -> str:
+    return f"{PREFIX}{path}.{suffix}" if path else f"{PREFIX}{suffix}"
+
+
+def split(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], suffixes: Iterable[tuple[str, str]]
+) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
+    """The file's tensors as (low-rank changes by path, fully trained parameters by path and name).
+
+    Args:
+        suffixes: the (A, B) suffixes that layer kinds use.
+
+    Raises:
+        AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
+    """
+    known = {suffix: (pair, side) for pair in suffixes for side, suffix in enumerate(pair)}
+    pairs: dict[str, dict[str, Any]] = {}
+    full: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None)
+        unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])
+        if not name.startswith(PREFIX) or unknown:
+            problems.append(sentence(f"tensor {name!r}", f"keys {PREFIX}<path>.lora_A.weight and the like", "convert it first"))
+        elif suffix is not None:
+            pair, side = known[suffix]
+            entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": pair})
+            entry["AB"[side]] = tensor
+        else:
+            path, _, parameter = bare.rpartition(".")
+            full.setdefault(path.removesuffix(".base_layer"), {})[parameter] = tensor
+    low: dict[str, PeftLayer] = {}
+    for path, entry in pairs.items():
+        if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:
+            problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
+            continue
+        layer = PeftLayer(entry["A"], entry["B"], entry["suffixes"], _patterned(config, "alpha", path))
+        rank = _patterned(config, "rank", path)
+        if layer.rank != rank:
+            problems.append(sentence(f"rank {layer.rank} at {path!r}", f"{rank}, as {CONFIG} says", "get both files again"))
+        low[path] = layer
+    raise_all(AdapterError, "These adapter tensors cannot be used", problems)
+    return low, full
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise AdapterError for everything in the config that would change the arithmetic in a way that we do not do."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(sentence(f"peft_type {config.get('peft_type')!r}", "'LORA'", "convert the adapter first"))
+    for name in ("r", "lora_alpha", "target_modules"):
+        if config.get(name) is None:
+            problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
+        problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
+    for name, value in config.items():
+        if name not in _INFORMATION and not name.endswith("_config") and value:
+            problems.append(sentence(f"{name}={value!r} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it"))
+    raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
+
+
+def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
+    """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told ("all-linear")."""
+    targets, exclude = config["target_modules"], config.get("exclude_modules")
+    if targets == "all-linear":
+        return None
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
+    if layers is None:
+        return chosen
+    patterns = config.get("layers_pattern") or [r"[^.]+"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    index = [re.compile(rf".*?(?:^|\.){pattern}\.(\d+)\.") for pattern in patterns]
+    return {path for path in chosen if any((hit := test.match(path)) and int(hit[1]) in layers for test in index)}
+
+
+def _named(patterns: str | Iterable[str], path: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in patterns)
+
+
+def _patterned(config: Mapping[str, Any], field: str, path: str) -> Any:
+    """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a regex."""
+    patterns = config.get(f"{field}_pattern") or {}
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return config["r" if field == "rank" else "lora_alpha"]
+
+
+def targets_for(chosen: list[str], among: Iterable[str]) -> list[str]:
+    """The shortest list that makes PEFT choose exactly these paths: last parts where those suffice, else whole paths."""
+    leaves = sorted({path.rpartition(".")[2] for path in chosen})
+    return leaves if expected_paths({"target_modules": leaves}, among) == set(chosen) else sorted(chosen)
+
+
+def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """A rank or alpha pattern with the whole path of every layer that differs from the default."""
+    return {re.escape(path): value for path, value in values.items() if value != default}
+
+

@@ -1,0 +1,113 @@
+"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of the package with both filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer import adapter as artefact
+from veneer.adapted import LayerAdapter
+from veneer.attach import adapters, detach, install, need_group, plan, unwrap
+from veneer.config import LoraConfig
+from veneer.merge import MergeReport, merge, unmerge
+from veneer.select import use
+from veneer.summary import Summary, summarise
+
+
+def attach(model: nn.Module, config: LoraConfig | None = None, name: str = "default") -> Handle:
+    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model use it while it is the only one.
+
+    Args:
+        model: any module with layers of a kind that Veneer knows.
+        config: what to attach; None takes ``LoraConfig()``.
+        name: letters, digits, "_" and "-".
+
+    Returns:
+        a handle to the adapter. Every function of the package also works without it, given the model.
+
+    Raises:
+        TargetError: with every problem at once. The model is as it was.
+    """
+    model = unwrap(model)
+    install(model, name, plan(model, config or LoraConfig(), name))
+    return Handle(model, name)
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True
+) -> Handle:
+    """Attach the adapter in folder ``path`` to ``model``.
+
+    Everything is verified before the model is touched: the files, every key and shape, and the base's weights against the adapter's
+    fingerprints. An adapter that another library wrote has none: it loads with an ``UnverifiedAdapter`` warning.
+
+    Args:
+        name: the adapter's name on this model; None takes "default".
+        trainable: train it further.
+        verify_base: False accepts other base weights of the same shapes.
+
+    Raises:
+        AdapterError: the folder is damaged, or does not fit the model.
+        BaseMismatchError: the base's weights are others than those it was trained on.
+    """
+    model, name = unwrap(model), name if name is not None else "default"
+    artefact.install_from(model, path, name, trainable=trainable, verify_base=verify_base)
+    return Handle(model, name)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """One adapter of one model."""
+
+    model: nn.Module
+    name: str
+
+    @property
+    def config(self) -> LoraConfig:
+        return need_group(self.model, self.name).configs[self.name]
+
+    @property
+    def layers(self) -> dict[str, LayerAdapter]:
+        """The adapter's parts, by the path of the layer that they change."""
+        need_group(self.model, self.name)
+        return {path: part for path, _, part in adapters(self.model, self.name)}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(path of the layer and name of the number, parameter), for an optimiser."""
+        for path, part in self.layers.items():
+            for name, parameter in part.named_parameters():
+                yield f"{path}.{name}".lstrip("."), parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def summary(self) -> Summary:
+        return summarise(self.model, self.name)
+
+    def use(self):
+        return use(self.model, self.name)
+
+    def merge(self, *, keep: bool = True) -> MergeReport:
+        return merge(self.model, self.name, keep=keep)
+
+    def unmerge(self) -> None:
+        unmerge(self.model)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        base_name: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        return artefact.save(
+            self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite
+        )
+
+    def detach(self, *, keep_merged: bool = False) -> None:
+        detach(self.model, self.name, keep_merged=keep_merged)

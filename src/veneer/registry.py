@@ -1,0 +1,52 @@
+"""One kind of registry for layers, variants and bases: a name, a value, and the modules that hold them.
+
+A file of a registry's package registers itself when it is imported, and the package imports every file that it holds, so a
+new layer, variant or storage is one new file and no other line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from veneer.errors import ConfigError, nearest, sentence
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named values of one kind, in the order in which they were registered."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._values: dict[str, T] = {}
+
+    def add(self, name: str, value: T) -> T:
+        """Register ``value``; a name that is taken is a ConfigError (two files must not silently replace each other)."""
+        if name in self._values:
+            raise ConfigError(sentence(f"a second {self.kind} named {name!r}", "a new name", "choose another name"))
+        self._values[name] = value
+        return value
+
+    def remove(self, name: str) -> None:
+        del self._values[name]
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._values:
+            found = f"{self.kind} {name!r}{nearest(name, self._values)}"
+            raise ConfigError(sentence(found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"))
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._values.values())
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+
+def import_all(package: str, path: list[str]) -> None:
+    """Import every module of a package, in the order of their names."""
+    for module in sorted(info.name for info in pkgutil.iter_modules(path)):
+        importlib.import_module(f"{package}.{module}")

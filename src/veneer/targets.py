@@ -1,0 +1,207 @@
+"""Which modules a config means: patterns over paths, the words, the blocks. Nothing here changes a model.
+
+A module that is reachable under several names counts once, under its first name, and matches under each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from veneer.adapted import SITE
+from veneer.config import LoraConfig, Targets
+from veneer.errors import listing, nearest, sentence
+from veneer.layers import LAYERS, kind_of
+
+WORDS = ("all-linear", "attention", "mlp", "all")
+_LINEAR_KINDS = ("linear", "conv1d_transformers")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+class Names:
+    """The modules of a model by path, without what an earlier attach put there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.aliases: dict[str, list[str]] = {}
+        first: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if SITE in path.split("."):
+                continue
+            name = first.setdefault(id(module), path)
+            self.modules.setdefault(name, module)
+            self.aliases.setdefault(name, []).append(path)
+        self.canonical = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+
+    def matching(self, pattern: str) -> list[str]:
+        """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
+        test = _path_test(pattern)
+        return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
+
+    def children(self, path: str) -> Iterator[str]:
+        """``path`` and the first names of everything below it."""
+        for name, aliases in self.aliases.items():
+            if any(alias == path or alias.startswith(f"{path}.") or path == "" for alias in aliases):
+                yield name
+
+    def suggest(self, pattern: str) -> str:
+        """`` (nearest: …)`` among full paths and last parts."""
+        attachable = [name for name, module in self.modules.items() if kind_of(module)]
+        leaves = {name.rpartition(".")[2] for name in attachable}
+        return nearest(pattern, [*leaves, *attachable])
+
+    def leaves(self) -> str:
+        """The distinct last parts of what can be attached to, for messages."""
+        names = (name.rpartition(".")[2] or "(the model itself)" for name, m in self.modules.items() if kind_of(m))
+        return listing(dict.fromkeys(names), limit=12)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern that is no word matches one path."""
+    return _path_test(pattern)(path)
+
+
+def _path_test(pattern: str) -> Callable[[str], bool]:
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern[3:])
+        return lambda path: expression.fullmatch(path) is not None
+    if any(character in pattern for character in "*?["):
+        return lambda path: fnmatchcase(path, pattern)
+    return lambda path: path == pattern or path.endswith(f".{pattern}")
+
+
+def select(names: Names, config: LoraConfig) -> tuple[list[str], list[str]]:
+    """(paths of the targets in the model's order, problems)."""
+    problems: list[str] = []
+    chosen = _chosen(names, config.targets, problems)
+    excluded = set(_each(names, config.exclude, "exclude", problems))
+    chosen = [path for path in chosen if path not in excluded]
+    if config.layers is not None and not problems:
+        chosen = _in_layers(names, chosen, config.layers, problems)
+    if not chosen and not problems:
+        found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
+        problems.append(sentence(found, "at least one target", "exclude less"))
+    return chosen, problems
+
+
+def bad_regex(config: LoraConfig) -> list[str]:
+    """Problems of the ``re:`` patterns of a config, before any of them is used."""
+    targets = () if callable(config.targets) else _listed(config.targets)
+    patterns = [*targets, *_listed(config.exclude), *_listed(config.train_also), *config.ranks, *config.alphas]
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            problems.append(sentence(f"pattern {pattern!r}", f"a regular expression after re: ({error})", "correct it"))
+    return problems
+
+
+def value_for(names: Names, path: str, values: dict[str, float], default: float) -> float:
+    """The value of the first pattern that matches any name of ``path``."""
+    for pattern, value in values.items():
+        if any(matches(pattern, alias) for alias in names.aliases[path]):
+            return value
+    return default
+
+
+def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[str]) -> list[str]:
+    """Problems for the patterns that match none of the paths in ``among``."""
+    chosen = set(among)
+    return [
+        sentence(f"{field} pattern {pattern!r} matches no target{names.suggest(pattern)}", "a pattern that matches one",
+                 f"name one of {listing(among)}")  # fmt: skip
+        for pattern in patterns
+        if not chosen.intersection(names.matching(pattern))
+    ]
+
+
+def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
+    """The paths that patterns of ``train_also`` match, with everything below them that holds parameters of its own."""
+    paths = [below for path in _each(names, patterns, field, problems) for below in names.children(path)]
+    return [path for path in dict.fromkeys(paths) if names.modules[path]._parameters]
+
+
+def _each(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
+    paths: list[str] = []
+    for pattern in patterns:
+        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
+        if not found:
+            known = listing(dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12)
+            what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
+            problems.append(sentence(what, f"a name of this model, such as {known}", "correct or remove it"))
+        paths += found
+    return paths
+
+
+def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[str]:
+    if callable(targets):
+        paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
+        if not paths:
+            problems.append(sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}"))
+        return paths
+    chosen: set[str] = set()
+    for pattern in _listed(targets):
+        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
+        usable = [path for path in found if kind_of(names.modules[path])]
+        named = not pattern.startswith("re:") and not any(character in pattern for character in "*?[")
+        bearing = [path for path in found if names.modules[path]._parameters and path not in usable]
+        if found and (not usable or (named and bearing)):
+            others = listing({type(names.modules[path]).__name__ for path in bearing or found})
+            what = f"targets pattern {pattern!r} matches {others}, which no layer kind covers"
+            expected = f"one of the kinds {', '.join(LAYERS.names())}"
+            problems.append(sentence(what, expected, f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"))
+        elif not found:
+            what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
+            problems.append(sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it"))
+        chosen.update(usable)
+    return [name for name in names.modules if name in chosen]
+
+
+def _word(names: Names, word: str) -> list[str]:
+    attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
+    if word == "all":
+        return list(attachable)
+    body = _body(names)
+    linear = [name for name, kind in attachable.items() if kind.name in _LINEAR_KINDS and name in body]
+    if word == "all-linear":
+        return linear
+    in_attention = [name for name in linear if _ATTENTION.search(name)]
+    if word == "attention":
+        return in_attention
+    return [name for name in linear if _block(name) is not None and name not in in_attention]
+
+
+def _body(names: Names) -> set[str]:
+    """Every path but those of the output head: what a transformers model calls its output embedding, and what lies outside
+    its ``base_model``. A model of another library has no head that we could know."""
+    body, model = set(names.modules), names.model
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        body = set(names.children(prefix))
+    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    return {name for name in body if names.modules[name] is not head}
+
+
+def _block(path: str) -> int | None:
+    """The index of the repeated block that a path lies in: its first number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _in_layers(names: Names, chosen: list[str], layers: Iterable[int], problems: list[str]) -> list[str]:
+    blocks = [block for name in names.modules if (block := _block(name)) is not None]
+    count = max(blocks, default=-1) + 1
+    bad = [index for index in layers if not -count <= index < count]
+    if bad:
+        problems.append(sentence(f"layers={bad!r}", f"block indices in [{-count}, {count})", f"there are {count} blocks"))
+        return chosen
+    kept = {index % count for index in layers}
+    return [path for path in chosen if _block(path) in kept]
+
+
+def _listed(patterns: str | Iterable[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -1,0 +1,14 @@
+"""How the trained numbers become ΔW: one file a variant, found through the registry ``VARIANTS``."""
+
+from veneer.registry import import_all
+from veneer.variants._base import VARIANTS, Base, Variant, kaiming_uniform, register
+
+import_all(__name__, list(__path__))
+
+
+def names() -> tuple[str, ...]:
+    """The variants that exist."""
+    return VARIANTS.names()
+
+
+__all__ = ["VARIANTS", "Base", "Variant", "kaiming_uniform", "names", "register"]

@@ -1,0 +1,32 @@
+"""LoRA: ΔW = alpha / rank · B @ A. Hu et al. 2021, arXiv:2106.09685."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.lowrank import LowRank
+from veneer.variants._base import Base, Variant, kaiming_uniform, register
+
+
+def init(groups: int, out: int, in_: int, rank: int, fan_in: int, base: Base) -> dict[str, Tensor]:
+    """A Kaiming, B zero: the attached model equals its base until the first step."""
+    return {"A": kaiming_uniform(groups, rank, in_, fan_in), "B": torch.zeros(groups, out, rank)}
+
+
+def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    return LowRank(numbers["A"], numbers["B"], scale), None
+
+
+LORA = register(
+    Variant(
+        name="lora",
+        paper="Hu et al. 2021, arXiv:2106.09685",
+        default_alpha=32,
+        scale=lambda alpha, rank: alpha / rank,
+        init=init,
+        resolve=resolve,
+    )
+)
