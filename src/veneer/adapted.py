@@ -72,15 +72,15 @@ class Group:
 class Site(nn.Module):
     """The adapters of one layer, by name, and how this layer reads its weight.
 
-    ``layer`` is its kind (None where modules are only trained fully), ``stock`` says that it runs its class's standard forward, and
+    ``layer`` is its kind (None where modules are only trained fully), ``factors`` says that the factored form is right for it, and
     ``transposed`` that it holds the adapted weight transposed: a linear head tied to an embedding.
     """
 
-    def __init__(self, group: Group, layer: Layer | None, stock: bool) -> None:
+    def __init__(self, group: Group, layer: Layer | None, factors: bool) -> None:
         super().__init__()
         self.group = group
         self.layer = layer
-        self.stock = stock
+        self.factors = factors
         self.transposed = False
 
     def active(self) -> LayerAdapter | None:
@@ -181,7 +181,7 @@ class LayerAdapter(nn.Module):
             return base.forward(view(module, base, full), *args, **kwargs)
         low, gain = self.resolve(module._parameters[self.layer.weight])  # type: ignore[arg-type]
         transposed_gain = site.transposed and gain is not None
-        path = plan.choose(stock=site.stock, transposed_gain=transposed_gain, forced=context.current.path)
+        path = plan.choose(factors=site.factors, transposed_gain=transposed_gain, forced=context.current.path)
         way = self._factored if path == plan.FACTORED else self._materialised
         return way(module, base, site, low, gain, full, args, kwargs)
 
@@ -218,7 +218,7 @@ class LayerAdapter(nn.Module):
 
         def op(x: Tensor, weight: Tensor) -> Any:
             x = _widen(x, dtype) if wide else x
-            if site.stock:
+            if site.factors:
                 return reader.op(module, x, weight, values.get("bias", module._parameters.get("bias")))
             seen = view(module, base, {**values, reader.weight: weight})
             return base.forward(seen, x, *args[1:], **(kwargs if args else dict(list(kwargs.items())[1:])))

@@ -29,7 +29,7 @@ from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
 from veneer.errors import MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
-from veneer.layers._base import runs_stock
+from veneer.layers._base import factors
 from veneer.targets import WORDS, Names, bad_regex, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS
 
@@ -306,7 +306,7 @@ def _site(module: nn.Module, group: Group, owner: Layer | None) -> Site:
     site = site_of(module)
     if site is None:
         kind = kind_of(module)
-        site = Site(group, kind, stock=kind is not None and runs_stock(kind, type(module)))
+        site = Site(group, kind, factors=kind is not None and factors(kind, module, type(module)))
         site.train(module.training)
         install_site(module, site)
     if owner is not None:

@@ -79,7 +79,10 @@ def split(
             entry["AB"[side]] = tensor
         else:
             path, _, parameter = bare.rpartition(".")
-            full.setdefault(path.removesuffix(".base_layer"), {})[parameter] = tensor
+            if ".original_module" in path:  # the base's own values, which PEFT's bias="all" writes along
+                continue
+            path = path.replace(".modules_to_save", "").removesuffix(".base_layer")
+            full.setdefault(path, {})[parameter] = tensor
     low: dict[str, PeftLayer] = {}
     for path, entry in pairs.items():
         if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:

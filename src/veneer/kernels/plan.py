@@ -12,14 +12,14 @@ MATERIALISED = "materialised"
 PATHS = (FACTORED, MATERIALISED)
 
 
-def choose(*, stock: bool, transposed_gain: bool, forced: str | None) -> str:
+def choose(*, factors: bool, transposed_gain: bool, forced: str | None) -> str:
     """The path of one call.
 
     Args:
-        stock: the layer runs its class's standard forward, so that its factored form is known to be its own.
+        factors: the layer's factored form is known to equal its own forward.
         transposed_gain: rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs.
         forced: the caller's choice, which counts wherever both paths are right.
     """
-    if not stock or transposed_gain:
+    if not factors or transposed_gain:
         return MATERIALISED
     return forced or FACTORED

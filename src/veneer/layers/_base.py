@@ -72,6 +72,10 @@ class Layer(ABC):
         """Why this module cannot carry an adapter, or None."""
         return None
 
+    def factors(self, module: nn.Module) -> bool:
+        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
+        return True
+
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
         """ΔW [g, out, in] in the weight's shape."""
         return delta.reshape(shape)
@@ -120,6 +124,6 @@ def kind_of(module: nn.Module) -> Layer | None:
     return next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), None)
 
 
-def runs_stock(kind: Layer, base: type[nn.Module]) -> bool:
-    """Whether ``base`` runs the forward that ``kind.op`` mirrors, rather than one of its own."""
-    return any(base.forward is stock.forward for stock in kind.types())
+def factors(kind: Layer, module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors, not one of its own."""
+    return any(base.forward is stock.forward for stock in kind.types()) and kind.factors(module)

@@ -42,9 +42,13 @@ class Embedding(Layer):
         return F.embedding(x, weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq)
 
     def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        h = F.embedding(x, low.A[0].mT, module.padding_idx, None, 2.0, module.scale_grad_by_freq)  # [*, r]
+        h = F.embedding(x, low.A[0].mT, module.padding_idx)  # [*, r]
         change = F.linear(h, low.B[0] * low.scale)  # [*, d]
         return change if y is None else y + change
+
+    def factors(self, module: nn.Module) -> bool:
+        # Its gradient is divided by how often a row occurs, which a gradient of B alone cannot express.
+        return not module.scale_grad_by_freq
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
         return delta[0].mT

@@ -1,0 +1,21 @@
+"""What every test shares: a seed, one thread, and a variant and a layer kind that only tests have."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import pytest
+import torch
+
+from toys import register_toys
+
+register_toys()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,91 @@
+"""Small models with what real ones have: blocks, attention and MLP names, a tied output head, convolutions, shared modules."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.o_proj(F.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.self_attn = Attention(width)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.norm(x))
+        return x + self.mlp["down"](F.silu(self.mlp["up"](x)))
+
+
+class Body(nn.Module):
+    def __init__(self, vocabulary: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids):
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            x = block(x)
+        return self.norm(x)
+
+
+class TinyLM(nn.Module):
+    """A causal-LM-like model; with ``tied`` its head shares the embedding's weight."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, tied: bool = False, vocabulary: int = 17, width: int = 8, blocks: int = 2) -> None:
+        super().__init__()
+        self.model = Body(vocabulary, width, blocks)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, ids):
+        return self.lm_head(self.model(ids))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.pointwise = nn.Conv2d(6, 8, 1)
+        self.score = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.score(F.relu(self.pointwise(self.depthwise(x))).mean((-2, -1)))
+
+
+class Shared(nn.Module):
+    """One block that is called three times and reachable under two names, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(6, 6)
+        self.alias = self.block
+
+    def forward(self, x):
+        return self.alias(torch.tanh(self.block(torch.tanh(self.block(x)))))
+
+
+IDS = torch.tensor([[1, 5, 3, 16], [2, 2, 0, 7]])

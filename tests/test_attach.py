@@ -1,0 +1,437 @@
+"""What attaching promises, how targets are chosen, and the errors that name every problem at once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from models import IDS, ConvNet, Shared, TinyLM
+from toys import Diagonal, error, randomise
+from veneer.errors import ConfigError, MergeError, TargetError
+
+LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
+ATTENTION, MLP = LINEAR[:4], LINEAR[4:]
+
+
+def paths(model, **fields):
+    return list(veneer.attach(model, veneer.LoraConfig(rank=2, **fields)).layers)
+
+
+def blocks(leaves, which=(0, 1)):
+    return [f"model.layers.{block}.{leaf}" for block in which for leaf in leaves]
+
+
+def state(model):
+    """Everything that must be as it was: values, identities, flags, classes, hooks."""
+    return (
+        {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)},
+        {path: type(module) for path, module in model.named_modules(remove_duplicate=False)},
+        {path: sorted(module.__dict__) for path, module in model.named_modules()},
+    )
+
+
+# ---- promises ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_values_identities_and_ties_stay(tied):
+    model = TinyLM(tied)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    keys = list(model.state_dict())
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    for name, (parameter, value) in before.items():
+        assert after[name] is parameter
+        assert torch.equal(parameter, value)
+        assert not parameter.requires_grad
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert [key for key in model.state_dict() if "veneer" not in key] == keys
+    assert any("veneer" in key for key in model.state_dict())
+    model.load_state_dict({key: value for key, value in model.state_dict().items() if "veneer" not in key}, strict=False)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert isinstance(model.model.embed_tokens, nn.Embedding)
+
+
+@pytest.mark.parametrize("make", [TinyLM, lambda: TinyLM(tied=True), ConvNet, Shared, lambda: nn.Linear(4, 4)])
+def test_detach_gives_back_the_very_model(make):
+    model = make()
+    next(model.parameters()).requires_grad_(False)  # the user's own choice must come back
+    before = state(model)
+    ranks = {"depthwise": 1} if isinstance(model, ConvNet) else {}
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", ranks=ranks))
+    second = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", ranks=ranks), "second")
+    randomise(handle)
+    second.detach()
+    assert state(model) != before
+    handle.detach()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_and_pickles_are_models_of_their_own(tied):
+    model = TinyLM(tied)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", dropout=0.1))
+    randomise(handle)
+    model.eval()
+    expected = model(IDS)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stored, weights_only=False)):
+        assert torch.equal(other(IDS), expected)
+        assert type(other.lm_head) is type(model.lm_head)
+        assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+        with veneer.use(model, None):  # a selection for one model says nothing about its copy
+            assert torch.equal(other(IDS), expected)
+        veneer.Handle(other, "default").parameters()[0].data.add_(1)
+        assert torch.equal(model(IDS), expected)
+        veneer.detach(other)
+        assert torch.equal(model(IDS), expected)
+
+
+def test_a_tied_weight_has_one_change_seen_through_every_name():
+    model = TinyLM(tied=True)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["embed_tokens"]))
+    randomise(handle)
+    assert list(handle.layers) == ["model.embed_tokens"]
+    plain = copy.deepcopy(model)
+    veneer.detach(plain)
+    (part,) = handle.layers.values()
+    change = part.resolve(model.lm_head.weight)[0].delta()[0].T
+    with torch.no_grad():
+        plain.lm_head.weight += change
+    assert error(model(IDS), plain(IDS)) < 1e-5
+    handle.merge()
+    assert error(model(IDS), plain(IDS)) < 1e-5
+    assert model.to(torch.bfloat16).lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tied_weight_is_one_change_whichever_name_is_the_target():
+    model = TinyLM(tied=True)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]))
+    assert list(handle.layers) == ["model.embed_tokens"]
+    assert handle.summary().trainable == 2 * (17 + 8)
+
+
+def test_a_module_with_two_names_that_runs_three_times():
+    model, x = Shared(), torch.randn(3, 6)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["alias"]))
+    randomise(handle)
+    assert list(handle.layers) == ["block"]
+    unmerged = model(x)
+    handle.merge()
+    assert error(model(x), unmerged) < 1e-5
+
+
+def test_training_changes_the_adapter_alone():
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "veneer" in name}
+    assert len(changed) == 2 * len(handle.layers)
+
+
+def test_numbers_of_real_configurations():
+    """2 · layers · width · rank, from configurations that are published (RoBERTa-base q and v, SmolLM2 all linear)."""
+    roberta = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(768, 768), "value": nn.Linear(768, 768)}) for _ in range(12))
+    summary = veneer.attach(roberta, veneer.LoraConfig(rank=8, targets=["query", "value"])).summary()
+    assert summary.trainable == 294_912
+    assert summary.bytes == 4 * 294_912
+    assert summary.percent == pytest.approx(100 * 294_912 / sum(p.numel() for p in roberta.parameters() if not p.requires_grad))
+    sizes = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576), "gate": (576, 1536), "up": (576, 1536)}
+    sizes["down"] = (1536, 576)
+    smol = nn.ModuleList(nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in sizes.items()}) for _ in range(30))
+    assert veneer.attach(smol, veneer.LoraConfig(rank=8)).summary().trainable == 2_442_240
+    assert "2,442,240" in str(veneer.summarise(smol))
+    assert "linear, lora" in str(veneer.summarise(smol))
+
+
+def test_dtypes_of_what_is_trained():
+    for base, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+        model = nn.Linear(4, 4).to(base)
+        assert {p.dtype for p in veneer.attach(model, veneer.LoraConfig(rank=2)).parameters()} == {wanted}
+    model = nn.Linear(4, 4)
+    assert {p.dtype for p in veneer.attach(model, veneer.LoraConfig(rank=2, dtype="bfloat16")).parameters()} == {torch.bfloat16}
+
+
+def test_the_start_depends_on_the_seed_alone():
+    handles = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        handles.append(veneer.attach(nn.Linear(6, 6), veneer.LoraConfig(rank=2)).parameters())
+    assert torch.equal(handles[0][0], handles[1][0])
+    assert not torch.equal(handles[0][0], handles[2][0])
+    A, B = handles[0]
+    assert A.abs().max() <= 6**-0.5 and A.std() > 0.1  # Kaiming-uniform with a = √5: U(±1/√in)
+    assert B.abs().sum() == 0
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    assert {p.device.type for p in handle.parameters()} == {"meta"}
+
+
+# ---- targets ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", blocks(LINEAR)),
+        ("attention", blocks(ATTENTION)),
+        ("mlp", blocks(MLP)),
+        ("all", ["model.embed_tokens", *blocks(LINEAR), "lm_head"]),
+        ("q_proj", blocks(["self_attn.q_proj"])),
+        (["self_attn.q_proj", "mlp.up"], blocks(["self_attn.q_proj", "mlp.up"])),
+        ("model.layers.1.self_attn.v_proj", blocks(["self_attn.v_proj"], [1])),
+        ("model.layers.*.mlp.*", blocks(MLP)),
+        ("*.[kq]_proj", blocks(["self_attn.q_proj", "self_attn.k_proj"])),
+        (r"re:model\.layers\.0\..*", blocks(LINEAR, [0])),
+        (lambda path, module: isinstance(module, nn.Embedding), ["model.embed_tokens"]),
+        (["lm_head", "attention"], [*blocks(ATTENTION), "lm_head"]),
+    ],
+    ids=str,
+)
+def test_targets(targets, expected):
+    assert paths(TinyLM(), targets=targets) == expected
+
+
+def test_exclude_layers_ranks_and_alphas():
+    assert paths(TinyLM(), exclude=["*.mlp.*", "k_proj"]) == blocks(["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj"])
+    assert paths(TinyLM(), layers=[-1]) == blocks(LINEAR, [1])
+    assert paths(TinyLM(), layers=[0], targets="attention") == blocks(ATTENTION, [0])
+    config = veneer.LoraConfig(rank=2, alpha=4, ranks={"layers.0.self_attn.q_proj": 3, "*.q_proj": 5}, alphas={"v_proj": 7})
+    layers = veneer.attach(TinyLM(), config).layers
+    assert layers["model.layers.0.self_attn.q_proj"].rank == 3
+    assert layers["model.layers.1.self_attn.q_proj"].rank == 5
+    assert layers["model.layers.1.self_attn.k_proj"].rank == 2
+    assert layers["model.layers.0.self_attn.v_proj"].scale == 7 / 2
+    assert layers["model.layers.0.self_attn.k_proj"].scale == 4 / 2
+
+
+def test_default_scales():
+    assert veneer.attach(nn.Linear(32, 32)).layers[""].scale == 2
+    assert veneer.attach(nn.Linear(64, 64), veneer.LoraConfig(rank=64)).layers[""].scale == 0.5
+    assert veneer.attach(nn.Linear(32, 32), veneer.LoraConfig(variant="rslora")).layers[""].scale == 2
+
+
+def test_every_linear_layer_of_a_model_without_a_known_head():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert paths(model) == ["0", "2"]
+
+
+# ---- trained in full --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_modules_trained_in_full_leave_the_base_alone(dtype):
+    model, x = ConvNet().to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(x)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["score", "norm"]))
+    assert torch.equal(model(x), expected)
+    assert {p.dtype for p in handle.parameters()} == {torch.float32}
+    assert set(dict(handle.named_parameters())) >= {"score.full.weight", "score.full.bias", "norm.full.weight"}
+    model.train()
+    optimiser = torch.optim.SGD(handle.parameters(), lr=0.5)
+    for _ in range(3):
+        model(x).float().square().sum().backward()
+        optimiser.step()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    model.eval()
+    trained = model(x)
+    assert error(trained, expected) > 0.01
+    with veneer.use(model, None):
+        assert torch.equal(model(x), expected)
+    handle.merge()
+    assert error(model(x), trained) < (1e-5 if dtype == torch.float32 else 0.02)
+    handle.unmerge()
+    assert torch.equal(model(x), trained)
+    handle.detach()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("bias", ["targets", "all"])
+def test_trained_biases(bias):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj", "k_proj"], bias=bias))
+    randomise(handle)
+    trained = [name for name in dict(handle.named_parameters()) if name.endswith("bias")]
+    assert len(trained) == (2 if bias == "targets" else sum(name.endswith("bias") for name in model.state_dict() if "veneer" not in name))
+    with torch.no_grad():
+        unmerged = model(IDS)
+        with veneer.use(model, None):
+            assert error(model(IDS), unmerged) > 1e-3
+        assert veneer.check(model, IDS)
+        handle.merge()
+        assert error(model(IDS), unmerged) < 1e-5
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": 0}, ["rank=0", "at least 1"]),
+        ({"rank": 2.5}, ["rank=2.5"]),
+        ({"rank": True}, ["rank=True"]),
+        ({"dropout": -0.5}, ["dropout=-0.5", "[0, 1)"]),
+        ({"dropout": 1.0}, ["dropout=1.0"]),
+        ({"alpha": float("nan")}, ["alpha=nan", "finite"]),
+        ({"alpha": -1}, ["alpha=-1"]),
+        ({"targets": []}, ["targets=[]"]),
+        ({"targets": ["a", 3]}, ["targets="]),
+        ({"layers": [1.0]}, ["layers="]),
+        ({"bias": "al"}, ["bias='al'", "'all'"]),
+        ({"dtype": "int8"}, ["dtype='int8'"]),
+        ({"ranks": {"a": 0}}, ["ranks['a']=0"]),
+        ({"rank": -1, "dropout": 2, "bias": "x"}, ["3 problems", "rank=-1", "dropout=2", "bias='x'"]),
+    ],
+    ids=str,
+)
+def test_bad_configs(fields, words):
+    with pytest.raises(ConfigError) as caught:
+        veneer.LoraConfig(**fields)
+    assert isinstance(caught.value, ValueError)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_config_fields_name_the_nearest():
+    with pytest.raises(ConfigError, match="'rnak' .nearest: 'rank'"):
+        veneer.LoraConfig.from_dict({"rnak": 3})
+    config = veneer.LoraConfig(targets=["a"], layers=[1], ranks={"a": 2})
+    assert veneer.LoraConfig.from_dict(config.to_dict()) == config
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.parametrised = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.replaced = nn.Linear(8, 8)
+        self.replaced.forward = self.replaced.forward
+        self.whole = nn.Linear(8, 8)
+        self.whole.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+        self.lookup = nn.Embedding(8, 8, max_norm=1.0)
+        self.odd = Diagonal(3, 8)
+        self.odd.table = self.lookup.weight
+        self.fine = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"targets": ["q_porj"]}, ["'q_porj'", "nearest: 'q_proj'", "q_proj, k_proj"]),
+        ({"targets": ["q_proj", "nothing"]}, ["'nothing' matches nothing"]),
+        ({"targets": ["self_attn"]}, ["'self_attn' matches Attention"]),
+        ({"targets": ["norm"]}, ["LayerNorm", "no layer kind covers"]),
+        ({"targets": "re:("}, ["regular expression"]),
+        ({"targets": lambda path, module: False}, ["callable chose no module"]),
+        ({"exclude": ["nothing"]}, ["exclude pattern 'nothing' matches no module"]),
+        ({"exclude": ["*"]}, ["no module left"]),
+        ({"layers": [2]}, ["layers=[2]", "[-2, 2)", "2 blocks"]),
+        ({"rank": 9}, ["rank 9", "at most 8", "model.layers.0.self_attn.q_proj"]),
+        ({"ranks": {"nothing": 3}}, ["ranks pattern 'nothing'"]),
+        ({"alphas": {"lm_head": 3}}, ["alphas pattern 'lm_head'"]),
+        ({"variant": "lorra"}, ["variant='lorra'", "'lora'"]),
+        ({"train_also": ["nothing"]}, ["train_also pattern 'nothing'"]),
+        ({"train_also": ["lm_head"], "tied": True}, ["lm_head.weight", "tied to model.embed_tokens.weight"]),
+        ({"train_also": ["q_proj"], "targets": ["q_proj"]}, ["in targets and in train_also"]),
+        ({"targets": ["k_proj"], "bias": "targets"}, ["no bias there"]),
+        ({"targets": ["nothing", "self_attn"], "exclude": ["other"]}, ["3 problems"]),
+    ],
+    ids=str,
+)
+def test_bad_targets_are_named_all_at_once_and_leave_the_model_alone(config, words):
+    config = dict(config)
+    model = TinyLM(tied=config.pop("tied", False))
+    before = state(model)
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(model, veneer.LoraConfig(**{"rank": 2, **config}))
+    for word in words:
+        assert word in str(caught.value)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("fused.linear1", "fast path reads this weight directly"),
+        ("attention.out_proj", "MultiheadAttention reads this weight directly"),
+        ("parametrised", "no parameter of its own"),
+        ("replaced", "forward was replaced on the instance"),
+        ("whole", "torch.int8"),
+        ("lookup", "max_norm"),
+    ],
+)
+def test_what_an_adapter_could_not_change_is_refused_with_the_reason(target, words):
+    model = Odd()
+    before = state(model)
+    with pytest.raises(TargetError, match=words):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=[target]))
+    with pytest.raises(TargetError):
+        veneer.attach(model, veneer.LoraConfig(rank=2))
+    assert state(model) == before
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["fine"]))
+
+
+def test_names_of_adapters_and_roots():
+    model = TinyLM()
+    for name in ("", "a.b", "a b", "ü/"):
+        with pytest.raises(TargetError, match="adapter name"):
+            veneer.attach(model, veneer.LoraConfig(rank=2), name)
+    veneer.attach(model, veneer.LoraConfig(rank=2), "keys")  # a name that nn.Module itself has
+    with pytest.raises(TargetError, match="'keys', which is taken"):
+        veneer.attach(model, veneer.LoraConfig(rank=2), "keys")
+    with pytest.raises(TargetError, match="another model object"):
+        veneer.attach(model.model, veneer.LoraConfig(rank=2))
+    outer = nn.Sequential(model)
+    with pytest.raises(TargetError, match="another model object"):
+        veneer.attach(nn.ModuleList([outer, nn.Linear(2, 2)]), veneer.LoraConfig(rank=2))
+    veneer.merge(model)
+    with pytest.raises(TargetError, match="merged into the weights"):
+        veneer.attach(model, veneer.LoraConfig(rank=2), "b")
+    with pytest.raises(MergeError, match="is merged"):
+        veneer.detach(model)
+
+
+def test_memory_that_runs_out_while_attaching_changes_nothing(monkeypatch):
+    model = TinyLM()
+    before = state(model)
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise MemoryError
+        return original(*args)
+
+    original = veneer.attach.__globals__["install"].__globals__["_make"]
+    monkeypatch.setitem(veneer.attach.__globals__["install"].__globals__, "_make", failing)
+    with pytest.raises(MemoryError):
+        veneer.attach(model, veneer.LoraConfig(rank=2))
+    assert state(model) == before
