@@ -1,0 +1,184 @@
+"""Merging is atomic, rounds once, refuses what is not finite, and goes back to the very bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from models import IDS, TinyLM
+from toys import randomise
+from veneer.bases import storage_of
+from veneer.errors import MergeError, SelectionError
+from veneer.kernels.reference import round_once
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "veneer" not in name}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
+    model = TinyLM(tied).to(dtype)
+    before, identities = bits(model), {name: id(p) for name, p in model.named_parameters()}
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle, 0.02)
+    expected = {}
+    for path, part in handle.layers.items():
+        weight = model.get_submodule(path).weight
+        low, _ = part.resolve(weight)
+        exact = weight.detach().double() + part.layer.fold(low.delta(torch.float64), weight.shape).detach()
+        expected[f"{path}.weight"] = round_once(exact, dtype)
+    report = handle.merge()
+    merged = bits(model)
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
+    assert {name: id(p) for name, p in model.named_parameters() if name in identities} == identities
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert len(report.layers) == len(expected)
+    assert "of the change kept after rounding" in str(report)
+    handle.unmerge()
+    assert same(bits(model), before)
+
+
+def test_retention_says_how_much_of_a_small_change_the_dtype_holds():
+    torch.manual_seed(0)
+    model = nn.Linear(256, 256).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=8))
+    randomise(handle)
+    (part,) = handle.layers.values()
+    size = part.resolve(model.weight)[0].norm()
+    retention = {}
+    for change in (1e-4, 1e-3, 1e-2):
+        part.scale *= change * model.weight.double().norm().item() / size
+        size = part.resolve(model.weight)[0].norm()
+        report = handle.merge()
+        (layer,) = report.layers
+        assert layer.change == pytest.approx(change, rel=1e-6)
+        retention[change] = report.retention
+        handle.unmerge()
+    assert retention[1e-4] < 0.2
+    assert 0.3 < retention[1e-3] < 0.8
+    assert retention[1e-2] > 0.97
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e38])
+def test_what_is_not_finite_is_refused_before_anything_changes(poison):
+    model = TinyLM().to(torch.float16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle, 0.02)
+    before, unmerged = bits(model), model(IDS)
+    for path in ("model.layers.1.mlp.up", "model.layers.1.mlp.down"):
+        handle.layers[path]._parameters["B"].data[0, 0, 0] = poison
+    with pytest.raises(MergeError, match="2 problems") as caught:
+        handle.merge()
+    assert "model.layers.1.mlp.up.weight: W + ΔW is not finite" in str(caught.value)
+    assert same(bits(model), before)
+    for path in ("model.layers.1.mlp.up", "model.layers.1.mlp.down"):
+        handle.layers[path]._parameters["B"].data[0, 0, 0] = 0.0
+    assert unmerged.shape == model(IDS).shape
+    handle.merge()
+
+
+def test_a_failure_while_writing_rolls_back(monkeypatch):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["norm"]))
+    randomise(handle)
+    before, output = bits(model), model(IDS)
+    plain = type(storage_of(model.lm_head.weight))
+    calls = []
+
+    def failing(self, weight, encoded):
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError("no room")
+        return original(self, weight, encoded)
+
+    original = plain.write
+    monkeypatch.setattr(plain, "write", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        handle.merge()
+    monkeypatch.undo()
+    assert len(calls) > 6
+    assert same(bits(model), before)
+    assert torch.equal(model(IDS), output)
+    handle.merge()
+    handle.unmerge()
+    assert same(bits(model), before)
+
+
+def test_weights_edited_while_merged_are_not_overwritten():
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    handle.merge()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    edited = bits(model)
+    with pytest.raises(MergeError, match=r"edited since the merge.*layers\.0\.self_attn\.q_proj\.weight"):
+        handle.unmerge()
+    assert same(bits(model), edited)
+    handle.detach(keep_merged=True)
+    assert same(bits(model), edited)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_the_adapter_may_change_while_merged():
+    model = TinyLM().to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    before = bits(model)
+    handle.merge()
+    for parameter in handle.parameters():
+        parameter.data.zero_()
+    handle.unmerge()
+    assert same(bits(model), before)
+
+
+def test_states_that_contradict_each_other():
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    other = veneer.attach(model, veneer.LoraConfig(rank=2), "other")
+    with pytest.raises(MergeError, match="nothing is merged"):
+        handle.unmerge()
+    handle.merge()
+    with pytest.raises(MergeError, match="merged already"):
+        other.merge()
+    for name in ("other", None):
+        with pytest.raises(SelectionError, match="is merged into the weights"), veneer.use(model, name):
+            model(IDS)
+    with handle.use():
+        model(IDS)
+    handle.unmerge()
+    handle.merge(keep=False)
+    with pytest.raises(MergeError, match="keep=False"):
+        handle.unmerge()
+
+
+def test_a_merged_copy_can_be_unmerged_and_state_dicts_hold_no_backups():
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    before, keys = bits(model), set(model.state_dict())
+    handle.merge()
+    assert set(model.state_dict()) == keys
+    other = copy.deepcopy(model)
+    veneer.unmerge(other)
+    assert same(bits(other), before)
+    assert not same(bits(model), before)
+
+
+def test_merging_nothing_changes_nothing():
+    model = TinyLM().to(torch.bfloat16)
+    before = bits(model)
+    report = veneer.attach(model, veneer.LoraConfig(rank=2)).merge()
+    assert report.retention == 1.0
+    assert same(bits(model), before)

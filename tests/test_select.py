@@ -1,0 +1,244 @@
+"""Selection belongs to the call: threads, tasks, exceptions, compiled models, checkpointing, and the library's own trainers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import veneer
+from models import IDS, ConvNet, TinyLM
+from toys import Squared, error, randomise
+from veneer import context
+from veneer.errors import CheckError, SelectionError
+
+
+def two_adapters(model=None):
+    model = model or TinyLM()
+    for name in ("a", "b"):
+        randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), name))
+    outputs = {}
+    for name in ("a", "b", None):
+        with veneer.use(model, name), torch.no_grad():
+            outputs[name] = model(IDS)
+    assert error(outputs["a"], outputs["b"]) > 1e-3
+    assert error(outputs["a"], outputs[None]) > 1e-3
+    return model, outputs
+
+
+def test_selection_nests_and_ends_with_its_block():
+    model, outputs = two_adapters()
+    with torch.no_grad(), veneer.use(model, "a"):
+        with veneer.use(model, "b"):
+            assert torch.equal(model(IDS), outputs["b"])
+            with veneer.use(model, None):
+                assert torch.equal(model(IDS), outputs[None])
+        assert torch.equal(model(IDS), outputs["a"])
+    handle = veneer.Handle(model, "b")
+    with torch.no_grad(), handle.use():
+        assert torch.equal(model(IDS), outputs["b"])
+
+
+def test_several_adapters_and_none_selected_is_an_error():
+    model, outputs = two_adapters()
+    with pytest.raises(SelectionError, match=r"2 adapters \(a, b\) and none selected"):
+        model(IDS)
+    veneer.detach(model, "b")
+    assert torch.equal(model(IDS), outputs["a"])
+
+
+def test_unknown_names_and_models_without_adapters():
+    model, _ = two_adapters()
+    with pytest.raises(SelectionError, match="no adapter named 'c'"):
+        veneer.use(model, "c")
+    with pytest.raises(SelectionError, match="no adapter on this Linear"):
+        veneer.use(nn.Linear(2, 2), None)
+    with pytest.raises(SelectionError, match="and no name"):
+        veneer.merge(model)
+
+
+def test_a_bare_use_is_no_silent_no_op():
+    model, _ = two_adapters()
+    with pytest.warns(UserWarning, match="only inside a `with` block"):
+        veneer.use(model, "a")
+
+
+def test_an_exception_leaves_no_trace():
+    model, outputs = two_adapters()
+    before = context.current
+    with pytest.raises(ZeroDivisionError), veneer.use(model, "a"):
+        raise ZeroDivisionError
+    with pytest.raises(IndexError), veneer.use(model, "a"):
+        model(IDS + 1000)
+    assert context.current is before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with veneer.use(model, "b"), torch.no_grad():
+        assert torch.equal(model(IDS), outputs["b"])
+
+
+def test_two_threads_two_adapters_while_a_third_attaches_and_detaches():
+    model, outputs = two_adapters()
+    wrong, errors, done = [], [], threading.Event()
+
+    def call(name):
+        try:
+            for _ in range(300):
+                with veneer.use(model, name), torch.no_grad():
+                    if not torch.equal(model(IDS), outputs[name]):
+                        wrong.append(name)
+        except Exception as error:  # a thread's exception would be lost
+            errors.append(error)
+
+    def churn():
+        while not done.is_set():
+            veneer.attach(model, veneer.LoraConfig(rank=1), "c")
+            veneer.detach(model, "c")
+
+    threads = [threading.Thread(target=call, args=(name,)) for name in ("a", "b", None)]
+    third = threading.Thread(target=churn)
+    for thread in (*threads, third):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    third.join()
+    assert not errors
+    assert not wrong
+
+
+def test_two_asyncio_tasks_two_adapters():
+    model, outputs = two_adapters()
+
+    async def call(name):
+        wrong = 0
+        for _ in range(100):
+            with veneer.use(model, name):
+                await asyncio.sleep(0)
+                wrong += not torch.equal(model(IDS), outputs[name])
+        return wrong
+
+    async def both():
+        return await asyncio.gather(call("a"), call("b"), call(None))
+
+    assert asyncio.run(both()) == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own deprecations
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_follow_the_selection(backend):
+    model, outputs = two_adapters()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for name in ("a", "b", None, "a", "b"):
+        with veneer.use(compiled, name), torch.no_grad():
+            assert error(compiled(IDS), outputs[name]) < 1e-5
+
+    async def call(name):
+        wrong = 0
+        for _ in range(20):
+            with veneer.use(model, name):
+                await asyncio.sleep(0)
+                wrong += error(compiled(IDS), outputs[name]) > 1e-5
+        return wrong
+
+    async def both():
+        return await asyncio.gather(call("a"), call("b"))
+
+    assert asyncio.run(both()) == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [lambda: (TinyLM(tied=True), IDS), lambda: (ConvNet().eval(), torch.randn(2, 3, 8, 8)),
+                                  lambda: (Squared(6, 6), torch.randn(2, 6))])  # fmt: skip
+def test_compiled_training_gives_the_same_gradients(make):
+    model, x = make()
+    torch._dynamo.reset()
+    ranks = {"depthwise": 1} if isinstance(model, ConvNet) else {}
+    bias = "none" if isinstance(model, Squared) else "targets"
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", ranks=ranks, bias=bias))
+    randomise(handle)
+    model(x).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in handle.parameters()]
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for parameter, gradient in zip(handle.parameters(), expected, strict=True):
+        assert error(parameter.grad, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            return checkpoint(lambda x: torch.tanh(self.second(x)), x, use_reentrant=reentrant)
+
+    model = Checkpointed()
+    handles = {name: veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.3), name) for name in ("a", "b")}
+    for handle in handles.values():
+        randomise(handle)
+    x = torch.randn(4, 6)
+
+    def gradients(run):
+        model.zero_grad()
+        torch.manual_seed(5)
+        with veneer.use(model, "b"):
+            run(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in handles["b"].parameters()]
+
+    plain = gradients(lambda x: torch.tanh(model.second(torch.tanh(model.first(x)))))
+    for found, expected in zip(gradients(model), plain, strict=True):
+        assert error(found, expected) < 1e-6
+    assert all(parameter.grad is None for parameter in handles["a"].parameters())
+
+
+def test_inference_mode():
+    model, outputs = two_adapters()
+    with torch.inference_mode(), veneer.use(model, "a"):
+        assert torch.equal(model(IDS), outputs["a"])
+
+
+class Bypassing(nn.Module):
+    """Reads one weight directly in eval mode, never calls another layer, and detaches a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.read, self.unused, self.cut = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        x = self.seen(x)
+        x = x + (nn.functional.linear(x, self.read.weight) if not torch.is_grad_enabled() else self.read(x))
+        return x + self.cut(x).detach()
+
+
+def test_check_names_what_the_output_does_not_see():
+    model = Bypassing()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    training = [module.training for module in model.modules()]
+    rng = torch.get_rng_state()
+    with pytest.raises(CheckError) as caught:
+        veneer.check(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(1)))
+    message = str(caught.value)
+    assert "'read' (Linear) is not reached in eval mode" in message
+    assert "'unused' (Linear) is not reached" in message
+    assert "'cut' (Linear) receives no gradient" in message
+    assert "'seen'" not in message
+    assert [module.training for module in model.modules()] == training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in handle.parameters())
+
+
+def test_check_passes_and_says_so():
+    model = ConvNet().eval()
+    veneer.attach(model, veneer.LoraConfig(rank=1, targets="all", train_also=["norm"]))
+    statistics = model.norm.running_mean.clone()
+    report = veneer.check(model, {"x": torch.randn(2, 3, 8, 8)})
+    assert "all 5 layers change the output" in str(report)
+    assert torch.equal(model.norm.running_mean, statistics)
