@@ -91,7 +91,9 @@ def split(
         layer = PeftLayer(entry["A"], entry["B"], entry["suffixes"], _patterned(config, "alpha", path))
         rank = _patterned(config, "rank", path)
         if layer.rank != rank:
-            problems.append(sentence(f"rank {layer.rank} at {path!r}", f"{rank}, as {CONFIG} says", "get both files again"))
+            found = f"rank {layer.rank} at {path!r} (A {tuple(layer.A.shape)}, B {tuple(layer.B.shape)})"
+            do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight, and can't be used)"
+            problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
         low[path] = layer
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
     return low, full
