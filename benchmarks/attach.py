@@ -1,13 +1,14 @@
-"""Adding the 128th adapter beside adding the first, on 64 linear layers. Predicted: 1.0, as nothing walks the adapters that are there."""
+"""Adding the 128th adapter beside adding the first, on 64 linear layers. Predicted: 1.0, as nothing walks the
+adapters that are there."""
 
 from __future__ import annotations
 
 import time
 
 import torch
-from report import compare
 
 import veneer
+from report import compare
 
 
 def model(adapters: int) -> torch.nn.Module:
@@ -27,4 +28,6 @@ def add(made: torch.nn.Module) -> float:
 
 if __name__ == "__main__":
     none, many = model(0), model(127)
-    compare("attach", {"1st adapter": lambda: add(none), "128th adapter": lambda: add(many)}, floor="1st adapter", runs=15)
+    compare(
+        "attach", {"1st adapter": lambda: add(none), "128th adapter": lambda: add(many)}, floor="1st adapter", runs=15
+    )

@@ -12,14 +12,19 @@ import warnings
 import peft
 import torch
 import transformers
-from report import compare
 
 import veneer
+from report import compare
 
 CONFIG = transformers.LlamaConfig(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
     tie_word_embeddings=True,
-)  # fmt: skip
+)
 
 
 def models() -> dict[str, torch.nn.Module]:

@@ -1,4 +1,5 @@
-"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time of fresh interpreters, interleaved.
+"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time of fresh interpreters,
+interleaved.
 
 Predicted before the first run: 1.02 × torch, since the core adds jaxtyping, safetensors and 25 small files.
 """
@@ -19,4 +20,9 @@ def run(module: str) -> float:
 
 
 if __name__ == "__main__":
-    compare("import_time", {name: lambda name=name: run(name) for name in ("torch", "veneer", "peft")}, floor="torch", runs=11)
+    compare(
+        "import_time",
+        {name: lambda name=name: run(name) for name in ("torch", "veneer", "peft")},
+        floor="torch",
+        runs=11,
+    )

@@ -1,4 +1,5 @@
-"""Interleaved runs, ratios to a floor of the same round, medians with spread; printed, and written to results/<name>.json."""
+"""Interleaved runs, ratios to a floor of the same round, medians with spread; printed, and written to
+results/<name>.json."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def compare(name: str, candidates: Mapping[str, Callable[[], float]], *, floor: str, runs: int = 9, warmup: int = 1) -> dict:
-    """Run every candidate once a round (each returns its own cost, in seconds) and report cost / floor's cost, round by round."""
+def compare(
+    name: str, candidates: Mapping[str, Callable[[], float]], *, floor: str, runs: int = 9, warmup: int = 1
+) -> dict:
+    """Run every candidate once a round (each returns its own cost, in seconds) and report cost / floor's cost, round
+    by round."""
     costs: dict[str, list[float]] = {key: [] for key in candidates}
     for number in range(warmup + runs):
         for key, candidate in candidates.items():
@@ -34,8 +38,16 @@ def compare(name: str, candidates: Mapping[str, Callable[[], float]], *, floor: 
     width = max(map(len, rows))
     print(f"{name}: ratio to {floor}, median (quartiles) of {runs} interleaved rounds")
     for key, row in rows.items():
-        print(f"  {key:<{width}}  {row['ratio']:6.3f}  ({row['low']:.3f} to {row['high']:.3f})   {row['seconds'] * 1000:10.2f} ms")
-    result = {"name": name, "floor": floor, "runs": runs, "rows": rows, "torch": torch.__version__, "machine": platform.machine()}
+        spread = f"({row['low']:.3f} to {row['high']:.3f})"
+        print(f"  {key:<{width}}  {row['ratio']:6.3f}  {spread}   {row['seconds'] * 1000:10.2f} ms")
+    result = {
+        "name": name,
+        "floor": floor,
+        "runs": runs,
+        "rows": rows,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

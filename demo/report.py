@@ -47,10 +47,15 @@ def loss_curve(losses: Sequence[float], held_out: Sequence[tuple[int, float]]) -
     """Loss of each step, its running mean, and the held-out loss."""
     steps = list(range(1, len(losses) + 1))
     window = max(1, len(losses) // 25)
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    means = [
+        sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+        for i in range(len(losses))
+    ]
     figure = go.Figure(layout=_LAYOUT)
     figure.add_scatter(x=steps, y=list(losses), mode="lines", name="each batch", line={"color": "#c4d2dc", "width": 1})
-    figure.add_scatter(x=steps, y=means, mode="lines", name=f"mean of {window}", line={"color": "#0b6e62", "width": 2.5})
+    figure.add_scatter(
+        x=steps, y=means, mode="lines", name=f"mean of {window}", line={"color": "#0b6e62", "width": 2.5}
+    )
     figure.add_scatter(
         x=[step for step, _ in held_out], y=[loss for _, loss in held_out], mode="lines+markers", name="held-out words",
         line={"color": "#b5651d", "dash": "dot"}, marker={"size": 8},
@@ -109,19 +114,20 @@ def write(
         f"<td class=phonemes>{html.escape(truth)}</td></tr>"
         for word, before, after, truth in samples
     )
-    boxes = "".join(f"<div class=card><b>{html.escape(figure)}</b><span>{html.escape(what)}</span></div>" for figure, what in cards)
-    body = f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+    boxes = "".join(
+        f"<div class=card><b>{html.escape(figure)}</b><span>{html.escape(what)}</span></div>" for figure, what in cards
+    )
+    body = f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,
+    initial-scale=1">
 <title>{html.escape(title)}</title><style>{CSS}</style><script>{get_plotlyjs()}</script></head><body>
 <h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p><div class=cards>{boxes}</div>
 <h2>Held-out words</h2><p>Phoneme error rate (lower is better) and share of words without an error.</p>
-<div class=scroll><table><thead><tr><th>model</th><th class=number>phoneme error rate</th><th class=number>words exact</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
-<h2>Before and after</h2><p>Words that the model never saw in training. Green is exactly what the dictionary says.</p>
-<div class=scroll><table><thead><tr><th>word</th><th>base, 8 examples</th><th>adapter</th><th>dictionary</th></tr></thead>
-<tbody>{shown}</tbody></table></div>
-<h2>Loss</h2>{_div(loss_curve(losses, held_out), "plot")}
-<h2>Where the change went</h2><p>Frobenius norm of ΔW = scale · B·A for every adapted layer: rows are blocks, columns kinds of layer.</p>
-{_div(where(norms), "plot tall")}
+<div class=scroll><table><thead><tr><th>model</th><th class=number>phoneme error rate</th><th class=number>words
+exact</th></tr></thead> <tbody>{rows}</tbody></table></div> <h2>Before and after</h2><p>Words that the model never saw
+in training. Green is exactly what the dictionary says.</p> <div class=scroll><table><thead><tr><th>word</th><th>base,
+8 examples</th><th>adapter</th><th>dictionary</th></tr></thead> <tbody>{shown}</tbody></table></div>
+<h2>Loss</h2>{_div(loss_curve(losses, held_out), "plot")} <h2>Where the change went</h2><p>Frobenius norm of ΔW =
+scale · B·A for every adapted layer: rows are blocks, columns kinds of layer.</p> {_div(where(norms), "plot tall")}
 <footer>{html.escape(footer)}</footer></body></html>"""
     path.write_text(body, encoding="utf-8")
     return path
@@ -129,6 +135,9 @@ def write(
 
 def _div(figure: go.Figure, classes: str) -> str:
     inner = figure.to_html(
-        full_html=False, include_plotlyjs=False, default_height="100%", config={"displayModeBar": False, "responsive": True}
+        full_html=False,
+        include_plotlyjs=False,
+        default_height="100%",
+        config={"displayModeBar": False, "responsive": True},
     )
     return f'<div class="{classes}">{inner}</div>'

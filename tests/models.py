@@ -1,4 +1,5 @@
-"""Small models with what real ones have: blocks, attention and MLP names, a tied output head, convolutions, shared modules."""
+"""Small models with what real ones have: blocks, attention and MLP names, a tied output head, convolutions, shared
+modules."""
 
 from __future__ import annotations
 

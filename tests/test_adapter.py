@@ -1,4 +1,5 @@
-"""The artefact: what is saved loads to the same outputs, and what was damaged, altered or made for another base does not load."""
+"""The artefact: what is saved loads to the same outputs, and what was damaged, altered or made for another base does
+not load."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def fresh(tied=False, dtype=torch.float32, seed=7):
 @pytest.fixture
 def saved(tmp_path):
     model = fresh()
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, alpha=3, ranks={"q_proj": 3}, train_also=["lm_head"], bias="targets"))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, alpha=3, ranks={"q_proj": 3}, train_also=["lm_head"], bias="targets")
+    )
     randomise(handle)
     path = handle.save(tmp_path / "adapter", base_name="tiny", provenance={"steps": 3})
     with torch.no_grad():
@@ -46,7 +49,9 @@ def saved(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_of_a_language_model(tmp_path, variant, tied, dtype):
     model = fresh(tied, dtype)
-    config = veneer.LoraConfig(rank=2, alpha=3, targets="all", variant=variant, dropout=0.1, ranks={"mlp.up": 4}, alphas={"k_proj": 9})
+    config = veneer.LoraConfig(
+        rank=2, alpha=3, targets="all", variant=variant, dropout=0.1, ranks={"mlp.up": 4}, alphas={"k_proj": 9}
+    )
     handle = veneer.attach(model.eval(), config)
     randomise(handle)
     path = handle.save(tmp_path / "adapter")
@@ -259,11 +264,11 @@ def test_every_flipped_byte_of_a_small_adapter_is_noticed(tmp_path):
 
 def test_an_adapter_of_another_model_names_what_differs(saved, tmp_path):
     path, _ = saved
-    with pytest.raises(AdapterError, match="a change of 'model.layers.0.self_attn.q_proj', which this model lacks"):
+    with pytest.raises(AdapterError, match=r"a change of 'model.layers.0.self_attn.q_proj', which this model lacks"):
         veneer.load(ConvNet(), path)
     with pytest.raises(AdapterError, match=r"A \(3, 8\) and B \(8, 3\) at 'model.layers.0.self_attn.q_proj'"):
         veneer.load(TinyLM(width=12), path)
-    with pytest.raises(AdapterError, match="layers.1"):
+    with pytest.raises(AdapterError, match=r"layers.1"):
         veneer.load(TinyLM(blocks=1), path)
     with pytest.raises(AdapterError, match="'default', which is taken"):
         model = fresh()
@@ -320,7 +325,8 @@ def test_a_failure_while_saving_leaves_the_old_folder(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_leaves_an_adapter_that_loads(tmp_path):
-    """kill -9 at random moments of a loop that saves over the same folder: the folder always holds one whole adapter."""
+    """kill -9 at random moments of a loop that saves over the same folder: the folder always holds one whole
+    adapter."""
     script = textwrap.dedent(
         """
         import sys, torch, veneer

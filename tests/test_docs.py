@@ -1,4 +1,5 @@
-"""The docs are true: their Python blocks run, their commands parse (and run, in the slow suite), generated parts are fresh."""
+"""The docs are true: their Python blocks run, their commands parse (and run, in the slow suite), generated parts are
+fresh."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])
 def test_python_blocks_run_as_shown(where, code, tmp_path):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{where}\n{done.stderr}"
 
 
@@ -46,8 +49,13 @@ def test_there_are_commands_in_the_readme():
 def test_commands_of_the_docs_parse(line):
     """Each command and each of its flags exists."""
     _, command, *arguments = shlex.split(line, comments=True)
-    done = subprocess.run([sys.executable, "-m", "veneer.cli", command, "--help"], capture_output=True, text=True, check=True,
-                          env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "veneer.cli", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+    )
     for flag in (argument for argument in arguments if argument.startswith("--")):
         assert re.search(rf"{flag}\b", done.stdout), f"{flag} is no flag of veneer {command}"
 
@@ -57,7 +65,9 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for line in COMMANDS:
         arguments = shlex.split(line, comments=True)[1:]
-        done = subprocess.run([sys.executable, "-m", "veneer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "veneer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or done.stderr.strip()
 
@@ -74,7 +84,9 @@ def test_the_tree_in_the_readme_is_the_tree():
     tree = readme.split("src/veneer/\n", 1)[1].split("```", 1)[0]
     drawn = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE))
     source = ROOT / "src" / "veneer"
-    there = {path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if path.suffix == ".py" or path.is_dir()}
+    there = {
+        path.name + ("/" if path.is_dir() else "") for path in source.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
     plumbing = {"__init__.py", "__pycache__/", "__main__.py", "files.py", "registry.py", "summary.py"}
     assert drawn == there - plumbing
 

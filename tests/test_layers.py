@@ -1,4 +1,5 @@
-"""Every layer kind × variant × dtype: factored = materialised = merged = float64 arithmetic on W + ΔW, and gradients too."""
+"""Every layer kind × variant × dtype: factored = materialised = merged = float64 arithmetic on W + ΔW, and gradients
+too."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from veneer.layers import LAYERS, kind_of
 from veneer.variants import VARIANTS
 
 # transformers' Conv1D is a kind only once transformers has been imported
-import transformers.pytorch_utils  # isort: skip  # noqa: F401
+import transformers.pytorch_utils  # isort: skip
 
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -200,7 +201,9 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
     part.scale *= (1e-4 * weight.double().norm() / part.resolve(weight)[0].norm()).item()
     low = part.resolve(weight)[0]
     kind_ = part.layer
-    exact = kind_.update(copy.deepcopy(module).double(), x.double() if x.is_floating_point() else x, low.to(torch.float64), None)
+    exact = kind_.update(
+        copy.deepcopy(module).double(), x.double() if x.is_floating_point() else x, low.to(torch.float64), None
+    )
     for path in ("factored", "materialised"):
         with context.changed(path=path), torch.no_grad():
             wide = copy.deepcopy(module).float()  # the same bf16 weights, outputs not rounded to bf16
@@ -233,10 +236,16 @@ def test_linear_shapes(out, in_, rank, batch, transposed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    groups=st.integers(1, 3), per=st.integers(1, 3), out_per=st.integers(1, 3), kernel=st.integers(1, 3),
-    stride=st.integers(1, 2), dilation=st.integers(1, 2), padding=st.integers(0, 2), spatial=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per=st.integers(1, 3),
+    out_per=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    spatial=st.integers(1, 3),
     mode=st.sampled_from(["zeros", "circular", "reflect", "replicate"]),
-)  # fmt: skip
+)
 def test_convolution_shapes(groups, per, out_per, kernel, stride, dilation, padding, spatial, mode):
     cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
     module = cls(groups * per, groups * out_per, kernel, stride, padding, dilation, groups, padding_mode=mode).double()

@@ -127,7 +127,9 @@ def test_a_llama_goes_both_ways(tmp_path, tied):
     by_transformers.load_adapter(str(path))
     assert error(by_transformers(ids).logits, model(ids).logits) < 1e-5
 
-    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    theirs = peft.get_peft_model(
+        llama(), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     model = llama()
     with pytest.warns(veneer.UnverifiedAdapter):
@@ -177,7 +179,7 @@ def test_a_peft_adapter_must_be_whole(tmp_path):
     config = json.loads((path / "adapter_config.json").read_text())
     save_file(tensors, file)
     (path / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
-    with pytest.raises(AdapterError, match="rank 2 at .*3, as adapter_config.json says"):
+    with pytest.raises(AdapterError, match=r"rank 2 at .*3, as adapter_config.json says"):
         veneer.load(make(), path)
     del config["lora_alpha"]
     (path / "adapter_config.json").write_text(json.dumps(config))

@@ -1,4 +1,5 @@
-"""Selection belongs to the call: threads, tasks, exceptions, compiled models, checkpointing, and the library's own trainers."""
+"""Selection belongs to the call: threads, tasks, exceptions, compiled models, checkpointing, and the library's own
+trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A variant and a layer kind as a user would add them: tests find them through the registries, as they find Veneer's own."""
+"""A variant and a layer kind as a user would add them: tests find them through the registries, as they find Veneer's
+own."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def randomise(handle, size: float = 0.3) -> None:
             noise = torch.randn(parameter.shape, dtype=torch.float64) * size
             parameter.data.copy_(noise + (1 if name == "gain" else 0))
         if part.layer is not None:
-            part.layer.mask_init(_layer_at(handle, part), part._parameters["A"].data)
+            A = part._parameters["A"].data
+            A.copy_(part.layer.mask_init(_layer_at(handle, part), A))
 
 
 def _layer_at(handle, part):

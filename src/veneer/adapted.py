@@ -1,18 +1,19 @@
 """The one mechanism that puts an adapter into a layer.
 
-An adapted layer is the same object with the same parameters. Only its class changes, to a subclass made once for each class
-of layer, whose ``forward`` asks which adapter is selected:
+An adapted layer is the same object with the same parameters. Only its class changes, to a subclass made once for each
+class of layer, whose ``forward`` asks which adapter is selected:
 
     AdaptedLinear(Adapted, nn.Linear)
       .weight, .bias                      the base's own Parameters, untouched
       ._modules["veneer"]: Site           the adapters of this layer, by name
           ["default"]: LayerAdapter       the trained numbers A, B, … and how they are read
 
-So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class back.
+So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class
+back.
 
-Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the instance (a bound
-method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the weight that is used) and
-``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
+Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the
+instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
+weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
 
     factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias
     materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias
@@ -24,7 +25,7 @@ import functools
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ AMBIGUOUS = "\0ambiguous"  # the default selection of a model with several adapt
 class Group:
     """What one model's sites share: the adapters' names and configs, and which of them is merged.
 
-    ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
+    ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
+    another.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,8 @@ class Group:
         self.required_grad: dict[str, bool] = {}
 
     def set_configs(self, configs: dict[str, LoraConfig]) -> None:
-        """Replace the adapters' configs, and with them the default selection: the only adapter, if there is just one."""
+        """Replace the adapters' configs, and with them the default selection: the only adapter, if there is just
+        one."""
         self.configs = configs
         self.default = next(iter(configs)) if len(configs) == 1 else AMBIGUOUS if configs else None
 
@@ -72,8 +75,8 @@ class Group:
 class Site(nn.Module):
     """The adapters of one layer, by name, and how this layer reads its weight.
 
-    ``layer`` is its kind (None where modules are only trained fully), ``factors`` says that the factored form is right for it, and
-    ``transposed`` that it holds the adapted weight transposed: a linear head tied to an embedding.
+    ``layer`` is its kind (None where modules are only trained fully), ``factors`` says that the factored form is
+    right for it, and ``transposed`` that it holds the adapted weight transposed: a linear head tied to an embedding.
     """
 
     def __init__(self, group: Group, layer: Layer | None, factors: bool) -> None:
@@ -92,11 +95,9 @@ class Site(nn.Module):
         now, group = context.current, self.group
         name = now.selection.get(group.uid, group.default)
         if name == AMBIGUOUS:
-            names = ", ".join(group.configs)
-            raise SelectionError(
-                sentence(f"{len(group.configs)} adapters ({names}) and none selected", "one selected adapter, or None for "
-                         "the base", "call the model inside `with veneer.use(model, name):`")
-            )  # fmt: skip
+            found = f"{len(group.configs)} adapters ({', '.join(group.configs)}) and none selected"
+            do = "call the model inside `with veneer.use(model, name):`"
+            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
         if group.merged is not None:
             if name != group.merged:
                 found = f"a call that selects {name!r} while {group.merged!r} is merged into the weights"
@@ -106,21 +107,25 @@ class Site(nn.Module):
         adapter = None if name is None else self._modules.get(name)
         if adapter is not None and now.reached is not None:
             now.reached.add(id(self))
-        return adapter  # type: ignore[return-value]
+        return cast(LayerAdapter | None, adapter)
+
+
+_NO_DIMS = Dims(0, 0, 0)
 
 
 class LayerAdapter(nn.Module):
     """One adapter at one layer: the trained numbers, and how they change the layer.
 
-    ``layer`` and ``variant`` are None where nothing is low-rank here (a module of ``train_also``, a bias of a module that is no target);
-    ``full`` then holds full replacements of parameters and buffers, by their name in the layer.
+    ``layer`` and ``variant`` are None where nothing is low-rank here (a module of ``train_also``, a bias of a module
+    that is no target); ``full`` then holds full replacements of parameters and buffers, by their name in the layer.
     """
 
-    layer: Layer | None
-    variant: Variant | None
-    storage: Storage | None
+    layer: Any  # a Layer, or None; likewise the next two
+    variant: Any
+    storage: Any
     dims: Dims
     full: nn.Module
+    digests: Any
 
     def __init__(
         self,
@@ -129,7 +134,7 @@ class LayerAdapter(nn.Module):
         layer: Layer | None = None,
         variant: Variant | None = None,
         storage: Storage | None = None,
-        dims: Dims = Dims(0, 0, 0),
+        dims: Dims = _NO_DIMS,
         rank: int = 0,
         alpha: float = 0.0,
         dropout: float = 0.0,
@@ -144,25 +149,27 @@ class LayerAdapter(nn.Module):
 
     def __repr__(self) -> str:
         full = f"full={list(self.full.state_dict())}" if self.full.state_dict() else ""
-        low = f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}" if self.variant else ""
+        low = (
+            f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}" if self.variant else ""
+        )
         return f"{type(self).__name__}({', '.join(filter(None, (low, full)))})"
 
     def resolve(self, weight: Tensor) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers."""
-        return self.variant.resolve(self._parameters, self.scale, lambda: self._dense(weight))  # type: ignore
+        return self.variant.resolve(self._parameters, self.scale, lambda: self._dense(weight))
 
     def _dense(self, weight: Tensor) -> Tensor:
-        dense = self.storage.dense(weight)  # type: ignore[union-attr]
-        return self.layer.unfold(dense.to(at_least_float32(dense.dtype)), self.dims)  # type: ignore[union-attr]
+        dense = self.storage.dense(weight)
+        return self.layer.unfold(dense.to(at_least_float32(dense.dtype)), self.dims)
 
     def changed(self, weight: Tensor, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``."""
-        layer, dense = self.layer, self.storage.dense(weight).to(dtype)  # type: ignore[union-attr]
+        layer, dense = self.layer, self.storage.dense(weight).to(dtype)
         if low is not None:
-            dense = dense + layer.fold(low.delta(dtype), dense.shape)  # type: ignore[union-attr]
+            dense = dense + layer.fold(low.delta(dtype), dense.shape)
         if gain is not None:
             shape = [1] * dense.dim()
-            shape[layer.out_axis] = -1  # type: ignore[union-attr]
+            shape[layer.out_axis] = -1
             dense = dense * gain.to(dtype).reshape(shape)
         return dense
 
@@ -171,22 +178,23 @@ class LayerAdapter(nn.Module):
         if not self.full._parameters and not self.full._buffers:
             return {}
         own = {**module._buffers, **module._parameters}
-        trained = {name: value.to(own[name].dtype) for name, value in self.full._parameters.items()}  # type: ignore
-        return {**trained, **self.full._buffers}  # type: ignore[dict-item]
+        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in self.full._parameters.items()}
+        return {**trained, **cast(dict[str, Tensor], self.full._buffers)}
 
     def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``, whose class was ``base``."""
         full = self.replacements(module)
         if self.layer is None:
             return base.forward(view(module, base, full), *args, **kwargs)
-        low, gain = self.resolve(module._parameters[self.layer.weight])  # type: ignore[arg-type]
+        weight: Any = module._parameters[self.layer.weight]
+        low, gain = self.resolve(weight)
         transposed_gain = site.transposed and gain is not None
         path = plan.choose(factors=site.factors, transposed_gain=transposed_gain, forced=context.current.path)
         way = self._factored if path == plan.FACTORED else self._materialised
         return way(module, base, site, low, gain, full, args, kwargs)
 
     def _factored(self, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Tensor:
-        reader: Layer = site.layer  # type: ignore[assignment]
+        reader: Any = site.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         weight, bias = module._parameters[reader.weight], full.get("bias", module._parameters.get("bias"))
         if gain is not None:
@@ -208,7 +216,7 @@ class LayerAdapter(nn.Module):
         return y
 
     def _materialised(self, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Any:
-        reader: Layer = site.layer  # type: ignore[assignment]
+        reader: Any = site.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         weight = module._parameters[reader.weight]
         dtype = at_least_float32(weight.dtype)
@@ -241,18 +249,19 @@ class Adapted:
     """Mixed in before a layer's own class by ``adapted_class``."""
 
     veneer_base: type[nn.Module]
+    _modules: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        site = self._modules[SITE]  # type: ignore[attr-defined]
+        site = self._modules[SITE]
         adapter = site.active()
         base = type(self).veneer_base
         if adapter is None:
-            return base.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+            return base.forward(self, *args, **kwargs)
         return adapter.run(self, base, site, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy name the base class and make it again.
-        return _rebuild, (type(self).veneer_base,), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, (type(self).veneer_base,), self.__getstate__()
 
 
 @functools.cache
@@ -267,8 +276,8 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def view(module: nn.Module, base: type[nn.Module], values: Mapping[str, Tensor]) -> nn.Module:
-    """``module`` as its base class sees it, with other parameters and buffers. The module itself is not touched, so that any
-    number of threads may do this at once (``torch.func.functional_call`` swaps them in place)."""
+    """``module`` as its base class sees it, with other parameters and buffers. The module itself is not touched, so
+    that any number of threads may do this at once (``torch.func.functional_call`` swaps them in place)."""
     seen = object.__new__(base)
     seen.__dict__.update(module.__dict__)
     for kind in ("_parameters", "_buffers"):
@@ -279,7 +288,7 @@ def view(module: nn.Module, base: type[nn.Module], values: Mapping[str, Tensor])
 
 def site_of(module: nn.Module) -> Site | None:
     """The module's site, if it is adapted."""
-    return module._modules.get(SITE) if isinstance(module, Adapted) else None  # type: ignore[return-value]
+    return cast(Site | None, module._modules.get(SITE)) if isinstance(module, Adapted) else None
 
 
 def install(module: nn.Module, site: Site) -> None:
@@ -288,20 +297,27 @@ def install(module: nn.Module, site: Site) -> None:
     module.__class__ = adapted_class(type(module))
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its adapters."""
+    return getattr(type(module), "veneer_base", type(module))
+
+
 def uninstall(module: nn.Module) -> None:
     """Give a module its own class back."""
-    module.__class__ = type(module).veneer_base  # type: ignore[attr-defined]
+    module.__class__ = own_class(module)
     del module._modules[SITE]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not enter the sites,
-    whose many adapters would make every walk longer."""
+    """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not
+    enter the sites, whose many adapters would make every walk longer."""
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
         yield path, module
-        children = [(f"{path}.{name}" if path else name, child) for name, child in module._modules.items() if child is not None]
+        children = [
+            (f"{path}.{name}" if path else name, child) for name, child in module._modules.items() if child is not None
+        ]
         stack += [entry for entry in reversed(children) if not isinstance(entry[1], Site)]
 
 

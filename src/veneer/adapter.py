@@ -4,12 +4,13 @@
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
     veneer.json                   the same record, for people
 
-The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of the config, the
-LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read`` believes nothing that it has not
-checked; ``load`` also compares the fingerprints with the model at hand.
+The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of
+the config, the LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
+believes nothing that it has not checked; ``load`` also compares the fingerprints with the model at hand.
 
-A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16, whichever of the two it
-was published in, and still be recognised; a base that was fine-tuned, or has one bit of a bfloat16 weight flipped, is another base.
+A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16,
+whichever of the two it was published in, and still be recognised; a base that was fine-tuned, or has one bit of a
+bfloat16 weight flipped, is another base.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from veneer.files import new_folder
 from veneer.formats import peft
 from veneer.layers import LAYERS, kind_of
 from veneer.lowrank import LowRank
-from veneer.merge import digest, originals
+from veneer.merge import digest, hash_bytes, originals
 from veneer.targets import Names
 from veneer.variants import VARIANTS
 
@@ -46,7 +47,8 @@ FORMAT = 1
 
 
 class UnverifiedAdapter(UserWarning):
-    """An adapter that another library wrote: it carries no fingerprint, so nobody can tell whether it was made for this base."""
+    """An adapter that another library wrote: it carries no fingerprint, so nobody can tell whether it was made for
+    this base."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Artefact:
         scale = VARIANTS[self.config.variant].scale
         return {
             path: LowRank(
-                entry.A.reshape(-1, entry.rank, entry.A.numel() // entry.A.shape[0]) if _by_row(entry) else entry.A[None],
+                entry.A.reshape(-1, entry.rank, entry.A.numel() // entry.A.shape[0])
+                if _by_row(entry)
+                else entry.A[None],
                 entry.B.reshape(entry.A.shape[0] // entry.rank, -1, entry.rank),
                 scale(entry.alpha, entry.rank),
             )
@@ -101,7 +105,8 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before, or the whole.
+    """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before,
+    or the whole.
 
     Args:
         base_name: what to call the base; None takes the name that transformers loaded it by.
@@ -118,8 +123,12 @@ def save(
     tensors, fingerprints = _tensors(model, name)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        raise AdapterError(sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "train it again"))
-    base_name = base_name if base_name is not None else getattr(getattr(model, "config", None), "_name_or_path", "") or None
+        raise AdapterError(
+            sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "train it again")
+        )
+    base_name = (
+        base_name if base_name is not None else getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    )
     peft_config = _peft_config(model, name, config, base_name)
     record = {
         "format": FORMAT,
@@ -156,7 +165,9 @@ def read(path: str | Path) -> Artefact:
     peft.check_config(peft_config)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        raise AdapterError(sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "get another copy"))
+        raise AdapterError(
+            sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "get another copy")
+        )
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS})
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
@@ -175,8 +186,13 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
         actual = names.canonical.get(file_path)
         if actual is None:
             near = nearest(file_path, names.modules)
-            problems.append(sentence(f"a change of {file_path!r}, which this model lacks{near}", "the same modules",
-                                     "load it on the model that it was trained on"))  # fmt: skip
+            problems.append(
+                sentence(
+                    f"a change of {file_path!r}, which this model lacks{near}",
+                    "the same modules",
+                    "load it on the model that it was trained on",
+                )
+            )
         else:
             wanted[actual], file_of[actual] = (entry.rank, entry.alpha), entry
     low = plan_low(names, wanted, problems)
@@ -187,30 +203,36 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
         expected = peft.expected_paths(artefact.peft_config, [n for n, m in names.modules.items() if kind_of(m)])
         lacking = sorted((expected or set()) - set(wanted))
         if lacking:
-            problems.append(sentence(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file"))
+            problems.append(
+                sentence(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file")
+            )
     raise_all(AdapterError, f"The adapter {path} does not fit this {type(model).__name__}", problems)
     if artefact.record is not None and verify_base:
         _verify_base(model, artefact)
     elif artefact.record is None:
         warnings.warn(
-            f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this model, but "
-            "only you can tell whether it was trained on these weights. Save it with veneer.save to have it checked from now on.",
-            UnverifiedAdapter, stacklevel=3,
-        )  # fmt: skip
-    names_of_full = {key: tuple(n for n in tensors if n in names.modules[key]._parameters) for key, tensors in full.items()}
+            f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "
+            "model, but only you can tell whether it was trained on these weights. Save it with veneer.save to have it "
+            "checked from now on.",
+            UnverifiedAdapter,
+            stacklevel=3,
+        )
+    names_of_full = {
+        key: tuple(n for n in tensors if n in names.modules[key]._parameters) for key, tensors in full.items()
+    }
     install(model, name, Plans(artefact.config, tuple(low), names_of_full), trainable=trainable)
     _fill(model, name, numbers, full)
 
 
 def fingerprint(weight: Tensor) -> str:
     """The first 128 bits of the SHA-256 of a weight's shape and of its values rounded to bfloat16, in hex."""
-    content = weight.detach().to(torch.bfloat16).contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(str(tuple(weight.shape)).encode() + memoryview(content)).hexdigest()[:32]
+    return hash_bytes(str(tuple(weight.shape)), weight.detach().to(torch.bfloat16))[:32]
 
 
 def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(file tensors, fingerprints of the changed weights). A tied weight's change stands under every module that reads it, each
-    time as that module reads it, so that a library which adapts modules one by one gives the same outputs."""
+    """(file tensors, fingerprints of the changed weights). A tied weight's change stands under every module that
+    reads it, each time as that module reads it, so that a library which adapts modules one by one gives the same
+    outputs."""
     tensors: dict[str, Tensor] = {}
     fingerprints: dict[str, str] = {}
     owners = {id(adapter): path for path, _, adapter in adapters(model, name)}
@@ -220,14 +242,14 @@ def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, 
             continue
         if adapter.layer is not None:
             kind = site.layer
-            weight: Tensor = module._parameters[kind.weight]  # type: ignore[assignment, union-attr]
+            weight: Any = module._parameters[kind.weight]
             low, _ = adapter.resolve(weight)
-            A, B = kind.pack(low.T if site.transposed else low, module)  # type: ignore[union-attr]
-            for suffix, tensor in zip(kind.file_keys, (A, B), strict=True):  # type: ignore[union-attr]
+            A, B = kind.pack(low.T if site.transposed else low, module)
+            for suffix, tensor in zip(kind.file_keys, (A, B), strict=True):
                 tensors[peft.key(path, suffix)] = tensor.detach().cpu().contiguous().clone()
             if owners[id(adapter)] == path:
-                kept = originals(adapter).get(kind.weight, weight)  # type: ignore[union-attr]
-                fingerprints[path] = fingerprint(adapter.storage.dense(kept))  # type: ignore[union-attr]
+                kept = originals(adapter).get(kind.weight, weight)
+                fingerprints[path] = fingerprint(adapter.storage.dense(kept))
         for key, value in adapter.full.state_dict().items() if owners[id(adapter)] == path else ():
             inner = f"base_layer.{key}" if adapter.layer is not None else key
             tensors[peft.key(path, inner)] = value.detach().cpu().contiguous().clone()
@@ -238,9 +260,9 @@ def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str
     variant = VARIANTS[config.variant]
     if variant.peft is None:
         raise AdapterError(sentence(f"variant {variant.name!r}", "one that PEFT's format has", "merge it instead"))
-    low = {path: site for path, _, site in sites(model) if getattr(site._modules.get(name), "layer", None) is not None}
-    ranks = {path: site._modules[name].rank for path, site in low.items()}
-    alphas = {path: site._modules[name].alpha for path, site in low.items()}
+    parts: dict[str, Any] = {path: site._modules.get(name) for path, _, site in sites(model)}
+    low = {path: part for path, part in parts.items() if part is not None and part.layer is not None}
+    ranks, alphas = {path: part.rank for path, part in low.items()}, {path: part.alpha for path, part in low.items()}
     alpha = variant.default_alpha if config.alpha is None else config.alpha
     also = [path for path, _, adapter in adapters(model, name) if adapter.layer is None and config.train_also]
     among = [path for path, module in Names(model).modules.items() if kind_of(module)]
@@ -256,7 +278,7 @@ def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str
         "alpha_pattern": peft.patterns_for(alphas, alpha),
         "modules_to_save": sorted(also) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
-        "fan_in_fan_out": any(site.layer.name == "conv1d_transformers" for site in low.values()),
+        "fan_in_fan_out": any(part.layer.name == "conv1d_transformers" for part in low.values()),
         "init_lora_weights": True,
         "inference_mode": True,
         **variant.peft,
@@ -265,9 +287,13 @@ def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str
 
 def _task(model: nn.Module) -> str | None:
     endings = {
-        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForQuestionAnswering": "QUESTION_ANS",
-    }  # fmt: skip
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
     return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
 
 
@@ -276,19 +302,26 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     said = {name for name in ("use_rslora",) if config.get(name)}
     variant = next((v for v in VARIANTS if v.peft is not None and {k for k, on in v.peft.items() if on} == said), None)
     if variant is None:
-        raise AdapterError(sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it"))
+        raise AdapterError(
+            sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
+        )
     targets = config["target_modules"]
     if isinstance(targets, str):
         targets = targets if targets == "all-linear" else f"re:{targets}"
     return LoraConfig(
-        rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout") or 0.0, targets=targets,
-        train_also=config.get("modules_to_save") or (), variant=variant.name,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=targets,
+        train_also=config.get("modules_to_save") or (),
+        variant=variant.name,
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
-    )  # fmt: skip
+    )
 
 
 def _numbers(names: Names, entry, file_of: Mapping[str, peft.PeftLayer], problems: list[str]):
-    """(A [g, r, in], B [g, out, r]) of one planned layer, from what the file holds for each module that reads its weight."""
+    """(A [g, r, in], B [g, out, r]) of one planned layer, from what the file holds for each module that reads its
+    weight."""
     found = []
     for reader in entry.readers:
         path = next(path for path, module in names.modules.items() if module is reader)
@@ -319,7 +352,9 @@ def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], 
         own = {**module._parameters, **module._buffers} if module is not None else {}
         for key, tensor in tensors.items():
             if own.get(key) is None:
-                problems.append(sentence(f"a tensor for {path}.{key}, which this model lacks", "the same modules", "use its model"))
+                problems.append(
+                    sentence(f"a tensor for {path}.{key}, which this model lacks", "the same modules", "use its model")
+                )
             elif own[key].shape != tensor.shape:
                 found = f"{path}.{key} of shape {tuple(tensor.shape)}"
                 problems.append(sentence(found, f"{tuple(own[key].shape)}", "use the model that it was trained on"))
@@ -331,9 +366,9 @@ def _fill(model: nn.Module, name: str, numbers: Mapping[str, Any], full: Mapping
     with torch.no_grad():
         for path, _, adapter in adapters(model, name):
             for own, value in zip(("A", "B"), numbers.get(path, ()), strict=False):
-                adapter._parameters[own].copy_(value)  # type: ignore[union-attr]
+                adapter._parameters[own].copy_(value)
             for key, value in full.get(path, {}).items():
-                {**adapter.full._parameters, **adapter.full._buffers}[key].copy_(value)  # type: ignore[union-attr]
+                {**adapter.full._parameters, **adapter.full._buffers}[key].copy_(value)
 
 
 def _verify_base(model: nn.Module, artefact: Artefact) -> None:
@@ -344,13 +379,18 @@ def _verify_base(model: nn.Module, artefact: Artefact) -> None:
     for path, expected in record["weights"].items():
         module = names.modules[names.canonical[path]]
         kind = kind_of(module)
-        if fingerprint(module._parameters[kind.weight]) != expected:
+        weight: Any = module._parameters[kind.weight]
+        if fingerprint(weight) != expected:
             different.append(path)
     if different:
-        found = f"other weights in {len(different)} of {len(record['weights'])} adapted layers ({listing(different, 3)})"
+        found = (
+            f"other weights in {len(different)} of {len(record['weights'])} adapted layers ({listing(different, 3)})"
+        )
         expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
         do = "load that base, or pass verify_base=False if these are the same weights in another precision"
-        raise BaseMismatchError(f"The adapter {artefact.path} was made for another base. {sentence(found, expected, do)}")
+        raise BaseMismatchError(
+            f"The adapter {artefact.path} was made for another base. {sentence(found, expected, do)}"
+        )
 
 
 def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str]):
@@ -359,7 +399,9 @@ def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     if "veneer" not in header:
         if beside.exists():
             found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
-            raise AdapterError(sentence(found, "files that belong together", f"remove {RECORD} if another library rewrote the tensors"))
+            raise AdapterError(
+                sentence(found, "files that belong together", f"remove {RECORD} if another library rewrote the tensors")
+            )
         return None
     try:
         record = json.loads(header["veneer"])
@@ -371,7 +413,9 @@ def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         }
         format_ = record["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AdapterError(sentence(f"a damaged record in {path / peft.TENSORS}", "Veneer's record", "get it again")) from error
+        raise AdapterError(
+            sentence(f"a damaged record in {path / peft.TENSORS}", "Veneer's record", "get it again")
+        ) from error
     if beside.exists() and _read_json(beside) != record:
         checks[RECORD] = ("", "the record in the header")
     altered = [what for what, (actual, expected) in checks.items() if actual != expected]
@@ -387,7 +431,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(sentence(f"{file}, which is not JSON ({error})", "a JSON object", "get the file again")) from error
+        raise AdapterError(
+            sentence(f"{file}, which is not JSON ({error})", "a JSON object", "get the file again")
+        ) from error
     if not isinstance(content, dict):
         raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", "get the file again"))
     return content
@@ -396,10 +442,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+            names = opened.keys()  # a list: safe_open is no mapping
+            return {key: opened.get_tensor(key) for key in names}, opened.metadata() or {}
     except (SafetensorError, ValueError, RuntimeError) as error:
         found = f"{file} cannot be read ({error})"
-        raise AdapterError(sentence(found, "a whole safetensors file", "get the file again; it may be cut short")) from error
+        raise AdapterError(
+            sentence(found, "a whole safetensors file", "get the file again; it may be cut short")
+        ) from error
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:

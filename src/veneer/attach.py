@@ -1,8 +1,9 @@
 """Attach and detach: from (model, config) to plans, from plans to sites. Everything is checked before anything changes.
 
-    plan(model, config) -> Plans        which layer gets which rank, who shares its weight, what is trained fully; or every problem
-    install(model, name, plans)         makes the trained numbers, then puts them in place
-    detach(model)                       gives back the very model
+plan(model, config) -> Plans        which layer gets which rank, who shares its weight, what is trained fully; or
+every problem
+install(model, name, plans)         makes the trained numbers, then puts them in place
+detach(model)                       gives back the very model
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,14 @@ from veneer.adapted import (
     LayerAdapter,
     Site,
     at_least_float32,
-    install as install_site,
+    own_class,
     site_of,
     sites,
     uninstall,
     walk,
+)
+from veneer.adapted import (
+    install as install_site,
 )
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
@@ -80,7 +85,9 @@ def need_group(model: nn.Module, name: str | None = None) -> Group:
     """The model's group; a SelectionError if it has none, or no adapter of this name."""
     group = group_of(model)
     if group is None:
-        raise SelectionError(sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first"))
+        raise SelectionError(
+            sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
+        )
     if name is not None and name not in group.configs:
         found = f"no adapter named {name!r}{nearest(name, group.configs)}"
         raise SelectionError(sentence(found, f"one of {', '.join(group.configs)}", "use a name that is attached"))
@@ -97,13 +104,14 @@ def only_name(model: nn.Module, name: str | None) -> str:
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
-    """(path, layer, its adapter) for each weight that the adapter ``name`` changes, owners only, in the model's order."""
+    """(path, layer, its adapter) for each weight that the adapter ``name`` changes, owners only, in the model's
+    order."""
     seen: set[int] = set()
     for path, module, site in sites(model):
         adapter = site._modules.get(name)
         if adapter is not None and id(adapter) not in seen:
             seen.add(id(adapter))
-            yield path, module, adapter  # type: ignore[misc]
+            yield path, module, cast(LayerAdapter, adapter)
 
 
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
@@ -168,28 +176,24 @@ def plan_low(names: Names, wanted: Mapping[str, tuple[int, float]], problems: li
 
 def _low_plan(names, owner: str, readers: list[str], rank: int, alpha: float, problems: list[str]) -> LowPlan | None:
     module = names.modules[owner]
-    layer: Layer = kind_of(module)  # type: ignore[assignment]
+    layer: Any = kind_of(module)
     dims = layer.dims(module)
     if rank > dims.max_rank:
-        found = f"rank {rank} for {owner!r} ({class_name(module)}, groups, out, in = {tuple(dims)})"
+        found = f"rank {rank} for {owner!r} ({own_class(module).__name__}, groups, out, in = {tuple(dims)})"
         do = f"lower the rank, set ranks={{{owner!r}: {dims.max_rank}}} or exclude it"
         problems.append(sentence(found, f"at most {dims.max_rank}, what its weight allows", do))
         return None
-    storage: Storage = storage_of(module._parameters[layer.weight])  # type: ignore[assignment]
+    storage: Any = storage_of(module._parameters[layer.weight])
     modules = tuple(names.modules[reader] for reader in readers)
     return LowPlan(owner, layer, storage, dims, rank, alpha, modules)
 
 
-def class_name(module: nn.Module) -> str:
-    """The class of a module for messages: its own one, whether adapted or not."""
-    return getattr(type(module), "veneer_base", type(module)).__name__
-
-
 def _refusal(names: Names, path: str, weight: Tensor | None, wanted: str) -> str | None:
-    """Why the module at ``path`` cannot read a changed weight, or None. ``wanted`` is the target whose weight it shares."""
+    """Why the module at ``path`` cannot read a changed weight, or None. ``wanted`` is the target whose weight it
+    shares."""
     module = names.modules[path]
     kind, shared = kind_of(module), "" if path == wanted else f" (it shares the weight of target {wanted!r})"
-    what = f"{path!r}, a {class_name(module)}{shared}"
+    what = f"{path!r}, a {own_class(module).__name__}{shared}"
     known = f"a layer of a kind that Veneer knows ({listing(LAYERS.names())})"
     if kind is None or module._parameters.get(kind.weight) is not weight:
         return sentence(what, known, "untie the weight, or leave the target out")
@@ -222,7 +226,8 @@ def unreachable(names: Names, path: str) -> str | None:
 
 
 def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str]) -> None:
-    """Problems of the parameters that are to be trained in full: tied to another module's, or out of forward's reach."""
+    """Problems of the parameters that are to be trained in full: tied to another module's, or out of forward's
+    reach."""
     users: dict[int, list[str]] = {}
     for path, module in names.modules.items():
         for name, parameter in module._parameters.items():
@@ -232,13 +237,17 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
         module = names.modules[path]
         reason = unreachable(names, path)
         if reason:
-            problems.append(sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out"))
+            problems.append(
+                sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
+            )
         for name in parameters:
             parameter = module._parameters[name]
             others = [user for user in users[id(parameter)] if user != f"{path}.{name}"]
             if others:
                 found = f"{path}.{name} trained in full, which is tied to {listing(others)}"
-                problems.append(sentence(found, "an untied parameter", "target it with a low-rank change, which keeps ties"))
+                problems.append(
+                    sentence(found, "an untied parameter", "target it with a low-rank change, which keeps ties")
+                )
             if not parameter.is_floating_point():
                 problems.append(sentence(f"{path}.{name} of {parameter.dtype}", "floating point", "leave it out"))
 
@@ -260,13 +269,19 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name")
     if group and name in group.configs:
-        yield sentence(f"adapter name {name!r}, which is taken", "a new name", "choose another, or detach that one first")
+        yield sentence(
+            f"adapter name {name!r}, which is taken", "a new name", "choose another, or detach that one first"
+        )
     if group and group.merged is not None:
-        yield sentence(f"{group.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first")
+        yield sentence(
+            f"{group.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
+        )
     foreign = [path for path, _, site in sites(model) if site.group is not group]
     if foreign:
         found = f"adapters attached through another model object at {listing(foreign, 3)}"
-        yield sentence(found, "one root for all adapters", "attach to the model that they were attached to, or detach them")
+        yield sentence(
+            found, "one root for all adapters", "attach to the model that they were attached to, or detach them"
+        )
 
 
 def _strings(targets) -> tuple[str, ...]:
@@ -285,7 +300,9 @@ def install(model: nn.Module, name: str, plans: Plans, *, trainable: bool = True
         if adapter is None:
             adapter = LayerAdapter()
             full_only.append((modules[path], adapter))
-        _copy_full(adapter, modules[path], parameters, plans.config, whole=path not in by_path and parameters != ("bias",))
+        _copy_full(
+            adapter, modules[path], parameters, plans.config, whole=path not in by_path and parameters != ("bias",)
+        )
     for adapter in [*by_path.values(), *(adapter for _, adapter in full_only)]:
         adapter.requires_grad_(trainable).train(model.training)
 
@@ -311,14 +328,14 @@ def _site(module: nn.Module, group: Group, owner: Layer | None) -> Site:
         site.train(module.training)
         install_site(module, site)
     if owner is not None:
-        site.transposed = site.layer.out_axis != owner.out_axis  # type: ignore[union-attr]
+        site.transposed = site.layer.out_axis != owner.out_axis
     return site
 
 
 def _make(entry: LowPlan, config: LoraConfig) -> LayerAdapter:
     """The trained numbers of one layer, at their start, on the weight's device."""
     layer, module, variant = entry.layer, entry.module, VARIANTS[config.variant]
-    weight: Tensor = module._parameters[layer.weight]  # type: ignore[assignment]
+    weight: Any = module._parameters[layer.weight]
 
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
@@ -326,7 +343,7 @@ def _make(entry: LowPlan, config: LoraConfig) -> LayerAdapter:
 
     with torch.no_grad(), torch.device(weight.device):
         numbers = variant.init(*entry.dims, entry.rank, layer.fan_in(entry.dims), base)
-        layer.mask_init(module, numbers["A"])
+        numbers["A"] = layer.mask_init(module, numbers["A"])
     dtype = trained_dtype(config, weight)
     numbers = {name: value.to(dtype) for name, value in numbers.items()}
     return LayerAdapter(
@@ -337,7 +354,7 @@ def _make(entry: LowPlan, config: LoraConfig) -> LayerAdapter:
 
 def _copy_full(adapter: LayerAdapter, module: nn.Module, parameters, config: LoraConfig, whole: bool) -> None:
     for name in parameters:
-        own = module._parameters[name].detach()  # type: ignore[union-attr]
+        own = module._parameters[name].detach()
         adapter.full.register_parameter(name, nn.Parameter(own.to(trained_dtype(config, own), copy=True)))
     for name, own in module._buffers.items() if whole else ():
         if own is not None and name not in module._non_persistent_buffers_set:
@@ -345,13 +362,14 @@ def _copy_full(adapter: LayerAdapter, module: nn.Module, parameters, config: Lor
 
 
 def trained_dtype(config: LoraConfig, weight: Tensor) -> torch.dtype:
-    """The dtype of what is trained for ``weight``: the config's, else float32 for a 16-bit base and the base's otherwise."""
+    """The dtype of what is trained for ``weight``: the config's, else float32 for a 16-bit base and the base's
+    otherwise."""
     return getattr(torch, config.dtype) if config.dtype else at_least_float32(weight.dtype)
 
 
 def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
-    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the very object graph that it was: classes,
-    modules, parameters, ``requires_grad``.
+    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the very object graph
+    that it was: classes, modules, parameters, ``requires_grad``.
 
     Args:
         keep_merged: leave the weights of a merged adapter merged, and with them a plain model.

@@ -1,4 +1,5 @@
-"""Prove on a live model that every attached adapter is seen: reached in train and in eval mode, and given a gradient."""
+"""Prove on a live model that every attached adapter is seen: reached in train and in eval mode, and given a
+gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapted import site_of
+from veneer.adapted import own_class, site_of
 from veneer.attach import adapters, only_name, unwrap
 from veneer.errors import CheckError, raise_all, sentence
 from veneer.select import use
@@ -30,9 +31,10 @@ class CheckReport:
 def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
     """Run ``example`` through ``model`` and prove that each of the adapter's layers is part of what comes out.
 
-    A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read directly, a module that this kind
-    of input never reaches. So one pass without gradients in eval mode must reach each layer (that is where fast paths are taken), and
-    one with gradients must give each a non-zero, finite gradient. The model's modes, gradients and random state are restored.
+    A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read directly, a
+    module that this kind of input never reaches. So one pass without gradients in eval mode must reach each layer
+    (that is where fast paths are taken), and one with gradients must give each a non-zero, finite gradient. The
+    model's modes, gradients and random state are restored.
 
     Args:
         example: a tensor, a tuple of positional or a mapping of keyword arguments.
@@ -65,7 +67,7 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
                 parameter.requires_grad_(required)
     problems = []
     for path, module, part in parts:
-        where = f"{path!r} ({type(module).veneer_base.__name__})"  # type: ignore[union-attr]
+        where = f"{path!r} ({own_class(module).__name__})"
         found = [gradients[p] for p in part.parameters() if gradients[p] is not None]
         if id(site_of(module)) not in reached:
             problem = f"{where} is not reached in eval mode"
@@ -75,7 +77,9 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
             problem = f"{where} receives a gradient that is not finite"
         else:
             continue
-        problems.append(sentence(problem, "a layer that the output depends on", "exclude it, or give an example that reaches it"))
+        problems.append(
+            sentence(problem, "a layer that the output depends on", "exclude it, or give an example that reaches it")
+        )
     raise_all(CheckError, f"The output does not see all of adapter {name!r}", problems)
     return CheckReport(name, tuple(path for path, _, _ in parts))
 
@@ -100,7 +104,8 @@ def _floats(value: Any):
 
 
 def _weighted(tensor: Tensor) -> Tensor:
-    """A random projection to a scalar: a plain sum is constant after a softmax or a layer norm, and would hide a gradient."""
+    """A random projection to a scalar: a plain sum is constant after a softmax or a layer norm, and would hide a
+    gradient."""
     return (tensor.float() * torch.randn(tensor.shape, device=tensor.device)).sum().cpu()
 
 

@@ -5,9 +5,9 @@ The defaults are those that current results support:
 - ``targets="all-linear"``: all linear layers of the body. Adapting attention alone trails adapting the MLPs as well, at
   equal parameter counts too (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023,
   "QLoRA", arXiv:2305.14314, section 4).
-- ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a constant alpha makes the best
-  learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters").
-  At rank 16 this is the common ``alpha = 2 · rank``.
+- ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a constant alpha makes the
+  best learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters"). At rank
+  16 this is the common ``alpha = 2 · rank``.
 - B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al. 2021,
   arXiv:2106.09685, section 4.1).
 - The learning rate belongs to the trainer: about ten times that of full fine-tuning (the same 2025 report).
@@ -29,10 +29,11 @@ BIASES = ("none", "targets", "all")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of ``ranks`` and ``alphas``) is one of
+    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of ``ranks`` and ``alphas``)
+    is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head), ``"attention"`` and ``"mlp"`` (the linear layers in
-      and outside attention, in the repeated blocks), ``"all"`` (everything that can be attached to);
+    - a word: ``"all-linear"`` (linear layers of the body, no output head), ``"attention"`` and ``"mlp"`` (the linear
+      layers in and outside attention, in the repeated blocks), ``"all"`` (everything that can be attached to);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
     - ``"re:…"``, a regular expression that matches the full path;
@@ -49,8 +50,8 @@ class LoraConfig:
         train_also: modules to train fully, as copies that belong to the adapter: the base keeps its values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the model).
         variant: a name in ``veneer.variants.names()``.
-        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes float32 for a 16-bit base (a
-            16-bit AdamW step of usual size is lost in rounding) and the base's own dtype otherwise.
+        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes float32 for a 16-bit
+            base (a 16-bit AdamW step of usual size is lost in rounding) and the base's own dtype otherwise.
 
     Raises:
         ConfigError: with every problem at once.
@@ -87,14 +88,19 @@ class LoraConfig:
         yield from _whole("rank", self.rank)
         for pattern, rank in self.ranks.items():
             yield from _whole(f"ranks[{pattern!r}]", rank)
-        alphas = {"alpha": 1.0 if self.alpha is None else self.alpha, **{f"alphas[{pattern!r}]": a for pattern, a in self.alphas.items()}}
+        alphas = {
+            "alpha": 1.0 if self.alpha is None else self.alpha,
+            **{f"alphas[{pattern!r}]": a for pattern, a in self.alphas.items()},
+        }
         for name, alpha in alphas.items():
             if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 yield sentence(f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
         if not callable(self.targets) and not _patterns(self.targets):
-            yield sentence(f"targets={self.targets!r}", "a pattern, a list of patterns or a callable", 'use "all-linear"')
+            yield sentence(
+                f"targets={self.targets!r}", "a pattern, a list of patterns or a callable", 'use "all-linear"'
+            )
         for name in ("exclude", "train_also"):
             value = getattr(self, name)
             if len(value) and not _patterns(value):

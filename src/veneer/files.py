@@ -24,8 +24,8 @@ def must_not_exist(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk first, then renamed in one step.
-    When the block raises, nothing of it stays and ``path`` is as it was.
+    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk first, then renamed in
+    one step. When the block raises, nothing of it stays and ``path`` is as it was.
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False.
@@ -45,10 +45,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-    elif path.is_dir() and not any(path.iterdir()):
-        os.rename(temporary, path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        temporary.rename(path)  # an empty folder gives way
     elif not _exchange(temporary, path):
         aside = path.with_name(f".{path.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)

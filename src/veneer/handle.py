@@ -1,4 +1,5 @@
-"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of the package with both filled in."""
+"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of the package with
+both filled in."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from veneer.summary import Summary, summarise
 
 
 def attach(model: nn.Module, config: LoraConfig | None = None, name: str = "default") -> Handle:
-    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model use it while it is the only one.
+    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model use it while it is
+    the only one.
 
     Args:
         model: any module with layers of a kind that Veneer knows.
@@ -42,8 +44,9 @@ def load(
 ) -> Handle:
     """Attach the adapter in folder ``path`` to ``model``.
 
-    Everything is verified before the model is touched: the files, every key and shape, and the base's weights against the adapter's
-    fingerprints. An adapter that another library wrote has none: it loads with an ``UnverifiedAdapter`` warning.
+    Everything is verified before the model is touched: the files, every key and shape, and the base's weights against
+    the adapter's fingerprints. An adapter that another library wrote has none: it loads with an ``UnverifiedAdapter``
+    warning.
 
     Args:
         name: the adapter's name on this model; None takes "default".

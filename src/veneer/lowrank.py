@@ -2,8 +2,9 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
-``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. A ``LowRank`` is a value: it knows nothing of
-layers (which fold ΔW into their weight's shape), of variants (which make one from what they train) or of storage.
+``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. A ``LowRank`` is a value: it knows
+nothing of layers (which fold ΔW into their weight's shape), of variants (which make one from what they train) or of
+storage.
 
 Rejected: keeping ``scale`` multiplied into B. A file would then hold other numbers than those that were trained, and a
 change of alpha would be a change of every tensor.

@@ -2,8 +2,9 @@
 
     W' = round(W + ΔW)      in float64, rounded once to the weight's dtype
 
-All new weights are made and checked before the first is written. The old ones are kept beside the adapter (as buffers that no state
-dict contains), so that ``unmerge`` restores bits instead of subtracting: W' - ΔW is W only when nothing was rounded.
+All new weights are made and checked before the first is written. The old ones are kept beside the adapter (as buffers
+that no state dict contains), so that ``unmerge`` restores bits instead of subtracting: W' - ΔW is W only when nothing
+was rounded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ from veneer.errors import MergeError, listing, raise_all, sentence
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """What a merge did to one parameter: ``change`` is ‖ΔW‖ / ‖W‖, ``retention`` the share of ΔW that the rounded weight realises."""
+    """What a merge did to one parameter: ``change`` is ‖ΔW‖ / ‖W‖, ``retention`` the share of ΔW that the rounded
+    weight realises."""
 
     path: str
     change: float
@@ -48,8 +51,9 @@ class MergeReport:
             return f"merged {self.adapter!r}: nothing to change"
         median = sorted(layer.retention for layer in self.layers)[len(self.layers) // 2]
         return (
-            f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after rounding "
-            f"(median), {worst.retention:.2%} at worst ({worst.path}, where the change is {worst.change:.1e} of the weight)"
+            f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
+            f"rounding (median), {worst.retention:.2%} at worst ({worst.path}, where it is {worst.change:.1e} of the "
+            "weight)"
         )
 
 
@@ -67,9 +71,11 @@ class _Write:
 
 
 def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> MergeReport:
-    """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place: parameters keep their identity and their ties.
+    """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place: parameters keep their identity and
+    their ties.
 
-    While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else raises.
+    While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
+    raises.
 
     Args:
         name: the adapter; None takes the only one.
@@ -86,7 +92,9 @@ def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> Me
     name = only_name(model, name)
     group = need_group(model, name)
     if group.merged is not None:
-        raise MergeError(sentence(f"{group.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first"))
+        raise MergeError(
+            sentence(f"{group.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first")
+        )
     writes: list[_Write] = []
     problems: list[str] = []
     with torch.no_grad():
@@ -116,8 +124,8 @@ def unmerge(model: nn.Module) -> None:
     """Restore the bits that the weights had before ``merge``.
 
     Raises:
-        MergeError: nothing is merged; the old weights were not kept; or a merged weight was edited since, so that restoring would
-            lose the edit. Nothing was changed.
+        MergeError: nothing is merged; the old weights were not kept; or a merged weight was edited since, so that
+            restoring would lose the edit. Nothing was changed.
     """
     model = unwrap(model)
     group = need_group(model)
@@ -131,14 +139,16 @@ def unmerge(model: nn.Module) -> None:
     edited = [
         f"{path}.{name}"
         for path, module, adapter in kept
-        for name in adapter.backup._buffers  # type: ignore[union-attr]
-        if digest(_own(module, name)) != adapter.digests[name]  # type: ignore[index]
+        for name in originals(adapter)
+        if digest(_own(module, name)) != adapter.digests[name]
     ]
     if edited:
         found = f"weights edited since the merge (also by .to(dtype)): {listing(edited)}"
-        raise MergeError(sentence(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it"))
+        raise MergeError(
+            sentence(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
+        )
     for _, module, adapter in kept:
-        for name in list(adapter.backup._buffers):  # type: ignore[union-attr]
+        for name in list(originals(adapter)):
             _restore(adapter, name, _own(module, name))
         _forget(adapter)
     group.merged = None
@@ -147,29 +157,35 @@ def unmerge(model: nn.Module) -> None:
 def originals(adapter: LayerAdapter) -> dict[str, Tensor]:
     """The weights that a merge of ``adapter`` replaced, by name; empty while it is not merged."""
     backup = adapter._modules.get("backup")
-    return dict(backup._buffers) if backup is not None else {}  # type: ignore[arg-type]
+    return cast(dict[str, Tensor], dict(backup._buffers)) if backup is not None else {}
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype and bytes."""
-    content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(str(tensor.dtype).encode() + memoryview(content)).hexdigest()
+    return hash_bytes(str(tensor.dtype), tensor)
+
+
+def hash_bytes(prefix: str, tensor: Tensor) -> str:
+    """SHA-256 of a text and of the bytes of a tensor, in its logical order."""
+    whole = hashlib.sha256(prefix.encode())
+    whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def _writes(path: str, module: nn.Module, adapter: LayerAdapter, problems: list[str]) -> Iterator[_Write]:
     new: dict[str, Tensor] = {}
     if adapter.layer is not None:
-        weight: Tensor = module._parameters[adapter.layer.weight]  # type: ignore[assignment]
+        weight: Any = module._parameters[adapter.layer.weight]
         low, gain = adapter.resolve(weight)
         new[adapter.layer.weight] = adapter.changed(weight, low, gain, torch.float64)
     new |= {name: value.double() for name, value in adapter.full._parameters.items() if value is not None}
     for name, value in adapter.full._buffers.items():  # running statistics and the like: copied as they are
-        encoded = value.detach().clone()  # type: ignore[union-attr]
-        yield _Write(path, name, adapter, module._buffers[name], BASES["plain"], encoded, None)  # type: ignore[arg-type]
+        buffer: Any = module._buffers[name]
+        yield _Write(path, name, adapter, buffer, BASES["plain"], value.detach().clone(), None)
     for name, values in new.items():
-        parameter: Tensor = module._parameters[name]  # type: ignore[assignment]
+        parameter: Any = module._parameters[name]
         storage = adapter.storage if adapter.layer and name == adapter.layer.weight else BASES["plain"]
-        encoded = storage.encode(parameter, values)  # type: ignore[union-attr]
+        encoded = storage.encode(parameter, values)
         if not encoded.isfinite().all():
             found = f"{path}.{name}: W + ΔW is not finite in {encoded.dtype}"
             problems.append(sentence(found, "finite weights", "check the adapter for NaN or overflow"))
@@ -190,18 +206,18 @@ def _keep(write: _Write) -> None:
     adapter, old = write.adapter, write.parameter.detach().clone()
     if "backup" not in adapter._modules:
         adapter.backup, adapter.digests = nn.Module(), {}
-    adapter.backup.register_buffer(write.name, old, persistent=False)  # type: ignore[union-attr]
-    adapter.digests[write.name] = digest(write.encoded)  # type: ignore[index]
+    adapter._modules["backup"].register_buffer(write.name, old, persistent=False)
+    adapter.digests[write.name] = digest(write.encoded)
 
 
 def _restore(adapter: LayerAdapter, name: str, parameter: Tensor) -> None:
     is_weight = adapter.layer is not None and name == adapter.layer.weight
     storage = adapter.storage if is_weight else BASES["plain"]
-    storage.write(parameter, originals(adapter)[name])  # type: ignore[union-attr]
+    storage.write(parameter, originals(adapter)[name])
 
 
 def _own(module: nn.Module, name: str) -> Tensor:
-    return {**module._buffers, **module._parameters}[name]  # type: ignore[return-value]
+    return {**module._buffers, **module._parameters}[name]
 
 
 def _forget(adapter: LayerAdapter) -> None:

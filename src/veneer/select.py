@@ -1,8 +1,8 @@
 """Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
 
-The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``), never to the model: two threads may use
-two adapters of one model at once. Activation checkpointing runs layers again during backward, so keep the backward pass inside the
-block too.
+The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``), never to the
+model: two threads may use two adapters of one model at once. Activation checkpointing runs layers again during
+backward, so keep the backward pass inside the block too.
 """
 
 from __future__ import annotations
@@ -39,4 +39,6 @@ class use:
     def __del__(self) -> None:
         # A bare call looks like a switch that stays on, and would silently do nothing.
         if not getattr(self, "_entered", True):
-            warnings.warn(f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing", stacklevel=2)
+            warnings.warn(
+                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing", stacklevel=2
+            )

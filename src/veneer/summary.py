@@ -39,26 +39,28 @@ class Summary:
             f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers  {size(row.bytes):>10}"
             for row in self.rows
         ]
-        total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {self.percent:.3f} % of the base's {self.total:,}"
+        share = f"{self.percent:.3f} % of the base's {self.total:,}"
+        total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
         return "\n".join([f"adapter {self.adapter!r}", *lines, total])
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the only one). The base's total leaves every adapter out and counts tied weights once."""
+    """The summary of one adapter (None: the only one). The base's total leaves every adapter out and counts tied
+    weights once."""
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
-    for _, module, adapter in adapters(model, name):
+    for _, _, adapter in adapters(model, name):
         for parameter in (*adapter._parameters.values(), *adapter.full.parameters()):
             if parameter is None:
                 continue
             low = any(parameter is own for own in adapter._parameters.values())
-            kind = f"{adapter.layer.name}, {adapter.variant.name}" if low else "trained in full"  # type: ignore[union-attr]
+            kind = f"{adapter.layer.name}, {adapter.variant.name}" if low else "trained in full"
             entry = counts.setdefault(kind, [0, 0, 0])
             entry[1] += parameter.numel()
             entry[2] += parameter.numel() * parameter.element_size()
         if adapter.layer is not None:
-            counts[f"{adapter.layer.name}, {adapter.variant.name}"][0] += 1  # type: ignore[union-attr]
+            counts[f"{adapter.layer.name}, {adapter.variant.name}"][0] += 1
         if any(True for _ in adapter.full.parameters()):
             counts["trained in full"][0] += 1
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())

@@ -6,8 +6,9 @@ A module that is reachable under several names counts once, under its first name
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -99,7 +100,7 @@ def bad_regex(config: LoraConfig) -> list[str]:
     return problems
 
 
-def value_for(names: Names, path: str, values: dict[str, float], default: float) -> float:
+def value_for(names: Names, path: str, values: Mapping[str, float], default: float) -> float:
     """The value of the first pattern that matches any name of ``path``."""
     for pattern, value in values.items():
         if any(matches(pattern, alias) for alias in names.aliases[path]):
@@ -111,8 +112,11 @@ def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[str
     """Problems for the patterns that match none of the paths in ``among``."""
     chosen = set(among)
     return [
-        sentence(f"{field} pattern {pattern!r} matches no target{names.suggest(pattern)}", "a pattern that matches one",
-                 f"name one of {listing(among)}")  # fmt: skip
+        sentence(
+            f"{field} pattern {pattern!r} matches no target{names.suggest(pattern)}",
+            "a pattern that matches one",
+            f"name one of {listing(among)}",
+        )
         for pattern in patterns
         if not chosen.intersection(names.matching(pattern))
     ]
@@ -140,7 +144,9 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[str]:
     if callable(targets):
         paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
         if not paths:
-            problems.append(sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}"))
+            problems.append(
+                sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}")
+            )
         return paths
     chosen: set[str] = set()
     for pattern in _listed(targets):
@@ -152,10 +158,14 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[str]:
             others = listing({type(names.modules[path]).__name__ for path in bearing or found})
             what = f"targets pattern {pattern!r} matches {others}, which no layer kind covers"
             expected = f"one of the kinds {', '.join(LAYERS.names())}"
-            problems.append(sentence(what, expected, f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"))
+            problems.append(
+                sentence(what, expected, f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}")
+            )
         elif not found:
             what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
-            problems.append(sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it"))
+            problems.append(
+                sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it")
+            )
         chosen.update(usable)
     return [name for name in names.modules if name in chosen]
 
@@ -175,13 +185,14 @@ def _word(names: Names, word: str) -> list[str]:
 
 
 def _body(names: Names) -> set[str]:
-    """Every path but those of the output head: what a transformers model calls its output embedding, and what lies outside
-    its ``base_model``. A model of another library has no head that we could know."""
+    """Every path but those of the output head: what a transformers model calls its output embedding, and what lies
+    outside its ``base_model``. A model of another library has no head that we could know."""
     body, model = set(names.modules), names.model
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         body = set(names.children(prefix))
-    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
     return {name for name in body if names.modules[name] is not head}
 
 
@@ -195,7 +206,9 @@ def _in_layers(names: Names, chosen: list[str], layers: Iterable[int], problems:
     count = max(blocks, default=-1) + 1
     bad = [index for index in layers if not -count <= index < count]
     if bad:
-        problems.append(sentence(f"layers={bad!r}", f"block indices in [{-count}, {count})", f"there are {count} blocks"))
+        problems.append(
+            sentence(f"layers={bad!r}", f"block indices in [{-count}, {count})", f"there are {count} blocks")
+        )
         return chosen
     kept = {index % count for index in layers}
     return [path for path in chosen if _block(path) in kept]

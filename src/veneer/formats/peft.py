@@ -1,6 +1,7 @@
 """PEFT's layout: the fields of ``adapter_config.json`` and the keys of ``adapter_model.safetensors``.
 
-    base_model.model.<path>.lora_A.weight                 A of a low-rank change (each layer kind says its own two suffixes)
+    base_model.model.<path>.lora_A.weight                 A of a low-rank change (each layer kind says its own two
+    suffixes)
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
@@ -25,12 +26,35 @@ PREFIX = "base_model.model."
 
 # What a config may say without changing the arithmetic that we read from the other fields.
 _INFORMATION = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-# These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the same way.
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the
+# same way.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -72,7 +96,9 @@ def split(
         suffix = next((suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None)
         unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])
         if not name.startswith(PREFIX) or unknown:
-            problems.append(sentence(f"tensor {name!r}", f"keys {PREFIX}<path>.lora_A.weight and the like", "convert it first"))
+            problems.append(
+                sentence(f"tensor {name!r}", f"keys {PREFIX}<path>.lora_A.weight and the like", "convert it first")
+            )
         elif suffix is not None:
             pair, side = known[suffix]
             entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": pair})
@@ -92,7 +118,7 @@ def split(
         rank = _patterned(config, "rank", path)
         if layer.rank != rank:
             found = f"rank {layer.rank} at {path!r} (A {tuple(layer.A.shape)}, B {tuple(layer.B.shape)})"
-            do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight, and can't be used)"
+            do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
             problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
         low[path] = layer
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
@@ -113,12 +139,15 @@ def check_config(config: Mapping[str, Any]) -> None:
         problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
     for name, value in config.items():
         if name not in _INFORMATION and not name.endswith("_config") and value:
-            problems.append(sentence(f"{name}={value!r} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it"))
+            problems.append(
+                sentence(f"{name}={value!r} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it")
+            )
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
-    """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told ("all-linear")."""
+    """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told
+    ("all-linear")."""
     targets, exclude = config["target_modules"], config.get("exclude_modules")
     if targets == "all-linear":
         return None
@@ -140,7 +169,8 @@ def _named(patterns: str | Iterable[str], path: str) -> bool:
 
 
 def _patterned(config: Mapping[str, Any], field: str, path: str) -> Any:
-    """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a regex."""
+    """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a
+    regex."""
     patterns = config.get(f"{field}_pattern") or {}
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):
@@ -149,7 +179,8 @@ def _patterned(config: Mapping[str, Any], field: str, path: str) -> Any:
 
 
 def targets_for(chosen: list[str], among: Iterable[str]) -> list[str]:
-    """The shortest list that makes PEFT choose exactly these paths: last parts where those suffice, else whole paths."""
+    """The shortest list that makes PEFT choose exactly these paths: last parts where those suffice, else whole
+    paths."""
     leaves = sorted({path.rpartition(".")[2] for path in chosen})
     return leaves if expected_paths({"target_modules": leaves}, among) == set(chosen) else sorted(chosen)
 
@@ -157,5 +188,3 @@ def targets_for(chosen: list[str], among: Iterable[str]) -> list[str]:
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
     """A rank or alpha pattern with the whole path of every layer that differs from the default."""
     return {re.escape(path): value for path, value in values.items() if value != default}
-
-

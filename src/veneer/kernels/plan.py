@@ -1,8 +1,8 @@
 """Which of the two ways to compute an adapted layer: "factored" or "materialised".
 
 - factored: ``op(x; W) + op(x; ΔW)`` with ΔW kept as two thin matrices. tokens · r · (in + out) more multiplications.
-- materialised: ``op(x; W + ΔW)``, which defines the meaning and is right for every layer whatever its forward does. It forms
-  W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
+- materialised: ``op(x; W + ΔW)``, which defines the meaning and is right for every layer whatever its forward does.
+  It forms W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     y = op(x; W) + bias        update(x) = op(x; ΔW)        ΔW: [g, out, in] folded into the weight's own shape
 
-A kind says how large its ΔW is (``dims``), how ΔW lies in the weight (``fold`` and ``unfold``), how the layer runs on a given weight
-(``op``) and how ``op(x; ΔW)`` is computed through the bottleneck (``update``). It knows no variant and no storage.
+A kind says how large its ΔW is (``dims``), how ΔW lies in the weight (``fold`` and ``unfold``), how the layer runs on
+a given weight (``op``) and how ``op(x; ΔW)`` is computed through the bottleneck (``update``). It knows no variant and
+no storage.
 
 To add a kind: a file here, a final subclass of ``Layer``, ``@register``. Its ``examples`` put it into the tests.
 """
@@ -54,25 +55,25 @@ class Layer(ABC):
         """The module classes of this kind. Their subclasses are of this kind too."""
 
     @abstractmethod
-    def dims(self, module: nn.Module) -> Dims: ...
+    def dims(self, module: Any) -> Dims: ...
 
     @abstractmethod
-    def op(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The class's own forward, on ``weight`` and ``bias`` in place of the module's."""
 
     @abstractmethod
-    def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype of x."""
 
     @abstractmethod
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """Small modules of this kind with an input each, one for every option that changes the arithmetic."""
 
-    def refuses(self, module: nn.Module) -> str | None:
+    def refuses(self, module: Any) -> str | None:
         """Why this module cannot carry an adapter, or None."""
         return None
 
-    def factors(self, module: nn.Module) -> bool:
+    def factors(self, module: Any) -> bool:
         """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
         return True
 
@@ -88,14 +89,15 @@ class Layer(ABC):
         """How many inputs meet in one row of A, for its Kaiming initialisation."""
         return dims.in_
 
-    def mask_init(self, module: nn.Module, A: Tensor) -> None:
-        """Zero in place what must not change in a fresh A [g, r, in]."""
+    def mask_init(self, module: Any, A: Tensor) -> Tensor:
+        """A fresh A [g, r, in] with zeros for what must not change."""
+        return A
 
-    def per_output(self, module: nn.Module, values: Tensor, y: Tensor) -> Tensor:
+    def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         """A vector over outputs, [g · out], shaped to broadcast over y."""
         return values
 
-    def pack(self, low: LowRank, module: nn.Module) -> tuple[Tensor, Tensor]:
+    def pack(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
         """A and B in the shapes of a PEFT file."""
         return low.A[0], low.B[0]
 
@@ -119,11 +121,12 @@ def register(kind: type[Layer]) -> type[Layer]:
     return kind
 
 
-def kind_of(module: nn.Module) -> Layer | None:
+def kind_of(module: Any) -> Layer | None:
     """The kind of a module; a user's own kind comes before ours, as it was registered later."""
     return next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), None)
 
 
-def factors(kind: Layer, module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors, not one of its own."""
+def factors(kind: Layer, module: Any, base: type[nn.Module]) -> bool:
+    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors, not one
+    of its own."""
     return any(base.forward is stock.forward for stock in kind.types()) and kind.factors(module)

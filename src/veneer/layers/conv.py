@@ -1,10 +1,12 @@
-"""``nn.Conv1d``, ``Conv2d``, ``Conv3d``: weight [out, in/g, *k], every stride, padding and padding mode, dilation, groups.
+"""``nn.Conv1d``, ``Conv2d``, ``Conv3d``: weight [out, in/g, *k], every stride, padding and padding mode, dilation,
+groups.
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (A has g · r outputs in
-g groups, and inherits stride, padding, padding mode and dilation from the module), followed by a 1 × 1 convolution with B.
-A change of a grouped weight is grouped itself; PEFT's is not (its A spans all groups), which is why that can't be merged.
+A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (A has g · r
+outputs in g groups, and inherits stride, padding, padding mode and dilation from the module), followed by a 1 × 1
+convolution with B. A change of a grouped weight is grouped itself; PEFT's is not (its A spans all groups), which is
+why that can't be merged.
 
 In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1.
 """
@@ -12,6 +14,7 @@ In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn, randn
@@ -25,20 +28,20 @@ class _Conv(Layer):
 
     spatial: int
 
-    def dims(self, module: nn.Module) -> Dims:
+    def dims(self, module: Any) -> Dims:
         out, in_, *kernel = module.weight.shape
         return Dims(module.groups, out // module.groups, in_ * torch.Size(kernel).numel())
 
-    def op(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return module._conv_forward(x, weight, bias)
 
-    def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         A, B = self._as_weights(low, module)
         h = module._conv_forward(x, A, None)  # [N, g·r, *spatial]
         change = self._pointwise(h, B * low.scale, groups=module.groups)  # [N, out, *spatial]
         return change if y is None else y + change
 
-    def _as_weights(self, low: LowRank, module: nn.Module) -> tuple[Tensor, Tensor]:
+    def _as_weights(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
         _, in_, *kernel = module.weight.shape
         A = low.A.reshape(-1, in_, *kernel)  # [g·r, in/g, *k]
         B = low.B.reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
@@ -48,10 +51,10 @@ class _Conv(Layer):
         convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[self.spatial - 1]
         return convolution(x, weight, groups=groups)
 
-    def per_output(self, module: nn.Module, values: Tensor, y: Tensor) -> Tensor:
+    def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
 
-    def pack(self, low: LowRank, module: nn.Module) -> tuple[Tensor, Tensor]:
+    def pack(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
         return self._as_weights(low, module)
 
     def unpack(self, A: Tensor, B: Tensor, dims: Dims) -> tuple[Tensor, Tensor] | None:

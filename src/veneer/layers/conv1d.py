@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn, randn
@@ -26,16 +27,16 @@ class Conv1D(Layer):
         module = sys.modules.get("transformers.pytorch_utils")
         return (module.Conv1D,) if module else ()
 
-    def dims(self, module: nn.Module) -> Dims:
+    def dims(self, module: Any) -> Dims:
         in_, out = module.weight.shape
         return Dims(1, out, in_)
 
-    def op(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
-    def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:

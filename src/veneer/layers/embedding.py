@@ -1,4 +1,5 @@
-"""``nn.Embedding``: y = W[ids], weight [V, d]. As a linear map it takes one-hot rows: in = V, out = d, ΔW[id] = (B @ A)[:, id].
+"""``nn.Embedding``: y = W[ids], weight [V, d]. As a linear map it takes one-hot rows: in = V, out = d, ΔW[id] = (B @
+A)[:, id].
 
 So the bottleneck is a lookup in A and a product with B. What follows from the one-hot reading:
 
@@ -10,6 +11,7 @@ So the bottleneck is a lookup in A and a product with B. What follows from the o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +31,24 @@ class Embedding(Layer):
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Embedding,)
 
-    def dims(self, module: nn.Module) -> Dims:
+    def dims(self, module: Any) -> Dims:
         vocabulary, width = module.weight.shape
         return Dims(1, width, vocabulary)
 
-    def refuses(self, module: nn.Module) -> str | None:
+    def refuses(self, module: Any) -> str | None:
         if module.max_norm is not None:
             return "max_norm rewrites the base's rows during forward, so the base would not stay as it is"
         return None
 
-    def op(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq)
 
-    def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         h = F.embedding(x, low.A[0].mT, module.padding_idx)  # [*, r]
         change = F.linear(h, low.B[0] * low.scale)  # [*, d]
         return change if y is None else y + change
 
-    def factors(self, module: nn.Module) -> bool:
+    def factors(self, module: Any) -> bool:
         # Its gradient is divided by how often a row occurs, which a gradient of B alone cannot express.
         return not module.scale_grad_by_freq
 
@@ -59,9 +61,11 @@ class Embedding(Layer):
     def fan_in(self, dims: Dims) -> int:
         return 1
 
-    def mask_init(self, module: nn.Module, A: Tensor) -> None:
+    def mask_init(self, module: Any, A: Tensor) -> Tensor:
         if module.padding_idx is not None:
+            A = A.clone()
             A[:, :, module.padding_idx] = 0
+        return A
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         ids = torch.tensor([[0, 3, 3], [8, 1, 0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn, randn
@@ -19,13 +20,13 @@ class Linear(Layer):
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Linear,)
 
-    def dims(self, module: nn.Module) -> Dims:
+    def dims(self, module: Any) -> Dims:
         return Dims(1, *module.weight.shape)
 
-    def op(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def update(self, module: nn.Module, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -1,9 +1,11 @@
 """The contract of a variant: which numbers are trained, how they start, and how they become (LowRank, gain).
 
-    init(dims…)  -> {"A": [g, r, in], "B": [g, out, r], …}        resolve(numbers, scale, base) -> (LowRank, gain or None)
+    init(dims…)  -> {"A": [g, r, in], "B": [g, out, r], …}        resolve(numbers, scale, base) -> (LowRank, gain or
+    None)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias                     gain: [g · out], None for 1
 
-A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and only if it
+A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
+only if it
 asks. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
 """
 
@@ -62,6 +64,7 @@ def register(variant: Variant) -> Variant:
 
 
 def kaiming_uniform(groups: int, rank: int, in_: int, fan_in: int) -> Tensor:
-    """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al. 2015, arXiv:1502.01852)."""
+    """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al. 2015,
+    arXiv:1502.01852)."""
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(groups, rank, in_).uniform_(-bound, bound)

@@ -1,4 +1,5 @@
-"""rsLoRA: ΔW = alpha / √rank · B @ A, so that updates keep their size as the rank grows. Kalajdzievski 2023, arXiv:2312.03732.
+"""rsLoRA: ΔW = alpha / √rank · B @ A, so that updates keep their size as the rank grows. Kalajdzievski 2023,
+arXiv:2312.03732.
 
 alpha defaults to 8, which gives the same scale as ``lora`` at the default rank of 16.
 """
