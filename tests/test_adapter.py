@@ -20,6 +20,7 @@ from torch import nn
 import veneer
 from models import IDS, ConvNet, TinyLM
 from toys import error, randomise
+from veneer.artefact import _hash_record
 from veneer.errors import AdapterError, BaseMismatchError, OutputExistsError, TargetError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
@@ -200,7 +201,7 @@ def damage_format(path):
     tensors = load_file(path / TENSORS)
     record = json.loads((path / RECORD).read_text())
     record["format"] = 99
-    record["hashes"]["record"] = veneer.adapter._hash_record(record)
+    record["hashes"]["record"] = _hash_record(record)
     (path / RECORD).write_text(json.dumps(record))
     save_file(tensors, path / TENSORS, metadata={"veneer": json.dumps(record)})
 
@@ -317,7 +318,7 @@ def test_a_failure_while_saving_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("veneer.adapter.save_file", full)
+    monkeypatch.setattr("veneer.artefact.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         handle.save(path, overwrite=True)
     assert (path / TENSORS).read_bytes() == before

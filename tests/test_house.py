@@ -16,10 +16,10 @@ SOURCE = Path(veneer.__file__).parent
 # From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
 FLOORS = [
     ["errors"],
-    ["lowrank", "context", "config", "registry", "files"],
+    ["lowrank", "context", "config", "registry", "files", "hashing"],
     ["kernels", "formats", "models"],
     ["layers", "variants", "bases"],
-    ["adapted"],
+    ["adapted", "artefact"],
     ["targets"],
     ["attach"],
     ["merge", "select", "summary"],

@@ -1,99 +1,34 @@
-"""The artefact: a folder that PEFT, vLLM, SGLang and transformers load unchanged, and that proves what it is.
-
-    adapter_config.json           PEFT's fields
-    adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
-    veneer.json                   the same record, for people
-
-The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of
-the config, the LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
-believes nothing that it has not checked; ``load`` also compares the fingerprints with the model at hand.
-
-A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16,
-whichever of the two it was published in, and still be recognised; a base that was fine-tuned, or has one bit of a
-bfloat16 weight flipped, is another base.
-"""
+"""Between a model and an adapter folder: ``save`` collects what an adapter is, ``install_from`` verifies a folder
+against a model and puts it in place. The folder itself is ``artefact.py``'s."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.adapted import LayerAdapter, sites
+from veneer.artefact import Artefact, read, write
 from veneer.attach import Plans, adapters, check_full, install, name_problems, need_group, only_name, plan_low, unwrap
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, nearest, raise_all, sentence
-from veneer.files import new_folder
+from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.formats import peft
-from veneer.layers import LAYERS, kind_of
-from veneer.lowrank import LowRank
-from veneer.merge import digest, hash_bytes, originals
+from veneer.hashing import fingerprint
+from veneer.layers import kind_of
+from veneer.merge import originals
 from veneer.targets import Names
 from veneer.variants import VARIANTS
 
-RECORD = "veneer.json"
-FORMAT = 1
+__all__ = ["Artefact", "UnverifiedAdapter", "install_from", "read", "save"]
 
 
 class UnverifiedAdapter(UserWarning):
     """An adapter that another library wrote: it carries no fingerprint, so nobody can tell whether it was made for
     this base."""
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """An adapter folder that was read and verified, without a model.
-
-    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors by module path.
-    """
-
-    path: Path
-    config: LoraConfig
-    peft_config: Mapping[str, Any]
-    record: Mapping[str, Any] | None
-    low: Mapping[str, peft.PeftLayer]
-    full: Mapping[str, Mapping[str, Tensor]]
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The record, or an empty mapping."""
-        return self.record or {}
-
-    @cached_property
-    def layers(self) -> dict[str, LowRank]:
-        """Each low-rank change as a value, by module path."""
-        scale = VARIANTS[self.config.variant].scale
-        return {
-            path: LowRank(
-                entry.A.reshape(-1, entry.rank, entry.A.numel() // entry.A.shape[0])
-                if _by_row(entry)
-                else entry.A[None],
-                entry.B.reshape(entry.A.shape[0] // entry.rank, -1, entry.rank),
-                scale(entry.alpha, entry.rank),
-            )
-            for path, entry in self.low.items()
-        }
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the adapter holds."""
-        low = sum(entry.A.numel() + entry.B.numel() for entry in self.low.values())
-        return low + sum(tensor.numel() for tensors in self.full.values() for tensor in tensors.values())
-
-
-def _by_row(entry: peft.PeftLayer) -> bool:
-    return entry.A.shape[0] != entry.rank or entry.A.dim() > 2
 
 
 def save(
@@ -121,59 +56,18 @@ def save(
     name = only_name(model, name)
     config, path = need_group(model, name).configs[name], Path(path)
     tensors, fingerprints = _tensors(model, name)
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise AdapterError(
-            sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "train it again")
-        )
-    base_name = (
-        base_name if base_name is not None else getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    if base_name is None:
+        base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    write(
+        path,
+        tensors,
+        _peft_config(model, name, config, base_name),
+        base={"name": base_name, "architecture": type(model).__name__, "weights": fingerprints},
+        config=config,
+        provenance=provenance or {},
+        overwrite=overwrite,
     )
-    peft_config = _peft_config(model, name, config, base_name)
-    record = {
-        "format": FORMAT,
-        "base": {"name": base_name, "architecture": type(model).__name__, "weights": fingerprints},
-        "config": config.to_dict(),
-        "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: _hash_json(peft_config)},
-        "versions": _versions(),
-        "provenance": dict(provenance or {}),
-    }
-    record["hashes"]["record"] = _hash_record(record)
-    with new_folder(path, overwrite=overwrite) as folder:
-        (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        save_file(tensors, folder / peft.TENSORS, metadata={"format": "pt", "veneer": json.dumps(record)})
     return path
-
-
-def read(path: str | Path) -> Artefact:
-    """Read and verify an adapter folder, without a model.
-
-    Raises:
-        AdapterError: something is missing, cut short, altered, not finite or not understood.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(sentence(f"no folder {path}", "an adapter folder", "check the path"))
-    missing = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
-    if missing:
-        found = f"no {' and no '.join(missing)} in {path}"
-        raise AdapterError(sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"))
-    peft_config = _read_json(path / peft.CONFIG)
-    tensors, header = _read_tensors(path / peft.TENSORS)
-    record = _verify(path, peft_config, tensors, header)
-    peft.check_config(peft_config)
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise AdapterError(
-            sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", "get another copy")
-        )
-    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS})
-    try:
-        config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
-    except ConfigError as error:
-        raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    return Artefact(path, config, peft_config, record, low, full)
 
 
 def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool) -> None:
@@ -222,11 +116,6 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     }
     install(model, name, Plans(artefact.config, tuple(low), names_of_full), trainable=trainable)
     _fill(model, name, numbers, full)
-
-
-def fingerprint(weight: Tensor) -> str:
-    """The first 128 bits of the SHA-256 of a weight's shape and of its values rounded to bfloat16, in hex."""
-    return hash_bytes(str(tuple(weight.shape)), weight.detach().to(torch.bfloat16))[:32]
 
 
 def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -295,28 +184,6 @@ def _task(model: nn.Module) -> str | None:
         "ForQuestionAnswering": "QUESTION_ANS",
     }
     return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
-
-
-def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
-    """The LoraConfig that a PEFT config means."""
-    said = {name for name in ("use_rslora",) if config.get(name)}
-    variant = next((v for v in VARIANTS if v.peft is not None and {k for k, on in v.peft.items() if on} == said), None)
-    if variant is None:
-        raise AdapterError(
-            sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
-        )
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        targets = targets if targets == "all-linear" else f"re:{targets}"
-    return LoraConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
-        targets=targets,
-        train_also=config.get("modules_to_save") or (),
-        variant=variant.name,
-        bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
-    )
 
 
 def _numbers(names: Names, entry, file_of: Mapping[str, peft.PeftLayer], problems: list[str]):
@@ -391,89 +258,3 @@ def _verify_base(model: nn.Module, artefact: Artefact) -> None:
         raise BaseMismatchError(
             f"The adapter {artefact.path} was made for another base. {sentence(found, expected, do)}"
         )
-
-
-def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str]):
-    """The record, if there is one and everything it says is so; None for another library's folder."""
-    beside = path / RECORD
-    if "veneer" not in header:
-        if beside.exists():
-            found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
-            raise AdapterError(
-                sentence(found, "files that belong together", f"remove {RECORD} if another library rewrote the tensors")
-            )
-        return None
-    try:
-        record = json.loads(header["veneer"])
-        hashes = record["hashes"]
-        checks = {
-            "the record in its header": (_hash_record(record), hashes["record"]),
-            "its tensors": (_hash_tensors(tensors), hashes["tensors"]),
-            peft.CONFIG: (_hash_json(config), hashes[peft.CONFIG]),
-        }
-        format_ = record["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AdapterError(
-            sentence(f"a damaged record in {path / peft.TENSORS}", "Veneer's record", "get it again")
-        ) from error
-    if beside.exists() and _read_json(beside) != record:
-        checks[RECORD] = ("", "the record in the header")
-    altered = [what for what, (actual, expected) in checks.items() if actual != expected]
-    if altered:
-        found = f"{path}, of which {' and '.join(altered)} changed after it was written"
-        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
-    if format_ != FORMAT:
-        raise AdapterError(sentence(f"format {format_} in {path}", f"{FORMAT}", "install a newer Veneer"))
-    return record
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            sentence(f"{file}, which is not JSON ({error})", "a JSON object", "get the file again")
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", "get the file again"))
-    return content
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()  # a list: safe_open is no mapping
-            return {key: opened.get_tensor(key) for key in names}, opened.metadata() or {}
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        found = f"{file} cannot be read ({error})"
-        raise AdapterError(
-            sentence(found, "a whole safetensors file", "get the file again; it may be cut short")
-        ) from error
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    whole = hashlib.sha256()
-    for key in sorted(tensors):
-        whole.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
-    return whole.hexdigest()
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_record(record: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in record["hashes"].items() if key != "record"}
-    return _hash_json({**record, "hashes": rest})
-
-
-def _versions() -> dict[str, str]:
-    return dict(_installed("veneer", "torch", "transformers"))
-
-
-def _installed(*packages: str) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue

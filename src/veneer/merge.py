@@ -9,7 +9,6 @@ was rounded.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +20,7 @@ from veneer.adapted import LayerAdapter
 from veneer.attach import adapters, need_group, only_name, unwrap
 from veneer.bases import BASES, Storage
 from veneer.errors import MergeError, listing, raise_all, sentence
+from veneer.hashing import digest
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,6 @@ def originals(adapter: LayerAdapter) -> dict[str, Tensor]:
     """The weights that a merge of ``adapter`` replaced, by name; empty while it is not merged."""
     backup = adapter._modules.get("backup")
     return cast(dict[str, Tensor], dict(backup._buffers)) if backup is not None else {}
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype and bytes."""
-    return hash_bytes(str(tensor.dtype), tensor)
-
-
-def hash_bytes(prefix: str, tensor: Tensor) -> str:
-    """SHA-256 of a text and of the bytes of a tensor, in its logical order."""
-    whole = hashlib.sha256(prefix.encode())
-    whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
 
 
 def _writes(path: str, module: nn.Module, adapter: LayerAdapter, problems: list[str]) -> Iterator[_Write]:
