@@ -39,8 +39,7 @@ def main() -> int:
     pronounce.write_rows(OUT / "held-out.jsonl", held)
 
     step("Loading SmolLM2-135M-Instruct")
-    base = models.load_base(BASE)
-    base.model.set_attn_implementation("eager")
+    base = models.load_base(BASE, attention="eager")
     step(f"The base on {JUDGED} held-out words, asked plainly and with 8 examples")
     answers = {
         "base, zero-shot": say(base, [pronounce.instruction(word) for word in judged]),
@@ -81,8 +80,7 @@ def main() -> int:
     merged = result.handle.merge(keep=False)
     result.handle.detach(keep_merged=True)
     models.save_plain(result.model, result.tokenizer, OUT / "merged")
-    plain = models.load_base(OUT / "merged")
-    plain.model.set_attn_implementation("eager")
+    plain = models.load_base(OUT / "merged", attention="eager")
     answers["merged"] = say(plain, prompts)
     agree = sum(a == m for a, m in zip(answers["adapter"], answers["merged"], strict=True)) / JUDGED
     drift = ((adapted - logits(plain.model, probe)).norm() / adapted.norm()).item()

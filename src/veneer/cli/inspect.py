@@ -1,0 +1,131 @@
+"""`veneer inspect`: what an adapter is, read and verified without its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    layers: Annotated[
+        int, typer.Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
+    ] = 12,
+) -> None:
+    """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its base.
+
+    Reading verifies: a truncated or altered file is an error.
+
+    \b
+    Examples:
+      veneer inspect run/adapter
+      veneer inspect run/adapter --json
+    """
+    import veneer
+    from veneer.cli.console import out
+
+    artefact = veneer.adapter.read(adapter)
+    facts = _facts(artefact)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    out.print(_head(facts))
+    out.print(_norms(facts, layers))
+
+
+def _facts(artefact: Any) -> dict[str, Any]:
+    """Everything that is shown, as JSON values."""
+    base = dict(artefact.metadata.get("base", {}))
+    weights = base.pop("weights", {})
+    norms = {path: float(change.norm()) for path, change in artefact.layers.items()}
+    kinds: dict[str, int] = {}
+    for path in artefact.layers:
+        kinds[path.rsplit(".", 1)[-1]] = kinds.get(path.rsplit(".", 1)[-1], 0) + 1
+    return {
+        "path": str(artefact.path),
+        "base": base or {"name": artefact.peft_config.get("base_model_name_or_path")},
+        "fingerprint": _fingerprint(weights),
+        "config": artefact.config.to_dict(),
+        "alpha": artefact.peft_config["lora_alpha"],  # the config's may be None: the variant's default
+        "parameters": artefact.parameters,
+        "bytes": sum(file.stat().st_size for file in artefact.path.iterdir() if file.is_file()),
+        "targets": kinds,
+        "trained_in_full": sorted(artefact.full),
+        "norms": norms,
+        "provenance": artefact.metadata.get("provenance", {}),
+        "versions": artefact.metadata.get("versions", {}),
+        "verified": bool(artefact.record),
+    }
+
+
+def _fingerprint(weights: dict[str, str]) -> str | None:
+    """One hash of the fingerprints of all adapted base weights: equal for equal bases and targets."""
+    import hashlib
+
+    if not weights:
+        return None
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _head(facts: dict[str, Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from veneer.summary import size
+
+    config = facts["config"]
+    unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
+    rows = {
+        "adapter": f"{facts['path']}{unverified}",
+        "base": f"{facts['base'].get('name') or '?'}{_in(facts['base'].get('architecture'))}",
+        "fingerprint": facts["fingerprint"] or "none",
+        "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
+        "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none",
+        **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
+        "size": f"{facts['parameters']:,} numbers, {size(facts['bytes'])}",
+        **_training(facts["provenance"]),
+        "written by": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "unknown",
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _in(architecture: str | None) -> str:
+    return f" ({architecture})" if architecture else ""
+
+
+def _training(provenance: dict[str, Any]) -> dict[str, str]:
+    metrics = provenance.get("metrics") or {}
+    words = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
+    words += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
+    words += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
+    config = provenance.get("config") or {}
+    return {"training": ", ".join(words + ([f"on {config['data']}"] if "data" in config else []))} if words else {}
+
+
+def _norms(facts: dict[str, Any], count: int) -> Any:
+    from rich.table import Table
+
+    norms = sorted(facts["norms"].items(), key=lambda item: item[1], reverse=True)
+    shown = norms[: count or None]
+    table = Table("layer", box=None, header_style="bold", caption_justify="left")
+    table.add_column("‖ΔW‖", justify="right")
+    table.add_column("")
+    longest = shown[0][1] if shown else 0.0
+    for path, norm in shown:
+        bar = "█" * max(1, round(24 * norm / longest)) if longest > 0 else ""
+        table.add_row(path, f"{norm:.4g}", bar)
+    if len(norms) > len(shown):
+        table.caption = f"and {len(norms) - len(shown)} layers with smaller changes (--layers 0 shows all)"
+    return table

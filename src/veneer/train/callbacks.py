@@ -1,0 +1,175 @@
+"""What watches a run: the log file, the progress display, the stop on a signal, the stop on a loss that is not a
+number."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from transformers import TrainerCallback
+
+from veneer.errors import VeneerError
+from veneer.train.checkpoint import LOG
+
+
+class TrainingError(VeneerError, ArithmeticError):
+    """A run whose loss became infinite or not a number."""
+
+
+class LossLog(TrainerCallback):
+    """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch, tokens, seconds.
+
+    `seconds` and `tokens` go on from `before`, the last line of the run that is resumed.
+    """
+
+    def __init__(self, output: Path, before: list[dict[str, Any]]) -> None:
+        self.path = output / LOG
+        self.offset = float(before[-1]["seconds"]) if before else 0.0
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        keep = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", "eval_accuracy"}
+        line: dict[str, Any] = {"step": state.global_step, **{name: logs[name] for name in logs if name in keep}}
+        if not line.keys() & {"loss", "eval_loss"}:
+            return  # the summary at the end of a run
+        if "num_tokens" in logs:
+            line["tokens"] = int(logs["num_tokens"])
+        line["seconds"] = round(self.offset + time.perf_counter() - self.started, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class StopOnNan(TrainerCallback):
+    """Raise when the loss or the gradient is not finite: going on would only spoil the adapter."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"Found: the {name.replace('_', ' ')} is {value} at step {state.global_step}. Expected: a finite "
+                    "number. Do: lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32); "
+                    "the last checkpoint is intact."
+                )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once.
+
+    Use as a context manager around `trainer.train()`; `stopped` says whether a signal came.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.stopped = False
+        self.console = console
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        if self.console is not None:
+            say(self.console, "Stopping after this step … (again to stop at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class ProgressBar(TrainerCallback):
+    """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log file."""
+
+    def __init__(self, console: Console, start: int = 0) -> None:
+        self.console = console
+        self.start = start  # the step at which this session begins
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.recent: deque[tuple[float, int, int]] = deque(maxlen=51)  # (seconds, tokens, step) of the last 50 steps
+        self.printed = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.console.is_terminal:
+            self.bar = Progress(
+                SpinnerColumn(), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                console=self.console, expand=True, refresh_per_second=4,
+            )  # fmt: skip
+            self.task = self.bar.add_task(
+                "training", total=state.max_steps, completed=state.global_step, text="first step …"
+            )
+            self.bar.start()
+        self.printed = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        step, now = state.global_step, time.perf_counter()
+        if "eval_loss" in logs:
+            accuracy = logs.get("eval_accuracy")
+            right = f", {accuracy:.1%} of tokens right" if accuracy is not None else ""
+            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{right}")
+        if "loss" not in logs:
+            return
+        self.recent.append((now, int(logs.get("num_tokens", 0)), step))
+        text = f"loss {logs['loss']:.4f}{self._speed(state.max_steps)}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+        elif step in (self.start + 1, state.max_steps) or now - self.printed > 10:
+            self.printed = now
+            say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
+
+    def _speed(self, total: int) -> str:
+        (then, tokens, step), (now, tokens_now, step_now) = self.recent[0], self.recent[-1]
+        if step_now == step or now <= then:
+            return ""
+        left = (total - step_now) * (now - then) / (step_now - step)
+        return f"  {(tokens_now - tokens) / (now - then):,.0f} tokens/s  {duration(left)} left"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing; also after an error, or the terminal stays without a cursor."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: a path may hold brackets, which rich would read as markup, and must not be broken."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 10 min."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

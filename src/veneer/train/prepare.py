@@ -1,0 +1,84 @@
+"""From a configuration to data that the trainer takes, and the number of steps that they make."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from trl.data_utils import pack_dataset
+
+from veneer import models
+from veneer.errors import ConfigError
+from veneer.train import data, tokens
+from veneer.train.config import TrainConfig
+
+LONGEST = 2048  # tokens: the default limit, where the model's context is longer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, ready for the trainer, and the number of steps."""
+
+    train: tokens.Examples
+    evaluation: tokens.Examples | None
+    train_set: Any
+    eval_set: Any
+    max_length: int
+    steps: int
+    hashes: dict[str, str]
+
+
+def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
+    """Read, check, split, tokenise and pack the data of `config`, and count the steps."""
+    columns = data.Columns(config.messages_column, config.prompt_column, config.completion_column, config.text_column)
+    rows = data.read(config.data, columns, split=config.split)
+    held = data.read(config.eval_data, columns) if config.eval_data is not None else None
+    if config.eval_fraction:
+        rows, held = split(rows, config.eval_fraction, config.seed)
+    context = models.context_length(config.base)
+    max_length = config.max_length or min(context or LONGEST, LONGEST)
+    if context is not None and max_length > context:
+        raise ConfigError(
+            f"Found: max_length {max_length:,}. Expected: at most {context:,}, the context of {config.base}. "
+            "Do: lower it."
+        )
+    options: Any = {"max_length": max_length, "too_long": config.too_long, "completion_only": config.completion_only}
+    train = tokens.tokenise(rows, tokenizer, **options)
+    evaluation = tokens.tokenise(held, tokenizer, **options) if held is not None else None
+    train_set, eval_set = train.dataset(), evaluation.dataset() if evaluation is not None else None
+    if config.packing:
+        train_set = pack(train_set, max_length)
+        eval_set = pack(eval_set, max_length) if eval_set is not None else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = math.ceil(len(train_set) / (config.batch_size * world))
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
+    hashes = {"train": rows.sha256, **({"eval": held.sha256} if held is not None else {})}
+    return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes)
+
+
+def split(rows: data.Rows, fraction: float, seed: int) -> tuple[data.Rows, data.Rows]:
+    """(the rest, a random share `fraction` of the rows, at least one), each in its original order; the same for a
+    seed."""
+    count = max(1, round(len(rows) * fraction))
+    if count >= len(rows):
+        raise ConfigError(
+            f"Found: eval_fraction {fraction} of {len(rows)} examples leaves none to train on. Expected: at least one. "
+            "Do: lower it."
+        )
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
+
+
+def pack(dataset: Any, max_length: int) -> Any:
+    """Several examples in one row of at most `max_length` tokens, with their lengths in the column seq_lengths."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        return pack_dataset(dataset, max_length, "bfd")
+    finally:
+        if shown:
+            enable_progress_bar()

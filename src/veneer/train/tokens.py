@@ -1,0 +1,236 @@
+"""Rows -> token ids with a label where the loss counts.
+
+    row  ->  input_ids [s], labels [s]            labels = input_ids where the loss counts, -100 elsewhere
+
+The loss counts on what the model must write: the completion, the assistant's turns, or the whole of a plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from veneer.errors import DataError
+from veneer.train.data import Kind, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that torch's cross-entropy skips
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows: `input_ids[i]` and `labels[i]` are lists of equal length; `index[i]` is the row it came from."""
+
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    index: list[int]
+    dropped: int = 0
+    truncated: int = 0
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", [len(ids) for ids in self.input_ids])
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the loss counts."""
+        return sum(label != IGNORED for labels in self.labels for label in labels[1:])
+
+    def dataset(self) -> Any:
+        """A `datasets.Dataset` with the columns input_ids and labels, which `trl.SFTTrainer` takes as prepared."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
+
+
+def tokenise(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: Literal["error", "truncate", "drop"] = "error",
+    completion_only: bool = True,
+) -> Examples:
+    """Token ids and labels of every row, at most `max_length` tokens each.
+
+    `too_long` says what happens to a longer row; "truncate" keeps the start. A row that is left without a token to
+    learn from (all of its completion cut away) is dropped under "truncate" and "drop".
+
+    Raises `DataError` when a row is too long and `too_long` is "error", when a row has nothing to learn from, and when
+    chat rows meet a tokenizer without a chat template.
+    """
+    encode = _encoder(rows, tokenizer, completion_only)
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    index: list[int] = []
+    long: list[tuple[int, int]] = []
+    truncated = 0
+    for i, row in enumerate(rows.rows):
+        tokens, learn = encode(row, rows.places[i])
+        targets = [token if flag else IGNORED for token, flag in zip(tokens, learn, strict=True)]
+        if len(tokens) > max_length:
+            long.append((len(tokens), i))
+            if too_long != "truncate":
+                continue
+            tokens, targets = tokens[:max_length], targets[:max_length]
+            if all(target == IGNORED for target in targets[1:]):
+                continue
+            truncated += 1
+        elif all(target == IGNORED for target in targets[1:]):
+            # A first token has no context to be predicted from, so it never counts.
+            raise DataError(
+                f"{rows.source}, {rows.places[i]} has nothing to learn from: its {_part(rows.kind)} is empty.\n"
+                "Expected at least one token that the loss counts.\nDo: fix or remove that row."
+            )
+        ids.append(tokens)
+        labels.append(targets)
+        index.append(i)
+    if long and too_long == "error":
+        raise DataError(_too_long(rows, long, max_length))
+    if not ids:
+        raise DataError(
+            f"Nothing is left of {rows.source}: all {len(rows)} examples are longer than {max_length} tokens.\n"
+            f"Do: raise max_length (the longest has {max(long)[0]:,} tokens)."
+        )
+    return Examples(ids, labels, index, dropped=len(rows) - len(ids), truncated=truncated)
+
+
+def _too_long(rows: Rows, long: list[tuple[int, int]], max_length: int) -> str:
+    length, where = max(long)
+    return (
+        f"{len(long)} of {len(rows)} examples of {rows.source} {'is' if len(long) == 1 else 'are'} longer than the "
+        f"context of {max_length:,} tokens; the longest, {rows.places[where]}, has {length:,}.\n"
+        f"Expected at most {max_length:,} tokens.\n"
+        f"Do: raise it with --max-length {length} (if the model allows it), or choose --too-long truncate "
+        "(cuts the end) or --too-long drop (leaves them out)."
+    )
+
+
+def _part(kind: Kind) -> str:
+    return {"messages": "assistant's part", "prompt": "completion", "text": "text"}[kind]
+
+
+Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
+
+
+def _encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Encoder:
+    """The function from one row (and its place, for errors) to its tokens and which of them to learn."""
+    if rows.kind == "text":
+        return lambda row, place: _encode_text(row["text"], tokenizer)
+    if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
+        return lambda row, place: _encode_pair(row["prompt"], row["completion"], tokenizer, completion_only)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{rows.source} holds chat messages, and the base model's tokenizer has no chat template.\n"
+            "Expected a chat model.\nDo: choose its instruct version, or give `prompt` and `completion` as text."
+        )
+    if rows.kind == "prompt":
+        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, completion_only, place)
+    template = _training_template(tokenizer)
+    if template is not None:
+        return lambda row, place: _encode_marked(row["messages"], tokenizer, template, completion_only)
+    return lambda row, place: _encode_turns([], row["messages"], tokenizer, completion_only, place)
+
+
+def _ended(tokens: list[int], learn: list[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """With the end-of-text token, which teaches the model to stop."""
+    end: Any = tokenizer.eos_token_id
+    if end is None or (tokens and tokens[-1] == end):
+        return tokens, learn
+    return [*tokens, end], [*learn, True]
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    tokens = list(tokenizer(text)["input_ids"])
+    return _ended(tokens, [bool(text)] * len(tokens), tokenizer) if text else (tokens, [False] * len(tokens))
+
+
+def _encode_pair(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
+) -> tuple[list[int], list[bool]]:
+    """Prompt and completion as text. The prompt's tokens are those that generation will see.
+
+    Encoded together, tokens may merge across the border and the model would train on a prompt that it never meets
+    again; where that happens the completion is encoded by itself.
+    """
+    head = list(tokenizer(prompt)["input_ids"])
+    tokens = list(tokenizer(prompt + completion)["input_ids"])
+    if tokens[: len(head)] != head:
+        tokens = head + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    learn = [not completion_only] * len(head) + [True] * (len(tokens) - len(head))
+    return _ended(tokens, learn, tokenizer) if completion else (tokens, learn)
+
+
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that marks the assistant's turns: the tokenizer's own, or trl's version of it, if there is
+    one."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    template = tokenizer.chat_template
+    if isinstance(template, str) and has_generation_markers(template):
+        return template
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:  # trl knows no training version of this template; `_encode_turns` needs none
+        return None
+
+
+def _encode_marked(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, completion_only: bool
+) -> tuple[list[int], list[bool]]:
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(encoded["input_ids"]), [bool(flag) or not completion_only for flag in encoded["assistant_masks"]]
+
+
+def _encode_turns(
+    prompt: list[dict[str, Any]],
+    completion: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    completion_only: bool,
+    place: str,
+) -> tuple[list[int], list[bool]]:
+    """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in `completion` are
+    learnt.
+
+    Works with every template that writes a chat as a growing text; one that rewrites earlier turns is an error.
+    """
+    messages = [*prompt, *completion]
+    cuts: list[tuple[int, bool]] = [(0, False)]
+    full = _chat(messages, tokenizer)
+    for number, message in enumerate(messages):
+        learn = number >= len(prompt) and message["role"] == "assistant"
+        if learn:  # the header ("<|im_start|>assistant") is given at generation, not learnt
+            cuts.append((_prefix(_chat(messages[:number], tokenizer, header=True), full, place), False))
+        cuts.append((_prefix(_chat(messages[: number + 1], tokenizer), full, place), learn))
+    flags = [False] * len(full)
+    for (start, _), (end, learn) in pairwise(cuts):
+        flags[start:end] = [learn or not completion_only] * (end - start)
+    return full, flags
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, header: bool = False) -> list[int]:
+    if not messages:
+        return []
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=header
+    )
+    return list(encoded["input_ids"])
+
+
+def _prefix(start: list[int], full: list[int], place: str) -> int:
+    if full[: len(start)] == start:
+        return len(start)
+    raise DataError(
+        f"{place}: the chat template rewrites earlier turns when a turn follows, so its assistant turns cannot be told "
+        "apart.\nExpected a template that only appends, or one with {% generation %} marks.\n"
+        "Do: give each row as `prompt` and `completion` (one answer a row), or set completion_only to false."
+    )

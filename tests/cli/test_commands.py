@@ -1,0 +1,177 @@
+"""The commands do what their help says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny import sums, write_rows
+from veneer.train.config import TrainConfig
+
+Case = Callable[..., Any]
+
+
+def test_train_from_yaml_with_flags_over_it(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    fields = {
+        "base": str(base),
+        "data": str(data),
+        "output": str(tmp_path / "a"),
+        "rank": 2,
+        "eval_fraction": 0.2,
+        "batch_size": 4,
+    }
+    file.write_text(yaml.safe_dump(fields))
+    found = veneer("train", file, "--rank", 3, "--targets", "q_proj,v_proj", "--no-check", "--layers", "-1")
+    assert found.code == 0, found.err
+    for part in ("Base", "Memory   about", "trains", "loss", "tokens/s", "evaluation loss", "Adapter", "veneer merge"):
+        assert part in found.err
+    config = json.loads((tmp_path / "a" / "adapter" / "veneer.json").read_text())["config"]
+    assert config["rank"] == 3
+    assert config["targets"] == ["q_proj", "v_proj"]
+    assert config["layers"] == [-1]
+    facts = json.loads(veneer("inspect", tmp_path / "a" / "adapter", "--json").out)
+    assert sorted(facts["norms"]) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_every_field_is_a_flag(veneer: Case) -> None:
+    text = veneer("train", "--help").out
+    for name in TrainConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_eval_compares_base_and_adapter(veneer: Case, base: Path, data: Path, adapter: Path) -> None:
+    found = json.loads(
+        veneer("eval", base, data, "--adapter", adapter, "--json", "--exact", 2, "--precision", "fp32").out
+    )
+    assert found["adapter"]["loss"] < found["base"]["loss"] - 0.2
+    assert found["base"]["tokens"] == found["adapter"]["tokens"]
+    assert {"perplexity", "accuracy", "exact"} <= found["base"].keys()
+    table = veneer("eval", base, data, "--adapter", adapter).out
+    assert re.search(r"base .*\n.*adapter ", table)
+    assert "tokens counted" in table
+
+
+def test_merge_writes_a_model_that_transformers_loads_alone(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    found = veneer("merge", base, adapter, tmp_path / "merged")
+    assert found.code == 0, found.err
+    assert "of the change kept" in found.out
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        f"m = M.from_pretrained({str(tmp_path / 'merged')!r}); t = T.from_pretrained({str(tmp_path / 'merged')!r});"
+        "assert 'veneer' not in sys.modules; print(m(**t('3 + 5 =', return_tensors='pt')).logits.sum().item())"
+    )
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    import veneer as library
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    library.load(model, adapter)
+    with torch.no_grad():
+        adapted = model(**AutoTokenizer.from_pretrained(base)("3 + 5 =", return_tensors="pt")).logits.sum()
+    assert float(alone.stdout) == pytest.approx(float(adapted), rel=1e-4)
+    again = veneer("merge", base, adapter, tmp_path / "merged", "--overwrite")
+    assert again.code == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_generate_base_adapter_and_both(veneer: Case, base: Path, adapter: Path) -> None:
+    options = ("--max-new-tokens", 5, "-p", "3 + 5 =", "-p", "1 + 1 =")
+    alone, adapted = veneer("generate", base, *options), veneer("generate", base, "--adapter", adapter, *options)
+    assert alone.code == adapted.code == 0
+    assert alone.out != adapted.out
+    both = veneer("generate", base, "--adapter", adapter, "--both", *options).out
+    for word in ("prompt", "base", "adapter", "3 + 5 ="):
+        assert word in both
+    sampled = [veneer("generate", base, "--temperature", 1.0, "--seed", seed, *options).out for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert veneer("generate", base, "--chat", "--system", "s", *options).code == 0
+
+
+def test_generation_does_not_depend_on_the_batch(base: Path) -> None:
+    from veneer.models import load_base
+    from veneer.train.generate import generate
+
+    loaded = load_base(base, precision="fp32")
+    prompts = [row["prompt"] for row in sums(7)] + ["a", "a much longer prompt than the others"]
+    one = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=8, batch_size=1)
+    assert generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=8, batch_size=4) == one
+    stops = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=8, stop=[one[0][2]])
+    assert stops[0] == one[0].split(one[0][2])[0]
+
+
+def test_inspect_shows_everything(veneer: Case, adapter: Path) -> None:
+    text = veneer("inspect", adapter).out
+    for part in (
+        "fingerprint",
+        "lora, rank 4",
+        "q_proj × 2",
+        "‖ΔW‖",
+        "steps",
+        "LlamaForCausalLM",
+        "and 2 layers with smaller changes",
+    ):
+        assert part in text
+    facts = json.loads(veneer("inspect", adapter, "--json").out)
+    assert facts["verified"]
+    assert len(facts["norms"]) == 14
+    assert all(norm > 0 for norm in facts["norms"].values())
+    assert facts["provenance"]["data"]["train"]
+
+
+def test_stdin_gives_prompts(veneer: Case, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb\n"))
+    assert veneer("generate", base, "--max-new-tokens", 2).code == 0
+
+
+def test_help_and_version(veneer: Case) -> None:
+    assert re.fullmatch(r"veneer \d+\.\d+\.\d+\S*\n", veneer("--version").out)
+    for command in ("train", "eval", "generate", "merge", "inspect"):
+        found = veneer(command, "--help")
+        assert found.code == 0
+        assert f"veneer {command} " in found.out.split("Example", 1)[1]
+        assert f" {command} " in veneer("--help").out
+
+
+def test_help_loads_no_library_of_the_commands() -> None:
+    code = (
+        "import sys; from veneer.cli import run; run([{arguments}])\n"
+        "heavy = {{'transformers', 'trl', 'datasets', 'accelerate'}} & set(sys.modules); print(heavy, file=sys.stderr)"
+    )
+    for arguments in ("'--help'", "'train', '--help'", "'merge', '--help'"):
+        found = subprocess.run(
+            [sys.executable, "-c", code.format(arguments=arguments)], capture_output=True, text=True, check=True
+        )
+        assert found.stderr.strip() == "set()", arguments
+
+
+def test_the_tensorboard_tracker(veneer: Case, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    rows = write_rows(tmp_path / "a.jsonl", sums(4))
+    found = veneer(
+        "train", "--base", base, "--data", rows, "--output", tmp_path / "o", "--trackers", "tensorboard", "--rank", 2
+    )
+    assert found.code == 0, found.err
+    assert list((tmp_path / "o").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda file: file.name
+)
+def test_the_examples_are_valid(file: Path) -> None:
+    from veneer.train.config import load_config
+
+    assert load_config(file).base

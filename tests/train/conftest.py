@@ -1,0 +1,39 @@
+"""A tiny base on disk and a run on it, shared by the tests of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import sums, write_rows, write_tiny
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny Llama and its tokenizer."""
+    return write_tiny(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 prompt/completion rows."""
+    return write_rows(tmp_path_factory.mktemp("data") / "sums.jsonl", sums(40))
+
+
+@pytest.fixture
+def make(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`make(output="a", rank=2, ...)`: a `TrainConfig` of a small run with dropout and evaluation."""
+    from veneer.train.config import make_config
+
+    def build(output: str = "run", **changes: Any) -> Any:
+        fields: dict[str, Any] = {
+            "base": str(base), "data": str(rows), "output": str(tmp_path / output), "rank": 4, "dropout": 0.1,
+            "epochs": 3, "batch_size": 4, "eval_fraction": 0.1, "eval_every": 4, "save_every": 5, "learning_rate": 5e-3,
+            "precision": "fp32",
+        }  # fmt: skip
+        return make_config({**fields, **changes})
+
+    return build

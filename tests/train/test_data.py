@@ -1,0 +1,225 @@
+"""Every file format and every shape of row, and what is said about rows that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tiny import sums, tiny_tokenizer, write_rows
+from veneer.errors import DataError
+from veneer.train import data, tokens
+from veneer.train.data import Columns
+
+TOKENIZER = tiny_tokenizer()
+ROWS = sums(4)
+
+
+def learnt(examples: tokens.Examples, i: int = 0) -> str:
+    """The text that the loss counts in example i."""
+    return TOKENIZER.decode([label for label in examples.labels[i] if label != tokens.IGNORED])
+
+
+def _csv(path: Path) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def _json(path: Path) -> Path:
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def _parquet(path: Path) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "a.jsonl": lambda path: write_rows(path, ROWS),
+    "a.json": _json,
+    "a.csv": _csv,
+    "a.tsv": _csv,
+    "a.parquet": _parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    rows = data.read(WRITERS[name](tmp_path / name))
+    assert rows.kind == "prompt"
+    assert rows.rows == ROWS  # the completion " 8" stays text
+
+
+def test_a_text_file_is_one_example_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\r\n")
+    rows = data.read(tmp_path / "a.txt")
+    assert rows.rows == [{"text": "one"}, {"text": "two"}]
+    assert rows.places == ["line 1", "line 3"]
+    examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
+    assert learnt(examples) == "one<|im_end|>"
+
+
+def test_completions_alone_are_learnt_unless_told_otherwise(tmp_path: Path) -> None:
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "cd", "other": 1}]))
+    examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
+    assert TOKENIZER.decode(examples.input_ids[0]) == "abcd<|im_end|>"
+    assert learnt(examples) == "cd<|im_end|>"
+    assert examples.trained_tokens == 3
+    assert learnt(tokens.tokenise(rows, TOKENIZER, max_length=10, completion_only=False)) == "abcd<|im_end|>"
+
+
+CHAT = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "again"},
+    {"role": "assistant", "content": "bye"},
+]
+
+
+def test_a_chat_learns_each_assistant_turn_and_its_end(tmp_path: Path) -> None:
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    examples = tokens.tokenise(rows, TOKENIZER, max_length=300)
+    text = TOKENIZER.decode(examples.input_ids[0])
+    assert text == TOKENIZER.apply_chat_template(CHAT, tokenize=False)
+    assert learnt(examples) == "yo<|im_end|>\nbye<|im_end|>\n"
+
+
+def test_generation_marks_of_a_template_are_used(tmp_path: Path) -> None:
+    marked = tiny_tokenizer()
+    marked.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    assert learnt(tokens.tokenise(rows, marked, max_length=300)) == "yo<|im_end|>bye<|im_end|>"
+
+
+def test_a_chat_as_prompt_and_completion_learns_the_completion(tmp_path: Path) -> None:
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": CHAT[:4], "completion": CHAT[4:]}]))
+    assert learnt(tokens.tokenise(rows, TOKENIZER, max_length=300)) == "bye<|im_end|>\n"
+
+
+def test_the_sharegpt_form_is_understood(tmp_path: Path) -> None:
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [row]))
+    assert learnt(tokens.tokenise(rows, TOKENIZER, max_length=300)) == "yo<|im_end|>\n"
+
+
+def test_tokens_that_merge_across_the_border_do_not_change_the_prompt(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"<|end|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert tokens.tokenise(rows, merging, max_length=9).input_ids == [[1, 2, 0]]  # not [3, 0]
+
+
+def test_columns_of_other_names_can_be_named(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"question": "a", "answer": "b", "text": "c"}])
+    assert data.read(file).kind == "text"
+    rows = data.read(file, Columns(prompt="question", completion="answer"))
+    assert rows.rows == [{"prompt": "a", "completion": "b"}]
+
+
+@pytest.mark.parametrize(("policy", "left"), [("truncate", 2), ("drop", 1)])
+def test_too_long_examples(tmp_path: Path, policy: Any, left: int) -> None:
+    lines = [{"text": "a" * 5}, {"text": "b" * 50}]
+    rows = data.read(write_rows(tmp_path / "a.jsonl", lines))
+    with pytest.raises(DataError, match=r"1 of 2 examples .* longer than the context of 20 tokens; .*line 2, has 51"):
+        tokens.tokenise(rows, TOKENIZER, max_length=20)
+    examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long=policy)
+    assert len(examples) == left
+    assert max(examples.lengths) <= 20
+    with pytest.raises(DataError, match="Nothing is left"):
+        tokens.tokenise(rows, TOKENIZER, max_length=3, too_long="drop")
+
+
+def test_a_row_whose_completion_is_cut_away_is_dropped(tmp_path: Path) -> None:
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a" * 50, "completion": "b"}, ROWS[0]]))
+    examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long="truncate")
+    assert examples.index == [1]
+    assert examples.dropped == 1
+
+
+BAD: dict[str, tuple[str, str | bytes, str]] = {
+    "not JSON": ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
+    "not an object": ("a.jsonl", '{"text": "a"}\n[1]\n', r"line 2 is a JSON list"),
+    "a missing column": ("a.jsonl", '{"text": "a"}\n{"texts": "b"}\n', r"line 2 has no column 'text'; it has 'texts'"),
+    "wrong columns": (
+        "a.jsonl",
+        '{"promt": "a", "completion": "b"}\n',
+        r"'promt' looks like 'prompt'.*\n.*--prompt-column promt",
+    ),
+    "a number": ("a.jsonl", '{"prompt": "a", "completion": 4}\n', r"line 1: the column 'completion' holds a number: 4"),
+    "null": ("a.jsonl", '{"text": "a"}\n{"text": null}\n', r"line 2: the column 'text' holds a null"),
+    "mixed": (
+        "a.jsonl",
+        '{"prompt": "a", "completion": [{"role": "user", "content": "x"}]}\n',
+        r"expected both|Expected both",
+    ),
+    "a bad message": ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"line 1 holds a message that is not one"),
+    "no messages": ("a.jsonl", '{"messages": []}\n', r"line 1 holds an empty list of messages"),
+    "empty": ("a.jsonl", "\n\n", r"is empty: it holds no example"),
+    "an empty CSV": ("a.csv", "text\n", r"is empty"),
+    "a ragged CSV": ("a.csv", "prompt,completion\na,b\nc\n", r"line 3 has 1 fields; expected 2"),
+    "a long CSV row": ("a.csv", "prompt,completion\na,b,c\n", r"line 2 has 3 fields; expected 2"),
+    "not UTF-8": ("a.jsonl", '{"text": "\xe9"}\n'.encode("latin1"), r"not UTF-8 text: byte 10 is 0xe9"),
+    "not Parquet": ("a.parquet", "PAR1 no", r"not a readable Parquet file"),
+    "an object in .json": ("a.json", '{"text": "a"}', r"holds a JSON dict; expected a list"),
+    "a broken .json": ("a.json", '[\n{"text": "a"},\n', r"line 3 is not JSON"),
+    "an unknown ending": ("a.docx", "x", r"Cannot tell the format"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        data.read(path)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"does not exist.*\n.*train\.jsonl"):
+        data.read(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=r"is a folder.*\n.*train\.jsonl"):
+        data.read(tmp_path)
+    with pytest.raises(DataError, match=r"has no column 'ask'.*\n.*--prompt-column"):
+        data.read(tmp_path / "train.jsonl", Columns(prompt="ask"))
+
+
+def test_an_empty_completion_has_nothing_to_learn(tmp_path: Path) -> None:
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}]))
+    with pytest.raises(DataError, match="line 1 has nothing to learn from"):
+        tokens.tokenise(rows, TOKENIZER, max_length=9)
+
+
+def test_chat_needs_a_template(tmp_path: Path) -> None:
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(DataError, match="no chat template"):
+        tokens.tokenise(rows, plain, max_length=99)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+    rewriting = tiny_tokenizer()
+    rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        tokens.tokenise(rows, rewriting, max_length=99)

@@ -1,0 +1,289 @@
+"""A run that is stopped or killed and started again ends at the very losses of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from veneer.errors import ConfigError, OutputExistsError
+from veneer.train import checkpoint
+from veneer.train.run import Result, fit
+
+Make = Callable[..., Any]
+
+
+class StopAfter(TrainerCallback):
+    """Send this process a signal at the end of step `step`, as Ctrl-C would."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+class Crash(TrainerCallback):
+    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would leave behind."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise ZeroDivisionError("a crash, as the test asked for")
+
+
+class Count(TrainerCallback):
+    """How many steps this session computed."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+def same(one: Result, other: Result) -> None:
+    """Equal to the last bit: losses, evaluations, and the adapter's numbers."""
+    assert one.losses == other.losses
+    assert one.eval_losses == other.eval_losses
+    assert one.tokens == other.tokens
+    first, second = (load_file(result.adapter / "adapter_model.safetensors") for result in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+VARIATIONS = {
+    "plain": {},
+    "accumulation": {"grad_accum": 2, "batch_size": 3},
+    "packing": {"packing": True, "max_length": 64, "batch_size": 1},
+    "bf16": {"precision": "bf16"},
+    "checkpointing": {"activation_checkpointing": True},
+    "rslora-train-also": {"variant": "rslora", "train_also": ["norm"]},
+    "no-shuffle-of-state": {"optimiser": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS.keys())
+def test_a_crash_and_a_resume_change_nothing(make: Make, changes: dict[str, Any]) -> None:
+    whole = fit(make("whole", **changes), quiet=True)
+    assert len(whole.losses) >= 6
+    config = make("broken", **{"save_every": 2, **changes})
+    for step in (4, len(whole.losses) - 1):
+        with pytest.raises(ZeroDivisionError):
+            fit(config, callbacks=[Crash(step)], quiet=True)
+    same(fit(config, quiet=True), whole)
+
+
+@pytest.mark.parametrize("step", [1, 9, 13])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(make: Make, step: int, number: int) -> None:
+    whole = fit(make("whole"), quiet=True)
+    stopped = fit(make("stopped"), callbacks=[StopAfter(step, number)], quiet=True)
+    assert stopped.interrupted
+    assert stopped.steps == step
+    assert stopped.losses == whole.losses[:step]
+    assert checkpoint.read_json(stopped.output / "run.json")["status"] == "interrupted"
+    assert (stopped.adapter / "adapter_model.safetensors").is_file()
+    same(fit(make("stopped"), quiet=True), whole)
+
+
+def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None:
+    changes = {"early_stopping": 2, "eval_every": 2, "save_every": 2, "learning_rate": 0.3, "epochs": 6}
+    whole = fit(make("whole", **changes), quiet=True)
+    assert len(whole.losses) < 54, "the learning rate is meant to be so high that the evaluation gets worse"
+    config = make("broken", **changes)
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(5)], quiet=True)
+    again = fit(config, quiet=True)
+    same(again, whole)
+    best = min(whole.eval_losses, key=lambda pair: pair[1])[0]
+    kept = load_file(checkpoint.path_of(whole.output, best) / "adapter" / "adapter_model.safetensors")
+    saved = load_file(whole.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(kept[key], saved[key]) for key in kept)
+
+
+def test_a_half_written_checkpoint_is_never_resumed(make: Make) -> None:
+    whole = fit(make("whole"), quiet=True)
+    config = make("broken")
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(7)], quiet=True)
+    half = config.output / ".checkpoint-6.abc.tmp"
+    half.mkdir()
+    (half / "optimizer.pt").write_bytes(b"half")
+    with (config.output / "log.jsonl").open("a") as log:
+        log.write('{"step": 8, "lo')  # the line that a power cut tore
+    same(fit(config, quiet=True), whole)
+    assert not half.exists()
+
+
+def test_the_end_is_not_trained_twice(make: Make) -> None:
+    """Killed after the last checkpoint and before the adapter was written: the rest is done, no step more."""
+    whole = fit(make("whole"), quiet=True)
+    fit(make("late"), quiet=True)
+    late = whole.output.parent / "late"
+    shutil.rmtree(late / "adapter")
+    run = json.loads((late / "run.json").read_text())
+    (late / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    same(fit(make("late"), quiet=True), whole)
+
+
+def test_rotation_keeps_what_it_should(make: Make) -> None:
+    config = make("run", save_every=2, keep_checkpoints=3)
+    fit(config, quiet=True)
+    steps = sorted(int(path.name.split("-")[1]) for path in config.output.glob("checkpoint-*"))
+    assert steps == [24, 26, 27]
+    assert not list(config.output.glob(".*"))
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(make: Make) -> None:
+    config = make("run")
+    fit(config, quiet=True)
+    names = {path.name for path in checkpoint.path_of(config.output, 27).rglob("*") if path.is_file()}
+    assert names == {
+        "adapter_model.safetensors", "adapter_config.json", "veneer.json", "optimizer.pt", "scheduler.pt",
+        "rng_state.pth", "trainer_state.json",
+    }  # fmt: skip
+
+
+def test_another_configuration_or_other_data_is_not_resumed(make: Make, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(make().data, data)
+    with pytest.raises(ZeroDivisionError):
+        fit(make("run", data=str(data)), callbacks=[Crash(7)], quiet=True)
+    with pytest.raises(ConfigError, match="rank: was 4, is 8"):
+        fit(make("run", data=str(data), rank=8), quiet=True)
+    with pytest.raises(OutputExistsError, match="unfinished run"):
+        fit(make("run", data=str(data), resume=False), quiet=True)
+    with data.open("a") as file:
+        file.write('{"prompt": "1 + 1 =", "completion": " 2"}\n')
+    with pytest.raises(ConfigError, match="the data have changed"):
+        fit(make("run", data=str(data)), quiet=True)
+    assert fit(make("run", data=str(data), overwrite=True), quiet=True).steps > 0
+
+
+def test_overwrite_resumes_what_can_be_resumed(make: Make) -> None:
+    """So that the same command, given again after a kill, goes on rather than starting over."""
+    whole = fit(make("whole"), quiet=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(make("run", overwrite=True), callbacks=[Crash(12)], quiet=True)
+    again = fit(make("run", overwrite=True), quiet=True, callbacks=[counter := Count()])
+    same(again, whole)
+    assert counter.steps == len(whole.losses) - 10
+    with pytest.raises(ZeroDivisionError):
+        fit(make("new"), callbacks=[Crash(12)], quiet=True)
+    same(fit(make("new", overwrite=True, resume=False), quiet=True, callbacks=[counter := Count()]), whole)
+    assert counter.steps == len(whole.losses)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(make: Make) -> None:
+    first = fit(make("run"), quiet=True)
+    with pytest.raises(OutputExistsError, match="finished run"):
+        fit(make("run"), quiet=True)
+    same(fit(make("run", overwrite=True), quiet=True), first)
+    with pytest.raises(ConfigError, match="resume"):
+        fit(make("new", resume=True), quiet=True)
+
+
+# ---------------------------------------------------------------------------------------------- a process, killed
+
+
+def start(config: Any, folder: Path) -> subprocess.Popen[bytes]:
+    """`veneer train` in a process of its own."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config.content()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "veneer.cli", "train", str(file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def lines(output: Path) -> int:
+    log = output / "log.jsonl"
+    return log.read_text().count('"loss"') if log.is_file() else 0
+
+
+def kill_when(process: subprocess.Popen[bytes], output: Path, step: int, delay: float) -> None:
+    """SIGKILL `delay` seconds after the log shows `step` steps: any moment, also within a checkpoint."""
+    deadline = time.monotonic() + 120
+    while lines(output) < step and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+
+
+def killed_run(make: Make, folder: Path, kills: int, seed: int) -> None:
+    changes = {"epochs": 30, "save_every": 7, "eval_every": 50, "max_length": 64}
+    torch.set_num_threads(1)  # as the processes have: another number may round another way
+    whole = fit(make("whole", **changes), quiet=True)
+    config, moments = make("killed", **changes), random.Random(seed)
+    for number in range(kills):
+        process = start(config, folder)
+        last = lines(config.output)
+        kill_when(
+            process, config.output, min(last + moments.randint(1, 2 + 250 // kills), 260), moments.random() * 0.03
+        )
+        if checkpoint.read_json(config.output / "run.json")["status"] == "finished":
+            pytest.fail(f"kill {number + 1} came after the end")
+        newest = checkpoint.newest(config.output)
+        assert lines(config.output) - (newest[1] if newest else 0) <= 7 + 1, (
+            "more was lost than the steps since the checkpoint"
+        )
+    process = start(config, folder)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text.decode()
+    log = checkpoint.read_log(config.output)
+    assert [line["loss"] for line in log if "loss" in line] == whole.losses
+    assert [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line] == whole.eval_losses
+    first, second = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (whole.output, config.output)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_two_moments(make: Make, tmp_path: Path) -> None:
+    killed_run(make, tmp_path, kills=2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_ten_moments(make: Make, tmp_path: Path) -> None:
+    killed_run(make, tmp_path, kills=10, seed=int(time.time()))
+
+
+def test_ctrl_c_on_the_command_line(make: Make, tmp_path: Path) -> None:
+    config = make("run", epochs=100, save_every=1000, eval_every=1000)
+    process = start(config, tmp_path)
+    deadline = time.monotonic() + 120
+    while lines(config.output) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130, text
+    assert "To go on:  veneer train" in text
+    assert "Traceback" not in text
+    assert checkpoint.newest(config.output) is not None
