@@ -7,6 +7,7 @@
     ├── MergeError         RuntimeError     a merge or an unmerge that would lose something
     ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
     ├── DataError          ValueError       training data that cannot be read or used
+    ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
@@ -47,6 +48,10 @@ class CheckError(VeneerError, RuntimeError):
 
 class DataError(VeneerError, ValueError):
     """Training or evaluation data that cannot be read or used."""
+
+
+class TrainingError(VeneerError, ArithmeticError):
+    """A run whose loss became infinite or not a number."""
 
 
 class OutputExistsError(VeneerError, FileExistsError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,12 +34,17 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     must_not_exist(path, overwrite)
+    with disk_errors(path):
+        yield from _filled(path)
+
+
+def _filled(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _flush(temporary)
+        _flush(temporary, 0o666 & ~_umask())
         _put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,9 +71,28 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
-def _flush(folder: Path) -> None:
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise when a write fails into the OSError that it was, so that a full disk is one
+    error, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        found = re.search(r"os error (\d+)", text)
+        if isinstance(error, OSError) or not (found or "PytorchStreamWriter" in text or "inline_container" in text):
+            raise
+        # torch's writer says only that it failed; a disk without room is by far the usual reason
+        room = shutil.disk_usage(path.parent).free
+        code = int(found.group(1)) if found else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _flush(folder: Path, mode: int) -> None:
+    """Everything on disk, with the mode of a new file (safetensors writes for the owner alone)."""
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         else:

@@ -19,8 +19,6 @@ import hashlib
 import io
 import logging
 import os
-import re
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -302,7 +300,7 @@ def _converted(file: Path) -> Path:
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
     with quiet(), contextlib.redirect_stderr(_Shown()):
         model, tokenizer = _read_gguf(file)
-    with disk_errors(target), new_folder(target, overwrite=True) as folder, quiet():
+    with new_folder(target, overwrite=True) as folder, quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target
@@ -363,24 +361,7 @@ def save_plain(
     path = Path(path).expanduser()
     if state_dict is None:
         state_dict = {name: value for name, value in model.state_dict().items() if ".veneer." not in f".{name}"}
-    with disk_errors(path), new_folder(path, overwrite=overwrite) as folder, quiet():
+    with new_folder(path, overwrite=overwrite) as folder, quiet():
         model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
     return path
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise when a write fails into the `OSError` that it was, so that a full disk is
-    handled in one place, whichever library met it."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        found = re.search(r"os error (\d+)", text)
-        if isinstance(error, OSError) or not (found or "PytorchStreamWriter" in text or "inline_container" in text):
-            raise
-        # torch's writer says only that it failed; a disk without room is by far the usual reason
-        room = shutil.disk_usage(path.parent).free
-        code = int(found.group(1)) if found else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error

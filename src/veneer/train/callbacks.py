@@ -17,12 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from transformers import TrainerCallback
 
-from veneer.errors import VeneerError
+from veneer.errors import TrainingError
 from veneer.train.checkpoint import LOG
-
-
-class TrainingError(VeneerError, ArithmeticError):
-    """A run whose loss became infinite or not a number."""
 
 
 class LossLog(TrainerCallback):

@@ -20,8 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.files import new_folder
-from veneer.models import disk_errors
+from veneer.files import disk_errors, new_folder
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
 

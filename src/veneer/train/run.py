@@ -327,11 +327,10 @@ def _finish(config: TrainConfig, output: Path, base: Any, handle: Any, prepared:
         "versions": _versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    with models.disk_errors(output):
-        adapter = veneer.save(
-            base.model, output / checkpoint.ADAPTER, name=handle.name, base_name=config.base, provenance=provenance,
-            overwrite=True,
-        )  # fmt: skip
+    adapter = veneer.save(
+        base.model, output / checkpoint.ADAPTER, name=handle.name, base_name=config.base, provenance=provenance,
+        overwrite=True,
+    )  # fmt: skip
     checkpoint.write_json(output / checkpoint.METRICS, metrics)
     _status(output, "finished", config, prepared)
     base.model.eval()
