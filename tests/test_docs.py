@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo import pronounce
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +64,9 @@ def test_commands_of_the_docs_parse(line):
 @pytest.mark.slow
 def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    train, held = pronounce.words()
+    for name, rows in (("train", train[:600]), ("watched", held[:20]), ("held-out", held[20:40])):
+        pronounce.write_rows(tmp_path / ".demo" / f"{name}.jsonl", rows)
     for line in COMMANDS:
         arguments = shlex.split(line, comments=True)[1:]
         done = subprocess.run(

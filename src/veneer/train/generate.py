@@ -101,9 +101,14 @@ def _options(
     )
     # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, use_cache=True, **sampling
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_strings=list(stop) or None,
+        use_cache=True,
+        **sampling,
     )
-    return {"generation_config": config, **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {})}
+    return {"generation_config": config, **({"tokenizer": tokenizer} if stop else {})}
 
 
 def _batch(model: Any, tokenizer: Any, rows: list[list[int]], options: dict[str, Any]) -> list[str]:
