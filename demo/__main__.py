@@ -57,14 +57,15 @@ def main() -> int:
             eval_data=str(OUT / "watched.jsonl"),
             output=OUT / "run",
             attention="eager",
-            rank=16,
+            rank=8,
+            alpha=16,
             learning_rate=4e-3,
             schedule="cosine",
             warmup=0.05,
             batch_size=24,
-            max_steps=200,
-            eval_every=50,
-            save_every=100,
+            max_steps=240,
+            eval_every=60,
+            save_every=120,
         ),
         console=console,
     )
@@ -76,10 +77,8 @@ def main() -> int:
     answers["adapter"] = say(tuned, prompts)
 
     step("Merging into a plain model that needs no Veneer")
-    summary, norms = (
-        result.handle.summary(),
-        {path: low.norm() for path, low in veneer.adapter.read(result.adapter).layers.items()},
-    )
+    summary, rank = result.handle.summary(), result.handle.config.rank
+    norms = {path: low.norm() for path, low in veneer.adapter.read(result.adapter).layers.items()}
     probe = result.tokenizer(judged[0].prompt + judged[0].completion, return_tensors="pt")["input_ids"]
     adapted = logits(result.model, probe)
     merged = result.handle.merge(keep=False)
@@ -114,8 +113,8 @@ def main() -> int:
     page = report.write(
         OUT / "report.html",
         title="SmolLM2 learns to pronounce",
-        lead=f"A LoRA adapter of rank 16 on all linear layers, trained for {result.steps} steps on "
-        f"{len(train):,} words of the CMU pronouncing dictionary. The base stays frozen.",
+        lead=f"A LoRA adapter of rank {rank} on all linear layers, trained for {result.steps} steps on "
+        f"{result.steps * 24:,} words of the CMU pronouncing dictionary. The base stays frozen.",
         cards=[
             (
                 f"{scores['adapter'].error_rate:.3f}",

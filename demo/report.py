@@ -30,11 +30,17 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 td.phonemes { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .86rem; overflow-wrap: anywhere; }
 .right { color: #0b6e62; } .wrong { color: #a3332f; }
 .plot { width: 100%; height: 22rem; } .tall { height: 46rem; }
+@media (max-width: 560px) {
+  body { padding: .9rem; }
+  th, td { padding: .36rem .3rem; font-size: .84rem; }
+  td.phonemes { font-size: .74rem; }
+  .plot { height: 17rem; } .tall { height: 34rem; }
+}
 footer { margin: 2.5rem 0 1rem; color: var(--muted); font-size: .88rem; overflow-wrap: anywhere; }
 """
 
 _LAYOUT: dict[str, Any] = {
-    "margin": {"l": 52, "r": 12, "t": 10, "b": 44},
+    "margin": {"l": 48, "r": 10, "t": 10, "b": 44},
     "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1c2733"},
     "plot_bgcolor": "#fff",
     "paper_bgcolor": "#fff",

@@ -422,6 +422,18 @@ def test_what_an_adapter_could_not_change_is_refused_with_the_reason(target, wor
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["fine"]))
 
 
+@pytest.mark.parametrize("bias", ["targets", "all"])
+def test_a_bias_beside_a_shared_weight_is_refused(bias):
+    """One adapter serves both layers, so a bias in it would replace both layers' biases by one."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    before = state(model)
+    with pytest.raises(TargetError, match="shares its weight with another target"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, bias=bias))
+    assert state(model) == before
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+
+
 def test_names_of_adapters_and_roots():
     model = TinyLM()
     for name in ("", "a.b", "a b", "ü/"):

@@ -145,6 +145,11 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
     full |= _bias_plan(names, config, [entry.path for entry in low], also, problems)
     check_full(names, full, problems)
+    shared = {id(reader) for entry in low if len(entry.readers) > 1 for reader in entry.readers}
+    for path in full:
+        if id(names.modules[path]) in shared:
+            found = f"a bias to train at {path!r}, which shares its weight with another target"
+            problems.append(sentence(found, "biases of layers with a weight of their own", 'use bias="none"'))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(targets))
