@@ -373,3 +373,32 @@ def test_several_adapters_of_one_model_are_saved_one_by_one(tmp_path):
     for name in ("a", "b"):
         with veneer.use(other, name):
             assert error(other(IDS), outputs[name]) == 0
+
+
+def test_a_provenance_with_numbers_for_keys_can_be_read_again(tmp_path):
+    handle = veneer.attach(nn.Linear(4, 4), veneer.LoraConfig(rank=1))
+    path = handle.save(tmp_path / "adapter", provenance={"loss": {1: 3.0, 2: 2.0, 10: 1.0}})
+    assert veneer.adapter.read(path).metadata["provenance"]["loss"]["10"] == 1.0
+    with pytest.raises(AdapterError, match="a provenance that is not JSON"):
+        handle.save(tmp_path / "other", provenance={"x": object()})
+    assert not (tmp_path / "other").exists()
+
+
+def test_overwriting_a_file_or_a_link_leaves_no_litter(tmp_path):
+    handle = veneer.attach(nn.Linear(4, 4), veneer.LoraConfig(rank=1))
+    (tmp_path / "file").write_text("x")
+    handle.save(tmp_path / "file", overwrite=True)
+    real = handle.save(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    handle.save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert veneer.adapter.read(tmp_path / "link").parameters == veneer.adapter.read(tmp_path / "file").parameters
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
+def test_the_shape_of_a_convolution_is_checked_not_its_size(tmp_path):
+    path = veneer.attach(nn.Sequential(nn.Conv2d(4, 6, (3, 1))), veneer.LoraConfig(rank=2, targets="all")).save(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(AdapterError, match=r"A \(2, 4, 3, 1\)"):
+        veneer.load(nn.Sequential(nn.Conv2d(4, 6, (1, 3))), path, verify_base=False)

@@ -324,7 +324,7 @@ def test_trained_biases(bias):
         ({"dropout": 1.0}, ["dropout=1.0"]),
         ({"alpha": float("nan")}, ["alpha=nan", "finite"]),
         ({"alpha": -1}, ["alpha=-1"]),
-        ({"targets": []}, ["targets=[]"]),
+        ({"targets": []}, ["targets=()"]),
         ({"targets": ["a", 3]}, ["targets="]),
         ({"layers": [1.0]}, ["layers="]),
         ({"bias": "al"}, ["bias='al'", "'all'"]),
@@ -470,3 +470,60 @@ def test_memory_that_runs_out_while_attaching_changes_nothing(monkeypatch):
     with pytest.raises(MemoryError):
         veneer.attach(model, veneer.LoraConfig(rank=2))
     assert state(model) == before
+
+
+# ---- the base that stays, and what patterns reach ---------------------------------------------------------------
+
+
+def test_running_statistics_of_the_base_stay():
+    model, x = ConvNet(), torch.randn(4, 3, 8, 8) * 3 + 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["pointwise"]))
+    model.train()
+    for _ in range(3):
+        model(x)
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    trained = model.eval()(x)
+    handle.merge()
+    assert error(model(x), trained) < 1e-5
+    handle.unmerge()
+    handle.detach()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_excluding_a_container_excludes_what_is_in_it():
+    assert paths(TinyLM(), exclude=["self_attn"]) == blocks(MLP)
+    assert paths(TinyLM(), exclude=["layers.0"]) == blocks(LINEAR, [1])
+
+
+def test_train_also_needs_something_to_train():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(TargetError, match="train_also pattern '1' matches modules without parameters"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"]))
+
+
+def test_all_means_all_that_can_be_attached_to_and_tells_the_rest():
+    model = Odd()
+    with pytest.warns(veneer.SkippedLayers, match="leaves out") as caught:
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    assert list(handle.layers) == ["fine"]
+    text = str(caught[0].message)
+    for name in ("fused.linear1", "attention.out_proj", "parametrised", "replaced", "whole", "lookup"):
+        assert f"'{name}'" in text
+
+
+def test_bias_all_honours_exclude():
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], exclude=["norm"], bias="all"))
+    assert not any("norm" in path for path in handle.layers)
+
+
+def test_configs_of_natural_values():
+    config = veneer.LoraConfig(exclude=None, train_also=None, ranks=None, alphas=None, layers={1, 0})
+    assert (config.exclude, config.train_also, config.ranks, config.layers) == ((), (), {}, (0, 1))
+    assert veneer.LoraConfig(layers=3).layers == (3,)
+    assert veneer.LoraConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="ranks="):
+        veneer.LoraConfig(ranks=[1])

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 over two processes on the CPU give the outputs and the gradients of one process, and a whole adapter."""
+"""DDP and FSDP2 over two processes give the outputs and the gradients of one process, and a whole adapter."""
 
 from __future__ import annotations
 

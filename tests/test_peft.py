@@ -202,3 +202,87 @@ def test_a_grouped_convolution_of_peft_is_refused(tmp_path):
     path = saved_by_peft(tmp_path, model=grouped(), target_modules=["0"])
     with pytest.raises(AdapterError, match=r"A \(2, 4, 3, 3\).*no change of its weight"):
         veneer.load(grouped(), path)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_the_base_weight_that_peft_writes_along_is_no_change(tmp_path, target):
+    """save_embedding_layers="auto" puts the frozen weight of an adapted head or embedding into the file."""
+
+    def llama():
+        torch.manual_seed(2)
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    ids = torch.arange(12).view(2, 6)
+    config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = llama()
+    with pytest.warns(veneer.UnverifiedAdapter):
+        handle = veneer.load(model, tmp_path / "adapter")
+    assert error(model(ids).logits, theirs(ids).logits) < 1e-5
+    handle.merge()
+    assert error(model(ids).logits, theirs(ids).logits) < 1e-5
+    assert error(llama()(ids).logits, theirs(ids).logits) > 1e-3
+    other = llama()
+    other.get_submodule("lm_head" if target == "lm_head" else "model.embed_tokens").weight.data.add_(0.5)
+    with pytest.raises(veneer.errors.BaseMismatchError, match="another weight"):
+        veneer.load(other, tmp_path / "adapter")
+
+
+def bert(kind=transformers.BertForSequenceClassification):
+    torch.manual_seed(4)
+    config = transformers.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
+    return kind(config).eval()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        transformers.BertForSequenceClassification,
+        transformers.BertForTokenClassification,
+        transformers.BertForQuestionAnswering,
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"train_also": ["dense"]}, {"bias": "all", "train_also": ["pooler"]}], ids=str)
+def test_peft_loads_classifiers_of_ours(tmp_path, kind, fields):
+    if "pooler" in fields.get("train_also", ()) and kind is not transformers.BertForSequenceClassification:
+        pytest.skip("only the sequence classifier has a pooler")
+    fields = {**fields, "targets": ["query", "value"]} if "dense" in fields.get("train_also", ()) else fields
+    model, ids = bert(kind), torch.arange(12).view(2, 6)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    randomise(handle)
+    path = handle.save(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(bert(kind), path).eval()
+    for ours, other in zip(model(ids).values(), theirs(ids).values(), strict=True):
+        assert error(other, ours) < 1e-5
+
+
+def test_biases_and_a_container_of_modules_to_save_from_peft(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS", bias="all")
+    theirs = peft.get_peft_model(bert(), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model, ids = bert(), torch.arange(12).view(2, 6)
+    with pytest.warns(veneer.UnverifiedAdapter):
+        veneer.load(model, tmp_path / "adapter")
+    assert error(model(ids).logits, theirs(ids).logits) < 1e-5
+
+
+def test_a_tied_embedding_goes_through_save_pretrained_and_check(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    ids = torch.arange(12).view(2, 6)
+    assert veneer.check(model, {"input_ids": ids, "decoder_input_ids": ids})
+    model.save_pretrained(tmp_path / "model")
+    handle.merge()
+    with pytest.raises(veneer.errors.CheckError, match="merged into the weights"):
+        veneer.check(model, {"input_ids": ids, "decoder_input_ids": ids})

@@ -4,6 +4,7 @@ trainers."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 
 import pytest
@@ -243,3 +244,32 @@ def test_check_passes_and_says_so():
     report = veneer.check(model, {"x": torch.randn(2, 3, 8, 8)})
     assert "all 5 layers change the output" in str(report)
     assert torch.equal(model.norm.running_mean, statistics)
+
+
+class Rerun(torch.autograd.Function):
+    """Calls ``model`` again in backward, in a context without a selection: what a GPU's backward threads do when
+    activation checkpointing runs a layer again."""
+
+    @staticmethod
+    def forward(ctx, x, model):
+        ctx.model = model
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.no_grad():
+            ctx.model.rerun = contextvars.Context().run(ctx.model, IDS)
+        return gradient, None
+
+
+def test_layers_that_run_again_during_backward_keep_the_selection_of_its_caller():
+    model, outputs = two_adapters()
+    x = torch.zeros(1, requires_grad=True)
+    for name in ("a", "b"):
+        with veneer.use(model, name):
+            Rerun.apply(x, model).sum().backward()
+        assert torch.equal(model.rerun, outputs[name])
+    with pytest.raises(SelectionError, match="none selected"):
+        model(IDS)  # outside backward nothing lingers
+    with pytest.raises(SelectionError, match="none selected"):
+        Rerun.apply(x, model).sum().backward()

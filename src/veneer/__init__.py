@@ -9,7 +9,7 @@
 
 from veneer import adapter, errors
 from veneer.adapter import UnverifiedAdapter, save
-from veneer.attach import detach
+from veneer.attach import SkippedLayers, detach
 from veneer.check import check
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
@@ -24,6 +24,7 @@ __all__ = [
     "Handle",
     "LoraConfig",
     "MergeReport",
+    "SkippedLayers",
     "UnverifiedAdapter",
     "VeneerError",
     "adapter",

@@ -77,6 +77,7 @@ class Site(nn.Module):
 
     ``layer`` is its kind (None where modules are only trained fully), ``factors`` says that the factored form is
     right for it, and ``transposed`` that it holds the adapted weight transposed: a linear head tied to an embedding.
+    ``borrowed`` holds the adapters of a weight that another module owns, without registering them a second time.
     """
 
     def __init__(self, group: Group, layer: Layer | None, factors: bool) -> None:
@@ -85,6 +86,7 @@ class Site(nn.Module):
         self.layer = layer
         self.factors = factors
         self.transposed = False
+        self.borrowed: dict[str, LayerAdapter] = {}
 
     def active(self) -> LayerAdapter | None:
         """The adapter that this call uses here; None for the base alone.
@@ -94,6 +96,8 @@ class Site(nn.Module):
         """
         now, group = context.current, self.group
         name = now.selection.get(group.uid, group.default)
+        if name == AMBIGUOUS and (caller := context.of_backward()) is not None:
+            name = caller.selection.get(group.uid, group.default)
         if name == AMBIGUOUS:
             found = f"{len(group.configs)} adapters ({', '.join(group.configs)}) and none selected"
             do = "call the model inside `with veneer.use(model, name):`"
@@ -104,10 +108,15 @@ class Site(nn.Module):
                 do = "call veneer.unmerge(model) first"
                 raise SelectionError(sentence(found, f"the merged adapter {group.merged!r}", do))
             return None
-        adapter = None if name is None else self._modules.get(name)
+        adapter = None if name is None else self.get(name)
         if adapter is not None and now.reached is not None:
-            now.reached.add(id(self))
-        return cast(LayerAdapter | None, adapter)
+            now.reached.add(id(adapter))
+        return adapter
+
+    def get(self, name: str) -> LayerAdapter | None:
+        """The adapter of this name that changes this layer, owned or borrowed."""
+        owned = self._modules.get(name)
+        return cast(LayerAdapter, owned) if owned is not None else self.borrowed.get(name)
 
 
 _NO_DIMS = Dims(0, 0, 0)

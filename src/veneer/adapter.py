@@ -11,16 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import LayerAdapter, sites
+from veneer.adapted import sites
 from veneer.artefact import Artefact, read, write
-from veneer.attach import Plans, adapters, check_full, install, name_problems, need_group, only_name, plan_low, unwrap
+from veneer.attach import (
+    LowPlan,
+    Plans,
+    adapters,
+    check_full,
+    install,
+    name_problems,
+    need_group,
+    only_name,
+    plan_low,
+    unwrap,
+)
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.formats import peft
 from veneer.hashing import fingerprint
 from veneer.layers import kind_of
 from veneer.merge import originals
-from veneer.targets import Names
+from veneer.targets import Names, expand
 from veneer.variants import VARIANTS
 
 __all__ = ["Artefact", "UnverifiedAdapter", "install_from", "read", "save"]
@@ -91,7 +102,9 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             wanted[actual], file_of[actual] = (entry.rank, entry.alpha), entry
     low = plan_low(names, wanted, problems)
     numbers = {entry.path: _numbers(names, entry, file_of, problems) for entry in low}
-    full = {names.canonical.get(path, path): tensors for path, tensors in artefact.full.items()}
+    full = {names.canonical.get(path, path): dict(tensors) for path, tensors in artefact.full.items()}
+    for entry in low:
+        _take_base_weight(entry, full.get(entry.path, {}), path)
     _check_full_tensors(names, full, problems)
     if artefact.record is None:
         expected = peft.expected_paths(artefact.peft_config, [n for n, m in names.modules.items() if kind_of(m)])
@@ -118,6 +131,16 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     _fill(model, name, numbers, full)
 
 
+def _take_base_weight(entry: LowPlan, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """PEFT writes the frozen weight of an adapted embedding or head along (``save_embedding_layers``). It is no part
+    of the change; it tells whether this is the base."""
+    written = tensors.pop(entry.layer.weight, None)
+    weight: Any = entry.module._parameters[entry.layer.weight]
+    if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
+        found = f"another weight of {entry.path!r} in {path} than in this model"
+        raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
+
+
 def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(file tensors, fingerprints of the changed weights). A tied weight's change stands under every module that
     reads it, each time as that module reads it, so that a library which adapts modules one by one gives the same
@@ -126,8 +149,8 @@ def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, 
     fingerprints: dict[str, str] = {}
     owners = {id(adapter): path for path, _, adapter in adapters(model, name)}
     for path, module, site in sites(model):
-        adapter = site._modules.get(name)
-        if not isinstance(adapter, LayerAdapter):
+        adapter = site.get(name)
+        if adapter is None:
             continue
         if adapter.layer is not None:
             kind = site.layer
@@ -149,12 +172,13 @@ def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str
     variant = VARIANTS[config.variant]
     if variant.peft is None:
         raise AdapterError(sentence(f"variant {variant.name!r}", "one that PEFT's format has", "merge it instead"))
-    parts: dict[str, Any] = {path: site._modules.get(name) for path, _, site in sites(model)}
+    parts: dict[str, Any] = {path: site.get(name) for path, _, site in sites(model)}
     low = {path: part for path, part in parts.items() if part is not None and part.layer is not None}
     ranks, alphas = {path: part.rank for path, part in low.items()}, {path: part.alpha for path, part in low.items()}
     alpha = variant.default_alpha if config.alpha is None else config.alpha
-    also = [path for path, _, adapter in adapters(model, name) if adapter.layer is None and config.train_also]
-    among = [path for path, module in Names(model).modules.items() if kind_of(module)]
+    names = Names(model)
+    also = expand(names, config.train_also, "train_also", [])
+    among = [path for path, module in names.modules.items() if kind_of(module)]
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -175,14 +199,9 @@ def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str
 
 
 def _task(model: nn.Module) -> str | None:
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
+    """PEFT's task. Not for classifiers and question answering: there PEFT expects its own choice of fully trained
+    heads."""
+    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
     return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
 
 
@@ -198,7 +217,7 @@ def _numbers(names: Names, entry, file_of: Mapping[str, peft.PeftLayer], problem
             what = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
             problems.append(sentence(what, "one change for a tied weight, under every name", "untie the weights first"))
             return None
-        pair = kind.unpack(layer.A, layer.B, kind.dims(reader)) if layer.suffixes == kind.file_keys else None
+        pair = kind.unpack(layer.A, layer.B, reader) if layer.suffixes == kind.file_keys else None
         if pair is None:
             what = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
             expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(reader))}"

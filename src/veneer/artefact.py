@@ -114,6 +114,12 @@ def write(
         "versions": dict(_installed("veneer", "torch", "transformers")),
         "provenance": dict(provenance),
     }
+    try:
+        record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
+    except TypeError as error:
+        raise AdapterError(
+            sentence(f"a provenance that is not JSON ({error})", "plain values", "convert it")
+        ) from error
     record["hashes"]["record"] = _hash_record(record)
     with new_folder(path, overwrite=overwrite) as folder:
         (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")

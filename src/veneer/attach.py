@@ -9,6 +9,7 @@ detach(model)                       gives back the very model
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -26,7 +27,6 @@ from veneer.adapted import (
     site_of,
     sites,
     uninstall,
-    walk,
 )
 from veneer.adapted import (
     install as install_site,
@@ -36,8 +36,12 @@ from veneer.config import LoraConfig
 from veneer.errors import MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import factors
-from veneer.targets import WORDS, Names, bad_regex, expand, select, unmatched, value_for
+from veneer.targets import WORDS, Names, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS
+
+
+class SkippedLayers(UserWarning):
+    """``targets="all"`` met layers that cannot carry an adapter; the text names each, and why."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     for path in set(targets).intersection(also) if explicit else ():
         problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
     targets = [path for path in targets if path not in also]
+    if "all" in _strings(config.targets if not callable(config.targets) else ()):
+        targets = _attachable(names, targets)
     for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas)):
         problems += unmatched(names, patterns, field_name, targets)
 
@@ -156,22 +162,46 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     return Plans(config, tuple(low), full)
 
 
-def plan_low(names: Names, wanted: Mapping[str, tuple[int, float]], problems: list[str]) -> list[LowPlan]:
-    """A plan for each path in ``wanted`` (→ rank, alpha), with everyone who shares its weight; problems are added."""
-    holders: dict[int, list[str]] = {}
+def _attachable(names: Names, targets: list[str]) -> list[str]:
+    """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
+    refused = {path: reason for path in targets if (reason := next(_refusals(names, path, holders(names)), None))}
+    if refused:
+        lines = "\n".join(f"  {reason}" for reason in refused.values())
+        warnings.warn(f'targets="all" leaves out {len(refused)} layers\n{lines}', SkippedLayers, stacklevel=4)
+    return [path for path in targets if path not in refused]
+
+
+def holders(names: Names) -> dict[int, list[str]]:
+    """The paths of the modules that hold each parameter, by the parameter's identity."""
+    found: dict[int, list[str]] = {}
     for path, module in names.modules.items():
         for parameter in module._parameters.values():
             if parameter is not None:
-                holders.setdefault(id(parameter), []).append(path)
+                found.setdefault(id(parameter), []).append(path)
+    return found
+
+
+def _refusals(names: Names, path: str, held: Mapping[int, list[str]]) -> Iterator[str]:
+    """Why the weight at ``path`` cannot be changed, for each module that reads it."""
+    kind = kind_of(names.modules[path])
+    weight = names.modules[path]._parameters.get(kind.weight) if kind else None
+    for reader in held.get(id(weight), [path]) if weight is not None else [path]:
+        problem = _refusal(names, reader, weight, path)
+        if problem:
+            yield problem
+
+
+def plan_low(names: Names, wanted: Mapping[str, tuple[int, float]], problems: list[str]) -> list[LowPlan]:
+    """A plan for each path in ``wanted`` (→ rank, alpha), with everyone who shares its weight; problems are added."""
+    held = holders(names)
     plans: dict[str, LowPlan] = {}
     for path, (rank, alpha) in wanted.items():
-        kind = kind_of(names.modules[path])
-        weight = names.modules[path]._parameters.get(kind.weight) if kind else None
-        readers = holders.get(id(weight), [path]) if weight is not None else [path]
-        found = [problem for reader in readers if (problem := _refusal(names, reader, weight, path))]
+        found = list(_refusals(names, path, held))
         if found:
             problems += found
             continue
+        kind: Any = kind_of(names.modules[path])
+        readers = held[id(names.modules[path]._parameters[kind.weight])]
         owner = readers[0]
         entry = _low_plan(names, owner, readers, rank, alpha, problems)
         if entry is not None:
@@ -250,9 +280,8 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
             others = [user for user in users[id(parameter)] if user != f"{path}.{name}"]
             if others:
                 found = f"{path}.{name} trained in full, which is tied to {listing(others)}"
-                problems.append(
-                    sentence(found, "an untied parameter", "target it with a low-rank change, which keeps ties")
-                )
+                do = "exclude it" if name == "bias" else "target it with a low-rank change, which keeps ties"
+                problems.append(sentence(found, "an untied parameter", do))
             if not parameter.is_floating_point():
                 problems.append(sentence(f"{path}.{name} of {parameter.dtype}", "floating point", "leave it out"))
 
@@ -260,7 +289,8 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
 def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str], problems: list[str]):
     if config.bias == "none":
         return {}
-    candidates = low if config.bias == "targets" else [path for path in names.modules if path not in also]
+    left_out = {*also, *excluded(names, config, [])}
+    candidates = low if config.bias == "targets" else [path for path in names.modules if path not in left_out]
     found = {path: ("bias",) for path in candidates if names.modules[path]._parameters.get("bias") is not None}
     if not found:
         what = f"bias={config.bias!r} and no bias there"
@@ -298,16 +328,16 @@ def install(model: nn.Module, name: str, plans: Plans, *, trainable: bool = True
     group = group_of(model) or Group()
     made = [(entry, _make(entry, plans.config)) for entry in plans.low]
     by_path = {entry.path: adapter for entry, adapter in made}
-    modules = dict(walk(model))
+    modules = Names(model).modules
     full_only: list[tuple[nn.Module, LayerAdapter]] = []
-    for path, parameters in plans.full.items():
+    # A frozen base keeps its running statistics too: what training would move becomes a copy that the adapter owns.
+    moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
+    for path, parameters in {**plans.full, **moving}.items():
         adapter = by_path.get(path)
         if adapter is None:
             adapter = LayerAdapter()
             full_only.append((modules[path], adapter))
-        _copy_full(
-            adapter, modules[path], parameters, plans.config, whole=path not in by_path and parameters != ("bias",)
-        )
+        _copy_full(adapter, modules[path], parameters, plans.config, whole=path not in by_path)
     for adapter in [*by_path.values(), *(adapter for _, adapter in full_only)]:
         adapter.requires_grad_(trainable).train(model.training)
 
@@ -318,7 +348,9 @@ def install(model: nn.Module, name: str, plans: Plans, *, trainable: bool = True
             parameter.requires_grad_(False)
     for entry, adapter in made:
         for reader in entry.readers:
-            _site(reader, group, entry.layer)._modules[name] = adapter
+            # Registered once, at the owner: to register it at each reader would tie the adapter's own tensors.
+            site = _site(reader, group, entry.layer)
+            (site._modules if reader is entry.module else site.borrowed)[name] = adapter
     for module, adapter in full_only:
         _site(module, group, None)._modules[name] = adapter
     group.set_configs({**group.configs, name: plans.config})
@@ -335,6 +367,10 @@ def _site(module: nn.Module, group: Group, owner: Layer | None) -> Site:
     if owner is not None:
         site.transposed = site.layer.out_axis != owner.out_axis
     return site
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return module._buffers.get("running_mean") is not None
 
 
 def _make(entry: LowPlan, config: LoraConfig) -> LayerAdapter:
@@ -392,7 +428,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     for _, module, site in list(sites(model)):
         for adapter in names:
             site._modules.pop(adapter, None)
-        if not site._modules:
+            site.borrowed.pop(adapter, None)
+        if not site._modules and not site.borrowed:
             uninstall(module)
     group.set_configs({key: value for key, value in group.configs.items() if key not in names})
     if group.merged in names:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapted import own_class, site_of
-from veneer.attach import adapters, only_name, unwrap
+from veneer.adapted import own_class
+from veneer.attach import adapters, need_group, only_name, unwrap
 from veneer.errors import CheckError, raise_all, sentence
 from veneer.select import use
 
@@ -45,8 +45,11 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     """
     model = unwrap(model)
     name = only_name(model, name)
+    if need_group(model).merged is not None:
+        found = f"{need_group(model).merged!r} merged into the weights, where no adapter runs"
+        raise CheckError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
     args, kwargs = _arguments(example)
-    parts = list(adapters(model, name))
+    parts = [entry for entry in adapters(model, name) if any(True for _ in entry[2].parameters())]
     modes = {module: module.training for module in model.modules()}
     trainable = {p: p.requires_grad for _, _, part in parts for p in part.parameters()}
     with torch.random.fork_rng(), use(model, name):
@@ -69,7 +72,7 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     for path, module, part in parts:
         where = f"{path!r} ({own_class(module).__name__})"
         found = [gradients[p] for p in part.parameters() if gradients[p] is not None]
-        if id(site_of(module)) not in reached:
+        if id(part) not in reached:
             problem = f"{where} is not reached in eval mode"
         elif not any(gradient.abs().sum() > 0 for gradient in found):
             problem = f"{where} receives no gradient"

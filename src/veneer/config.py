@@ -16,7 +16,7 @@ The defaults are those that current results support:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,27 +71,35 @@ class LoraConfig:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
-        raise_all(ConfigError, "This LoraConfig cannot be used", problems)
-        # Tuples and plain dicts, so that a config is a value: equal when its fields are, and safe to share.
+        # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to share, and plain JSON.
+        for name, empty in (("exclude", ()), ("train_also", ()), ("ranks", {}), ("alphas", {})):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, empty)
         for name in ("exclude", "train_also", "targets", "layers"):
             value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
+            if isinstance(value, str | int) and name != "targets":
+                value = (value,)
+            if isinstance(value, Set):
+                value = sorted(value, key=str)
+            if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("exclude", "train_also"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
+        raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
 
     def _problems(self):
         yield from _whole("rank", self.rank)
-        for pattern, rank in self.ranks.items():
-            yield from _whole(f"ranks[{pattern!r}]", rank)
-        alphas = {
-            "alpha": 1.0 if self.alpha is None else self.alpha,
-            **{f"alphas[{pattern!r}]": a for pattern, a in self.alphas.items()},
-        }
+        alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
+        for name in ("ranks", "alphas"):
+            if not isinstance(getattr(self, name), Mapping):
+                yield sentence(
+                    f"{name}={getattr(self, name)!r}", "a mapping of pattern to value", "use e.g. {'q_proj': 8}"
+                )
+            elif name == "ranks":
+                for pattern, rank in self.ranks.items():
+                    yield from _whole(f"ranks[{pattern!r}]", rank)
+            else:
+                alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
         for name, alpha in alphas.items():
             if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 yield sentence(f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank")
@@ -103,9 +111,10 @@ class LoraConfig:
             )
         for name in ("exclude", "train_also"):
             value = getattr(self, name)
-            if len(value) and not _patterns(value):
+            if value != () and not _patterns(value):
                 yield sentence(f"{name}={value!r}", "a pattern or a list of patterns", "name modules of the model")
-        if self.layers is not None and not (self.layers and all(type(index) is int for index in self.layers)):
+        indices = isinstance(self.layers, tuple) and self.layers and all(type(index) is int for index in self.layers)
+        if self.layers is not None and not indices:
             yield sentence(f"layers={self.layers!r}", "a list of block indices", "use e.g. [0, 1, -1], or None for all")
         if self.bias not in BIASES:
             yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')

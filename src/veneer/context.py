@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Context:
@@ -37,6 +39,16 @@ def __getattr__(name: str) -> Context:
     if name == "current":
         return _CONTEXT.get()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def of_backward() -> Context | None:
+    """The context of the thread that called ``backward``, while backward runs; None outside it.
+
+    A GPU's part of backward runs in threads of torch's own, which have no context of ours; activation checkpointing
+    runs layers again there. torch hands them a copy of the caller's context.
+    """
+    running = torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls("context")
+    return torch._C._get_obj_in_tls("context").get(_CONTEXT) if running else None
 
 
 def enter(**changes: Any) -> Any:

@@ -32,7 +32,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     must_not_exist(path, overwrite)
     with disk_errors(path):
         yield from _filled(path)
@@ -47,7 +47,7 @@ def _filled(path: Path) -> Iterator[Path]:
         _flush(temporary, 0o666 & ~_umask())
         _put(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
     _flush_folder(path.parent)
 
 
@@ -56,10 +56,18 @@ def _put(temporary: Path, path: Path) -> None:
         temporary.rename(path)  # an empty folder gives way
     elif not _exchange(temporary, path):
         aside = path.with_name(f".{path.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         path.rename(aside)
         temporary.rename(path)
-        shutil.rmtree(aside)
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or, where a folder took the place of one, a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

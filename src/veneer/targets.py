@@ -77,14 +77,19 @@ def select(names: Names, config: LoraConfig) -> tuple[list[str], list[str]]:
     """(paths of the targets in the model's order, problems)."""
     problems: list[str] = []
     chosen = _chosen(names, config.targets, problems)
-    excluded = set(_each(names, config.exclude, "exclude", problems))
-    chosen = [path for path in chosen if path not in excluded]
+    left_out = excluded(names, config, problems)
+    chosen = [path for path in chosen if path not in left_out]
     if config.layers is not None and not problems:
         chosen = _in_layers(names, chosen, config.layers, problems)
     if not chosen and not problems:
         found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(found, "at least one target", "exclude less"))
     return chosen, problems
+
+
+def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[str]:
+    """What ``exclude`` matches, and everything below it."""
+    return {below for path in _each(names, config.exclude, "exclude", problems) for below in names.children(path)}
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
@@ -124,8 +129,15 @@ def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[str
 
 def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
     """The paths that patterns of ``train_also`` match, with everything below them that holds parameters of its own."""
-    paths = [below for path in _each(names, patterns, field, problems) for below in names.children(path)]
-    return [path for path in dict.fromkeys(paths) if names.modules[path]._parameters]
+    bearing: dict[str, None] = {}
+    for pattern in patterns:
+        found = _each(names, [pattern], field, problems)
+        below = [path for above in found for path in names.children(above) if names.modules[path]._parameters]
+        if found and not below:
+            what = f"{field} pattern {pattern!r} matches modules without parameters"
+            problems.append(sentence(what, "something to train", "remove it"))
+        bearing.update(dict.fromkeys(below))
+    return list(bearing)
 
 
 def _each(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:

@@ -107,7 +107,8 @@ def split(
             path, _, parameter = bare.rpartition(".")
             if ".original_module" in path:  # the base's own values, which PEFT's bias="all" writes along
                 continue
-            path = path.replace(".modules_to_save", "").removesuffix(".base_layer")
+            # the same option repeats trained biases under the name of the adapter
+            path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path).removesuffix(".base_layer")
             full.setdefault(path, {})[parameter] = tensor
     low: dict[str, PeftLayer] = {}
     for path, entry in pairs.items():

@@ -101,8 +101,9 @@ class Layer(ABC):
         """A and B in the shapes of a PEFT file."""
         return low.A[0], low.B[0]
 
-    def unpack(self, A: Tensor, B: Tensor, dims: Dims) -> tuple[Tensor, Tensor] | None:
+    def unpack(self, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor] | None:
         """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if those do not fit this layer."""
+        dims = self.dims(module)
         fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and (B.shape[0], A.shape[1]) == (dims.out, dims.in_)
         return (A[None], B[None]) if fits else None
 

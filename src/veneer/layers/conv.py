@@ -57,13 +57,15 @@ class _Conv(Layer):
     def pack(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
         return self._as_weights(low, module)
 
-    def unpack(self, A: Tensor, B: Tensor, dims: Dims) -> tuple[Tensor, Tensor] | None:
-        groups, out, in_ = dims
+    def unpack(self, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor] | None:
+        groups, out, in_ = self.dims(module)
         rank = B.shape[1] if B.dim() > 1 else 0
-        fits = A.numel() == groups * rank * in_ and A.shape[0] == groups * rank and B.numel() == groups * out * rank
-        if not fits or rank == 0:
-            return None
-        return A.reshape(groups, rank, in_), B.reshape(groups, out, rank)
+        fits = A.shape == (groups * rank, *module.weight.shape[1:]) and B.shape == (
+            groups * out,
+            rank,
+            *[1] * self.spatial,
+        )
+        return (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
 
     def _example(self, shape: int, *args: int, **options) -> tuple[nn.Module, Tensor]:
         return self.types()[0](*args, **options), randn(2, args[0], *[shape] * self.spatial)

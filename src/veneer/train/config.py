@@ -113,7 +113,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A comma-separated text is a list: the flags write it so."""
-        if isinstance(value, str) and "," in value:
+        if isinstance(value, str) and "," in value and not value.startswith("re:"):
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
