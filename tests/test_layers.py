@@ -110,10 +110,11 @@ def test_gradcheck(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@variants
 @pytest.mark.parametrize("kind", LAYERS.names())
-def test_a_thousand_merges_leave_no_trace(kind, dtype):
+def test_a_thousand_merges_leave_no_trace(kind, variant, dtype):
     module, _ = make(kind, 0, dtype)
-    handle = attached(module)
+    handle = attached(module, variant)
     weight = getattr(module, kind_of(module).weight)
     before = weight.detach().clone()
     for _ in range(1000):
