@@ -66,10 +66,8 @@ class Artefact:
         scale = VARIANTS[self.config.variant].scale
         return {
             path: LowRank(
-                entry.A.reshape(-1, entry.rank, entry.A.numel() // entry.A.shape[0])
-                if _by_row(entry)
-                else entry.A[None],
-                entry.B.reshape(entry.A.shape[0] // entry.rank, -1, entry.rank),
+                entry.A.reshape(-1, entry.rank, entry.A[0].numel()),  # [g·r, in/g, …] -> [g, r, in]
+                entry.B.reshape(entry.A.shape[0] // entry.rank, -1, entry.rank),  # [out, r, …] -> [g, out, r]
                 scale(entry.alpha, entry.rank),
             )
             for path, entry in self.low.items()
@@ -80,10 +78,6 @@ class Artefact:
         """How many numbers the adapter holds."""
         low = sum(entry.A.numel() + entry.B.numel() for entry in self.low.values())
         return low + sum(tensor.numel() for tensors in self.full.values() for tensor in tensors.values())
-
-
-def _by_row(entry: peft.PeftLayer) -> bool:
-    return entry.A.shape[0] != entry.rank or entry.A.dim() > 2
 
 
 def write(

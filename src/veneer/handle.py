@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from veneer import adapter as artefact
 from veneer.adapted import LayerAdapter
+from veneer.adapter import install_from
+from veneer.adapter import save as save_adapter
 from veneer.attach import adapters, detach, install, need_group, plan, unwrap
 from veneer.config import LoraConfig
 from veneer.merge import MergeReport, merge, unmerge
@@ -58,7 +59,7 @@ def load(
         BaseMismatchError: the base's weights are others than those it was trained on.
     """
     model, name = unwrap(model), name if name is not None else "default"
-    artefact.install_from(model, path, name, trainable=trainable, verify_base=verify_base)
+    install_from(model, path, name, trainable=trainable, verify_base=verify_base)
     return Handle(model, name)
 
 
@@ -108,7 +109,7 @@ class Handle:
         provenance: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        return artefact.save(
+        return save_adapter(
             self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite
         )
 
