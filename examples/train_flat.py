@@ -77,7 +77,10 @@ def main() -> None:
     print(veneer.check(model, {"input_ids": ids}))
 
     optimizer = torch.optim.AdamW(handle.parameters(), lr=options.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps, pct_start=0.05)
+    warmup = max(1, options.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up over a twentieth of the run, then down to zero
+        optimizer, lambda step: min((step + 1) / warmup, 1 - step / options.steps)
+    )
     model.train()
     start = time.perf_counter()
     for step, (ids, labels) in enumerate(batches(rows, options.batch, options.steps, options.seed), 1):

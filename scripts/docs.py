@@ -1,8 +1,8 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, tables in README.md from recorded
 results.
 
-python scripts/docs.py            write
-python scripts/docs.py --check    fail if anything committed is stale
+    python scripts/docs.py            write
+    python scripts/docs.py --check    fail if anything committed is stale
 """
 
 from __future__ import annotations

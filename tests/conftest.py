@@ -8,9 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tiny import write_tiny
 from toys import register_toys
 
 register_toys()
@@ -19,3 +22,9 @@ register_toys()
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny Llama and its tokenizer."""
+    return write_tiny(tmp_path_factory.mktemp("base") / "tiny")

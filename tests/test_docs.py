@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from demo import pronounce
 
+import veneer
+from tiny import sums, write_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -99,6 +102,21 @@ def test_the_public_api_is_enough_for_the_flat_example():
     code = (ROOT / "examples" / "train_flat.py").read_text()
     assert len(code.splitlines()) < 200
     used = set(re.findall(r"veneer\.(\w+)", code)) - {"models"}
-    import veneer
-
     assert used <= set(veneer.__all__)
+
+
+def test_the_flat_example_trains_saves_and_merges(base, tmp_path):
+    rows = write_rows(tmp_path / "sums.jsonl", sums(24))
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "train_flat.py"),
+        str(base),
+        str(rows),
+        str(tmp_path / "adapter"),
+    ]
+    done = subprocess.run([*command, "--steps", "20", "--rank", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0]
+    assert "of the change kept after rounding" in done.stdout
+    assert veneer.adapter.read(tmp_path / "adapter").metadata["provenance"]["steps"] == 20

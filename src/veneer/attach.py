@@ -1,9 +1,9 @@
 """Attach and detach: from (model, config) to plans, from plans to sites. Everything is checked before anything changes.
 
-plan(model, config) -> Plans        which layer gets which rank, who shares its weight, what is trained fully; or
-every problem
-install(model, name, plans)         makes the trained numbers, then puts them in place
-detach(model)                       gives back the very model
+plan(model, config) -> Plans    which layer gets which rank, who shares its weight, what is trained in full; or every
+                                problem at once
+install(model, name, plans)     makes the trained numbers, then puts them in place
+detach(model)                   gives back the very model
 """
 
 from __future__ import annotations
@@ -164,28 +164,36 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
 
 def _attachable(names: Names, targets: list[str]) -> list[str]:
     """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
-    refused = {path: reason for path in targets if (reason := next(_refusals(names, path, holders(names)), None))}
+    held = holders(names)
+    refused = {path: reason for path in targets if (reason := next(_refusals(names, path, held), None))}
     if refused:
         lines = "\n".join(f"  {reason}" for reason in refused.values())
         warnings.warn(f'targets="all" leaves out {len(refused)} layers\n{lines}', SkippedLayers, stacklevel=4)
     return [path for path in targets if path not in refused]
 
 
-def holders(names: Names) -> dict[int, list[str]]:
-    """The paths of the modules that hold each parameter, by the parameter's identity."""
-    found: dict[int, list[str]] = {}
+def holders(names: Names) -> dict[int, list[tuple[str, str]]]:
+    """(path, name) of every place that holds a parameter, by the parameter's identity."""
+    found: dict[int, list[tuple[str, str]]] = {}
     for path, module in names.modules.items():
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(path)
+                found.setdefault(id(parameter), []).append((path, name))
     return found
 
 
-def _refusals(names: Names, path: str, held: Mapping[int, list[str]]) -> Iterator[str]:
+def _readers(names: Names, path: str, held: Mapping[int, list[tuple[str, str]]]) -> list[str]:
+    """The paths of the modules that hold the weight of the layer at ``path``, in the model's order."""
+    kind = kind_of(names.modules[path])
+    weight = names.modules[path]._parameters.get(kind.weight) if kind else None
+    return [path] if weight is None else [reader for reader, _ in held[id(weight)]]
+
+
+def _refusals(names: Names, path: str, held: Mapping[int, list[tuple[str, str]]]) -> Iterator[str]:
     """Why the weight at ``path`` cannot be changed, for each module that reads it."""
     kind = kind_of(names.modules[path])
     weight = names.modules[path]._parameters.get(kind.weight) if kind else None
-    for reader in held.get(id(weight), [path]) if weight is not None else [path]:
+    for reader in _readers(names, path, held):
         problem = _refusal(names, reader, weight, path)
         if problem:
             yield problem
@@ -200,8 +208,7 @@ def plan_low(names: Names, wanted: Mapping[str, tuple[int, float]], problems: li
         if found:
             problems += found
             continue
-        kind: Any = kind_of(names.modules[path])
-        readers = held[id(names.modules[path]._parameters[kind.weight])]
+        readers = _readers(names, path, held)
         owner = readers[0]
         entry = _low_plan(names, owner, readers, rank, alpha, problems)
         if entry is not None:
@@ -263,11 +270,7 @@ def unreachable(names: Names, path: str) -> str | None:
 def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str]) -> None:
     """Problems of the parameters that are to be trained in full: tied to another module's, or out of forward's
     reach."""
-    users: dict[int, list[str]] = {}
-    for path, module in names.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{path}.{name}")
+    held = holders(names)
     for path, parameters in full.items():
         module = names.modules[path]
         reason = unreachable(names, path)
@@ -277,7 +280,7 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
             )
         for name in parameters:
             parameter = module._parameters[name]
-            others = [user for user in users[id(parameter)] if user != f"{path}.{name}"]
+            others = [f"{user}.{own}" for user, own in held[id(parameter)] if (user, own) != (path, name)]
             if others:
                 found = f"{path}.{name} trained in full, which is tied to {listing(others)}"
                 do = "exclude it" if name == "bias" else "target it with a low-rank change, which keeps ties"

@@ -2,10 +2,9 @@
 
 The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio task and ends with
 the ``with`` block that set it. It is read as ``context.current``. That this is an attribute of the module (PEP 562)
-and not a
-function is deliberate: ``torch.compile`` cannot trace ``ContextVar.get``, but it does guard module attributes, and it
-reads this one afresh before each run. So a compiled model follows the selection of whichever thread or task calls it,
-where a constant folded into the graph would silently keep the first one.
+and not a function is deliberate: ``torch.compile`` cannot trace ``ContextVar.get``, but it does guard module
+attributes, and it reads this one afresh before each run. So a compiled model follows the selection of whichever thread
+or task calls it, where a constant folded into the graph would silently keep the first one.
 """
 
 from __future__ import annotations

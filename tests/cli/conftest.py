@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tiny import sums, write_rows, write_tiny
+from tiny import sums, write_rows
 
 
 class Run(NamedTuple):
@@ -39,11 +39,6 @@ def veneer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Run(code, captured.out, captured.err)
 
     return call
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="session")

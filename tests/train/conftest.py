@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 
-from tiny import sums, write_rows, write_tiny
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the tiny Llama and its tokenizer."""
-    return write_tiny(tmp_path_factory.mktemp("base") / "tiny")
+from tiny import sums, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 FACTORED = "factored"
 MATERIALISED = "materialised"
-PATHS = (FACTORED, MATERIALISED)
 
 
 def choose(*, factors: bool, transposed_gain: bool, forced: str | None) -> str:

@@ -1,12 +1,11 @@
 """The contract of a variant: which numbers are trained, how they start, and how they become (LowRank, gain).
 
-    init(dims…)  -> {"A": [g, r, in], "B": [g, out, r], …}        resolve(numbers, scale, base) -> (LowRank, gain or
-    None)
-    y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias                     gain: [g · out], None for 1
+    init(dims…) -> {"A": [g, r, in], "B": [g, out, r], …}
+    resolve(numbers, scale, base) -> (LowRank, gain [g · out], or None for 1)
+    y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
 A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
-only if it
-asks. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
+only if it asks. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
 """
 
 from __future__ import annotations
