@@ -13,7 +13,7 @@ from torch import nn
 import veneer
 from models import IDS, ConvNet, Shared, TinyLM
 from toys import Diagonal, error, randomise
-from veneer.errors import ConfigError, MergeError, TargetError
+from veneer.errors import ConfigError, MergeError, SelectionError, TargetError
 
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
 ATTENTION, MLP = LINEAR[:4], LINEAR[4:]
@@ -432,6 +432,21 @@ def test_a_bias_beside_a_shared_weight_is_refused(bias):
         veneer.attach(model, veneer.LoraConfig(rank=2, bias=bias))
     assert state(model) == before
     veneer.attach(model, veneer.LoraConfig(rank=2))
+
+
+def test_arguments_of_another_kind():
+    model = TinyLM()
+    before = state(model)
+    for config in ("all-linear", {"rank": 2}):
+        with pytest.raises(ConfigError, match=r"Expected: a veneer\.LoraConfig"):
+            veneer.attach(model, config)
+    assert state(model) == before
+    for function in (veneer.attach, veneer.merge, veneer.detach, lambda model: veneer.use(model, "a")):
+        with pytest.raises(TargetError, match="a str for a model"):
+            function("llama")
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+    with pytest.raises(SelectionError, match=r"no adapter named \['default', 'b'\]"):
+        veneer.use(model, ["default", "b"])
 
 
 def test_names_of_adapters_and_roots():

@@ -1,9 +1,10 @@
-"""Attach and detach: from (model, config) to plans, from plans to sites. Everything is checked before anything changes.
+"""Attach and detach: from (model, config) to plans, from plans to sites.
 
-plan(model, config) -> Plans    which layer gets which rank, who shares its weight, what is trained in full; or every
-                                problem at once
-install(model, name, plans)     makes the trained numbers, then puts them in place
-detach(model)                   gives back the very model
+    plan(model, config) -> Plans    which layer gets which rank, who shares its weight, what is trained in full
+    install(model, name, plans)     makes the trained numbers, then puts them in place
+    detach(model)                   gives back the very model
+
+``plan`` finds every problem before anything changes, and raises once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from veneer.adapted import (
 )
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
-from veneer.errors import MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
+from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import factors
 from veneer.targets import WORDS, Names, bad_regex, excluded, expand, select, unmatched, value_for
@@ -76,7 +77,15 @@ def group_of(model: nn.Module) -> Group | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers."""
+    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers.
+
+    Raises:
+        TargetError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(
+            sentence(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
+        )
     while GROUP not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None or len(model._modules) != 1:
@@ -92,8 +101,8 @@ def need_group(model: nn.Module, name: str | None = None) -> Group:
         raise SelectionError(
             sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
         )
-    if name is not None and name not in group.configs:
-        found = f"no adapter named {name!r}{nearest(name, group.configs)}"
+    if name is not None and not (isinstance(name, str) and name in group.configs):
+        found = f"no adapter named {name!r}{nearest(str(name), group.configs)}"
         raise SelectionError(sentence(found, f"one of {', '.join(group.configs)}", "use a name that is attached"))
     return group
 
@@ -124,6 +133,11 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     Raises:
         TargetError: with every problem.
     """
+    if not isinstance(config, LoraConfig):
+        found = f"config={config!r}"
+        raise ConfigError(
+            sentence(found, "a veneer.LoraConfig", "use LoraConfig(…), or LoraConfig.from_dict for a mapping")
+        )
     problems = [*name_problems(model, name), *bad_regex(config)]
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"

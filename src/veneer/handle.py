@@ -36,7 +36,7 @@ def attach(model: nn.Module, config: LoraConfig | None = None, name: str = "defa
         TargetError: with every problem at once. The model is as it was.
     """
     model = unwrap(model)
-    install(model, name, plan(model, config or LoraConfig(), name))
+    install(model, name, plan(model, LoraConfig() if config is None else config, name))
     return Handle(model, name)
 
 
