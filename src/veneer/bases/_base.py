@@ -1,11 +1,17 @@
-"""The contract of a storage: read a frozen weight as dense numbers, and write a merged one back."""
+"""The contract of a storage: read a frozen weight as dense numbers, and write a merged one back.
+
+A weight is what a module keeps under its name: a ``Parameter`` (plain or packed), or the ``ParametrizationList`` that
+computes it. ``stored`` gives the tensors that hold it, ``decode`` their meaning; a merge writes other tensors of the
+same names, and an unmerge writes the old ones.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.registry import Registry
@@ -15,29 +21,60 @@ class Storage(ABC):
     """One way to store a weight. Final subclasses only, without state."""
 
     name: str
+    #: reading the weight is a computation that may change state, so that the module's own forward must not do it
+    computed: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return storage_named, (self.name,)
 
     @abstractmethod
     def holds(self, weight: object) -> bool:
-        """Whether ``weight`` (what the module keeps under the weight's name) is stored this way."""
+        """Whether ``weight`` is stored this way."""
 
     @abstractmethod
-    def dense(self, weight: Tensor) -> Tensor:
-        """The weight as a floating-point tensor, exactly."""
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        """The tensors that ``write`` replaces, by names of our own without dots; not copied."""
 
     @abstractmethod
-    def encode(self, weight: Tensor, values: Tensor) -> Tensor:
-        """float64 ``values`` as this storage would hold them, rounded once; nothing is written."""
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        """What these stored tensors mean as a dense floating-point weight, exactly."""
 
     @abstractmethod
-    def write(self, weight: Tensor, encoded: Tensor) -> None:
-        """Put what ``encode`` gave into ``weight`` in place: the parameter keeps its identity, and so its ties."""
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        """Dense float64 ``values`` as this storage would hold them, rounded once; nothing is written."""
 
     @abstractmethod
-    def examples(self) -> Iterator[nn.Parameter]:
-        """Small weights that are stored this way."""
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        """Put stored tensors into ``weight`` in place: it keeps its identity, and so its ties. Writing what
+        ``stored`` gave before restores every bit."""
+
+    @abstractmethod
+    def examples(self) -> Iterator[nn.Module]:
+        """Small linear layers (16-divisible sizes where packing needs it) whose ``weight`` is stored this way."""
+
+    def dense(self, weight: Any) -> Tensor:
+        """The weight as a dense floating-point tensor, exactly."""
+        return self.decode(weight, self.stored(weight))
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        """The dtype of the dense weight."""
+        return self.dense(weight).dtype
+
+    def shape(self, weight: Any) -> torch.Size:
+        """The shape of the dense weight."""
+        return weight.shape
+
+    def prepare(self, module: Any) -> None:  # noqa: B027 (most storages have nothing to do)
+        """Bring a module's weight into the form that the other methods read; its meaning stays. Done when it is
+        attached to and after every ``write``; doing it again does nothing."""
+
+    def release(self, module: Any) -> None:  # noqa: B027
+        """Undo what ``prepare`` set on the module, when it is detached."""
+
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        """Module classes whose own forward is their stock layer's on ``dense(weight)``, so that the factored form is
+        right there: y = forward(x) + op(x; ΔW)."""
+        return ()
 
 
 BASES: Registry[Storage] = Registry("storage")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.bases._base import Storage, register
+from veneer.bases._base import BASES, Storage, register
 from veneer.kernels.reference import round_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,18 +19,29 @@ class Plain(Storage):
     name = "plain"
 
     def holds(self, weight: object) -> bool:
-        return isinstance(weight, nn.Parameter) and weight.dtype in DTYPES
+        # torch's own kinds of tensor (DTensor of FSDP2, fake ones) mean their numbers; those of another library may be
+        # packed although their dtype is a floating-point one: another storage holds them, or none does.
+        if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
+            return False
+        ours = type(weight).__module__.partition(".")[0] == "torch"
+        return ours and not any(other.holds(weight) for other in BASES if other is not self)
 
-    def dense(self, weight: Tensor) -> Tensor:
-        return weight
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        return {"values": weight}
 
-    def encode(self, weight: Tensor, values: Tensor) -> Tensor:
-        return round_once(values, weight.dtype)
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["values"]
 
-    def write(self, weight: Tensor, encoded: Tensor) -> None:
+    def dtype(self, weight: Any) -> torch.dtype:
+        return weight.dtype
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        return {"values": round_once(values, weight.dtype)}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            weight.copy_(encoded)
+            weight.copy_(stored["values"])
 
-    def examples(self) -> Iterator[nn.Parameter]:
+    def examples(self) -> Iterator[nn.Module]:
         for dtype in DTYPES:
-            yield nn.Parameter(torch.randn(3, 4).to(dtype))
+            yield nn.Linear(4, 3, dtype=dtype)

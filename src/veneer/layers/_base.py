@@ -2,9 +2,9 @@
 
     y = op(x; W) + bias        update(x) = op(x; ΔW)        ΔW: [g, out, in] folded into the weight's own shape
 
-A kind says how large its ΔW is (``dims``), how ΔW lies in the weight (``fold`` and ``unfold``), how the layer runs on
-a given weight (``op``) and how ``op(x; ΔW)`` is computed through the bottleneck (``update``). It knows no variant and
-no storage.
+A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies in the weight
+(``fold`` and ``unfold``). That is enough: the module's own forward then runs on W + ΔW. A kind whose output is linear
+in its one weight also offers ``op`` and ``update``, and gets the factored path. It knows no variant and no storage.
 
 To add a kind: a file here, a final subclass of ``Layer``, ``@register``. Its ``examples`` put it into the tests.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
@@ -38,14 +39,16 @@ class Layer(ABC):
     """One kind of layer. Final subclasses only, without state: the registry holds one instance of each."""
 
     name: str
+    #: the weight's name in a module with one weight
+    weight: str = "weight"
     #: the axis of the weight that counts outputs
     out_axis: int = 0
-    #: the weight's name in the module
-    weight: str = "weight"
-    #: keys of A and B in a PEFT file, after the module's path
+    #: keys of A and B in a PEFT file, after the module's path; None where PEFT has no such layer
     file_keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
     #: False where inputs are indices: dropout then drops whole tokens of the update, as it would on their one-hot rows
     drops_input: bool = True
+    #: whether the words "all-linear", "attention" and "mlp" mean this kind
+    linear: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return layer_named, (self.name,)
@@ -55,27 +58,26 @@ class Layer(ABC):
         """The module classes of this kind. Their subclasses are of this kind too."""
 
     @abstractmethod
-    def dims(self, module: Any) -> Dims: ...
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        """Small modules of this kind with an input each (a tensor, or a tuple of arguments), one for every option
+        that changes the arithmetic."""
 
-    @abstractmethod
-    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The class's own forward, on ``weight`` and ``bias`` in place of the module's."""
+    def weights(self, module: Any) -> tuple[str, ...]:
+        """The names of the weights that a low-rank change fits."""
+        return (self.weight,)
 
-    @abstractmethod
-    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype of x."""
+    def vectors(self, module: Any) -> tuple[str, ...]:
+        """The names of the vectors that are changed along with the weights, at their full shape: a vector has no
+        smaller change than itself."""
+        return ()
 
-    @abstractmethod
-    def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Small modules of this kind with an input each, one for every option that changes the arithmetic."""
+    def below(self, module: Any) -> tuple[str, ...]:
+        """The names of children that are a part of this layer: who names the layer as a target means them too."""
+        return ()
 
-    def refuses(self, module: Any) -> str | None:
-        """Why this module cannot carry an adapter, or None."""
-        return None
-
-    def factors(self, module: Any) -> bool:
-        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
-        return True
+    def dims(self, module: Any, shape: torch.Size) -> Dims:
+        """The size of a change of a weight of this shape (the dense weight's, however it is stored)."""
+        return Dims(1, *shape)
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
         """ΔW [g, out, in] in the weight's shape."""
@@ -85,27 +87,111 @@ class Layer(ABC):
         """A tensor of the weight's shape as [g, out, in]: the inverse of ``fold``."""
         return weight.reshape(dims)
 
+    def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
+        """One value an output, [g · out], shaped to broadcast over the weight."""
+        axes = [1] * len(shape)
+        axes[self.out_axis] = -1
+        return values.reshape(axes)
+
     def fan_in(self, dims: Dims) -> int:
         """How many inputs meet in one row of A, for its Kaiming initialisation."""
         return dims.in_
 
-    def mask_init(self, module: Any, A: Tensor) -> Tensor:
-        """A fresh A [g, r, in] with zeros for what must not change."""
-        return A
+    def still(self, module: Any) -> int | None:
+        """The input (a column of ΔW) that never changes, such as a padding token; None if there is none."""
+        return None
+
+    def settle(self, module: Any, weight: Tensor) -> Tensor:
+        """What forward makes of a weight that it rewrites as it reads it; a merge writes this."""
+        return weight
+
+    def refuses(self, module: Any) -> str | None:
+        """Why this module cannot carry an adapter, or None."""
+        return None
+
+    # The factored path: a kind that is linear in its one weight overrides `op` and `update`.
+
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The class's own forward, on ``weight`` and ``bias`` in place of the module's."""
+        raise NotImplementedError
+
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+        """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype of x."""
+        raise NotImplementedError
+
+    def factors(self, module: Any) -> bool:
+        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
+        return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         """A vector over outputs, [g · out], shaped to broadcast over y."""
         return values
 
-    def pack(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file."""
-        return low.A[0], low.B[0]
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        """The rows that ΔW multiplies, [g, tokens, in], for variants that start from them."""
+        raise NotImplementedError
 
-    def unpack(self, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor] | None:
+    # The materialised path runs the module's own forward on a view of it.
+
+    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:  # noqa: B027 (most kinds have nothing to do)
+        """Put changed weights where a view's forward looks for them, if that is not under their names."""
+
+    # Rows of a batch that use different adapters.
+
+    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+        """The arguments of a call that holds only these rows of a batch of ``count``.
+
+        Raises:
+            LookupError: nothing in the arguments has ``count`` rows.
+        """
+        found = False
+
+        def pick(value: Any) -> Any:
+            nonlocal found
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != count:
+                return value
+            found = True
+            return value.index_select(0, rows.to(value.device))
+
+        taken = pytree.tree_map(pick, (args, kwargs))
+        if not found:
+            raise LookupError
+        return taken
+
+    def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
+        """The outputs of such calls, one after the other, as that of the whole batch in its order."""
+        return joined(outputs, order, lambda _: 0)
+
+    # The layout of a PEFT file.
+
+    def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of a PEFT file; groups, of which PEFT has none here, one below the other."""
+        return low.A.flatten(0, 1), low.B.flatten(0, 1)
+
+    def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """One value an output, [g · out], in the shape of a PEFT file."""
+        return values
+
+    def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if those do not fit this layer."""
-        dims = self.dims(module)
-        fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and (B.shape[0], A.shape[1]) == (dims.out, dims.in_)
-        return (A[None], B[None]) if fits else None
+        groups, out, in_ = self.dims(module, shape)
+        rank = B.shape[1] if B.dim() == 2 else 0
+        fits = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
+        return (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
+
+
+def joined(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
+    """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and reorder that axis."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    spec = flat[0][1]
+    whole = []
+    for position, parts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+        if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
+            whole.append(parts[0])
+            continue
+        axis = axis_of(position)
+        whole.append(torch.cat(parts, axis).index_select(axis, order.to(parts[0].device)))
+    return pytree.tree_unflatten(whole, spec)
 
 
 LAYERS: Registry[Layer] = Registry("layer kind")
@@ -122,12 +208,21 @@ def register(kind: type[Layer]) -> type[Layer]:
     return kind
 
 
+#: the kind of everything that has parameters of its own and no kind of its own
+GENERAL = "parameter"
+
+
 def kind_of(module: Any) -> Layer | None:
-    """The kind of a module; a user's own kind comes before ours, as it was registered later."""
-    return next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), None)
+    """The kind of a module with something to change; a user's own kind comes before ours, as it was registered
+    later. None for a module without parameters of its own."""
+    kind = next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), None)
+    kind = LAYERS[GENERAL] if kind is None else kind
+    return kind if kind.weights(module) or kind.vectors(module) else None
 
 
-def factors(kind: Layer, module: Any, base: type[nn.Module]) -> bool:
-    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors, not one
-    of its own."""
-    return any(base.forward is stock.forward for stock in kind.types()) and kind.factors(module)
+def factors(kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors (or one
+    of ``trusted``), not one of its own."""
+    if type(kind).update is Layer.update or not kind.factors(module):
+        return False
+    return any(base.forward is stock.forward for stock in (*kind.types(), *trusted))

@@ -28,21 +28,21 @@ class _Conv(Layer):
 
     spatial: int
 
-    def dims(self, module: Any) -> Dims:
-        out, in_, *kernel = module.weight.shape
+    def dims(self, module: Any, shape: torch.Size) -> Dims:
+        out, in_, *kernel = shape
         return Dims(module.groups, out // module.groups, in_ * torch.Size(kernel).numel())
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return module._conv_forward(x, weight, bias)
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        A, B = self._as_weights(low, module)
+        A, B = self._as_weights(low, module.weight.shape)
         h = module._conv_forward(x, A, None)  # [N, g·r, *spatial]
         change = self._pointwise(h, B * low.scale, groups=module.groups)  # [N, out, *spatial]
         return change if y is None else y + change
 
-    def _as_weights(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
-        _, in_, *kernel = module.weight.shape
+    def _as_weights(self, low: LowRank, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        _, in_, *kernel = shape
         A = low.A.reshape(-1, in_, *kernel)  # [g·r, in/g, *k]
         B = low.B.reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
         return A, B
@@ -54,17 +54,24 @@ class _Conv(Layer):
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
 
-    def pack(self, low: LowRank, module: Any) -> tuple[Tensor, Tensor]:
-        return self._as_weights(low, module)
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        # The rows of ΔW's input are the patches under the kernel: a convolution with the identity as its kernel.
+        groups, _, in_ = self.dims(module, module.weight.shape)
+        patch = torch.eye(in_, dtype=x.dtype, device=x.device).reshape(in_, *module.weight.shape[1:])
+        patches = module._conv_forward(x, patch.repeat(groups, *[1] * (self.spatial + 1)), None)
+        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
+        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)  # [g, positions, in/g · |k|]
 
-    def unpack(self, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor] | None:
-        groups, out, in_ = self.dims(module)
+    def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        return self._as_weights(low, shape)
+
+    def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
+        return values.reshape(1, -1, *[1] * self.spatial)
+
+    def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+        groups, out, in_ = self.dims(module, shape)
         rank = B.shape[1] if B.dim() > 1 else 0
-        fits = A.shape == (groups * rank, *module.weight.shape[1:]) and B.shape == (
-            groups * out,
-            rank,
-            *[1] * self.spatial,
-        )
+        fits = A.shape == (groups * rank, *shape[1:]) and B.shape == (groups * out, rank, *[1] * self.spatial)
         return (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
 
     def _example(self, shape: int, *args: int, **options) -> tuple[nn.Module, Tensor]:

@@ -22,13 +22,14 @@ from veneer.lowrank import LowRank
 class Conv1D(Layer):
     name = "conv1d_transformers"
     out_axis = 1
+    linear = True
 
     def types(self) -> tuple[type[nn.Module], ...]:
         module = sys.modules.get("transformers.pytorch_utils")
         return (module.Conv1D,) if module else ()
 
-    def dims(self, module: Any) -> Dims:
-        in_, out = module.weight.shape
+    def dims(self, module: Any, shape: torch.Size) -> Dims:
+        in_, out = shape
         return Dims(1, out, in_)
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,6 +45,9 @@ class Conv1D(Layer):
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
         return weight.mT[None]
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        return x.reshape(1, -1, x.shape[-1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         for cls in self.types():

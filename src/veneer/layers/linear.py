@@ -9,25 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn, randn
 
 from veneer.kernels import reference
-from veneer.layers._base import Dims, Layer, register
+from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
 
 @register
 class Linear(Layer):
     name = "linear"
+    linear = True
 
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Linear,)
-
-    def dims(self, module: Any) -> Dims:
-        return Dims(1, *module.weight.shape)
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
+
+    def inputs(self, module: Any, x: Tensor) -> Tensor:
+        return x.reshape(1, -1, x.shape[-1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         yield nn.Linear(7, 5), randn(3, 4, 7)

@@ -1,11 +1,12 @@
 """The contract of a variant: which numbers are trained, how they start, and how they become (LowRank, gain).
 
-    init(dims…) -> {"A": [g, r, in], "B": [g, out, r], …}
+    init(start) -> {"A": [g, r, in], "B": [g, out, r], …}
     resolve(numbers, scale, base) -> (LowRank, gain [g · out], or None for 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
 A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
-only if it asks. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
+only if it asks. The base is never written: a variant that starts from a part of W keeps a frozen copy of that start
+and subtracts it in ``resolve``. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,37 @@ from veneer.registry import Registry
 #: returns the frozen weight as a dense [g, out, in] of at least float32
 Base = Callable[[], Tensor]
 
+#: what ``Variant.needs`` may name
+EVIDENCE = ("inputs", "gradient", "original")
+
+
+def _missing() -> Tensor:
+    raise AssertionError("attach gathers what a variant's `needs` names before it calls init")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a variant may look at when it makes its numbers.
+
+    Fields:
+        groups, out, in_, rank: the sizes of ΔW and of the bottleneck.
+        fan_in: how many inputs meet in one row of A.
+        base: the frozen weight, [g, out, in].
+        inputs: Σ xᵀx over the inputs x of the layer in the batches, [g, in, in], float64.
+        gradient: the gradient of the loss by the weight over the batches, [g, out, in], float64.
+        original: the weight before it was quantised, [g, out, in], float32.
+    """
+
+    groups: int
+    out: int
+    in_: int
+    rank: int
+    fan_in: int
+    base: Base = _missing
+    inputs: Base = _missing
+    gradient: Base = _missing
+    original: Base = _missing
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -33,18 +65,30 @@ class Variant:
         name, paper: the name in ``LoraConfig(variant=…)``, and where it comes from.
         default_alpha: of ``LoraConfig(alpha=None)``.
         scale: (alpha, rank) -> the factor of B @ A.
-        init: (groups, out, in, rank, fan_in, base) -> the trained numbers, float32, on the current default device.
-        resolve: (numbers, scale, base) -> (LowRank, gain [g · out] or None), differentiable in the numbers.
-        peft: fields of ``adapter_config.json`` that say this variant; None if PEFT has no such thing.
+        init: (start) -> the numbers, float32, on the current default device.
+        resolve: (numbers, scale, base) -> (LowRank, gain [g · out] or None), differentiable in the numbers. The
+            LowRank may have another rank than the config's.
+        frozen: names of numbers that are not trained: they are buffers.
+        derived: names of frozen numbers that the sizes alone determine: no file holds them.
+        needs: what of ``EVIDENCE`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
+        exact_start: the attached model equals its base before the first step.
+        peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that PEFT could read.
+        peft_keys: numbers besides A and B that PEFT knows: our name -> PEFT's key after the module's path. A variant
+            with other numbers is written for PEFT as the plain LoRA that ``resolve`` gives, and its numbers beside it.
     """
 
     name: str
     paper: str
     default_alpha: float
     scale: Callable[[float, int], float]
-    init: Callable[[int, int, int, int, int, Base], dict[str, Tensor]]
+    init: Callable[[Start], dict[str, Tensor]]
     resolve: Callable[[Mapping[str, Tensor], float, Base], tuple[LowRank, Tensor | None]]
+    frozen: frozenset[str] = frozenset()
+    derived: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    exact_start: bool = True
     peft: Mapping[str, Any] | None = field(default_factory=dict)
+    peft_keys: Mapping[str, str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return variant_named, (self.name,)
@@ -62,8 +106,8 @@ def register(variant: Variant) -> Variant:
     return VARIANTS.add(variant.name, variant)
 
 
-def kaiming_uniform(groups: int, rank: int, in_: int, fan_in: int) -> Tensor:
+def kaiming_uniform(start: Start) -> Tensor:
     """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al. 2015,
     arXiv:1502.01852)."""
-    bound = 1 / math.sqrt(fan_in)
-    return torch.empty(groups, rank, in_).uniform_(-bound, bound)
+    bound = 1 / math.sqrt(start.fan_in)
+    return torch.empty(start.groups, start.rank, start.in_).uniform_(-bound, bound)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Variant, kaiming_uniform, register
+from veneer.variants._base import Base, Start, Variant, kaiming_uniform, register
 
 
-def init(groups: int, out: int, in_: int, rank: int, fan_in: int, base: Base) -> dict[str, Tensor]:
+def init(start: Start) -> dict[str, Tensor]:
     """A Kaiming, B zero: the attached model equals its base until the first step."""
-    return {"A": kaiming_uniform(groups, rank, in_, fan_in), "B": torch.zeros(groups, out, rank)}
+    return {"A": kaiming_uniform(start), "B": torch.zeros(start.groups, start.out, start.rank)}
 
 
 def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:

@@ -1,0 +1,271 @@
+"""Weights that bitsandbytes keeps in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit`` (QLoRA's nf4 and fp4).
+
+**8 bits.** One scale a row, the row's largest magnitude:
+
+    W[o, i] = values[o, i] · scale[o] / 127            values: int8 [out, in]    scale: float32 [out]
+
+The first call of a ``Linear8bitLt`` moves the scale out of the parameter (``weight.SCB``) into the module
+(``module.state.SCB``), where a weight alone cannot find it; ``prepare`` keeps it at both.
+
+**4 bits.** The weight, flattened row by row, is cut into blocks (of 64). A block has one scale, its largest magnitude,
+and its elements are numbers of 16 levels; two lie in a byte, the earlier one in the upper half:
+
+    W[64 b + j] = level[number[b, j]] · absmax[b]      packed: bytes [out · in / 2]    absmax: float32 [blocks]
+
+With ``compress_statistics`` the scales are stored in 8 bits themselves, in blocks of 256, around their mean:
+
+    absmax[256 c + k] = nested_code[byte[c, k]] · nested_absmax[c] + offset
+
+``quant_storage`` only says as which dtype the bytes are labelled; ``stored`` always gives bytes.
+
+On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place for another kernel.
+That rounds the scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any more (bitsandbytes
+0.50). ``prepare`` undoes the layout and keeps the module from it, so that a frozen base stays what it was.
+
+**Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW, and
+the nearest numbers under the scale as it will be stored. Quantising anew would move every element of a block by a
+rounding; under the old scale those that did not change stay, and merging nothing changes no bit.
+
+Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.bases._base import Storage, register
+from veneer.errors import TargetError, sentence
+
+NESTED_BLOCK = 256
+
+
+def _classes(*names: str) -> tuple[type, ...]:
+    """Classes of bitsandbytes that exist where it has been imported already: a model that holds one has done so."""
+    module = sys.modules.get("bitsandbytes.nn.modules")
+    return tuple(getattr(module, name) for name in names if hasattr(module, name))
+
+
+@register
+class Bitsandbytes8bit(Storage):
+    name = "bitsandbytes_8bit"
+
+    def holds(self, weight: object) -> bool:
+        # By its attributes, as pickling makes it a plain Parameter that keeps them. Not before it is quantised, nor
+        # with has_fp16_weights=True: there the module caches what it quantises.
+        return isinstance(weight, nn.Parameter) and weight.dtype == torch.int8 and hasattr(weight, "SCB")
+
+    def prepare(self, module: Any) -> None:
+        """Move the scale as the first call would, and let the weight know it too, until the next ``write``. Nothing is
+        copied or changed."""
+        weight, state = module.weight, getattr(module, "state", None)
+        if state is not None and weight.CB is not None:
+            module.init_8bit_state()
+        if state is not None and state.CB is not None:
+            weight.data, weight.SCB = state.CB, state.SCB
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        if weight.SCB is None:
+            found = "an 8-bit weight of bitsandbytes without its scale, which the first call moves into its module"
+            raise TargetError(sentence(found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"))
+        return {"values": weight.data, "scale": weight.SCB}
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["values"].float() * (stored["scale"] * (1 / 127))[:, None]
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        def numbers(scale: Tensor) -> Tensor:
+            return (values * _inverse(scale)[:, None] * 127).round().clamp(-127, 127).to(torch.int8)
+
+        def miss(scale: Tensor) -> Tensor:
+            return (self.decode(weight, {"values": numbers(scale), "scale": scale}) - values).square().sum(1)
+
+        old, new = self.stored(weight)["scale"], values.abs().amax(1).float()
+        scale = torch.where(miss(old) <= miss(new), old, new)
+        return {"values": numbers(scale), "scale": scale}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            weight.data.copy_(stored["values"])
+        # As before the first call: the module takes both, in place of any that it holds already.
+        weight.CB, weight.SCB = weight.data, stored["scale"].detach().clone()
+
+    def examples(self) -> Iterator[nn.Module]:
+        if find_spec("bitsandbytes") is None:
+            return
+        from bitsandbytes.nn.modules import Linear8bitLt
+
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Linear8bitLt(64, 32, has_fp16_weights=False).to(dtype).to("cpu")
+        called = Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+        called(torch.ones(1, 64))
+        self.prepare(called)
+        yield called
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        return torch.float32
+
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        return _classes("Linear8bitLt", "Embedding8bit")
+
+
+@register
+class Bitsandbytes4bit(Storage):
+    name = "bitsandbytes_4bit"
+
+    def holds(self, weight: object) -> bool:
+        return isinstance(weight, nn.Parameter) and getattr(weight, "quant_state", None) is not None
+
+    def prepare(self, module: Any) -> None:
+        """Keep the weight in the layout that all devices share, and its module from repacking it (see above)."""
+        weight = module.weight
+        if _repacked(weight.quant_state):
+            self.write(weight, self.stored(weight))
+        if "support_avx512bf16_for_cpu" in module.__dict__:
+            module.__dict__.setdefault("_veneer_repacks", module.support_avx512bf16_for_cpu)
+            module.support_avx512bf16_for_cpu = False
+
+    def release(self, module: Any) -> None:
+        """Let the module repack its weight again, if it did before ``prepare``."""
+        if "_veneer_repacks" in module.__dict__:
+            module.support_avx512bf16_for_cpu = module.__dict__.pop("_veneer_repacks")
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        state = weight.quant_state
+        if _repacked(state):
+            return {"packed": _bytes(_unpacked(weight)), "absmax": state.absmax.mT.float().flatten()}
+        found = {"packed": _bytes(weight.data), "absmax": state.absmax}
+        if state.nested:
+            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+        return found
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        state, packed = weight.quant_state, stored["packed"].view(-1, 1)
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            packed, _scales(stored), state.blocksize, state.quant_type, state.shape, torch.float32
+        )
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        state, new = weight.quant_state, self.stored(weight)
+        old_scales, width = _scales(new), state.blocksize
+        blocks = _blocks(values, width)  # [blocks, 64]
+        same = (blocks == _blocks(self.decode(weight, new), width)).all(1)  # [blocks]
+
+        def numbers(scales: Tensor) -> Tensor:
+            return _nearest(blocks * _inverse(scales)[:, None], state.code)
+
+        def miss(scales: Tensor) -> Tensor:
+            return (state.code[numbers(scales).int()] * scales[:, None] - blocks).square().sum(1)
+
+        largest = blocks.abs().amax(1).float()
+        scales = torch.where(same | (miss(old_scales) <= miss(largest)), old_scales, largest)
+        if "nested_code" in new:
+            new |= _nested(scales, scales == old_scales, new)
+            scales = _scales(new)
+        else:
+            new["absmax"] = scales
+        found = numbers(scales)
+        packed = found[:, ::2] << 4 | found[:, 1::2]  # [blocks, 32]
+        old = _blocks(new["packed"], width // 2)
+        packed = torch.where((same & (scales == old_scales))[:, None], old, packed)
+        new["packed"] = packed.flatten()[: new["packed"].numel()]
+        return {name: new[name] for name in self.stored(weight)}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        state = weight.quant_state
+        with torch.no_grad():
+            if _repacked(state):
+                weight.data = _unpacked(weight)
+                state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+            _bytes(weight.data).copy_(stored["packed"])
+            state.absmax, state.nested = stored["absmax"].detach().clone(), "nested_code" in stored
+            if state.nested:
+                state.offset = stored["offset"].detach().clone()
+                parts = {"absmax": stored["nested_absmax"], "code": stored["nested_code"]}
+                parts = {name: value.detach().clone() for name, value in parts.items()}
+                state.state2 = type(state)(**parts, blocksize=NESTED_BLOCK, dtype=torch.float32)
+            else:
+                state.offset = state.state2 = None
+
+    def examples(self) -> Iterator[nn.Module]:
+        if find_spec("bitsandbytes") is None:
+            return
+        from bitsandbytes.nn.modules import Linear4bit
+
+        for kind in ("nf4", "fp4"):
+            for nested in (False, True):
+                yield Linear4bit(64, 32, compress_statistics=nested, quant_type=kind).to("cpu")
+        for label in (torch.bfloat16, torch.float32):
+            yield Linear4bit(64, 32, quant_type="nf4", quant_storage=label).to(torch.bfloat16).to("cpu")
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        return torch.float32
+
+    def shape(self, weight: Any) -> torch.Size:
+        return torch.Size(weight.quant_state.shape)
+
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        return _classes("Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4")
+
+
+def _repacked(state: Any) -> bool:
+    """Whether a call has put this weight into the layout of the AVX512-BF16 kernel."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _unpacked(weight: Any) -> Tensor:
+    """The packed numbers of a repacked weight in the layout that all devices share. Only the order changes."""
+    state = copy.copy(weight.quant_state)
+    state.original_nested = False  # the scales are read beside this, as they are
+    inverse = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
+    return inverse(weight.data, state)[0]
+
+
+def _bytes(data: Tensor) -> Tensor:
+    """Packed numbers as a flat view of bytes."""
+    return data.detach().view(torch.uint8).view(-1)
+
+
+def _blocks(values: Tensor, width: int) -> Tensor:
+    """The flattened values in rows of ``width``, the last one filled with zeros."""
+    flat = values.reshape(-1)
+    return F.pad(flat, (0, -flat.numel() % width)).view(-1, width)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale in float64; 0 where the scale is 0, as the values are too."""
+    return torch.where(scale == 0, 0.0, 1 / scale.double())
+
+
+def _scales(stored: Mapping[str, Tensor]) -> Tensor:
+    """The float32 scales of the blocks, [blocks]."""
+    if "nested_code" not in stored:
+        return stored["absmax"]
+    parts = (stored["absmax"], stored["nested_absmax"], stored["nested_code"], NESTED_BLOCK, torch.float32)
+    return torch.ops.bitsandbytes.dequantize_blockwise(*parts) + stored["offset"]
+
+
+def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New scales in 8 bits around the old offset; blocks of 256 that are the same keep their bits."""
+    centred = scales.double() - old["offset"].double()
+    blocks = _blocks(centred, NESTED_BLOCK)  # [c, 256]
+    kept = (_blocks((~same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
+    absmax = torch.where(kept, old["nested_absmax"], blocks.abs().amax(1).float())
+    numbers = _nearest(blocks * _inverse(absmax)[:, None], old["nested_code"])
+    numbers = torch.where(kept[:, None], _blocks(old["absmax"], NESTED_BLOCK), numbers)
+    return {"absmax": numbers.flatten()[: scales.numel()], "nested_absmax": absmax}
+
+
+def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """The number of the level nearest to each value, as uint8; the first number of a level that occurs twice."""
+    ordered, order = levels.double().sort(stable=True)
+    first = torch.searchsorted(ordered, ordered)
+    between = (ordered[1:] + ordered[:-1]) / 2
+    return order[first].to(torch.uint8)[torch.bucketize(values, between)]

@@ -1,0 +1,105 @@
+"""GGUF blocks kept packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
+
+A row of the weight is cut into blocks of ``block`` elements, and each block into ``size`` bytes: its scales, then its
+numbers. For Q8_0, for example, block = 32 and size = 34:
+
+    byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
+    meaning   d    | q₀ … q₃₁            d: float16, q: int8
+
+The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they are. The types have up
+to three levels of scales, so both directions are left to the two libraries that know them: ``gguf.quants`` (numpy) and
+the torch port of it in diffusers, which is used where it has the type, as it also runs on a GPU. Reading is exact in
+float32; diffusers' own forward computes the weights in float16.
+
+**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come closer, as they do if
+it did not change. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge refuses
+them.
+
+Models that transformers loads from a GGUF file are not packed: it decodes every weight on the way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.bases._base import Storage, register
+from veneer.errors import MergeError, sentence
+
+
+def _diffusers() -> Any:
+    """The module of diffusers that has the classes, if something has imported it already."""
+    return sys.modules.get("diffusers.quantizers.gguf.utils")
+
+
+@register
+class Gguf(Storage):
+    name = "gguf"
+
+    def holds(self, weight: object) -> bool:
+        module = _diffusers()
+        return module is not None and isinstance(weight, module.GGUFParameter)
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        return {"blocks": weight.as_tensor().detach()}
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        import gguf
+
+        kind, packed = weight.quant_type, stored["blocks"]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        port = _diffusers().dequantize_functions.get(kind)
+        if port is None:
+            return torch.from_numpy(gguf.quants.dequantize(packed.cpu().numpy(), kind)).to(packed.device)
+        return port(packed.reshape(-1, size), block, size, dtype=torch.float32).view(self.shape(weight))
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        import gguf
+        import numpy
+
+        kind, old = weight.quant_type, self.stored(weight)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            with numpy.errstate(all="ignore"):  # what does not fit into a float16 scale becomes infinite
+                made = gguf.quants.quantize(values.float().cpu().numpy(), kind)
+        except NotImplementedError as error:
+            found = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
+            expected = "a type that it writes, such as Q8_0 or Q4_0"
+            do = "keep the adapter unmerged, or merge it into the model that the file was quantised from"
+            raise MergeError(sentence(found, expected, do)) from error
+        new = {"blocks": torch.from_numpy(made).to(old["blocks"].device)}
+        kept, fresh = ((self.decode(weight, each) - values).square().view(-1, block).sum(1) for each in (old, new))
+        blocks = torch.where((kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new)))
+        return {"blocks": blocks.view(old["blocks"].shape)}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            weight.as_tensor().copy_(stored["blocks"])
+
+    def examples(self) -> Iterator[nn.Module]:
+        if find_spec("gguf") is None or find_spec("diffusers") is None:
+            return
+        import gguf
+        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+        kinds = gguf.GGMLQuantizationType
+        for kind in (kinds.Q8_0, kinds.Q4_0, kinds.Q4_1, kinds.Q5_1, kinds.BF16):
+            linear: Any = GGUFLinear(64, 32, bias=True, compute_dtype=torch.float32)
+            blocks = gguf.quants.quantize(linear.weight.detach().numpy(), kind)
+            linear.weight = GGUFParameter(torch.from_numpy(blocks), quant_type=kind)  # pyright: ignore[reportCallIssue]
+            yield linear
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        return torch.float32
+
+    def shape(self, weight: Any) -> torch.Size:
+        return torch.Size(weight.quant_shape)
+
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        module = _diffusers()
+        return (module.GGUFLinear,) if module else ()

@@ -1,0 +1,110 @@
+"""A weight that ``torch.nn.utils.parametrize`` computes at every access: weight norm, spectral norm, orthogonal, …
+
+    module.weight = pₙ(… p₁(p₀(original)))        the ``ParametrizationList`` under ``module.parametrizations.weight``
+
+**Reading.** Computing the weight may change state: in training mode spectral norm runs a step of the power method,
+which overwrites its vectors u and v, so that every access makes another weight. The frozen weight is what the list
+computes in evaluation mode from its state as it is now. It is computed on a view of the list (the same parameters,
+copied buffers), as switching ``training`` in place and back would be seen by other threads.
+
+**Merging.** Most parametrizations have no exact inverse: no g and v give the very bits of a rounded W + ΔW, and no
+orthogonal matrix is W + ΔW at all. So a merge leaves the originals alone and gives the list another class, whose result
+is the buffer ``merged``; ``module.weight`` then is the merged weight bit for bit, and nothing else is computed, so that
+u and v rest. Unmerging gives the class back. Rejected: appending a last parametrization that ignores its input, as all
+the others would still run and move their state.
+
+The state dict of a merged list has one more key, ``merged``. Torch itself refuses to pickle parametrized modules (it
+copies them); ``parametrize.remove_parametrizations`` on a merged one leaves the merged weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+
+from veneer.bases._base import Storage, register
+from veneer.errors import MergeError, sentence
+from veneer.kernels.reference import round_once
+
+
+class Merged(ParametrizationList):
+    """A list whose result is the buffer ``merged``. Never constructed: ``write`` changes a list's class to this."""
+
+    merged: Tensor
+
+    def forward(self) -> Tensor:
+        return self.merged
+
+    def right_inverse(self, value: Tensor) -> None:
+        found = "an assignment to a parametrized weight while an adapter is merged into it"
+        raise MergeError(sentence(found, "no write to a merged weight", "call veneer.unmerge(model) first"))
+
+
+class Symmetric(nn.Module):
+    """The example of torch's tutorial: a symmetric matrix from its upper triangle."""
+
+    def forward(self, original: Tensor) -> Tensor:
+        return original.triu() + original.triu(1).mT
+
+
+@register
+class Parametrized(Storage):
+    name = "parametrized"
+    computed = True
+
+    def holds(self, weight: object) -> bool:
+        return type(weight) in (ParametrizationList, Merged)
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        return {"merged": weight.merged} if isinstance(weight, Merged) else {}
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        if "merged" in stored:
+            return stored["merged"]
+        seen: Any = _view(weight, ParametrizationList)
+        originals = (*weight.parameters(), *weight.buffers())
+        device = originals[0].device.type if originals else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return seen()
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        return {"merged": round_once(values, self.dense(weight).dtype)}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        weight._buffers.pop("merged", None)
+        weight.__class__ = Merged if stored else ParametrizationList
+        if stored:
+            weight.register_buffer("merged", stored["merged"].detach().clone())
+
+    def examples(self) -> Iterator[nn.Module]:
+        yield weight_norm(nn.Linear(4, 3))
+        yield spectral_norm(nn.Linear(4, 3))
+        yield orthogonal(nn.Linear(4, 4))
+        yield orthogonal(nn.Linear(3, 4))
+        yield weight_norm(nn.Linear(4, 3, dtype=torch.bfloat16))
+        square = nn.Linear(4, 4)
+        register_parametrization(square, "weight", Symmetric())
+        yield spectral_norm(square)  # two parametrizations, one after the other
+
+    def shape(self, weight: Any) -> torch.Size:
+        return self.dense(weight).shape
+
+
+def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A second object of class ``cls`` with the same parameters, copies of the buffers and views of the children, in
+    evaluation mode. What it assigns or overwrites is not seen by ``module``."""
+    seen = object.__new__(cls)
+    seen.__dict__.update(module.__dict__, training=False)
+    seen.__dict__["_parameters"] = dict(module._parameters)
+    seen.__dict__["_buffers"] = {
+        name: None if value is None else value.detach().clone() for name, value in module._buffers.items()
+    }
+    seen.__dict__["_modules"] = {
+        name: None if child is None else _view(child, type(child)) for name, child in module._modules.items()
+    }
+    return seen

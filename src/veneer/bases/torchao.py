@@ -1,0 +1,162 @@
+"""Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with a scale a block.
+
+    W[o, i] = (qdata[o, i] - zero_point[b]) · scale[b]         b: the block of [o, i], a row, a group of a row, or all
+
+The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata`` (int8 or float8, of
+the weight's shape) and ``scale`` (and ``zero_point``), one a block. Every such tensor that can be decoded can be
+adapted. Merging writes ``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``; the layouts of
+others belong to the kernels of one kind of GPU, and a merge refuses them.
+
+Weights that also quantise x as it comes (``act_quant_kwargs``, ``activation_quantization``) are not held: torchao's
+call of them passes no gradient to x, so that whatever is trained below such a layer would silently get a wrong one.
+
+**Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes closer to W + ΔW, and
+rounds under it. A new scale alone would move all elements of a block: torchao's symmetric rule divides by
+(high - low) / 2, so that quantising a decoded int4 block again shrinks it by a fifteenth. Under the old scale, what did
+not change stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.bases._base import Storage, register
+from veneer.errors import MergeError, sentence
+
+WRITABLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+#: replaced by a merge; other tensors (the scales of x) stay
+REPLACED = ("qdata", "scale", "zero_point")
+
+
+@register
+class Torchao(Storage):
+    name = "torchao"
+
+    def holds(self, weight: object) -> bool:
+        utils = sys.modules.get("torchao.utils")
+        if utils is None or not isinstance(weight, nn.Parameter) or not isinstance(weight, utils.TorchAOBaseTensor):
+            return False
+        quantises_x = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+        return hasattr(weight, "dequantize") and hasattr(weight, "tensor_data_names") and not quantises_x
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        names, _ = weight.__tensor_flatten__()
+        kept = [name for name in names if name in REPLACED] if type(weight).__name__ in WRITABLE else names
+        return {name: getattr(weight, name) for name in kept}
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        names, attributes = weight.__tensor_flatten__()
+        tensors = {name: getattr(weight, name) for name in names} | dict(stored)
+        if type(weight).__name__ in WRITABLE:
+            attributes = {**attributes, "dtype": torch.float32}  # what dequantize returns, so rounded once
+        dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
+        scale = getattr(weight, "act_pre_scale", None)  # of x, so of the columns of what x is multiplied with
+        return dense if scale is None else dense * scale.float()
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        kind = type(weight).__name__
+        if kind not in WRITABLE:
+            found = f"a weight of torchao's type {kind}, whose layout Veneer cannot write"
+            do = "keep the adapter unmerged, or merge it into the model before quantize_ and quantise that"
+            raise MergeError(sentence(found, f"one of {', '.join(WRITABLE)}", do))
+        old = self.stored(weight)
+        scale = getattr(weight, "act_pre_scale", None)
+        own = values if scale is None else values / scale.double()
+        tries = [_quantised(weight, own, old), _quantised(weight, own, _parameters(weight, own, old))]
+        kept, fresh = (_sums((self.decode(weight, each) - values).square(), old["scale"].shape) for each in tries)
+        keep = kept <= fresh  # one a block
+        each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
+        return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
+
+    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, values in stored.items():
+                getattr(weight, name).copy_(values)
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        return torch.float32 if type(weight).__name__ in WRITABLE else weight.dtype
+
+    def examples(self) -> Iterator[nn.Module]:
+        if find_spec("torchao") is None:
+            return
+        from torchao.quantization import (
+            Float8WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            IntxWeightOnlyConfig,
+            PerGroup,
+            quantize_,
+        )
+
+        int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+        groups = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32))
+        for dtype in (torch.float32, torch.bfloat16):
+            for config in (Int8WeightOnlyConfig(), groups, Float8WeightOnlyConfig()):
+                linear = nn.Linear(64, 32, dtype=dtype)
+                quantize_(linear, config)
+                yield linear
+
+
+def _grid(shape: torch.Size, blocks: torch.Size) -> list[int]:
+    """[b₀, n₀/b₀, b₁, n₁/b₁, …]: the shape in which every second axis runs inside a block."""
+    return [size for n, b in zip(shape, blocks, strict=True) for size in (b, n // b)]
+
+
+def _sums(values: Tensor, blocks: torch.Size) -> Tensor:
+    """The sum over each block, in the shape of ``blocks``."""
+    return values.reshape(_grid(values.shape, blocks)).sum(list(range(1, 2 * values.dim(), 2)))
+
+
+def _spread(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """One value a block as one an element."""
+    for axis, (n, b) in enumerate(zip(shape, blocks.shape, strict=True)):
+        blocks = blocks.repeat_interleave(n // b, axis)
+    return blocks
+
+
+def _range(weight: Any) -> tuple[int, int]:
+    """The lowest and the highest integer of an integer weight."""
+    bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
+    bits -= bool(getattr(weight, "reduce_range", False))
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A new scale (and zero point) a block. Integers stay symmetric, unless an old zero point says that they are not;
+    in float8 a block's largest magnitude becomes the type's largest finite number."""
+    blocks, eps = old["scale"].shape, torch.finfo(torch.float32).eps
+    if old["qdata"].dtype.is_floating_point:
+        inside = list(range(1, 2 * values.dim(), 2))
+        largest = values.abs().reshape(_grid(values.shape, blocks)).amax(inside)
+        return {"scale": (largest / torch.finfo(old["qdata"].dtype).max).clamp_min(eps).to(old["scale"].dtype)}
+    primitives: Any = sys.modules["torchao.quantization.quant_primitives"]
+    zero = old.get("zero_point")
+    symmetric = zero is None or not zero.any()
+    scale, zero_point = primitives.choose_qparams_affine(
+        values.float(),
+        primitives.MappingType.SYMMETRIC if symmetric else primitives.MappingType.ASYMMETRIC,
+        weight.block_size,
+        torch.int8,
+        *_range(weight),
+        eps=eps,
+        scale_dtype=old["scale"].dtype,
+        zero_point_dtype=torch.int8 if zero is None else zero.dtype,
+        keepdim=True,
+    )
+    return {"scale": scale, "zero_point": zero_point}
+
+
+def _quantised(weight: Any, values: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values under given scales (and zero points), with these."""
+    dtype, zero = weight.qdata.dtype, parameters.get("zero_point")
+    numbers = values / _spread(parameters["scale"], values.shape).double()
+    if dtype.is_floating_point:
+        largest = torch.finfo(dtype).max
+        return {**parameters, "qdata": numbers.clamp(-largest, largest).float().to(dtype)}
+    numbers = numbers.round() if zero is None else numbers.round() + _spread(zero, values.shape)
+    return {**parameters, "qdata": numbers.clamp(*_range(weight)).to(dtype)}

@@ -1,0 +1,61 @@
+"""``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and values.
+
+The out-projection is a linear layer below it, a target of its own, whose weight this module reads directly: that is
+found and seen to like every direct read (``readers.py``). ``bias_k`` and ``bias_v`` are biases.
+
+``in_proj_weight[:E]`` makes the queries: ``LoraConfig(slices=…)`` changes those rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn, randn
+
+from veneer.layers._base import Layer, joined, register
+
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@register
+class Attention(Layer):
+    name = "attention"
+    weight = "in_proj_weight"
+    linear = True
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.MultiheadAttention,)
+
+    def weights(self, module: Any) -> tuple[str, ...]:
+        return (self.weight,) if module._qkv_same_embed_dim else _SEPARATE
+
+    def below(self, module: Any) -> tuple[str, ...]:
+        return ("out_proj",)
+
+    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+        names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        axis = 0 if module.batch_first else 1
+        if any(given[name].dim() != 3 or given[name].shape[axis] != count for name in names[:3]):
+            raise LookupError
+        for name in names[:3]:
+            given[name] = given[name].index_select(axis, rows.to(given[name].device))
+        if given.get("key_padding_mask") is not None:
+            given["key_padding_mask"] = given["key_padding_mask"].index_select(0, rows)
+        mask = given.get("attn_mask")
+        if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
+            heads = torch.arange(module.num_heads, device=rows.device)
+            given["attn_mask"] = mask.index_select(0, (rows[:, None] * module.num_heads + heads).reshape(-1))
+        return (), given
+
+    def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
+        return joined(outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0)
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        x, mask = randn(4, 3, 8), torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+        yield nn.MultiheadAttention(8, 2), (x, x, x)
+        yield nn.MultiheadAttention(8, 2, batch_first=True, bias=False), (x, x, x)
+        yield nn.MultiheadAttention(8, 2, kdim=6, vdim=5), (x, randn(4, 3, 6), randn(4, 3, 5))
+        yield nn.MultiheadAttention(8, 2, add_bias_kv=True), (x, x, x, None, True, mask)

@@ -1,0 +1,30 @@
+"""``nn.Bilinear``: y[o] = x1ᵀ W[o] x2 + bias[o], weight [out, in1, in2].
+
+Linear in the outer product of its inputs: ΔW is one matrix [out, in1 · in2].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn, randn
+
+from veneer.layers._base import Dims, Layer, register
+
+
+@register
+class Bilinear(Layer):
+    name = "bilinear"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.Bilinear,)
+
+    def dims(self, module: Any, shape: torch.Size) -> Dims:
+        out, left, right = shape
+        return Dims(1, out, left * right)
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        yield nn.Bilinear(4, 3, 5), (randn(2, 4), randn(2, 3))
+        yield nn.Bilinear(3, 3, 4, bias=False), (randn(2, 6, 3), randn(2, 6, 3))

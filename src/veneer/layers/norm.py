@@ -1,0 +1,39 @@
+"""Norms: layer, group, batch, instance and RMS norms of torch. Their weight is a vector.
+
+The smallest change of a vector is a vector, so it is trained at its full shape; a rank has no meaning here. Running
+statistics become copies that belong to the adapter. Norms that other libraries write are of the general kind, which
+does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn, randn
+
+from veneer.layers._base import Layer, register
+
+
+@register
+class Norm(Layer):
+    name = "norm"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        batch, instance = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+        return (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, batch, instance)
+
+    def weights(self, module: Any) -> tuple[str, ...]:
+        return ()
+
+    def vectors(self, module: Any) -> tuple[str, ...]:
+        return ("weight",) if module._parameters.get("weight") is not None else ()
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        yield nn.LayerNorm(6), randn(3, 6)
+        yield nn.LayerNorm((2, 6), bias=False), randn(3, 2, 6)
+        yield nn.RMSNorm(6), randn(3, 6)
+        yield nn.GroupNorm(2, 6), randn(3, 6, 4)
+        yield nn.BatchNorm1d(6), randn(5, 6)
+        yield nn.BatchNorm2d(3), randn(4, 3, 5, 5)
+        yield nn.InstanceNorm1d(3, affine=True), randn(4, 3, 5)

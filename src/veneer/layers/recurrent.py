@@ -1,0 +1,74 @@
+"""``nn.LSTM``, ``GRU``, ``RNN`` and their cells: every weight of every layer and direction.
+
+    weight_ih_l0 [gates · hidden, in]   weight_hh_l0 [gates · hidden, hidden]   weight_hr_l0 [projection, hidden]   …
+
+Each has a change of its own. A recurrence is not linear in its weights, so the module's own forward runs on W + ΔW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn, randn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from veneer.layers._base import Layer, joined, register
+
+
+@register
+class Recurrent(Layer):
+    name = "recurrent"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.RNNBase,)
+
+    def weights(self, module: Any) -> tuple[str, ...]:
+        return tuple(name for names in module._all_weights for name in names if name.startswith("weight"))
+
+    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
+        # A recurrent module hands its kernel a list of its parameters, made when it was built.
+        names = seen._flat_weights_names
+        seen.__dict__["_flat_weights"] = [values.get(name, seen._parameters.get(name)) for name in names]
+
+    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        x, states = given["input"], given.get("hx")
+        axis = 0 if module.batch_first else 1
+        if isinstance(x, PackedSequence) or x.dim() != 3 or x.shape[axis] != count:
+            raise LookupError
+        x = x.index_select(axis, rows.to(x.device))
+        if isinstance(states, tuple):
+            states = tuple(state.index_select(1, rows.to(state.device)) for state in states)
+        elif states is not None:
+            states = states.index_select(1, rows.to(states.device))
+        return (x, states), {}
+
+    def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
+        return joined(outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1)
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        x = randn(4, 3, 5)
+        yield nn.LSTM(5, 4), x
+        yield nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True), (x, (randn(4, 4, 4), randn(4, 4, 4)))
+        yield nn.LSTM(5, 4, proj_size=3, bias=False), x
+        yield nn.GRU(5, 4, num_layers=2, bidirectional=True), (x, randn(4, 3, 4))
+        yield nn.RNN(5, 4, nonlinearity="relu"), x
+        yield nn.GRU(5, 4), (pack_padded_sequence(x, torch.tensor([4, 2, 1])),)
+
+
+@register
+class RecurrentCell(Layer):
+    name = "recurrent_cell"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.RNNCellBase,)
+
+    def weights(self, module: Any) -> tuple[str, ...]:
+        return ("weight_ih", "weight_hh")
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        yield nn.LSTMCell(5, 4), (randn(3, 5), (randn(3, 4), randn(3, 4)))
+        yield nn.GRUCell(5, 4), (randn(3, 5), randn(3, 4))
+        yield nn.RNNCell(5, 4, bias=False), (randn(3, 5), randn(3, 4))

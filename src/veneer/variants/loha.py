@@ -1,0 +1,48 @@
+"""LoHa: ΔW = alpha / rank · (B1 A1) ⊙ (B2 A2), an elementwise product whose rank may reach r². Hyeon-Woo et al. 2021
+(FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
+
+    ΔW[i, j] = scale · Σₖₗ B1[i, k] B2[i, l] · A1[k, j] A2[l, j]
+
+is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four. They start as in LyCORIS: B1
+normal with deviation 0.1, A1 and A2 with deviation 1, B2 zero; alpha defaults to 1, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.lowrank import LowRank
+from veneer.variants._base import Base, Start, Variant, register
+
+
+def init(start: Start) -> dict[str, Tensor]:
+    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient at the first step, the others from the second."""
+    groups, out, in_, rank = start.groups, start.out, start.in_, start.rank
+    return {
+        "A1": torch.empty(groups, rank, in_).normal_(std=1),
+        "B1": torch.empty(groups, out, rank).normal_(std=0.1),
+        "A2": torch.empty(groups, rank, in_).normal_(std=1),
+        "B2": torch.zeros(groups, out, rank),
+    }
+
+
+def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    A1, B1, A2, B2 = (numbers[name] for name in ("A1", "B1", "A2", "B2"))
+    A = (A1[:, :, None, :] * A2[:, None, :, :]).flatten(1, 2)  # [g, r·r, in]
+    B = (B1[:, :, :, None] * B2[:, :, None, :]).flatten(2, 3)  # [g, out, r·r]
+    return LowRank(A, B, scale), None
+
+
+LOHA = register(
+    Variant(
+        name="loha",
+        paper="Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859",
+        default_alpha=1,
+        scale=lambda alpha, rank: alpha / rank,
+        init=init,
+        resolve=resolve,
+    )
+)

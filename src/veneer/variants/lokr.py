@@ -1,0 +1,64 @@
+"""LoKr: ΔW = alpha / rank · C ⊗ (B2 A2), a Kronecker product of a small full matrix with a low-rank one. Edalati et al.
+2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
+
+    out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]     l ≤ k and m ≤ n, as near as can be
+
+With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank min(l, m) · q. q is the
+rank, or min(k, n) if that is less: more could express nothing else (LyCORIS then trains one full matrix instead). C
+and A2 start Kaiming-uniform, so that their product has the size of LoRA's A, and B2 zero, which stands where LoRA's B
+does (LyCORIS zeroes the other). alpha defaults to 32, as for ``lora``. All inputs of a row count as one length here,
+for a convolution its kernel positions too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.lowrank import LowRank
+from veneer.variants._base import Base, Start, Variant, register
+
+
+def factors(length: int) -> tuple[int, int]:
+    """(a, b) with a · b = ``length`` and a ≤ b as near to each other as can be: (1, length) for a prime."""
+    small = next(a for a in range(math.isqrt(length), 0, -1) if length % a == 0)
+    return small, length // small
+
+
+def init(start: Start) -> dict[str, Tensor]:
+    """C, A2 and B2. B2 has a gradient at the first step, C and A2 from the second."""
+    (l, k), (m, n) = factors(start.out), factors(start.in_)  # noqa: E741
+    q = min(start.rank, k, n)
+    return {
+        "C": torch.empty(start.groups, l, m).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)),
+        "A2": torch.empty(start.groups, q, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n)),
+        "B2": torch.zeros(start.groups, k, q),
+    }
+
+
+def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    C = numbers["C"]
+    _, l, m = C.shape  # noqa: E741
+    identity = torch.eye(min(l, m), dtype=C.dtype, device=C.device)[None]
+    left, right = (C, identity) if m <= l else (identity, C)
+    return LowRank(_kron(right, numbers["A2"]), _kron(left, numbers["B2"]), scale), None
+
+
+def _kron(x: Tensor, y: Tensor) -> Tensor:
+    """x [g, a, b] ⊗ y [g, c, d] = [g, a · c, b · d]; x may be one for all groups."""
+    return (x[:, :, None, :, None] * y[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+
+
+LOKR = register(
+    Variant(
+        name="lokr",
+        paper="Edalati et al. 2022, arXiv:2212.10650; Yeh et al. 2023, arXiv:2309.14859",
+        default_alpha=32,
+        scale=lambda alpha, rank: alpha / rank,
+        init=init,
+        resolve=resolve,
+    )
+)
