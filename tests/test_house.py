@@ -16,13 +16,14 @@ SOURCE = Path(veneer.__file__).parent
 # From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
 FLOORS = [
     ["errors"],
-    ["lowrank", "context", "config", "registry", "files", "hashing"],
+    ["lowrank", "context", "config", "registry", "files", "hashing", "optim"],
     ["kernels", "formats", "models"],
     ["layers", "variants", "bases"],
     ["adapted", "artefact"],
-    ["targets"],
+    ["targets", "rows"],
+    ["readers"],
     ["attach"],
-    ["merge", "select", "summary"],
+    ["merge", "select", "summary", "evidence"],
     ["adapter", "check"],
     ["handle"],
     [""],  # veneer/__init__.py

@@ -3,20 +3,24 @@ own."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
-from veneer.layers import LAYERS, Dims, Layer
+import veneer
+from veneer.layers import LAYERS, Layer
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 from veneer.variants.lora import LORA
 
 
-def _init(groups, out, in_, rank, fan_in, base):
-    return {**LORA.init(groups, out, in_, rank, fan_in, base), "gain": torch.ones(groups * out)}
+def _init(start):
+    return {**LORA.init(start), "gain": torch.ones(start.groups * start.out)}
 
 
 def _resolve(numbers, scale, base):
@@ -55,9 +59,6 @@ class DiagonalKind(Layer):
     def types(self):
         return (Diagonal,)
 
-    def dims(self, module):
-        return Dims(1, *module.table.shape)
-
     def op(self, module, x, weight, bias):
         return (x[..., None, :] * weight).sum(-1)
 
@@ -77,22 +78,87 @@ def register_toys() -> None:
 
 def randomise(handle, size: float = 0.3) -> None:
     """Give every trained number of an adapter a random value, so that nothing is hidden by a zero."""
-    for part in handle.layers.values():
-        for name, parameter in part.named_parameters():
+    around_one = ("gain", "magnitude")
+    for change in handle.changes.values():
+        for name, parameter in change.named_parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64) * size
-            parameter.data.copy_(noise + (1 if name == "gain" else 0))
-        if part.layer is not None:
-            A = part._parameters["A"].data
-            A.copy_(part.layer.mask_init(_layer_at(handle, part), A))
+            parameter.data.copy_(noise + (parameter.detach().double() if name in around_one else 0))
+    for part in handle.layers.values():
+        for parameter in part.full.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * size)
 
 
-def _layer_at(handle, part):
-    from veneer.attach import adapters
+def definition(module, values, args):
+    """A module's own forward on other parameters, buffers included: what every path must equal."""
+    other = copy.deepcopy(module)
+    for path, value in values.items():
+        above, _, name = path.rpartition(".")
+        holder = other.get_submodule(above)
+        own = holder._parameters if name in holder._parameters else holder._buffers
+        own[name] = value
+    if getattr(other, "sparse", False):
+        other.sparse = False  # torch cannot carry a sparse gradient on from a weight that is computed
+    if isinstance(other, nn.RNNBase):
+        other._flat_weights = [other._parameters[name] for name in other._flat_weights_names]
+    return other(*args)
 
-    return next(module for _, module, own in adapters(handle.model, handle.name) if own is part)
+
+def flat(output):
+    """Every tensor of a nested output, one after the other."""
+    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in pytree.tree_leaves(output)]
+    return torch.cat(
+        [leaf.reshape(-1) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    )
+
+
+def cast(args, dtype):
+    """Arguments with their floating-point tensors in another dtype."""
+
+    def one(leaf):
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(dtype)
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(one, args)
 
 
 def error(actual, expected) -> float:
     """Relative error in the Frobenius norm, in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def evidence(model, variant, args=(), loss=None) -> dict:
+    """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those of a call."""
+    needs, given = VARIANTS[variant].needs, {}
+    if needs & {"inputs", "gradient"}:
+        given["batches"] = [args]
+    if "gradient" in needs:
+        given["loss"] = loss or (lambda model, batch: flat(model(*batch)).float().square().sum())
+    if "original" in needs:
+        state = {path: value for path, value in model.state_dict().items() if value.is_floating_point()}
+        given["original"] = {path: value + 0.1 * torch.randn_like(value) for path, value in state.items()}
+    return given
+
+
+def bits(model) -> dict:
+    """Copies of everything that a model's state dict holds of the base."""
+    return {name: value.clone() for name, value in model.state_dict().items() if "veneer" not in name.split(".")}
+
+
+def works(handle, *args, within=1e-5) -> None:
+    """Assert what every adapter does: it changes the output, the merged weights give that output too, unmerging and
+    detaching give the very bits back."""
+    model, before = handle.model.eval(), bits(handle.model)
+    with torch.no_grad():
+        forward = flat(model(*args))
+        with veneer.use(model, None):
+            base = flat(model(*args))
+        assert error(forward, base) > 1e-3
+        handle.merge()
+        assert error(flat(model(*args)), forward) < within
+        handle.unmerge()
+        assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+        assert torch.equal(flat(model(*args)), forward)
+        handle.detach()
+        assert error(flat(model(*args)), base) < 1e-6  # what needs no gradient may run another kernel

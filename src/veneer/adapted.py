@@ -3,10 +3,12 @@
 An adapted layer is the same object with the same parameters. Only its class changes, to a subclass made once for each
 class of layer, whose ``forward`` asks which adapter is selected:
 
-    AdaptedLinear(Adapted, nn.Linear)
+    Linear, adapted (Adapted, nn.Linear)
       .weight, .bias                      the base's own Parameters, untouched
       ._modules["veneer"]: Site           the adapters of this layer, by name
-          ["default"]: LayerAdapter       the trained numbers A, B, … and how they are read
+          ["default"]: LayerAdapter       what this adapter does here
+              .low["weight"]: Change      the trained numbers A, B, … of one weight
+              .full                       parameters that are trained in full, and running statistics
 
 So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class
 back.
@@ -15,24 +17,30 @@ Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and
 instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
 weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
 
-    factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias
-    materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias
+    factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers that are linear in their one weight
+    materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
+    viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.bases import Storage
+from veneer.bases import BASES, Storage
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError, sentence
 from veneer.kernels import plan
@@ -42,11 +50,45 @@ from veneer.variants import Variant
 
 SITE = "veneer"
 GROUP = "_veneer"
-AMBIGUOUS = "\0ambiguous"  # the default selection of a model with several adapters; no adapter can have this name
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+@dataclass(eq=False)
+class Selected:
+    """What one call uses: the adapter's name, and its parts by the key of their site. No name is the base alone; no
+    parts, that it cannot be told, or that the adapter has been detached."""
+
+    name: str | None
+    parts: Mapping[int, Any] | None
+
+
+BASE = Selected(None, {})
+AMBIGUOUS = Selected(None, None)
+
+#: Threads that attach and detach take turns. Threads that call the model never wait.
+_CHANGING = threading.RLock()
+
+
+def in_turn(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what changes a model's adapters: one thread at a time."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _CHANGING:
+            return function(*args, **kwargs)
+
+    return run
+
+
+def detached(name: str) -> SelectionError:
+    """The error of a call whose adapter is gone."""
+    found = f"a call that selects {name!r}, which was detached"
+    return SelectionError(sentence(found, "an adapter that stays until the call has ended", "detach it later"))
 
 
 class Group:
-    """What one model's sites share: the adapters' names and configs, and which of them is merged.
+    """What one model's sites share: the adapters' names, configs and parts, and which of them is merged.
 
     ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
     another.
@@ -55,203 +97,325 @@ class Group:
     def __init__(self) -> None:
         self.uid = uuid.uuid4().hex
         self.configs: dict[str, LoraConfig] = {}
-        self.default: str | None = None
+        self.selections: dict[str, Selected] = {}
+        self.default = BASE
         self.merged: str | None = None
         self.required_grad: dict[str, bool] = {}
+        self.keys = 0
 
-    def set_configs(self, configs: dict[str, LoraConfig]) -> None:
-        """Replace the adapters' configs, and with them the default selection: the only adapter, if there is just
-        one."""
-        self.configs = configs
-        self.default = next(iter(configs)) if len(configs) == 1 else AMBIGUOUS if configs else None
+    def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, Selected]) -> None:
+        """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
+        self.configs, self.selections = configs, selections
+        self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
+
+    def new_key(self) -> int:
+        self.keys += 1
+        return self.keys
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "uid"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, uid=uuid.uuid4().hex)
+        self.set_adapters(self.configs, self.selections)
 
 
 class Site(nn.Module):
-    """The adapters of one layer, by name, and how this layer reads its weight.
+    """The adapters of one layer, by name, and how this layer reads its weights.
 
-    ``layer`` is its kind (None where modules are only trained fully), ``factors`` says that the factored form is
-    right for it, and ``transposed`` that it holds the adapted weight transposed: a linear head tied to an embedding.
-    ``borrowed`` holds the adapters of a weight that another module owns, without registering them a second time.
+    ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
+    ``factors`` says that the factored form is right for it, ``transposed`` that it holds the adapted weight
+    transposed (a linear head tied to an embedding), and ``attributes`` are those that a view of it gets in place of
+    its own: a switch that turns a fused fast path off.
     """
 
-    def __init__(self, group: Group, layer: Layer | None, factors: bool) -> None:
+    def __init__(self, group: Group, layer: Layer | None, factors: bool, attributes: Mapping[str, Any]) -> None:
         super().__init__()
         self.group = group
+        self.key = group.new_key()
         self.layer = layer
         self.factors = factors
         self.transposed = False
-        self.borrowed: dict[str, LayerAdapter] = {}
+        self.attributes = dict(attributes)
 
-    def active(self) -> LayerAdapter | None:
-        """The adapter that this call uses here; None for the base alone.
+    def active(self) -> Any:
+        """The part of the selected adapter that this call uses here; None for the base alone.
 
         Raises:
             SelectionError: several adapters and none selected, or a selection that contradicts a merge.
         """
         now, group = context.current, self.group
-        name = now.selection.get(group.uid, group.default)
-        if name == AMBIGUOUS and (caller := context.of_backward()) is not None:
-            name = caller.selection.get(group.uid, group.default)
-        if name == AMBIGUOUS:
-            found = f"{len(group.configs)} adapters ({', '.join(group.configs)}) and none selected"
-            do = "call the model inside `with veneer.use(model, name):`"
-            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        chosen = now.selection.get(group.uid, group.default)
+        parts = chosen.parts
+        if parts is None:
+            chosen = self._chosen_by_caller(chosen)
+            parts = cast(Mapping[int, Any], chosen.parts)
         if group.merged is not None:
-            if name != group.merged:
-                found = f"a call that selects {name!r} while {group.merged!r} is merged into the weights"
+            if chosen.name != group.merged:
+                found = f"a call that selects {chosen.name!r} while {group.merged!r} is merged into the weights"
                 do = "call veneer.unmerge(model) first"
                 raise SelectionError(sentence(found, f"the merged adapter {group.merged!r}", do))
             return None
-        adapter = None if name is None else self.get(name)
-        if adapter is not None and now.reached is not None:
-            now.reached.add(id(adapter))
-        return adapter
+        part = parts.get(self.key)
+        if part is not None and now.reached is not None:
+            now.reached.update(part.seen())
+        return part
+
+    def _chosen_by_caller(self, chosen: Selected) -> Selected:
+        caller = context.of_backward() if chosen.name is None else None
+        if caller is not None:
+            chosen = caller.selection.get(self.group.uid, chosen)
+        if chosen.parts is None:
+            if chosen.name is not None:
+                raise detached(chosen.name)
+            found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
+            do = "call the model inside `with veneer.use(model, name):`"
+            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        return chosen
 
     def get(self, name: str) -> LayerAdapter | None:
-        """The adapter of this name that changes this layer, owned or borrowed."""
-        owned = self._modules.get(name)
-        return cast(LayerAdapter, owned) if owned is not None else self.borrowed.get(name)
+        """The part of this adapter here."""
+        return cast("LayerAdapter | None", self._modules.get(name))
 
 
-_NO_DIMS = Dims(0, 0, 0)
+class Change(nn.Module):
+    """One adapter's change of one weight: the trained numbers, and how they become ΔW.
 
-
-class LayerAdapter(nn.Module):
-    """One adapter at one layer: the trained numbers, and how they change the layer.
-
-    ``layer`` and ``variant`` are None where nothing is low-rank here (a module of ``train_also``, a bias of a module
-    that is no target); ``full`` then holds full replacements of parameters and buffers, by their name in the layer.
+    ``rows`` are the indices of the outputs that change (None: all); ``still`` is the input that never does.
     """
 
-    layer: Any  # a Layer, or None; likewise the next two
+    layer: Any
     variant: Any
     storage: Any
     dims: Dims
-    full: nn.Module
     digests: Any
 
     def __init__(
         self,
+        numbers: Mapping[str, Tensor],
         *,
-        numbers: Mapping[str, Tensor] | None = None,
-        layer: Layer | None = None,
-        variant: Variant | None = None,
-        storage: Storage | None = None,
-        dims: Dims = _NO_DIMS,
-        rank: int = 0,
-        alpha: float = 0.0,
-        dropout: float = 0.0,
+        layer: Layer,
+        variant: Variant,
+        storage: Storage,
+        dims: Dims,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rows: Tensor | None = None,
+        still: int | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.variant, self.storage, self.dims = layer, variant, storage, dims
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scale = variant.scale(alpha, rank) if variant else 0.0
-        for name, value in (numbers or {}).items():
-            self.register_parameter(name, nn.Parameter(value))
-        self.full = nn.Module()
+        self.rank, self.alpha, self.dropout, self.still = rank, alpha, dropout, still
+        self.scale = variant.scale(alpha, rank)
+        self.rows = rows
+        for name, value in numbers.items():
+            if name in variant.frozen:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
 
-    def __repr__(self) -> str:
-        full = f"full={list(self.full.state_dict())}" if self.full.state_dict() else ""
-        low = (
-            f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}" if self.variant else ""
-        )
-        return f"{type(self).__name__}({', '.join(filter(None, (low, full)))})"
+    def extra_repr(self) -> str:
+        return f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
-    def resolve(self, weight: Tensor) -> tuple[LowRank, Tensor | None]:
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The variant's numbers, trained and frozen, by name."""
+        return {**self._parameters, **self._buffers}
+
+    def resolve(self, weight: Any) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers."""
-        return self.variant.resolve(self._parameters, self.scale, lambda: self._dense(weight))
+        numbers = self.numbers
+        if self.still is not None and "A" in numbers:  # a gain may depend on ΔW, of which that input is no part
+            numbers["A"] = numbers["A"].index_fill(2, torch.tensor([self.still], device=numbers["A"].device), 0)
+        low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight))
+        if self.rows is not None:
+            rows = self.rows.to(low.B.device)
+            low = low.place(rows, self.dims.out)
+            gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
+        return low if self.still is None else low.without(self.still), gain
 
-    def _dense(self, weight: Tensor) -> Tensor:
+    def _dense(self, weight: Any) -> Tensor:
         dense = self.storage.dense(weight)
-        return self.layer.unfold(dense.to(at_least_float32(dense.dtype)), self.dims)
+        dense = self.layer.unfold(dense.to(at_least_float32(dense.dtype)), self.dims)
+        return dense if self.rows is None else dense[:, self.rows.to(dense.device)]
 
-    def changed(self, weight: Tensor, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``."""
+    def changed(
+        self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False
+    ) -> Tensor:
+        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``.
+
+        ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would.
+        """
         layer, dense = self.layer, self.storage.dense(weight).to(dtype)
         if low is not None:
-            dense = dense + layer.fold(low.delta(dtype), dense.shape)
-        if gain is not None:
-            shape = [1] * dense.dim()
-            shape[layer.out_axis] = -1
-            dense = dense * gain.to(dtype).reshape(shape)
-        return dense
+            delta = low.delta(dtype)
+            if drop and self.training and self.dropout:
+                delta = delta * F.dropout(delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout)
+            dense = dense + layer.fold(delta, dense.shape)
+        return dense if gain is None else dense * layer.spread(gain.to(dtype), self.dims, dense.shape)
+
+
+class LayerAdapter(nn.Module):
+    """What one adapter does at one layer.
+
+    ``changes`` are the changes of this module's own weights by name; those that no other module registered are in
+    ``low``. ``full`` holds full replacements of parameters and buffers by name. ``hosted`` are the parts of modules
+    below, by path, whose weights this module's forward reads directly.
+    """
+
+    full: nn.Module
+    low: nn.Module
+    digests: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Module()
+        self.full = nn.Module()
+        self.changes: dict[str, Change] = {}
+        self.hosted: dict[tuple[str, ...], LayerAdapter] = {}
+
+    def seen(self) -> Iterator[int]:
+        """The identities of what a call of this layer sees: this part, its changes, and those of hosted parts."""
+        yield id(self)
+        yield from map(id, self.changes.values())
+        for part in self.hosted.values():
+            yield from part.seen()
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         """What ``full`` puts in place of the module's own parameters and buffers, in their dtypes."""
-        if not self.full._parameters and not self.full._buffers:
+        full = self.full
+        if not full._parameters and not full._buffers:
             return {}
         own = {**module._buffers, **module._parameters}
-        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in self.full._parameters.items()}
-        return {**trained, **cast(dict[str, Tensor], self.full._buffers)}
+        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
+        return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
     def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
         """The adapted forward of ``module``, whose class was ``base``."""
         full = self.replacements(module)
-        if self.layer is None:
-            return base.forward(view(module, base, full), *args, **kwargs)
-        weight: Any = module._parameters[self.layer.weight]
-        low, gain = self.resolve(weight)
-        transposed_gain = site.transposed and gain is not None
-        path = plan.choose(factors=site.factors, transposed_gain=transposed_gain, forced=context.current.path)
-        way = self._factored if path == plan.FACTORED else self._materialised
-        return way(module, base, site, low, gain, full, args, kwargs)
+        if not (site.factors and self.changes and len(args) + len(kwargs) == 1) or self.hosted:
+            return self._viewed(module, base, site, full, args, kwargs)
+        reader: Any = site.layer
+        change = self.changes[reader.weight]
+        weight = weight_of(module, reader.weight)
+        low, gain = change.resolve(weight)
+        way = plan.choose(gain_fits=gain is None or not site.transposed, forced=context.current.path)
+        run = self._factored if way == plan.FACTORED else self._materialised
+        return run(change, module, base, site, low, gain, full, args, kwargs)
 
-    def _factored(self, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Tensor:
+    def _factored(self, change: Change, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Tensor:
         reader: Any = site.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weight, bias = module._parameters[reader.weight], full.get("bias", module._parameters.get("bias"))
-        if gain is not None:
-            y = reader.op(module, x, weight, None)
-        elif full:
-            y = reader.op(module, x, weight, bias)
-        else:
+        weight: Any = weight_of(module, reader.weight)
+        bias = full.get("bias", module._parameters.get("bias"))
+        if gain is None and not full and not change.storage.computed:
             y = base.forward(module, *args, **kwargs)
-        low = (low.T if site.transposed else low).to(x.dtype if x.is_floating_point() else weight.dtype)
-        if not (self.dropout and self.training):
+        else:
+            dense = change.storage.dense(weight)
+            y = reader.op(
+                module, x, dense.to(x.dtype) if x.is_floating_point() else dense, None if gain is not None else bias
+            )
+        dropout = change.dropout if change.training else 0
+        low = (low.T if site.transposed else low).to(x.dtype if x.is_floating_point() else y.dtype)
+        if not dropout:
             y = reader.update(module, x, low, y)
         elif reader.drops_input:
-            y = reader.update(module, F.dropout(x, self.dropout), low, y)
+            y = reader.update(module, F.dropout(x, dropout), low, y)
         else:
-            y = y + reader.update(module, x, low, None) * _token_mask(x, self.dropout, y.dtype)
+            y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
         if gain is not None:
             y = y * reader.per_output(module, gain, y).to(y.dtype)
             y = y if bias is None else y + reader.per_output(module, bias, y).to(y.dtype)
         return y
 
-    def _materialised(self, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Any:
+    def _materialised(self, change: Change, module, base, site: Site, low: LowRank, gain, full, args, kwargs) -> Tensor:
         reader: Any = site.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weight = module._parameters[reader.weight]
-        dtype = at_least_float32(weight.dtype)
-        wide = dtype != weight.dtype  # a 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW
-        own = {**module._buffers, **module._parameters, **full} if wide else full
-        values = {name: _widen(value, dtype) for name, value in own.items() if value is not None}
-
-        def op(x: Tensor, weight: Tensor) -> Any:
-            x = _widen(x, dtype) if wide else x
-            if site.factors:
-                return reader.op(module, x, weight, values.get("bias", module._parameters.get("bias")))
-            seen = view(module, base, {**values, reader.weight: weight})
-            return base.forward(seen, x, *args[1:], **(kwargs if args else dict(list(kwargs.items())[1:])))
-
-        output = _output_dtype(x, weight)
-        with torch.autocast(weight.device.type, enabled=False) if wide else nullcontext():
-            changed = self.changed(weight, low, gain, dtype)
-            if not (self.dropout and self.training):
-                y = op(x, changed)
+        weight: Any = weight_of(module, reader.weight)
+        own = change.storage.dtype(weight)
+        dtype = at_least_float32(own)
+        # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one on a narrow x.
+        narrow_x = x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+        wide = dtype != own or narrow_x
+        bias = full.get("bias", module._parameters.get("bias"))
+        bias = _widen(bias, dtype) if wide and bias is not None else bias
+        dropout = change.dropout if change.training else 0
+        with _no_autocast(x) if wide else nullcontext():
+            seen = _widen(x, dtype) if wide else x
+            changed = change.changed(weight, low, gain, dtype)
+            if not dropout:
+                y = reader.op(module, seen, changed, bias)
             else:
-                frozen = self.changed(weight, None, gain, dtype)
-                dropped = F.dropout(x, self.dropout) if reader.drops_input else x
-                change = op(dropped, changed) - op(dropped, frozen)
-                mask = 1 if reader.drops_input else _token_mask(x, self.dropout, change.dtype)
-                y = op(x, frozen) + change * mask
-        return y.to(output) if wide and isinstance(y, Tensor) else y
+                frozen = change.changed(weight, None, gain, dtype)
+                dropped = F.dropout(seen, dropout) if reader.drops_input else seen
+                update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
+                mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
+                y = reader.op(module, seen, frozen, bias) + update * mask
+        return y.to(_output_dtype(x, own)) if wide else y
+
+    def _viewed(self, module: nn.Module, base: type[nn.Module], site: Site, full, args, kwargs) -> Any:
+        """The module's own forward, on a view of it with the changed weights."""
+        dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in self.changes.items()}
+        narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
+        wide = narrow is not None and not self.hosted and all(child is site for child in module._modules.values())
+        values = {**full, **self.changed(module, wide)}
+        if wide:
+            own = {**module._buffers, **module._parameters, **values}
+            values = {name: _widen(value, torch.float32) for name, value in own.items() if value is not None}
+        seen = view(module, base, values, self._children(module), site.attributes)
+        if site.layer is not None:
+            site.layer.bind(seen, values)
+        before = dict(seen.__dict__)
+        if not wide:
+            y = base.forward(seen, *args, **kwargs)
+        else:
+            floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
+            first = floats[0].data if floats else None  # a tensor's, or a packed sequence's
+            output = narrow if first is None else _output_dtype(first, narrow)
+            with _no_autocast(next(iter(values.values()))):
+                args, kwargs = _cast((args, kwargs), torch.float32)
+                y = _cast(base.forward(seen, *args, **kwargs), output)
+        _write_back(module, seen, before, values)
+        return y
+
+    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """``gain ⊙ (W + ΔW)`` of every weight that changes here, in at least float32 if ``wide``, else in its own
+        dtype."""
+        values = {}
+        for name, change in self.changes.items():
+            weight = weight_of(module, name)
+            own = change.storage.dtype(weight)
+            low, gain = change.resolve(weight)
+            value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
+            values[name] = value if wide else value.to(own)
+        return values
+
+    def _children(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Views of the modules below whose weights are read directly, under the names of this module's children."""
+        parts: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
+        for path, part in self.hosted.items():
+            parts.setdefault(path[0], {})[path[1:]] = part
+        return {name: _hosted_view(cast(nn.Module, module._modules[name]), below) for name, below in parts.items()}
+
+
+def _hosted_view(module: nn.Module, parts: Mapping[tuple[str, ...], LayerAdapter]) -> nn.Module:
+    own = parts.get(())
+    below: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
+    for path, part in parts.items():
+        if path:
+            below.setdefault(path[0], {})[path[1:]] = part
+    children = {name: _hosted_view(cast(nn.Module, module._modules[name]), rest) for name, rest in below.items()}
+    if own is None:
+        return view(module, type(module), {}, children)
+    site = site_of(module)
+    if site is None:
+        raise detached("the selected one")
+    values = {**own.replacements(module), **own.changed(module, wide=False)}
+    seen = view(module, own_class(module), values, children, site.attributes)
+    if site.layer is not None:
+        site.layer.bind(seen, values)
+    return seen
 
 
 class Adapted:
@@ -260,44 +424,88 @@ class Adapted:
     veneer_base: type[nn.Module]
     _modules: dict[str, Any]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        site = self._modules[SITE]
-        adapter = site.active()
-        base = type(self).veneer_base
-        if adapter is None:
-            return base.forward(self, *args, **kwargs)
-        return adapter.run(self, base, site, args, kwargs)
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy name the base class and make it again.
         return _rebuild, (type(self).veneer_base,), self.__getstate__()
 
+    def _get_name(self) -> str:
+        return f"Adapted{type(self).veneer_base.__name__}"
+
 
 @functools.cache
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The one adapted subclass of ``base``."""
-    body = {"veneer_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Adapted{base.__name__}", (Adapted, base), body)
+    """The one adapted subclass of ``base``. It has the name of ``base``, and a forward of the same signature: both
+    are read by libraries that wrap models."""
+
+    @functools.wraps(base.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        site = self._modules.get(SITE)  # another thread may have detached since this method was looked up
+        part = None if site is None else site.active()
+        if part is None:
+            return base.forward(self, *args, **kwargs)
+        return part.run(self, base, site, args, kwargs)
+
+    body = {"veneer_base": base, "forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (Adapted, base), body)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
     return object.__new__(adapted_class(base))
 
 
-def view(module: nn.Module, base: type[nn.Module], values: Mapping[str, Tensor]) -> nn.Module:
-    """``module`` as its base class sees it, with other parameters and buffers. The module itself is not touched, so
-    that any number of threads may do this at once (``torch.func.functional_call`` swaps them in place)."""
+def weight_of(module: nn.Module, name: str) -> Any:
+    """What a module keeps under a weight's name: its ``Parameter``, or the ``ParametrizationList`` that computes it."""
+    own = module._parameters
+    weight = own[name] if name in own else None  # noqa: SIM401 (a ScriptModule's parameters are no dict)
+    if weight is None and (lists := module._modules.get("parametrizations")) is not None:
+        weight = lists._modules.get(name)
+    return weight
+
+
+def view(
+    module: nn.Module,
+    base: type[nn.Module],
+    values: Mapping[str, Tensor],
+    children: Mapping[str, nn.Module] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """``module`` as ``base`` sees it, with other parameters, buffers, children and attributes. The module itself is
+    not touched, so that any number of threads may do this at once (``torch.func.functional_call`` swaps them in
+    place)."""
+    if values and is_parametrized(module):
+        # Its class computes the weight by a property: the view is of the class from before, with every such weight.
+        lists = cast(Mapping[str, ParametrizationList], module._modules["parametrizations"])
+        values = {**{name: BASES["parametrized"].dense(lists[name]) for name in lists._modules}, **values}
+        base = base.__bases__[0]
     seen = object.__new__(base)
     seen.__dict__.update(module.__dict__)
+    if attributes:
+        seen.__dict__.update(attributes)
     for kind in ("_parameters", "_buffers"):
         own = module.__dict__[kind]
         seen.__dict__[kind] = {name: values.get(name, own[name]) for name in own}
+    extra = {
+        name: value for name, value in values.items() if name not in seen._parameters and name not in seen._buffers
+    }
+    seen._parameters.update(cast(Any, extra))
+    if children:
+        seen.__dict__["_modules"] = {**module._modules, **children}
     return seen
+
+
+def _write_back(module: nn.Module, seen: nn.Module, before: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Give the module what its forward assigned on the view: attributes (a cache, a counter) and buffers."""
+    for name, value in seen.__dict__.items():
+        if name not in before or before[name] is not value:
+            module.__dict__[name] = value
+    for name, value in seen._buffers.items():
+        if name not in values and module._buffers.get(name) is not value:
+            module._buffers[name] = value
 
 
 def site_of(module: nn.Module) -> Site | None:
     """The module's site, if it is adapted."""
-    return cast(Site | None, module._modules.get(SITE)) if isinstance(module, Adapted) else None
+    return cast("Site | None", module._modules.get(SITE)) if isinstance(module, Adapted) else None
 
 
 def install(module: nn.Module, site: Site) -> None:
@@ -319,15 +527,18 @@ def uninstall(module: nn.Module) -> None:
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not
-    enter the sites, whose many adapters would make every walk longer."""
+    enter the sites, whose many adapters would make every walk longer, nor the insides of parametrised weights."""
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
         yield path, module
+        skipped = (SITE, "parametrizations") if is_parametrized(module) else (SITE,)
         children = [
-            (f"{path}.{name}" if path else name, child) for name, child in module._modules.items() if child is not None
+            (f"{path}.{name}" if path else name, child)
+            for name, child in list(module._modules.items())  # another thread may attach
+            if child is not None and not (name in skipped and (name != SITE or isinstance(child, Site)))
         ]
-        stack += [entry for entry in reversed(children) if not isinstance(entry[1], Site)]
+        stack += reversed(children)
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -348,13 +559,26 @@ def _token_mask(ids: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     return F.dropout(torch.ones(*ids.shape, 1, dtype=dtype, device=ids.device), p)
 
 
+def _is_float(value: Any) -> bool:
+    tensor = value.data if isinstance(value, PackedSequence) else value
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
 def _widen(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to(dtype) if _is_float(leaf) else leaf, tree)
+
+
+def _no_autocast(tensor: Tensor) -> Any:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _output_dtype(x: Tensor, weight: torch.dtype) -> torch.dtype:
     """The dtype in which the plain layer would answer."""
     if not x.is_floating_point():
-        return weight.dtype
-    device = weight.device.type
+        return weight
+    device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

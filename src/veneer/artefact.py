@@ -3,6 +3,8 @@
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
     veneer.json                   the same record, for people
+    veneer.safetensors            the trained numbers of variants that PEFT does not have; the file above then holds
+                                  the plain LoRA that they amount to
 
 The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of
 the config, the LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
@@ -38,6 +40,7 @@ from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
 RECORD = "veneer.json"
+NUMBERS = "veneer.safetensors"
 FORMAT = 1
 
 
@@ -45,7 +48,8 @@ FORMAT = 1
 class Artefact:
     """An adapter folder that was read and verified, without a model.
 
-    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors by module path.
+    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors by module path,
+    ``numbers`` those of ``veneer.safetensors`` by the path of the weight.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class Artefact:
     record: Mapping[str, Any] | None
     low: Mapping[str, peft.PeftLayer]
     full: Mapping[str, Mapping[str, Tensor]]
+    numbers: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -63,15 +68,7 @@ class Artefact:
     @cached_property
     def layers(self) -> dict[str, LowRank]:
         """Each low-rank change as a value, by module path."""
-        scale = VARIANTS[self.config.variant].scale
-        return {
-            path: LowRank(
-                entry.A.reshape(-1, entry.rank, entry.A[0].numel()),  # [g·r, in/g, …] -> [g, r, in]
-                entry.B.reshape(entry.A.shape[0] // entry.rank, -1, entry.rank),  # [out, r, …] -> [g, out, r]
-                scale(entry.alpha, entry.rank),
-            )
-            for path, entry in self.low.items()
-        }
+        return {path: _low_rank(entry) for path, entry in self.low.items()}
 
     @property
     def parameters(self) -> int:
@@ -80,34 +77,52 @@ class Artefact:
         return low + sum(tensor.numel() for tensors in self.full.values() for tensor in tensors.values())
 
 
+def _low_rank(entry: peft.PeftLayer) -> LowRank:
+    rank = entry.rank if entry.A.shape[0] % entry.rank == 0 else entry.A.shape[0]
+    groups = entry.A.shape[0] // rank
+    A = entry.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+    if entry.B.shape[1] == rank:
+        B = entry.B.reshape(groups, -1, rank)  # [out, r, …] -> [g, out/g, r]
+    else:
+        B = entry.B.reshape(-1, rank, groups).permute(2, 0, 1)  # a stack: [out, r·E] -> [E, out, r]
+    return LowRank(A, B, entry.scale)
+
+
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
     peft_config: Mapping[str, Any],
     *,
     base: Mapping[str, Any],
+    changes: Mapping[str, Any],
     config: LoraConfig,
     provenance: Mapping[str, Any],
     overwrite: bool,
+    numbers: Mapping[str, Tensor],
 ) -> None:
     """Write the three files as one folder, in one step.
 
     Args:
         base: "name", "architecture", and "weights": the fingerprint of each changed weight by path.
+        changes: what each change is (rank, alpha, rows), by the path of its weight.
+        numbers: what goes into ``veneer.safetensors``; nothing if empty.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
         AdapterError: a tensor is not finite.
     """
-    _all_finite(tensors, "train it again")
+    _all_finite({**tensors, **numbers}, "train it again")
     record: dict[str, Any] = {
         "format": FORMAT,
         "base": dict(base),
+        "changes": dict(changes),
         "config": config.to_dict(),
         "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_installed("veneer", "torch", "transformers")),
         "provenance": dict(provenance),
     }
+    if numbers:
+        record["hashes"][NUMBERS] = _hash_tensors(numbers)
     try:
         record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
     except TypeError as error:
@@ -118,6 +133,8 @@ def write(
     with new_folder(path, overwrite=overwrite) as folder:
         (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if numbers:
+            save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
         save_file(dict(tensors), folder / peft.TENSORS, metadata={"format": "pt", "veneer": json.dumps(record)})
 
 
@@ -139,30 +156,54 @@ def read(path: str | Path) -> Artefact:
     record = _verify(path, peft_config, tensors, header)
     peft.check_config(peft_config)
     _all_finite(tensors, "get another copy")
-    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS})
+    extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
+    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras)
+    numbers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in (_read_numbers(path, record) if record else {}).items():
+        weight, _, name = key.rpartition(".")
+        numbers.setdefault(weight, {})[name] = tensor
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    return Artefact(path, config, peft_config, record, low, full)
+    return Artefact(path, config, peft_config, record, low, full, numbers)
+
+
+def _read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of ``veneer.safetensors``, which must be there and unaltered if the record speaks of it."""
+    expected = record["hashes"].get(NUMBERS)
+    if expected is None:
+        return {}
+    if not (path / NUMBERS).is_file():
+        found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config']['variant']!r}"
+        do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
+        raise AdapterError(sentence(found, "the folder as it was saved", do))
+    numbers, _ = _read_tensors(path / NUMBERS)
+    if _hash_tensors(numbers) != expected:
+        found = f"{path / NUMBERS}, which changed after it was written"
+        raise AdapterError(sentence(found, "the file as it was saved", "get another copy of the folder"))
+    _all_finite(numbers, "get another copy")
+    return numbers
 
 
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     """The LoraConfig that a PEFT config means."""
-    said = {name for name in ("use_rslora",) if config.get(name)}
-    variant = next((v for v in VARIANTS if v.peft is not None and {k for k, on in v.peft.items() if on} == said), None)
+    said = {name for name in ("use_rslora", "use_dora") if config.get(name)}
+    # Several variants are plain LoRA to PEFT; a file that says nothing more is that.
+    matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)
+    variant = next(matching, None) if said else VARIANTS["lora"]
     if variant is None:
         raise AdapterError(
             sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
         )
-    targets = config["target_modules"]
+    targets = config.get("target_modules") or ()
     if isinstance(targets, str):
         targets = targets if targets == "all-linear" else f"re:{targets}"
     return LoraConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
-        targets=targets,
+        targets=targets if isinstance(targets, str) else [*targets, *(config.get("target_parameters") or ())],
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),

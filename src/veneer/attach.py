@@ -1,6 +1,6 @@
 """Attach and detach: from (model, config) to plans, from plans to sites.
 
-    plan(model, config) -> Plans    which layer gets which rank, who shares its weight, what is trained in full
+    plan(model, config) -> Plans    which weight gets which rank, who reads it, what is trained in full
     install(model, name, plans)     makes the trained numbers, then puts them in place
     detach(model)                   gives back the very model
 
@@ -11,23 +11,27 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
+    Change,
     Group,
     LayerAdapter,
+    Selected,
     Site,
     at_least_float32,
+    in_turn,
     own_class,
     site_of,
     sites,
     uninstall,
+    weight_of,
 )
 from veneer.adapted import (
     install as install_site,
@@ -36,9 +40,10 @@ from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
-from veneer.layers._base import factors
-from veneer.targets import WORDS, Names, bad_regex, excluded, expand, select, unmatched, value_for
-from veneer.variants import VARIANTS
+from veneer.layers._base import GENERAL, factors
+from veneer.readers import hosts, switched, switches, unreachable
+from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
+from veneer.variants import VARIANTS, Start
 
 
 class SkippedLayers(UserWarning):
@@ -47,28 +52,46 @@ class SkippedLayers(UserWarning):
 
 @dataclass(frozen=True)
 class LowPlan:
-    """One weight to change: its owner, and every module that reads it (the owner first)."""
+    """One weight to change: its owner, every module that holds it (the owner first), and every module that reads it
+    from above, as (path, way down to the holder).
+
+    ``rows`` are the outputs to change, None for all of them.
+    """
 
     path: str
+    weight: str
     layer: Layer
     storage: Storage
     dims: Dims
     rank: int
     alpha: float
-    readers: tuple[nn.Module, ...]
+    holders: tuple[Slot, ...]
+    hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rows: tuple[int, ...] | None = None
 
     @property
-    def module(self) -> nn.Module:
-        return self.readers[0]
+    def slot(self) -> Slot:
+        return self.path, self.weight
+
+    @property
+    def start_dims(self) -> Dims:
+        """The size of what is trained: the whole weight's, or that of the chosen rows."""
+        return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
 
 
 @dataclass(frozen=True)
 class Plans:
-    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full."""
+    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
+    ``full_hosts`` are the modules that read those from above."""
 
     config: LoraConfig
     low: tuple[LowPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    full_hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+GENERAL_KIND: Layer = LAYERS[GENERAL]
 
 
 def group_of(model: nn.Module) -> Group | None:
@@ -117,16 +140,26 @@ def only_name(model: nn.Module, name: str | None) -> str:
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
-    """(path, layer, its adapter) for each weight that the adapter ``name`` changes, owners only, in the model's
-    order."""
-    seen: set[int] = set()
+    """(path, module, its part of the adapter ``name``) for every module where it does something of its own, in the
+    model's order."""
     for path, module, site in sites(model):
-        adapter = site._modules.get(name)
-        if adapter is not None and id(adapter) not in seen:
-            seen.add(id(adapter))
-            yield path, module, cast(LayerAdapter, adapter)
+        part = site.get(name)
+        if part is not None and (part.low._modules or part.full.state_dict()):
+            yield path, module, part
 
 
+def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
+    """(path, module, weight, change) of each weight that the adapter ``name`` changes, once, in the model's order."""
+    for path, module, part in adapters(model, name):
+        for weight, change in part.low._modules.items():
+            yield path, module, weight, change  # pyright: ignore[reportReturnType]
+
+
+def parameter_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+@in_turn
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     """What ``config`` means for ``model``. Nothing is changed.
 
@@ -148,47 +181,101 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     targets, problems = select(names, config)
     also = expand(names, config.train_also, "train_also", problems)
     explicit = callable(config.targets) or any(t not in WORDS for t in _strings(config.targets))
-    for path in set(targets).intersection(also) if explicit else ():
+    for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
         problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
-    targets = [path for path in targets if path not in also]
-    if "all" in _strings(config.targets if not callable(config.targets) else ()):
+    targets = [slot for slot in targets if slot[0] not in also]
+    everything = not callable(config.targets) and "all" in _strings(config.targets)
+    if everything:
         targets = _attachable(names, targets)
-    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas)):
+    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
         problems += unmatched(names, patterns, field_name, targets)
 
     alpha = variant.default_alpha if config.alpha is None else config.alpha
+    low_slots = [slot for slot in targets if _is_matrix(names, slot)]
     wanted = {
-        path: (int(value_for(names, path, config.ranks, config.rank)), value_for(names, path, config.alphas, alpha))
-        for path in targets
+        slot: Wish(
+            int(value_for(names, slot, config.ranks, config.rank)),
+            value_for(names, slot, config.alphas, alpha),
+            value_for(names, slot, config.slices, None),
+            # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
+            clamp=everything and value_for(names, slot, config.ranks, None) is None,
+        )
+        for slot in low_slots
     }
     low = plan_low(names, wanted, problems)
+    vectors: dict[str, tuple[str, ...]] = {}
+    for path, vector in targets:
+        if (path, vector) not in wanted:
+            vectors[path] = (*vectors.get(path, ()), vector)
     full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
-    full |= _bias_plan(names, config, [entry.path for entry in low], also, problems)
+    for source in (vectors, _bias_plan(names, config, [entry.path for entry in low], also, problems)):
+        for path, found in source.items():
+            full[path] = tuple(dict.fromkeys((*full.get(path, ()), *found)))
+    full = with_ties(names, full)
     check_full(names, full, problems)
-    shared = {id(reader) for entry in low if len(entry.readers) > 1 for reader in entry.readers}
-    for path in full:
-        if id(names.modules[path]) in shared:
-            found = f"a bias to train at {path!r}, which shares its weight with another target"
-            problems.append(sentence(found, "biases of layers with a weight of their own", 'use bias="none"'))
+    for path, name in {slot for entry in low for slot in entry.holders}:
+        if name in full.get(path, ()):
+            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+            problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
-        config = replace(config, targets=tuple(targets))
-    return Plans(config, tuple(low), full)
+        config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
+    return Plans(config, tuple(low), full, frozenset(also), full_hosts(names, full))
 
 
-def _attachable(names: Names, targets: list[str]) -> list[str]:
+def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """``full`` with every other place that holds the same parameters: a tie is trained as one."""
+    held, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
+    for path, parameters in full.items():
+        for name in parameters:
+            for other, own in held.get(id(names.modules[path]._parameters.get(name)), ()):
+                whole.setdefault(other, {})[own] = None
+    return {path: tuple(parameters) for path, parameters in whole.items()}
+
+
+def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Who reads parameters that are trained in full from above their module."""
+    found = [host for path, parameters in full.items() for name in parameters for host in hosts(names, path, name)]
+    return tuple(dict.fromkeys(found))
+
+
+def _is_matrix(names: Names, slot: Slot) -> bool:
+    """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes that count."""
+    path, name = slot
+    module = names.modules[path]
+    kind = kind_of(module)
+    if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
+        return name in kind.weights(module)
+    return "bias" not in name and name in GENERAL_KIND.weights(module)
+
+
+def _kind_for(module: nn.Module, name: str) -> Any:
+    """The kind that describes one parameter: its module's, or the general one for what that does not mention."""
+    kind = kind_of(module)
+    return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
+
+
+def _attachable(names: Names, targets: list[Slot]) -> list[Slot]:
     """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
     held = holders(names)
-    refused = {path: reason for path in targets if (reason := next(_refusals(names, path, held), None))}
+    refused: dict[Slot, str] = {}
+    for slot in targets:
+        reason = next(_refusals(names, slot, held), None)
+        if reason is None and not _is_matrix(names, slot):
+            problems: list[str] = []
+            check_full(names, {slot[0]: (slot[1],)}, problems)
+            reason = next(iter(problems), None)
+        if reason:
+            refused[slot] = reason
     if refused:
         lines = "\n".join(f"  {reason}" for reason in refused.values())
-        warnings.warn(f'targets="all" leaves out {len(refused)} layers\n{lines}', SkippedLayers, stacklevel=4)
-    return [path for path in targets if path not in refused]
+        warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=4)
+    return [slot for slot in targets if slot not in refused]
 
 
-def holders(names: Names) -> dict[int, list[tuple[str, str]]]:
+def holders(names: Names) -> dict[int, list[Slot]]:
     """(path, name) of every place that holds a parameter, by the parameter's identity."""
-    found: dict[int, list[tuple[str, str]]] = {}
+    found: dict[int, list[Slot]] = {}
     for path, module in names.modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -196,95 +283,112 @@ def holders(names: Names) -> dict[int, list[tuple[str, str]]]:
     return found
 
 
-def _readers(names: Names, path: str, held: Mapping[int, list[tuple[str, str]]]) -> list[str]:
-    """The paths of the modules that hold the weight of the layer at ``path``, in the model's order."""
-    kind = kind_of(names.modules[path])
-    weight = names.modules[path]._parameters.get(kind.weight) if kind else None
-    return [path] if weight is None else [reader for reader, _ in held[id(weight)]]
+def _holders(names: Names, slot: Slot, held: Mapping[int, list[Slot]]) -> list[Slot]:
+    """Every place that holds the weight of a slot, in the model's order."""
+    return held.get(id(weight_of(names.modules[slot[0]], slot[1])), [slot])
 
 
-def _refusals(names: Names, path: str, held: Mapping[int, list[tuple[str, str]]]) -> Iterator[str]:
-    """Why the weight at ``path`` cannot be changed, for each module that reads it."""
-    kind = kind_of(names.modules[path])
-    weight = names.modules[path]._parameters.get(kind.weight) if kind else None
-    for reader in _readers(names, path, held):
-        problem = _refusal(names, reader, weight, path)
+def _refusals(names: Names, slot: Slot, held: Mapping[int, list[Slot]]) -> Iterator[str]:
+    """Why a weight cannot be changed, for each module that holds or reads it."""
+    for holder in _holders(names, slot, held):
+        problem = _refusal(names, holder, slot)
         if problem:
             yield problem
 
 
-def plan_low(names: Names, wanted: Mapping[str, tuple[int, float]], problems: list[str]) -> list[LowPlan]:
-    """A plan for each path in ``wanted`` (→ rank, alpha), with everyone who shares its weight; problems are added."""
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each of its
+    equal parts. ``clamp`` lowers the rank to what the shape allows."""
+
+    rank: int
+    alpha: float
+    slices: Sequence[Any] | None = None
+    clamp: bool = False
+
+
+def plan_low(names: Names, wanted: Mapping[Slot, Wish], problems: list[str]) -> list[LowPlan]:
+    """A plan for each wanted weight, with everyone who holds or reads it; problems are added."""
     held = holders(names)
-    plans: dict[str, LowPlan] = {}
-    for path, (rank, alpha) in wanted.items():
-        found = list(_refusals(names, path, held))
+    plans: dict[Slot, LowPlan] = {}
+    for slot, wish in wanted.items():
+        found = list(_refusals(names, slot, held))
         if found:
             problems += found
             continue
-        readers = _readers(names, path, held)
-        owner = readers[0]
-        entry = _low_plan(names, owner, readers, rank, alpha, problems)
+        entry = _low_plan(names, _holders(names, slot, held), wish, problems)
         if entry is not None:
-            plans.setdefault(owner, entry)
+            plans.setdefault(entry.slot, entry)
     return list(plans.values())
 
 
-def _low_plan(names, owner: str, readers: list[str], rank: int, alpha: float, problems: list[str]) -> LowPlan | None:
-    module = names.modules[owner]
-    layer: Any = kind_of(module)
-    dims = layer.dims(module)
-    if rank > dims.max_rank:
-        found = f"rank {rank} for {owner!r} ({own_class(module).__name__}, groups, out, in = {tuple(dims)})"
-        do = f"lower the rank, set ranks={{{owner!r}: {dims.max_rank}}} or exclude it"
-        problems.append(sentence(found, f"at most {dims.max_rank}, what its weight allows", do))
-        return None
-    storage: Any = storage_of(module._parameters[layer.weight])
-    modules = tuple(names.modules[reader] for reader in readers)
-    return LowPlan(owner, layer, storage, dims, rank, alpha, modules)
-
-
-def _refusal(names: Names, path: str, weight: Tensor | None, wanted: str) -> str | None:
-    """Why the module at ``path`` cannot read a changed weight, or None. ``wanted`` is the target whose weight it
-    shares."""
+def _low_plan(names: Names, slots: list[Slot], wish: Wish, problems: list[str]) -> LowPlan | None:
+    path, name = slots[0]
     module = names.modules[path]
-    kind, shared = kind_of(module), "" if path == wanted else f" (it shares the weight of target {wanted!r})"
+    layer, weight = _kind_for(module, name), weight_of(module, name)
+    storage: Any = storage_of(weight)
+    where = f"{parameter_path(path, name)!r} ({own_class(module).__name__})"
+    dims = layer.dims(module, storage.shape(weight))
+    rows = None
+    if wish.slices is not None:
+        rows = _rows(wish.slices, dims)
+        if rows is None:
+            found = f"slices {list(wish.slices)!r} for {where}, which has {dims.out} outputs"
+            expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
+            problems.append(sentence(found, expected, "correct them, for instance [True, False, True]"))
+            return None
+    largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
+    rank = min(wish.rank, largest) if wish.clamp else wish.rank
+    if rank > largest:
+        found = f"rank {rank} for {where}, (groups, out, in) = {tuple(dims)}"
+        do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
+        problems.append(sentence(found, f"at most {largest}, what its weight allows", do))
+        return None
+    above = tuple(dict.fromkeys(host for slot in slots for host in hosts(names, *slot)))
+    return LowPlan(path, name, layer, storage, dims, rank, wish.alpha, tuple(slots), above, rows)
+
+
+def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
+    """The outputs that slices choose, or None if they do not fit."""
+    if all(isinstance(part, bool) for part in slices):
+        size, rest = divmod(dims.out, len(slices))
+        ranges = [(size * number, size * (number + 1)) for number, on in enumerate(slices) if on]
+        fits = not rest
+    else:
+        ranges = [tuple(part) for part in slices]
+        fits = all(len(part) == 2 and 0 <= part[0] < part[1] <= dims.out for part in ranges)
+    rows = tuple(row for start, stop in ranges for row in range(start, stop)) if fits else ()
+    return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None
+
+
+def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
+    """Why the module that holds a weight cannot run on a changed one, or None. ``wanted`` is the target whose weight
+    it shares."""
+    (path, name), module = holder, names.modules[holder[0]]
+    kind, weight = _kind_for(module, name), weight_of(module, name)
+    shared = "" if holder == wanted else f" (it shares the weight of target {parameter_path(*wanted)!r})"
     what = f"{path!r}, a {own_class(module).__name__}{shared}"
-    known = f"a layer of a kind that Veneer knows ({listing(LAYERS.names())})"
-    if kind is None or module._parameters.get(kind.weight) is not weight:
-        return sentence(what, known, "untie the weight, or leave the target out")
     if weight is None:
-        found = f"{what}, whose {kind.weight!r} is no parameter of its own (computed by a parametrization?)"
-        return sentence(found, "a plain parameter", "leave it out")
+        found = f"{what}, whose {name!r} is no parameter (computed by a hook?)"
+        return sentence(found, "a parameter, or a parametrization of torch.nn.utils.parametrize", "leave it out")
+    stem, _, ending = name.rpartition("_")
+    if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
+        found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
+        return sentence(found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that")
+    if nn.parameter.is_lazy(weight):
+        return sentence(f"{what}, whose weight has no shape yet", "a model that has run once", "run it on an example")
     if storage_of(weight) is None:
-        found = f"{what}, whose weight is stored as {type(weight).__name__} of {weight.dtype}"
+        found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
     reason = kind.refuses(module) or unreachable(names, path)
+    if reason is None:
+        above = [above for above, _ in hosts(names, path, name)]
+        reason = next((f"{host!r} reads it, and {why}" for host in above if (why := unreachable(names, host))), None)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
 
 
-def unreachable(names: Names, path: str) -> str | None:
-    """Why an adapter at ``path`` would have no effect there, or None."""
-    module = names.modules[path]
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by accelerate's hooks?), which would pass the adapter by"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is compiled by TorchScript, whose forward cannot be changed"
-    for alias in names.aliases[path]:
-        parts = alias.split(".")
-        for depth in range(len(parts)):
-            above = names.modules[names.canonical[".".join(parts[:depth])]]
-            if isinstance(above, nn.MultiheadAttention):
-                return "nn.MultiheadAttention reads this weight directly, so an adapter would be passed by"
-            if isinstance(above, nn.TransformerEncoderLayer):
-                return "nn.TransformerEncoderLayer's fast path reads this weight directly in eval mode"
-    return None
-
-
 def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str]) -> None:
-    """Problems of the parameters that are to be trained in full: tied to another module's, or out of forward's
-    reach."""
-    held = holders(names)
+    """Problems of the parameters that are to be trained in full: out of forward's reach, or not to be trained."""
     for path, parameters in full.items():
         module = names.modules[path]
         reason = unreachable(names, path)
@@ -293,12 +397,11 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
                 sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
             )
         for name in parameters:
-            parameter = module._parameters[name]
-            others = [f"{user}.{own}" for user, own in held[id(parameter)] if (user, own) != (path, name)]
-            if others:
-                found = f"{path}.{name} trained in full, which is tied to {listing(others)}"
-                do = "exclude it" if name == "bias" else "target it with a low-rank change, which keeps ties"
-                problems.append(sentence(found, "an untied parameter", do))
+            parameter = module._parameters.get(name)
+            if parameter is None:
+                found = f"{path}.{name} trained in full, which is computed by a parametrization"
+                problems.append(sentence(found, "a plain parameter", "leave it out"))
+                continue
             if not parameter.is_floating_point():
                 problems.append(sentence(f"{path}.{name} of {parameter.dtype}", "floating point", "leave it out"))
 
@@ -306,9 +409,10 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
 def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str], problems: list[str]):
     if config.bias == "none":
         return {}
-    left_out = {*also, *excluded(names, config, [])}
-    candidates = low if config.bias == "targets" else [path for path in names.modules if path not in left_out]
-    found = {path: ("bias",) for path in candidates if names.modules[path]._parameters.get("bias") is not None}
+    left_out = {*((path, "bias") for path in also), *excluded(names, config, [])}
+    candidates = low if config.bias == "targets" else [p for p in names.modules if (p, "bias") not in left_out]
+    own = {path: names.modules[path]._parameters for path in candidates}
+    found = {path: ("bias",) for path, named in own.items() if "bias" in named and named["bias"] is not None}
     if not found:
         what = f"bias={config.bias!r} and no bias there"
         problems.append(sentence(what, "at least one bias to train", 'use bias="none"'))
@@ -318,7 +422,7 @@ def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str]
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     """Why an adapter called ``name`` cannot be added to the model now, whatever it is."""
     group = group_of(model)
-    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name")
     if group and name in group.configs:
         yield sentence(
@@ -340,91 +444,162 @@ def _strings(targets) -> tuple[str, ...]:
     return (targets,) if isinstance(targets, str) else tuple(targets)
 
 
-def install(model: nn.Module, name: str, plans: Plans, *, trainable: bool = True) -> None:
-    """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched."""
+Evidence = Callable[[LowPlan], Mapping[str, Callable[[], Tensor]]]
+
+
+@in_turn
+@torch.inference_mode(False)  # the numbers can be trained later, wherever this is called
+def install(
+    model: nn.Module,
+    name: str,
+    plans: Plans,
+    *,
+    trainable: bool = True,
+    numbers: Mapping[Slot, Mapping[str, Tensor]] | None = None,
+    evidence: Evidence | None = None,
+) -> None:
+    """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched.
+
+    Args:
+        numbers: the trained numbers of each weight; made anew without.
+        evidence: what a variant may look at of one weight besides the weight itself, by name.
+    """
+    raise_all(
+        TargetError, "Nothing was attached", list(name_problems(model, name))
+    )  # another thread may have been faster
     group = group_of(model) or Group()
-    made = [(entry, _make(entry, plans.config)) for entry in plans.low]
-    by_path = {entry.path: adapter for entry, adapter in made}
-    modules = Names(model).modules
-    full_only: list[tuple[nn.Module, LayerAdapter]] = []
+    names = Names(model)
+    modules = names.modules
+    given = numbers or {}
+    for entry in plans.low:
+        entry.storage.prepare(modules[entry.path])
+    made = [
+        (entry, make_change(entry, modules, plans.config, given.get(entry.slot, {}), evidence)) for entry in plans.low
+    ]
+    parts: dict[str, LayerAdapter] = {}
+
+    def part(path: str) -> LayerAdapter:
+        return parts.setdefault(path, LayerAdapter())
+
+    for entry, change in made:
+        part(entry.path).low._modules[entry.weight] = change
+        for path, weight in entry.holders:
+            part(path).changes[weight] = change
     # A frozen base keeps its running statistics too: what training would move becomes a copy that the adapter owns.
     moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
+    copies: dict[int, nn.Parameter] = {}
     for path, parameters in {**plans.full, **moving}.items():
-        adapter = by_path.get(path)
-        if adapter is None:
-            adapter = LayerAdapter()
-            full_only.append((modules[path], adapter))
-        _copy_full(adapter, modules[path], parameters, plans.config, whole=path not in by_path)
-    for adapter in [*by_path.values(), *(adapter for _, adapter in full_only)]:
+        whole = path in plans.whole or _keeps_statistics(modules[path])
+        _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies)
+    ways = [
+        (host, (path, way)) for entry in plans.low for path, _ in entry.holders for host, way in entry.hosts
+        if names.canonical.get(parameter_path(host, ".".join(way))) == path
+    ]  # fmt: skip
+    ways += [(host, (_below(names, host, way), way)) for host, way in plans.full_hosts]
+    for host, (path, way) in ways:
+        part(host).hosted[way] = part(path)
+    for path in list(parts):
+        for above in switched(names, path):
+            part(above)
+    for adapter in parts.values():
         adapter.requires_grad_(trainable).train(model.training)
 
     if GROUP not in model.__dict__:
         group.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
         model.__dict__[GROUP] = group
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
-    for entry, adapter in made:
-        for reader in entry.readers:
-            # Registered once, at the owner: to register it at each reader would tie the adapter's own tensors.
-            site = _site(reader, group, entry.layer)
-            (site._modules if reader is entry.module else site.borrowed)[name] = adapter
-    for module, adapter in full_only:
-        _site(module, group, None)._modules[name] = adapter
-    group.set_configs({**group.configs, name: plans.config})
+            parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
+    transposed = {
+        path for entry in plans.low for path, _ in entry.holders
+        if _kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
+    }  # fmt: skip
+    selected: dict[int, LayerAdapter] = {}
+    for path in (path for path in modules if path in parts):
+        site = _site(modules[path], group)
+        site.transposed = site.transposed or path in transposed
+        site._modules[name] = parts[path]
+        selected[site.key] = parts[path]
+    group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
 
 
-def _site(module: nn.Module, group: Group, owner: Layer | None) -> Site:
-    """The module's site, made if need be. ``owner`` is the kind of layer whose low-rank change the module reads."""
+def _below(names: Names, host: str, way: Sequence[str]) -> str:
+    return names.canonical[parameter_path(host, ".".join(way))]
+
+
+def _site(module: nn.Module, group: Group) -> Site:
+    """The module's site, made if need be."""
     site = site_of(module)
     if site is None:
         kind = kind_of(module)
-        site = Site(group, kind, factors=kind is not None and factors(kind, module, type(module)))
+        storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
+        trusted = storage.modules() if storage is not None else ()
+        factored = kind is not None and factors(kind, module, type(module), trusted)
+        site = Site(group, kind, factored, switches(module))
         site.train(module.training)
         install_site(module, site)
-    if owner is not None:
-        site.transposed = site.layer.out_axis != owner.out_axis
     return site
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    return module._buffers.get("running_mean") is not None
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return not scripted and module._buffers.get("running_mean") is not None
 
 
-def _make(entry: LowPlan, config: LoraConfig) -> LayerAdapter:
-    """The trained numbers of one layer, at their start, on the weight's device."""
-    layer, module, variant = entry.layer, entry.module, VARIANTS[config.variant]
-    weight: Any = module._parameters[layer.weight]
+def make_change(
+    entry: LowPlan,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    given: Mapping[str, Tensor],
+    evidence: Evidence | None,
+) -> Change:
+    """The numbers of one weight on its device: those that are given, or the variant's start."""
+    layer, variant = entry.layer, VARIANTS[config.variant]
+    module = modules[entry.path]
+    weight = weight_of(module, entry.weight)
+    rows = None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
 
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
-        return layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
+        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
+        return dense if rows is None else dense[:, rows.to(dense.device)]
 
-    with torch.no_grad(), torch.device(weight.device):
-        numbers = variant.init(*entry.dims, entry.rank, layer.fan_in(entry.dims), base)
-        numbers["A"] = layer.mask_init(module, numbers["A"])
-    dtype = trained_dtype(config, weight)
-    numbers = {name: value.to(dtype) for name, value in numbers.items()}
-    return LayerAdapter(
-        numbers=numbers, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims,
-        rank=entry.rank, alpha=entry.alpha, dropout=config.dropout,
+    dims = entry.start_dims
+    seen = evidence(entry) if evidence is not None and not given else {}
+    start = Start(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
+    device = getattr(weight, "device", None) or entry.storage.dense(weight).device
+    numbers = {name: value.to(device) for name, value in given.items()}
+    if not given or variant.derived:
+        with torch.no_grad(), torch.device(device):
+            numbers = {**variant.init(start), **numbers}
+    dtype = trained_dtype(config, entry.storage.dtype(weight))
+    numbers = {
+        name: value if name in variant.derived else value.to(dtype, copy=bool(given)) for name, value in numbers.items()
+    }
+    return Change(
+        numbers, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
+        alpha=entry.alpha, dropout=config.dropout, rows=rows, still=layer.still(module),
     )  # fmt: skip
 
 
-def _copy_full(adapter: LayerAdapter, module: nn.Module, parameters, config: LoraConfig, whole: bool) -> None:
+def _copy_full(full: nn.Module, module: nn.Module, parameters, config: LoraConfig, whole: bool, copies) -> None:
+    """Register copies of a module's parameters, and of its buffers if ``whole``; tied parameters have one copy."""
     for name in parameters:
-        own = module._parameters[name].detach()
-        adapter.full.register_parameter(name, nn.Parameter(own.to(trained_dtype(config, own), copy=True)))
+        own: Any = module._parameters[name]
+        if id(own) not in copies:
+            copies[id(own)] = nn.Parameter(own.detach().to(trained_dtype(config, own.dtype), copy=True))
+        full.register_parameter(name, copies[id(own)])
     for name, own in module._buffers.items() if whole else ():
         if own is not None and name not in module._non_persistent_buffers_set:
-            adapter.full.register_buffer(name, own.detach().clone())
+            full.register_buffer(name, own.detach().clone())
 
 
-def trained_dtype(config: LoraConfig, weight: Tensor) -> torch.dtype:
-    """The dtype of what is trained for ``weight``: the config's, else float32 for a 16-bit base and the base's
-    otherwise."""
-    return getattr(torch, config.dtype) if config.dtype else at_least_float32(weight.dtype)
+def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
+    """The dtype of what is trained for a weight of dtype ``base``: the config's, else float32 for a 16-bit base and
+    the base's otherwise."""
+    return getattr(torch, config.dtype) if config.dtype else at_least_float32(base)
 
 
+@in_turn
 def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
     """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the very object graph
     that it was: classes, modules, parameters, ``requires_grad``.
@@ -442,16 +617,20 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     if group.merged in names and not keep_merged:
         do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
         raise MergeError(sentence(f"{group.merged!r} is merged into the weights", "an unmerged model", do))
+    for adapter in names:
+        group.selections[adapter].parts = None  # an error for calls that still select it
     for _, module, site in list(sites(model)):
         for adapter in names:
-            site._modules.pop(adapter, None)
-            site.borrowed.pop(adapter, None)
-        if not site._modules and not site.borrowed:
+            part: Any = site._modules.pop(adapter, None)
+        if not site._modules:
             uninstall(module)
-    group.set_configs({key: value for key, value in group.configs.items() if key not in names})
+            for change in part.low._modules.values() if part is not None else ():
+                change.storage.release(module)
+    kept = [key for key in group.configs if key not in names]
+    group.set_adapters({key: group.configs[key] for key in kept}, {key: group.selections[key] for key in kept})
     if group.merged in names:
         group.merged = None
     if not group.configs:
         for path, parameter in model.named_parameters():
-            parameter.requires_grad_(group.required_grad.get(path, parameter.requires_grad))
+            parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
         del model.__dict__[GROUP]

@@ -1,9 +1,17 @@
-"""Prove on a live model that every attached adapter is seen: reached in train and in eval mode, and given a
-gradient."""
+"""Prove on a live model that every attached adapter is seen.
+
+A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read past the layer's own
+forward, a module that this kind of input never reaches. Three proofs, each naming what fails:
+
+    reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
+    gradient    one pass in the model's own mode gives every change a finite gradient that is not zero
+    equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +19,54 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapted import own_class
-from veneer.attach import adapters, need_group, only_name, unwrap
+from veneer.adapted import BASE, SITE, LayerAdapter, Selected, at_least_float32, own_class, sites, weight_of
+from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.errors import CheckError, raise_all, sentence
+from veneer.layers import kind_of
 from veneer.select import use
+
+#: how far the gradient of a change may be from that of the definition, by the size of the weight's numbers in bytes.
+#: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this at most.
+TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
+#: gradients that much smaller than the largest are rounding errors of zero, such as that of a key's bias
+NOISE = 1e-4
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Which layers were proven to be seen."""
+    """Which weights were proven to be seen; ``compared`` of them also against the definition (a weight that is stored
+    packed cannot be replaced by W + ΔW)."""
 
     adapter: str
-    layers: tuple[str, ...]
+    weights: tuple[str, ...]
+    compared: int
 
     def __str__(self) -> str:
-        return f"adapter {self.adapter!r}: all {len(self.layers)} layers change the output and receive a gradient"
+        return (
+            f"adapter {self.adapter!r}: all {len(self.weights)} changes reach the output and receive a gradient, "
+            f"{self.compared} of them that of W + ΔW"
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something that must be seen: a change, or what is trained in full of a module."""
+
+    where: str
+    module: nn.Module
+    ids: frozenset[int]
+    parameters: tuple[nn.Parameter, ...]
+
+    def problem(self, what: str) -> str:
+        found = f"{self.where!r} ({own_class(self.module).__name__}) {what}"
+        return sentence(found, "a layer that the output depends on", "exclude it, or give an example that reaches it")
 
 
 def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
-    """Run ``example`` through ``model`` and prove that each of the adapter's layers is part of what comes out.
+    """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of what comes out.
 
-    A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read directly, a
-    module that this kind of input never reaches. So one pass without gradients in eval mode must reach each layer
-    (that is where fast paths are taken), and one with gradients must give each a non-zero, finite gradient. The
-    model's modes, gradients and random state are restored.
+    The model's modes, gradients, trained numbers and random state are as they were afterwards. It must not run
+    elsewhere meanwhile.
 
     Args:
         example: a tensor, a tuple of positional or a mapping of keyword arguments.
@@ -49,42 +81,190 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
         found = f"{need_group(model).merged!r} merged into the weights, where no adapter runs"
         raise CheckError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
     args, kwargs = _arguments(example)
-    parts = [entry for entry in adapters(model, name) if any(True for _ in entry[2].parameters())]
-    modes = {module: module.training for module in model.modules()}
-    trainable = {p: p.requires_grad for _, _, part in parts for p in part.parameters()}
-    with torch.random.fork_rng(), use(model, name):
-        try:
-            reached: set[int] = set()
-            with context.changed(reached=reached), torch.no_grad():
-                model.eval()(*args, **kwargs)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                output = model(*args, **kwargs)
-                total = sum((_weighted(tensor) for tensor in _floats(output)), torch.zeros(()))
-            gradients = _gradients(total, list(trainable))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, required in trainable.items():
-                parameter.requires_grad_(required)
-    problems = []
-    for path, module, part in parts:
-        where = f"{path!r} ({own_class(module).__name__})"
-        found = [gradients[p] for p in part.parameters() if gradients[p] is not None]
-        if id(part) not in reached:
-            problem = f"{where} is not reached in eval mode"
-        elif not any(gradient.abs().sum() > 0 for gradient in found):
-            problem = f"{where} receives no gradient"
-        elif not all(gradient.isfinite().all() for gradient in found):
-            problem = f"{where} receives a gradient that is not finite"
-        else:
-            continue
-        problems.append(
-            sentence(problem, "a layer that the output depends on", "exclude it, or give an example that reaches it")
-        )
+    items = _items(model, name)
+    trained = list(dict.fromkeys(p for item in items for p in item.parameters))
+    devices = list({p.device for p in trained if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        problems, compared = _prove(model, name, items, trained, args, kwargs)
     raise_all(CheckError, f"The output does not see all of adapter {name!r}", problems)
-    return CheckReport(name, tuple(path for path, _, _ in parts))
+    return CheckReport(name, tuple(item.where for item in items), compared)
+
+
+def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+    """(problems, how many changes were compared with the definition)."""
+    reached: set[int] = set()
+    with _as_it_was(model, trained), use(model, name):
+        own_modes = {module: module.training for module in model.modules()}
+        with context.changed(reached=reached), torch.no_grad():
+            model.eval()(*args, **kwargs)
+        for module, mode in own_modes.items():
+            module.training = mode
+        first = _gradients(model, trained, args, kwargs)
+    problems = []
+    for item in items:
+        found = [first[p] for p in item.parameters if first[p] is not None]
+        if not item.ids & reached:
+            problems.append(item.problem("is not reached in eval mode"))
+        elif not any(gradient.abs().sum() > 0 for gradient in found):
+            problems.append(item.problem("receives no gradient"))
+        elif not all(gradient.isfinite().all() for gradient in found):
+            problems.append(item.problem("receives a gradient that is not finite"))
+    packed = _packed(model, name)
+    if problems or packed is None:
+        return problems, 0
+    # cuDNN's RNNs have no backward in eval mode
+    with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
+        model.eval()
+        _perturb(trained)
+        with use(model, name):
+            ours = _gradients(model, trained, args, kwargs)
+        with _defined(model, name, packed):
+            theirs = _gradients(model, trained, args, kwargs)
+    compared = [
+        item
+        for item in items
+        if not item.ids & {id(change) for part in packed.values() for change in part.changes.values()}
+    ]
+    return list(_different(compared, ours, theirs)), len(compared)
+
+
+def _different(items: list[_Item], ours: Mapping, theirs: Mapping) -> Iterator[str]:
+    def whole(gradients: Mapping, item: _Item) -> Tensor:
+        return torch.cat([_or_zero(gradients[p], p).flatten().double().cpu() for p in item.parameters])
+
+    largest = max((whole(theirs, item).norm().item() for item in items), default=0.0)
+    for item in items:
+        expected = whole(theirs, item)
+        error = (whole(ours, item) - expected).norm().item() / max(expected.norm().item(), NOISE * largest, 1e-30)
+        size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
+        if not error < TOLERANCE.get(size, 0.5):
+            what = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
+            found = f"{item.where!r} ({own_class(item.module).__name__}) {what}"
+            expected_ = "a weight that is read through its layer's forward, or directly by a module above it"
+            yield sentence(found, expected_, "exclude it: something else reads this weight past its layer")
+
+
+def _or_zero(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _items(model: nn.Module, name: str) -> list[_Item]:
+    items = [
+        _Item(parameter_path(path, weight), module, frozenset([id(change)]), tuple(change.parameters()))
+        for path, module, weight, change in changes(model, name)
+    ]
+    parts = list(adapters(model, name))
+    holders: dict[int, set[int]] = {}
+    for _, _, part in parts:
+        for parameter in part.full.parameters():
+            holders.setdefault(id(parameter), set()).add(id(part))
+    for path, module, part in parts:
+        for own, parameter in part.full.named_parameters():
+            items.append(_Item(parameter_path(path, own), module, frozenset(holders[id(parameter)]), (parameter,)))
+    unique = {item.parameters: item for item in reversed(items) if item.parameters}
+    return [item for item in items if unique.get(item.parameters) is item]
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Restore modes, the numbers and their ``requires_grad``, and buffers that a pass in training mode moves."""
+    modes = {module: module.training for module in model.modules()}
+    required = [p.requires_grad for p in trained]
+    values = [p.detach().clone() for p in trained]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for parameter, value, flag in zip(trained, values, required, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.copy_(value)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _perturb(trained: list[nn.Parameter]) -> None:
+    """Move the numbers off their start, where ΔW is zero and would hide who does not see it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained:
+            size = parameter.detach().double().square().mean().sqrt().item() or 1.0
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _gradients(model: nn.Module, trained: list[nn.Parameter], args, kwargs) -> dict[nn.Parameter, Tensor | None]:
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        output = model(*args, **kwargs)
+        # A random projection: a plain sum is constant after a softmax or a layer norm, and would hide a gradient.
+        total = sum((_weighted(tensor) for tensor in _floats(output)), torch.zeros(()))
+    if not total.requires_grad:
+        return dict.fromkeys(trained)
+    return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
+
+
+def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
+    """The parts of weights that cannot be replaced by W + ΔW, by the key of their site. None if they share a module
+    with others, so that nothing can be compared."""
+    packed: dict[int, LayerAdapter] = {}
+    hosted: set[int] = set()
+    for _, module, part in adapters(model, name):
+        kinds = {change.storage.name == "plain" for change in part.changes.values()}
+        site: Any = module._modules[SITE]
+        hosted.update(id(below) for below in part.hosted.values())
+        if kinds == {False}:
+            packed[site.key] = part
+        elif len(kinds) == 2:
+            return None
+    return None if hosted & {id(part) for part in packed.values()} else packed
+
+
+@contextmanager
+def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
+    """The plain model with W + ΔW in place of every W, differentiable in the trained numbers."""
+    undo: list[tuple[dict, Any, Any]] = []
+
+    def put(where: dict, key: Any, value: Any) -> None:
+        undo.append((where, key, where[key]))
+        where[key] = value
+
+    group = need_group(model, name)
+    selected: Any = Selected(name, packed) if packed else BASE
+    packed_parts = set(map(id, packed.values()))
+    made: dict[int, Tensor] = {}
+    try:
+        modules = {site.key: module for _, module, site in sites(model)}
+        for key, part in (group.selections[name].parts or {}).items():
+            module = modules[key]
+            if id(part) in packed_parts:
+                continue
+            values = dict(part.replacements(module))
+            for weight, change in part.changes.items():
+                if id(change) not in made:
+                    held = weight_of(module, weight)
+                    low, gain = change.resolve(held)
+                    wide = change.changed(held, low, gain, at_least_float32(change.storage.dtype(held)))
+                    made[id(change)] = wide.to(change.storage.dtype(held))
+                values[weight] = made[id(change)]
+            for own, value in values.items():
+                put(module._parameters if own in module._parameters else module._buffers, own, value)
+            kind = kind_of(module)
+            if kind is not None and values:
+                before = dict(module.__dict__)
+                kind.bind(module, values)
+                undo.extend(
+                    (module.__dict__, own, before[own]) for own in before if module.__dict__[own] is not before[own]
+                )
+        with context.changed(selection={**context.current.selection, group.uid: selected}):
+            yield
+    finally:
+        for where, key, value in reversed(undo):
+            where[key] = value
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -107,12 +287,4 @@ def _floats(value: Any):
 
 
 def _weighted(tensor: Tensor) -> Tensor:
-    """A random projection to a scalar: a plain sum is constant after a softmax or a layer norm, and would hide a
-    gradient."""
-    return (tensor.float() * torch.randn(tensor.shape, device=tensor.device)).sum().cpu()
-
-
-def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
-    if not total.requires_grad:
-        return dict.fromkeys(parameters)
-    return dict(zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
+    return (tensor.float() * torch.randn(tensor.shape).to(tensor.device)).sum().cpu()

@@ -46,6 +46,8 @@ class LoraConfig:
         targets: what to attach to; each pattern must match something.
         exclude: what to leave out of ``targets``; each pattern must match something.
         ranks, alphas: pattern → value, for the targets that differ; the first pattern that matches counts.
+        slices: pattern → which outputs of a fused weight to change: a bool for each of its equal parts (q and v of a
+            fused q, k, v: ``[True, False, True]``), or (start, stop) ranges. The other outputs stay as they are.
         layers: indices of the repeated blocks to keep (the first number in a path); negative ones count from the end.
         train_also: modules to train fully, as copies that belong to the adapter: the base keeps its values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the model).
@@ -64,6 +66,7 @@ class LoraConfig:
     exclude: str | Sequence[str] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    slices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     layers: Sequence[int] | None = None
     train_also: str | Sequence[str] = ()
     bias: str = "none"
@@ -72,7 +75,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to share, and plain JSON.
-        for name, empty in (("exclude", ()), ("train_also", ()), ("ranks", {}), ("alphas", {})):
+        for name, empty in (("exclude", ()), ("train_also", ()), ("ranks", {}), ("alphas", {}), ("slices", {})):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, empty)
         for name in ("exclude", "train_also", "targets", "layers"):
@@ -86,6 +89,8 @@ class LoraConfig:
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
+        slices = {pattern: tuple(_plain(part) for part in parts) for pattern, parts in self.slices.items()}
+        object.__setattr__(self, "slices", slices)
 
     def _problems(self):
         yield from _whole("rank", self.rank)
@@ -103,6 +108,9 @@ class LoraConfig:
         for name, alpha in alphas.items():
             if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
                 yield sentence(f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank")
+        if not isinstance(self.slices, Mapping) or not all(map(_slices, self.slices.values())):
+            expected = "a mapping of pattern to bools or to (start, stop) ranges"
+            yield sentence(f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
         if not callable(self.targets) and not _patterns(self.targets):
@@ -142,6 +150,19 @@ class LoraConfig:
 def _whole(name: str, value: object):
     if type(value) is not int or value < 1:
         yield sentence(f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data")
+
+
+def _slices(parts: object) -> bool:
+    """Whether these are bools, one a part of equal size, or (start, stop) ranges."""
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
+        return False
+    if all(isinstance(part, bool) for part in parts):
+        return any(parts)
+    return all(isinstance(part, Sequence) and [type(end) for end in part] == [int, int] for part in parts)
+
+
+def _plain(part: Any) -> Any:
+    return part if isinstance(part, bool) else tuple(part)
 
 
 def _number(value: object) -> bool:

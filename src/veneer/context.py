@@ -20,10 +20,10 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """``selection`` maps a model's id to the adapter it uses (None: the base alone); a model that is missing uses its
-    default. ``path`` forces "factored" or "materialised". ``reached`` collects the sites that run, for ``check``."""
+    """``selection`` maps a model's id to what it uses (``adapted.Selected``); a model that is missing uses its
+    default. ``path`` forces "factored" or "materialised". ``reached`` collects what runs, for ``check``."""
 
-    selection: Mapping[str, str | None] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     reached: set[Any] | None = None
 

@@ -3,24 +3,33 @@ both filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from veneer.adapted import LayerAdapter
+from veneer.adapted import Change, LayerAdapter
 from veneer.adapter import install_from
 from veneer.adapter import save as save_adapter
-from veneer.attach import adapters, detach, install, need_group, plan, unwrap
+from veneer.attach import adapters, changes, detach, install, need_group, parameter_path, plan, unwrap
 from veneer.config import LoraConfig
+from veneer.evidence import Loss, gather
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.select import use
 from veneer.summary import Summary, summarise
 
 
-def attach(model: nn.Module, config: LoraConfig | None = None, name: str = "default") -> Handle:
+def attach(
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    name: str = "default",
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    original: nn.Module | Mapping[str, Tensor] | None = None,
+) -> Handle:
     """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model use it while it is
     the only one.
 
@@ -28,15 +37,22 @@ def attach(model: nn.Module, config: LoraConfig | None = None, name: str = "defa
         model: any module with layers of a kind that Veneer knows.
         config: what to attach; None takes ``LoraConfig()``.
         name: letters, digits, "_" and "-".
+        batches: what a data-driven variant (``eva``, ``lora_ga``) looks at: tensors, tuples of positional or mappings
+            of keyword arguments of the model.
+        loss: (model, batch) -> scalar, for ``lora_ga``; None takes the ``loss`` of the model's own output.
+        original: the model (or its state dict) from before the base was quantised, for ``loftq``.
 
     Returns:
         a handle to the adapter. Every function of the package also works without it, given the model.
 
     Raises:
         TargetError: with every problem at once. The model is as it was.
+        ConfigError: the variant needs data that was not given, or the other way round. The model is as it was.
     """
     model = unwrap(model)
-    install(model, name, plan(model, LoraConfig() if config is None else config, name))
+    plans = plan(model, LoraConfig() if config is None else config, name)
+    evidence = gather(model, plans, batches=batches, loss=loss, original=original)
+    install(model, name, plans, evidence=evidence)
     return Handle(model, name)
 
 
@@ -76,15 +92,29 @@ class Handle:
 
     @property
     def layers(self) -> dict[str, LayerAdapter]:
-        """The adapter's parts, by the path of the layer that they change."""
+        """The adapter's parts, by the path of the module that they change."""
         need_group(self.model, self.name)
         return {path: part for path, _, part in adapters(self.model, self.name)}
 
+    @property
+    def changes(self) -> dict[str, Change]:
+        """The low-rank changes, by the path of the weight that they change."""
+        need_group(self.model, self.name)
+        return {parameter_path(path, weight): change for path, _, weight, change in changes(self.model, self.name)}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path of the layer and name of the number, parameter), for an optimiser."""
+        """(path of the weight and name of the number, or path of what is trained in full; parameter), for an
+        optimiser."""
+        for path, change in self.changes.items():
+            for name, parameter in change.named_parameters():
+                yield f"{path}.{name}", parameter
+        seen: set[int] = set()  # tied parameters have one copy
         for path, part in self.layers.items():
-            for name, parameter in part.named_parameters():
-                yield f"{path}.{name}".lstrip("."), parameter
+            for name, parameter in part.full.named_parameters():
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                yield parameter_path(path, name), parameter
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]

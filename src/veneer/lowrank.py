@@ -38,6 +38,16 @@ class LowRank:
         """The transposed change, of shape [g, in, out]: what a layer reads that holds the same weight transposed."""
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
+    def place(self, rows: Tensor, out: int) -> LowRank:
+        """The change of a weight with ``out`` rows that is this one in ``rows`` (indices) and zero elsewhere."""
+        B = self.B.new_zeros(self.B.shape[0], out, self.rank).index_copy(1, rows, self.B)
+        return LowRank(self.A, B, self.scale)
+
+    def without(self, input_: int) -> LowRank:
+        """The same change with a zero column for one input."""
+        index = torch.tensor([input_], device=self.A.device)
+        return LowRank(self.A.index_fill(2, index, 0), self.B, self.scale)
+
     def to(self, dtype: torch.dtype) -> LowRank:
         if self.A.dtype == self.B.dtype == dtype:
             return self

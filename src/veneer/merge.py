@@ -9,15 +9,15 @@ was rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import LayerAdapter
-from veneer.attach import adapters, need_group, only_name, unwrap
+from veneer.adapted import Change, LayerAdapter, weight_of
+from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.bases import BASES, Storage
 from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.hashing import digest
@@ -58,15 +58,35 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Write:
-    """One parameter's new content, ready to be written."""
+class _Slot:
+    """One weight, parameter or buffer that an adapter changes, and the part that keeps its old bits while merged."""
 
     path: str
     name: str
-    adapter: LayerAdapter
-    parameter: Tensor
+    module: nn.Module
+    keeper: Change | LayerAdapter
+    target: Any
     storage: Storage
-    encoded: Tensor
+
+    def stored(self) -> dict[str, Tensor]:
+        self.storage.prepare(self.module)
+        return self.storage.stored(self.target)
+
+    def write(self, stored: Mapping[str, Tensor]) -> None:
+        self.storage.write(self.target, stored)
+        self.storage.prepare(self.module)
+
+    @property
+    def where(self) -> str:
+        return parameter_path(self.path, self.name)
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One slot's new content, ready to be written."""
+
+    slot: _Slot
+    stored: dict[str, Tensor]
     report: LayerMerge | None
 
 
@@ -98,24 +118,24 @@ def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> Me
     writes: list[_Write] = []
     problems: list[str] = []
     with torch.no_grad():
-        for path, module, adapter in adapters(model, name):
-            writes += _writes(path, module, adapter, problems)
+        for slot, values in _values(model, name):
+            writes += _write(slot, values, problems)
     raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
-    done: list[_Write] = []
+    done: list[_Slot] = []
     try:
         for write in writes:
             _keep(write)
-            done.append(write)
-            write.storage.write(write.parameter, write.encoded)
+            done.append(write.slot)
+            write.slot.write(write.stored)
     except BaseException:
-        for write in done:
-            _restore(write.adapter, write.name, write.parameter)
+        for slot in done:
+            slot.write(_kept(slot))
         for write in writes:
-            _forget(write.adapter)
+            _forget(write.slot)
         raise
     if not keep:
         for write in writes:
-            _forget(write.adapter)
+            _forget(write.slot)
     group.merged = name
     return MergeReport(name, tuple(write.report for write in writes if write.report))
 
@@ -131,55 +151,66 @@ def unmerge(model: nn.Module) -> None:
     group = need_group(model)
     if group.merged is None:
         raise MergeError(sentence("a model in which nothing is merged", "a merged adapter", "call veneer.merge first"))
-    merged = list(adapters(model, group.merged))
-    kept = [(path, module, adapter) for path, module, adapter in merged if "backup" in adapter._modules]
-    if merged and len(kept) < len(merged):
+    slots = [slot for slot, _ in _values(model, group.merged, compute=False)]
+    if any("backup" not in slot.keeper._modules for slot in slots):
         found = f"{group.merged!r}, merged with keep=False"
         raise MergeError(sentence(found, "the weights from before the merge", "load the base again"))
-    edited = [
-        f"{path}.{name}"
-        for path, module, adapter in kept
-        for name in originals(adapter)
-        if digest(_own(module, name)) != adapter.digests[name]
-    ]
+    edited = [slot.where for slot in slots if _digest(slot, slot.stored()) != _expected(slot)]
     if edited:
         found = f"weights edited since the merge (also by .to(dtype)): {listing(edited)}"
         raise MergeError(
             sentence(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
         )
-    for _, module, adapter in kept:
-        for name in list(originals(adapter)):
-            _restore(adapter, name, _own(module, name))
-        _forget(adapter)
+    for slot in slots:
+        slot.write(_kept(slot))
+    for slot in slots:
+        _forget(slot)
     group.merged = None
 
 
-def originals(adapter: LayerAdapter) -> dict[str, Tensor]:
-    """The weights that a merge of ``adapter`` replaced, by name; empty while it is not merged."""
-    backup = adapter._modules.get("backup")
-    return cast(dict[str, Tensor], dict(backup._buffers)) if backup is not None else {}
+def original(change: Change, weight: Any, name: str) -> Tensor:
+    """The dense base weight of a change, also while it is merged."""
+    backup = change._modules.get("backup")
+    kept = _named(backup, name) if backup is not None else None
+    return change.storage.decode(weight, change.storage.stored(weight) if kept is None else kept)
 
 
-def _writes(path: str, module: nn.Module, adapter: LayerAdapter, problems: list[str]) -> Iterator[_Write]:
-    new: dict[str, Tensor] = {}
-    if adapter.layer is not None:
-        weight: Any = module._parameters[adapter.layer.weight]
-        low, gain = adapter.resolve(weight)
-        new[adapter.layer.weight] = adapter.changed(weight, low, gain, torch.float64)
-    new |= {name: value.double() for name, value in adapter.full._parameters.items() if value is not None}
-    for name, value in adapter.full._buffers.items():  # running statistics and the like: copied as they are
-        buffer: Any = module._buffers[name]
-        yield _Write(path, name, adapter, buffer, BASES["plain"], value.detach().clone(), None)
-    for name, values in new.items():
-        parameter: Any = module._parameters[name]
-        storage = adapter.storage if adapter.layer and name == adapter.layer.weight else BASES["plain"]
-        encoded = storage.encode(parameter, values)
-        if not encoded.isfinite().all():
-            found = f"{path}.{name}: W + ΔW is not finite in {encoded.dtype}"
-            problems.append(sentence(found, "finite weights", "check the adapter for NaN or overflow"))
+def _values(model: nn.Module, name: str, *, compute: bool = True) -> Iterator[tuple[_Slot, Tensor | None]]:
+    """(slot, its new dense content in float64, or as it is for a buffer) of all that an adapter changes."""
+    for path, module, weight, change in changes(model, name):
+        target = weight_of(module, weight)
+        slot = _Slot(path, weight, module, change, target, change.storage)
+        if not compute:
+            yield slot, None
             continue
-        report = _report(f"{path}.{name}".lstrip("."), storage.dense(parameter).double(), values, encoded.double())
-        yield _Write(path, name, adapter, parameter, storage, encoded, report)
+        slot.storage.prepare(module)
+        low, gain = change.resolve(target)
+        yield slot, change.layer.settle(module, change.changed(target, low, gain, torch.float64))
+    seen: set[int] = set()  # tied parameters have one copy, and are written once
+    for path, module, part in adapters(model, name):
+        for own, value in part.full._parameters.items():
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield _Slot(path, own, module, part, module._parameters[own], BASES["plain"]), value.double()
+        for own, value in part.full._buffers.items():  # running statistics and the like: copied as they are
+            yield _Slot(path, own, module, part, module._buffers[own], BASES["plain"]), value
+
+
+def _write(slot: _Slot, values: Any, problems: list[str]) -> Iterator[_Write]:
+    if not isinstance(slot.target, nn.Parameter) and isinstance(slot.target, Tensor):
+        yield _Write(slot, {"values": values.detach().clone()}, None)
+        return
+    try:
+        stored = slot.storage.encode(slot.target, values)
+    except MergeError as error:
+        problems.append(f"{slot.where}: {error}")
+        return
+    rounded = slot.storage.decode(slot.target, stored)
+    if not rounded.isfinite().all():
+        found = f"{slot.where}: W + ΔW is not finite in {rounded.dtype}"
+        problems.append(sentence(found, "finite weights", "check the adapter for NaN or overflow"))
+        return
+    yield _Write(slot, stored, _report(slot.where, slot.storage.dense(slot.target).double(), values, rounded.double()))
 
 
 def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor) -> LayerMerge:
@@ -191,23 +222,32 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor) -> LayerMerg
 
 
 def _keep(write: _Write) -> None:
-    adapter, old = write.adapter, write.parameter.detach().clone()
-    if "backup" not in adapter._modules:
-        adapter.backup, adapter.digests = nn.Module(), {}
-    adapter._modules["backup"].register_buffer(write.name, old, persistent=False)
-    adapter.digests[write.name] = digest(write.encoded)
+    slot = write.slot
+    if "backup" not in slot.keeper._modules:
+        slot.keeper.backup, slot.keeper.digests = nn.Module(), {}
+    backup: Any = slot.keeper._modules["backup"]
+    for key, tensor in slot.stored().items():
+        backup.register_buffer(f"{slot.name}:{key}", tensor.detach().clone(), persistent=False)
+    slot.keeper.digests[slot.name] = _digest(slot, write.stored)
 
 
-def _restore(adapter: LayerAdapter, name: str, parameter: Tensor) -> None:
-    is_weight = adapter.layer is not None and name == adapter.layer.weight
-    storage = adapter.storage if is_weight else BASES["plain"]
-    storage.write(parameter, originals(adapter)[name])
+def _digest(slot: _Slot, stored: Mapping[str, Tensor]) -> dict[str, str]:
+    return {key: digest(tensor) for key, tensor in stored.items()}
 
 
-def _own(module: nn.Module, name: str) -> Tensor:
-    return {**module._buffers, **module._parameters}[name]
+def _expected(slot: _Slot) -> dict[str, str]:
+    return slot.keeper.digests[slot.name]
 
 
-def _forget(adapter: LayerAdapter) -> None:
-    adapter._modules.pop("backup", None)
-    adapter.__dict__.pop("digests", None)
+def _kept(slot: _Slot) -> dict[str, Tensor]:
+    return _named(slot.keeper._modules["backup"], slot.name)
+
+
+def _named(backup: Any, name: str) -> dict[str, Tensor]:
+    buffers = {key.rpartition(":"): tensor for key, tensor in backup._buffers.items()}
+    return {key: tensor for (own, _, key), tensor in buffers.items() if own == name}
+
+
+def _forget(slot: _Slot) -> None:
+    slot.keeper._modules.pop("backup", None)
+    slot.keeper.__dict__.pop("digests", None)

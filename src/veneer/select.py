@@ -8,30 +8,43 @@ backward, so keep the backward pass inside the block too.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from veneer import context
+from veneer.adapted import BASE
 from veneer.attach import need_group
+from veneer.rows import by_rows
 
 
 class use:
     """A context manager that selects the adapter ``name`` of ``model``, or the base alone with None.
 
+    A sequence of names selects one for each row of the batch: ``with veneer.use(model, ["a", None, "b"]):``. Every
+    layer then runs once for each distinct name.
+
     Raises:
         SelectionError: there is no such adapter.
     """
 
-    def __init__(self, model: nn.Module, name: str | None) -> None:
-        self._uid = need_group(model, name).uid
+    def __init__(self, model: nn.Module, name: str | Sequence[str | None] | None) -> None:
+        several = isinstance(name, Sequence) and not isinstance(name, str)
+        for one in name if several else (name,):
+            group = need_group(model, one)
+        self._uid = group.uid
         self._name = name
+        if several:
+            self._selected = by_rows(group, list(name))
+        else:
+            self._selected = BASE if name is None else group.selections[name]
         self._tokens: list[Any] = []
         self._entered = False
 
     def __enter__(self) -> None:
         self._entered = True
-        self._tokens.append(context.enter(selection={**context.current.selection, self._uid: self._name}))
+        self._tokens.append(context.enter(selection={**context.current.selection, self._uid: self._selected}))
 
     def __exit__(self, *_: object) -> None:
         context.leave(self._tokens.pop())

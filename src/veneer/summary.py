@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-from veneer.attach import adapters, only_name, unwrap
+from veneer.attach import adapters, changes, only_name, unwrap
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,21 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
-    for _, _, adapter in adapters(model, name):
-        for parameter in (*adapter._parameters.values(), *adapter.full.parameters()):
-            if parameter is None:
-                continue
-            low = any(parameter is own for own in adapter._parameters.values())
-            kind = f"{adapter.layer.name}, {adapter.variant.name}" if low else "trained in full"
+    seen: set[int] = set()  # tied parameters have one copy
+
+    def count(kind: str, parameters: Iterable[nn.Parameter]) -> None:
+        own = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
             entry = counts.setdefault(kind, [0, 0, 0])
-            entry[1] += parameter.numel()
-            entry[2] += parameter.numel() * parameter.element_size()
-        if adapter.layer is not None:
-            counts[f"{adapter.layer.name}, {adapter.variant.name}"][0] += 1
-        if any(True for _ in adapter.full.parameters()):
-            counts["trained in full"][0] += 1
+            entry[0] += 1
+            entry[1] += sum(p.numel() for p in own)
+            entry[2] += sum(p.numel() * p.element_size() for p in own)
+
+    for _, _, _, change in changes(model, name):
+        count(f"{change.layer.name}, {change.variant.name}", change.parameters())
+    for _, _, part in adapters(model, name):
+        count("trained in full", part.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
     total = sum(p.numel() for path, p in model.named_parameters() if "veneer" not in path.split("."))
     return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows))

@@ -1,6 +1,7 @@
-"""Which modules a config means: patterns over paths, the words, the blocks. Nothing here changes a model.
+"""Which weights a config means: patterns over paths, the words, the blocks. Nothing here changes a model.
 
-A module that is reachable under several names counts once, under its first name, and matches under each of them.
+A pattern means modules; where it matches none, it means parameters by their own paths ("experts.gate_up_proj"). A
+module that is reachable under several names counts once, under its first name, and matches under each of them.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from veneer.adapted import walk
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
-from veneer.layers import LAYERS, kind_of
+from veneer.layers import kind_of
 
 WORDS = ("all-linear", "attention", "mlp", "all")
-_LINEAR_KINDS = ("linear", "conv1d_transformers")
+
+#: (path of a module, name of one of its parameters)
+Slot = tuple[str, str]
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -41,6 +45,27 @@ class Names:
         test = _path_test(pattern)
         return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
 
+    def parameters_matching(self, pattern: str) -> list[Slot]:
+        """The parameters with a path that ``pattern`` matches, in the model's order."""
+        test = _path_test(pattern)
+        return [
+            (path, name)
+            for path, module in self.modules.items()
+            for name in own_parameters(module)
+            if any(test(f"{alias}.{name}".lstrip(".")) for alias in self.aliases[path])
+        ]
+
+    def slots(self, path: str) -> list[Slot]:
+        """What there is to change of the module at ``path``: its weights, the vectors that go with them, and the
+        same of the children that are a part of it."""
+        module = self.modules[path]
+        kind = kind_of(module)
+        if kind is None:
+            return []
+        own = [(path, name) for name in (*kind.weights(module), *kind.vectors(module))]
+        below = [self.canonical[f"{path}.{child}".lstrip(".")] for child in kind.below(module)]
+        return [*own, *(slot for child in below for slot in self.slots(child))]
+
     def children(self, path: str) -> Iterator[str]:
         """``path`` and the first names of everything below it."""
         for name, aliases in self.aliases.items():
@@ -59,9 +84,10 @@ class Names:
         return listing(dict.fromkeys(names), limit=12)
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern that is no word matches one path."""
-    return _path_test(pattern)(path)
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, parametrised ones included."""
+    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
+    return [*(name for name, p in module._parameters.items() if p is not None), *lists]
 
 
 def _path_test(pattern: str) -> Callable[[str], bool]:
@@ -73,12 +99,12 @@ def _path_test(pattern: str) -> Callable[[str], bool]:
     return lambda path: path == pattern or path.endswith(f".{pattern}")
 
 
-def select(names: Names, config: LoraConfig) -> tuple[list[str], list[str]]:
-    """(paths of the targets in the model's order, problems)."""
+def select(names: Names, config: LoraConfig) -> tuple[list[Slot], list[str]]:
+    """(what to change in the model's order, problems)."""
     problems: list[str] = []
     chosen = _chosen(names, config.targets, problems)
     left_out = excluded(names, config, problems)
-    chosen = [path for path in chosen if path not in left_out]
+    chosen = [slot for slot in chosen if slot not in left_out]
     if config.layers is not None and not problems:
         chosen = _in_layers(names, chosen, config.layers, problems)
     if not chosen and not problems:
@@ -87,9 +113,18 @@ def select(names: Names, config: LoraConfig) -> tuple[list[str], list[str]]:
     return chosen, problems
 
 
-def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[str]:
-    """What ``exclude`` matches, and everything below it."""
-    return {below for path in _each(names, config.exclude, "exclude", problems) for below in names.children(path)}
+def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[Slot]:
+    """What ``exclude`` matches: modules with everything below them, or parameters."""
+    left_out: set[Slot] = set()
+    for pattern in config.exclude:
+        parameters = [] if pattern in WORDS or names.matching(pattern) else names.parameters_matching(pattern)
+        if parameters:
+            left_out.update(parameters)
+            continue
+        for path in _each(names, [pattern], "exclude", problems):
+            for below in names.children(path):
+                left_out.update((below, name) for name in own_parameters(names.modules[below]))
+    return left_out
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
@@ -105,25 +140,27 @@ def bad_regex(config: LoraConfig) -> list[str]:
     return problems
 
 
-def value_for(names: Names, path: str, values: Mapping[str, float], default: float) -> float:
-    """The value of the first pattern that matches any name of ``path``."""
-    for pattern, value in values.items():
-        if any(matches(pattern, alias) for alias in names.aliases[path]):
-            return value
-    return default
+def value_for(names: Names, slot: Slot, values: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern that matches any name of the module or of the parameter."""
+    return next((value for pattern, value in values.items() if means(names, pattern, slot)), default)
 
 
-def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[str]) -> list[str]:
-    """Problems for the patterns that match none of the paths in ``among``."""
-    chosen = set(among)
+def means(names: Names, pattern: str, slot: Slot) -> bool:
+    """Whether a pattern that is no word means the module or the parameter of a slot."""
+    test, (path, name) = _path_test(pattern), slot
+    return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
+
+
+def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[Slot]) -> list[str]:
+    """Problems for the patterns that match none of the slots in ``among``."""
     return [
         sentence(
             f"{field} pattern {pattern!r} matches no target{names.suggest(pattern)}",
             "a pattern that matches one",
-            f"name one of {listing(among)}",
+            f"name one of {listing(dict.fromkeys(path for path, _ in among))}",
         )
         for pattern in patterns
-        if not chosen.intersection(names.matching(pattern))
+        if not any(means(names, pattern, slot) for slot in among)
     ]
 
 
@@ -152,34 +189,34 @@ def _each(names: Names, patterns: Iterable[str], field: str, problems: list[str]
     return paths
 
 
-def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[str]:
+def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[Slot]:
     if callable(targets):
         paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
         if not paths:
             problems.append(
                 sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}")
             )
-        return paths
-    chosen: set[str] = set()
+        return [slot for path in paths for slot in names.slots(path)]
+    chosen: set[Slot] = set()
     for pattern in _listed(targets):
         found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
-        usable = [path for path in found if kind_of(names.modules[path])]
-        named = not pattern.startswith("re:") and not any(character in pattern for character in "*?[")
-        bearing = [path for path in found if names.modules[path]._parameters and path not in usable]
-        if found and (not usable or (named and bearing)):
-            others = listing({type(names.modules[path]).__name__ for path in bearing or found})
-            what = f"targets pattern {pattern!r} matches {others}, which no layer kind covers"
-            expected = f"one of the kinds {', '.join(LAYERS.names())}"
-            problems.append(
-                sentence(what, expected, f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}")
-            )
-        elif not found:
+        slots = [slot for path in found for slot in names.slots(path)]
+        if not found and pattern not in WORDS:
+            slots = names.parameters_matching(pattern)
+        if not slots and found:
+            others = listing({type(names.modules[path]).__name__ for path in found})
+            what = f"targets pattern {pattern!r} matches {others}, without parameters of their own"
+            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            problems.append(sentence(what, "modules or parameters", do))
+        elif not slots:
             what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
             problems.append(
                 sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it")
             )
-        chosen.update(usable)
-    return [name for name in names.modules if name in chosen]
+        chosen.update(slots)
+    order = {path: number for number, path in enumerate(names.modules)}
+    rank = {slot: number for path in names.modules for number, slot in enumerate(names.slots(path)) if slot[0] == path}
+    return sorted(chosen, key=lambda slot: (order[slot[0]], rank.get(slot, len(rank)), slot[1]))
 
 
 def _word(names: Names, word: str) -> list[str]:
@@ -187,7 +224,7 @@ def _word(names: Names, word: str) -> list[str]:
     if word == "all":
         return list(attachable)
     body = _body(names)
-    linear = [name for name, kind in attachable.items() if kind.name in _LINEAR_KINDS and name in body]
+    linear = [name for name, kind in attachable.items() if kind.linear and name in body]
     if word == "all-linear":
         return linear
     in_attention = [name for name in linear if _ATTENTION.search(name)]
@@ -213,7 +250,7 @@ def _block(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _in_layers(names: Names, chosen: list[str], layers: Iterable[int], problems: list[str]) -> list[str]:
+def _in_layers(names: Names, chosen: list[Slot], layers: Iterable[int], problems: list[str]) -> list[Slot]:
     blocks = [block for name in names.modules if (block := _block(name)) is not None]
     count = max(blocks, default=-1) + 1
     bad = [index for index in layers if not -count <= index < count]
@@ -223,7 +260,7 @@ def _in_layers(names: Names, chosen: list[str], layers: Iterable[int], problems:
         )
         return chosen
     kept = {index % count for index in layers}
-    return [path for path in chosen if _block(path) in kept]
+    return [slot for slot in chosen if _block(slot[0]) in kept]
 
 
 def _listed(patterns: str | Iterable[str]) -> list[str]:

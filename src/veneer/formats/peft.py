@@ -5,12 +5,16 @@
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
+    base_model.model.<path>.lora_magnitude_vector         a number of a variant besides A and B
+    base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted attention
+    base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
 
 Read from PEFT 0.21's source and checked against it in the tests.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +54,9 @@ _INFORMATION = {
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
+    "use_dora",
     "use_rslora",
 }
 # These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the
@@ -65,11 +71,10 @@ class PeftLayer:
     A: Tensor
     B: Tensor
     suffixes: tuple[str, str]
+    rank: int
     alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.B.shape[1]
+    scale: float
+    extras: Mapping[str, Tensor]
 
 
 def key(path: str, suffix: str) -> str:
@@ -77,17 +82,22 @@ def key(path: str, suffix: str) -> str:
 
 
 def split(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], suffixes: Iterable[tuple[str, str]]
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    suffixes: Iterable[tuple[str, str]],
+    extras: Iterable[str] = (),
 ) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
     """The file's tensors as (low-rank changes by path, fully trained parameters by path and name).
 
     Args:
         suffixes: the (A, B) suffixes that layer kinds use.
+        extras: the suffixes of further numbers that variants use.
 
     Raises:
         AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
     """
-    known = {suffix: (pair, side) for pair in suffixes for side, suffix in enumerate(pair)}
+    known: dict[str, Any] = {suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)}
+    known |= {suffix: (None, suffix) for suffix in extras}
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
@@ -101,24 +111,28 @@ def split(
             )
         elif suffix is not None:
             pair, side = known[suffix]
-            entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": pair})
-            entry["AB"[side]] = tensor
+            entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": None})
+            entry[side] = tensor
+            entry["suffixes"] = pair or entry["suffixes"]
         else:
             path, _, parameter = bare.rpartition(".")
             if ".original_module" in path:  # the base's own values, which PEFT's bias="all" writes along
                 continue
             # the same option repeats trained biases under the name of the adapter
-            path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path).removesuffix(".base_layer")
+            path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
+            path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
     low: dict[str, PeftLayer] = {}
     for path, entry in pairs.items():
         if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:
             problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
             continue
-        layer = PeftLayer(entry["A"], entry["B"], entry["suffixes"], _patterned(config, "alpha", path))
-        rank = _patterned(config, "rank", path)
-        if layer.rank != rank:
-            found = f"rank {layer.rank} at {path!r} (A {tuple(layer.A.shape)}, B {tuple(layer.B.shape)})"
+        A, B, named = entry["A"], entry["B"], _parameter_at(config, path)
+        more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
+        rank, alpha, scale = strength(config, *named, path)
+        layer = PeftLayer(A, B, entry["suffixes"], rank, alpha, scale, more)
+        if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
+            found = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
             do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
             problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
         low[path] = layer
@@ -132,7 +146,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         problems.append(sentence(f"peft_type {config.get('peft_type')!r}", "'LORA'", "convert the adapter first"))
     for name in ("r", "lora_alpha", "target_modules"):
-        if config.get(name) is None:
+        if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
@@ -149,7 +163,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
     """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told
     ("all-linear")."""
-    targets, exclude = config["target_modules"], config.get("exclude_modules")
+    targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
     layers = config.get("layers_to_transform")
@@ -169,23 +183,61 @@ def _named(patterns: str | Iterable[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
-def _patterned(config: Mapping[str, Any], field: str, path: str) -> Any:
+def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
+    """(rank, alpha, scale) of a change that goes by these paths, of which the first with a pattern counts."""
+    rank, alpha = int(_patterned(config, "rank", paths)), _patterned(config, "alpha", paths)
+    return rank, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _patterned(config: Mapping[str, Any], field: str, paths: Iterable[str]) -> Any:
     """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a
     regex."""
     patterns = config.get(f"{field}_pattern") or {}
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
+    for path in paths:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
     return config["r" if field == "rank" else "lora_alpha"]
 
 
-def targets_for(chosen: list[str], among: Iterable[str]) -> list[str]:
-    """The shortest list that makes PEFT choose exactly these paths: last parts where those suffice, else whole
-    paths."""
-    leaves = sorted({path.rpartition(".")[2] for path in chosen})
-    return leaves if expected_paths({"target_modules": leaves}, among) == set(chosen) else sorted(chosen)
+def unnested(path: str) -> tuple[str, int]:
+    """A path without the wrappers that PEFT puts around the modules of it, and how many those were."""
+    parts = path.split(".")
+    kept = [part for part in parts if part != "base_layer"]
+    return ".".join(kept), len(parts) - len(kept)
+
+
+def _parameter_at(config: Mapping[str, Any], path: str) -> list[str]:
+    """The path of the parameter that an entry of the file at ``path`` means, as near as the config alone can tell:
+    the last of ``target_parameters`` in that module, or one further to the front for each wrapper. Nothing if the
+    entry means a module."""
+    bare, depth = unnested(path)
+    ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
+    own = [f"{bare}.{name}".lstrip(".") for above, _, name in ends if not above or _named([above], bare)]
+    return own[-1 - depth : len(own) - depth] if depth < len(own) else []
+
+
+def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
+    """The parameters among ``paths`` that the config's ``target_parameters`` mean."""
+    return {path for path in paths if _named(config.get("target_parameters") or (), path)}
+
+
+def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
+    """What makes PEFT choose exactly these paths of those ``among`` which it chooses: last parts where those suffice,
+    else whole paths, else (a path that is the end of another) a regex."""
+    among, wanted = list(among), set(chosen)
+    for paths in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
+        if expected_paths({"target_modules": paths}, among) == wanted:
+            return paths
+    return "|".join(map(re.escape, sorted(wanted)))
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """A rank or alpha pattern with the whole path of every layer that differs from the default."""
-    return {re.escape(path): value for path, value in values.items() if value != default}
+    """A rank or alpha pattern with the whole path of every layer that differs from the default, so that it means no
+    layer whose path only ends alike."""
+
+    def pattern(path: str) -> str:
+        alike = any(other.endswith(f".{path}") and values[other] != values[path] for other in values)
+        return f"^{re.escape(path)}" if alike else re.escape(path)
+
+    return {pattern(path): value for path, value in values.items() if value != default}

@@ -11,14 +11,11 @@ FACTORED = "factored"
 MATERIALISED = "materialised"
 
 
-def choose(*, factors: bool, transposed_gain: bool, forced: str | None) -> str:
-    """The path of one call.
+def choose(*, gain_fits: bool, forced: str | None) -> str:
+    """The path of one call of a layer that has both.
 
     Args:
-        factors: the layer's factored form is known to equal its own forward.
-        transposed_gain: rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs.
+        gain_fits: False where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs.
         forced: the caller's choice, which counts wherever both paths are right.
     """
-    if not factors or transposed_gain:
-        return MATERIALISED
-    return forced or FACTORED
+    return (forced or FACTORED) if gain_fits else MATERIALISED

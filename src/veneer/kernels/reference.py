@@ -26,6 +26,8 @@ def matmul_update(
     if y is None:
         return F.linear(h, B * scale)
     # Under autocast h may be of another dtype than y, as y may come from a layer that autocast leaves alone.
+    if torch.compiler.is_compiling():
+        h, scale = h * scale, 1  # `alpha` is a constant of a compiled graph, which each adapter would compile anew
     flat = torch.addmm(
         y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), B.mT.to(y.dtype), alpha=scale
     )

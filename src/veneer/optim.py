@@ -1,0 +1,334 @@
+"""Ways to train an adapter's numbers: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks. Any optimiser of torch does the
+steps; what stands here chooses learning rates, what is trained, and which triplets a layer keeps.
+
+Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end in the number's
+name (``"layers.0.q_proj.weight.A"``), or modules that hold the numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, listing, raise_all, sentence
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+#: A, or one of several such as A1 and A2
+_IN_FACTOR = re.compile(r"A\d*")
+
+
+def lora_plus(
+    named_parameters: Named | Any, lr: float, ratio: float = 16, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser in which everything but A learns ``ratio`` times as fast as A: LoRA+. Hayou et
+    al. 2024, arXiv:2402.12354.
+
+        optimiser = torch.optim.AdamW(lora_plus(handle, lr=1e-4))
+
+    As a layer gets wider, its A has to move by 1 / width of what B may. The paper's ratio of 16 suits LoRA's start
+    (A random, B zero) and an ``lr`` about half the usual one.
+
+    Args:
+        named_parameters: a handle, a module, or (name, parameter) pairs. Parameters that are not trained are left out.
+        lr: learning rate of A (and of A1, A2 of a variant with several).
+        ratio: learning rate of the rest over that of A.
+        weight_decay: of every group.
+        embedding_lr: learning rate of adapters of embeddings, whose A reads one row and not a width: the authors' code
+            trains them apart, by default at 1e-6. Only a handle tells which these are; given pairs, there is no such
+            group.
+
+    Raises:
+        ConfigError: nothing to train, or a learning rate or ratio that is not above 0.
+    """
+    named = [(name, parameter) for name, parameter in _named(named_parameters) if parameter.requires_grad]
+    values = {"lr": lr, "ratio": ratio, "embedding_lr": embedding_lr}
+    problems = [
+        sentence(f"{name}={value!r}", "a number above 0", "use e.g. lr=1e-4, ratio=16")
+        for name, value in values.items()
+        if not value > 0
+    ]
+    if not named:
+        problems.append(sentence("no trained parameter", "those of an adapter", "pass a handle, or named parameters"))
+    raise_all(ConfigError, "LoRA+ cannot be used", problems)
+    embeddings = {id(parameter) for part in _embeddings(named_parameters) for parameter in part.parameters()}
+    groups: dict[float, list[nn.Parameter]] = {lr: [], lr * ratio: [], embedding_lr: []}
+    for name, parameter in named:
+        is_A = _IN_FACTOR.fullmatch(_last(name))
+        rate = embedding_lr if id(parameter) in embeddings else lr if is_A else lr * ratio
+        groups[rate].append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
+        for rate, parameters in groups.items()
+        if parameters
+    ]
+
+
+def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
+    """Freeze every A at its random start and train the rest: LoRA-FA. Zhang et al. 2023, arXiv:2308.03303.
+
+        optimiser = torch.optim.AdamW(freeze_a(handle), lr=1e-3)
+
+    B A x needs x for the gradient of A alone. With A frozen the factored path keeps only A x, rank numbers a token in
+    place of ``in``; gradients of what is trained stay exact. Undo it with ``A.requires_grad_()``.
+
+    Args:
+        named_parameters: a handle, a module, or (name, parameter) pairs.
+
+    Returns:
+        the parameters that are still trained: every B, and what else is trained beside A and B.
+
+    Raises:
+        ConfigError: a layer for which this makes no sense, with every problem at once; nothing is frozen then. Such
+            are variants that do not train both A and B, that train other factors between or beside them, or whose A
+            is not a random start of full rank: B could then never reach some of its directions.
+    """
+    named = list(_named(named_parameters))
+    layers: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        layers.setdefault(name.rpartition(".")[0], {})[_last(name)] = parameter
+    low = {path: numbers for path, numbers in layers.items() if any(_is_number(name) for name in numbers)}
+    started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
+    problems = [
+        sentence(f"{reason} at {path or 'the top'}", "a random A and a B, both trained", 'use variant "lora"')
+        for path, numbers in low.items()
+        if (reason := _why_not_frozen(numbers, path in started))
+    ]
+    if not low:
+        problems.append(sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters"))
+    raise_all(ConfigError, "A cannot be frozen", problems)
+    for numbers in low.values():
+        numbers["A"].requires_grad_(False)
+        numbers["A"].grad = None
+    return [parameter for _, parameter in named if parameter.requires_grad]
+
+
+def _is_number(name: str) -> bool:
+    return name in ("B", "C", "E", "R", "b", "d") or _IN_FACTOR.fullmatch(name) is not None
+
+
+def _why_not_frozen(numbers: dict[str, nn.Parameter], started: bool) -> str | None:
+    trained = [name for name, number in numbers.items() if number.requires_grad or name == "A"]
+    if not {"A", "B"} <= set(trained) or "E" in numbers:
+        return f"trained numbers {listing(trained)}"
+    if started:
+        return "an A that did not start at random"
+    if not numbers["A"].detach().any(dim=-1).all():
+        return "an A with rows of zeros"
+    return None
+
+
+class RankBudget:
+    """Which triplets each layer of an ``adalora`` adapter keeps. Zhang et al. 2023, arXiv:2303.10512, section 3.2.
+
+        budget = RankBudget(handle, final_rank=8, total_steps=1000, warmup=100, final=300, every=10)
+        loss = task_loss + 0.1 * regulariser(handle)
+        loss.backward(); optimiser.step(); budget.step(number); optimiser.zero_grad()
+
+    A triplet is a column of B, a row of A and the E between them. Its importance is s(E) + mean s(B) + mean s(A), with
+    s = Ī · Ū for every number w: Ī is the moving average of the sensitivity |w · ∂loss/∂w|, Ū that of |I − Ī|. The
+    budget of all layers together stays at its start for ``warmup`` steps, falls with the cube of what remains, and is
+    final for the last ``final`` steps, in which the choice no longer changes. The most important triplets keep
+    mask = 1; the others get mask = 0 and E = 0. The gradient of E ignores the mask, so they may come back.
+
+    Args:
+        source: a handle, a module that contains the layers, or the layers: modules with parameters A [g, r, in],
+            B [g, out, r] and E [g, r] and a buffer mask [g, r].
+        final_rank: how many triplets a layer (and group) keeps in the end, on average.
+        total_steps, warmup, final: optimiser steps of the run, before the budget falls, and after.
+        every: steps between two choices.
+        beta1, beta2: smoothing of sensitivity and uncertainty, in (0, 1).
+
+    Raises:
+        ConfigError: a layer of another variant, no layer, or numbers that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        final_rank: float,
+        total_steps: int,
+        warmup: int = 0,
+        final: int = 0,
+        every: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+    ) -> None:
+        self.layers = dict(_triplets(source))
+        self.total_steps, self.warmup, self.final, self.every = total_steps, warmup, final, every
+        self.beta1, self.beta2 = beta1, beta2
+        groups = sum(layer.mask.shape[0] for layer in self.layers.values())
+        self.first_budget = sum(layer.mask.numel() for layer in self.layers.values())
+        self.final_budget = round(final_rank * groups)
+        problems = []
+        if not 0 < self.final_budget <= self.first_budget:
+            rank = self.first_budget / groups
+            problems.append(sentence(f"final_rank={final_rank!r}", f"above 0, at most {rank:g}", "choose a lower one"))
+        if not 0 <= warmup < total_steps - final or final < 0 or every < 1:
+            found = f"total_steps={total_steps}, warmup={warmup}, final={final}, every={every}"
+            problems.append(sentence(found, "warmup + final < total_steps and every ≥ 1", "leave steps between them"))
+        if not (0 < beta1 < 1 and 0 < beta2 < 1):
+            problems.append(sentence(f"beta1={beta1}, beta2={beta2}", "numbers in (0, 1)", "use 0.85"))
+        raise_all(ConfigError, "This RankBudget cannot be used", problems)
+        self.settled = False
+        self._sensitivity = {key: _averages_of(number) for key, number in self._numbers()}
+        self._uncertainty = {key: _averages_of(number) for key, number in self._numbers()}
+
+    def budget(self, step_number: int) -> int:
+        """How many triplets all layers together keep at this step."""
+        if step_number <= self.warmup:
+            return self.first_budget
+        left = (self.total_steps - self.final - step_number) / (self.total_steps - self.final - self.warmup)
+        return int(self.final_budget + (self.first_budget - self.final_budget) * max(0.0, left) ** 3)
+
+    @torch.no_grad()
+    def step(self, step_number: int) -> int:
+        """Judge the triplets by the gradients of this step, and choose anew where the schedule says so. Call it once a
+        step, after ``backward`` (best after the optimiser's step too) and before ``zero_grad``.
+
+        Args:
+            step_number: steps since the start of the run, from 1.
+
+        Returns:
+            the budget at this step, in triplets.
+
+        Raises:
+            ConfigError: numbers without a gradient.
+        """
+        budget = self.budget(step_number)
+        if self.settled:
+            return budget
+        self._observe()
+        last = step_number >= self.total_steps - self.final
+        if last or (step_number > self.warmup and step_number % self.every == 0):
+            self._choose(budget)
+            self.settled = last
+        return budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on: the averages, and whether the choice is final. Masks are in the model's state."""
+        copies = ({key: value.clone() for key, value in own.items()} for own in (self._sensitivity, self._uncertainty))
+        sensitivity, uncertainty = copies
+        return {"sensitivity": sensitivity, "uncertainty": uncertainty, "settled": self.settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict`` of a budget over the same layers.
+
+        Raises:
+            ConfigError: other layers, or other sizes. Nothing was loaded.
+        """
+        for name, own in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
+            theirs = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
+            ours = {key: tuple(value.shape) for key, value in own.items()}
+            if theirs != ours:
+                odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+                do = "make the RankBudget of the adapter that this state is of"
+                raise ConfigError(sentence(f"a state that differs at {listing(odd)}", "the same layers and sizes", do))
+        for name, own in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
+            for key, value in own.items():
+                value.copy_(state[name][key])
+        self.settled = bool(state["settled"])
+
+    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+        for path, layer in self.layers.items():
+            for name in ("A", "B", "E"):
+                yield f"{path}.{name}".lstrip("."), getattr(layer, name)
+
+    def _observe(self) -> None:
+        missing = [key for key, number in self._numbers() if number.grad is None]
+        if missing:
+            found = f"no gradient at {listing(missing)}"
+            raise ConfigError(sentence(found, "one", "call step after backward and before zero_grad"))
+        for key, number in self._numbers():
+            smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, number.grad)
+            now = (number * gradient).abs().to(smooth)
+            now = torch.where(now.isfinite(), now, smooth)  # a step that a gradient scaler skips teaches nothing
+            smooth.lerp_(now, 1 - self.beta1)
+            unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
+
+    def _choose(self, budget: int) -> None:
+        scores = [self._importance(path).flatten() for path in self.layers]
+        device = scores[0].device
+        whole = torch.cat([score.to(device) for score in scores])
+        order = torch.argsort(whole, descending=True, stable=True)
+        masks = torch.zeros_like(whole).index_fill_(0, order[:budget], 1)
+        for layer, mask in zip(self.layers.values(), masks.split([len(score) for score in scores]), strict=True):
+            layer.mask.copy_(mask.view_as(layer.mask))
+            layer.E.mul_(layer.mask)
+
+    def _importance(self, path: str) -> Tensor:
+        """[g, r]"""
+        keys = {name: f"{path}.{name}".lstrip(".") for name in ("A", "B", "E")}
+        A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys.values())
+        return E + A.mean(dim=2) + B.mean(dim=1)
+
+
+def regulariser(source: Any) -> Tensor:
+    """How far the B and A of an ``adalora`` adapter are from orthogonal: the mean of ‖BᵀB − I‖² and ‖AAᵀ − I‖² (squared
+    Frobenius norms, [r, r]) over all layers and groups, a scalar to add to the loss with a weight of about 0.1. The
+    paper's R is their sum; the mean gives a weight the same meaning for models of every depth.
+
+    Raises:
+        ConfigError: a layer of another variant, or no layer.
+    """
+    total: list[Tensor] = []
+    for _, layer in _triplets(source):
+        for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B):
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            total.append((gram - identity).square().sum(dim=(-2, -1)))
+    device = total[0].device
+    return torch.cat([part.to(device) for part in total]).mean()
+
+
+def _averages_of(number: Tensor) -> Tensor:
+    return torch.zeros_like(number, dtype=torch.promote_types(number.dtype, torch.float32), requires_grad=False)
+
+
+def _named(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    own = getattr(source, "named_parameters", None)
+    yield from own() if own else source
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _parts(source: Any) -> Iterator[tuple[str, Any]]:
+    """(path, module) of everything in ``source`` that may hold an adapter's numbers, each once."""
+    if isinstance(source, nn.Module):
+        pairs: Any = source.named_modules()
+    elif isinstance(getattr(source, "changes", None), Mapping):  # a handle's
+        pairs = source.changes.items()
+    else:
+        pairs = [item if isinstance(item, tuple) else (str(index), item) for index, item in enumerate(source)]
+    seen: set[int] = set()
+    for path, part in pairs:
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield path, part
+
+
+def _embeddings(source: Any) -> Iterator[nn.Module]:
+    if isinstance(getattr(source, "changes", None), Mapping):
+        yield from (change for change in source.changes.values() if change.layer.name.startswith("embedding"))
+
+
+def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
+    """(path, module) of every layer with A, B, E and mask; other low-rank layers are an error."""
+    found, others = [], []
+    for path, part in _parts(source):
+        if all(hasattr(part, name) for name in ("A", "B", "E", "mask")):
+            found.append((path, part))
+        elif any(hasattr(part, name) for name in ("A", "B", "A2", "B2")):
+            others.append(path or "the top")
+    problems = []
+    if others or not found:
+        at = f"numbers of another variant at {listing(others)}" if others else "no layer with A, B, E and mask"
+        problems.append(sentence(at, "an adapter of variant 'adalora'", 'attach with LoraConfig(variant="adalora")'))
+    raise_all(ConfigError, "Ranks can only be allocated to adalora", problems)
+    yield from found

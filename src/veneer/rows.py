@@ -1,0 +1,77 @@
+"""Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]): model(x)``.
+
+Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
+order. That is right for every layer whose inputs hold the rows along an axis that its kind knows (``Layer.take``), and
+an error for any other; batched products that are faster come on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapted import BASE, Group, Selected, Site, own_class
+from veneer.errors import SelectionError, sentence
+from veneer.layers import LAYERS
+from veneer.layers._base import GENERAL
+
+
+class _Parts(Mapping[int, Any]):
+    """The part at a site: that of each distinct adapter, for its rows."""
+
+    def __init__(self, selections: Sequence[Selected], rows: Sequence[Tensor], count: int) -> None:
+        self.selections, self.rows, self.count = selections, rows, count
+        self.order = torch.cat(list(rows)).argsort()
+
+    def __getitem__(self, key: int) -> Any:
+        parts = [selected.parts.get(key) for selected in self.selections if selected.parts is not None]
+        if all(part is None for part in parts):
+            raise KeyError(key)
+        return _ByRows(self, parts)
+
+    def __iter__(self):
+        return iter(dict.fromkeys(key for selected in self.selections for key in selected.parts or ()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class _ByRows:
+    """Stands where a ``LayerAdapter`` stands, for one call."""
+
+    def __init__(self, whole: _Parts, parts: Sequence[Any]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def seen(self):
+        for part in self.parts:
+            yield from () if part is None else part.seen()
+
+    def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
+        whole, kind = self.whole, site.layer or LAYERS[GENERAL]
+        outputs = []
+        for rows, part in zip(whole.rows, self.parts, strict=True):
+            try:
+                own, named = kind.take(module, args, kwargs, rows, whole.count)
+            except LookupError:
+                found = f"a {own_class(module).__name__} whose inputs do not hold the {whole.count} rows of the batch"
+                do = "exclude that layer, or run each adapter on its rows alone"
+                raise SelectionError(sentence(found, "one row an adapter", do)) from None
+            outputs.append(
+                base.forward(module, *own, **named) if part is None else part.run(module, base, site, own, named)
+            )
+        return kind.put(module, outputs, whole.order)
+
+
+def by_rows(group: Group, names: Sequence[str | None]) -> Selected:
+    """A selection that uses ``names[i]`` for row i."""
+    distinct = list(dict.fromkeys(names))
+    if not distinct:
+        raise SelectionError(sentence("no names", "one name or None for each row", "name an adapter for each row"))
+    selections = [BASE if name is None else group.selections[name] for name in distinct]
+    if len(distinct) == 1:
+        return selections[0]
+    rows = [torch.tensor([i for i, name in enumerate(names) if name == own]) for own in distinct]
+    return Selected(None, _Parts(selections, rows, len(names)))
