@@ -10,14 +10,10 @@ from torch import nn
 
 import veneer
 from models import IDS, TinyLM
-from toys import randomise
+from toys import bits, randomise
 from veneer.bases import storage_of
 from veneer.errors import MergeError, SelectionError
 from veneer.kernels.reference import round_once
-
-
-def bits(model):
-    return {name: value.clone() for name, value in model.state_dict().items() if "veneer" not in name}
 
 
 def same(one, other):
@@ -32,11 +28,15 @@ def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     randomise(handle, 0.02)
     expected = {}
-    for path, part in handle.layers.items():
-        weight = model.get_submodule(path).weight
-        low, _ = part.resolve(weight)
-        exact = weight.detach().double() + part.layer.fold(low.delta(torch.float64), weight.shape).detach()
-        expected[f"{path}.weight"] = round_once(exact, dtype)
+    for path, change in handle.changes.items():
+        weight = model.get_parameter(path)
+        low, _ = change.resolve(weight)
+        exact = weight.detach().double() + change.layer.fold(low.delta(torch.float64), weight.shape).detach()
+        expected[path] = round_once(exact, dtype)
+    for path, part in handle.layers.items():  # the weights of the norms
+        for name, value in part.full.named_parameters():
+            expected[f"{path}.{name}"] = round_once(value.detach().double(), dtype)
+    assert len(expected) == (16 if tied else 17)
     report = handle.merge()
     merged = bits(model)
     for name, value in expected.items():
@@ -54,7 +54,7 @@ def test_retention_says_how_much_of_a_small_change_the_dtype_holds():
     model = nn.Linear(256, 256).to(torch.bfloat16)
     handle = veneer.attach(model, veneer.LoraConfig(rank=8))
     randomise(handle)
-    (part,) = handle.layers.values()
+    (part,) = handle.changes.values()
     size = part.resolve(model.weight)[0].norm()
     retention = {}
     for change in (1e-4, 1e-3, 1e-2):
@@ -76,14 +76,14 @@ def test_what_is_not_finite_is_refused_before_anything_changes(poison):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
     randomise(handle, 0.02)
     before, unmerged = bits(model), model(IDS)
-    for path in ("model.layers.1.mlp.up", "model.layers.1.mlp.down"):
-        handle.layers[path]._parameters["B"].data[0, 0, 0] = poison
+    for path in ("model.layers.1.mlp.up.weight", "model.layers.1.mlp.down.weight"):
+        handle.changes[path]._parameters["B"].data[0, 0, 0] = poison
     with pytest.raises(MergeError, match="2 problems") as caught:
         handle.merge()
     assert "model.layers.1.mlp.up.weight: W + ΔW is not finite" in str(caught.value)
     assert same(bits(model), before)
-    for path in ("model.layers.1.mlp.up", "model.layers.1.mlp.down"):
-        handle.layers[path]._parameters["B"].data[0, 0, 0] = 0.0
+    for path in ("model.layers.1.mlp.up.weight", "model.layers.1.mlp.down.weight"):
+        handle.changes[path]._parameters["B"].data[0, 0, 0] = 0.0
     assert unmerged.shape == model(IDS).shape
     handle.merge()
 

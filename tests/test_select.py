@@ -208,15 +208,20 @@ def test_inference_mode():
 
 
 class Bypassing(nn.Module):
-    """Reads one weight directly in eval mode, never calls another layer, and detaches a third."""
+    """Reads weights directly in eval mode, one of them so that its code does not show which, never calls another
+    layer, and detaches the last."""
 
     def __init__(self):
         super().__init__()
-        self.seen, self.read, self.unused, self.cut = (nn.Linear(4, 4) for _ in range(4))
+        self.seen, self.read, self.hidden, self.unused, self.cut = (nn.Linear(4, 4) for _ in range(5))
 
     def forward(self, x):
         x = self.seen(x)
         x = x + (nn.functional.linear(x, self.read.weight) if not torch.is_grad_enabled() else self.read(x))
+        if not torch.is_grad_enabled():
+            x = nn.functional.linear(x, dict(self.named_parameters())["hidden.weight"])
+        else:
+            x = self.hidden(x)
         return x + self.cut(x).detach()
 
 
@@ -228,10 +233,11 @@ def test_check_names_what_the_output_does_not_see():
     with pytest.raises(CheckError) as caught:
         veneer.check(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(1)))
     message = str(caught.value)
-    assert "'read' (Linear) is not reached in eval mode" in message
-    assert "'unused' (Linear) is not reached" in message
-    assert "'cut' (Linear) receives no gradient" in message
-    assert "'seen'" not in message
+    assert "'hidden.weight' (Linear) is not reached in eval mode" in message
+    assert "'unused.weight' (Linear) is not reached" in message
+    assert "'cut.weight' (Linear) receives no gradient" in message
+    assert "'read.weight'" not in message, "a weight that is read directly is seen too"
+    assert "'seen.weight'" not in message
     assert [module.training for module in model.modules()] == training
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in handle.parameters())
@@ -242,7 +248,7 @@ def test_check_passes_and_says_so():
     veneer.attach(model, veneer.LoraConfig(rank=1, targets="all", train_also=["norm"]))
     statistics = model.norm.running_mean.clone()
     report = veneer.check(model, {"x": torch.randn(2, 3, 8, 8)})
-    assert "all 5 layers change the output" in str(report)
+    assert "all 6 changes reach the output and receive a gradient, 6 of them that of W + ΔW" in str(report)
     assert torch.equal(model.norm.running_mean, statistics)
 
 
