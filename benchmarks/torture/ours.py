@@ -1,0 +1,102 @@
+"""Veneer as a Library, through its public API alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.torture.library import Adapter, Library, Selection
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import veneer
+from veneer.lowrank import LowRank
+
+
+class VeneerAdapter(Adapter):
+    def __init__(self, handle: veneer.Handle) -> None:
+        self.model, self.handle = handle.model, handle
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.handle.parameters()
+
+    def merge(self, *, safe: bool = False) -> None:
+        self.handle.merge()
+
+    def unmerge(self) -> None:
+        self.handle.unmerge()
+
+    def weights(self) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return {path: weight for path, weight in named.items() if "veneer" not in path}
+
+    def low_rank(self, path: str) -> LowRank:
+        """The change of the layer at ``path``, as the artefact holds it."""
+        with tempfile.TemporaryDirectory() as folder:
+            layers = veneer.adapter.read(self.handle.save(Path(folder) / "adapter")).layers
+        return {name.replace(".base_layer", ""): low for name, low in layers.items()}[path]  # as PEFT calls out_proj
+
+    def delta(self, path: str) -> Tensor:
+        return self.low_rank(path).delta(torch.float64)[0]
+
+
+class Veneer(Library):
+    name, package, distribution = "Veneer", "veneer", "veneer"
+    refusal = (veneer.VeneerError,)
+    attention = ("layer", "out_proj")
+
+    def attach(
+        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+    ) -> Adapter:
+        options.pop("tied", None)  # it always is
+        config = veneer.LoraConfig(rank=rank, alpha=2 * rank, targets=targets, **options)
+        return VeneerAdapter(veneer.attach(model, config, name))
+
+    def call(self, model: nn.Module, x: Tensor, selection: Selection, through: Callable[..., Any] | None = None):
+        with veneer.use(model, selection):
+            return (model if through is None else through)(x)
+
+    def combine(self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str) -> Adapter:
+        """By hand, as there is no function for it: the factors side by side, which is exact and needs no SVD."""
+        parts = [VeneerAdapter(veneer.Handle(adapter.model, name)) for name in names]
+        lows = [part.low_rank("layer") for part in parts]
+        A = torch.cat([low.A for low in lows], dim=1)
+        B = torch.cat([low.B * (low.scale * weight / 2) for low, weight in zip(lows, weights, strict=True)], dim=2)
+        combined = self.attach(adapter.model, ["layer"], rank=A.shape[1], name=into)
+        for parameter, value in zip(combined.parameters(), (A, B), strict=True):
+            parameter.data.copy_(value)
+        return combined
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        adapter.handle.save(folder)
+
+    def load(self, model: nn.Module, folder: Path) -> Adapter:
+        return VeneerAdapter(veneer.load(model, folder))
+
+    def edit(self, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+        file = folder / "adapter_model.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata()
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, header)
+
+    def forget_alpha(self, folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text())
+        del config["lora_alpha"]
+        file.write_text(json.dumps(config))
+
+    def disguises(self, folder: Path) -> list[Path]:
+        """Also without Veneer's record, which hashes every byte: as if PEFT had written it."""
+        bare = folder.with_name(f"{folder.name}-bare")
+        shutil.copytree(folder, bare)
+        (bare / "veneer.json").unlink()
+        save_file(load_file(bare / "adapter_model.safetensors"), bare / "adapter_model.safetensors")
+        return [folder, bare]
