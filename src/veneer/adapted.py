@@ -35,7 +35,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -51,7 +51,8 @@ from veneer.variants import Variant
 SITE = "veneer"
 GROUP = "_veneer"
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(eq=False)
@@ -358,7 +359,9 @@ class LayerAdapter(nn.Module):
         """The module's own forward, on a view of it with the changed weights."""
         dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in self.changes.items()}
         narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
-        wide = narrow is not None and not self.hosted and all(child is site for child in module._modules.values())
+        if self.hosted or any(child is not site for child in module._modules.values()):
+            narrow = None  # what runs below is not widened
+        wide = narrow is not None
         values = {**full, **self.changed(module, wide)}
         if wide:
             own = {**module._buffers, **module._parameters, **values}
@@ -367,7 +370,7 @@ class LayerAdapter(nn.Module):
         if site.layer is not None:
             site.layer.bind(seen, values)
         before = dict(seen.__dict__)
-        if not wide:
+        if narrow is None:
             y = base.forward(seen, *args, **kwargs)
         else:
             floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
@@ -474,8 +477,8 @@ def view(
     place)."""
     if values and is_parametrized(module):
         # Its class computes the weight by a property: the view is of the class from before, with every such weight.
-        lists = cast(Mapping[str, ParametrizationList], module._modules["parametrizations"])
-        values = {**{name: BASES["parametrized"].dense(lists[name]) for name in lists._modules}, **values}
+        lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        values = {**{name: BASES["parametrized"].dense(own) for name, own in lists.items()}, **values}
         base = base.__bases__[0]
     seen = object.__new__(base)
     seen.__dict__.update(module.__dict__)

@@ -30,15 +30,15 @@ class use:
     """
 
     def __init__(self, model: nn.Module, name: str | Sequence[str | None] | None) -> None:
-        several = isinstance(name, Sequence) and not isinstance(name, str)
-        for one in name if several else (name,):
-            group = need_group(model, one)
+        group = need_group(model)
         self._uid = group.uid
         self._name = name
-        if several:
-            self._selected = by_rows(group, list(name))
+        if name is None or isinstance(name, str):
+            self._selected = BASE if name is None else need_group(model, name).selections[name]
         else:
-            self._selected = BASE if name is None else group.selections[name]
+            for one in name:
+                need_group(model, one)
+            self._selected = by_rows(group, name)
         self._tokens: list[Any] = []
         self._entered = False
 
