@@ -14,7 +14,7 @@ from torch import nn
 
 import veneer
 from models import IDS, ConvNet, Shared, TinyLM
-from toys import Diagonal, error, randomise, works
+from toys import Diagonal, bits, error, randomise, works
 from veneer.errors import ConfigError, MergeError, SelectionError, TargetError
 
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
@@ -444,6 +444,73 @@ def test_what_an_adapter_could_not_change_is_refused_with_the_reason(target, wor
         veneer.attach(model, veneer.LoraConfig(rank=2))
     assert state(model) == before
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["fine"]))
+
+
+def test_training_what_the_user_froze_is_a_conflict():
+    """One parameter frozen among trainable ones was frozen on purpose; a model frozen as a whole says nothing."""
+    model = TinyLM()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.requires_grad_(False)
+    before = state(model)
+    for fields, frozen in (
+        ({"targets": ["q_proj"], "train_also": ["lm_head"]}, ["lm_head.weight"]),
+        ({"targets": ["q_proj"], "bias": "all"}, ["model.norm.bias"]),
+        ({"targets": ["q_proj", "model.norm"]}, ["model.norm.weight"]),
+    ):
+        with pytest.raises(TargetError, match="froze") as caught:
+            veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+        assert all(path in str(caught.value) for path in frozen)
+        assert state(model) == before
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]))  # a low-rank change is for frozen weights
+    with pytest.raises(TargetError, match="froze"):  # what was frozen before the first adapter still counts
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=["model.norm"]), name="second")
+    with pytest.warns(veneer.SkippedLayers, match="froze"):
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), name="second")
+    assert "model.norm" not in handle.layers
+    frozen = TinyLM().requires_grad_(False)
+    veneer.attach(frozen, veneer.LoraConfig(rank=2, train_also=["lm_head", "model.norm"], bias="all"))
+
+
+def test_weights_without_numbers_among_others_are_refused():
+    """A model that is on the meta device as a whole gets its numbers later; a part of it was moved away."""
+    model = TinyLM()
+    model.model.layers[1].self_attn.q_proj.to("meta")
+    before = state(model)
+    with pytest.raises(TargetError, match="meta") as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2))
+    assert "model.layers.1.self_attn.q_proj" in str(caught.value)
+    assert state(model) == before
+
+
+def test_every_problem_in_one_error():
+    """All that is wrong with one call, in one error; the model keeps every bit."""
+    model = Odd()
+    model.model = TinyLM()
+    model.complex = nn.Linear(8, 8, dtype=torch.complex64)
+    model.float8 = nn.Linear(8, 8)
+    model.float8.weight = nn.Parameter(model.float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model.away = nn.Linear(8, 8, device="meta")
+    model.model.lm_head.requires_grad_(False)
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["fine"]), name="taken")
+    for parameter in model.model.parameters():
+        parameter.requires_grad_(True)
+    del model.lazy  # its parameters have nothing to compare
+    before, numbers = state(model), bits(model)
+    config = veneer.LoraConfig(
+        rank=9, targets=["whole", "hooked", "replaced", "scripted", "complex", "float8", "away", "fine", "nowhere"],
+        exclude=["never"], train_also=["lm_head", "no_head"], ranks={"nobody": 2}, layers=[-3, 2],
+    )  # fmt: skip
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(model, config, name="taken")
+    text = str(caught.value)
+    for words in (
+        "'taken', which is taken", "torch.int8", "by a hook", "replaced on the instance", "TorchScript",
+        "complex64", "float8_e4m3fn", "'away'", "rank 9 for 'fine.weight'", "'nowhere' matches nothing",
+        "'never' matches no module", "'no_head'", "'nobody'", "[-3, 2]", "lm_head.weight",
+    ):  # fmt: skip
+        assert words in text, words
+    assert state(model) == before
+    assert all(torch.equal(value, numbers[name]) for name, value in bits(model).items() if not value.is_meta)
 
 
 class Encoder(nn.Module):

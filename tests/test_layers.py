@@ -7,8 +7,6 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -20,7 +18,7 @@ from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
 
 # transformers' Conv1D is a kind only once transformers has been imported
-import transformers.pytorch_utils  # isort: skip
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 #: torch tells once that it has no faster kernel for projections
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -70,6 +68,8 @@ def reference(handle, args):
         leaves |= {f"{path}.{name}": p for name, p in own.items()}
         numbers = {**{name: b.double() for name, b in change.named_buffers()}, **own}
         base = change.storage.dense(weight_at(module, path))
+        if change.still is not None and "A" in numbers:  # the column of an input that never changes is no part of ΔW
+            numbers["A"] = numbers["A"] * (torch.arange(change.dims.in_) != change.still)
         low, gain = change.variant.resolve(
             numbers, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
         )
@@ -297,48 +297,6 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
         with context.changed(path=path):
             flat(module(*args)).float().square().sum().backward()
         assert all(p.grad.abs().sum() > 0 for name, p in handle.named_parameters() if name.endswith(".B"))
-
-
-sizes = st.integers(1, 9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(out=sizes, in_=sizes, rank=sizes, batch=st.lists(st.integers(1, 3), max_size=3), transposed=st.booleans())
-def test_linear_shapes(out, in_, rank, batch, transposed):
-    rank = min(rank, out, in_)
-    module = transformers.pytorch_utils.Conv1D(out, in_) if transposed else nn.Linear(in_, out)
-    module = module.double()
-    x = torch.randn(*batch, in_, dtype=torch.float64)
-    handle = attached(module, rank=rank)
-    expected, _, _ = reference(handle, (x,))
-    expected = expected.reshape(module(x).shape)
-    assert error(module(x), expected) < 1e-10
-    with context.changed(path="materialised"):
-        assert error(module(x), expected) < 1e-10
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    groups=st.integers(1, 3),
-    per=st.integers(1, 3),
-    out_per=st.integers(1, 3),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 2),
-    dilation=st.integers(1, 2),
-    padding=st.integers(0, 2),
-    spatial=st.integers(1, 3),
-    mode=st.sampled_from(["zeros", "circular", "reflect", "replicate"]),
-)
-def test_convolution_shapes(groups, per, out_per, kernel, stride, dilation, padding, spatial, mode):
-    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1]
-    module = cls(groups * per, groups * out_per, kernel, stride, padding, dilation, groups, padding_mode=mode).double()
-    x = torch.randn(2, groups * per, *[6] * spatial, dtype=torch.float64)
-    handle = attached(module, rank=1)
-    expected, _, _ = reference(handle, (x,))
-    expected = expected.reshape(module(x).shape)
-    assert error(module(x), expected) < 1e-10
-    handle.merge()
-    assert error(module(x), expected) < 1e-10
 
 
 def test_keyword_inputs_and_unbatched_inputs():

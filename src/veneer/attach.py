@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
+    SITE,
     Change,
     Group,
     LayerAdapter,
@@ -171,14 +172,16 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         raise ConfigError(
             sentence(found, "a veneer.LoraConfig", "use LoraConfig(…), or LoraConfig.from_dict for a mapping")
         )
-    problems = [*name_problems(model, name), *bad_regex(config)]
+    problems, unusable = list(name_problems(model, name)), bad_regex(config)
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
         problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
-    raise_all(TargetError, "Nothing was attached", problems)
+    raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
-    names, variant = Names(model), VARIANTS[config.variant]
-    targets, problems = select(names, config)
+    names, variant = Names(model), VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+    frozen = frozen_on_purpose(model)
+    targets, more = select(names, config)
+    problems += more
     also = expand(names, config.train_also, "train_also", problems)
     explicit = callable(config.targets) or any(t not in WORDS for t in _strings(config.targets))
     for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
@@ -186,7 +189,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     targets = [slot for slot in targets if slot[0] not in also]
     everything = not callable(config.targets) and "all" in _strings(config.targets)
     if everything:
-        targets = _attachable(names, targets)
+        targets = _attachable(names, targets, frozen)
     for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
         problems += unmatched(names, patterns, field_name, targets)
 
@@ -212,7 +215,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         for path, found in source.items():
             full[path] = tuple(dict.fromkeys((*full.get(path, ()), *found)))
     full = with_ties(names, full)
-    check_full(names, full, problems)
+    check_full(names, full, problems, frozen)
     for path, name in {slot for entry in low for slot in entry.holders}:
         if name in full.get(path, ()):
             found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
@@ -255,7 +258,7 @@ def _kind_for(module: nn.Module, name: str) -> Any:
     return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
 
 
-def _attachable(names: Names, targets: list[Slot]) -> list[Slot]:
+def _attachable(names: Names, targets: list[Slot], frozen: Set[int]) -> list[Slot]:
     """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
     held = holders(names)
     refused: dict[Slot, str] = {}
@@ -263,7 +266,7 @@ def _attachable(names: Names, targets: list[Slot]) -> list[Slot]:
         reason = next(_refusals(names, slot, held), None)
         if reason is None and not _is_matrix(names, slot):
             problems: list[str] = []
-            check_full(names, {slot[0]: (slot[1],)}, problems)
+            check_full(names, {slot[0]: (slot[1],)}, problems, frozen)
             reason = next(iter(problems), None)
         if reason:
             refused[slot] = reason
@@ -375,6 +378,9 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
         found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
         return sentence(found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that")
+    if getattr(weight, "is_meta", False) and not names.without_numbers and not nn.parameter.is_lazy(weight):
+        found = f"{what}, whose weight is on the meta device while others hold numbers (offloaded?)"
+        return sentence(found, "a weight that holds numbers", "load it first, or leave it out")
     if nn.parameter.is_lazy(weight):
         return sentence(f"{what}, whose weight has no shape yet", "a model that has run once", "run it on an example")
     if storage_of(weight) is None:
@@ -387,8 +393,20 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
 
 
-def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str]) -> None:
-    """Problems of the parameters that are to be trained in full: out of forward's reach, or not to be trained."""
+def frozen_on_purpose(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are frozen while others of the model train, adapters aside. A model that is
+    frozen as a whole tells nothing about any one of them."""
+    group = group_of(model)
+    required = {} if group is None else group.required_grad
+    own = [(p, required.get(path, p.requires_grad)) for path, p in model.named_parameters() if f".{SITE}." not in f".{path}"]
+    return {id(p) for p, trains in own if not trains} if any(trains for _, trains in own) else set()
+
+
+def check_full(
+    names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str], frozen: Set[int] = frozenset()
+) -> None:
+    """Problems of the parameters that are to be trained in full: out of forward's reach, or not to be trained.
+    ``frozen`` are the ids of those that the user has frozen."""
     for path, parameters in full.items():
         module = names.modules[path]
         reason = unreachable(names, path)
@@ -402,8 +420,14 @@ def check_full(names: Names, full: Mapping[str, tuple[str, ...]], problems: list
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
                 continue
+            where = parameter_path(path, name)
             if not parameter.is_floating_point():
-                problems.append(sentence(f"{path}.{name} of {parameter.dtype}", "floating point", "leave it out"))
+                problems.append(sentence(f"{where} of {parameter.dtype}", "floating point", "leave it out"))
+            elif parameter.is_meta and not names.without_numbers:
+                problems.append(sentence(f"{where} on the meta device", "numbers", "load it first"))
+            elif id(parameter) in frozen:
+                found = f"{where} trained in full, which you froze (requires_grad=False) among parameters that train"
+                problems.append(sentence(found, "one that may be trained", "leave it out, or unfreeze it first"))
 
 
 def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str], problems: list[str]):

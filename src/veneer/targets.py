@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,12 @@ class Names:
             self.modules.setdefault(name, module)
             self.aliases.setdefault(name, []).append(path)
         self.canonical = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+
+    @cached_property
+    def without_numbers(self) -> bool:
+        """Whether all of the model is on the meta device: its numbers come later."""
+        own = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+        return all(parameter.is_meta for parameter in own)
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
@@ -105,7 +112,7 @@ def select(names: Names, config: LoraConfig) -> tuple[list[Slot], list[str]]:
     chosen = _chosen(names, config.targets, problems)
     left_out = excluded(names, config, problems)
     chosen = [slot for slot in chosen if slot not in left_out]
-    if config.layers is not None and not problems:
+    if config.layers is not None:
         chosen = _in_layers(names, chosen, config.layers, problems)
     if not chosen and not problems:
         found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
