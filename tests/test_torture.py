@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.torture.cases import CASES
-from benchmarks.torture.ours import Veneer
 from torch import nn
+
+from torture_cases.cases import CASES
+from torture_cases.ours import Veneer
 
 #: what the numbers behind a result may be at most
 BOUNDS = {

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
-    SITE,
     Change,
     Group,
     LayerAdapter,
@@ -179,7 +178,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     names, variant = Names(model), VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
-    frozen = frozen_on_purpose(model)
+    frozen = frozen_on_purpose(names)
     targets, more = select(names, config)
     problems += more
     also = expand(names, config.train_also, "train_also", problems)
@@ -393,13 +392,18 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
 
 
-def frozen_on_purpose(model: nn.Module) -> set[int]:
+def frozen_on_purpose(names: Names) -> set[int]:
     """The ids of the parameters that are frozen while others of the model train, adapters aside. A model that is
     frozen as a whole tells nothing about any one of them."""
-    group = group_of(model)
-    required = {} if group is None else group.required_grad
-    own = [(p, required.get(path, p.requires_grad)) for path, p in model.named_parameters() if f".{SITE}." not in f".{path}"]
-    return {id(p) for p, trains in own if not trains} if any(trains for _, trains in own) else set()
+    group = group_of(names.model)
+    before = {} if group is None else group.required_grad
+    trains: dict[int, bool] = {}
+    for path, module in names.modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # a tie is known by the first of its names
+                required = before.get(parameter_path(path, name), parameter.requires_grad)
+                trains.setdefault(id(parameter), required)
+    return {key for key, required in trains.items() if not required} if any(trains.values()) else set()
 
 
 def check_full(

@@ -12,10 +12,11 @@ import loralib
 import lycoris
 import peft
 import torch
-from benchmarks.torture.library import Adapter, Library, NotOffered, Selection
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from torture_cases.library import Adapter, Library, NotOffered, Selection
 
 
 class PeftAdapter(Adapter):

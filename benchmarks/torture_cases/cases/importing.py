@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from benchmarks.torture.cases._case import case
-from benchmarks.torture.library import Library, Result
+from torture_cases.cases._case import case
+from torture_cases.library import Library, Result
 
 
 @case("cost of the import")

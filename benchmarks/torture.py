@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
-from benchmarks.report import RESULTS
-from benchmarks.torture.cases import CASES, Case, run
-from benchmarks.torture.judges import heard
-from benchmarks.torture.library import Library, Result
-from benchmarks.torture.ours import Veneer
-from benchmarks.torture.peers import PEERS
+
+from report import RESULTS
+from torture_cases.cases import CASES, Case, run
+from torture_cases.judges import heard
+from torture_cases.library import Library, Result
+from torture_cases.ours import Veneer
+from torture_cases.peers import PEERS
 
 MARKS = {True: "ok", False: "WRONG", None: "–"}
 NAME, CELL = 32, 34
@@ -54,7 +55,7 @@ def totals(results: Mapping[str, Mapping[str, Result]], library: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these cases, and write no file")
     parser.add_argument("--libraries", nargs="+", metavar="NAME", help="run these libraries, and write no file")
     options = parser.parse_args()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.torture.library import Adapter, Library, Selection
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
+from torture_cases.library import Adapter, Library, Selection
 from veneer.lowrank import LowRank
 
 

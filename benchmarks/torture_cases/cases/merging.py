@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from benchmarks.torture.cases._case import case
-from benchmarks.torture.judges import (
+from torch import nn
+
+from torture_cases.cases._case import case
+from torture_cases.judges import (
     bits,
     noise,
     off,
@@ -15,9 +17,8 @@ from benchmarks.torture.judges import (
     state,
     wrongly_rounded,
 )
-from benchmarks.torture.library import Adapter, Library, Result
-from benchmarks.torture.models import Holder, Stack
-from torch import nn
+from torture_cases.library import Adapter, Library, Result
+from torture_cases.models import Holder, Stack
 
 DRIFT = "bf16 base: merge + unmerge 1 / 100 / 1000 times"
 

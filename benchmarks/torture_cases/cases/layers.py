@@ -7,17 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.torture.cases._case import case
-from benchmarks.torture.judges import (
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from torture_cases.cases._case import case
+from torture_cases.judges import (
     NEAR,
     distance,
     randomise,
     sound,
 )
-from benchmarks.torture.library import Library, Result
-from benchmarks.torture.models import Holder, Tied, TwoNames
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torture_cases.library import Library, Result
+from torture_cases.models import Holder, Tied, TwoNames
 
 Shapes = tuple[int, ...]
 

@@ -13,8 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from benchmarks.torture.library import Adapter, Library, NotOffered, Result
 from torch import Tensor, nn
+
+from torture_cases.library import Adapter, Library, NotOffered, Result
 
 #: of outputs in float32, relative to the largest
 NEAR = 1e-5

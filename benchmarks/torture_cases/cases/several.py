@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from benchmarks.torture.cases._case import case
-from benchmarks.torture.judges import (
+from torch import Tensor, nn
+
+from torture_cases.cases._case import case
+from torture_cases.judges import (
     NEAR,
     calls,
     distance,
@@ -19,9 +21,8 @@ from benchmarks.torture.judges import (
     refused,
     said,
 )
-from benchmarks.torture.library import Adapter, Library, NotOffered, Result, Selection
-from benchmarks.torture.models import Holder, Stack
-from torch import Tensor, nn
+from torture_cases.library import Adapter, Library, NotOffered, Result, Selection
+from torture_cases.models import Holder, Stack
 
 WEIGHTED = "add_weighted_adapter with rsLoRA"
 

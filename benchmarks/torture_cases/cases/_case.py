@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.torture.judges import said
-from benchmarks.torture.library import Library, NotOffered, Result
+
+from torture_cases.judges import said
+from torture_cases.library import Library, NotOffered, Result
 
 
 @dataclass(frozen=True)

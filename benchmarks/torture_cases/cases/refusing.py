@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.torture.cases._case import case
-from benchmarks.torture.judges import (
+from torch import Tensor
+
+from torture_cases.cases._case import case
+from torture_cases.judges import (
     randomise,
     refused,
 )
-from benchmarks.torture.library import Adapter, Library, Result
-from benchmarks.torture.models import Stack
-from torch import Tensor
+from torture_cases.library import Adapter, Library, Result
+from torture_cases.models import Stack
 
 FILES = "other base with the same shapes, flipped byte, NaN weights, extra keys, missing alpha"
 
