@@ -1,5 +1,5 @@
-"""Write the generated parts of the docs: docs/cli.md from the commands' --help, tables in README.md from recorded
-results.
+"""Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
+docs/config.md from their registry, tables in README.md from recorded results.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -13,6 +13,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from veneer.variants import VARIANTS, Start
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("", "train", "eval", "generate", "merge", "inspect")
@@ -37,6 +41,8 @@ def bench_table() -> str:
     lines = ["| | floor | ratio (quartiles) |", "|---|---|---|"]
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(file.read_text())
+        if "rows" not in result:
+            continue
         for name, row in result["rows"].items():
             if name != result["floor"]:
                 spread = f"{row['low']:.2f}–{row['high']:.2f}"
@@ -52,18 +58,55 @@ def demo_table() -> str:
     return "\n".join([*lines, "", result["summary"]])
 
 
+def torture_table() -> str:
+    """How many cases each library gets right, as benchmarks/results/torture.json holds them."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "torture.json").read_text())
+    lines = ["| library | right | wrong | not offered |", "|---|---|---|---|"]
+    for name, version in result["versions"].items():
+        marks = [case[name]["ok"] for case in result["cases"].values()]
+        lines.append(f"| {name} {version} | {marks.count(True)} | {marks.count(False)} | {marks.count(None)} |")
+    return "\n".join(lines)
+
+
+def variants_table() -> str:
+    """The registered variants; the count of their numbers and the scale are those of a run."""
+    scales = {1.0: "alpha", 0.25: "alpha / r", 0.5: "alpha / √r"}
+    evidence = {"inputs": "batches", "gradient": "batches, loss", "original": "the original"}
+    lines = [
+        "| variant | scale | default alpha | trained, 512 × 512 at rank 8 | start | looks at | source |",
+        "|---" * 7 + "|",
+    ]
+    weight, more, inputs = torch.randn(1, 512, 512), torch.randn(1, 512, 512), torch.eye(512, dtype=torch.float64)
+    start = Start(
+        *(1, 512, 512, 8, 512),
+        base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double, original=lambda: weight + more,
+    )  # fmt: skip
+    for variant in VARIANTS:
+        trained = sum(value.numel() for name, value in variant.init(start).items() if name not in variant.frozen)
+        cells = [
+            f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}", f"{trained:,}",
+            "the base" if variant.exact_start else "near the original", *map(evidence.get, variant.needs or [""]),
+            variant.paper,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def filled(text: str, name: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no <!-- {name} --> block")
+        raise SystemExit(f"no <!-- {name} --> block in the page")
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = filled(filled(readme.read_text(), "bench", bench_table()), "demo", demo_table())
+    readme, config = ROOT / "README.md", ROOT / "docs" / "config.md"
+    text = readme.read_text()
+    for name, table in (("bench", bench_table()), ("demo", demo_table()), ("torture", torture_table())):
+        text = filled(text, name, table)
+    variants = filled(config.read_text(), "variants", variants_table())
     stale = []
-    for path, content in ((ROOT / "docs" / "cli.md", cli_page()), (readme, text)):
+    for path, content in ((ROOT / "docs" / "cli.md", cli_page()), (readme, text), (config, variants)):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

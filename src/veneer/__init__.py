@@ -7,7 +7,7 @@
 52
 """
 
-from veneer import adapter, errors
+from veneer import adapter, errors, optim
 from veneer.adapter import UnverifiedAdapter, save
 from veneer.attach import SkippedLayers, detach
 from veneer.check import check
@@ -34,6 +34,7 @@ __all__ = [
     "errors",
     "load",
     "merge",
+    "optim",
     "save",
     "summarise",
     "unmerge",
