@@ -4,6 +4,7 @@ too."""
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import veneer
 from toys import Squared, cast, definition, error, flat, randomise
 from veneer import context
 from veneer.adapted import weight_of
-from veneer.layers import LAYERS
+from veneer.layers import LAYERS, Layer
 from veneer.variants import VARIANTS
 
 # transformers' Conv1D is a kind only once transformers has been imported
@@ -325,3 +326,46 @@ def test_autocast_keeps_the_adapter_and_the_output_dtype(kind):
     assert y.dtype == base.dtype
     assert error(y, expected) < 2e-2
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in handle.parameters())
+
+
+TELLS = [kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs]
+
+
+@pytest.mark.parametrize(("kind", "number"), [example for example in EXAMPLES if example[0] in TELLS])
+def test_inputs_are_the_rows_that_each_weight_multiplies(kind, number):
+    """The gradient of a weight is a product with its inputs, so each of its rows is a combination of them; and the
+    output of a layer with one weight is the weight times them, in some order."""
+    module, args = make(kind, number, torch.float64)
+    layer, y = LAYERS[kind], flat(module(*args))
+    gradients = torch.autograd.grad((y * torch.randn_like(y)).sum(), list(module.parameters()), allow_unused=True)
+    gradient_of = dict(zip(dict(module.named_parameters()), gradients, strict=True))
+    names = [*layer.weights(module), *(f"{child}.weight" for child in layer.below(module))]
+    for name in names:
+        weight, owner = module.get_parameter(name), LAYERS["linear"] if "." in name else layer
+        dims = owner.dims(module, weight.shape)
+        rows = layer.inputs(module, name, inputs_of(module, args))
+        assert rows.shape == (dims.groups, rows.shape[1], dims.in_)
+        gradient = owner.unfold(gradient_of[name].to_dense(), dims)
+        assert error(gradient @ torch.linalg.pinv(rows) @ rows, gradient) < 1e-9
+        bounded = getattr(module, "max_norm", None) is not None or getattr(module, "mode", "") == "max"
+        if len(names) == 1 and not bounded:
+            bias = getattr(module, "bias", None)
+            linear = flat(definition(module, {} if bias is None else {"bias": torch.zeros_like(bias)}, args))
+            found = (rows @ owner.unfold(weight, dims).mT).flatten()
+            assert error(found.sort().values, linear.sort().values) < 1e-10
+
+
+def inputs_of(module, args):
+    """The arguments of a call, with the defaults of those that were not given."""
+    given = inspect.signature(module.forward).bind(*args)
+    given.apply_defaults()
+    return given.args
+
+
+def test_telling_inputs_draws_no_random_number_and_changes_nothing():
+    module, args = make("attention", 1, torch.float64)
+    before, state, kept = flat(module(*args)), torch.get_rng_state(), dict(module.__dict__)
+    LAYERS["attention"].inputs(module, "out_proj.weight", inputs_of(module, args))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(flat(module(*args)), before)
+    assert module.__dict__ == kept

@@ -11,6 +11,7 @@ they were afterwards, also after an exception.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from veneer import context
 from veneer.adapted import BASE, weight_of
 from veneer.attach import Evidence, LowPlan, Plans, group_of, parameter_path
 from veneer.errors import ConfigError, raise_all, sentence
-from veneer.layers import Layer
+from veneer.layers import LAYERS, Layer, kind_of
 from veneer.targets import Names, Slot
 from veneer.variants import VARIANTS
 
@@ -81,7 +82,8 @@ def _problems(
         where = parameter_path(*entry.slot)
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
             found = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
-            yield sentence(found, "linear, convolution and embedding layers", "exclude it, or use another variant")
+            expected = ", ".join(kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs)
+            yield sentence(found, f"one of {expected}", "exclude it, or use another variant")
         elif "inputs" in variant.needs and entry.dims.in_ > MOST_INPUTS:
             found = f"{where} with {entry.dims.in_} inputs"
             yield sentence(found, f"at most {MOST_INPUTS}, whose second moment fits into memory", "exclude it")
@@ -122,10 +124,11 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]):
     moments: dict[Slot, Tensor] = {}
 
-    def watch(entry: LowPlan) -> Callable:
+    def watch(entry: LowPlan, kind: Layer, weight: str) -> Callable:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            rows = entry.layer.inputs(module, x).double()  # [g, tokens, in]
+            given = inspect.signature(module.forward).bind(*args, **kwargs)
+            given.apply_defaults()
+            rows = kind.inputs(module, weight, given.args).double()  # [g, tokens, in]
             moment = rows.mT @ rows
             moments[entry.slot] = moments[entry.slot] + moment if entry.slot in moments else moment
 
@@ -133,13 +136,25 @@ def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], ba
 
     with ExitStack() as stack:
         for entry in plans.low:
-            handle = modules[entry.path].register_forward_pre_hook(watch(entry), with_kwargs=True)
+            reader, kind, weight = _reader(entry, modules)
+            handle = reader.register_forward_pre_hook(watch(entry, kind, weight), with_kwargs=True)
             stack.callback(handle.remove)
         with _base_alone(model), torch.no_grad():
             for batch in batches:
                 _call(model, batch)
     _all_seen(plans, moments, "inputs")
     return moments
+
+
+def _reader(entry: LowPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, Layer, str]:
+    """(module, kind, weight's name below it) of what computes with a weight: the module itself, or one above of which
+    it is a part, whose forward reads it directly."""
+    above, _, child = entry.path.rpartition(".")
+    host = modules[above]
+    kind = kind_of(host) if entry.path else None
+    if kind is not None and child in kind.below(host):
+        return host, kind, parameter_path(child, entry.weight)
+    return modules[entry.path], entry.layer, entry.weight
 
 
 def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss):

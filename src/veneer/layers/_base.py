@@ -127,8 +127,9 @@ class Layer(ABC):
         """A vector over outputs, [g · out], shaped to broadcast over y."""
         return values
 
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
-        """The rows that ΔW multiplies, [g, tokens, in], for variants that start from them."""
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call with these arguments,
+        [g, tokens, in], for variants that start from them."""
         raise NotImplementedError
 
     # The materialised path runs the module's own forward on a view of it.

@@ -34,6 +34,23 @@ class Attention(Layer):
     def below(self, module: Any) -> tuple[str, ...]:
         return ("out_proj",)
 
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        if weight == "out_proj.weight":
+            found = [self._heads(module, args)]
+        else:
+            found = args[:3] if weight == self.weight else [args[_SEPARATE.index(weight)]]
+        return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in found], dim=1)
+
+    def _heads(self, module: Any, args: tuple) -> Tensor:
+        """What the out-projection reads: the forward of a view of the module whose out-projection is the identity."""
+        size, query = module.embed_dim, args[0]
+        identity: Any = nn.utils.skip_init(nn.Linear, size, size, device=query.device, dtype=query.dtype)
+        nn.init.eye_(identity.weight)
+        nn.init.zeros_(identity.bias)
+        seen = object.__new__(type(module))
+        seen.__dict__.update(module.__dict__, _modules={**module._modules, "out_proj": identity})
+        return type(module).forward(seen, *args)[0]
+
     def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
         given = dict(zip(names, args, strict=False)) | kwargs

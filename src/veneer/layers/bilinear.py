@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn, randn
+from torch import Tensor, nn, randn
 
 from veneer.layers._base import Dims, Layer, register
 
@@ -24,6 +24,10 @@ class Bilinear(Layer):
     def dims(self, module: Any, shape: torch.Size) -> Dims:
         out, left, right = shape
         return Dims(1, out, left * right)
+
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        left, right = args
+        return (left[..., :, None] * right[..., None, :]).reshape(1, -1, left.shape[-1] * right.shape[-1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         yield nn.Bilinear(4, 3, 5), (randn(2, 4), randn(2, 3))

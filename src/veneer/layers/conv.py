@@ -54,9 +54,9 @@ class _Conv(Layer):
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
 
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         # The rows of ΔW's input are the patches under the kernel: a convolution with the identity as its kernel.
-        groups, _, in_ = self.dims(module, module.weight.shape)
+        x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
         patch = torch.eye(in_, dtype=x.dtype, device=x.device).reshape(in_, *module.weight.shape[1:])
         patches = module._conv_forward(x, patch.repeat(groups, *[1] * (self.spatial + 1)), None)
         batched = patches if patches.dim() == self.spatial + 2 else patches[None]

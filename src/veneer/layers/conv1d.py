@@ -46,8 +46,8 @@ class Conv1D(Layer):
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
         return weight.mT[None]
 
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
-        return x.reshape(1, -1, x.shape[-1])
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        return args[0].reshape(1, -1, args[0].shape[-1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         for cls in self.types():

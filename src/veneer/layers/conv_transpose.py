@@ -54,12 +54,23 @@ class _ConvTranspose(Layer):
         return _TRANSPOSED[self.spatial - 1](x, weight, bias, *options)
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        in_, _, *kernel = module.weight.shape
-        groups, rank = module.groups, low.rank
-        A = low.A.reshape(groups, rank, in_ // groups, -1).transpose(1, 2).reshape(in_, rank, *kernel)
-        B = (low.B * low.scale).reshape(-1, rank, *[1] * self.spatial)
-        change = _POINTWISE[self.spatial - 1](self.op(module, x, A, None), B, groups=groups)
+        B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)
+        change = _POINTWISE[self.spatial - 1](self._bottleneck(module, x, low.A), B, groups=module.groups)
         return change if y is None else y + change
+
+    def _bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
+        """The layer with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
+        in_, _, *kernel = module.weight.shape
+        groups, rank, _ = A.shape
+        weight = A.reshape(groups, rank, in_ // groups, -1).transpose(1, 2).reshape(in_, rank, *kernel)
+        return self.op(module, x, weight, None)
+
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        # The patches that meet at each output, as in a convolution: a bottleneck that is the identity.
+        x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
+        patches = self._bottleneck(module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_))
+        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
+        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)  # [g, positions, in/g · |k|]
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)

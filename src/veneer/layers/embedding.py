@@ -67,8 +67,8 @@ class Embedding(Layer):
     def still(self, module: Any) -> int | None:
         return module.padding_idx
 
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
-        return F.one_hot(x.reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        return F.one_hot(args[0].reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
 
     def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
         seen.sparse = False

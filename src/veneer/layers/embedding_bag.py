@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.layers._base import Dims, Layer, register
@@ -43,6 +44,16 @@ class EmbeddingBag(Layer):
 
     def settle(self, module: Any, weight: Tensor) -> Tensor:
         return bounded(module, weight)
+
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a maximum, the rows alone.
+        ids, offsets, weights = (*args, None, None)[:3]
+        identity = torch.eye(module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device)
+        if module.mode == "max":
+            return identity[ids.reshape(1, -1)]
+        last, padding = module.include_last_offset, module.padding_idx
+        options = {"mode": module.mode, "include_last_offset": last, "padding_idx": padding}
+        return F.embedding_bag(ids, identity, offsets, per_sample_weights=weights, **options)[None]
 
     def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
         seen.sparse = False  # a sparse gradient cannot flow on into A and B

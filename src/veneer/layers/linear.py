@@ -27,8 +27,8 @@ class Linear(Layer):
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
-    def inputs(self, module: Any, x: Tensor) -> Tensor:
-        return x.reshape(1, -1, x.shape[-1])
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        return args[0].reshape(1, -1, args[0].shape[-1])
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         yield nn.Linear(7, 5), randn(3, 4, 7)

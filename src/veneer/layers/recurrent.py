@@ -68,6 +68,13 @@ class RecurrentCell(Layer):
     def weights(self, module: Any) -> tuple[str, ...]:
         return ("weight_ih", "weight_hh")
 
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        x, state = (*args, None)[:2]
+        if weight == "weight_hh":
+            state = state[0] if isinstance(state, tuple) else state
+            x = x.new_zeros(*x.shape[:-1], module.hidden_size) if state is None else state
+        return x.reshape(1, -1, x.shape[-1])
+
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         yield nn.LSTMCell(5, 4), (randn(3, 5), (randn(3, 4), randn(3, 4)))
         yield nn.GRUCell(5, 4), (randn(3, 5), randn(3, 4))
