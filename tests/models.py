@@ -89,4 +89,20 @@ class Shared(nn.Module):
         return self.alias(torch.tanh(self.block(torch.tanh(self.block(x)))))
 
 
+class Stack(nn.Module):
+    """Layers of every way to run: factored, on a view, and read from above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids):
+        x = self.encoder(self.embed(ids))
+        return self.head(self.recurrent(self.conv(x.mT).mT)[0])
+
+
 IDS = torch.tensor([[1, 5, 3, 16], [2, 2, 0, 7]])

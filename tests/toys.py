@@ -88,6 +88,38 @@ def randomise(handle, size: float = 0.3) -> None:
             parameter.data.add_(torch.randn_like(parameter) * size)
 
 
+#: a change of everything, with a scale that is not 1
+ALL = veneer.LoraConfig(rank=2, targets="all", alpha=3)
+
+
+def adapt(model, *names, config=ALL, size=0.3):
+    """``model`` with random adapters of these names."""
+    for name in names:
+        randomise(veneer.attach(model, config, name), size)
+    return model
+
+
+def example(kind, number=0, dtype=torch.float32):
+    """A layer of this kind in eval mode, and its arguments."""
+    torch.manual_seed(number)
+    module, args = list(LAYERS[kind].examples())[number]
+    return module.to(dtype).eval(), cast(args if isinstance(args, tuple) else (args,), dtype)
+
+
+def numbers(model, name="a"):
+    """Copies of what an adapter trains, under the keys of the model's state dict."""
+    marks = {"veneer", name}
+    found = {key: p.detach().clone() for key, p in model.named_parameters() if marks <= set(key.split("."))}
+    assert found
+    return found
+
+
+def selected(model, name, *args):
+    """What a model answers with this adapter, without gradients."""
+    with veneer.use(model, name), torch.no_grad():
+        return model(*args)
+
+
 def definition(module, values, args):
     """A module's own forward on other parameters, buffers included: what every path must equal."""
     other = copy.deepcopy(module)

@@ -82,7 +82,7 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def detached(name: str) -> SelectionError:
+def detached(name: str | None) -> SelectionError:
     """The error of a call whose adapter is gone."""
     found = f"a call that selects {name!r}, which was detached"
     return SelectionError(sentence(found, "an adapter that stays until the call has ended", "detach it later"))

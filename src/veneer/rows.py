@@ -1,19 +1,22 @@
 """Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]): model(x)``.
 
 Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
-order. That is right for every layer whose inputs hold the rows along an axis that its kind knows (``Layer.take``), and
-an error for any other; batched products that are faster come on top of it.
+order. What such a run calls below uses that one adapter too, as it sees its rows alone. That is right for every layer
+whose inputs hold the rows along an axis that its kind knows (``Layer.take``; the leading one, unless the kind says
+another), and an error for any other; batched products that are faster come on top of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import BASE, Group, Selected, Site, own_class
+from veneer import context
+from veneer.adapted import BASE, Group, Selected, Site, detached, own_class
 from veneer.errors import SelectionError, sentence
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
@@ -22,15 +25,23 @@ from veneer.layers._base import GENERAL
 class _Parts(Mapping[int, Any]):
     """The part at a site: that of each distinct adapter, for its rows."""
 
-    def __init__(self, selections: Sequence[Selected], rows: Sequence[Tensor], count: int) -> None:
-        self.selections, self.rows, self.count = selections, rows, count
+    def __init__(self, uid: str, selections: Sequence[Selected], rows: Sequence[Tensor], count: int) -> None:
+        self.uid, self.selections, self.rows, self.count = uid, selections, rows, count
         self.order = torch.cat(list(rows)).argsort()
 
     def __getitem__(self, key: int) -> Any:
-        parts = [selected.parts.get(key) for selected in self.selections if selected.parts is not None]
+        parts = []
+        for selected in self.selections:
+            if selected.parts is None:
+                raise detached(selected.name)
+            parts.append(selected.parts.get(key))
         if all(part is None for part in parts):
             raise KeyError(key)
         return _ByRows(self, parts)
+
+    def only(self, selected: Selected) -> Any:
+        """A block in which one of the adapters is selected alone."""
+        return context.changed(selection={**context.current.selection, self.uid: selected})
 
     def __iter__(self):
         return iter(dict.fromkeys(key for selected in self.selections for key in selected.parts or ()))
@@ -51,17 +62,20 @@ class _ByRows:
 
     def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
         whole, kind = self.whole, site.layer or LAYERS[GENERAL]
+        alone = all(child is site for child in module._modules.values())  # nothing below would ask what is selected
         outputs = []
-        for rows, part in zip(whole.rows, self.parts, strict=True):
+        for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
             try:
                 own, named = kind.take(module, args, kwargs, rows, whole.count)
             except LookupError:
                 found = f"a {own_class(module).__name__} whose inputs do not hold the {whole.count} rows of the batch"
                 do = "exclude that layer, or run each adapter on its rows alone"
                 raise SelectionError(sentence(found, "one row an adapter", do)) from None
-            outputs.append(
-                base.forward(module, *own, **named) if part is None else part.run(module, base, site, own, named)
-            )
+            below = nullcontext() if alone else whole.only(selected)
+            with below:
+                outputs.append(
+                    base.forward(module, *own, **named) if part is None else part.run(module, base, site, own, named)
+                )
         return kind.put(module, outputs, whole.order)
 
 
@@ -73,5 +87,5 @@ def by_rows(group: Group, names: Sequence[str | None]) -> Selected:
     selections = [BASE if name is None else group.selections[name] for name in distinct]
     if len(distinct) == 1:
         return selections[0]
-    rows = [torch.tensor([i for i, name in enumerate(names) if name == own]) for own in distinct]
-    return Selected(None, _Parts(selections, rows, len(names)))
+    rows = [torch.tensor([i for i, name in enumerate(names) if name == own], device="cpu") for own in distinct]
+    return Selected(None, _Parts(group.uid, selections, rows, len(names)))

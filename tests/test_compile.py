@@ -1,0 +1,137 @@
+"""Exported and compiled models: for every layer kind what eager calls give, and one graph for many adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from models import IDS, ConvNet, TinyLM
+from toys import adapt, error, example, flat, numbers
+from veneer.layers import LAYERS
+
+# transformers' Conv1D is a kind only once transformers has been imported
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own: deprecations, projections, tracing
+
+kinds = pytest.mark.parametrize("kind", LAYERS.names())
+
+
+@kinds
+@pytest.mark.parametrize("merged", [False, True])
+def test_exported_programs_equal_eager_calls(kind, merged):
+    module, args = example(kind)
+    adapt(module, "a")
+    if merged:
+        veneer.merge(module)
+    expected = flat(module(*args))
+    program = torch.export.export(module, args)
+    assert error(flat(program.module()(*args)), expected) < 1e-6
+
+
+def test_an_export_takes_the_selected_adapter_any_batch_and_a_file(tmp_path):
+    model = adapt(TinyLM(tied=True), "a", "b").eval()
+    for selection in ("b", None, ["a", "b"]):
+        with veneer.use(model, selection):
+            expected = model(IDS)
+            sizes = None if isinstance(selection, list) else ({0: torch.export.Dim("batch", min=1, max=64)},)
+            program = torch.export.export(model, (IDS,), dynamic_shapes=sizes)
+        torch.export.save(program, tmp_path / "model.pt2")
+        run = torch.export.load(tmp_path / "model.pt2").module()
+        assert error(run(IDS), expected) < 1e-6
+        if sizes is not None:
+            assert error(run(IDS.repeat(3, 1)), expected.repeat(3, 1, 1)) < 1e-6
+
+
+def counting():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    return backend, graphs
+
+
+@pytest.mark.parametrize(
+    "make_model", [lambda: (TinyLM(tied=True), IDS), lambda: (ConvNet(), torch.randn(2, 3, 8, 8))], ids=["lm", "conv"]
+)
+def test_twelve_adapters_are_one_graph(make_model):
+    model, x = make_model()
+    names = [f"a{number}" for number in range(12)]
+    adapt(model.eval(), *names)
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in (*names, *reversed(names)):
+            with veneer.use(model, name), torch.no_grad():
+                assert error(compiled(x), model(x)) < 1e-5
+    assert len(graphs) == 1
+
+
+def test_what_makes_another_graph_and_what_does_not():
+    """Another alpha or rank is a dynamic number of the second graph, the base and mixed rows are other code."""
+    model = TinyLM().eval()
+    for number in range(6):
+        adapt(model, f"a{number}", config=veneer.LoraConfig(rank=number + 2, alpha=number + 1))
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+    def run(*selections):
+        for selection in selections:
+            with veneer.use(model, selection), torch.no_grad():
+                assert error(compiled(IDS), model(IDS)) < 1e-5
+        return len(graphs)
+
+    # torch fixes the shapes of parameters unless told otherwise: without this, each rank is a graph
+    dynamic = torch._dynamo.config.patch(force_parameter_static_shapes=False, fail_on_recompile_limit_hit=True)
+    with dynamic:
+        known = run(*model.__dict__["_veneer"].configs)
+        assert known <= 3
+        assert run(None) <= known + 1
+        known = run(["a1", "a3"], ["a3", "a1"])
+        assert run(["a4", "a1"], ["a1", "a3"], "a0", "a5") == known
+        for name in ("late", "later"):
+            adapt(model, name, config=veneer.LoraConfig(rank=3, alpha=9))
+        known = run("late")
+        assert run("later", "a2") == known
+        veneer.merge(model, "late")
+        known = run("late")
+        veneer.unmerge(model)
+        veneer.detach(model, "late")
+        assert run("later", "a2") == known
+
+
+def test_training_under_compile_alternates_adapters_as_eager_training_does():
+    states = []
+    for mode in ("eager", "compiled"):
+        torch.manual_seed(0)
+        model = adapt(TinyLM(tied=True), "a", "b")
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if mode == "compiled" else model
+        optimisers = {n: torch.optim.SGD(veneer.Handle(model, n).parameters(), lr=0.05) for n in ("a", "b")}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in ("a", "b", "b", "a"):
+                with veneer.use(model, name):
+                    nn.functional.cross_entropy(run(IDS).flatten(0, 1), IDS.flatten()).backward()
+                optimisers[name].step()
+                optimisers[name].zero_grad()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        states.append({**numbers(model, "a"), **numbers(model, "b")})
+    for key, value in states[0].items():
+        assert error(states[1][key], value) < 1e-5, key
+
+
+def test_inductor():
+    model = adapt(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)), "a", "b")
+    x = torch.randn(3, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for name in ("a", "b", "a"):
+            with veneer.use(model, name):
+                assert error(compiled(x), model(x)) < 1e-5

@@ -1,0 +1,176 @@
+"""Rows of one batch that use different adapters equal each row alone, for every layer kind whose inputs hold rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+import veneer
+from models import IDS, Stack, TinyLM
+from tiny import tiny_model
+from toys import adapt, error, example, flat, numbers, selected
+from veneer.errors import SelectionError
+from veneer.layers import LAYERS
+
+# transformers' Conv1D is a kind only once transformers has been imported
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
+
+
+def rows_of(module, args) -> tuple[int, int]:
+    """How many rows the arguments hold, and the axis along which the first output counts them."""
+    if isinstance(module, nn.EmbeddingBag) and len(args) > 1:
+        return len(args[1]), 0
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+        return args[0].shape[1], 1
+    return args[0].shape[0], 0
+
+
+def has_rows(kind, number):
+    module, args = example(kind, number)
+    packed = isinstance(args[0], PackedSequence)
+    return not packed and args[0].dim() > 1 and type(module).__name__ != "Experts"
+
+
+ROWS = [case for case in EXAMPLES if has_rows(*case)]
+
+
+@pytest.mark.parametrize(("kind", "number"), ROWS)
+def test_mixed_rows_equal_each_row_alone(kind, number):
+    module, args = example(kind, number, torch.float64)
+    adapt(module, "a", "b", "unused")
+    count, axis = rows_of(module, args)
+    names = list(itertools.islice(itertools.cycle(["a", None, "b"]), count))
+
+    def run(selection):
+        with veneer.use(module, selection):
+            return module(*args)
+
+    run(None)  # an embedding's max_norm writes into the base's own rows when the base itself runs
+    whole = {name: run(name) for name in set(names)}
+    mixed = run(names)
+    first = pytree.tree_leaves(mixed)[0]
+    for row, name in enumerate(names):
+        expected = pytree.tree_leaves(whole[name])[0].select(axis, row)
+        assert error(first.select(axis, row), expected) < 1e-10
+    assert [leaf.shape for leaf in pytree.tree_leaves(mixed)] == [leaf.shape for leaf in pytree.tree_leaves(whole["a"])]
+    assert torch.equal(flat(run(["b"] * count)), flat(run("b")))
+
+    module.zero_grad()
+    flat(mixed).square().sum().backward()
+    reached = {key for key, parameter in module.named_parameters() if parameter.grad is not None}
+    assert reached == {key for name in set(names) - {None} for key in numbers(module, name)}
+
+
+def test_recurrent_states_of_mixed_rows_are_in_order():
+    module = adapt(nn.LSTM(5, 4, num_layers=2, batch_first=True), "a", "b")
+    x, names = torch.randn(3, 4, 5), ["b", "a", "b"]
+    with veneer.use(module, names):
+        y, states = module(x)
+    for row, name in enumerate(names):
+        with veneer.use(module, name):
+            wanted, own = module(x[row : row + 1])
+        assert error(y[row : row + 1], wanted) < 1e-5
+        assert all(error(state[:, row], mine[:, 0]) < 1e-5 for state, mine in zip(states, own, strict=True))
+
+
+def encoder():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)).eval()
+
+
+@pytest.mark.parametrize("make_model", [TinyLM, lambda: TinyLM(tied=True), Stack, tiny_model, encoder],
+                         ids=["lm", "tied", "stack", "llama", "encoder"])  # fmt: skip
+def test_mixed_rows_through_whole_models(make_model):
+    model = make_model().eval()
+    exclude = [f"*{kind}_embeddings" for kind in ("position", "token_type") if hasattr(model, "embeddings")]
+    adapt(model, "a", "b", config=veneer.LoraConfig(rank=2, targets="all", exclude=exclude))
+    ids, names = torch.randint(0, 17, (5, 6)), ["a", None, "b", "b", None]
+
+    def run(selection, ids):
+        with veneer.use(model, selection):
+            y = model(ids)
+        return y if isinstance(y, torch.Tensor) else y[0]
+
+    mixed = run(names, ids)
+    for row, name in enumerate(names):
+        assert error(mixed[row], run(name, ids[row : row + 1])[0]) < 1e-5
+    model.zero_grad()
+    run(["a", None, "a", "a", None], ids).square().mean().backward()
+    actual = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    assert actual
+    assert all("b" not in key.split(".") for key in actual)
+    model.zero_grad()
+    (run("a", ids[[0, 2, 3]]).square().sum() / mixed.numel()).backward()
+    assert all(error(actual[key], p.grad) < 1e-4 for key, p in model.named_parameters() if key in actual)
+
+
+def test_generation_with_an_adapter_for_each_row():
+    model = adapt(tiny_model(), "a", "b", size=1.0)
+    ids, names = torch.randint(3, 200, (3, 5)), ["a", None, "b"]
+
+    def generate(selection, ids):
+        with veneer.use(model, selection):
+            mask = torch.ones_like(ids)
+            return model.generate(ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+
+    mixed = generate(names, ids)
+    alone = [generate(name, ids[row : row + 1])[0] for row, name in enumerate(names)]
+    assert torch.equal(mixed, torch.stack(alone))
+    assert not torch.equal(generate("b", ids[:1])[0], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        (nn.Linear(4, 4), (torch.randn(6, 4),)),
+        (nn.GRU(5, 4), (nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([4, 2, 1])),)),
+        (nn.LSTM(5, 4), (torch.randn(3, 2, 5),)),
+        (nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
+        (nn.EmbeddingBag(9, 5), (torch.arange(6), torch.tensor([0, 2]))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_rows_that_cannot_be_told_are_an_error(module, args):
+    adapt(module, "a", "b")
+    before = selected(module, "a", *args)
+    with pytest.raises(SelectionError, match="do not hold the 3 rows"), veneer.use(module, ["a", "b", None]):
+        module(*args)
+    assert torch.equal(flat(selected(module, "a", *args)), flat(before))
+
+
+def test_what_mixed_rows_need_of_the_names():
+    model = adapt(TinyLM(), "a", "b")
+    with pytest.raises(SelectionError, match="no names"):
+        veneer.use(model, [])
+    with pytest.raises(SelectionError, match="'b', which was detached"), veneer.use(model, ["a", "b"]):
+        veneer.detach(model, "b")
+        model(IDS)
+    veneer.merge(model, "a")
+    with pytest.raises(SelectionError, match="is merged"), veneer.use(model, ["a", None]):
+        model(IDS)
+
+
+def test_hooks_fire_once_for_all_rows():
+    model, fired = Stack(), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.append(name))
+    with veneer.use(adapt(model, "a", "b"), "a"):
+        model(IDS)
+    alone, fired[:] = list(fired), []
+    with veneer.use(model, ["a", "b"]):
+        model(IDS)
+    below = {"encoder"}  # which runs whole for each adapter, and with it what is below
+    assert [name for name in fired if name.split(".")[0] not in below or name in below] == [
+        name for name in alone if name.split(".")[0] not in below or name in below
+    ]

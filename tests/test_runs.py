@@ -1,0 +1,518 @@
+"""How models are run: function transforms, inference mode, autocast, memory formats, devices, copies, checkpointing,
+threads, hooks, shared layers. Every layer kind is found through the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+import veneer
+from models import IDS, ConvNet, Shared, Stack, TinyLM
+from tiny import tiny_model
+from toys import ALL, adapt, cast, error, example, flat, numbers, randomise, selected
+from veneer.adapted import weight_of
+from veneer.layers import LAYERS
+
+# transformers' Conv1D is a kind only once transformers has been imported
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
+
+#: torch tells once that it has no faster kernel for projections
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
+examples = pytest.mark.parametrize(("kind", "number"), EXAMPLES)
+kinds = pytest.mark.parametrize("kind", LAYERS.names())
+
+
+def plainly(model, name="a"):
+    """A plain copy of the model with the merged weights of an adapter."""
+    other = copy.deepcopy(model)
+    veneer.merge(other, name)
+    veneer.detach(other, keep_merged=True)
+    assert not any("veneer" in key for key in other.state_dict())
+    return other
+
+
+def works(function) -> bool:
+    """Whether torch can do this at all."""
+    try:
+        function()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+# ---- torch.func -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, on rules for batches that it has not written yet
+@examples
+def test_function_transforms_over_an_adapters_numbers(kind, number):
+    module, args = example(kind, number, torch.float64)
+
+    def run(values):
+        return flat(functional_call(module, values, args))
+
+    def pair(values):
+        return {key: torch.stack([value, 1.1 * value]) for key, value in values.items()}
+
+    base = {key: p.detach() for key, p in module.named_parameters()}
+    can_grad = works(lambda: grad(lambda values: run(values).sum())(base))
+    can_vmap = works(lambda: vmap(run)(pair(base)))
+    can_jvp = works(lambda: jvp(run, (base,), (base,)))
+    adapt(module, "a")
+    own = numbers(module)
+    other = {key: value + 0.1 * torch.randn_like(value) for key, value in own.items()}
+    before, replaced = flat(module(*args)), run(other)
+    assert error(replaced, before) > 1e-3
+    assert torch.equal(flat(module(*args)), before), "functional_call left something behind"
+    edited = copy.deepcopy(module)
+    edited.load_state_dict(other, strict=False)
+    assert error(flat(edited(*args)), replaced) < 1e-12
+
+    edited.zero_grad()
+    flat(edited(*args)).square().sum().backward()
+    if can_grad:
+        gradients = grad(lambda values: run(values).square().sum())(other)
+        for key, parameter in edited.named_parameters():
+            if key in own:
+                assert error(gradients[key], parameter.grad) < 1e-10
+    if can_vmap:
+        assert error(vmap(run)(pair(own)), torch.stack([run(value) for value in _unstacked(pair(own))])) < 1e-10
+    if can_jvp and getattr(module, "max_norm", None) is None:  # to torch, that scale has no derivative
+        step = {key: torch.randn_like(value) for key, value in own.items()}
+        tangent = jvp(run, (own,), (step,))[1]
+        ahead, behind = ({key: own[key] + sign * step[key] for key in own} for sign in (1e-6, -1e-6))
+        assert error((run(ahead) - run(behind)) / 2e-6, tangent) < 1e-5
+    assert can_grad or kind == "recurrent"
+    assert can_vmap or kind.startswith("recurrent")
+
+
+def _unstacked(values):
+    return [{key: value[number] for key, value in values.items()} for number in range(2)]
+
+
+def test_gradients_of_each_row_by_vmap_follow_the_selection():
+    model = adapt(TinyLM(), "a", "b")
+    own = {name: numbers(model, name) for name in ("a", "b")}
+
+    def loss(values, ids):
+        return functional_call(model, values, (ids[None],)).square().mean()
+
+    for name in ("a", "b"):
+        with veneer.use(model, name):
+            rows = vmap(grad(loss), in_dims=(None, 0))(own[name], IDS)
+            for number, ids in enumerate(IDS):
+                model.zero_grad()
+                model(ids[None]).square().mean().backward()
+                for key, parameter in model.named_parameters():
+                    if key in own[name]:
+                        assert error(rows[key][number], parameter.grad) < 1e-4
+                    else:
+                        assert parameter.grad is None
+
+
+# ---- gradients off, autocast, memory formats --------------------------------------------------------------------
+
+
+@examples
+def test_inference_mode_inside_and_outside(kind, number):
+    module, args = example(kind, number)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with torch.inference_mode():
+        adapt(module, "a")
+        inside = flat(module(*args))
+        veneer.merge(module)
+        merged = flat(module(*args))
+    with torch.no_grad():
+        assert torch.equal(flat(module(*args)), merged)
+    assert error(merged, inside) < 1e-5
+    veneer.unmerge(module)
+    assert torch.equal(flat(module(*args)), inside)
+    flat(module(*args)).square().sum().backward()  # what was attached inside can be trained outside
+    for key, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == ("veneer" in key)
+    veneer.merge(module)
+    with torch.inference_mode():
+        veneer.unmerge(module)
+        assert torch.equal(flat(module(*args)), inside)
+        veneer.detach(module)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    adapt(module, "b")
+    flat(module(*args)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in veneer.Handle(module, "b").parameters())
+
+
+@examples
+def test_autocast_gives_what_merged_weights_give(kind, number):
+    module, args = example(kind, number)
+    plain = plainly(adapt(module, "a"))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        actual, expected = (_leaves(model(*args)) for model in (module, plain))
+    assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
+    assert error(flat(actual).float(), flat(expected).float()) < 2e-2
+
+
+def _leaves(tree):
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("make_model", [lambda: (TinyLM(), IDS), lambda: (ConvNet(), torch.randn(4, 3, 8, 8))])
+def test_autocast_on_whole_models(make_model):
+    model, x = make_model()
+    plain = plainly(adapt(model.eval(), "a", size=0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = model(x), plain(x)
+        actual.float().square().mean().backward()
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert error(actual.float(), expected.float()) < 3e-2
+    assert all(p.grad.dtype == p.dtype for p in veneer.Handle(model, "a").parameters())
+
+
+IMAGES = [example for example in EXAMPLES if example[0] in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")]
+
+
+@pytest.mark.parametrize(("kind", "number"), IMAGES)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_channels_last_stays_channels_last(kind, number, variant, weights):
+    module, (x,) = example(kind, number)
+    memory = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    adapt(module, "a", config=veneer.LoraConfig(rank=2, variant=variant, targets="all"))
+    with torch.no_grad():
+        expected = module(x)
+        plain = plainly(module)
+        if weights:
+            module, plain = module.to(memory_format=memory), plain.to(memory_format=memory)
+        y, wanted = (model(x.contiguous(memory_format=memory)) for model in (module, plain))
+        assert error(y, expected) < 1e-5
+        assert y.is_contiguous(memory_format=memory) == wanted.is_contiguous(memory_format=memory)
+        weight = weight_of(module, "weight")
+        strides = weight.stride()
+        veneer.merge(module)
+        assert weight.stride() == strides
+        veneer.unmerge(module)
+        assert weight.stride() == strides
+
+
+# ---- devices, dtypes, copies ------------------------------------------------------------------------------------
+
+
+@examples
+def test_a_meta_model_that_gets_its_numbers_later(kind, number):
+    real, args = example(kind, number)
+    plain = copy.deepcopy(real)
+    adapt(real, "a", "b")
+    for assign in (False, True):
+        other = copy.deepcopy(plain).to("meta")
+        for name in ("a", "b"):
+            veneer.attach(other, ALL, name)
+        assert {tensor.device.type for tensor in other.state_dict().values()} == {"meta"}
+        if not assign:
+            other.to_empty(device="cpu")
+        other.load_state_dict(real.state_dict(), assign=assign)
+        for name in ("a", "b", None):
+            with veneer.use(real, name), veneer.use(other, name):
+                assert torch.equal(flat(other(*args)), flat(real(*args)))
+
+
+@kinds
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "pissa"])
+def test_the_default_device_does_not_decide_where_an_adapter_lives(kind, variant):
+    outputs = []
+    for device in ("cpu", "meta"):
+        module, args = example(kind)
+        torch.manual_seed(1)
+        with torch.device(device):
+            veneer.attach(module, veneer.LoraConfig(rank=2, targets="all", variant=variant))
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"cpu"}
+        randomise(veneer.Handle(module, "default"))
+        with torch.device(device):
+            outputs.append(flat(module(*args)))
+            veneer.merge(module)
+            veneer.unmerge(module)
+    assert torch.equal(*outputs)
+
+
+def test_128_adapters_are_copied_once_and_for_themselves(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    names = [f"a{number}" for number in range(128)]
+    adapt(model, *names, config=veneer.LoraConfig(rank=4))
+    x = torch.randn(3, 512)
+
+    def outputs(of):
+        return [selected(of, name, x) for name in ("a0", "a77", "a127", None)]
+
+    expected = outputs(model)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    torch.save(model, tmp_path / "model.pt")
+    pickled = pickle.dumps(model)
+    copied = copy.deepcopy(model)
+    assert (tmp_path / "model.pt").stat().st_size < 1.1 * size
+    assert len(pickled) < 1.1 * size
+    tensors = {t.data_ptr(): t.untyped_storage().nbytes() for t in _tensors(copied)}
+    assert sum(tensors.values()) < 1.1 * size
+    for other in (copied, pickle.loads(pickled), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert all(torch.equal(*pair) for pair in zip(outputs(other), expected, strict=True))
+        for parameter in veneer.Handle(other, "a77").parameters():
+            parameter.data.add_(1)
+        assert not torch.equal(selected(other, "a77", x), expected[1])
+        assert torch.equal(selected(other, "a127", x), expected[2])
+        veneer.merge(other, "a0")
+        veneer.unmerge(other)
+        veneer.detach(other, "a0")
+        assert all(torch.equal(*pair) for pair in zip(outputs(model), expected, strict=True))
+
+
+def _tensors(model):
+    for module in model.modules():
+        for value in module.__dict__.values():
+            yield from _leaves(value)
+
+
+@kinds
+def test_moving_casting_and_freezing_a_model(kind):
+    module, args = example(kind)
+    adapt(module, "a", "b")
+    veneer.detach(module, "b")
+    exact = flat(module(*args))
+    for dtype in (torch.bfloat16, torch.float64):
+        other = copy.deepcopy(module).to(dtype)
+        assert {p.dtype for p in other.parameters()} == {dtype}
+        y = other(*cast(args, dtype))
+        assert {leaf.dtype for leaf in pytree.tree_leaves(y) if leaf.is_floating_point()} == {dtype}
+        assert error(flat(y), exact) < (0.05 if dtype == torch.bfloat16 else 1e-5)
+        veneer.merge(other)
+        veneer.unmerge(other)
+    assert {p.dtype for p in copy.deepcopy(module).half().parameters()} == {torch.float16}
+    away = copy.deepcopy(module).to("meta")
+    assert pytree.tree_leaves(away(*pytree.tree_map(_away, args)))[0].device.type == "meta"
+    module.requires_grad_(False)
+    assert torch.equal(flat(module(*args)), exact)
+    assert not flat(module(*args)).requires_grad
+    module.share_memory()
+    assert all(tensor.is_shared() for tensor in module.state_dict().values())
+    assert torch.equal(flat(module(*args)), exact)
+
+
+def _away(leaf):
+    return leaf.to("meta") if isinstance(leaf, (torch.Tensor, PackedSequence)) else leaf
+
+
+def test_state_dicts_vectors_and_averages():
+    model = TinyLM(tied=True)
+    checkpoint = {key: value.clone() for key, value in model.state_dict().items()}
+    adapt(model, "a", "b")
+    assert [key for key in model.state_dict() if "veneer" not in key] == list(checkpoint)
+    with pytest.raises(RuntimeError, match=r"Missing key.*veneer"):
+        model.load_state_dict(checkpoint)  # a whole state has the adapters too
+    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
+    assert all("veneer" in key for key in missing)
+    assert not unexpected
+    handle = veneer.Handle(model, "a")
+    vector = nn.utils.parameters_to_vector(handle.parameters())
+    before = selected(model, "a", IDS)
+    nn.utils.vector_to_parameters(vector * 2, handle.parameters())
+    assert error(selected(model, "a", IDS), before) > 1e-3
+    nn.utils.vector_to_parameters(vector, handle.parameters())
+    assert torch.equal(selected(model, "a", IDS), before)
+
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)  # the first one copies
+    nn.utils.vector_to_parameters(vector * 2, handle.parameters())
+    average.update_parameters(model)
+    nn.utils.vector_to_parameters(vector * 1.5, handle.parameters())
+    assert error(selected(average, "a", IDS), selected(model, "a", IDS)) < 1e-6
+    assert error(selected(average, None, IDS), selected(model, None, IDS)) < 1e-6
+
+
+# ---- activation checkpointing, threads, tasks -------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, on what it turns off while checkpointing
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("selection", ["b", ["b", None, "b"]], ids=str)
+def test_gradient_checkpointing_of_a_llama(reentrant, selection):
+    model = tiny_model().train()
+    ids = torch.arange(24).view(3, 8)
+    adapt(model, "a", "b", config=veneer.LoraConfig(rank=2, dropout=0.2 if selection == "b" else 0))
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(3)
+        with veneer.use(model, selection):
+            model(input_ids=ids, labels=ids).loss.backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert set(expected) == set(numbers(model, "b"))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    actual = gradients()
+    assert set(actual) == set(expected)
+    assert all(error(actual[key], value) < 1e-5 for key, value in expected.items())
+
+
+def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
+    model = adapt(Stack().eval(), "a", "b")
+    expected = {name: selected(model, name, IDS) for name in ("a", "b")}
+    assert error(expected["a"], expected["b"]) > 1e-3
+    wrong, raised, changes, done = [], [], [], threading.Event()
+
+    def guarded(function):
+        def run(*args):
+            try:
+                function(*args)
+            except Exception as error:  # a thread's exception would be lost
+                raised.append(error)
+
+        return run
+
+    def call(name):
+        for _ in range(1000):
+            if not torch.equal(selected(model, name, IDS), expected[name]):
+                wrong.append(name)
+
+    def change():
+        while not done.is_set():
+            name = f"c{len(changes)}"
+            adapt(model, name)
+            veneer.save(model, tmp_path / "c", name=name, overwrite=True)
+            veneer.detach(model, name)
+            changes.append(name)
+
+    async def task(name):
+        for _ in range(1000):
+            with veneer.use(model, name):
+                await asyncio.sleep(0)
+                if not torch.equal(model(IDS), expected[name]):
+                    wrong.append(name)
+
+    async def both():
+        await asyncio.gather(task("a"), task("b"))
+
+    @torch.no_grad()  # around both tasks: torch keeps it for the thread, not for a task
+    def tasks():
+        asyncio.run(both())
+
+    other = threading.Thread(target=guarded(change))
+    other.start()
+    threads = [threading.Thread(target=guarded(call), args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    guarded(tasks)()
+    done.set()
+    other.join()
+    assert not raised
+    assert not wrong
+    assert len(changes) > 2
+
+
+# ---- hooks, and modules that are called more than once ----------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # for an input of indices
+@examples
+def test_hooks_fire_once_a_call(kind, number):
+    module, args = example(kind, number)
+    fired = []
+
+    def watch(moment):
+        module.register_forward_pre_hook(lambda *_: fired.append(f"pre {moment}"))
+        module.register_forward_hook(lambda *_: fired.append(f"forward {moment}"))
+        if not isinstance(args[0], PackedSequence):
+            module.register_full_backward_hook(lambda *_: fired.append(f"backward {moment}"))
+
+    watch("before")
+    adapt(module, "a", "b")
+    watch("after")
+    count = 4 if isinstance(args[0], PackedSequence) else 6
+    for name in ("a", None):
+        fired.clear()
+        with veneer.use(module, name):
+            y = flat(module(*pytree.tree_map(_leaf, args)))
+            if y.requires_grad:
+                y.sum().backward()
+        assert len(fired) == len(set(fired)) == (count if y.requires_grad else 4)
+    veneer.detach(module)
+    fired.clear()
+    module(*args)
+    assert sorted(fired) == ["forward after", "forward before", "pre after", "pre before"]
+
+
+def _leaf(leaf):
+    floats = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.clone().requires_grad_() if floats else leaf
+
+
+class Twice(nn.Module):
+    """One module under two names, called twice."""
+
+    def __init__(self, module) -> None:
+        super().__init__()
+        self.one = self.two = module
+
+    def forward(self, *args):
+        return torch.cat([flat(self.one(*args)), flat(self.two(*_scaled(args))).square()])
+
+
+def _scaled(args):
+    return cast(pytree.tree_map(lambda x: x * 0.5 if _is_float(x) else x, args), torch.float64)
+
+
+def _is_float(leaf):
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+@examples
+def test_the_gradient_of_a_module_that_is_called_twice_is_the_sum(kind, number):
+    module, args = example(kind, number, torch.float64)
+    model = adapt(Twice(module), "a")
+    own = numbers(model)
+    model(*args).sum().backward()
+    actual = {key: p.grad for key, p in model.named_parameters() if key in own}
+    model.zero_grad()
+    for part in (flat(model.one(*args)), flat(model.two(*_scaled(args))).square()):
+        part.sum().backward()  # accumulates
+    assert set(actual) == set(own)
+    assert all(error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in own)
+
+
+def albert():
+    from transformers import AlbertConfig, AlbertModel
+
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    return AlbertModel(AlbertConfig(vocab_size=17, num_hidden_layers=3, max_position_embeddings=16, **sizes)).eval()
+
+
+@pytest.mark.parametrize("make_model", [albert, Shared])
+def test_shared_layers_against_autograd_through_the_changed_weights(make_model):
+    model = make_model().double()
+    x = torch.randn(3, 6, dtype=torch.float64) if isinstance(model, Shared) else IDS
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        base = flat(model(x))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    flat(model(x)).square().sum().backward()
+    weights = {path: dict(plain.named_parameters())[path].detach() for path in handle.changes}
+    leaves = {path: (c.A.detach().clone().requires_grad_(), c.B.detach().clone().requires_grad_(), c.scale)
+              for path, c in handle.changes.items()}  # fmt: skip
+    values = {path: weights[path] + scale * B[0] @ A[0] for path, (A, B, scale) in leaves.items()}
+    y = flat(functional_call(plain, values, (x,)))
+    assert error(y, base) > 1e-3
+    y.square().sum().backward()
+    for path, change in handle.changes.items():
+        assert error(change.A.grad, leaves[path][0].grad) < 1e-10
+        assert error(change.B.grad, leaves[path][1].grad) < 1e-10
