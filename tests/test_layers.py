@@ -9,6 +9,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 import veneer
@@ -51,8 +52,10 @@ def make(kind: str, number: int, dtype: torch.dtype):
     return module.to(dtype).eval(), cast(args, dtype)
 
 
-def attached(module, variant="lora", rank=2, **fields):
-    handle = veneer.attach(module, veneer.LoraConfig(rank=rank, targets="all", variant=variant, alpha=3, **fields))
+def attached(module, variant="lora", rank=2, name="default", **fields):
+    handle = veneer.attach(
+        module, veneer.LoraConfig(rank=rank, targets="all", variant=variant, alpha=3, **fields), name
+    )
     randomise(handle)
     return handle
 
@@ -369,3 +372,29 @@ def test_telling_inputs_draws_no_random_number_and_changes_nothing():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(flat(module(*args)), before)
     assert module.__dict__ == kept
+
+
+@pytest.mark.parametrize("lengths", [[4, 2, 1], [2, 4, 1, 4], [3, 3]])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rows_of_a_packed_batch_use_their_own_adapters(lengths, batch_first):
+    module = nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=batch_first).double()
+    padded = torch.randn(max(lengths), len(lengths), 5, dtype=torch.float64)
+    ordered = lengths == sorted(lengths, reverse=True)
+    x = pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=ordered)
+    states = tuple(torch.randn(4, len(lengths), 4, dtype=torch.float64) for _ in range(2))
+    attached(module, name="a")
+    attached(module, name="b")
+    names = ["a", None, "b", "a"][: len(lengths)]
+    with torch.no_grad(), veneer.use(module, names):
+        y, hidden = module(x, states)
+    for row, name in enumerate(names):
+        with torch.no_grad(), veneer.use(module, name):
+            whole, (h, c) = module(x, states)
+        found, expected = pad_packed_sequence(y)[0][:, row], pad_packed_sequence(whole)[0][:, row]
+        assert error(found, expected) < 1e-12
+        assert error(hidden[0][:, row], h[:, row]) < 1e-12
+        assert error(hidden[1][:, row], c[:, row]) < 1e-12
+    assert torch.equal(y.batch_sizes, x.batch_sizes)
+    assert (y.sorted_indices is None) == (x.sorted_indices is None)
+    if y.sorted_indices is not None:
+        assert torch.equal(y.sorted_indices, x.sorted_indices)

@@ -47,7 +47,7 @@ class EmbeddingBag(Layer):
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a maximum, the rows alone.
-        ids, offsets, weights = (*args, None, None)[:3]
+        ids, (offsets, weights) = args[0], (*args[1:], None, None)[:2]
         identity = torch.eye(module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device)
         if module.mode == "max":
             return identity[ids.reshape(1, -1)]

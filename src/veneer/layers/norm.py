@@ -31,7 +31,7 @@ class Norm(Layer):
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         yield nn.LayerNorm(6), randn(3, 6)
-        yield nn.LayerNorm((2, 6), bias=False), randn(3, 2, 6)
+        yield nn.LayerNorm([2, 6], bias=False), randn(3, 2, 6)
         yield nn.RMSNorm(6), randn(3, 6)
         yield nn.GroupNorm(2, 6), randn(3, 6, 4)
         yield nn.BatchNorm1d(6), randn(5, 6)

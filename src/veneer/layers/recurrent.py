@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, randn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from veneer.layers._base import Layer, joined, register
 
@@ -36,9 +36,15 @@ class Recurrent(Layer):
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         x, states = given["input"], given.get("hx")
         axis = 0 if module.batch_first else 1
-        if isinstance(x, PackedSequence) or x.dim() != 3 or x.shape[axis] != count:
+        if isinstance(x, PackedSequence):
+            padded, lengths = pad_packed_sequence(x)  # [time, batch, in]
+            if len(lengths) != count:
+                raise LookupError
+            x = _packed(padded.index_select(1, rows.to(padded.device)), lengths[rows])
+        elif x.dim() != 3 or x.shape[axis] != count:
             raise LookupError
-        x = x.index_select(axis, rows.to(x.device))
+        else:
+            x = x.index_select(axis, rows.to(x.device))
         if isinstance(states, tuple):
             states = tuple(state.index_select(1, rows.to(state.device)) for state in states)
         elif states is not None:
@@ -46,6 +52,13 @@ class Recurrent(Layer):
         return (x, states), {}
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
+        if isinstance(outputs[0][0], PackedSequence):
+            sequences, states = zip(*outputs, strict=True)
+            padded, lengths = zip(*map(pad_packed_sequence, sequences), strict=True)
+            longest = max(len(y) for y in padded)
+            whole = torch.cat([nn.functional.pad(y, (0, 0, 0, 0, 0, longest - len(y))) for y in padded], dim=1)
+            y = _packed(whole.index_select(1, order.to(whole.device)), torch.cat(lengths)[order])
+            return y, joined(list(states), order, lambda _: 1)
         return joined(outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1)
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
@@ -56,6 +69,12 @@ class Recurrent(Layer):
         yield nn.GRU(5, 4, num_layers=2, bidirectional=True), (x, randn(4, 3, 4))
         yield nn.RNN(5, 4, nonlinearity="relu"), x
         yield nn.GRU(5, 4), (pack_padded_sequence(x, torch.tensor([4, 2, 1])),)
+
+
+def _packed(padded: Tensor, lengths: Tensor) -> PackedSequence:
+    """Sequences [time, batch, width] packed as torch would: in their order if that is by length, else with the indices
+    that sort them."""
+    return pack_padded_sequence(padded, lengths, enforce_sorted=bool((lengths[1:] <= lengths[:-1]).all()))
 
 
 @register
