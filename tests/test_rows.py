@@ -134,7 +134,7 @@ def test_generation_with_an_adapter_for_each_row():
     ("module", "args"),
     [
         (nn.Linear(4, 4), (torch.randn(6, 4),)),
-        (nn.GRU(5, 4), (nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([4, 2, 1])),)),
+        (nn.GRU(5, 4), (nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 5), torch.tensor([4, 2])),)),
         (nn.LSTM(5, 4), (torch.randn(3, 2, 5),)),
         (nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
         (nn.EmbeddingBag(9, 5), (torch.arange(6), torch.tensor([0, 2]))),
@@ -147,6 +147,42 @@ def test_rows_that_cannot_be_told_are_an_error(module, args):
     with pytest.raises(SelectionError, match="do not hold the 3 rows"), veneer.use(module, ["a", "b", None]):
         module(*args)
     assert torch.equal(flat(selected(module, "a", *args)), flat(before))
+
+
+class TimeFirst(nn.Module):
+    """Says nowhere but in its GRU that its second axis counts the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0])
+
+
+def layer(**options):
+    return nn.TransformerEncoderLayer(8, 2, 12, dropout=0, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        (TimeFirst(), (torch.randn(3, 3, 4),)),
+        (layer(), (torch.randn(3, 3, 8),)),
+        (nn.TransformerDecoderLayer(8, 2, 12), (torch.randn(3, 3, 8), torch.randn(3, 3, 8))),
+        (layer(batch_first=True), (torch.randn(3, 3, 8), torch.ones(3, 3).triu(1).bool())),
+    ],
+    ids=["recurrent", "encoder", "decoder", "mask"],
+)
+def test_rows_along_either_of_two_axes_are_an_error(module, args):
+    adapt(module, "a", "b")
+    names = ["a", "b", None]
+    with pytest.raises(SelectionError, match="3 along two axes"), veneer.use(module, names):
+        module(*args)
+    if isinstance(module, nn.TransformerEncoderLayer) and module.self_attn.batch_first:
+        with veneer.use(module, names):
+            y = module(args[0])
+        assert all(error(y[row], selected(module, name, args[0])[row]) < 1e-5 for row, name in enumerate(names))
 
 
 def test_what_mixed_rows_need_of_the_names():

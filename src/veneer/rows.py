@@ -14,19 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.adapted import BASE, Group, Selected, Site, detached, own_class
+from veneer.adapted import BASE, Group, Selected, Site, detached, own_class, walk
 from veneer.errors import SelectionError, sentence
-from veneer.layers import LAYERS
+from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
 
 class _Parts(Mapping[int, Any]):
     """The part at a site: that of each distinct adapter, for its rows."""
 
-    def __init__(self, uid: str, selections: Sequence[Selected], rows: Sequence[Tensor], count: int) -> None:
-        self.uid, self.selections, self.rows, self.count = uid, selections, rows, count
+    def __init__(
+        self, uid: str, selections: Sequence[Selected], rows: Sequence[Tensor], count: int, time_first: bool
+    ) -> None:
+        self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
         self.order = torch.cat(list(rows)).argsort()
 
     def __getitem__(self, key: int) -> Any:
@@ -63,6 +66,10 @@ class _ByRows:
     def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
         whole, kind = self.whole, site.layer or LAYERS[GENERAL]
         alone = all(child is site for child in module._modules.values())  # nothing below would ask what is selected
+        if type(kind).take is Layer.take and self._unclear((args, kwargs), alone):
+            found = f"a {own_class(module).__name__} with {whole.count} along two axes, of which either may be the rows"
+            do = "use another length or another number of rows, or run each adapter on its rows alone"
+            raise SelectionError(sentence(found, f"{whole.count} rows along the leading axis", do))
         outputs = []
         for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
             try:
@@ -78,8 +85,21 @@ class _ByRows:
                 )
         return kind.put(module, outputs, whole.order)
 
+    def _unclear(self, inputs: Any, alone: bool) -> bool:
+        """Whether two axes of an input count the rows, where the leading one need not: in a model that puts time
+        first, and in a mask of [time, time] beside the input of a module that runs others."""
+        square = (self.whole.count, self.whole.count)
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        for leaf in leaves:
+            if leaf.shape[:2] == square:
+                indices = not leaf.is_floating_point() and leaf.dtype != torch.bool
+                flat = leaf.dim() == 2 and not indices
+                if (not alone and len(leaves) > 1) if flat else self.whole.time_first:
+                    return True
+        return False
 
-def by_rows(group: Group, names: Sequence[str | None]) -> Selected:
+
+def by_rows(model: nn.Module, group: Group, names: Sequence[str | None]) -> Selected:
     """A selection that uses ``names[i]`` for row i."""
     distinct = list(dict.fromkeys(names))
     if not distinct:
@@ -88,4 +108,5 @@ def by_rows(group: Group, names: Sequence[str | None]) -> Selected:
     if len(distinct) == 1:
         return selections[0]
     rows = [torch.tensor([i for i, name in enumerate(names) if name == own], device="cpu") for own in distinct]
-    return Selected(None, _Parts(group.uid, selections, rows, len(names)))
+    time_first = any(getattr(module, "batch_first", True) is False for _, module in walk(model))
+    return Selected(None, _Parts(group.uid, selections, rows, len(names), time_first))

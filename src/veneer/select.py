@@ -15,7 +15,7 @@ from torch import nn
 
 from veneer import context
 from veneer.adapted import BASE
-from veneer.attach import need_group
+from veneer.attach import need_group, unwrap
 from veneer.rows import by_rows
 
 
@@ -38,7 +38,7 @@ class use:
         else:
             for one in name:
                 need_group(model, one)
-            self._selected = by_rows(group, name)
+            self._selected = by_rows(unwrap(model), group, name)
         self._tokens: list[Any] = []
         self._entered = False
 
