@@ -3,6 +3,7 @@ not load."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,13 +21,19 @@ from torch import nn
 
 import veneer
 from models import IDS, ConvNet, TinyLM
-from toys import error, randomise
-from veneer.artefact import _hash_record
+from test_bases import LIBRARIES, x_dtype
+from toys import bits, error, evidence, flat, randomise
+from veneer.adapted import weight_of
+from veneer.artefact import NUMBERS, _hash_record
+from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError, OutputExistsError, TargetError
 from veneer.layers import LAYERS
+from veneer.layers.parameter import Experts
 from veneer.variants import VARIANTS
 
 TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "veneer.json"
+#: the variants of which PEFT's file holds all numbers
+PLAIN = {"lora", "rslora", "dora", "orthogonal", "eva"}
 
 
 def fresh(tied=False, dtype=torch.float32, seed=7):
@@ -45,52 +53,226 @@ def saved(tmp_path):
         return path, model(IDS)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None])
+def numbers(handle) -> dict:
+    """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is no part of it."""
+    found = {}
+    for path, change in handle.changes.items():
+        for name, value in change.numbers.items():
+            value = value.detach().clone()
+            if name == "A" and change.still is not None:
+                value[..., change.still] = 0
+            found[f"{path}.{name}"] = value
+    for path, part in handle.layers.items():
+        found |= {f"{path}.{name}": value.detach().clone() for name, value in part.full.state_dict().items()}
+    return found
+
+
+def same(one: dict, other: dict) -> None:
+    """Assert that tensors by name are equal to the bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(value, other[name]), name
+
+
+def comes_back(handle, folder, args) -> None:
+    """Assert that what is saved loads on the same base to the same numbers and outputs, and saves to the same bytes."""
+    model = handle.model.eval()
+    with torch.no_grad():
+        expected, kept, base = flat(model(*args)), numbers(handle), bits(model)
+        path = handle.save(folder / "adapter")
+        changes = {at: (c.rank, c.alpha, c.dropout, c.rows) for at, c in handle.changes.items()}
+        config = handle.config
+        handle.detach()
+        assert error(flat(copy.deepcopy(model)(*args)), expected) > 1e-3  # a forward may change weights (max_norm)
+        loaded = veneer.load(model, path, name="again")
+        same(numbers(loaded), kept)
+        assert torch.equal(flat(model(*args)), expected)
+    assert str({at: (c.rank, c.alpha, c.dropout, c.rows) for at, c in loaded.changes.items()}) == str(changes)
+    assert loaded.config == config
+    again = loaded.save(folder / "again")
+    for file in (CONFIG, RECORD):  # the header of the tensors holds the same record; the order of its entries varies
+        assert (again / file).read_bytes() == (path / file).read_bytes()
+    loaded.detach()
+    same(bits(model), base)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_of_a_language_model(tmp_path, variant, tied, dtype):
-    model = fresh(tied, dtype)
     config = veneer.LoraConfig(
         rank=2, alpha=3, targets="all", variant=variant, dropout=0.1, ranks={"mlp.up": 4}, alphas={"k_proj": 9}
     )
-    handle = veneer.attach(model.eval(), config)
+    handle = veneer.attach(fresh(tied, dtype).eval(), config)
     randomise(handle)
-    path = handle.save(tmp_path / "adapter")
-    other = fresh(tied, dtype).eval()
-    loaded = veneer.load(other, path, name="other")
-    assert torch.equal(other(IDS), model(IDS))
-    assert loaded.config == handle.config
-    assert [p.requires_grad for p in loaded.parameters()] == [False] * len(loaded.parameters())
-    assert not any(p.requires_grad for p in other.parameters())
-    assert {k: (v.rank, v.alpha, v.dropout) for k, v in loaded.layers.items()} == {
-        k: (v.rank, v.alpha, v.dropout) for k, v in handle.layers.items()
-    }
-    again = loaded.save(tmp_path / "again")
-    for file in (CONFIG, RECORD):  # the header of the tensors holds the same record; the order of its entries varies
-        assert (again / file).read_bytes() == (path / file).read_bytes()
-    assert veneer.load(fresh(tied, dtype), path, trainable=True).parameters()[0].requires_grad
+    assert len(handle.changes) == 13 + (not tied)
+    comes_back(handle, tmp_path, [IDS])
 
 
-@pytest.mark.parametrize("kind", LAYERS.names())
-def test_round_trip_of_every_layer_kind(tmp_path, kind):
+def test_a_loaded_adapter_trains_only_on_request(saved):
+    path, _ = saved
+    model = fresh()
+    handle = veneer.load(model, path)
+    assert handle.parameters()
+    assert not any(p.requires_grad for p in model.parameters())
+    model = fresh()
+    handle = veneer.load(model, path, trainable=True)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in handle.parameters()}
+
+
+def kinds():
     import transformers.pytorch_utils  # noqa: F401
 
-    for number, (module, x) in enumerate(LAYERS[kind].examples()):
-        model = nn.Sequential(module)
-        rank = min(2, LAYERS[kind].dims(module).max_rank)
-        bare = {name: value.clone() for name, value in model.state_dict().items()}
-        handle = veneer.attach(model, veneer.LoraConfig(rank=rank, targets="all"))
-        randomise(handle)
-        expected = model(x)
-        path = handle.save(tmp_path / f"{number}")
-        norms = {name: low.norm() for name, low in veneer.adapter.read(path).layers.items()}
-        (part,) = handle.layers.values()
-        weight = module._parameters[LAYERS[kind].weight]
-        assert norms == {"0": pytest.approx(part.resolve(weight)[0].norm(), rel=1e-5)}
-        handle.detach()
-        model.load_state_dict(bare)
-        veneer.load(model, path)
-        assert torch.equal(model(x), expected)
+    for kind in LAYERS:
+        for number, (module, args) in enumerate(kind.examples()):
+            yield pytest.param(module, args, id=f"{kind.name}-{number}")
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("module", "args"), list(kinds()))
+def test_round_trip_of_every_layer_kind(tmp_path, module, args):
+    torch.manual_seed(2)
+    args = args if isinstance(args, tuple) else (args,)
+    model = nn.Sequential(module) if len(args) == 1 else module  # as a child, or as the model itself
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle)
+    comes_back(handle, tmp_path, args)
+    layers, below = veneer.adapter.read(tmp_path / "adapter").layers, "0." if len(args) == 1 else ""
+    handle = veneer.load(model, tmp_path / "adapter")
+    assert {at.removeprefix(below) for at in layers} <= {"", "0", "out_proj", *dict(module.named_parameters())}
+    assert sorted(low.norm() for low in layers.values()) == pytest.approx(
+        sorted(
+            change.resolve(weight_of(model.get_submodule(at.rpartition(".")[0]), at.rpartition(".")[2]))[0].norm()
+            for at, change in handle.changes.items()
+        ),
+        rel=1e-5,
+    )
+
+
+class Small(nn.Module):
+    """A linear and a convolutional layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 6, 3, groups=2, padding=1), nn.Linear(6, 9)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((-2, -1)))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS.names())
+def test_round_trip_of_every_variant(tmp_path, variant, dtype):
+    torch.manual_seed(3)
+    model, x = Small(), torch.randn(5, 2, 4, 4)
+    config = veneer.LoraConfig(rank=2, alpha=3, targets="all", variant=variant, ranks={"linear": 4}, dtype=dtype)
+    handle = veneer.attach(model, config, **evidence(model, variant, (x,)))
+    randomise(handle)
+    if VARIANTS[variant].peft is None:
+        with pytest.raises(AdapterError, match=f"variant '{variant}'"):
+            handle.save(tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+        return
+    if variant == "adalora":
+        handle.changes["linear.weight"].mask[0, 1] = 0
+    comes_back(handle, tmp_path, [x])
+    assert (tmp_path / "adapter" / NUMBERS).exists() == (variant not in PLAIN)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values in one matrix, a head tied to the embedding, parameters on the model itself, in a list
+    and in a stack, and an attention of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 7, 8))
+        self.tables = nn.ParameterList([torch.randn(8, 8) / 3, torch.randn(8, 8) / 3])
+        self.embed = nn.Embedding(11, 8, padding_idx=2)
+        self.qkv = nn.Linear(8, 24)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = Experts(3, 8, 8)
+        self.second = Experts(3, 8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.position
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        x = self.attention(x, x, x)[0] @ self.tables[0] + x @ self.tables[1]
+        x = self.second(self.experts(x[:, :3].transpose(0, 1))).transpose(0, 1)
+        return self.head(self.norm(x))
+
+
+FUSED_IDS = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(0))
+FUSED = {
+    "q and v rows": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}},
+    "rows of a range": {"targets": ["qkv", "attention"], "slices": {"qkv": [(3, 9)], "in_proj_weight": [(0, 8)]}},
+    "q and v rows of DoRA": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "dora"},
+    "q and v rows of LoHa": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "loha"},
+    "q and v rows of PiSSA": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "pissa"},
+    "train_also": {"targets": ["qkv"], "train_also": ["norm", "attention"]},
+    "bias of targets": {"targets": ["qkv", "attention"], "bias": "targets"},
+    "every bias": {"targets": ["qkv"], "bias": "all"},
+    "a tie": {"targets": ["head"]},
+    "a tie of DoRA": {"targets": ["embed"], "variant": "dora"},
+    "a tie of VeRA": {"targets": ["embed"], "variant": "vera"},
+    "a tie in full": {"targets": ["qkv"], "train_also": ["head"]},
+    "on the root": {"targets": ["position"]},
+    "in a list": {"targets": ["tables.0", "tables.1"], "ranks": {"tables.1": 3}},
+    "a stack of experts": {"targets": ["experts", "second.proj"], "alphas": {"second.proj": 5}},
+    "attention": {"targets": ["attention"], "ranks": {"out_proj": 3}, "alphas": {"out_proj": 7}},
+    "attention's out-projection": {"targets": ["attention.out_proj"]},
+    "everything": {"targets": "all", "bias": "all"},
+    "everything by DoRA": {"targets": "all", "variant": "dora"},
+    "norms alone": {"targets": ["norm"]},
+}
+
+
+def fused() -> Fused:
+    torch.manual_seed(4)
+    return Fused().eval()
+
+
+@pytest.mark.parametrize("fields", list(FUSED.values()), ids=list(FUSED))
+def test_round_trip_of_what_is_special(tmp_path, fields):
+    handle = veneer.attach(fused(), veneer.LoraConfig(rank=2, **fields))
+    randomise(handle)
+    comes_back(handle, tmp_path, [FUSED_IDS])
+
+
+def packed():
+    for storage in BASES:
+        for number in range(
+            len(list(storage.examples())) if all(map(find_spec, LIBRARIES.get(storage.name, ()))) else 0
+        ):
+            yield pytest.param(storage.name, number, id=f"{storage.name}-{number}")
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the libraries
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(("storage", "number"), list(packed()))
+def test_round_trip_on_every_storage(tmp_path, storage, number, variant):
+    """The fingerprint is that of the decoded weight: a copy is the same base, another weight is not."""
+
+    def base(seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(list(BASES[storage].examples())[number]).eval()
+
+    model = base()
+    x = torch.randn(3, model[0].in_features, dtype=x_dtype(model[0]))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", variant=variant))
+    randomise(handle)
+    expected, kept = model(x), numbers(handle)
+    path = handle.save(tmp_path / "adapter")
+    other = base()
+    loaded = veneer.load(other, path)
+    same(numbers(loaded), kept)
+    assert torch.equal(other(x), expected)
+    with pytest.raises(BaseMismatchError, match="1 of 1 adapted"):
+        veneer.load(base(seed=1), path)
 
 
 def test_modules_with_statistics_come_back(tmp_path):
@@ -132,7 +314,7 @@ def test_the_base_may_be_in_float32_or_bfloat16_but_not_another(tmp_path):
     other = fresh(dtype=torch.bfloat16)
     with torch.no_grad():
         other.model.layers[1].mlp["up"].weight.view(torch.int16)[3, 3] ^= 1  # one bit
-    with pytest.raises(BaseMismatchError, match=r"1 of 12 adapted layers \(model\.layers\.1\.mlp\.up\)"):
+    with pytest.raises(BaseMismatchError, match=r"1 of 12 adapted layers \(model\.layers\.1\.mlp\.up\.weight\)"):
         veneer.load(other, path)
     assert "veneer" not in str(list(other.state_dict()))
     veneer.load(other, path, verify_base=False)
@@ -280,7 +462,7 @@ def test_an_adapter_of_another_model_names_what_differs(saved, tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
-    model = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4))
     handle = veneer.attach(model, veneer.LoraConfig(rank=1))
     path = handle.save(tmp_path / "adapter")
     handle.parameters()[0].data[0, 0, 0] = float("nan")
@@ -288,11 +470,11 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
         handle.save(tmp_path / "other")
     assert not (tmp_path / "other").exists()
     tensors = load_file(path / TENSORS)
-    tensors["base_model.model.lora_A.weight"][0, 0] = float("inf")
+    tensors["base_model.model.0.lora_A.weight"][0, 0] = float("inf")
     save_file(tensors, path / TENSORS)
     (path / RECORD).unlink()
     with pytest.raises(AdapterError, match="not finite"):
-        veneer.load(nn.Linear(4, 4), path)
+        veneer.load(nn.Sequential(nn.Linear(4, 4)), path)
 
 
 def test_an_existing_folder_is_replaced_only_on_request(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -14,8 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from models import TinyLM
-from toys import error, randomise
+from test_adapter import FUSED, FUSED_IDS, fused
+from toys import error, evidence, flat, randomise
 from veneer.errors import AdapterError
+from veneer.layers import LAYERS
+from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -26,6 +30,7 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(11, 8, padding_idx=2)
+        self.pads = 2
         self.c1 = nn.Conv1d(8, 8, 3, padding=1)
         self.c2 = nn.Conv2d(1, 4, (3, 5), stride=2)
         self.c3 = nn.Conv3d(1, 2, 3, padding=1)
@@ -55,18 +60,190 @@ CONFIGS = [
     {"targets": ["q", "c1"], "train_also": ["head", "norm"]},
     {"targets": ["q", "emb"], "ranks": {"emb": 4}, "alphas": {"q": 7}},
     {"targets": ["c1", "q"], "bias": "all"},
+    {"targets": ["c1", "q"], "bias": "targets", "variant": "dora"},
+    {"targets": ["q", "c1", "gpt"], "slices": {"q": [True, False], "c1": [(1, 4)]}},
+    {"targets": ["q", "c1", "gpt"], "slices": {"q": [True, False], "c1": [(1, 4)]}, "variant": "dora"},
+    {"targets": ["norm"]},
+    {"targets": ["q"], "train_also": ["c1"], "bias": "targets"},
+    *({"targets": TARGETS, "variant": v.name, "alpha": 3} for v in VARIANTS if v.peft is not None),
 ]
+
+
+def randomised(model, args, size=0.3, **fields):
+    """A Veneer adapter on ``model`` with noise in each of its numbers."""
+    config = veneer.LoraConfig(**{"rank": 2, **fields})
+    handle = veneer.attach(model, config, **evidence(model, config.variant, args))
+    randomise(handle, size)
+    return handle
 
 
 @pytest.mark.parametrize("fields", CONFIGS, ids=str)
 def test_peft_loads_our_folder(tmp_path, fields):
     model = make()
-    handle = veneer.attach(model, veneer.LoraConfig(rank=1 if "c3" in fields["targets"] else 2, **fields))
-    randomise(handle)
+    handle = randomised(model, (IDS,), rank=1 if "c3" in fields["targets"] else 2, **fields)
     path = handle.save(tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(make(), path).eval()
     assert error(theirs(IDS), model(IDS)) < 1e-5
     assert error(theirs(IDS), make()(IDS)) > 1e-3
+
+
+def peft_agrees_or_refuses(handle, args, fresh, folder) -> bool:
+    """Assert that PEFT gives our outputs, or that the folder says why PEFT is not to load it; returns which."""
+    expected = flat(handle.model(*args))
+    path = handle.save(folder / "adapter")
+    said = json.loads((path / "adapter_config.json").read_text())["peft_type"]
+    if said == "LORA":
+        theirs = peft.PeftModel.from_pretrained(fresh(), path).eval()
+        assert error(flat(theirs(*args)), expected) < 1e-5
+        assert error(flat(fresh()(*args)), expected) > 1e-3
+    else:
+        with pytest.raises(KeyError, match="not for PEFT"):
+            peft.PeftModel.from_pretrained(fresh(), path)
+    return said == "LORA"
+
+
+#: the examples of each kind, by number, that PEFT computes as we do; those of other kinds it does not know
+SHARED = {
+    "linear": {0, 1},
+    "conv1d_transformers": {0},
+    "conv1d": {0, 1, 8},
+    "conv2d": {0, 1, 8},
+    "conv3d": {0, 1, 8, 9},
+    "embedding": {0, 1, 2, 4},
+    "attention": set(),  # PEFT doubles the out-projection
+    "parameter": {0, 1},
+    "norm": {0, 1, 2, 3, 4, 5, 6},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LAYERS.names())
+def test_peft_gives_our_outputs_or_is_told_not_to(tmp_path, kind):
+    for number, (module, args) in enumerate(LAYERS[kind].examples()):
+        args = args if isinstance(args, tuple) else (args,)
+        model = Above(module).eval()
+        bare = copy.deepcopy(model)
+        handle = randomised(model, args, targets="all")
+        agrees = peft_agrees_or_refuses(handle, args, lambda bare=bare: copy.deepcopy(bare), tmp_path / str(number))
+        assert agrees == (number in SHARED.get(kind, ())), (kind, number)
+
+
+class Above(nn.Module):
+    """A module as a child."""
+
+    def __init__(self, layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+#: what PEFT has no form for
+NOT_PEFTS = {
+    "on the root", "in a list", "everything", "everything by DoRA", "a tie of DoRA", "rows of a range",
+    "bias of targets", "attention", "attention's out-projection",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+def test_peft_gives_our_outputs_on_special_layers_or_is_told_not_to(tmp_path, name):
+    handle = randomised(fused(), (FUSED_IDS,), **FUSED[name])
+    assert peft_agrees_or_refuses(handle, (FUSED_IDS,), fused, tmp_path) == (name not in NOT_PEFTS)
+
+
+class Reads(nn.Module):
+    """Reads a weight past its module, and holds layers with forwards of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.own = nn.Embedding(11, 8), Doubled(8, 8)
+        self.same, self.scaled = Same(8, 8), Scaled(11, 8)
+
+    def forward(self, ids):
+        x = self.same(self.own(self.embed(ids))) + self.scaled(ids)
+        return F.linear(x, self.embed.weight)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class Same(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's, which PEFT knows."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, input):
+        return super().forward(input) * self.embed_scale
+
+
+def reads():
+    torch.manual_seed(6)
+    return Reads().eval()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("embed", "'the model' reads the weight itself"),
+        ("own", "Doubled has a forward of its own"),
+        ("same", None),
+        ("scaled", None),
+    ],
+)
+def test_forwards_that_pass_the_wrapper_by(tmp_path, target, words):
+    handle = randomised(reads(), (IDS,), targets=[target])
+    assert peft_agrees_or_refuses(handle, (IDS,), reads, tmp_path) == (words is None)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"]
+    assert words is None or words in said
+    theirs, path = by_peft(tmp_path / "theirs", reads(), target_modules=[target])
+    if words is None:
+        agrees(theirs, path, reads(), IDS)
+    else:
+        with pytest.raises(AdapterError, match=words):
+            veneer.load(reads(), path)
+
+
+def by_peft(folder, model, size=0.3, **fields):
+    """(a PEFT model with noise in each of its numbers, the folder that it was saved in)."""
+    torch.manual_seed(5)
+    pads = getattr(model, "pads", None)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * size)
+            if pads is not None and 11 in parameter.shape:  # one row or column for each token
+                parameter.data.select(
+                    parameter.shape.index(11), pads
+                ).zero_()  # PEFT does not keep the padding row at rest
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def agrees(theirs, path, model, *args):
+    """Assert that the folder of PEFT gives its outputs, and so does what we save of it."""
+    base = flat(model(*args))
+    expected = flat(theirs(*args))
+    with pytest.warns(veneer.UnverifiedAdapter, match="carries no fingerprint"):
+        handle = veneer.load(model, path)
+    assert error(flat(model(*args)), expected) < 1e-5
+    assert error(expected, base) > 1e-3
+    ours = handle.save(path.parent / "ours")
+    handle.detach()
+    handle = veneer.load(model, ours)
+    assert error(flat(model(*args)), expected) < 1e-5
+    return handle
 
 
 @pytest.mark.parametrize(
@@ -74,32 +251,101 @@ def test_peft_loads_our_folder(tmp_path, fields):
     [
         {"target_modules": TARGETS},
         {"target_modules": TARGETS, "use_rslora": True},
+        {"target_modules": TARGETS, "use_dora": True},
         {"target_modules": ["q", "c1"], "modules_to_save": ["head"]},
         {"target_modules": r".*(emb|q)", "rank_pattern": {"emb": 4}, "alpha_pattern": {"q": 7}},
+        {"target_modules": ["q", "emb"], "rank_pattern": {"emb": 4}, "alpha_pattern": {"q": 7}, "use_rslora": True},
         {"target_modules": ["c1", "q"], "bias": "all", "modules_to_save": ["head"]},
         {"target_modules": ["q"], "bias": "lora_only"},
+        {"target_modules": ["q"], "bias": "lora_only", "use_dora": True},
+        {"target_modules": [], "target_parameters": ["q.weight", "emb.weight", "gpt.weight"]},
+        {"target_modules": ["c1"], "target_parameters": ["gpt.weight"], "rank_pattern": {"gpt.weight": 4}},
+        {"target_modules": "all-linear", "init_lora_weights": "orthogonal"},
+        {"target_modules": ["q", "gpt"], "init_lora_weights": "gaussian", "lora_dropout": 0.2},
     ],
     ids=str,
 )
 def test_we_load_pefts_folder(tmp_path, fields):
-    torch.manual_seed(5)
     small = "c3" in fields["target_modules"] and isinstance(fields["target_modules"], list)
-    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=1 if small else 2, lora_alpha=3, **fields)).eval()
-    for name, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-            if "lora_embedding_A" in name:
-                parameter.data[:, 2] = 0  # PEFT does not keep the padding row at rest
-    theirs.save_pretrained(tmp_path / "adapter")
-    model = make()
-    with pytest.warns(veneer.UnverifiedAdapter, match="carries no fingerprint"):
-        handle = veneer.load(model, tmp_path / "adapter")
-    assert error(model(IDS), theirs(IDS)) < 1e-5
-    assert error(theirs(IDS), make()(IDS)) > 1e-3
-    ours = handle.save(tmp_path / "ours")
-    handle.detach()
-    veneer.load(model, ours)
-    assert error(model(IDS), theirs(IDS)) < 1e-5
+    theirs, path = by_peft(tmp_path / "adapter", make(), r=1 if small else 2, **fields)
+    agrees(theirs, path, make(), IDS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["attention"]},
+        {"target_modules": ["attention"], "rank_pattern": {"attention": 4}, "alpha_pattern": {"attention": 9}},
+        {"target_modules": ["qkv"], "use_dora": True},
+        {"target_modules": [], "target_parameters": ["experts.proj", "experts.more", "second.proj"]},
+        {
+            "target_modules": ["qkv"],
+            "target_parameters": ["experts.more", "experts.proj"],
+            "rank_pattern": {"experts.more": 4},
+            "alpha_pattern": {"experts.proj": 5},
+        },
+        {"target_modules": [], "target_parameters": ["proj"], "modules_to_save": ["norm"]},
+        {"target_modules": [], "target_parameters": ["attention.in_proj_weight"]},
+    ],
+    ids=str,
+)
+def test_we_load_pefts_experts_and_attention(tmp_path, fields):
+    theirs, path = by_peft(tmp_path / "adapter", Experts(), **fields)
+    handle = agrees(theirs, path, Experts(), EXPERTS_X)
+    recorded = veneer.adapter.read(tmp_path / "ours").layers if "use_dora" not in fields else {}
+    assert all("base_layer" not in at for at in recorded)
+    known = dict(Experts().named_parameters()).keys() | dict(Experts().named_modules()).keys()
+    assert recorded.keys() <= known
+    assert len(recorded) == len(handle.changes) or "use_dora" in fields
+
+
+class Experts(nn.Module):
+    """Stacks of matrices, two in one module, one that lies as [E, in, out]; and an attention of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.qkv, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts, self.second = Stacked(False), Stacked(True)
+        self.eval()
+
+    def forward(self, x):
+        x = self.norm(self.qkv(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.second(self.experts(x))
+
+
+class Stacked(nn.Module):
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.proj, self.more = nn.Parameter(torch.randn(3, 6, 8) / 3), nn.Parameter(torch.randn(8, 6) / 3)
+        if is_transposed:
+            self.proj = nn.Parameter(torch.randn(3, 8, 6) / 3)
+
+    def forward(self, x):
+        stack = self.proj if self.is_transposed else self.proj.mT
+        return x + torch.einsum("nli,eio->nlo", x, stack) @ self.more.T
+
+
+EXPERTS_X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"targets": ["experts", "second"], "ranks": {"second.more": 4}, "alphas": {"experts.proj": 5}},
+        {"targets": ["experts.more", "second.proj", "in_proj_weight"]},
+        {"targets": ["in_proj_weight", "qkv"], "ranks": {"attention": 4}, "bias": "targets"},
+        {"targets": ["in_proj_weight"], "slices": {"in_proj_weight": [True, False, True]}},
+        {"targets": ["experts", "in_proj_weight"], "variant": "pissa"},
+    ],
+    ids=str,
+)
+def test_peft_loads_our_experts_and_attention(tmp_path, fields):
+    handle = randomised(Experts(), (EXPERTS_X,), **fields)
+    assert peft_agrees_or_refuses(handle, (EXPERTS_X,), Experts, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -146,11 +392,13 @@ def saved_by_peft(tmp_path, model=None, **fields):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"use_dora": True}, "use_dora=True|lora_magnitude"),
         ({"init_lora_weights": "pissa"}, "changed the base's weights"),
         ({"lora_bias": True}, "lora_bias=True|lora_B.bias"),
         ({"trainable_token_indices": {"emb": [1, 2]}}, "trainable_token_indices|token_adapter"),
-        ({"target_parameters": ["q.weight"], "target_modules": []}, "target_parameters"),
+        ({"use_dora": True, "use_rslora": True}, "use_dora, use_rslora|use_rslora, use_dora"),
+        ({"target_modules": [], "target_parameters": ["c1.weight"]}, r"those of a parameter layer"),
+        ({"target_modules": ["emb"], "init_lora_weights": False}, "a change of the padding row 2 of 'emb'"),
+        ({"kasa_config": peft.KasaConfig()}, "kasa_config"),
     ],
     ids=str,
 )

@@ -39,8 +39,7 @@ class VeneerAdapter(Adapter):
     def low_rank(self, path: str) -> LowRank:
         """The change of the layer at ``path``, as the artefact holds it."""
         with tempfile.TemporaryDirectory() as folder:
-            layers = veneer.adapter.read(self.handle.save(Path(folder) / "adapter")).layers
-        return {name.replace(".base_layer", ""): low for name, low in layers.items()}[path]  # as PEFT calls out_proj
+            return veneer.adapter.read(self.handle.save(Path(folder) / "adapter")).layers[path]
 
     def delta(self, path: str) -> Tensor:
         return self.low_rank(path).delta(torch.float64)[0]

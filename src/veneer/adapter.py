@@ -3,9 +3,10 @@ against a model and puts it in place. The folder itself is ``artefact.py``'s."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapted import Change, at_least_float32, own_class, sites, weight_of
-from veneer.artefact import Artefact, read, write
+from veneer.artefact import NUMBERS, Artefact, read, write
 from veneer.attach import (
     LowPlan,
     Plans,
@@ -36,11 +37,13 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.formats import peft
 from veneer.hashing import fingerprint
-from veneer.layers import LAYERS, kind_of
+from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
+from veneer.lowrank import LowRank
 from veneer.merge import original
-from veneer.targets import Names, Slot, expand, own_parameters
-from veneer.variants import VARIANTS
+from veneer.readers import hosts
+from veneer.targets import Names, Slot, own_parameters
+from veneer.variants import VARIANTS, Start, Variant
 
 __all__ = ["Artefact", "UnverifiedAdapter", "install_from", "read", "save"]
 
@@ -50,6 +53,28 @@ class UnverifiedAdapter(UserWarning):
     this base."""
 
 
+@dataclass(frozen=True)
+class Filed:
+    """One change as the PEFT file holds it, for one of the modules that have its weight.
+
+    ``where`` is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``),
+    ``low`` what this module reads. ``exact`` says that the file holds the very numbers of the change.
+    """
+
+    where: str
+    target: str
+    parameter: bool
+    path: str
+    module: nn.Module
+    weight: str
+    change: Change
+    low: LowRank
+    transposed: bool
+    alpha: float
+    exact: bool
+
+
+@torch.no_grad()
 def save(
     model: nn.Module,
     path: str | Path,
@@ -69,7 +94,7 @@ def save(
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
-        AdapterError: a trained number is not finite.
+        AdapterError: a trained number is not finite, or the variant has no form in such a folder.
     """
     model = unwrap(model)
     name = only_name(model, name)
@@ -77,17 +102,19 @@ def save(
     if VARIANTS[config.variant].peft is None:
         found = f"variant {config.variant!r}"
         raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
-    files = list(_filed(model, name))
+    names = Names(model)
+    filed = list(_filed(model, name))
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
-    owned = list(changes(model, name))
     weights = {
-        parameter_path(at, weight): (weight_of(module, weight), weight, change) for at, module, weight, change in owned
+        parameter_path(at, weight): (weight_of(module, weight), weight, change)
+        for at, module, weight, change in changes(model, name)
     }
+    exact = {id(entry.change): entry.exact for entry in filed}
     write(
         path,
-        _tensors(model, name, files),
-        _peft_config(model, name, config, base_name, files),
+        _tensors(model, name, filed),
+        _peft_config(names, name, config, base_name, filed),
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
@@ -98,9 +125,9 @@ def save(
         provenance=provenance or {},
         overwrite=overwrite,
         numbers={
-            f"{at}.{number}": value.detach().cpu().contiguous().clone()
+            f"{at}.{number}": _written(value)
             for at, (_, _, change) in weights.items()
-            if not _peft_has(change)
+            if not exact[id(change)]
             for number, value in change.numbers.items()
             if number not in change.variant.derived
         },
@@ -111,20 +138,31 @@ def save(
 def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool) -> None:
     """What ``veneer.load`` does: verify the folder against the model, then install it."""
     artefact = read(path)
-    names = Names(model)
+    names, config = Names(model), artefact.peft_config
     problems = [*name_problems(model, name)]
     file_of: dict[Slot, peft.PeftLayer] = {}
     for file_path, entry in artefact.low.items():
-        slot = _slot(names, file_path, artefact.peft_config)
+        slot = _slot(names, file_path, config)
         if slot is None:
-            found = f"a change of {file_path!r}, which this model lacks{nearest(file_path, names.modules)}"
-            do = "load it on the model that it was trained on"
-            problems.append(sentence(found, "the same modules", do))
-        elif _parameter_of(names, slot, artefact.peft_config):
-            rank, alpha, scale = peft.strength(artefact.peft_config, parameter_path(*slot))
-            file_of[slot] = replace(entry, rank=rank, alpha=alpha, scale=scale)
-        else:
-            file_of[slot] = entry
+            found = f"a change of {entry.at!r}, which this model lacks{nearest(entry.at, names.modules)}"
+            problems.append(sentence(found, "the same modules", "load it on the model that it was trained on"))
+            continue
+        if slot in file_of:
+            found = f"two changes of {parameter_path(*slot)!r} in {path}"
+            problems.append(sentence(found, "one", "get the whole file again"))
+        parameter = _parameter_of(names, slot, config)
+        nested = peft.attention_of(file_path) if _attention(names, slot) is not None else None
+        at = parameter_path(*slot) if parameter else file_path if nested is None else nested
+        rank, alpha, scale = peft.strength(config, at)
+        if nested is not None and artefact.record is None:
+            alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
+        file_of[slot] = replace(entry, rank=rank, alpha=alpha, scale=scale)
+        reason = _differs(names, slot, parameter, nested) if artefact.record is None else None
+        if reason is None and nested is not None and artefact.record is None:
+            reason = peft.unsure(config)
+        if reason is not None:
+            found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
+            problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
     recorded = artefact.metadata.get("changes")
     if recorded is None:
         wanted = {slot: Wish(entry.rank, entry.alpha) for slot, entry in file_of.items()}
@@ -133,11 +171,16 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     low = plan_low(names, wanted, problems)
     numbers = {entry.slot: _numbers(names, entry, file_of, artefact, problems) for entry in low}
     covered = {slot for entry in low for slot in entry.holders}
-    for slot in file_of if recorded is not None else ():
-        if slot not in covered and not problems:
-            found = f"a change of {parameter_path(*slot)!r} that the record does not know"
+    if recorded is not None:
+        known = covered | set(wanted)
+        unknown = [parameter_path(*slot) for slot in file_of if slot not in known]
+        unknown += sorted(artefact.numbers.keys() - recorded.keys())
+        if unknown:
+            found = f"changes that the record does not know: {listing(unknown)}"
             problems.append(sentence(found, "the files as they were saved", "get another copy of the folder"))
-    full = {_canonical(names, path): dict(tensors) for path, tensors in artefact.full.items()}
+    full: dict[str, dict[str, Tensor]] = {}
+    for file_path, tensors in artefact.full.items():
+        full.setdefault(_canonical(names, file_path), {}).update(tensors)
     for entry in low:
         _take_base_weight(names, entry, full, path)
     _check_full_tensors(names, full, problems)
@@ -197,35 +240,80 @@ def _parameter_of(names: Names, slot: Slot, config: Mapping[str, Any]) -> bool:
     return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
 
 
-def _filed(model: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, str, Change, bool]]:
-    """(path in a PEFT file, path, module, weight, change, read transposed) for every module that holds a changed
-    weight: a tied weight's change stands under every module that holds it, each time as that module reads it, so that
-    a library which adapts modules one by one gives the same outputs."""
-    attention = ""
+def _filed(model: nn.Module, name: str) -> Iterator[Filed]:
+    """Every change under every module that holds its weight, each time as that module reads it, so that a library
+    which adapts modules one by one gives the same outputs."""
     for path, module, site in sites(model):
         part = site.get(name)
-        if part is None:
-            continue
-        kind = site.layer or LAYERS[GENERAL]
-        if isinstance(module, nn.MultiheadAttention) and part.changes:
-            attention = path
-        for weight, change in part.changes.items():
-            where = path
-            if kind.name == GENERAL:
+        for weight, change in part.changes.items() if part is not None else ():
+            low, _ = change.resolve(weight_of(module, weight))
+            kind, where, target = _kind(module, weight), path, path
+            parameter = kind.name == GENERAL
+            if parameter:
+                target = parameter_path(path, weight)
                 # each further parameter of a module wraps the one before
-                wrapped = [w for w in own_parameters(module) if w in part.changes]
+                wrapped = [w for w in own_parameters(module) if w in part.changes and _kind(module, w) is kind]
                 inside = len(wrapped) - 1 - wrapped.index(weight)
                 where = ".".join([*([path] if path else []), *["base_layer"] * inside])
-            elif weight not in kind.weights(module) or len(kind.weights(module)) > 1:
+            elif len(kind.weights(module)) > 1:
                 where = parameter_path(path, weight)
-            elif attention and path == f"{attention}.out_proj":
-                where = f"{attention}.base_layer.out_proj"
-            yield where, path, module, weight, change, site.transposed
+            exact = set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
+            alpha = change.alpha if exact else low.scale * low.rank
+            low = low.T if site.transposed else low
+            yield Filed(where, target, parameter, path, module, weight, change, low, site.transposed, alpha, exact)
 
 
-def _peft_has(change: Change) -> bool:
-    """Whether PEFT's file holds all the numbers of a change."""
-    return set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
+def _attention(names: Names, slot: Slot) -> str | None:
+    """The path of the attention whose out-projection's weight this is, or None."""
+    above, _, last = slot[0].rpartition(".")
+    found = last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
+    return above if found else None
+
+
+def _differs(names: Names, slot: Slot, parameter: bool, nested: str | None = None) -> str | None:
+    """Why PEFT computes something else than a change of the weight gives, or None.
+
+    Args:
+        parameter: it changes the parameter, not the module.
+        nested: the attention that PEFT adapted along with this out-projection.
+    """
+    path, name = slot
+    module, kind = names.modules[path], _kind(names.modules[path], name)
+    above = [host for host, _ in hosts(names, path, name) if host != nested]
+    if above:
+        return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
+    if path == "":
+        return "PEFT cannot wrap the model itself"
+    if parameter:
+        return "its kernel reads a list of weights that PEFT leaves as it was" if _recurrent(module) else None
+    reason = peft.differs(kind.name, module)
+    if reason is None and not _plain_forward(kind, module, name):
+        reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
+    return reason
+
+
+def _recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase)
+
+
+def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
+    """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the same."""
+    base, weight = own_class(module), weight_of(module, name)
+    storage: Any = storage_of(weight)
+    if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
+        return True
+    dense = storage.dense(weight)
+    embeds = kind.name == "embedding"
+    x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
+    x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
+    try:
+        y = base.forward(module, x)
+        expected = kind.op(module, x, dense, module._parameters.get("bias"))
+        # PEFT knows of embeddings that scale what they give
+        expected = expected * getattr(module, "embed_scale", 1) if embeds else expected
+        return bool((y - expected).norm() <= 1e-2 * expected.norm())
+    except Exception:  # whatever a forward that we do not know makes of it
+        return False
 
 
 def _described(change: Change) -> dict[str, Any]:
@@ -280,29 +368,31 @@ def _take_base_weight(names: Names, entry: LowPlan, full: Mapping[str, dict[str,
             raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
 
 
-def _tensors(model: nn.Module, name: str, files) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, name: str, filed: list[Filed]) -> dict[str, Tensor]:
     """The tensors of the PEFT file."""
     tensors: dict[str, Tensor] = {}
-    for where, _, module, weight, change, transposed in files:
-        kind = _kind(module, weight)
-        held = weight_of(module, weight)
-        low, gain = change.resolve(held)
-        shape = change.storage.shape(held)
-        A, B = kind.pack(low.T if transposed else low, module, shape)
-        for suffix, tensor in zip(kind.file_keys, (A, B), strict=True):
-            tensors[peft.key(where, suffix)] = tensor.detach().cpu().contiguous().clone()
-        for number, suffix in change.variant.peft_keys.items() if gain is not None else ():
-            whole = _whole(change, held, change.numbers[number].detach())
-            tensors[peft.key(where, suffix)] = kind.pack_vector(whole, shape).cpu().contiguous().clone()
-    # what is trained in full stands below the wrappers that PEFT puts around a changed module
     deepest: dict[str, str] = {}
-    for where, path, *_ in files:
-        if peft.unnested(where)[0] == path:
-            deepest[path] = max(deepest.get(path, ""), f"{where}.base_layer".lstrip("."), key=len)
+    for entry in filed:
+        kind, change = _kind(entry.module, entry.weight), entry.change
+        held = weight_of(entry.module, entry.weight)
+        shape = change.storage.shape(held)
+        for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
+            tensors[peft.key(entry.where, suffix)] = _written(tensor)
+        for number, suffix in change.variant.peft_keys.items():
+            whole = _whole(change, held, change.numbers[number])
+            tensors[peft.key(entry.where, suffix)] = _written(kind.pack_vector(whole, shape))
+        if entry.parameter or entry.where == entry.path:
+            deepest[entry.path] = max(deepest.get(entry.path, ""), parameter_path(entry.where, "base_layer"), key=len)
     for path, _, part in adapters(model, name):
         for key, value in part.full.state_dict().items():
-            tensors[peft.key(deepest.get(path, path), key)] = value.detach().cpu().contiguous().clone()
+            # what is trained in full stands below the wrappers that PEFT puts around a changed module
+            tensors[peft.key(deepest.get(path, path), key)] = _written(value)
     return tensors
+
+
+def _written(tensor: Tensor) -> Tensor:
+    """A tensor as a file takes it: on the CPU, in memory of its own."""
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
@@ -319,56 +409,64 @@ def _kind(module: nn.Module, weight: str) -> Any:
     return kind if kind is not None and weight in kind.weights(module) else LAYERS[GENERAL]
 
 
-def _peft_config(model: nn.Module, name: str, config: LoraConfig, base_name: str | None, files) -> dict[str, Any]:
-    variant = VARIANTS[config.variant]
-    names = Names(model)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    parameters = []
-    targets = []
-    for where, path, module, weight, change, _ in files:
-        at = where
-        if peft.unnested(where)[0] == path and _kind(module, weight).name == GENERAL:
-            at = parameter_path(path, weight)
-            parameters.append(at)  # in the order in which their wrappers nest
-        else:
-            targets.append(path)
-        if _peft_has(change):
-            ranks[at], alphas[at] = change.rank, change.alpha
-        else:
-            low, _ = change.resolve(weight_of(module, weight))
-            ranks[at], alphas[at] = low.rank, low.scale * low.rank
+def _peft_config(
+    names: Names, name: str, config: LoraConfig, base_name: str | None, filed: list[Filed]
+) -> dict[str, Any]:
+    model, variant = names.model, VARIANTS[config.variant]
+    ranks = {entry.target: entry.low.rank for entry in filed}
+    alphas = {entry.target: entry.alpha for entry in filed}
+    parameters = list(dict.fromkeys(entry.target for entry in filed if entry.parameter))  # in the order of wrapping
+    targets = list(dict.fromkeys(entry.target for entry in filed if not entry.parameter))
     rank = config.rank if config.rank in ranks.values() or not ranks else max(ranks.values())
     alpha = variant.default_alpha if config.alpha is None else config.alpha
-    also = expand(names, config.train_also, "train_also", [])
-    vectors = [
-        path
-        for path, _, part in adapters(model, name)
-        if part.full._parameters.keys() - {"bias"} and not part.low._modules
-    ]
-    # PEFT adapts an attention's out-projection with it, and refuses dropout and Conv1D's flag where it has no input.
-    plain = not parameters and not any(isinstance(module, nn.MultiheadAttention) for _, _, module, *_ in files)
-    targets = [path for path in targets if not any(path == f"{other}.out_proj" for other in targets)]
-    among = [path for path in names.modules if path and (path in targets or not path.endswith(".out_proj"))]
-    kinds = {_kind(module, weight).name for _, _, module, weight, _, _ in files}
+    # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
+    plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in filed)
+    kinds = {_kind(entry.module, entry.weight).name for entry in filed}
     return {
-        "peft_type": "LORA",
+        "peft_type": _peft_type(names, filed),
         "task_type": _task(model),
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout if plain else 0.0,
-        "target_modules": peft.targets_for(targets, among),
+        "target_modules": peft.targets_for(targets, filter(None, names.modules)) if filed else peft.NO_TARGETS,
         **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": peft.patterns_for(ranks, rank),
         "alpha_pattern": peft.patterns_for(alphas, alpha),
-        "modules_to_save": sorted({*also, *vectors}) or None,
+        "modules_to_save": _whole_modules(names, name) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
         "init_lora_weights": True,
         "inference_mode": True,
         **(variant.peft or {}),
     }
+
+
+def _whole_modules(names: Names, name: str) -> list[str]:
+    """The modules that are trained in full and that PEFT can replace, which goes by the ends of paths. What else is
+    trained in full it loads into the base, as it does with biases."""
+    trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
+    above = {parent for path in names.modules for parent in (path.rpartition(".")[0],)}
+    whole = {
+        path
+        for path, parameters in trained.items()
+        if parameters and path not in above and parameters.keys() >= set(own_parameters(names.modules[path]))
+    }
+    return sorted(path for path in whole if path and all(o in whole for o in names.modules if o.endswith(path)))
+
+
+def _peft_type(names: Names, filed: list[Filed]) -> str:
+    """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at all."""
+    for entry in filed:
+        slot = entry.path, entry.weight
+        reason = _differs(names, slot, entry.parameter)
+        if _attention(names, slot) is not None:
+            reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
+        if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
+            reason = "PEFT rescales the outputs of modules alone"
+        if reason is not None:
+            return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
+    return "LORA"
 
 
 def _task(model: nn.Module) -> str | None:
@@ -383,44 +481,122 @@ def _numbers(
 ) -> dict[str, Tensor]:
     """The trained numbers of one planned weight: from ``veneer.safetensors``, or from what the PEFT file holds for
     each module that has the weight."""
-    found = []
+    found, at = [], parameter_path(*entry.slot)
     for path, name in entry.holders:
-        layer, module = file_of.get((path, name)), names.modules[path]
-        if layer is None:
-            what = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
-            problems.append(sentence(what, "one change for a tied weight, under every name", "untie the weights first"))
-            return {}
-        kind = _kind(module, name)
-        if _parameter_of(names, (path, name), artefact.peft_config):
-            kind = LAYERS[GENERAL]  # as PEFT reads a parameter, whatever its module makes of it
-        shape = entry.storage.shape(weight_of(module, name))
-        pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
+        pair = _pair(names, (path, name), entry, file_of.get((path, name)), artefact, problems)
         if pair is None:
-            what = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
-            expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(module, shape))}"
-            problems.append(sentence(what, expected, "load it on the model that it was trained on"))
             return {}
-        A, B = pair
-        if B.shape[2] != layer.rank:
-            what = f"rank {B.shape[2]} at {path!r}"
-            problems.append(sentence(what, f"{layer.rank}, as the config says", "get both files again"))
-        found.append((B.mT, A.mT) if kind.out_axis != entry.layer.out_axis else (A, B))
-    if any(not torch.equal(A, found[0][0]) or not torch.equal(B, found[0][1]) for A, B in found[1:]):
+        found.append(pair)
+    said = [tuple(file_of[slot].extras.values()) for slot in entry.holders]
+    if any(not _equal((*pair, *more), (*found[0], *said[0])) for pair, more in zip(found, said, strict=True)):
         what = f"different changes for {entry.path!r} and the modules that share its weight"
         problems.append(sentence(what, "one change of a tied weight", "untie the weights first"))
-    own = artefact.numbers.get(parameter_path(*entry.slot))
+    (A, B), layer, variant = found[0], file_of[entry.slot], VARIANTS[artefact.config.variant]
+    still = entry.layer.still(names.modules[entry.path])
+    if still is not None and A[..., still].any():
+        what = f"a change of the padding row {still} of {entry.path!r}"
+        problems.append(sentence(what, "none, as Veneer keeps that row at rest", "set it to zero, or use PEFT for it"))
+    if layer.extras.keys() != set(variant.peft_keys.values()):
+        what = f"{listing(layer.extras)} at {entry.path!r}"
+        expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
+        problems.append(sentence(what, expected, "get both files again"))
+        return {}
+    own = artefact.numbers.get(at)
     if own is not None:
+        problem = _unlike(names, entry, dict(own), LowRank(A, B, layer.scale), variant)
+        if problem:
+            do = "get another copy of the folder"
+            problems.append(sentence(f"{problem} in {NUMBERS} for {at!r}", f"what {peft.TENSORS} holds of it", do))
         return dict(own)
-    A, B = found[0]
+    lacking = _number_names(variant.name) - {"A", "B", *variant.peft_keys}
+    if lacking and artefact.record is not None:
+        what = f"no {listing(sorted(lacking))} of {at!r} in {NUMBERS}"
+        problems.append(sentence(what, f"those of variant {variant.name!r}", "get another copy of the folder"))
+    if (entry.rank, entry.alpha) != (layer.rank, layer.alpha):
+        what = f"rank {entry.rank} and alpha {entry.alpha:g} of {at!r} in the record"
+        expected = f"{layer.rank} and {layer.alpha:g}, as in {peft.CONFIG}"
+        problems.append(sentence(what, expected, "get another copy of the folder"))
     rows = None if entry.rows is None else torch.tensor(entry.rows)
     numbers = {"A": A, "B": B if rows is None else B[:, rows]}
-    for number, suffix in VARIANTS[artefact.config.variant].peft_keys.items():
-        vector = file_of[entry.slot].extras.get(suffix)
-        if vector is None or vector.numel() != entry.dims.groups * entry.dims.out:
+    for number, suffix in variant.peft_keys.items():
+        vector = layer.extras[suffix].reshape(-1)
+        if vector.numel() != entry.dims.groups * entry.dims.out:
             problems.append(sentence(f"no {suffix!r} that fits {entry.path!r}", "one number an output", "get it again"))
-            continue
-        numbers[number] = vector.reshape(-1) if rows is None else vector.reshape(-1)[rows]
+            return {}
+        numbers[number] = vector if rows is None else vector[rows]
     return numbers
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def _pair(
+    names: Names, slot: Slot, entry: LowPlan, layer: peft.PeftLayer | None, artefact: Artefact, problems: list[str]
+) -> tuple[Tensor, Tensor] | None:
+    """A and B that the file holds for one module with the weight, in the shapes of the weight's own layer."""
+    (path, name), module = slot, names.modules[slot[0]]
+    if layer is None:
+        what = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
+        if slot == entry.slot:
+            what = f"no change of {parameter_path(*slot)!r} in {peft.TENSORS}"
+        problems.append(sentence(what, "one change for a tied weight, under every name", "untie the weights first"))
+        return None
+    kind = _kind(module, name)
+    if _parameter_of(names, slot, artefact.peft_config):
+        kind = LAYERS[GENERAL]  # as PEFT reads a parameter, whatever its module makes of it
+    shape = entry.storage.shape(weight_of(module, name))
+    pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
+    if pair is not None and kind.out_axis != entry.layer.out_axis:
+        pair = pair[1].mT, pair[0].mT
+    groups, out, in_ = entry.dims
+    if pair is None or pair[0].shape[::2] != (groups, in_) or pair[1].shape[:2] != (groups, out):
+        what = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
+        expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(module, shape))}"
+        problems.append(sentence(what, expected, "load it on the model that it was trained on"))
+        return None
+    if pair[0].shape[1] != layer.rank:
+        what = f"rank {pair[0].shape[1]} at {path!r}"
+        problems.append(sentence(what, f"{layer.rank}, as the config says", "get both files again"))
+        return None
+    return pair
+
+
+@functools.cache
+def _number_names(variant: str) -> frozenset[str]:
+    """The names of a variant's numbers that a file holds, from a start as small as can be."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        eye = torch.eye(2)[None]
+        start = Start(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)
+        return frozenset(VARIANTS[variant].init(start)) - VARIANTS[variant].derived
+
+
+@torch.no_grad()
+def _unlike(names: Names, entry: LowPlan, own: dict[str, Tensor], filed: LowRank, variant: Variant) -> str | None:
+    """Why a variant's own numbers are not those of the plain change that the PEFT file holds, or None."""
+    if own.keys() != _number_names(variant.name):
+        return f"numbers {listing(sorted(own))}"
+    module, dims = names.modules[entry.path], entry.start_dims
+
+    def base() -> Tensor:
+        dense = entry.storage.dense(weight_of(module, entry.weight)).float()
+        dense = entry.layer.unfold(dense, entry.dims)
+        return dense if entry.rows is None else dense[:, torch.tensor(entry.rows)]
+
+    try:
+        if variant.derived:
+            start = Start(dims.groups, dims.out, dims.in_, entry.rank, entry.layer.fan_in(entry.dims))
+            own = {**variant.init(start), **own}
+        low, _ = variant.resolve(own, variant.scale(entry.alpha, entry.rank), base)
+        low = low if entry.rows is None else low.place(torch.tensor(entry.rows), entry.dims.out)
+        still = entry.layer.still(module)
+        low = low if still is None else low.without(still)
+        A, B = torch.cat([low.A, filed.A], 1), torch.cat([low.B * low.scale, -filed.B * filed.scale], 2)
+        off = LowRank(A, B, 1.0).norm()
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"shapes that do not fit ({str(error).splitlines()[0]})"
+    # what is stored in 16 bits may round otherwise elsewhere
+    return f"another change (off by {off:.2g})" if off > 1e-2 * filed.norm() else None
 
 
 def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], problems: list[str]) -> None:

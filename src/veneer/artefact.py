@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, ConfigError, listing, sentence
+from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.files import new_folder
 from veneer.formats import peft
 from veneer.hashing import digest, hash_json
@@ -48,8 +48,8 @@ FORMAT = 1
 class Artefact:
     """An adapter folder that was read and verified, without a model.
 
-    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors by module path,
-    ``numbers`` those of ``veneer.safetensors`` by the path of the weight.
+    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
+    by the path there, ``numbers`` those of ``veneer.safetensors`` by the path of the weight.
     """
 
     path: Path
@@ -67,14 +67,35 @@ class Artefact:
 
     @cached_property
     def layers(self) -> dict[str, LowRank]:
-        """Each low-rank change as a value, by module path."""
-        return {path: _low_rank(entry) for path, entry in self.low.items()}
+        """Each change as a value, by the path of its module (of its parameter, where it changes one by itself).
+
+        Raises:
+            AdapterError: some changes are more than a product, such as DoRA's, which also rescales the weight.
+        """
+        more = [entry.at for entry in self.low.values() if entry.extras]
+        if more:
+            found = (
+                f"variant {self.config.variant!r}, whose change is no low-rank product alone (at {listing(more, 3)})"
+            )
+            do = "merge it to have the changed weights, or take `products` to leave the rest out"
+            raise AdapterError(sentence(found, "changes of the form scale · B @ A", do))
+        return self.products
+
+    @cached_property
+    def products(self) -> dict[str, LowRank]:
+        """The low-rank part of each change, as ``layers``; of DoRA's, without its gain."""
+        return {entry.at: _low_rank(entry) for entry in self.low.values()}
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
-        low = sum(entry.A.numel() + entry.B.numel() for entry in self.low.values())
-        return low + sum(tensor.numel() for tensors in self.full.values() for tensor in tensors.values())
+        """How many numbers the adapter holds: a variant's own where it has a file for them, else those of the PEFT
+        file."""
+        own = {part for at in self.numbers for part in (at, at.rpartition(".")[0])}
+        held = [tensor for numbers in self.numbers.values() for tensor in numbers.values()]
+        held += [tensor for tensors in self.full.values() for tensor in tensors.values()]
+        for entry in self.low.values():
+            held += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
+        return sum(tensor.numel() for tensor in held)
 
 
 def _low_rank(entry: peft.PeftLayer) -> LowRank:
@@ -154,7 +175,7 @@ def read(path: str | Path) -> Artefact:
     peft_config = _read_json(path / peft.CONFIG)
     tensors, header = _read_tensors(path / peft.TENSORS)
     record = _verify(path, peft_config, tensors, header)
-    peft.check_config(peft_config)
+    peft.check_config(peft_config, ours=record is not None)
     _all_finite(tensors, "get another copy")
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras)
@@ -164,6 +185,7 @@ def read(path: str | Path) -> Artefact:
         numbers.setdefault(weight, {})[name] = tensor
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
+        VARIANTS[config.variant]
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
     return Artefact(path, config, peft_config, record, low, full, numbers)
@@ -241,7 +263,29 @@ def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
     if format_ != FORMAT:
         raise AdapterError(sentence(f"format {format_} in {path}", f"{FORMAT}", "install a newer Veneer"))
+    raise_all(AdapterError, f"The record of {path} cannot be used", list(_malformed(record)))
     return record
+
+
+def _malformed(record: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a record, as far as it can be told without a model."""
+    base, changes = record.get("base"), record.get("changes")
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if not isinstance(weights, dict) or not isinstance(changes, dict) or not isinstance(record.get("config"), dict):
+        yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
+        return
+    if weights.keys() != changes.keys():
+        odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
+        yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
+    for at, change in changes.items():
+        said = change if isinstance(change, dict) else {}
+        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows", [[0, 1]])
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+            expected = "a rank of at least 1 and a number"
+            yield sentence(f"rank {rank!r} and alpha {alpha!r} for {at!r}", expected, "get another copy")
+        pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
+        if not pairs or any(type(end) is not int for part in rows for end in part):
+            yield sentence(f"rows {rows!r} for {at!r}", "(start, stop) pairs", "get another copy")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

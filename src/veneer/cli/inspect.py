@@ -44,9 +44,9 @@ def _facts(artefact: Any) -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
     base = dict(artefact.metadata.get("base", {}))
     weights = base.pop("weights", {})
-    norms = {path: float(change.norm()) for path, change in artefact.layers.items()}
+    norms = {path: float(change.norm()) for path, change in artefact.products.items()}
     kinds: dict[str, int] = {}
-    for path in artefact.layers:
+    for path in artefact.products:
         kinds[path.rsplit(".", 1)[-1]] = kinds.get(path.rsplit(".", 1)[-1], 0) + 1
     return {
         "path": str(artefact.path),

@@ -10,6 +10,9 @@
     base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
 
 Read from PEFT 0.21's source and checked against it in the tests.
+
+A folder that PEFT would load and then compute something else with says so in ``peft_type``: PEFT fails on that word,
+and its error shows the reason.
 """
 
 from __future__ import annotations
@@ -27,6 +30,12 @@ from veneer.errors import AdapterError, raise_all, sentence
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+NOT_FOR_PEFT = "not for PEFT"
+#: how often PEFT applies the change of the out-projection of an attention, in the releases up to KNOWN: its
+#: ``MultiheadAttention.merge`` adds it, and then calls the projection's own merge (huggingface/peft#3774)
+TIMES, KNOWN = 2, "0.21"
+#: what PEFT calls a config without low-rank changes, which it refuses otherwise
+NO_TARGETS = "dummy-target-modules"
 
 # What a config may say without changing the arithmetic that we read from the other fields.
 _INFORMATION = {
@@ -34,7 +43,9 @@ _INFORMATION = {
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
+    "corda_config",
     "ensure_weight_tying",
+    "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",
@@ -44,6 +55,8 @@ _INFORMATION = {
     "loftq_config",
     "lora_alpha",
     "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
     "megatron_core",
     "modules_to_save",
     "peft_type",
@@ -66,8 +79,10 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """One low-rank change as the file holds it."""
+    """One low-rank change as the file holds it. ``at`` is the path of its module, or of its parameter where the config
+    means one, without the wrappers that PEFT puts around them."""
 
+    at: str
     A: Tensor
     B: Tensor
     suffixes: tuple[str, str]
@@ -129,8 +144,9 @@ def split(
             continue
         A, B, named = entry["A"], entry["B"], _parameter_at(config, path)
         more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
-        rank, alpha, scale = strength(config, *named, path)
-        layer = PeftLayer(A, B, entry["suffixes"], rank, alpha, scale, more)
+        rank, alpha, scale = strength(config, *named, path if (above := attention_of(path)) is None else above)
+        at = named[0] if named else unnested(path)[0]
+        layer = PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
         if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
             found = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
             do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
@@ -140,11 +156,13 @@ def split(
     return low, full
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise AdapterError for everything in the config that would change the arithmetic in a way that we do not do."""
+def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
+    """Raise AdapterError for everything in the config that would change the arithmetic in a way that we do not do.
+    ``ours`` is a config that Veneer wrote."""
     problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(sentence(f"peft_type {config.get('peft_type')!r}", "'LORA'", "convert the adapter first"))
+    type_ = config.get("peft_type")
+    if type_ != "LORA" and not (ours and str(type_).startswith(NOT_FOR_PEFT)):
+        problems.append(sentence(f"peft_type {type_!r}", "'LORA'", "convert the adapter first"))
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
@@ -153,7 +171,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
         problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
     for name, value in config.items():
-        if name not in _INFORMATION and not name.endswith("_config") and value:
+        if name not in _INFORMATION and value:
             problems.append(
                 sentence(f"{name}={value!r} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it")
             )
@@ -207,13 +225,30 @@ def unnested(path: str) -> tuple[str, int]:
     return ".".join(kept), len(parts) - len(kept)
 
 
+def attention_of(path: str) -> str | None:
+    """The path of the attention whose out-projection stands at this path of a file, or None. PEFT gives both of its
+    changes one rank and alpha: those of the attention."""
+    parts = path.split(".")
+    return ".".join(parts[:-2]) if parts[-2:] == ["base_layer", "out_proj"] else None
+
+
+def unsure(config: Mapping[str, Any]) -> str | None:
+    """Why it is not known how often the PEFT that wrote this applies the change of an out-projection, or None."""
+    version = str(config.get("peft_version") or KNOWN)
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] <= [int(part) for part in KNOWN.split(".")]:
+        return None
+    return f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version} it is not known"
+
+
 def _parameter_at(config: Mapping[str, Any], path: str) -> list[str]:
     """The path of the parameter that an entry of the file at ``path`` means, as near as the config alone can tell:
     the last of ``target_parameters`` in that module, or one further to the front for each wrapper. Nothing if the
     entry means a module."""
     bare, depth = unnested(path)
     ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
-    own = [f"{bare}.{name}".lstrip(".") for above, _, name in ends if not above or _named([above], bare)]
+    exact = [name for above, _, name in ends if above == bare]
+    names = exact or [name for above, _, name in ends if not above or _named([above], bare)]
+    own = [f"{bare}.{name}".lstrip(".") for name in names]
     return own[-1 - depth : len(own) - depth] if depth < len(own) else []
 
 
@@ -222,10 +257,27 @@ def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[
     return {path for path in paths if _named(config.get("target_parameters") or (), path)}
 
 
+def differs(kind: str, module: Any) -> str | None:
+    """Why PEFT computes something else at a module of this kind than a change of its weight gives, or None."""
+    if kind.startswith("conv") and kind[4:] in ("1d", "2d", "3d"):  # its A inherits stride and padding alone
+        if module.groups != 1:
+            return f"PEFT's change of a convolution in {module.groups} groups is no change of its weight"
+        if any(step != 1 for step in module.dilation):
+            return f"PEFT leaves out dilation={tuple(module.dilation)}"
+        return None if module.padding_mode == "zeros" else f"PEFT leaves out padding_mode={module.padding_mode!r}"
+    if kind == "embedding":
+        return None if module.max_norm is None else "PEFT bounds the norm of A's rows too"
+    if kind == "attention":
+        return None if module._qkv_same_embed_dim else "PEFT knows one fused in-projection alone"
+    return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer"
+
+
 def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
     """What makes PEFT choose exactly these paths of those ``among`` which it chooses: last parts where those suffice,
     else whole paths, else (a path that is the end of another) a regex."""
     among, wanted = list(among), set(chosen)
+    if not wanted:
+        return []
     for paths in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
         if expected_paths({"target_modules": paths}, among) == wanted:
             return paths
