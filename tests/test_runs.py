@@ -516,3 +516,48 @@ def test_shared_layers_against_autograd_through_the_changed_weights(make_model):
     for path, change in handle.changes.items():
         assert error(change.A.grad, leaves[path][0].grad) < 1e-10
         assert error(change.B.grad, leaves[path][1].grad) < 1e-10
+
+
+class Remembering(nn.Module):
+    """Writes to itself in forward: a counter, a cache, a buffer; and drops an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.calls = 0
+        self.fresh = True
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x
+        self.register_buffer("mean", x.detach().mean(0))
+        if hasattr(self, "fresh"):
+            del self.fresh
+        return x @ self.weight
+
+
+class Reading(nn.Module):
+    """Calls what is below, and reads a weight of it directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"layer": Remembering()})
+
+    def forward(self, x):
+        return self.inner["layer"](x) + x @ self.inner["layer"].weight
+
+
+@pytest.mark.parametrize("make_model", [Remembering, Reading])
+def test_what_forward_writes_to_a_module_stays(make_model):
+    model, x = adapt(make_model(), "a", "b"), torch.randn(3, 4)
+    module = model if make_model is Remembering else model.inner["layer"]
+    y = []
+    for name in ("a", "b", "a"):
+        with veneer.use(model, name):
+            y.append(model(x))
+    assert torch.equal(y[0], y[2])
+    assert module.calls == 3
+    assert module.last is x
+    assert torch.equal(module.mean, x.mean(0))
+    assert not hasattr(module, "fresh")
+    assert "mean" in dict(module.named_buffers())

@@ -366,10 +366,8 @@ class LayerAdapter(nn.Module):
         if wide:
             own = {**module._buffers, **module._parameters, **values}
             values = {name: _widen(value, torch.float32) for name, value in own.items() if value is not None}
-        seen = view(module, base, values, self._children(module), site.attributes)
-        if site.layer is not None:
-            site.layer.bind(seen, values)
-        before = dict(seen.__dict__)
+        made: list[_Seen] = []
+        seen = _seen(module, base, values, self._children(module, made), site, made)
         if narrow is None:
             y = base.forward(seen, *args, **kwargs)
         else:
@@ -379,7 +377,8 @@ class LayerAdapter(nn.Module):
             with _no_autocast(next(iter(values.values()))):
                 args, kwargs = _cast((args, kwargs), torch.float32)
                 y = _cast(base.forward(seen, *args, **kwargs), output)
-        _write_back(module, seen, before, values)
+        for entry in made:
+            entry.write_back()
         return y
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
@@ -394,30 +393,60 @@ class LayerAdapter(nn.Module):
             values[name] = value if wide else value.to(own)
         return values
 
-    def _children(self, module: nn.Module) -> dict[str, nn.Module]:
+    def _children(self, module: nn.Module, made: list[_Seen]) -> dict[str, nn.Module]:
         """Views of the modules below whose weights are read directly, under the names of this module's children."""
         parts: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
         for path, part in self.hosted.items():
             parts.setdefault(path[0], {})[path[1:]] = part
-        return {name: _hosted_view(cast(nn.Module, module._modules[name]), below) for name, below in parts.items()}
+        return {
+            name: _hosted_view(cast(nn.Module, module._modules[name]), below, made) for name, below in parts.items()
+        }
 
 
-def _hosted_view(module: nn.Module, parts: Mapping[tuple[str, ...], LayerAdapter]) -> nn.Module:
+def _hosted_view(module: nn.Module, parts: Mapping[tuple[str, ...], LayerAdapter], made: list[_Seen]) -> nn.Module:
     own = parts.get(())
     below: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
     for path, part in parts.items():
         if path:
             below.setdefault(path[0], {})[path[1:]] = part
-    children = {name: _hosted_view(cast(nn.Module, module._modules[name]), rest) for name, rest in below.items()}
+    children = {name: _hosted_view(cast(nn.Module, module._modules[name]), rest, made) for name, rest in below.items()}
     if own is None:
-        return view(module, type(module), {}, children)
+        return _seen(module, type(module), {}, children, None, made)
     site = site_of(module)
     if site is None:
         raise detached("the selected one")
     values = {**own.replacements(module), **own.changed(module, wide=False)}
-    seen = view(module, own_class(module), values, children, site.attributes)
-    if site.layer is not None:
+    return _seen(module, own_class(module), values, children, site, made)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A view for one call: what its attributes were before it, and the values that stand for the module's own."""
+
+    module: nn.Module
+    view: nn.Module
+    before: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+
+    def write_back(self) -> None:
+        """Give the module what forward did to the view: attributes (a cache, a counter) and buffers."""
+        own, seen = self.module.__dict__, self.view.__dict__
+        for name, value in seen.items():
+            if name not in self.before or self.before[name] is not value:
+                own[name] = value
+        for name in self.before:
+            if name not in seen:
+                own.pop(name, None)
+        for name, value in self.view._buffers.items():
+            if name not in self.values and self.module._buffers.get(name) is not value:
+                self.module._buffers[name] = value
+
+
+def _seen(module: nn.Module, base, values, children, site: Site | None, made: list[_Seen]) -> nn.Module:
+    seen = view(module, base, values, children, None if site is None else site.attributes)
+    if site is not None and site.layer is not None:
         site.layer.bind(seen, values)
+    made.append(_Seen(module, seen, dict(seen.__dict__), values))
     return seen
 
 
@@ -494,16 +523,6 @@ def view(
     if children:
         seen.__dict__["_modules"] = {**module._modules, **children}
     return seen
-
-
-def _write_back(module: nn.Module, seen: nn.Module, before: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
-    """Give the module what its forward assigned on the view: attributes (a cache, a counter) and buffers."""
-    for name, value in seen.__dict__.items():
-        if name not in before or before[name] is not value:
-            module.__dict__[name] = value
-    for name, value in seen._buffers.items():
-        if name not in values and module._buffers.get(name) is not value:
-            module._buffers[name] = value
 
 
 def site_of(module: nn.Module) -> Site | None:
