@@ -55,6 +55,20 @@ def counting():
     return backend, graphs
 
 
+@kinds
+def test_the_adapters_of_every_kind_are_one_graph(kind):
+    module, args = example(kind)
+    adapt(module, "a", "b", "c")
+    torch._dynamo.reset()
+    backend, graphs = counting()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True, allow_rnn=True):
+        for name in "abca":
+            with veneer.use(module, name), torch.no_grad():
+                assert error(flat(compiled(*args)), flat(module(*args))) < 1e-5
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     "make_model", [lambda: (TinyLM(tied=True), IDS), lambda: (ConvNet(), torch.randn(2, 3, 8, 8))], ids=["lm", "conv"]
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 import veneer
 from models import IDS, TinyLM
-from toys import bits, randomise
+from toys import bits, error, randomise
 from veneer.bases import storage_of
 from veneer.errors import MergeError, SelectionError
 from veneer.kernels.reference import round_once
@@ -181,4 +181,33 @@ def test_merging_nothing_changes_nothing():
     before = bits(model)
     report = veneer.attach(model, veneer.LoraConfig(rank=2)).merge()
     assert report.retention == 1.0
+    assert same(bits(model), before)
+
+
+def test_what_is_trained_in_full_and_untied_since_is_refused():
+    model = TinyLM(tied=True)
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["mlp"], train_also=["lm_head"]))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    before = bits(model)
+    with pytest.raises(MergeError, match="untied since"):
+        veneer.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+    model.lm_head.weight = model.model.embed_tokens.weight
+    veneer.merge(model)
+
+
+def test_a_model_made_in_inference_mode_is_merged_in_inference_mode():
+    with torch.inference_mode():
+        model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    modules, before = list(model.modules()), bits(model)
+    with pytest.raises(MergeError, match=r"made under torch\.inference_mode"):
+        handle.merge()
+    assert list(model.modules()) == modules  # no copies of weights are left behind
+    with torch.inference_mode():
+        y = model(IDS)
+        handle.merge()
+        assert error(model(IDS), y) < 1e-5
+        handle.unmerge()
     assert same(bits(model), before)

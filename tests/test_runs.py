@@ -20,7 +20,9 @@ from models import IDS, ConvNet, Shared, Stack, TinyLM
 from tiny import tiny_model
 from toys import ALL, adapt, cast, error, example, flat, numbers, randomise, selected
 from veneer.adapted import weight_of
+from veneer.errors import MergeError
 from veneer.layers import LAYERS
+from veneer.variants import VARIANTS
 
 # transformers' Conv1D is a kind only once transformers has been imported
 import transformers.pytorch_utils  # noqa: F401  # isort: skip
@@ -223,6 +225,30 @@ def test_a_meta_model_that_gets_its_numbers_later(kind, number):
         for name in ("a", "b", None):
             with veneer.use(real, name), veneer.use(other, name):
                 assert torch.equal(flat(other(*args)), flat(real(*args)))
+
+
+@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS if not variant.needs])
+def test_a_whole_model_from_the_meta_device(variant):
+    config = veneer.LoraConfig(rank=2, targets="all", variant=variant, bias="targets")
+    model = TinyLM(tied=True)
+    with torch.device("meta"):
+        other = TinyLM(tied=True)
+        veneer.attach(other, config)
+    real = copy.deepcopy(model)
+    randomise(veneer.attach(real, config))
+    other.to_empty(device="cpu")
+    other.load_state_dict(real.state_dict())
+    assert torch.equal(other(IDS), real(IDS))
+    assert other.lm_head.weight is not other.model.embed_tokens.weight  # torch's `to_empty` unties
+    with pytest.raises(MergeError, match=r"'lm_head\.weight' and 'model\.embed_tokens\.weight'.* untied since"):
+        veneer.merge(other)
+    other.lm_head.weight = other.model.embed_tokens.weight
+    veneer.merge(other)
+    assert error(other(IDS), real(IDS)) < 1e-4
+    veneer.unmerge(other)
+    veneer.detach(other)
+    with veneer.use(real, None):
+        assert torch.equal(other(IDS), real(IDS))
 
 
 @kinds
@@ -561,3 +587,16 @@ def test_what_forward_writes_to_a_module_stays(make_model):
     assert torch.equal(module.mean, x.mean(0))
     assert not hasattr(module, "fresh")
     assert "mean" in dict(module.named_buffers())
+
+
+def test_a_recurrent_layer_keeps_its_own_list_of_weights():
+    """Other threads may run the base on it meanwhile."""
+    module, x = adapt(nn.LSTM(4, 4, num_layers=2, bias=True), "a", "b"), torch.randn(3, 2, 4)
+    names = module._flat_weights_names
+    for name in ("a", None, "b"):
+        with veneer.use(module, name):
+            module(x)
+        assert all(weight is module._parameters[n] for n, weight in zip(names, module._flat_weights, strict=True))
+    module.double()
+    with veneer.use(module, "a"):
+        module(x.double())

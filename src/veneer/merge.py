@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter, weight_of
+from veneer.adapted import Change, LayerAdapter, sites, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.bases import BASES, Storage
 from veneer.errors import MergeError, listing, raise_all, sentence
@@ -116,7 +116,7 @@ def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> Me
             sentence(f"{group.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first")
         )
     writes: list[_Write] = []
-    problems: list[str] = []
+    problems = list(_untied(model, name))
     with torch.no_grad():
         for slot, values in _values(model, name):
             writes += _write(slot, values, problems)
@@ -196,7 +196,32 @@ def _values(model: nn.Module, name: str, *, compute: bool = True) -> Iterator[tu
             yield _Slot(path, own, module, part, module._buffers[own], BASES["plain"]), value
 
 
+def _untied(model: nn.Module, name: str) -> Iterator[str]:
+    """Weights that were one with another module's when the adapter was attached, and no longer are: a merge, which
+    writes once, would miss them."""
+    first: dict[int, tuple[str, Any]] = {}
+    for path, module, site in sites(model):
+        part = site.get(name)
+        if part is None:
+            continue
+        for own, numbers in (*part.changes.items(), *part.full._parameters.items()):
+            where, weight = parameter_path(path, own), weight_of(module, own)
+            other, target = first.setdefault(id(numbers), (where, weight))
+            if weight is not target and not _same_memory(weight, target):
+                found = f"{where!r} and {other!r}, one weight when attached, untied since"
+                do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
+                yield sentence(found, "one weight", do)
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr() != 0
+
+
 def _write(slot: _Slot, values: Any, problems: list[str]) -> Iterator[_Write]:
+    if isinstance(slot.target, Tensor) and slot.target.is_inference() and not torch.is_inference_mode_enabled():
+        found = f"{slot.where}, made under torch.inference_mode, which torch lets nobody write outside it"
+        problems.append(sentence(found, "a weight that can be written", "merge under torch.inference_mode too"))
+        return
     if not isinstance(slot.target, nn.Parameter) and isinstance(slot.target, Tensor):
         yield _Write(slot, {"values": values.detach().clone()}, None)
         return

@@ -7,6 +7,7 @@ Each has a change of its own. A recurrence is not linear in its weights, so the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +29,12 @@ class Recurrent(Layer):
         return tuple(name for names in module._all_weights for name in names if name.startswith("weight"))
 
     def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
-        # A recurrent module hands its kernel a list of its parameters, made when it was built.
-        names = seen._flat_weights_names
-        seen.__dict__["_flat_weights"] = [values.get(name, seen._parameters.get(name)) for name in names]
+        # A recurrent module hands its kernel a list of its parameters, made when it was built. With references that
+        # fit, forward does not make another, which would then be taken for something that it wrote to the module.
+        weights = [values.get(name, seen._parameters.get(name)) for name in seen._flat_weights_names]
+        seen.__dict__["_flat_weights"] = weights
+        seen.__dict__["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
+        seen.flatten_parameters()
 
     def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
