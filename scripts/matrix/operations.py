@@ -1,0 +1,376 @@
+"""The columns of the matrix: what is asked of each variant on each example, and ``of_layer``, which asks it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import peft
+import torch
+from tests.toys import cast, definition, error, flat
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import veneer
+from veneer import context
+from veneer.adapted import weight_of
+from veneer.layers import LAYERS
+from veneer.variants import VARIANTS
+
+from .cases import (
+    EXACT,
+    LEFT_OUT,
+    NOTE,
+    Case,
+    Found,
+    Inexact,
+    Results,
+    Side,
+    attach,
+    attach_where_possible,
+    breaks_of,
+    described,
+    flats,
+    quiet,
+    reason,
+    rows_of,
+)
+
+PATHS = ("factored", "materialised")
+FORWARD, GRADIENT, PEFT = 1e-10, 1e-9, 1e-5
+CYCLES = 10
+
+# The definition: the module's own forward on gain ⊙ (W + ΔW), in float64.
+
+
+def expected(case: Case, examples: Mapping[str, tuple]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(y by example, the trained numbers as float64 leaves by name), with a graph from these to those."""
+    leaves: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    handle = veneer.Handle(case.model, case.name)
+    for path, change in handle.changes.items():
+        own = {name: number.detach().clone().requires_grad_() for name, number in change.named_parameters()}
+        leaves |= {f"{path}.{name}": number for name, number in own.items()}
+        numbers = {**dict(change.named_buffers()), **own}
+        weight = case.base.get_parameter(path).detach()
+        dense = change.layer.unfold(weight, change.dims)
+        if change.still is not None and "A" in numbers:  # the column of an input that never changes is zero
+            numbers["A"] = numbers["A"] * (torch.arange(change.dims.in_) != change.still)
+        low, gain = change.variant.resolve(numbers, change.scale, lambda dense=dense: dense)
+        low = low if change.still is None else low.without(change.still)
+        delta = torch.einsum("gor,gri->goi", low.B, low.A) * low.scale
+        weight = weight + change.layer.fold(delta, weight.shape)
+        values[path] = weight if gain is None else weight * change.layer.spread(gain, change.dims, weight.shape)
+    for path, part in handle.layers.items():
+        for name, parameter in part.full.named_parameters():
+            leaves[f"{path}.{name}"] = values[f"{path}.{name}"] = parameter.detach().clone().requires_grad_()
+        values |= {f"{path}.{name}": buffer.clone() for name, buffer in part.full.named_buffers()}
+    outputs = {}
+    for example, args in examples.items():
+        own = {path.removeprefix(f"{example}."): v for path, v in values.items() if path.startswith(f"{example}.")}
+        outputs[example] = flat(definition(getattr(case.base, example), own, args))
+    return outputs, leaves
+
+
+def forward(case: Case) -> Found:
+    with torch.no_grad():
+        wanted, _ = expected(case, case.inputs)
+        base = flats(case.base(case.inputs))
+        found: Found = {}
+        for path in PATHS:
+            with context.changed(path=path):
+                for example, y in case.outputs().items():
+                    found[example] = found.get(example) or _within(error(y, wanted[example]), FORWARD)
+    idle = {example for example, y in base.items() if error(y, wanted[example]) < 1e-3}
+    return {example: "the adapter changes nothing" if example in idle else why for example, why in found.items()}
+
+
+def gradient(case: Case) -> Found:
+    inputs = pytree.tree_map(lambda x: x.clone().requires_grad_() if _is_float(x) else x, dict(case.inputs))
+    wanted, leaves = expected(case, inputs)
+    weights = {example: torch.randn_like(y) for example, y in wanted.items()}
+    xs = [(example, x) for example, args in inputs.items() for x in pytree.tree_leaves(args) if _is_float(x)]
+    own = dict(veneer.Handle(case.model, case.name).named_parameters())
+    if list(own) != list(leaves):
+        raise Inexact(f"trains {list(own)}")
+    names = [*(name.partition(".")[0] for name in own), *(example for example, _ in xs)]
+    found: Found = dict.fromkeys(case.inputs, EXACT)
+
+    def gradients(outputs: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        loss = sum((weights[example] * y).sum() for example, y in outputs.items())
+        return torch.autograd.grad(loss, [*numbers.values(), *(x for _, x in xs)])  # pyright: ignore
+
+    truth = gradients(wanted, leaves)
+    for path in PATHS:
+        with context.changed(path=path), veneer.use(case.model, case.name):
+            actual = gradients(flats(case.model(inputs)), own)
+        for example, mine, true in zip(names, actual, truth, strict=True):
+            found[example] = found[example] or _within(error(mine, true), GRADIENT)
+    return found
+
+
+def merge(case: Case) -> Found:
+    """The outputs in float64, and in bfloat16 every merged weight: none of its neighbours is nearer to W + ΔW."""
+    adapted = case.outputs()
+    veneer.merge(case.model, case.name)
+    found: Found = {}
+    for example, y in case.outputs().items():
+        found[example] = _within(error(y, adapted[example]), FORWARD, "other outputs")
+    veneer.unmerge(case.model)
+    model, handle = in_bfloat16(case)
+    exact: dict[str, Tensor] = {}
+    for path, change in handle.changes.items():
+        above, _, name = path.rpartition(".")
+        module = model.get_submodule(above)
+        weight = weight_of(module, name)
+        with torch.no_grad():
+            exact[path] = change.layer.settle(module, change.changed(weight, *change.resolve(weight), torch.float64))
+    for path, part in handle.layers.items():
+        exact |= {f"{path}.{name}": p.detach().double() for name, p in part.full.named_parameters()}
+    handle.merge()
+    for path, values in exact.items():
+        wrong = wrong_roundings(model.get_parameter(path).detach(), values)
+        example = path.partition(".")[0]
+        found[example] = found[example] or (f"{wrong} weights are not rounded to the nearest" if wrong else EXACT)
+    return found
+
+
+def unmerge(case: Case) -> Found:
+    model, handle = in_bfloat16(case)
+    before = bits(model)
+    for _ in range(CYCLES):
+        handle.merge()
+        merged = bits(model)
+        handle.unmerge()
+    after = bits(model)
+    found: Found = {}
+    for example in case.inputs:
+        own = [key for key in before if key.startswith(f"{example}.")]
+        back = all(torch.equal(after[key], before[key]) for key in own)
+        moved = any(not torch.equal(merged[key], before[key]) for key in own)
+        found[example] = EXACT if back and moved else "other bits" if moved else "the merge changed nothing"
+    return found
+
+
+def in_bfloat16(case: Case) -> tuple[Side, veneer.Handle]:
+    """The case's base in bfloat16 with the variant on the same examples."""
+    model = copy.deepcopy(case.base).bfloat16()
+    for example in set(model._modules) - set(case.inputs):
+        del model._modules[example]
+    return model, attach(model, case.variant, cast(dict(case.inputs), torch.bfloat16))
+
+
+def save_load(case: Case) -> Found:
+    with tempfile.TemporaryDirectory() as folder:
+        veneer.save(case.model, f"{folder}/adapter", name=case.name)
+        fresh = copy.deepcopy(case.base)
+        handle = veneer.load(fresh, f"{folder}/adapter", name=case.name)
+    mine, theirs = numbers_of(veneer.Handle(case.model, case.name)), numbers_of(handle)
+    if mine.keys() != theirs.keys():
+        raise Inexact("other trained numbers")
+    before = case.outputs()
+    with torch.no_grad():
+        after = flats(fresh(case.inputs))
+    found: Found = {}
+    for example in case.inputs:
+        own = [name for name in mine if name.startswith(f"{example}.")]
+        same = all(torch.equal(mine[name], theirs[name]) for name in own)
+        equal = torch.equal(before[example], after[example])
+        found[example] = EXACT if same and equal else "other outputs" if same else "other trained numbers"
+    return found
+
+
+def mixed_batch(case: Case) -> Found:
+    found: Found = {}
+    for example, args in case.inputs.items():
+        count = case.rows[example]
+        try:
+            found[example] = LEFT_OUT if count is None else _mixed(case, example, args, abs(count))
+        except Exception as own:
+            found[example] = reason(own)
+    return found
+
+
+def _mixed(case: Case, example: str, args: tuple, count: int) -> str:
+    """Rows in such an order that they must be brought back into it, as those of one adapter run together."""
+    choices = (case.name, case.other, None)
+    whole = []
+    with torch.no_grad():
+        for name in choices:
+            with veneer.use(case.model, name):
+                whole.append(case.model({example: args})[example])
+        for pattern in ((case.name, case.other, case.name, None), (None, case.name, case.name, case.other)):
+            names = [pattern[row % 4] for row in range(count)]
+            with veneer.use(case.model, names):
+                mixed = case.model({example: args})[example]
+            # row i of the outputs of the whole batch under its own adapter
+            order = torch.tensor([choices.index(name) * count + row for row, name in enumerate(names)])
+            expected = case.kind.put(getattr(case.model, example), whole, order)
+            if why := _within(error(flat(mixed), flat(expected)), FORWARD, "differs from the rows alone"):
+                return why
+    return EXACT
+
+
+def compiled(case: Case) -> Found:
+    """Into one graph, but for what breaks without an adapter too; then with graph breaks."""
+    broken = {example: args for example, args in case.inputs.items() if case.breaks[example]}
+    rest = {example: args for example, args in case.inputs.items() if not case.breaks[example]}
+    found: Found = {}
+    if broken:
+        split = _compiled(case, broken, fullgraph=False)
+        found |= {e: why or f"{NOTE}a graph break, as in the base alone: {case.breaks[e]}" for e, why in split.items()}
+    if rest:
+        try:
+            found |= _compiled(case, rest, fullgraph=True)
+        except Exception as own:
+            if len(case.inputs) > 1:
+                raise
+            split = _compiled(case, rest, fullgraph=False)
+            found |= {e: why or f"{NOTE}a graph break: {reason(own)}" for e, why in split.items()}
+    return found
+
+
+def _compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found:
+    run = case.compiled.setdefault(fullgraph, torch.compile(case.model, backend="aot_eager", fullgraph=fullgraph))
+    found: Found = dict.fromkeys(inputs, EXACT)
+    for name in (case.name, case.other, case.name):
+        with veneer.use(case.model, name), torch.no_grad():
+            actual, wanted = flats(run(inputs)), flats(case.model(inputs))
+        found = {e: found[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager") for e in inputs}
+    return found
+
+
+def peft_round_trip(case: Case) -> Found:
+    wanted = case.outputs()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        veneer.save(case.model, f"{folder}/ours", name=case.name)
+
+        def theirs() -> Any:
+            return peft.PeftModel.from_pretrained(copy.deepcopy(case.base), f"{folder}/ours").eval()
+
+        try:
+            there = theirs()
+            outputs = flats(there(case.inputs))
+            there.save_pretrained(f"{folder}/theirs")
+            same = {example: error(outputs[example], y) <= PEFT for example, y in wanted.items()}
+            merged = outputs if all(same.values()) else flats(theirs().merge_and_unload()(case.inputs))
+        except Exception as failed:
+            raise Inexact(f"PEFT: {failed}") from failed
+        back = copy.deepcopy(case.base)
+        veneer.load(back, f"{folder}/theirs")
+        again = flats(back(case.inputs))
+    found: Found = {}
+    for example, y in wanted.items():
+        if same[example]:
+            back_ = error(again[example], y)
+            found[example] = _within(back_, PEFT, "what PEFT then writes lacks a part of what it read")
+        elif error(merged[example], y) <= PEFT:
+            found[example] = "PEFT's forward differs from its own merge, which is ours"
+        else:
+            found[example] = "PEFT computes something else from the same numbers"
+    return found
+
+
+OPERATIONS: dict[str, Callable[[Case], Found]] = {
+    "forward": forward,
+    "gradient": gradient,
+    "merge": merge,
+    "unmerge": unmerge,
+    "save/load": save_load,
+    "mixed batch": mixed_batch,
+    "compile": compiled,
+    "PEFT round trip": peft_round_trip,
+}
+
+
+def _within(found: float, bound: float, what: str = "differs from the definition") -> str:
+    return EXACT if found <= bound else what
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
+    """Every number of an adapter, frozen ones and running statistics too, but for those of an input that never changes:
+    they have no effect, and stand as zeros in a file."""
+    found: dict[str, Tensor] = {}
+    for at, change in handle.changes.items():
+        found |= {f"{at}.{name}": value for name, value in change.numbers.items()}
+        if change.still is not None and "A" in change.numbers:
+            found[f"{at}.A"] = change.numbers["A"].index_fill(2, torch.tensor([change.still]), 0)
+    for at, part in handle.layers.items():
+        found |= {f"{at}.{name}": value for name, value in part.full.state_dict().items()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of the base, as bytes."""
+    state = {name: value for name, value in model.state_dict().items() if ".veneer." not in name}
+    return {
+        name: value.clone().contiguous().flatten().view(torch.uint8) for name, value in state.items() if value.numel()
+    }
+
+
+def wrong_roundings(rounded: Tensor, exact: Tensor) -> int:
+    """How many 16-bit numbers have a neighbour that is nearer to the exact one."""
+    distance, wrong = (rounded.double() - exact).abs(), 0
+    for toward in (-1, 1):
+        number = rounded.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+        ordered = torch.where(number >= 0x8000, 0x8000 - number, number) + toward
+        next_ = torch.where(ordered < 0, 0x8000 - ordered, ordered).bitwise_and(0xFFFF)
+        neighbour = next_.to(torch.int16).view(rounded.dtype)
+        wrong += int(((neighbour.double() - exact).abs() < distance).sum())
+    return wrong
+
+
+def run(operation: Callable[[Case], Found], case: Case) -> Found:
+    """What an operation says of each example; if it fails on all at once, of each alone."""
+    try:
+        return operation(case)
+    except Exception as failed:
+        if len(case.inputs) == 1:
+            return dict.fromkeys(case.inputs, reason(failed))
+        found: Found = {}
+        for example in case.inputs:
+            found |= run(operation, case.solo(example))
+        return found
+
+
+def of_layer(name: str) -> Results:
+    """Every variant × every operation on one kind of layer."""
+    quiet()
+    kind = LAYERS[name]
+    examples = {f"m{number}": example for number, example in enumerate(kind.examples())}
+    if not any(kind.weights(module) for module, _ in examples.values()):
+        # An adapter that only trains vectors in full is no LoRA to PEFT: one linear layer beside them makes it one.
+        examples["beside"] = (nn.Linear(3, 3), torch.randn(2, 3))
+    base = Side({name: module for name, (module, _) in examples.items()}).double().eval()
+    tuples = {name: args if isinstance(args, tuple) else (args,) for name, (_, args) in examples.items()}
+    inputs = {name: cast(args, torch.float64) for name, args in tuples.items()}
+    with torch.no_grad():
+        base(inputs)  # a first call settles the rows of an embedding with max_norm
+        rows = {name: rows_of(kind, getattr(base, name), args) for name, args in inputs.items()}
+    breaks = {name: breaks_of(getattr(base, name), args) for name, args in inputs.items()}
+    torch._dynamo.reset()
+    model, compiled_ = copy.deepcopy(base), {}
+    refused = {variant.name: attach_where_possible(base, model, variant, inputs) for variant in VARIANTS}
+    whole = [name for name, why in refused.items() if not why]
+    results = Results(
+        name,
+        {},
+        {name: described(getattr(base, name), base.get_submodule("m0")) for name in inputs if name != "beside"},
+    )
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        why = refused[variant.name]
+        own = {name: args for name, args in inputs.items() if name not in why}
+        other = next(name for name in whole if name != variant.name)
+        case = Case(kind, variant, base, own, model, other, rows, breaks, compiled_)
+        found = {what: {**why, **(run(operation, case) if own else {})} for what, operation in OPERATIONS.items()}
+        results.found[variant.name] = {
+            what: {name: each[name] for name in results.examples} for what, each in found.items()
+        }
+    return results

@@ -1,0 +1,130 @@
+"""The page: tables and their footnotes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from veneer.variants import VARIANTS
+
+from .cases import LEFT_OUT, NOTE, Found, Results
+from .operations import CYCLES, OPERATIONS
+from .storages import GRID, STORED
+
+
+class Page:
+    """Tables, and their footnotes."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, int] = {}
+        self.counts = {"exact": 0, "exact, with a note": 0, "in part": 0, "no": 0}
+
+    def cell(self, found: Found, examples: Mapping[str, str]) -> tuple[str, str]:
+        """(the class of a cell, its text)."""
+        asked = {example: why for example, why in found.items() if why is not LEFT_OUT}
+        reasons: dict[str, list[str]] = {}
+        for example, why in asked.items():
+            if why:
+                reasons.setdefault(why, []).append(f"`{examples[example]}`")
+        if asked and not reasons:
+            return "exact", "exact"
+        texts = [
+            why if len(own) == len(asked) else f"{', '.join(dict.fromkeys(own))}: {why}" for why, own in reasons.items()
+        ]
+        number = self.notes.setdefault("; ".join(texts) or "no example has rows", len(self.notes) + 1)
+        good = sum(not why or why.startswith((NOTE, GRID)) for why in asked.values())
+        if asked and good == len(asked):
+            rounded = any(why.startswith(GRID) for why in reasons)
+            return "exact, with a note", f"{'to its grid' if rounded else 'exact'} [^{number}]"
+        kind = "in part" if good else "no"
+        return kind, f"{kind} [^{number}]"
+
+    def rows(self, results: Results) -> Iterator[tuple[str, list[str]]]:
+        """(variants, cells): one row for all variants of which the same was found."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name, found in results.found.items():
+            cells = [self.cell(each, results.examples) for each in found.values()]
+            for kind, _ in cells:
+                self.counts[kind] += 1
+            groups.setdefault(tuple(text for _, text in cells), []).append(name)
+        most = max(groups.values(), key=len)
+        for cells, names in groups.items():
+            others = [name for name in results.found if name not in names]
+            if not others:
+                said = f"all {len(names)}" if len(names) > 1 else ""
+            elif names is most and len(others) < len(names):
+                said = f"all but {', '.join(others)}"
+            else:
+                said = ", ".join(names)
+            yield said, list(cells)
+
+
+INTRO = """# What works with what
+
+Written by `make matrix`, which runs every cell; nothing here is typed. `make check` runs it again and fails if this
+page says something else.
+
+**exact** means, for every example of the layer (each option that changes the arithmetic):
+
+| | |
+|---|---|
+"""
+
+MEANINGS = {
+    "forward": "in float64, the factored and the materialised path are within 1e-10 of the definition: the module's "
+    "own forward on gain ⊙ (W + ΔW)",
+    "gradient": "on both paths, of every trained number and input, within 1e-9 of autograd through the definition",
+    "merge": "the merged outputs are within 1e-10 of the adapted ones; in bfloat16 every merged weight is W + ΔW "
+    "rounded to the nearest",
+    "unmerge": f"in bfloat16, after {CYCLES} merges and unmerges, every bit of the base is back",
+    "save/load": "on a fresh base, the same trained numbers and the same bits of output",
+    "mixed batch": "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows of "
+    "whole batches",
+    "compile": "`torch.compile` into one graph, switched between two adapters, is within 1e-10 of eager",
+    "PEFT round trip": "what PEFT loads and computes from our folder, and what we load from the folder that PEFT then "
+    "writes, within 1e-5",
+}
+
+NOTES = """
+A footnote says why a cell is not exact, and of which examples: each goes by what makes it different from the plainest
+one. Where PEFT would compute something else from our folder, the folder makes PEFT refuse it, and says why; Veneer
+reads it all the same. A mixed batch is asked of examples whose inputs hold rows: the base gives the same outputs when
+it runs on them one by one.
+
+## Layers × variants
+"""
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    return f"{sum(counts.values())} cells: {', '.join(f'{count} {kind}' for kind, count in counts.items())}."
+
+
+def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
+    """(the page, its summary)."""
+    made = Page()
+    lines = [f"| layer | variants | {' | '.join(OPERATIONS)} |", "|---" * (len(OPERATIONS) + 2) + "|"]
+    for results in layers:
+        for said, cells in made.rows(results):
+            lines.append(f"| {results.name} | {said} | {' | '.join(cells)} |")
+    sizes = f"{len(layers)} layers × {len(VARIANTS.names())} variants × {len(OPERATIONS)} operations"
+    summary = f"{sizes} = {counted(made.counts)}"
+    lines += ["", summary, ""]
+    skipped = {
+        f"{results.name} (`{results.examples[example]}`)": None
+        for results in layers
+        for found in results.found.values()
+        for example, why in found["mixed batch"].items()
+        if why is LEFT_OUT
+    }
+    lines += [f"Examples without rows: {', '.join(skipped)}.", ""] if skipped else []
+    lines += ["## Storages of a linear layer's weight, with variant `lora`", ""]
+    lines += [f"| storage | examples | {' | '.join(STORED)} |", "|---" * (len(STORED) + 2) + "|"]
+    made.counts = dict.fromkeys(made.counts, 0)
+    for results in storages:
+        for _, row in made.rows(results):
+            kinds = ", ".join(dict.fromkeys(results.examples.values()))
+            lines.append(f"| {results.name} | {len(results.examples)}: {kinds} | {' | '.join(row)} |")
+    more = f"{len(storages)} storages × {len(STORED)} operations = {counted(made.counts)}"
+    lines += ["", more, ""]
+    lines += [f"[^{number}]: {text}." for text, number in made.notes.items()]
+    meanings = "\n".join(f"| {operation} | {MEANINGS[operation]} |" for operation in OPERATIONS)
+    return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(lines) + "\n", f"{summary}\n{more}"

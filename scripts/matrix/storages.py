@@ -1,0 +1,190 @@
+"""The second table: linear layers whose weight is stored in another way, with variant "lora"."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tests.toys import error, randomise
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+import veneer
+from veneer import context
+from veneer.adapted import weight_of
+from veneer.bases import BASES, Storage
+
+from .cases import EXACT, NOTE, Results, Side, quiet, reason
+from .operations import numbers_of, wrong_roundings
+
+
+@dataclass
+class Stored:
+    """One example of a storage: a linear layer without and with an adapter whose change is a tenth of its weight."""
+
+    storage: Storage
+    base: Side
+    model: Side
+    handle: veneer.Handle
+    x: Tensor
+
+    @property
+    def linear(self) -> Any:
+        return self.model.m0
+
+    @property
+    def weight(self) -> Any:
+        return weight_of(self.linear, "weight")
+
+    def __call__(self, x: Tensor | None = None) -> Tensor:
+        return self.model({"m0": (self.x if x is None else x,)})["m0"]
+
+
+def stored(storage: Storage, module: nn.Module, again: nn.Module) -> Stored:
+    base, model = Side({"m0": again.eval()}), Side({"m0": module.eval()})
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, alpha=2, targets="all"))
+    randomise(handle)
+    (change,) = handle.changes.values()
+    weight = weight_of(model.get_submodule("m0"), "weight")
+    change.scale *= (0.1 * storage.dense(weight).double().norm() / change.resolve(weight)[0].norm()).item()
+    bias: Any = module.bias
+    return Stored(storage, base, model, handle, torch.randn(5, change.dims.in_, dtype=bias.dtype))
+
+
+def stored_truth(case: Stored, x: Tensor, numbers: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """(W x, (W + ΔW) x), both with the bias, in float64."""
+    W, bias = case.storage.dense(case.weight).detach().double(), case.linear.bias.detach().double()
+    return F.linear(x, W, bias), F.linear(x, W + scale * numbers["B"][0] @ numbers["A"][0], bias)
+
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def stored_forward(case: Stored) -> str:
+    """The default path adds ΔW x to what the base computes; the materialised one is the definition."""
+    (change,) = case.handle.changes.values()
+    numbers = {name: number.double() for name, number in change.named_parameters()}
+    with torch.no_grad():
+        plain, changed = stored_truth(case, case.x.double(), numbers, change.scale)
+        with veneer.use(case.model, None):
+            base = case()
+        adapted = case()
+        with context.changed(path="materialised"):
+            materialised = case()
+    bound = BOUNDS[adapted.dtype]
+    if not (error(adapted, base.double() + changed - plain) <= bound and error(materialised, changed) <= bound):
+        return "differs from the definition"
+    return EXACT if error(base, plain) <= bound else f"{NOTE}the library's own rounding in the base's part of y"
+
+
+def stored_gradient(case: Stored) -> str:
+    (change,) = case.handle.changes.values()
+    own = dict(change.named_parameters())
+    x, x64 = case.x.clone().requires_grad_(), case.x.double().requires_grad_()
+    numbers = {name: number.detach().double().requires_grad_() for name, number in own.items()}
+    _, wanted = stored_truth(case, x64, numbers, change.scale)
+    y = case(x)
+    weights = torch.randn_like(y)
+    truth = torch.autograd.grad((wanted * weights.double()).sum(), [*numbers.values(), x64])
+    found = torch.autograd.grad((y * weights).sum(), [*own.values(), x])
+    bound = 10 * BOUNDS[y.dtype]
+    wrong = [name for name, a, b in zip((*own, "x"), found, truth, strict=True) if not error(a, b) <= bound]
+    if wrong == ["x"]:
+        with veneer.use(case.model, None):
+            (plain,) = torch.autograd.grad((case(x) * weights).sum(), x)
+        low, _ = change.resolve(case.weight)
+        share = weights.double() @ low.delta(torch.float64)[0]
+        if error(found[-1], plain.double() + share) <= bound:
+            return f"{NOTE}the library's own rounding in the base's part of ∂x"
+    return f"differs for {', '.join(wrong)}" if wrong else EXACT
+
+
+#: begins what is said of a merge whose result lies on the storage's own, coarser grid
+GRID = "rounded to the storage's own grid, which keeps "
+
+
+def stored_merge(case: Stored) -> str:
+    (change,) = case.handle.changes.values()
+    with torch.no_grad():
+        exact = change.changed(case.weight, *change.resolve(case.weight), torch.float64)
+    report = case.handle.merge()
+    merged = case.storage.dense(case.weight).detach().clone()
+    case.handle.unmerge()
+    if merged.dtype in (torch.bfloat16, torch.float16):
+        rounded = not wrong_roundings(merged, exact)
+    else:
+        rounded = torch.equal(merged, exact.to(merged.dtype))
+    kept = 5 * round(20 * report.retention)
+    return EXACT if rounded else f"{GRID}about {kept}% of a change that is a tenth of the weight"
+
+
+def stored_unmerge(case: Stored) -> str:
+    def held() -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in case.storage.stored(case.weight).items()}
+
+    with torch.no_grad():
+        before, y = held(), case()
+        for _ in range(3):
+            case.handle.merge()
+            case()
+            case.handle.unmerge()
+        after, again = held(), case()
+    same = before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    return EXACT if same and torch.equal(y, again) else "other bits"
+
+
+def stored_save(case: Stored) -> str:
+    (change,) = case.handle.changes.values()
+    change.scale = change.variant.scale(change.alpha, change.rank)  # a file holds alpha, not a scale
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        case.handle.save(f"{folder}/adapter")
+        fresh = case.base
+        handle = veneer.load(fresh, f"{folder}/adapter")
+        mine, theirs = numbers_of(case.handle), numbers_of(handle)
+        same = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        equal = torch.equal(case(), fresh({"m0": (case.x,)})["m0"])
+    return EXACT if same and equal else "other outputs" if same else "other trained numbers"
+
+
+STORED: dict[str, Callable[[Stored], str]] = {
+    "forward": stored_forward,
+    "gradient": stored_gradient,
+    "merge": stored_merge,
+    "unmerge": stored_unmerge,
+    "save/load": stored_save,
+}
+
+
+def of_storage(name: str) -> Results:
+    """Every operation on every example of one storage."""
+    quiet()
+    storage = BASES[name]
+    results = Results(name, {name: {what: {} for what in STORED}}, {})
+    torch.manual_seed(0)
+    fresh = list(storage.examples())  # the same again, as not every storage can be copied
+    torch.manual_seed(0)
+    for number, module in enumerate(list(storage.examples())):
+        example = f"m{number}"
+        results.examples[example] = named(weight_of(module, "weight"))
+        case = stored(storage, module, fresh[number])
+        for what, operation in STORED.items():
+            try:
+                found = operation(case)
+            except Exception as failed:
+                found = reason(failed)
+            results.found[name][what][example] = found
+    return results
+
+
+def named(weight: Any) -> str:
+    """A stored weight in a word: the type of its packing, or its dtype."""
+    kind = getattr(weight, "quant_type", None)
+    if isinstance(weight, ParametrizationList):
+        return " ∘ ".join(type(each).__name__.strip("_") for each in reversed(list(weight)))
+    if kind is not None:
+        return getattr(kind, "name", kind)
+    return str(weight.dtype).removeprefix("torch.") if type(weight) is nn.Parameter else type(weight).__name__
