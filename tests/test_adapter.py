@@ -24,9 +24,10 @@ from models import IDS, ConvNet, TinyLM
 from test_bases import LIBRARIES, x_dtype
 from toys import bits, error, evidence, flat, randomise
 from veneer.adapted import weight_of
-from veneer.artefact import NUMBERS, _hash_record
+from veneer.artefact import NUMBERS, _hash_record, _hash_tensors
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError, OutputExistsError, TargetError
+from veneer.hashing import hash_json
 from veneer.layers import LAYERS
 from veneer.layers.parameter import Experts
 from veneer.variants import VARIANTS
@@ -414,6 +415,209 @@ def test_a_damaged_adapter_does_not_load(saved, damage, words):
         veneer.load(model, path)
     assert [id(p) for p in model.parameters()] == before
     assert type(model.model.layers[0].mlp["up"]) is nn.Linear
+
+
+def forge(path, tensors=None, record=None, config=None, own=None):
+    """Change a folder and make every hash in it right again, as only a program that writes folders can. The arguments
+    change the main tensors, the record, PEFT's config and the tensors of veneer.safetensors in place."""
+    kept, told = load_file(path / TENSORS), json.loads((path / RECORD).read_text())
+    said = json.loads((path / CONFIG).read_text())
+    numbers = load_file(path / NUMBERS) if (path / NUMBERS).exists() else {}
+    for change, value in ((tensors, kept), (record, told), (config, said), (own, numbers)):
+        if change is not None:
+            change(value)
+    told["hashes"] |= {"tensors": _hash_tensors(kept), CONFIG: hash_json(said)}
+    if numbers:
+        told["hashes"][NUMBERS] = _hash_tensors(numbers)
+        save_file(numbers, path / NUMBERS)
+    told["hashes"]["record"] = _hash_record(told)
+    (path / CONFIG).write_text(json.dumps(said))
+    (path / RECORD).write_text(json.dumps(told))
+    save_file(kept, path / TENSORS, metadata={"veneer": json.dumps(told)})
+
+
+def put(at, *values):
+    """A change of a nested mapping: what stands ``at`` becomes the last of ``values``; nothing removes it."""
+    *above, last = at
+
+    def change(value):
+        for key in above:
+            value = value[key]
+        if values:
+            value[last] = values[-1]
+        else:
+            del value[last]
+
+    return change
+
+
+def both(*changes):
+    return lambda value: [change(value) for change in changes]
+
+
+LINEAR, MAIN = "linear.weight", "base_model.model.linear.lora_A.weight"
+FORGERIES = [
+    # (variant, what is forged, words of the error)
+    ("lora", {"tensors": put([MAIN])}, "half a pair at 'linear'"),
+    ("lora", {"tensors": both(put([MAIN]), put([MAIN.replace("A", "B")]))}, "no change of 'linear.weight'"),
+    ("lora", {"tensors": put([MAIN], torch.zeros(2, 7))}, r"A \(2, 7\) and B \(9, 2\) at 'linear'"),
+    ("lora", {"tensors": put([MAIN], torch.zeros(4))}, r"A \(4,\)"),
+    ("lora", {"tensors": put([MAIN], torch.zeros(1, 6))}, r"A \(1, 6\) and B \(9, 2\)"),
+    ("lora", {"tensors": put(["base_model.model.linear.extra"], torch.zeros(2))}, "a tensor for linear.extra"),
+    ("lora", {"tensors": put(["extra"], torch.zeros(2))}, "tensor 'extra'"),
+    ("lora", {"tensors": put(["base_model.model.other.lora_A.weight"], torch.zeros(2, 6))}, "half a pair at 'other'"),
+    ("lora", {"tensors": put(["base_model.model.linear.lora_magnitude_vector"], torch.ones(9))}, "lora_magnitude"),
+    ("lora", {"record": put(["changes", LINEAR, "rank"], 0)}, "rank 0 and alpha 3 for 'linear.weight'"),
+    ("lora", {"record": put(["changes", LINEAR, "rank"], 7)}, "rank 7 for 'linear.weight'.*at most 6"),
+    ("lora", {"record": put(["changes", LINEAR, "rank"], 3)}, "rank 3, alpha 3 and scale 1 of 'linear.weight'"),
+    ("lora", {"record": put(["changes", LINEAR, "alpha"], 4)}, "rank 2, alpha 4 and scale 2 of 'linear.weight'"),
+    ("lora", {"record": put(["changes", LINEAR, "alpha"], "3")}, "alpha '3'"),
+    ("lora", {"record": put(["changes", LINEAR, "alpha"])}, "alpha None"),
+    ("lora", {"record": put(["changes", LINEAR], None)}, "rank None"),
+    ("lora", {"record": put(["changes", LINEAR, "rows"], [[0, 99]])}, r"slices \[\[0, 99\]\].*9 outputs"),
+    ("lora", {"record": put(["changes", LINEAR, "rows"], [[0, 4], [3, 5]])}, r"slices \[\[0, 4\], \[3, 5\]\]"),
+    ("lora", {"record": put(["changes", LINEAR, "rows"], [0, 4])}, r"rows \[0, 4\].*pairs"),
+    ("lora", {"record": put(["changes", LINEAR, "rows"], [])}, r"rows \[\].*pairs"),
+    ("lora", {"record": put(["changes", LINEAR, "rows"], [[0, 4]])}, "a change outside the rows"),
+    ("lora", {"record": put(["changes", LINEAR])}, r"fingerprints of other weights \(linear.weight\)"),
+    ("lora", {"record": put(["base", "weights", LINEAR])}, r"fingerprints of other weights \(linear.weight\)"),
+    ("lora", {"record": both(put(["changes", LINEAR]), put(["base", "weights", LINEAR]))}, "record does not know: lin"),
+    ("lora", {"record": put(["changes"])}, "no base, changes or config"),
+    ("lora", {"record": put(["config", "variant"], "loora")}, r"variant 'loora' \(nearest"),
+    ("lora", {"record": put(["config", "variant"], "vera")}, "no b, d of 'linear.weight' in veneer.safetensors"),
+    ("lora", {"record": put(["config", "variant"], "dora")}, "lora_magnitude_vector, as variant 'dora' has"),
+    ("lora", {"record": put(["config", "rank"], "x")}, "rank='x'"),
+    ("lora", {"record": put(["config", "ranky"], 2)}, "field 'ranky'"),
+    ("lora", {"record": put(["config"], [])}, "no base, changes or config"),
+    (
+        "lora",
+        {"record": both(*(put([part, "other.weight"], {"rank": 1, "alpha": 1}) for part in ("changes",)),
+                        put(["base", "weights", "other.weight"], ""))},
+        "a change of 'other.weight', which this model lacks",
+    ),
+    ("lora", {"config": put(["r"], 3)}, "rank 2"),
+    ("lora", {"config": put(["lora_alpha"], 5)}, "Expected: 2, 5 and 2.5, as in adapter_config"),
+    ("lora", {"config": put(["use_rslora"], True)}, "alpha 3 and scale 1.5 of 'conv.weight'"),
+    ("dora", {"tensors": put(["base_model.model.linear.lora_magnitude_vector"])}, "none at 'linear'"),
+    ("dora", {"tensors": put(["base_model.model.linear.lora_magnitude_vector"], torch.ones(8))}, "magnitude_vector"),
+    ("vera", {"own": put(["linear.weight.d"])}, "numbers b in veneer.safetensors for 'linear.weight'"),
+    ("vera", {"own": put(["linear.weight.e"], torch.ones(2))}, "numbers b, d, e in veneer.safetensors"),
+    ("vera", {"own": put(["other.weight.d"], torch.ones(2))}, "does not know: other.weight"),
+    ("vera", {"own": put(["linear.weight.d"], torch.ones(1, 5))}, "shapes that do not fit"),
+    ("vera", {"own": put(["linear.weight.d"], torch.ones(1, 2))}, r"another change \(off by"),
+    ("vera", {"own": put(["linear.weight.d"], torch.full((1, 2), torch.nan))}, "not finite"),
+    ("vera", {"record": put(["changes", LINEAR, "alpha"], 4)}, r"another change \(off by"),
+    ("vera", {"record": put(["config", "variant"], "loha")}, "numbers b, d in veneer.safetensors"),
+    ("pissa", {"own": put(["linear.weight.A"], torch.ones(1, 3, 6))}, "shapes that do not fit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "forged", "words"), FORGERIES, ids=[words for *_, words in FORGERIES])
+def test_a_folder_that_is_wrong_in_itself_does_not_load(tmp_path, variant, forged, words):
+    """Hashes tell what was altered; this is what they cannot tell."""
+    path = small_adapter(tmp_path / "adapter", variant)
+    forge(path)
+    veneer.load(small(), path)  # forging by itself is no harm
+    forge(path, **forged)
+    refused(small(), path, words)
+
+
+def small(seed=5) -> Small:
+    torch.manual_seed(seed)
+    return Small().eval()
+
+
+def small_adapter(path, variant="lora", model=None, **fields):
+    config = veneer.LoraConfig(**{"rank": 2, "alpha": 3, "targets": "all", "variant": variant, **fields})
+    handle = veneer.attach(model or small(), config)
+    randomise(handle)
+    return handle.save(path)
+
+
+def refused(model, path, words, kind=AdapterError) -> str:
+    """Assert that a folder does not load, and that the model is the very one that it was; returns the error's text."""
+    before, classes = bits(model), [type(module) for module in model.modules()]
+    identities, flags = [id(p) for p in model.parameters()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(kind, match=words) as caught:
+        veneer.load(model, path)
+    same(bits(model), before)
+    assert [type(module) for module in model.modules()] == classes
+    assert [id(p) for p in model.parameters()] == identities
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any("veneer" in key for key in [*model.state_dict(), *model.__dict__])
+    return str(caught.value)
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    path = small_adapter(tmp_path / "adapter")
+    forge(path, tensors=put([MAIN], torch.zeros(2, 7)), record=put(["changes", "conv.weight", "rank"], 99))
+    text = refused(small(), path, "2 problems")
+    assert "rank 99 for 'conv.weight'" in text
+    assert "A (2, 7)" in text
+
+
+def test_the_file_of_a_variant_is_there_and_is_its_own(tmp_path):
+    path = small_adapter(tmp_path / "adapter", "vera")
+    other = small_adapter(tmp_path / "other", "vera", rank=1)
+    shutil.copy(other / NUMBERS, path / NUMBERS)
+    refused(small(), path, "veneer.safetensors, which changed after it was written")
+    (path / NUMBERS).write_bytes(b"")
+    refused(small(), path, "veneer.safetensors cannot be read")
+    (path / NUMBERS).unlink()
+    refused(small(), path, "no veneer.safetensors in .*, which holds the numbers of variant 'vera'")
+    plain = small_adapter(tmp_path / "plain")
+    shutil.copy(other / NUMBERS, plain / NUMBERS)
+    refused(small(), plain, "veneer.safetensors, of which the record says nothing")
+
+
+def test_another_base_is_refused_without_a_trace(tmp_path):
+    path = small_adapter(tmp_path / "adapter")
+    refused(small(seed=6), path, "2 of 2 adapted layers", BaseMismatchError)
+
+
+def test_the_record_stripped_off_a_variant_leaves_the_plain_change(tmp_path):
+    """As the error about a missing veneer.safetensors advises."""
+    model = nn.Sequential(nn.Linear(6, 9))
+    state, x = bits(model), torch.randn(4, 6)
+    path = small_adapter(tmp_path / "adapter", "vera", model)
+    expected = model(x)
+    for file in (RECORD, NUMBERS):
+        (path / file).unlink()
+    save_file(load_file(path / TENSORS), path / TENSORS)
+    other = nn.Sequential(nn.Linear(6, 9))
+    other.load_state_dict(state)
+    with pytest.warns(veneer.UnverifiedAdapter):
+        veneer.load(other, path)
+    assert error(other(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None])
+def test_changes_as_values(tmp_path, variant):
+    """What analyses of adapters read: plain paths, and a refusal of what is no product alone."""
+    model = fused()
+    targets = ["qkv", "attention", "embed"]
+    targets += [] if variant == "eva" else ["experts", "tables.0", "tables.1", "position"]  # which tell no inputs
+    config = veneer.LoraConfig(rank=2, targets=targets, variant=variant)
+    loss = lambda model, batch: model(*batch).square().mean()  # noqa: E731
+    handle = veneer.attach(model, config, **evidence(model, variant, (FUSED_IDS,), loss))
+    randomise(handle)
+    artefact = veneer.adapter.read(handle.save(tmp_path / "adapter"))
+    names = {*targets, "attention.out_proj", "head"}
+    names = {at.replace("experts", "experts.proj") for at in names}
+    assert artefact.products.keys() == names
+    if variant == "dora":
+        with pytest.raises(AdapterError, match="variant 'dora', whose change is no low-rank product alone"):
+            artefact.layers  # noqa: B018
+        return
+    assert artefact.layers.keys() == names
+    for at, change in handle.changes.items():
+        low = artefact.layers[at.removesuffix(".weight").removesuffix(".in_proj_weight")]
+        owner, _, weight = at.rpartition(".")
+        expected, _ = change.resolve(weight_of(model.get_submodule(owner), weight))
+        assert low.norm() == pytest.approx(expected.norm(), rel=1e-5)
+    held = sum(v.numel() for c in handle.changes.values() for n, v in c.numbers.items() if n not in c.variant.derived)
+    tied = artefact.layers["head"].A.numel() + artefact.layers["head"].B.numel()
+    assert artefact.parameters == held + tied
 
 
 def test_every_flipped_byte_of_a_small_adapter_is_noticed(tmp_path):

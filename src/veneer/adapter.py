@@ -4,8 +4,9 @@ against a model and puts it in place. The folder itself is ``artefact.py``'s."""
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def save(
         found = f"variant {config.variant!r}"
         raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
     names = Names(model)
-    filed = list(_filed(model, name))
+    filed = _filed(names, name)
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     weights = {
@@ -151,8 +152,8 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             found = f"two changes of {parameter_path(*slot)!r} in {path}"
             problems.append(sentence(found, "one", "get the whole file again"))
         parameter = _parameter_of(names, slot, config)
-        nested = peft.attention_of(file_path) if _attention(names, slot) is not None else None
-        at = parameter_path(*slot) if parameter else file_path if nested is None else nested
+        nested = _attention(names, slot) if peft.attention_of(file_path) is not None else None
+        at = parameter_path(*slot) if parameter else slot[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if nested is not None and artefact.record is None:
             alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
@@ -211,22 +212,33 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
                 {**part.full._parameters, **part.full._buffers}[key].copy_(value)
 
 
+def _found(names: Names, file_path: str) -> tuple[str, int, str]:
+    """What a path of a PEFT file means: (a module, how many wrappers stand behind it, what follows)."""
+    parts, above, depth = file_path.split(".") if file_path else [], "", 0
+    for count, part in enumerate(parts):
+        below = parameter_path(above, part)
+        if below in names.canonical:
+            above, depth = below, 0
+        elif part == "base_layer":
+            depth += 1
+        else:
+            return names.canonical[above], depth, ".".join(parts[count:])
+    return names.canonical[above], depth, ""
+
+
 def _canonical(names: Names, file_path: str) -> str:
     """The module that a path of a PEFT file means, under its first name."""
-    found = names.canonical.get(file_path) or names.canonical.get(peft.unnested(file_path)[0])
-    return file_path if found is None else found
+    path, _, rest = _found(names, file_path)
+    return file_path if rest else path
 
 
 def _slot(names: Names, file_path: str, config: Mapping[str, Any]) -> Slot | None:
-    """What a path of a PEFT file means: a module with one weight, one of several weights by its own path, or one of
-    several nested parameters."""
-    bare, depth = (file_path, 0) if file_path in names.canonical else peft.unnested(file_path)
-    path = names.canonical.get(bare)
-    if path is None:
-        above, _, name = bare.rpartition(".")
-        path = names.canonical.get(above)
-        return (path, name) if path is not None and name in own_parameters(names.modules[path]) else None
+    """The weight that a path of a PEFT file means: that of a module with one weight, one of several weights by its
+    own path, or one of several nested parameters."""
+    path, depth, rest = _found(names, file_path)
     module = names.modules[path]
+    if rest:
+        return (path, rest) if rest in own_parameters(module) else None
     parameters = [name for name in own_parameters(module) if _parameter_of(names, (path, name), config)]
     if parameters:
         return (path, parameters[-1 - depth]) if depth < len(parameters) else None
@@ -240,27 +252,52 @@ def _parameter_of(names: Names, slot: Slot, config: Mapping[str, Any]) -> bool:
     return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
 
 
-def _filed(model: nn.Module, name: str) -> Iterator[Filed]:
+def _filed(names: Names, name: str) -> list[Filed]:
     """Every change under every module that holds its weight, each time as that module reads it, so that a library
     which adapts modules one by one gives the same outputs."""
-    for path, module, site in sites(model):
+    filed: list[Filed] = []
+    wraps: dict[str, int] = {}
+    parameters = [parameter_path(*slot) for slot in _slots(names)]
+    for path, module, site in sites(names.model):
         part = site.get(name)
-        for weight, change in part.changes.items() if part is not None else ():
+        for weight in own_parameters(module) if part is not None else ():
+            change = part.changes.get(weight)
+            if change is None:
+                continue
             low, _ = change.resolve(weight_of(module, weight))
-            kind, where, target = _kind(module, weight), path, path
-            parameter = kind.name == GENERAL
+            kind, target = _kind(module, weight), path
+            parameter = kind.name == GENERAL or (kind.name == "linear" and peft.taken_for_experts(path, parameters))
             if parameter:
                 target = parameter_path(path, weight)
-                # each further parameter of a module wraps the one before
-                wrapped = [w for w in own_parameters(module) if w in part.changes and _kind(module, w) is kind]
-                inside = len(wrapped) - 1 - wrapped.index(weight)
-                where = ".".join([*([path] if path else []), *["base_layer"] * inside])
-            elif len(kind.weights(module)) > 1:
-                where = parameter_path(path, weight)
+                wraps[path] = wraps.get(path, 0) + 1
             exact = set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
             alpha = change.alpha if exact else low.scale * low.rank
             low = low.T if site.transposed else low
-            yield Filed(where, target, parameter, path, module, weight, change, low, site.transposed, alpha, exact)
+            filed.append(Filed("", target, parameter, path, module, weight, change, low, site.transposed, alpha, exact))
+    seen: dict[str, int] = {}
+    for number, entry in enumerate(filed):
+        where = peft.nested(entry.path, wraps)
+        if entry.parameter:  # each further parameter of a module wraps the one before
+            seen[entry.path] = seen.get(entry.path, 0) + 1
+            where = ".".join([*([where] if where else []), *["base_layer"] * (wraps[entry.path] - seen[entry.path])])
+        elif len(_kind(entry.module, entry.weight).weights(entry.module)) > 1:
+            where = parameter_path(where, entry.weight)
+        filed[number] = replace(entry, where=where)
+    return filed
+
+
+def _wraps(filed: list[Filed]) -> dict[str, int]:
+    """How many wrappers PEFT puts around each module."""
+    counts: dict[str, int] = {}
+    for entry in filed:
+        counts[entry.path] = counts.get(entry.path, 0) + 1 if entry.parameter else 1
+        if isinstance(entry.module, nn.MultiheadAttention):  # PEFT adapts its out-projection along
+            counts[parameter_path(entry.path, "out_proj")] = 1
+    return counts
+
+
+def _slots(names: Names) -> list[Slot]:
+    return [(path, name) for path, module in names.modules.items() for name in own_parameters(module)]
 
 
 def _attention(names: Names, slot: Slot) -> str | None:
@@ -352,8 +389,7 @@ def _lacking(names: Names, artefact: Artefact, found: set[Slot]) -> list[str]:
     modules = {path: kind.weight for path, module in names.modules.items() if (kind := kind_of(module)) is not None}
     expected = {(path, modules[path]) for path in peft.expected_paths(config, modules) or ()}
     expected = {slot for slot in expected if weight_of(names.modules[slot[0]], slot[1]) is not None}
-    slots = [(path, name) for path, module in names.modules.items() for name in own_parameters(module)]
-    expected |= {slot for slot in slots if _parameter_of(names, slot, config)}
+    expected |= {slot for slot in _slots(names) if _parameter_of(names, slot, config)}
     return sorted(parameter_path(*slot) for slot in expected - found)
 
 
@@ -371,22 +407,22 @@ def _take_base_weight(names: Names, entry: LowPlan, full: Mapping[str, dict[str,
 def _tensors(model: nn.Module, name: str, filed: list[Filed]) -> dict[str, Tensor]:
     """The tensors of the PEFT file."""
     tensors: dict[str, Tensor] = {}
-    deepest: dict[str, str] = {}
     for entry in filed:
-        kind, change = _kind(entry.module, entry.weight), entry.change
-        held = weight_of(entry.module, entry.weight)
+        change, held = entry.change, weight_of(entry.module, entry.weight)
+        kind = LAYERS[GENERAL] if entry.parameter else _kind(entry.module, entry.weight)
         shape = change.storage.shape(held)
         for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
             tensors[peft.key(entry.where, suffix)] = _written(tensor)
         for number, suffix in change.variant.peft_keys.items():
             whole = _whole(change, held, change.numbers[number])
             tensors[peft.key(entry.where, suffix)] = _written(kind.pack_vector(whole, shape))
-        if entry.parameter or entry.where == entry.path:
-            deepest[entry.path] = max(deepest.get(entry.path, ""), parameter_path(entry.where, "base_layer"), key=len)
+    wraps = _wraps(filed)
     for path, _, part in adapters(model, name):
+        # what is trained in full stands below the wrappers
+        inside = [peft.nested(path, wraps)] if path else []
+        where = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
         for key, value in part.full.state_dict().items():
-            # what is trained in full stands below the wrappers that PEFT puts around a changed module
-            tensors[peft.key(deepest.get(path, path), key)] = _written(value)
+            tensors[peft.key(where, key)] = _written(value)
     return tensors
 
 
@@ -433,7 +469,7 @@ def _peft_config(
         **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": peft.patterns_for(ranks, rank),
         "alpha_pattern": peft.patterns_for(alphas, alpha),
-        "modules_to_save": _whole_modules(names, name) or None,
+        "modules_to_save": _whole_modules(names, name, _wraps(filed)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
         "init_lora_weights": True,
@@ -442,15 +478,18 @@ def _peft_config(
     }
 
 
-def _whole_modules(names: Names, name: str) -> list[str]:
+def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
     """The modules that are trained in full and that PEFT can replace, which goes by the ends of paths. What else is
     trained in full it loads into the base, as it does with biases."""
     trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
-    above = {parent for path in names.modules for parent in (path.rpartition(".")[0],)}
+    above = {path.rpartition(".")[0] for path in names.modules}
     whole = {
         path
         for path, parameters in trained.items()
-        if parameters and path not in above and parameters.keys() >= set(own_parameters(names.modules[path]))
+        if parameters
+        and path not in above
+        and parameters.keys() >= set(own_parameters(names.modules[path]))
+        and peft.nested(f"{path}.", wraps) == f"{path}."
     }
     return sorted(path for path in whole if path and all(o in whole for o in names.modules if o.endswith(path)))
 
@@ -512,11 +551,15 @@ def _numbers(
     if lacking and artefact.record is not None:
         what = f"no {listing(sorted(lacking))} of {at!r} in {NUMBERS}"
         problems.append(sentence(what, f"those of variant {variant.name!r}", "get another copy of the folder"))
-    if (entry.rank, entry.alpha) != (layer.rank, layer.alpha):
-        what = f"rank {entry.rank} and alpha {entry.alpha:g} of {at!r} in the record"
-        expected = f"{layer.rank} and {layer.alpha:g}, as in {peft.CONFIG}"
+    scale = variant.scale(entry.alpha, entry.rank)
+    if entry.rank != layer.rank or not math.isclose(scale, layer.scale):
+        what = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
+        expected = f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}"
         problems.append(sentence(what, expected, "get another copy of the folder"))
     rows = None if entry.rows is None else torch.tensor(entry.rows)
+    if rows is not None and B.index_fill(1, rows, 0).any():
+        what = f"a change outside the rows that the record names for {at!r}"
+        problems.append(sentence(what, "zeros there", "get another copy of the folder"))
     numbers = {"A": A, "B": B if rows is None else B[:, rows]}
     for number, suffix in variant.peft_keys.items():
         vector = layer.extras[suffix].reshape(-1)

@@ -178,7 +178,7 @@ def read(path: str | Path) -> Artefact:
     peft.check_config(peft_config, ours=record is not None)
     _all_finite(tensors, "get another copy")
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
-    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras)
+    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
     numbers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in (_read_numbers(path, record) if record else {}).items():
         weight, _, name = key.rpartition(".")
@@ -195,6 +195,9 @@ def _read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of ``veneer.safetensors``, which must be there and unaltered if the record speaks of it."""
     expected = record["hashes"].get(NUMBERS)
     if expected is None:
+        if (path / NUMBERS).exists():
+            found = f"{path / NUMBERS}, of which the record says nothing"
+            raise AdapterError(sentence(found, "files that belong together", "remove it, or get another copy"))
         return {}
     if not (path / NUMBERS).is_file():
         found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config']['variant']!r}"

@@ -8,6 +8,7 @@
     base_model.model.<path>.lora_magnitude_vector         a number of a variant besides A and B
     base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted attention
     base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
+    base_model.model.<block>.base_layer.<child>.…         what lies below a module with an adapted parameter
 
 Read from PEFT 0.21's source and checked against it in the tests.
 
@@ -101,12 +102,14 @@ def split(
     config: Mapping[str, Any],
     suffixes: Iterable[tuple[str, str]],
     extras: Iterable[str] = (),
+    ours: bool = False,
 ) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
     """The file's tensors as (low-rank changes by path, fully trained parameters by path and name).
 
     Args:
         suffixes: the (A, B) suffixes that layer kinds use.
         extras: the suffixes of further numbers that variants use.
+        ours: Veneer wrote the config, with whole paths.
 
     Raises:
         AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
@@ -142,9 +145,9 @@ def split(
         if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:
             problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
             continue
-        A, B, named = entry["A"], entry["B"], _parameter_at(config, path)
+        A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
         more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
-        rank, alpha, scale = strength(config, *named, path if (above := attention_of(path)) is None else above)
+        rank, alpha, scale = strength(config, *named, unnested(attention_of(path) or path)[0])
         at = named[0] if named else unnested(path)[0]
         layer = PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
         if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
@@ -219,10 +222,21 @@ def _patterned(config: Mapping[str, Any], field: str, paths: Iterable[str]) -> A
 
 
 def unnested(path: str) -> tuple[str, int]:
-    """A path without the wrappers that PEFT puts around the modules of it, and how many those were."""
+    """A path without the wrappers that PEFT puts around the modules of it, and how many of these stand at its end."""
     parts = path.split(".")
-    kept = [part for part in parts if part != "base_layer"]
-    return ".".join(kept), len(parts) - len(kept)
+    depth = next((count for count, part in enumerate(reversed(parts)) if part != "base_layer"), len(parts))
+    return ".".join(part for part in parts if part != "base_layer"), depth
+
+
+def nested(path: str, wraps: Mapping[str, int]) -> str:
+    """A path with the wrappers of the modules above it, of which each module has so many."""
+    parts = path.split(".") if path else []
+    inside: list[str] = []
+    for count, part in enumerate(parts):
+        above = ".".join(parts[:count])
+        inside += ["base_layer"] * wraps.get(above, 0) if count else []
+        inside.append(part)
+    return ".".join(inside)
 
 
 def attention_of(path: str) -> str | None:
@@ -240,16 +254,16 @@ def unsure(config: Mapping[str, Any]) -> str | None:
     return f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version} it is not known"
 
 
-def _parameter_at(config: Mapping[str, Any], path: str) -> list[str]:
+def _parameter_at(config: Mapping[str, Any], path: str, ours: bool) -> list[str]:
     """The path of the parameter that an entry of the file at ``path`` means, as near as the config alone can tell:
     the last of ``target_parameters`` in that module, or one further to the front for each wrapper. Nothing if the
     entry means a module."""
     bare, depth = unnested(path)
     ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
-    exact = [name for above, _, name in ends if above == bare]
-    names = exact or [name for above, _, name in ends if not above or _named([above], bare)]
-    own = [f"{bare}.{name}".lstrip(".") for name in names]
-    return own[-1 - depth : len(own) - depth] if depth < len(own) else []
+    own = [parameter for above, _, parameter in ends if above == bare]
+    if not ours and not own and not expected_paths({**config, "exclude_modules": None}, [bare]):
+        own = [parameter for above, _, parameter in ends if not above or _named([above], bare)]
+    return [f"{bare}.{own[-1 - depth]}".lstrip(".")] if depth < len(own) else []
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
@@ -270,6 +284,16 @@ def differs(kind: str, module: Any) -> str | None:
     if kind == "attention":
         return None if module._qkv_same_embed_dim else "PEFT knows one fused in-projection alone"
     return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer"
+
+
+#: what the projections and the router of experts are called in checkpoints from before transformers 5
+_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def taken_for_experts(path: str, parameters: Iterable[str]) -> bool:
+    """Whether PEFT may take a linear layer for experts of old: among the targets of a model with fused experts it
+    replaces these names by the fused parameters. Such a layer must be named by its parameter."""
+    return path.rpartition(".")[2] in _EXPERTS and any(name.endswith(".gate_up_proj") for name in parameters)
 
 
 def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
