@@ -279,3 +279,16 @@ def test_layers_that_run_again_during_backward_keep_the_selection_of_its_caller(
         model(IDS)  # outside backward nothing lingers
     with pytest.raises(SelectionError, match="none selected"):
         Rerun.apply(x, model).sum().backward()
+
+
+@pytest.mark.parametrize("selection", [None, ["a", None]], ids=str)
+def test_layers_that_run_again_during_backward_do_not_fall_back_to_the_only_adapter(selection):
+    model, _ = two_adapters()
+    veneer.detach(model, "b")
+    x = torch.zeros(1, requires_grad=True)
+    with veneer.use(model, selection):
+        expected = model(IDS)
+        Rerun.apply(x, model).sum().backward()
+    assert torch.equal(model.rerun, expected)
+    Rerun.apply(x, model).sum().backward()
+    assert torch.equal(model.rerun, model(IDS))

@@ -147,10 +147,13 @@ class Site(nn.Module):
         """
         now, group = context.current, self.group
         chosen = now.selection.get(group.uid, group.default)
+        if not torch.compiler.is_compiling() and group.uid not in now.selection:
+            caller = context.of_backward()  # in one of its threads nothing is selected
+            if caller is not None:
+                chosen = caller.selection.get(group.uid, chosen)
         parts = chosen.parts
         if parts is None:
-            chosen = self._chosen_by_caller(chosen)
-            parts = cast(Mapping[int, Any], chosen.parts)
+            raise self._nothing_to_use(chosen)
         if group.merged is not None:
             if chosen.name != group.merged:
                 found = f"a call that selects {chosen.name!r} while {group.merged!r} is merged into the weights"
@@ -162,17 +165,12 @@ class Site(nn.Module):
             now.reached.update(part.seen())
         return part
 
-    def _chosen_by_caller(self, chosen: Selected) -> Selected:
-        caller = context.of_backward() if chosen.name is None else None
-        if caller is not None:
-            chosen = caller.selection.get(self.group.uid, chosen)
-        if chosen.parts is None:
-            if chosen.name is not None:
-                raise detached(chosen.name)
-            found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
-            do = "call the model inside `with veneer.use(model, name):`"
-            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
-        return chosen
+    def _nothing_to_use(self, chosen: Selected) -> SelectionError:
+        if chosen.name is not None:
+            return detached(chosen.name)
+        found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
+        do = "call the model inside `with veneer.use(model, name):`"
+        return SelectionError(sentence(found, "one selected adapter, or None for the base", do))
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""
