@@ -23,7 +23,7 @@ FLOORS = [
     ["targets", "rows"],
     ["readers"],
     ["attach"],
-    ["merge", "select", "summary", "evidence"],
+    ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
     ["handle"],
     [""],  # veneer/__init__.py

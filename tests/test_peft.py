@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
 from models import TinyLM
+from real_models import REAL
 from test_adapter import FUSED, FUSED_IDS, fused
 from toys import error, evidence, flat, randomise
 from veneer.errors import AdapterError
@@ -338,6 +341,8 @@ EXPERTS_X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
         {"targets": ["experts", "second"], "ranks": {"second.more": 4}, "alphas": {"experts.proj": 5}},
         {"targets": ["experts.more", "second.proj", "in_proj_weight"]},
         {"targets": ["in_proj_weight", "qkv"], "ranks": {"attention": 4}, "bias": "targets"},
+        {"targets": ["in_proj_weight"], "bias": "all"},
+        {"targets": ["in_proj_weight"], "train_also": ["out_proj", "norm"]},
         {"targets": ["in_proj_weight"], "slices": {"in_proj_weight": [True, False, True]}},
         {"targets": ["experts", "in_proj_weight"], "variant": "pissa"},
     ],
@@ -346,6 +351,100 @@ EXPERTS_X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 def test_peft_loads_our_experts_and_attention(tmp_path, fields):
     handle = randomised(Experts(), (EXPERTS_X,), **fields)
     assert peft_agrees_or_refuses(handle, (EXPERTS_X,), Experts, tmp_path)
+
+
+#: PEFT fails loudly: its wrapper of the embeddings' position hides the children that the model reads
+HIDDEN = {"vit"}
+
+
+@pytest.mark.parametrize("name", list(REAL))
+def test_real_models_go_both_ways(tmp_path, name):
+    """Everything that can be attached to, as far as PEFT can; and its own adapters of all linear layers."""
+    model, example, _ = REAL[name].build()
+    base = floats(run(model, example))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle = randomised(model, (), 0.05, targets="all")
+    ours = floats(run(model, example))
+    path = handle.save(tmp_path / "ours")
+    said = json.loads((path / "adapter_config.json").read_text())["peft_type"]
+    fresh = REAL[name].build()[0]
+    if said != "LORA":
+        with pytest.raises(KeyError, match="not for PEFT"):
+            peft.PeftModel.from_pretrained(fresh, path)
+    elif name in HIDDEN:
+        theirs = peft.PeftModel.from_pretrained(fresh, path)
+        with pytest.raises(AttributeError, match="ParamWrapper"):
+            run(theirs.base_model.model, example)
+    else:
+        theirs = peft.PeftModel.from_pretrained(fresh, path).eval()
+        assert error(floats(run(theirs.base_model.model, example)), ours) < 1e-5
+        assert error(ours, base) > 1e-3
+
+    model = REAL[name].build()[0]
+    linear = [at for at, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    # without those that are tied or read past their modules
+    ends = ("lm_head", "decoder", "proj_out", "out_proj", "attn.qkv", "attn.proj", "x_proj", "dt_proj")
+    targets = [at for at in linear if not at.endswith(ends)]
+    theirs, path = by_peft(tmp_path / "theirs", model, 0.05, target_modules=targets)
+    model = REAL[name].build()[0]
+    veneer.load(model, path)
+    assert error(floats(run(model, example)), floats(run(theirs.base_model.model, example))) < 1e-5
+
+
+def run(model, example):
+    with torch.no_grad():
+        return model.eval()(**example)
+
+
+def floats(output):
+    return flat(dict(output) if isinstance(output, dict) else output)
+
+
+def test_what_pissa_started_from_is_converted_by_peft(tmp_path):
+    """PEFT takes the start off the base and, asked to, writes the change since then: a plain change of the base."""
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["q"]}
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(init_lora_weights="pissa", **fields)).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    expected = theirs(IDS)
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model = make()
+    with pytest.warns(veneer.UnverifiedAdapter):
+        (change,) = veneer.load(model, tmp_path / "adapter").changes.values()
+    assert change.rank == 4
+    assert error(model(IDS), expected) < 1e-5
+
+
+def test_a_later_peft_may_apply_an_out_projection_once(tmp_path):
+    _, path = by_peft(tmp_path / "adapter", Experts(), target_modules=["attention"])
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.22.0"}))
+    with pytest.raises(AdapterError, match=r"'attention.out_proj'.* of PEFT 0\.22\.0 it is not known"):
+        veneer.load(Experts(), path)
+    (path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.9.1.dev0"}))
+    veneer.load(Experts(), path)
+
+
+def test_magnitudes_of_a_tie_that_differ_are_refused(tmp_path):
+    """PEFT rescales the outputs of both modules; of the tied weight those are other axes."""
+    theirs = peft.get_peft_model(TinyLM(True), peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True))
+    theirs.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    above = "base_model.model.model.embed_tokens."
+    tensors |= {
+        "base_model.model.lm_head.lora_A.weight": tensors[f"{above}lora_embedding_B"].mT.contiguous(),
+        "base_model.model.lm_head.lora_B.weight": tensors[f"{above}lora_embedding_A"].mT.contiguous(),
+        "base_model.model.lm_head.lora_magnitude_vector": torch.ones(17),
+    }
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=r"different changes for 'model\.embed_tokens'"):
+        veneer.load(TinyLM(True), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -409,8 +508,6 @@ def test_what_we_would_compute_differently_is_refused(tmp_path, fields, words):
 
 
 def test_a_peft_adapter_must_be_whole(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     path = saved_by_peft(tmp_path, target_modules=["q", "c1"])
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -7,14 +7,14 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, at_least_float32, own_class, sites, weight_of
+from veneer.adapted import Change, own_class, weight_of
 from veneer.artefact import NUMBERS, Artefact, read, write
 from veneer.attach import (
     LowPlan,
@@ -34,15 +34,26 @@ from veneer.attach import (
     with_ties,
 )
 from veneer.bases import storage_of
-from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
+from veneer.filing import (
+    all_slots,
+    attention_above,
+    differs,
+    filed_changes,
+    kind_for,
+    means_parameter,
+    module_at,
+    peft_config,
+    slot_at,
+    tensors_of,
+    written,
+)
 from veneer.formats import peft
 from veneer.hashing import fingerprint
-from veneer.layers import LAYERS, Layer, kind_of
+from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 from veneer.merge import original
-from veneer.readers import hosts
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
 
@@ -52,27 +63,6 @@ __all__ = ["Artefact", "UnverifiedAdapter", "install_from", "read", "save"]
 class UnverifiedAdapter(UserWarning):
     """An adapter that another library wrote: it carries no fingerprint, so nobody can tell whether it was made for
     this base."""
-
-
-@dataclass(frozen=True)
-class Filed:
-    """One change as the PEFT file holds it, for one of the modules that have its weight.
-
-    ``where`` is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``),
-    ``low`` what this module reads. ``exact`` says that the file holds the very numbers of the change.
-    """
-
-    where: str
-    target: str
-    parameter: bool
-    path: str
-    module: nn.Module
-    weight: str
-    change: Change
-    low: LowRank
-    transposed: bool
-    alpha: float
-    exact: bool
 
 
 @torch.no_grad()
@@ -104,7 +94,7 @@ def save(
         found = f"variant {config.variant!r}"
         raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
     names = Names(model)
-    filed = _filed(names, name)
+    filed = filed_changes(names, name)
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     weights = {
@@ -114,8 +104,8 @@ def save(
     exact = {id(entry.change): entry.exact for entry in filed}
     write(
         path,
-        _tensors(model, name, filed),
-        _peft_config(names, name, config, base_name, filed),
+        tensors_of(model, name, filed),
+        peft_config(names, name, config, base_name, filed),
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
@@ -126,7 +116,7 @@ def save(
         provenance=provenance or {},
         overwrite=overwrite,
         numbers={
-            f"{at}.{number}": _written(value)
+            f"{at}.{number}": written(value)
             for at, (_, _, change) in weights.items()
             if not exact[id(change)]
             for number, value in change.numbers.items()
@@ -143,7 +133,7 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     problems = [*name_problems(model, name)]
     file_of: dict[Slot, peft.PeftLayer] = {}
     for file_path, entry in artefact.low.items():
-        slot = _slot(names, file_path, config)
+        slot = slot_at(names, file_path, config)
         if slot is None:
             found = f"a change of {entry.at!r}, which this model lacks{nearest(entry.at, names.modules)}"
             problems.append(sentence(found, "the same modules", "load it on the model that it was trained on"))
@@ -151,14 +141,14 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
         if slot in file_of:
             found = f"two changes of {parameter_path(*slot)!r} in {path}"
             problems.append(sentence(found, "one", "get the whole file again"))
-        parameter = _parameter_of(names, slot, config)
-        nested = _attention(names, slot) if peft.attention_of(file_path) is not None else None
+        parameter = means_parameter(names, slot, config)
+        nested = attention_above(names, slot) if peft.attention_of(file_path) is not None else None
         at = parameter_path(*slot) if parameter else slot[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if nested is not None and artefact.record is None:
             alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
         file_of[slot] = replace(entry, rank=rank, alpha=alpha, scale=scale)
-        reason = _differs(names, slot, parameter, nested) if artefact.record is None else None
+        reason = differs(names, slot, parameter, nested) if artefact.record is None else None
         if reason is None and nested is not None and artefact.record is None:
             reason = peft.unsure(config)
         if reason is not None:
@@ -181,7 +171,7 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             problems.append(sentence(found, "the files as they were saved", "get another copy of the folder"))
     full: dict[str, dict[str, Tensor]] = {}
     for file_path, tensors in artefact.full.items():
-        full.setdefault(_canonical(names, file_path), {}).update(tensors)
+        full.setdefault(module_at(names, file_path), {}).update(tensors)
     for entry in low:
         _take_base_weight(names, entry, full, path)
     _check_full_tensors(names, full, problems)
@@ -210,147 +200,6 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
         for at, _, part in adapters(model, name):
             for key, value in full.get(at, {}).items():
                 {**part.full._parameters, **part.full._buffers}[key].copy_(value)
-
-
-def _found(names: Names, file_path: str) -> tuple[str, int, str]:
-    """What a path of a PEFT file means: (a module, how many wrappers stand behind it, what follows)."""
-    parts, above, depth = file_path.split(".") if file_path else [], "", 0
-    for count, part in enumerate(parts):
-        below = parameter_path(above, part)
-        if below in names.canonical:
-            above, depth = below, 0
-        elif part == "base_layer":
-            depth += 1
-        else:
-            return names.canonical[above], depth, ".".join(parts[count:])
-    return names.canonical[above], depth, ""
-
-
-def _canonical(names: Names, file_path: str) -> str:
-    """The module that a path of a PEFT file means, under its first name."""
-    path, _, rest = _found(names, file_path)
-    return file_path if rest else path
-
-
-def _slot(names: Names, file_path: str, config: Mapping[str, Any]) -> Slot | None:
-    """The weight that a path of a PEFT file means: that of a module with one weight, one of several weights by its
-    own path, or one of several nested parameters."""
-    path, depth, rest = _found(names, file_path)
-    module = names.modules[path]
-    if rest:
-        return (path, rest) if rest in own_parameters(module) else None
-    parameters = [name for name in own_parameters(module) if _parameter_of(names, (path, name), config)]
-    if parameters:
-        return (path, parameters[-1 - depth]) if depth < len(parameters) else None
-    kind = kind_of(module)
-    return (path, kind.weight) if kind is not None and kind.weight in kind.weights(module) else None
-
-
-def _parameter_of(names: Names, slot: Slot, config: Mapping[str, Any]) -> bool:
-    """Whether a PEFT config means this weight as a parameter, not by its module."""
-    path, name = slot
-    return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
-
-
-def _filed(names: Names, name: str) -> list[Filed]:
-    """Every change under every module that holds its weight, each time as that module reads it, so that a library
-    which adapts modules one by one gives the same outputs."""
-    filed: list[Filed] = []
-    wraps: dict[str, int] = {}
-    parameters = [parameter_path(*slot) for slot in _slots(names)]
-    for path, module, site in sites(names.model):
-        part = site.get(name)
-        for weight in own_parameters(module) if part is not None else ():
-            change = part.changes.get(weight)
-            if change is None:
-                continue
-            low, _ = change.resolve(weight_of(module, weight))
-            kind, target = _kind(module, weight), path
-            parameter = kind.name == GENERAL or (kind.name == "linear" and peft.taken_for_experts(path, parameters))
-            if parameter:
-                target = parameter_path(path, weight)
-                wraps[path] = wraps.get(path, 0) + 1
-            exact = set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
-            alpha = change.alpha if exact else low.scale * low.rank
-            low = low.T if site.transposed else low
-            filed.append(Filed("", target, parameter, path, module, weight, change, low, site.transposed, alpha, exact))
-    seen: dict[str, int] = {}
-    for number, entry in enumerate(filed):
-        where = peft.nested(entry.path, wraps)
-        if entry.parameter:  # each further parameter of a module wraps the one before
-            seen[entry.path] = seen.get(entry.path, 0) + 1
-            where = ".".join([*([where] if where else []), *["base_layer"] * (wraps[entry.path] - seen[entry.path])])
-        elif len(_kind(entry.module, entry.weight).weights(entry.module)) > 1:
-            where = parameter_path(where, entry.weight)
-        filed[number] = replace(entry, where=where)
-    return filed
-
-
-def _wraps(filed: list[Filed]) -> dict[str, int]:
-    """How many wrappers PEFT puts around each module."""
-    counts: dict[str, int] = {}
-    for entry in filed:
-        counts[entry.path] = counts.get(entry.path, 0) + 1 if entry.parameter else 1
-        if isinstance(entry.module, nn.MultiheadAttention):  # PEFT adapts its out-projection along
-            counts[parameter_path(entry.path, "out_proj")] = 1
-    return counts
-
-
-def _slots(names: Names) -> list[Slot]:
-    return [(path, name) for path, module in names.modules.items() for name in own_parameters(module)]
-
-
-def _attention(names: Names, slot: Slot) -> str | None:
-    """The path of the attention whose out-projection's weight this is, or None."""
-    above, _, last = slot[0].rpartition(".")
-    found = last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
-    return above if found else None
-
-
-def _differs(names: Names, slot: Slot, parameter: bool, nested: str | None = None) -> str | None:
-    """Why PEFT computes something else than a change of the weight gives, or None.
-
-    Args:
-        parameter: it changes the parameter, not the module.
-        nested: the attention that PEFT adapted along with this out-projection.
-    """
-    path, name = slot
-    module, kind = names.modules[path], _kind(names.modules[path], name)
-    above = [host for host, _ in hosts(names, path, name) if host != nested]
-    if above:
-        return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
-    if path == "":
-        return "PEFT cannot wrap the model itself"
-    if parameter:
-        return "its kernel reads a list of weights that PEFT leaves as it was" if _recurrent(module) else None
-    reason = peft.differs(kind.name, module)
-    if reason is None and not _plain_forward(kind, module, name):
-        reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
-    return reason
-
-
-def _recurrent(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase)
-
-
-def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
-    """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the same."""
-    base, weight = own_class(module), weight_of(module, name)
-    storage: Any = storage_of(weight)
-    if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
-        return True
-    dense = storage.dense(weight)
-    embeds = kind.name == "embedding"
-    x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
-    x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
-    try:
-        y = base.forward(module, x)
-        expected = kind.op(module, x, dense, module._parameters.get("bias"))
-        # PEFT knows of embeddings that scale what they give
-        expected = expected * getattr(module, "embed_scale", 1) if embeds else expected
-        return bool((y - expected).norm() <= 1e-2 * expected.norm())
-    except Exception:  # whatever a forward that we do not know makes of it
-        return False
 
 
 def _described(change: Change) -> dict[str, Any]:
@@ -389,7 +238,7 @@ def _lacking(names: Names, artefact: Artefact, found: set[Slot]) -> list[str]:
     modules = {path: kind.weight for path, module in names.modules.items() if (kind := kind_of(module)) is not None}
     expected = {(path, modules[path]) for path in peft.expected_paths(config, modules) or ()}
     expected = {slot for slot in expected if weight_of(names.modules[slot[0]], slot[1]) is not None}
-    expected |= {slot for slot in _slots(names) if _parameter_of(names, slot, config)}
+    expected |= {slot for slot in all_slots(names) if means_parameter(names, slot, config)}
     return sorted(parameter_path(*slot) for slot in expected - found)
 
 
@@ -402,117 +251,6 @@ def _take_base_weight(names: Names, entry: LowPlan, full: Mapping[str, dict[str,
         if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
             found = f"another weight of {holder!r} in {path} than in this model"
             raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
-
-
-def _tensors(model: nn.Module, name: str, filed: list[Filed]) -> dict[str, Tensor]:
-    """The tensors of the PEFT file."""
-    tensors: dict[str, Tensor] = {}
-    for entry in filed:
-        change, held = entry.change, weight_of(entry.module, entry.weight)
-        kind = LAYERS[GENERAL] if entry.parameter else _kind(entry.module, entry.weight)
-        shape = change.storage.shape(held)
-        for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
-            tensors[peft.key(entry.where, suffix)] = _written(tensor)
-        for number, suffix in change.variant.peft_keys.items():
-            whole = _whole(change, held, change.numbers[number])
-            tensors[peft.key(entry.where, suffix)] = _written(kind.pack_vector(whole, shape))
-    wraps = _wraps(filed)
-    for path, _, part in adapters(model, name):
-        # what is trained in full stands below the wrappers
-        inside = [peft.nested(path, wraps)] if path else []
-        where = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
-        for key, value in part.full.state_dict().items():
-            tensors[peft.key(where, key)] = _written(value)
-    return tensors
-
-
-def _written(tensor: Tensor) -> Tensor:
-    """A tensor as a file takes it: on the CPU, in memory of its own."""
-    return tensor.detach().cpu().contiguous().clone()
-
-
-def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
-    """A magnitude for every output: where nothing changes, the norm of the weight's own row."""
-    if change.rows is None:
-        return values
-    dense = change.storage.dense(weight)
-    norms = change.layer.unfold(dense.to(at_least_float32(dense.dtype)), change.dims).norm(dim=-1).flatten()
-    return norms.index_copy(0, change.rows.to(norms.device), values.to(norms.dtype))
-
-
-def _kind(module: nn.Module, weight: str) -> Any:
-    kind = kind_of(module)
-    return kind if kind is not None and weight in kind.weights(module) else LAYERS[GENERAL]
-
-
-def _peft_config(
-    names: Names, name: str, config: LoraConfig, base_name: str | None, filed: list[Filed]
-) -> dict[str, Any]:
-    model, variant = names.model, VARIANTS[config.variant]
-    ranks = {entry.target: entry.low.rank for entry in filed}
-    alphas = {entry.target: entry.alpha for entry in filed}
-    parameters = list(dict.fromkeys(entry.target for entry in filed if entry.parameter))  # in the order of wrapping
-    targets = list(dict.fromkeys(entry.target for entry in filed if not entry.parameter))
-    rank = config.rank if config.rank in ranks.values() or not ranks else max(ranks.values())
-    alpha = variant.default_alpha if config.alpha is None else config.alpha
-    # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
-    plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in filed)
-    kinds = {_kind(entry.module, entry.weight).name for entry in filed}
-    return {
-        "peft_type": _peft_type(names, filed),
-        "task_type": _task(model),
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout if plain else 0.0,
-        "target_modules": peft.targets_for(targets, filter(None, names.modules)) if filed else peft.NO_TARGETS,
-        **({"target_parameters": parameters} if parameters else {}),
-        "rank_pattern": peft.patterns_for(ranks, rank),
-        "alpha_pattern": peft.patterns_for(alphas, alpha),
-        "modules_to_save": _whole_modules(names, name, _wraps(filed)) or None,
-        "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
-        "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        **(variant.peft or {}),
-    }
-
-
-def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
-    """The modules that are trained in full and that PEFT can replace, which goes by the ends of paths. What else is
-    trained in full it loads into the base, as it does with biases."""
-    trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
-    above = {path.rpartition(".")[0] for path in names.modules}
-    whole = {
-        path
-        for path, parameters in trained.items()
-        if parameters
-        and path not in above
-        and parameters.keys() >= set(own_parameters(names.modules[path]))
-        and peft.nested(f"{path}.", wraps) == f"{path}."
-    }
-    return sorted(path for path in whole if path and all(o in whole for o in names.modules if o.endswith(path)))
-
-
-def _peft_type(names: Names, filed: list[Filed]) -> str:
-    """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at all."""
-    for entry in filed:
-        slot = entry.path, entry.weight
-        reason = _differs(names, slot, entry.parameter)
-        if _attention(names, slot) is not None:
-            reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
-        if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
-            reason = "PEFT rescales the outputs of modules alone"
-        if reason is not None:
-            return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
-    return "LORA"
-
-
-def _task(model: nn.Module) -> str | None:
-    """PEFT's task. Not for classifiers and question answering: there PEFT expects its own choice of fully trained
-    heads."""
-    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    return next((task for ending, task in endings.items() if own_class(model).__name__.endswith(ending)), None)
 
 
 def _numbers(
@@ -585,8 +323,8 @@ def _pair(
             what = f"no change of {parameter_path(*slot)!r} in {peft.TENSORS}"
         problems.append(sentence(what, "one change for a tied weight, under every name", "untie the weights first"))
         return None
-    kind = _kind(module, name)
-    if _parameter_of(names, slot, artefact.peft_config):
+    kind = kind_for(module, name)
+    if means_parameter(names, slot, artefact.peft_config):
         kind = LAYERS[GENERAL]  # as PEFT reads a parameter, whatever its module makes of it
     shape = entry.storage.shape(weight_of(module, name))
     pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
