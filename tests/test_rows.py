@@ -210,3 +210,38 @@ def test_hooks_fire_once_for_all_rows():
     assert [name for name in fired if name.split(".")[0] not in below or name in below] == [
         name for name in alone if name.split(".")[0] not in below or name in below
     ]
+
+
+class Cached(nn.Module):
+    """Attention as some decoders write it: reads a weight below directly, and keeps keys in an object that it is
+    given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, cache=None):
+        key = nn.functional.linear(x, self.key.weight)
+        if cache is not None:
+            key = cache.update(key)
+        return torch.softmax(self.query(x) @ key.mT, -1) @ key
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys = []
+
+    def update(self, key):
+        self.keys.append(key)
+        return torch.cat(self.keys, 1)
+
+
+def test_an_object_that_may_hold_rows_is_not_shared_between_them():
+    module, x = adapt(Cached(), "a", "b"), torch.randn(2, 3, 4)
+    with veneer.use(module, ["a", "b"]):
+        y = module(x)
+        with pytest.raises(SelectionError, match="a Cached given a Cache, which cannot be divided into rows"):
+            module(x, cache=Cache())
+    for row, name in enumerate("ab"):
+        assert error(y[row], selected(module, name, x)[row]) < 1e-5
+        assert selected(module, name, x, Cache()).shape == x.shape

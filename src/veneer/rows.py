@@ -8,8 +8,9 @@ another), and an error for any other; batched products that are faster come on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from veneer.adapted import BASE, Group, Selected, Site, detached, own_class, wal
 from veneer.errors import SelectionError, sentence
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
+
+#: tensors, and what holds none
+_DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
 class _Parts(Mapping[int, Any]):
@@ -66,24 +70,29 @@ class _ByRows:
     def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
         whole, kind = self.whole, site.layer or LAYERS[GENERAL]
         alone = all(child is site for child in module._modules.values())  # nothing below would ask what is selected
-        if type(kind).take is Layer.take and self._unclear((args, kwargs), alone):
-            found = f"a {own_class(module).__name__} with {whole.count} along two axes, of which either may be the rows"
-            do = "use another length or another number of rows, or run each adapter on its rows alone"
-            raise SelectionError(sentence(found, f"{whole.count} rows along the leading axis", do))
+        refusal = self._refusal(kind, (args, kwargs), alone)
+        if refusal is not None:
+            raise _cannot_tell(module, refusal)
         outputs = []
         for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
             try:
                 own, named = kind.take(module, args, kwargs, rows, whole.count)
             except LookupError:
-                found = f"a {own_class(module).__name__} whose inputs do not hold the {whole.count} rows of the batch"
-                do = "exclude that layer, or run each adapter on its rows alone"
-                raise SelectionError(sentence(found, "one row an adapter", do)) from None
+                raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
             below = nullcontext() if alone else whole.only(selected)
             with below:
                 outputs.append(
                     base.forward(module, *own, **named) if part is None else part.run(module, base, site, own, named)
                 )
         return kind.put(module, outputs, whole.order)
+
+    def _refusal(self, kind: Layer, inputs: Any, alone: bool) -> str | None:
+        """Why the rows of a call cannot be told, although there seem to be some, or None."""
+        for value in () if alone else _objects(inputs):
+            return f"given a {type(value).__name__}, which cannot be divided into rows"
+        if type(kind).take is Layer.take and self._unclear(inputs, alone):
+            return f"with {self.whole.count} along two axes, of which either may be the rows"
+        return None
 
     def _unclear(self, inputs: Any, alone: bool) -> bool:
         """Whether two axes of an input count the rows, where the leading one need not: in a model that puts time
@@ -97,6 +106,22 @@ class _ByRows:
                 if (not alone and len(leaves) > 1) if flat else self.whole.time_first:
                     return True
         return False
+
+
+def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
+    do = "exclude that layer, or run each adapter on its rows alone"
+    return SelectionError(sentence(f"a {own_class(module).__name__} {why}", "one row an adapter", do))
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    """What in a call's arguments may hold rows where nobody can take them out, such as a cache of keys and values."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if type(value) in (tuple, list):
+        for one in value:
+            yield from _objects(one)
+    elif not (value is None or callable(value) or isinstance(value, _DIVISIBLE)):
+        yield value
 
 
 def by_rows(model: nn.Module, group: Group, names: Sequence[str | None]) -> Selected:
