@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,42 @@ def test_inductor():
         for name in ("a", "b", "a"):
             with veneer.use(model, name):
                 assert error(compiled(x), model(x)) < 1e-5
+
+
+def test_compiled_calls_follow_whatever_is_done_to_the_adapters():
+    """Guards that miss something would show as an answer of another adapter."""
+    choose = random.Random(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)).eval(), torch.randn(3, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    names, merged, called = [], None, set()
+
+    def call(run, selection):
+        with torch.set_grad_enabled(choose.random() < 0.3):
+            if selection == "default":
+                return run(x)
+            with veneer.use(model, selection):
+                return run(x)
+
+    with torch._dynamo.config.patch(recompile_limit=1000, fail_on_recompile_limit_hit=True):
+        for step in range(60):
+            what = choose.choice(["attach", "detach", "merge", "unmerge", "rows", *["call"] * 5])
+            if what == "attach" and merged is None and len(names) < 4:
+                names.append(f"n{step}")
+                fields = {"targets": choose.choice(["all", ["0"]]), "variant": choose.choice(["lora", "dora"])}
+                adapt(model, names[-1], config=veneer.LoraConfig(rank=2, **fields))
+            elif what == "detach" and names and merged is None:
+                veneer.detach(model, names.pop(choose.randrange(len(names))))
+            elif what == "merge" and names and merged is None:
+                merged = choose.choice(names)
+                veneer.merge(model, merged)
+            elif what == "unmerge" and merged is not None:
+                merged = veneer.unmerge(model)
+            elif what in ("call", "rows") and (names or what == "call"):
+                one = ["default"] * (len(names) < 2) + ([*names, None] if names and merged is None else [])
+                one = [merged] if merged is not None else one
+                rows = what == "rows" and merged is None
+                selection = [choose.choice([*names, None]) for _ in x] if rows else choose.choice(one)
+                called.add(str(selection))
+                assert error(call(compiled, selection), call(model, selection)) < 1e-5, (step, selection)
+    assert len(called) > 5
