@@ -398,3 +398,17 @@ def test_rows_of_a_packed_batch_use_their_own_adapters(lengths, batch_first):
     assert (y.sorted_indices is None) == (x.sorted_indices is None)
     if y.sorted_indices is not None:
         assert torch.equal(y.sorted_indices, x.sorted_indices)
+
+
+@pytest.mark.parametrize("module", [nn.LSTMCell(5, 4), nn.LSTM(5, 4, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=5)])
+def test_weights_of_one_module_may_have_changes_of_different_ranks(module, tmp_path):
+    """LoKr's product has a rank that depends on the sizes of the weight; a folder says it for each weight."""
+    model = nn.Sequential(copy.deepcopy(module))
+    fresh = copy.deepcopy(model)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", variant="lokr"))
+    randomise(handle)
+    assert len({change.resolve(None)[0].rank for change in handle.changes.values()}) > 1
+    handle.save(tmp_path / "adapter")
+    again = veneer.load(fresh, tmp_path / "adapter")
+    loaded = dict(again.named_parameters())
+    assert all(torch.equal(number, loaded[name]) for name, number in handle.named_parameters())

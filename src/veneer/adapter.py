@@ -143,7 +143,9 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             problems.append(sentence(found, "one", "get the whole file again"))
         parameter = means_parameter(names, slot, config)
         nested = attention_above(names, slot) if peft.attention_of(file_path) is not None else None
-        at = parameter_path(*slot) if parameter else slot[0] if nested is None else nested
+        module = names.modules[slot[0]]
+        several = len(kind_for(module, slot[1]).weights(module)) > 1
+        at = parameter_path(*slot) if parameter or several else slot[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if nested is not None and artefact.record is None:
             alpha, scale = peft.TIMES * alpha, peft.TIMES * scale

@@ -78,10 +78,15 @@ def filed_changes(names: Names, name: str) -> list[Filed]:
         if entry.parameter:  # each further parameter of a module wraps the one before
             seen[entry.path] = seen.get(entry.path, 0) + 1
             where = ".".join([*([where] if where else []), *["base_layer"] * (wraps[entry.path] - seen[entry.path])])
-        elif len(kind_for(entry.module, entry.weight).weights(entry.module)) > 1:
+        elif _several(entry):
             where = parameter_path(where, entry.weight)
         filed[number] = replace(entry, where=where)
     return filed
+
+
+def _several(entry: Filed) -> bool:
+    """Whether the file holds several weights of this module, each under its own name."""
+    return not entry.parameter and len(kind_for(entry.module, entry.weight).weights(entry.module)) > 1
 
 
 def _wraps(filed: list[Filed]) -> dict[str, int]:
@@ -134,8 +139,10 @@ def peft_config(
     names: Names, name: str, config: LoraConfig, base_name: str | None, filed: list[Filed]
 ) -> dict[str, Any]:
     model, variant = names.model, VARIANTS[config.variant]
-    ranks = {entry.target: entry.low.rank for entry in filed}
-    alphas = {entry.target: entry.alpha for entry in filed}
+    # of several weights of one module, for which PEFT has no name, each has a rank of its own
+    named = [peft.unnested(entry.where)[0] if _several(entry) else entry.target for entry in filed]
+    ranks = {at: entry.low.rank for at, entry in zip(named, filed, strict=True)}
+    alphas = {at: entry.alpha for at, entry in zip(named, filed, strict=True)}
     parameters = list(dict.fromkeys(entry.target for entry in filed if entry.parameter))  # in the order of wrapping
     targets = list(dict.fromkeys(entry.target for entry in filed if not entry.parameter))
     rank = config.rank if config.rank in ranks.values() or not ranks else max(ranks.values())
