@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import sys
 import threading
+import traceback
 
 import pytest
 import torch
@@ -230,6 +232,15 @@ def test_gradient_checkpointing_of_a_llama(reentrant, selection):
     assert all(error(actual[key], value) < 1e-5 for key, value in expected.items())
 
 
+@pytest.fixture
+def _switching_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_switching_often")
 def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
     model = adapt(Stack().eval(), "a", "b")
     expected = {name: selected(model, name, IDS) for name in ("a", "b", None)}
@@ -240,8 +251,8 @@ def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
         def run(*args):
             try:
                 function(*args)
-            except Exception as error:  # a thread's exception would be lost
-                raised.append(error)
+            except Exception:  # a thread's exception would be lost
+                raised.append(traceback.format_exc())
 
         return run
 

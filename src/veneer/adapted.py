@@ -528,9 +528,16 @@ def site_of(module: nn.Module) -> Site | None:
     return cast("Site | None", module._modules.get(SITE)) if isinstance(module, Adapted) else None
 
 
+def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Put a child in place, or take it away, in a new table of children: another thread may be walking the old one
+    (``nn.TransformerEncoderLayer`` does, in every forward)."""
+    children = {key: value for key, value in module._modules.items() if key != name}
+    module.__dict__["_modules"] = children if child is None else {**children, name: child}
+
+
 def install(module: nn.Module, site: Site) -> None:
     """Make ``module`` adapted. Nothing else of it changes."""
-    module._modules[SITE] = site
+    set_child(module, SITE, site)
     module.__class__ = adapted_class(type(module))
 
 
@@ -542,7 +549,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def uninstall(module: nn.Module) -> None:
     """Give a module its own class back."""
     module.__class__ = own_class(module)
-    del module._modules[SITE]
+    set_child(module, SITE, None)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -28,6 +28,7 @@ from veneer.adapted import (
     at_least_float32,
     in_turn,
     own_class,
+    set_child,
     site_of,
     sites,
     uninstall,
@@ -545,7 +546,7 @@ def install(
     for path in (path for path in modules if path in parts):
         site = _site(modules[path], group)
         site.transposed = site.transposed or path in transposed
-        site._modules[name] = parts[path]
+        set_child(site, name, parts[path])
         selected[site.key] = parts[path]
     group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
 
@@ -649,7 +650,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         group.selections[adapter].parts = None  # an error for calls that still select it
     for _, module, site in list(sites(model)):
         for adapter in names:
-            part: Any = site._modules.pop(adapter, None)
+            part: Any = site._modules.get(adapter)
+            set_child(site, adapter, None)
         if not site._modules:
             uninstall(module)
             for change in part.low._modules.values() if part is not None else ():
