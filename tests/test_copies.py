@@ -169,7 +169,7 @@ def test_state_dicts_vectors_and_averages():
     nn.utils.vector_to_parameters(vector * 2, handle.parameters())
     assert error(selected(model, "a", IDS), before) > 1e-3
     nn.utils.vector_to_parameters(vector, handle.parameters())
-    assert torch.equal(selected(model, "a", IDS), before)
+    assert error(selected(model, "a", IDS), before) < 1e-6  # elsewhere in memory, products round otherwise
 
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     average.update_parameters(model)  # the first one copies

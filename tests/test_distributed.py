@@ -81,11 +81,11 @@ def test_two_processes(kind, tmp_path):
         torch.manual_seed(0)
         model = TinyLM()
         veneer.load(model, tmp_path / "adapter")
-        assert error(model(IDS), expected()[0]) < 1e-6
+        assert error(model(IDS), expected()[0]) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_export():
     model, _ = attached()
     program = torch.export.export(model.eval(), (IDS,))
-    assert error(program.module()(IDS), model(IDS)) < 1e-6
+    assert error(program.module()(IDS), model(IDS)) < 1e-5

@@ -19,6 +19,7 @@ FLOORS = [
     ["lowrank", "context", "config", "registry", "files", "hashing", "optim"],
     ["kernels", "formats", "models"],
     ["layers", "variants", "bases"],
+    ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows"],
     ["readers"],

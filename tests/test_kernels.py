@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toys import error
-from veneer.kernels import fused
+from veneer.kernels import dropout, fused
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 sizes = st.integers(1, 9)
@@ -25,10 +25,12 @@ def make(in_, outs, ranks, batch, dtype, biases=True):
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def run(tensors, scales, **options):
+def run(tensors, scales, dropout=0.0, form=False):
     x, *rest = tensors
     count = len(rest) // 4
-    return fused.linears(x, *(rest[k * count : (k + 1) * count] for k in range(4)), scales, **options)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    settings = fused.Settings(tuple(scales), dropout, seed, form)
+    return fused.linears(settings, x, *(rest[k * count : (k + 1) * count] for k in range(4)))
 
 
 def expected(tensors, scales, kept=1.0):
@@ -132,7 +134,7 @@ def test_dropout_drops_each_entry_by_itself_and_again_in_backward(p):
     torch.set_rng_state(state)
     seed = int(torch.randint(2**62, ()))
     mask = torch.ones(200 * 40, dtype=torch.float64)
-    mask[fused.dropped(mask.numel(), p, seed, mask.device)] = 0
+    mask[dropout.indices(mask.numel(), p, seed, mask.device)] = 0
     exact = expected(tensors, [1.0, 2.0], mask.view(200, 40) / (1 - p))
     weights = [torch.randn_like(y) for y in exact]
     for y, wanted in zip(outputs, exact, strict=True):
@@ -148,7 +150,7 @@ def test_entries_are_dropped_with_their_probability_independently(p):
     count, runs = 500, 2000
     masks = torch.zeros(runs, count)
     for seed in range(runs):
-        masks[seed, fused.dropped(count, p, seed, masks.device)] = 1
+        masks[seed, dropout.indices(count, p, seed, masks.device)] = 1
     total = count * runs
     assert abs(masks.mean().item() - p) < 4 * (p * (1 - p) / total) ** 0.5
     by_run = masks.sum(1)  # binomial: variance n p (1 - p)
@@ -166,7 +168,7 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
     W, x = torch.randn(256, 256).bfloat16(), torch.randn(2048, 256).bfloat16().requires_grad_()
     A, B, b = torch.randn(8, 256), torch.randn(256, 8), torch.randn(256).bfloat16() * 30 if bias else None
     B *= size * W.float().norm() / (B @ A).norm()
-    (y,) = fused.linears(x, [W], [b], [A], [B], [1.0])
+    (y,) = fused.linears(fused.Settings((1.0,)), x, [W], [b], [A], [B])
     dy = torch.randn(y.shape).bfloat16()
     y.backward(dy)
     delta = (B @ A).double()
@@ -177,4 +179,4 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
         kept = ((actual.double() - base) * change).sum() / change.square().sum()
         assert abs(kept - 1) < (0.15 if bias else 0.05)
     with pytest.raises(ValueError, match="float32"):
-        fused.linears(x, [W], [b], [A], [B], [1.0], form=True)
+        fused.linears(fused.Settings((1.0,), form=True), x, [W], [b], [A], [B])

@@ -43,10 +43,13 @@ from veneer import context
 from veneer.bases import BASES, Storage
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError, sentence
-from veneer.kernels import plan
+from veneer.kernels import fused, plan
+from veneer.kernels.dropout import dropout as drop
+from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Dims, Layer
+from veneer.linears import Direct, Together, direct, outputs
 from veneer.lowrank import LowRank
-from veneer.variants import Variant
+from veneer.variants import VARIANTS, Variant
 
 SITE = "veneer"
 GROUP = "_veneer"
@@ -125,52 +128,41 @@ class Site(nn.Module):
     """The adapters of one layer, by name, and how this layer reads its weights.
 
     ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
-    ``factors`` says that the factored form is right for it, ``transposed`` that it holds the adapted weight
+    ``factors`` says that the factored form is right for it, ``product`` that it is a matrix product with a plain
+    weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
     transposed (a linear head tied to an embedding), and ``attributes`` are those that a view of it gets in place of
     its own: a switch that turns a fused fast path off.
     """
 
-    def __init__(self, group: Group, layer: Layer | None, factors: bool, attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, group: Group, layer: Layer | None, factors: bool, attributes: Mapping[str, Any], product: bool = False
+    ) -> None:
         super().__init__()
         self.group = group
         self.key = group.new_key()
         self.layer = layer
         self.factors = factors
+        self.product = product
         self.transposed = False
         self.attributes = dict(attributes)
 
-    def active(self) -> Any:
-        """The part of the selected adapter that this call uses here; None for the base alone.
+    def stopped(self, chosen: Selected) -> None:
+        """A call whose selection names no parts, or that comes while an adapter is merged.
 
         Raises:
-            SelectionError: several adapters and none selected, or a selection that contradicts a merge.
+            SelectionError: several adapters and none selected, a detached one, or a selection that contradicts a merge.
         """
-        now, group = context.current, self.group
-        chosen = now.selection.get(group.uid, group.default)
-        if not torch.compiler.is_compiling() and group.uid not in now.selection:
-            caller = context.of_backward()  # in one of its threads nothing is selected
-            if caller is not None:
-                chosen = caller.selection.get(group.uid, chosen)
-        parts = chosen.parts
-        if parts is None:
-            raise self._nothing_to_use(chosen)
-        if group.merged is not None:
-            if chosen.name != group.merged:
-                found = f"a call that selects {chosen.name!r} while {group.merged!r} is merged into the weights"
-                do = "call veneer.unmerge(model) first"
-                raise SelectionError(sentence(found, f"the merged adapter {group.merged!r}", do))
-            return None
-        part = parts.get(self.key)
-        if part is not None and now.reached is not None:
-            now.reached.update(part.seen())
-        return part
-
-    def _nothing_to_use(self, chosen: Selected) -> SelectionError:
-        if chosen.name is not None:
-            return detached(chosen.name)
-        found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
-        do = "call the model inside `with veneer.use(model, name):`"
-        return SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        merged = self.group.merged
+        if chosen.parts is None and chosen.name is not None:
+            raise detached(chosen.name)
+        if chosen.parts is None:
+            found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
+            do = "call the model inside `with veneer.use(model, name):`"
+            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        if chosen.name != merged:
+            found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
+            do = "call veneer.unmerge(model) first"
+            raise SelectionError(sentence(found, f"the merged adapter {merged!r}", do))
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""
@@ -272,7 +264,18 @@ class LayerAdapter(nn.Module):
         self.low = nn.Module()
         self.full = nn.Module()
         self.changes: dict[str, Change] = {}
+        self.direct: Direct | None = None
+        self.together: Together | None = None
         self.hosted: dict[tuple[str, ...], LayerAdapter] = {}
+
+    def settle(self, module: nn.Module, site: Site) -> None:
+        """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose numbers
+        the fused kernel can take as they are?"""
+        changes = tuple(self.changes.values())
+        alone = len(changes) == 1 and not (self.hosted or self.full._parameters or self.full._buffers)
+        plain = alone and changes[0].variant.resolve is VARIANTS["lora"].resolve
+        if plain and changes[0].rows is None and changes[0].still is None and site.product and not site.transposed:
+            self.direct = direct(changes[0], module, cast(Layer, site.layer))
 
     def seen(self) -> Iterator[int]:
         """The identities of what a call of this layer sees: this part, its changes, and those of hosted parts."""
@@ -290,8 +293,34 @@ class LayerAdapter(nn.Module):
         trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
-    def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
-        """The adapted forward of ``module``, whose class was ``base``."""
+    def run(
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        site: Site,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        share: bool = True,
+    ) -> Any:
+        """The adapted forward of ``module``, whose class was ``base``, in the context ``now``. ``share`` allows to
+        compute layers that read the same input together."""
+        known = self.direct
+        if known is not None and not (kwargs or args[1:]) and now.path is None:
+            # Each Python call here is time in every layer of a decoding step.
+            x, own = args[0], module._parameters
+            weight: Any = own[known.weight]
+            if fused.applies(x, weight):
+                if self.together is not None and share:
+                    return self.together.output(module, self, x)
+                shape, change = x.shape, known.change
+                tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
+                if tokens > known.forms_above or (change.dropout and change.training):
+                    return outputs([(module, known)], x)[0]
+                numbers: Any = change._parameters
+                bias = None if known.bias is None else own[known.bias]
+                weight = weight.mT if known.flipped else weight
+                return fused.linear(change.scale, x, weight, bias, numbers["A"][0], numbers["B"][0])
         full = self.replacements(module)
         if not (site.factors and self.changes and len(args) + len(kwargs) == 1) or self.hosted:
             return self._viewed(module, base, site, full, args, kwargs)
@@ -299,7 +328,7 @@ class LayerAdapter(nn.Module):
         change = self.changes[reader.weight]
         weight = weight_of(module, reader.weight)
         low, gain = change.resolve(weight)
-        way = plan.choose(gain_fits=gain is None or not site.transposed, forced=context.current.path)
+        way = plan.choose(gain_fits=gain is None or not site.transposed, forced=now.path)
         run = self._factored if way == plan.FACTORED else self._materialised
         return run(change, module, base, site, low, gain, full, args, kwargs)
 
@@ -308,6 +337,12 @@ class LayerAdapter(nn.Module):
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         weight: Any = weight_of(module, reader.weight)
         bias = full.get("bias", module._parameters.get("bias"))
+        if site.product and gain is None and fused.applies(x, weight):
+            low, dropout = low.T if site.transposed else low, change.dropout if change.training else 0.0
+            seed = new_seed() if dropout else 0
+            settings = fused.Settings((low.scale,), dropout, seed)
+            matrix = weight.mT if reader.out_axis == 1 else weight
+            return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
         if gain is None and not full and not change.storage.computed:
             y = base.forward(module, *args, **kwargs)
         else:
@@ -320,7 +355,7 @@ class LayerAdapter(nn.Module):
         if not dropout:
             y = reader.update(module, x, low, y)
         elif reader.drops_input:
-            y = reader.update(module, F.dropout(x, dropout), low, y)
+            y = reader.update(module, drop(x, dropout), low, y)
         else:
             y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
         if gain is not None:
@@ -347,7 +382,7 @@ class LayerAdapter(nn.Module):
                 y = reader.op(module, seen, changed, bias)
             else:
                 frozen = change.changed(weight, None, gain, dtype)
-                dropped = F.dropout(seen, dropout) if reader.drops_input else seen
+                dropped = drop(seen, dropout) if reader.drops_input else seen
                 update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
                 mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
                 y = reader.op(module, seen, frozen, bias) + update * mask
@@ -469,11 +504,24 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        site = self._modules.get(SITE)  # another thread may have detached since this method was looked up
-        part = None if site is None else site.active()
-        if part is None:
+        # Subscripts and attributes, no calls: each one is time in every layer of a decoding step.
+        modules, now = self._modules, context.current
+        try:
+            site = modules[SITE]
+        except KeyError:  # another thread has detached since this method was looked up
             return base.forward(self, *args, **kwargs)
-        return part.run(self, base, site, args, kwargs)
+        group, selection = site.group, now.selection
+        chosen = selection[group.uid] if group.uid in selection else group.default  # noqa: SIM401
+        parts = chosen.parts
+        if parts is None or group.merged is not None:
+            site.stopped(chosen)
+            return base.forward(self, *args, **kwargs)
+        if site.key not in parts:  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
+            return base.forward(self, *args, **kwargs)
+        part = parts[site.key]
+        if now.reached is not None:
+            now.reached.update(part.seen())
+        return part.run(self, base, site, args, kwargs, now)
 
     body = {"veneer_base": base, "forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (Adapted, base), body)

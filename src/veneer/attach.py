@@ -42,7 +42,8 @@ from veneer.config import LoraConfig
 from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
-from veneer.readers import hosts, switched, switches, unreachable
+from veneer.linears import Together
+from veneer.readers import alike, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS, Start
 
@@ -547,8 +548,27 @@ def install(
         site = _site(modules[path], group)
         site.transposed = site.transposed or path in transposed
         set_child(site, name, parts[path])
+        parts[path].settle(modules[path], site)
         selected[site.key] = parts[path]
+    share(names, parts)
     group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
+
+
+def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
+    """Let layers that read one input be computed together."""
+    for path, module in names.modules.items():
+        for children in alike(own_class(module)):
+            paths = [names.canonical.get(parameter_path(path, child), "") for child in children]
+            known = [(names.modules[p], parts[p]) for p in dict.fromkeys(paths) if p in parts and p != path]
+            by_size: dict[Any, list[tuple[nn.Module, LayerAdapter]]] = {}
+            for child, part in known:
+                if part.direct is not None and part.together is None:
+                    change = part.direct.change
+                    by_size.setdefault((change.dims.in_, change.dropout), []).append((child, part))
+            for members in by_size.values():
+                together = Together(members) if len(members) > 1 else None
+                for _, part in members:
+                    part.together = together
 
 
 def _below(names: Names, host: str, way: Sequence[str]) -> str:
@@ -563,7 +583,8 @@ def _site(module: nn.Module, group: Group) -> Site:
         storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
         trusted = storage.modules() if storage is not None else ()
         factored = kind is not None and factors(kind, module, type(module), trusted)
-        site = Site(group, kind, factored, switches(module))
+        product = factored and kind.product and storage is not None and storage.name == "plain"
+        site = Site(group, kind, factored, switches(module), product)
         site.train(module.training)
         install_site(module, site)
     return site

@@ -28,26 +28,28 @@ class Context:
     reached: set[Any] | None = None
 
 
-_CONTEXT: ContextVar[Context] = ContextVar("veneer", default=Context())  # noqa: B039 (frozen)
+_NOTHING = Context()
+_CONTEXT: ContextVar[Context] = ContextVar("veneer", default=_NOTHING)
 
 if TYPE_CHECKING:
     current: Context
 
 
 def __getattr__(name: str) -> Context:
-    if name == "current":
-        return _CONTEXT.get()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "current":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    own = _CONTEXT.get()
+    return own if own is not _NOTHING or torch._C._current_graph_task_id() == -1 else _of_backward()
 
 
-def of_backward() -> Context | None:
-    """The context of the thread that called ``backward``, while backward runs; None outside it.
+def _of_backward() -> Context:
+    """The context of the thread that called ``backward``, in the threads where backward runs.
 
     A GPU's part of backward runs in threads of torch's own, which have no context of ours; activation checkpointing
     runs layers again there. torch hands them a copy of the caller's context.
     """
-    running = torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls("context")
-    return torch._C._get_obj_in_tls("context").get(_CONTEXT) if running else None
+    known = torch._C._is_key_in_tls("context")
+    return torch._C._get_obj_in_tls("context").get(_CONTEXT, _NOTHING) if known else _NOTHING
 
 
 def enter(**changes: Any) -> Any:

@@ -3,6 +3,7 @@
     F.linear(x, self.lm_head.weight)          a module reads a weight of another below it, past that one's forward
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
     self.tables[i]                            a ParameterList has no forward at all
+    self.q(x), self.k(x), self.v(x)           several layers read one input
 
 ``hosts`` finds the modules whose code reads a weight like this. They run on a view in which the weight is changed (see
 ``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which every adapter is
@@ -99,21 +100,10 @@ def direct_reads(cls: type[nn.Module]) -> frozenset[Chain]:
     """The attribute chains below ``self`` that a class's forward (and what it calls of itself) reads, such as
     ("lm_head", "weight"). "*" stands for any index. Chains of one name, its own attributes, are left out."""
     chains: set[Chain] = set()
-    todo, done = ["forward"], set()
-    while todo:
-        method = todo.pop()
-        function = getattr(cls, method, None)
-        if method in done or not callable(function) or (hasattr(nn.Module, method) and method != "forward"):
-            continue
-        done.add(method)
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError, IndentationError):
-            continue  # written in C, or made at run time: `check` is what proves it
+    for method in _methods(cls):
         reader = _Reader()
-        reader.visit(tree)
+        reader.visit(method)
         chains |= reader.chains
-        todo += reader.calls
     return frozenset(chains)
 
 
@@ -177,3 +167,95 @@ class _Reader(ast.NodeVisitor):
     def _add(self, chain: Chain) -> None:
         if len(chain) > 1:
             self.chains.add(chain)
+
+
+@functools.cache
+def alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
+    other: ("q_proj", "k_proj", "v_proj"). Calls on two branches of an ``if`` are not the same value, nor is a name that
+    has been assigned anew. Whether the value is one tensor is seen when they are called (``adapted.Together``)."""
+    groups: list[tuple[str, ...]] = []
+    for method in _methods(cls):
+        finder = _Alike()
+        finder.block(method.body)
+        groups += [tuple(names) for names in finder.calls.values() if len(names) > 1]
+    return tuple(groups)
+
+
+def _methods(cls: type[nn.Module]) -> Iterator[ast.FunctionDef]:
+    """The source of forward, and of what it calls of the same class; without what is written in C, or was made at run
+    time, of which `check` tells."""
+    todo, done = ["forward"], set()
+    while todo:
+        name = todo.pop()
+        function = getattr(cls, name, None)
+        if name in done or not callable(function) or (hasattr(nn.Module, name) and name != "forward"):
+            continue
+        done.add(name)
+        try:
+            (method,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        except (OSError, TypeError, SyntaxError, IndentationError, ValueError):
+            continue
+        if isinstance(method, ast.FunctionDef):
+            yield method
+            reader = _Reader()
+            reader.visit(method)
+            todo += reader.calls
+
+
+#: expressions of which a part may not be evaluated, or more than once
+_PARTLY = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class _Alike:
+    """Collects ``self.child(name)`` by the value of the name, in the order of evaluation."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[int, str, int], list[str]] = {}
+        self.blocks, self.here = 0, 0
+        self.assigned: dict[str, int] = {}
+
+    def block(self, statements: list[ast.stmt]) -> None:
+        """Statements that run one after the other, or not at all."""
+        outer, self.blocks = self.here, self.blocks + 1
+        self.here = self.blocks
+        for statement in statements:
+            self.node(statement)
+        self.here = outer
+
+    def node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            return  # runs at another time
+        if isinstance(node, ast.Name):
+            if not isinstance(node.ctx, ast.Load):
+                self.assigned[node.id] = self.assigned.get(node.id, 0) + 1
+            return
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
+            self.node(node.value)  # evaluated first
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                self.node(target)
+            return
+        for _, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                self.block(value)
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, ast.AST):
+                    self.apart(item) if isinstance(node, _PARTLY) else self.node(item)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            self.call(node.func, node)
+
+    def apart(self, node: ast.AST) -> None:
+        outer, self.blocks = self.here, self.blocks + 1
+        self.here = self.blocks
+        self.node(node)
+        self.here = outer
+
+    def call(self, called: ast.Attribute, node: ast.Call) -> None:
+        """``self.child(name)``, once its argument has been evaluated."""
+        of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
+        if of_self and len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name):
+            value = node.args[0].id
+            names = self.calls.setdefault((self.here, value, self.assigned.get(value, 0)), [])
+            if called.attr not in names:
+                names.append(called.attr)

@@ -67,7 +67,7 @@ class _ByRows:
         for part in self.parts:
             yield from () if part is None else part.seen()
 
-    def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict) -> Any:
+    def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict, now: Any) -> Any:
         whole, kind = self.whole, site.layer or LAYERS[GENERAL]
         alone = all(child is site for child in module._modules.values())  # nothing below would ask what is selected
         refusal = self._refusal(kind, (args, kwargs), alone)
@@ -82,7 +82,9 @@ class _ByRows:
             below = nullcontext() if alone else whole.only(selected)
             with below:
                 outputs.append(
-                    base.forward(module, *own, **named) if part is None else part.run(module, base, site, own, named)
+                    base.forward(module, *own, **named)
+                    if part is None
+                    else part.run(module, base, site, own, named, now, share=False)
                 )
         return kind.put(module, outputs, whole.order)
 

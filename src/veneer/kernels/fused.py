@@ -11,7 +11,7 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
   costs no pass of its own, and 16-bit outputs are rounded once, with the change in them: added to an output that has
   been rounded already, a change below half a step of its grid would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
 - saved are x, once for all layers (dropped already, if there is dropout), and h where it is small;
-- dropout draws the few entries that it drops, not a random number for each, and draws them again in backward.
+- dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
 The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code:
 it knows no device.
@@ -19,26 +19,58 @@ it knows no device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from veneer.kernels import reference
+from veneer.kernels import dropout, reference
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
+    Everything else (``torch.compile``, ``torch.func``, forward-mode AD, autocast, tensor subclasses) takes the
+    reference, which is plain differentiable code."""
+    return (
+        type(x) is Tensor
+        and type(weight) is nn.Parameter
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and not weight.requires_grad
+        and x.layout is torch.strided
+        and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+class Settings(NamedTuple):
+    """What a call is besides its tensors.
+
+    Fields:
+        scales: s_i.
+        dropout: probability of dropping an entry of x on the low-rank path; one draw, by ``seed``, serves all layers.
+        form: x is multiplied by W_i + s_i B_i A_i, formed anew in forward and in backward, in place of adding the
+            product of the thin factors. Not with dropout, and not in 16 bits, where the sum would lose a small change.
+    """
+
+    scales: tuple[float, ...]
+    dropout: float = 0.0
+    seed: int = 0
+    form: bool = False
 
 
 def linears(
+    settings: Settings,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
-    scales: Sequence[float],
-    dropout: float = 0.0,
-    form: bool = False,
 ) -> tuple[Tensor, ...]:
     """y_i for each layer, in the dtype of x; differentiable in x, the biases, A and B.
 
@@ -47,70 +79,48 @@ def linears(
         weights: [out_i, in] of the dtype of x; they get no gradient.
         biases: [out_i] or None, of the dtype of x.
         A, B: [r_i, in] and [out_i, r_i] of any floating-point dtype: computed in that of x, gradients in their own.
-        scales: s_i.
-        dropout: probability of dropping an entry of x on the low-rank path; one draw, from torch's default generator,
-            serves all layers.
-        form: multiply by W_i + s_i B_i A_i, formed anew in forward and in backward, in place of adding the product of
-            the thin factors. Not with dropout, and not in 16 bits, where the sum would lose a small change.
 
     Raises:
         ValueError: ``form`` with dropout or in 16 bits.
     """
-    if form and (dropout or x.element_size() < 4):
+    if settings.form and (settings.dropout or x.element_size() < 4):
         raise ValueError("W + ΔW is formed in float32 or float64 only, and without dropout")
-    seed = int(torch.randint(2**62, ())) if dropout else 0
-    settings = _Settings(tuple(scales), dropout, seed, form)
-    if not torch.is_grad_enabled():
-        return _forward(settings, x, weights, biases, A, B)[0]
-    return _Linears.apply(settings, x, *weights, *biases, *A, *B)  # pyright: ignore[reportReturnType]
+    return _apply(settings, x, *weights, *biases, *A, *B)
 
 
-class _Settings(NamedTuple):
-    scales: tuple[float, ...]
-    dropout: float
-    seed: int
-    form: bool
-
-
-def dropped(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Indices of the entries that are dropped of ``count``: each independently with probability p.
-
-    A Poisson number of draws with replacement, with λ = -ln(1 - p) an entry, hits each entry a Poisson(λ) number of
-    times, independently of the others: it is missed with probability exp(-λ) = 1 - p. For a small p that takes about
-    p · count random numbers instead of count. (The colouring theorem of Poisson processes; Kingman 1993, "Poisson
-    Processes", section 5.1.)
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    mean = torch.tensor(-math.log1p(-p) * count, dtype=torch.float64, device=device)
-    draws = int(torch.poisson(mean, generator=generator))
-    return torch.randint(count, (draws,), generator=generator, device=device)
-
-
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
-    """A copy of x [T, in] with zeros where ``dropped`` says; not rescaled."""
-    copy = x.clone(memory_format=torch.contiguous_format)
-    copy.view(-1).index_fill_(0, dropped(copy.numel(), p, seed, x.device), 0)
-    return copy
-
-
-def _forward(settings: _Settings, x, weights, biases, A, B):
+def _forward(settings: Settings, x, weights, biases, A, B):
     """(outputs, what the low-rank path read [T, in], h [R, T] or None)."""
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     factors = zip(weights, biases, A, B, settings.scales, strict=True)
     if settings.form:
         return _shaped([F.linear(tokens, _formed(W, A, B, s), bias) for W, bias, A, B, s in factors], x), tokens, None
-    read = drop(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
+    read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
     h = _joined(A, x.dtype) @ read.mT  # [R, T]
     ys, start = [], 0
     for weight, bias, _, up, scale in factors:
         rows = slice(start, start := start + up.shape[1])
-        y = (h[rows].mT @ _scaled(up, scale / (1 - settings.dropout), x.dtype).mT).addmm_(tokens, weight.mT)  # [T, out]
-        ys.append(y if bias is None else y.add_(bias))
+        part = h[rows].mT @ _scaled(up, scale / (1 - settings.dropout), x.dtype).mT  # [T, out]
+        ys.append(part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias))
     return _shaped(ys, x), read, h
 
 
+def _biased(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """part + x Wᵀ + bias, rounded once, where torch has a product that takes a bias and a summand."""
+    if part.dtype.itemsize >= 4:
+        return part.add_(bias).addmm_(tokens, weight.mT)
+    if part.device.type == "cpu" and part.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
+        return torch.ops.mkldnn._linear_pointwise.binary(tokens, part, weight, bias, "add")
+    return part.addmm_(tokens, weight.mT).add_(bias)  # rounded twice
+
+
 def _shaped(ys: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    return tuple(_shaped_as(y, x) for y in ys)
+
+
+def _shaped_as(y: Tensor, x: Tensor) -> Tensor:
+    """y [T, out] as [*, out]. ``data`` forgets that it is a view: those that a function makes may not be modified in
+    place, as ``nn.ReLU(inplace=True)`` does."""
+    return y.view(*x.shape[:-1], y.shape[1]).data
 
 
 def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -118,8 +128,11 @@ def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """W + s B A [out, in], in the dtype of W."""
-    return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scale)
+    """W + s B A [out, in], in the dtype and layout of W."""
+    up, down = up.to(weight.dtype), down.to(weight.dtype)
+    if weight.is_contiguous():
+        return torch.addmm(weight, up, down, alpha=scale)
+    return torch.addmm(weight.mT, down.mT, up.mT, alpha=scale).mT
 
 
 def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -129,7 +142,7 @@ def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings: _Settings, x, *tensors):
+    def forward(ctx, settings: Settings, x, *tensors):
         outputs, read, h = _forward(settings, x, *_apart(tensors))
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
@@ -140,41 +153,76 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved, h, *tensors = ctx.saved_tensors
-        settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
-        if torch.is_grad_enabled():
-            return _differentiable(ctx, saved, weights, biases, A, B, gradients)
-        need_x, need = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
-        read = saved.reshape(-1, saved.shape[-1])  # [T, in]
-        dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
-        joined = _joined(A, read.dtype)  # [R, in]
-        h = joined @ read.mT if h is None and any(need[3]) else h
-        missing = any(dy is None for dy in dys)
-        U = (read.new_zeros if missing else read.new_empty)(joined.shape[0], read.shape[0])  # s Bᵀ dyᵀ, [R, T]
-        db, dB = [None] * len(A), [None] * len(A)
-        start = 0
-        for number, (dy, up) in enumerate(zip(dys, B, strict=True)):
-            rows = slice(start, start := start + up.shape[1])
-            if dy is None:
-                continue
-            scale = settings.scales[number] / (1 - settings.dropout)
-            torch.mm(_scaled(up, scale, dy.dtype).mT, dy.mT, out=U[rows])
-            if need[1][number]:
-                db[number] = dy.sum(0)
-            if need[3][number]:
-                dB[number] = (h[rows] @ dy).mT.to(up.dtype) * scale
-        dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
-        dA = (U @ read).to(A[0].dtype).split([down.shape[0] for down in A]) if any(need[2]) else [None] * len(A)
-        return None, dx, *[None] * len(A), *db, *dA, *dB
+        return _backward(ctx, *gradients)
 
 
-def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: _Settings) -> Tensor:
+class _Linear(torch.autograd.Function):
+    """The same for one layer without dropout."""
+
+    @staticmethod
+    def forward(ctx, scale: float, x, weight, bias, A, B):
+        tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        h = (A if A.dtype == x.dtype else A.to(x.dtype)) @ tokens.mT  # [r, T]
+        up = B * scale
+        part = h.mT @ (up if up.dtype == x.dtype else up.to(x.dtype)).mT  # [T, out]
+        wide = x.dtype.itemsize >= 4
+        if wide and bias is not None:
+            part += bias
+        y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
+        ctx.settings, ctx.shape = scale, x.shape
+        ctx.save_for_backward(x, h if A.shape[0] * 8 <= A.shape[1] else None, weight, bias, A, B)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0]).data
+
+    @staticmethod
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _backward(ctx, *gradients)
+
+
+# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``applies``).
+_apply: Any = super(torch.autograd.Function, _Linears).apply
+#: (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python calls as can be
+linear: Any = super(torch.autograd.Function, _Linear).apply
+
+
+def _backward(ctx, *gradients):
+    """Of both functions."""
+    saved, h, *tensors = ctx.saved_tensors
+    if not isinstance(ctx.settings, Settings):
+        ctx.settings = Settings((ctx.settings,))
+    settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
+    if torch.is_grad_enabled():
+        return _differentiable(ctx, saved, weights, biases, A, B, gradients)
+    need_x, need = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
+    read = saved.reshape(-1, saved.shape[-1])  # [T, in]
+    dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
+    joined = _joined(A, read.dtype)  # [R, in]
+    h = joined @ read.mT if h is None and any(need[3]) else h
+    missing = any(dy is None for dy in dys)
+    U = (read.new_zeros if missing else read.new_empty)(joined.shape[0], read.shape[0])  # s Bᵀ dyᵀ, [R, T]
+    db, dB = [None] * len(A), [None] * len(A)
+    start = 0
+    for number, (dy, up) in enumerate(zip(dys, B, strict=True)):
+        rows = slice(start, start := start + up.shape[1])
+        if dy is None:
+            continue
+        scale = settings.scales[number] / (1 - settings.dropout)
+        torch.mm(_scaled(up, scale, dy.dtype).mT, dy.mT, out=U[rows])
+        if need[1][number]:
+            db[number] = dy.sum(0)
+        if need[3][number]:
+            dB[number] = (h[rows] @ dy).mT.to(up.dtype) * scale
+    dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
+    dA = (U @ read).to(A[0].dtype).split([down.shape[0] for down in A]) if any(need[2]) else [None] * len(A)
+    return None, dx, *[None] * len(A), *db, *dA, *dB
+
+
+def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings) -> Tensor:
     """The gradient of x [T, in]: dy (W + ΔW) of all layers."""
     dx = None
     if not settings.form:
         dx = U.mT @ joined
         if settings.dropout:
-            dx.view(-1).index_fill_(0, dropped(dx.numel(), settings.dropout, settings.seed, dx.device), 0)
+            dx.view(-1).index_fill_(0, dropout.indices(dx.numel(), settings.dropout, settings.seed, dx.device), 0)
     for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
         if dy is not None:
             through = _formed(weight, down, up, scale) if settings.form else weight

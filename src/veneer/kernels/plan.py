@@ -1,21 +1,81 @@
-"""Which of the two ways to compute an adapted layer: "factored" or "materialised".
+"""Which of the ways to compute an adapted layer is cheapest.
 
-- factored: ``op(x; W) + op(x; ΔW)`` with ΔW kept as two thin matrices. tokens · r · (in + out) more multiplications.
+- factored: ``op(x; W) + op(x; ΔW)`` with ΔW kept as two thin matrices: T · r · (in + out) more multiplications for T
+  tokens.
 - materialised: ``op(x; W + ΔW)``, which defines the meaning and is right for every layer whatever its forward does.
-  It forms W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
+  out · in · r more multiplications, and one more matrix of W's size to write, however many tokens there are. It forms
+  W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
+
+The cost model counts multiply-adds and numbers moved, and takes one moved number for as dear as ``MOVED``
+multiply-adds: a thin product does little arithmetic on each number that it reads, so its cost is that of reading.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
+
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
+#: multiply-adds in the time of moving one float32 number, fitted on a CPU core
+MOVED = 16.0
+
 
 def choose(*, gain_fits: bool, forced: str | None) -> str:
-    """The path of one call of a layer that has both.
+    """The path of one call of a layer that has both and runs outside the fused kernel.
 
     Args:
         gain_fits: False where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs.
         forced: the caller's choice, which counts wherever both paths are right.
     """
     return (forced or FACTORED) if gain_fits else MATERIALISED
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What an adapter adds to one linear layer, in multiply-adds (moved numbers included, see ``MOVED``).
+
+    ``factored`` and ``materialised`` are those of the two paths, ``layer`` is the layer's own cost, for scale.
+    """
+
+    tokens: int
+    layer: float
+    factored: float
+    materialised: float
+
+    @property
+    def choice(self) -> str:
+        return MATERIALISED if self.materialised < self.factored else FACTORED
+
+    def __str__(self) -> str:
+        both = ((FACTORED, self.factored), (MATERIALISED, self.materialised))
+        parts = (f"{name} +{cost / self.layer:.1%}" for name, cost in both)
+        return f"{self.tokens} tokens: {', '.join(parts)} of the layer -> {self.choice}"
+
+
+def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
+    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``."""
+
+    def thin(width: int, moved: int = 1) -> float:  # a product with A or B, whose other side is [tokens, width]
+        return tokens * width * (rank + moved * MOVED)
+
+    layer = tokens * in_ * out * (2 if training else 1)
+    form = in_ * out * (rank + 2 * MOVED)  # W is read, W + ΔW written
+    factored, materialised = thin(in_) + thin(out, 2), form  # B h is written, and read as x Wᵀ is added to it
+    if training:
+        both = 2 * thin(out) + thin(in_)  # Bᵀ dyᵀ and the gradients of B and A
+        factored += both + thin(in_, 2)  # and into the gradient of x
+        materialised += both + thin(in_) + form  # h, which forward did not need
+    return Costs(tokens, layer, factored, materialised if dtype.itemsize >= 4 else math.inf)
+
+
+def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
+    """The number of tokens above which a training step is cheaper with W + ΔW formed: infinity where it never is, or is
+    never right. One number for training and inference, so that both round alike."""
+    one, two = (costs(out, in_, rank, tokens, dtype, training=True) for tokens in (1, 2))
+    # both costs are linear in the tokens
+    slope = (two.factored - one.factored) - (two.materialised - one.materialised)
+    return 1 + (one.materialised - one.factored) / slope if dtype.itemsize >= 4 else math.inf

@@ -49,6 +49,9 @@ class Layer(ABC):
     drops_input: bool = True
     #: whether the words "all-linear", "attention" and "mlp" mean this kind
     linear: bool = False
+    #: whether forward is y = x Wᵀ + bias on the last axis of x and nothing else (W lies transposed if out_axis is 1):
+    #: the fused kernel computes it
+    product: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return layer_named, (self.name,)

@@ -23,6 +23,7 @@ class Conv1D(Layer):
     name = "conv1d_transformers"
     out_axis = 1
     linear = True
+    product = True
 
     def types(self) -> tuple[type[nn.Module], ...]:
         module = sys.modules.get("transformers.pytorch_utils")

@@ -17,6 +17,7 @@ from veneer.lowrank import LowRank
 class Linear(Layer):
     name = "linear"
     linear = True
+    product = True
 
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Linear,)

@@ -1,0 +1,308 @@
+"""Linear layers through the fused kernel: alone and with those that read the same input, in everything that models do
+around them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import veneer
+from toys import bits, error, randomise
+from veneer import context
+from veneer.kernels import plan
+from veneer.readers import alike
+
+
+class Attention(nn.Module):
+    """Three layers on one value, and a fourth on another."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=out > 4) for out in (width, 4, 4, width))
+        self.o = nn.Linear(4, width)
+
+    def forward(self, x):
+        q = self.q(x)
+        k, v = self.k(x), self.v(x)
+        return self.o(torch.tanh(q[..., :4] * k) + v)
+
+
+def adapted(module, dtype=torch.float64, **fields):
+    module = module.to(dtype)
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, **fields))
+    randomise(handle)
+    return module, handle
+
+
+def together(handle):
+    """The groups that are computed together, as paths."""
+    found = {id(part.together): part.together for part in handle.layers.values() if part.together is not None}
+    paths = {id(part): path for path, part in handle.layers.items()}
+    return sorted(tuple(paths[id(part)] for _, part in group.members) for group in found.values())
+
+
+def reference(module, x):
+    """Output and gradients by the definition, W + ΔW."""
+    with context.changed(path="materialised"):
+        return values(module, x)
+
+
+def values(module, x):
+    module.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in veneer.Handle(module, "default").parameters())]
+
+
+def same(found, wanted, bound=1e-11):
+    return all(error(one, other) < bound for one, other in zip(found, wanted, strict=True))
+
+
+def test_layers_that_read_one_value_are_computed_together():
+    module, handle = adapted(Attention())
+    assert together(handle) == [("q", "k", "v")]
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    assert same(values(module, x), reference(module, x))
+    calls = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t.data_ptr()) or t, lambda t: t):
+        module(x)
+    assert calls.count(x.data_ptr()) == 1, "x is saved once for all three"
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("llama.modeling_llama.LlamaAttention", {("q_proj", "k_proj", "v_proj")}),
+        ("llama.modeling_llama.LlamaMLP", {("gate_proj", "up_proj")}),
+        ("bert.modeling_bert.BertSelfAttention", {("query", "key", "value")}),
+        ("qwen3.modeling_qwen3.Qwen3Attention", {("q_proj", "k_proj", "v_proj")}),
+        ("gpt2.modeling_gpt2.GPT2MLP", set()),
+    ],
+)
+def test_what_real_models_compute_together(name, groups):
+    module, _, cls = f"transformers.models.{name}".rpartition(".")
+    __import__(module)
+    assert set(alike(getattr(sys.modules[module], cls))) == groups
+
+
+class Branches(nn.Module):
+    """Calls that look alike and are not on one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x, other=None):
+        y = self.a(x)
+        if other is None:  # noqa: SIM108 (a statement, where the last line has an expression)
+            y = y + self.b(x)
+        else:
+            y = y + self.c(x)
+        x = torch.tanh(x)
+        y = y + self.d(x)
+        return y + (self.e(x) if other is None else self.f(x))
+
+
+def test_branches_and_new_values_are_not_alike():
+    assert alike(Branches) == ()
+    module, handle = adapted(Branches(), targets=["a", "b", "d", "e"])
+    assert together(handle) == []
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert same(values(module, x), reference(module, x))
+
+
+class Writes(Attention):
+    """Writes to its input between two calls."""
+
+    def forward(self, x):
+        x = x * 1
+        q = self.q(x)
+        x.mul_(2)
+        return self.o(torch.tanh(q[..., :4] * self.k(x)) + self.v(x))
+
+
+def test_an_input_that_was_written_to_is_another_input():
+    module, handle = adapted(Writes())
+    assert together(handle) == [("q", "k", "v")]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for _ in range(5):
+        with torch.no_grad():
+            y = module(x)
+            with context.changed(path="materialised"):
+                assert error(y, module(x)) < 1e-11
+    (part, *_) = handle.layers.values()
+    assert part.together.missed > 2, "and after some such calls nothing is computed in advance"
+
+
+def test_hooks_that_change_the_input_of_one_layer_only():
+    module, _ = adapted(Attention())
+    module.k.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert same(values(module, x), reference(module, x))
+    outputs = []
+    module.v.register_forward_hook(lambda layer, args, y: outputs.append(y))
+    module(x)
+    assert len(outputs) == 1
+
+
+def test_an_exception_leaves_nothing_that_a_later_call_takes():
+    module, _ = adapted(Attention())
+    x = torch.randn(3, 6, dtype=torch.float64)
+    wanted = reference(module, x)
+
+    def broken(layer, args):
+        raise ArithmeticError
+
+    hook = module.k.register_forward_pre_hook(broken)
+    hook_of_v = module.v.register_forward_pre_hook(broken)
+    with pytest.raises(ArithmeticError):
+        module(x)
+    hook.remove()
+    hook_of_v.remove()
+    with pytest.raises(TypeError):
+        module.q(x) + module.k(None)
+    assert same(values(module, x), wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_computes_the_same_again(reentrant, dropout):
+    module, _ = adapted(Attention(), dropout=dropout)
+    module.train()
+    x = torch.randn(3, 6, dtype=torch.float64)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    torch.manual_seed(5)
+    wanted = values(module, x)
+    outer = Checkpointed()
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        module.zero_grad()
+        x.grad = None
+        torch.manual_seed(5)
+        y = outer(x)
+        y.square().sum().backward()
+        found = [y.detach(), x.grad, *(p.grad for p in veneer.Handle(module, "default").parameters())]
+        assert same(found, wanted, 1e-12)
+
+
+def test_copies_have_groups_of_their_own():
+    module, handle = adapted(Attention())
+    twin = copy.deepcopy(module)
+    randomise(veneer.Handle(twin, "default"))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert same(values(twin, x), reference(twin, x))
+    assert same(values(module, x), reference(module, x))
+    theirs = veneer.Handle(twin, "default").layers
+    assert {id(m) for _, m in theirs["q"].together.members} == {id(theirs[name]) for name in "qkv"}
+    assert handle.layers["q"].together is not theirs["q"].together
+
+
+def test_an_output_may_be_written_to():
+    """``nn.ReLU(inplace=True)`` follows many a linear layer."""
+    module = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), nn.Hardswish(inplace=True))
+    module, _ = adapted(module)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    assert same(values(module, x), reference(module, x))
+
+    class Scaled(Attention):
+        def forward(self, x):
+            q = self.q(x)
+            q += 1
+            return self.o(torch.tanh(q[..., :4] * self.k(x).mul_(2)) + self.v(x).relu_())
+
+    module, _ = adapted(Scaled())
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    assert same(values(module, x), reference(module, x))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Bert", "GPT2"])
+def test_a_real_model_has_the_gradients_of_the_definition(name):
+    config = {
+        "Llama": transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=40,
+        ),
+        "Bert": transformers.BertConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=40,
+        ),
+        "GPT2": transformers.GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=40, n_positions=32),
+    }[name]  # fmt: skip
+    model = transformers.AutoModel.from_config(config).double().eval()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle, 0.05)
+    groups = {"Llama": 4, "Bert": 2, "GPT2": 0}[name]
+    assert len(together(handle)) == groups
+    ids, found = torch.randint(40, (2, 9)), []
+    for path in (None, "materialised"):
+        model.zero_grad()
+        with context.changed(path=path):
+            y = model(input_ids=ids).last_hidden_state
+            (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in handle.parameters() if p.grad is not None)])
+    assert same(*found, 1e-9)
+
+
+def test_an_adapted_linear_layer_makes_few_calls():
+    """Each Python call is time in every layer of a decoding step. nn.Linear itself makes 9 in this counting."""
+
+    def calls(layer, x):
+        count = 0
+
+        def seen(frame, event, arg):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        layer(x)
+        sys.setprofile(seen)
+        try:
+            (lambda: layer(x))()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    layer = nn.Linear(8, 8)
+    assert calls(layer, torch.randn(2, 3, 8)) <= 9
+    veneer.attach(layer, veneer.LoraConfig(rank=2))
+    assert calls(layer, torch.randn(2, 3, 8)) <= 20
+    with torch.no_grad():
+        assert calls(layer, torch.randn(1, 1, 8)) <= 20
+
+
+def test_the_plan_forms_weights_for_many_tokens_in_float32_only():
+    few, many = (plan.costs(576, 576, 8, tokens, torch.float32, True) for tokens in (64, 4096))
+    assert (few.choice, many.choice) == ("factored", "materialised")
+    above = plan.forms_above(576, 576, 8, torch.float32)
+    assert 64 < above < 4096
+    below, beyond = (plan.costs(576, 576, 8, int(above) + step, torch.float32, True).choice for step in (-1, 2))
+    assert (below, beyond) == ("factored", "materialised")
+    assert "materialised" in str(many)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert plan.forms_above(576, 576, 8, dtype) == float("inf")
+        assert plan.costs(576, 576, 8, 10**9, dtype, True).choice == "factored"
+
+
+@pytest.mark.parametrize("tokens", [3, 4000])
+def test_both_sides_of_the_plan_give_one_answer(tokens):
+    layer, handle = adapted(nn.Linear(16, 16))
+    assert 3 < handle.layers[""].direct.forms_above < 4000
+    x = torch.randn(tokens, 16, dtype=torch.float64)
+    assert same(values(layer, x), reference(layer, x))
+    before = bits(layer)
+    layer.bfloat16()
+    assert torch.isfinite(layer(x.bfloat16())).all(), "a layer that has become a 16-bit one is not formed"
+    assert before.keys() == bits(layer).keys()
