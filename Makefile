@@ -9,14 +9,15 @@ BIN := $(VENV)/bin
 PASSIVE := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 DEMO_ENV := GOMP_SPINCOUNT=20000 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: help setup demo record test test-slow check bench docs format clean
+.PHONY: help setup demo record test test-slow check bench docs matrix format clean
 
 help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
 	@echo "make test       the test suite           make test-slow   the slower checks too"
-	@echo "make check      ruff, pyright, house, docs freshness"
+	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed, as ratios to a floor and to peers"
 	@echo "make docs       write the generated pages of docs/"
+	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -49,6 +50,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
 
 record: demo  # the demo's result, into the README
 	cp .demo/result.json demo/result.json
@@ -56,6 +58,9 @@ record: demo  # the demo's result, into the README
 
 docs: setup
 	$(BIN)/python scripts/docs.py
+
+matrix: setup
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix
 
 format: setup
 	$(BIN)/ruff format .

@@ -122,7 +122,7 @@ def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     for results in storages:
         for _, row in made.rows(results):
             kinds = ", ".join(dict.fromkeys(results.examples.values()))
-            lines.append(f"| {results.name} | {len(results.examples)}: {kinds} | {' | '.join(row)} |")
+            lines.append(f"| {results.name} | {kinds} | {' | '.join(row)} |")
     more = f"{len(storages)} storages × {len(STORED)} operations = {counted(made.counts)}"
     lines += ["", more, ""]
     lines += [f"[^{number}]: {text}." for text, number in made.notes.items()]

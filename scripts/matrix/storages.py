@@ -118,7 +118,7 @@ def stored_merge(case: Stored) -> str:
         rounded = not wrong_roundings(merged, exact)
     else:
         rounded = torch.equal(merged, exact.to(merged.dtype))
-    kept = 5 * round(20 * report.retention)
+    kept = 10 * round(10 * report.retention)  # coarse, so that no other machine rounds it otherwise
     return EXACT if rounded else f"{GRID}about {kept}% of a change that is a tenth of the weight"
 
 
@@ -169,7 +169,8 @@ def of_storage(name: str) -> Results:
     torch.manual_seed(0)
     for number, module in enumerate(list(storage.examples())):
         example = f"m{number}"
-        results.examples[example] = named(weight_of(module, "weight"))
+        torch.manual_seed(number)
+        results.examples[example] = named(storage, weight_of(module, "weight"))
         case = stored(storage, module, fresh[number])
         for what, operation in STORED.items():
             try:
@@ -180,11 +181,15 @@ def of_storage(name: str) -> Results:
     return results
 
 
-def named(weight: Any) -> str:
-    """A stored weight in a word: the type of its packing, or its dtype."""
-    kind = getattr(weight, "quant_type", None)
+def named(storage: Storage, weight: Any) -> str:
+    """A stored weight in a few words: the type of its packing, and its dtype if that is not float32."""
     if isinstance(weight, ParametrizationList):
-        return " ∘ ".join(type(each).__name__.strip("_") for each in reversed(list(weight)))
-    if kind is not None:
-        return getattr(kind, "name", kind)
-    return str(weight.dtype).removeprefix("torch.") if type(weight) is nn.Parameter else type(weight).__name__
+        words = [" ∘ ".join(type(each).__name__.strip("_") for each in reversed(list(weight)))]
+    elif storage.name == "plain":
+        words = []
+    else:
+        packing = getattr(weight, "quant_type", None) or type(weight).__name__
+        nested = getattr(getattr(weight, "quant_state", None), "nested", False)
+        words = [getattr(packing, "name", packing), *(["nested"] if nested else [])]
+    dtype = storage.dtype(weight)
+    return " ".join(words + ([str(dtype).removeprefix("torch.")] if dtype != torch.float32 or not words else []))
