@@ -9,10 +9,13 @@ about p · count random numbers instead of count, and the indices are all that b
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_C: Any = torch._C
 
 #: above this probability a mask is cheaper than indices
 SPARSE = 0.3
@@ -44,6 +47,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     A compiled graph cannot hold a number of draws that varies, and ``torch.func`` has its own rules for random numbers:
     there it is torch's own dropout.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None:
         return F.dropout(x, p)
     return zeroed(x, p, seed()) / (1 - p)

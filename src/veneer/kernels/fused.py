@@ -20,7 +20,7 @@ it knows no device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from veneer.kernels import dropout, reference
+
+
+_C: Any = torch._C
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
@@ -42,8 +45,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and not weight.requires_grad
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _C._is_any_autocast_enabled()
+        and _C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
 
@@ -179,14 +182,14 @@ class _Linear(torch.autograd.Function):
 
 
 # ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``applies``).
-_apply: Any = super(torch.autograd.Function, _Linears).apply
+_apply = cast(Any, super(torch.autograd.Function, _Linears)).apply
 #: (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python calls as can be
-linear: Any = super(torch.autograd.Function, _Linear).apply
+linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def _backward(ctx, *gradients):
     """Of both functions."""
-    saved, h, *tensors = ctx.saved_tensors
+    saved, kept, *tensors = ctx.saved_tensors
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
     settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
@@ -196,7 +199,7 @@ def _backward(ctx, *gradients):
     read = saved.reshape(-1, saved.shape[-1])  # [T, in]
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     joined = _joined(A, read.dtype)  # [R, in]
-    h = joined @ read.mT if h is None and any(need[3]) else h
+    h = joined @ read.mT if kept is None else kept  # [R, T]
     missing = any(dy is None for dy in dys)
     U = (read.new_zeros if missing else read.new_empty)(joined.shape[0], read.shape[0])  # s Bᵀ dyᵀ, [R, T]
     db, dB = [None] * len(A), [None] * len(A)
