@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import veneer
 from toys import bits, error, randomise
 from veneer import context
+from veneer.errors import SelectionError
 from veneer.kernels import plan
 from veneer.readers import alike
 
@@ -294,6 +295,23 @@ def test_the_plan_forms_weights_for_many_tokens_in_float32_only():
     for dtype in (torch.bfloat16, torch.float16):
         assert plan.forms_above(576, 576, 8, dtype) == float("inf")
         assert plan.costs(576, 576, 8, 10**9, dtype, True).choice == "factored"
+
+
+def test_the_plan_can_be_printed_and_overridden():
+    module, handle = adapted(Attention(), torch.float32)
+    text = str(handle.plan(4096, training=False))
+    assert "inference of 4096 tokens" in text
+    assert "6 x 6 at rank 2, 1 layers" in text
+    assert "materialised" in text
+    assert handle.plan(4096).together == (("q", "k", "v"),)
+    x, outputs = torch.randn(3, 6), []
+    for path in (None, "factored", "materialised"):
+        with veneer.use(module, "default", path=path):
+            assert context.current.path == path
+            outputs.append(module(x))
+    assert same(outputs[1:], outputs[:1] * 2, 1e-5)
+    with pytest.raises(SelectionError, match="'materialised'"):
+        veneer.use(module, "default", path="both")
 
 
 @pytest.mark.parametrize("tokens", [3, 4000])

@@ -18,7 +18,7 @@ from veneer.config import LoraConfig
 from veneer.evidence import Loss, gather
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.select import use
-from veneer.summary import Summary, summarise
+from veneer.summary import CallPlan, Summary, call_plan, summarise
 
 
 def attach(
@@ -121,6 +121,11 @@ class Handle:
 
     def summary(self) -> Summary:
         return summarise(self.model, self.name)
+
+    def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
+        """How the plain linear layers compute a call of this many tokens (batch × length), and what the cost model says
+        of it: print it. ``with veneer.use(model, name, path=…)`` overrides the choice."""
+        return call_plan(self.model, self.name, tokens, training)
 
     def use(self):
         return use(self.model, self.name)

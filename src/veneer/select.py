@@ -16,6 +16,8 @@ from torch import nn
 from veneer import context
 from veneer.adapted import BASE
 from veneer.attach import need_group, unwrap
+from veneer.errors import SelectionError, sentence
+from veneer.kernels import plan
 from veneer.rows import by_rows
 
 
@@ -25,11 +27,20 @@ class use:
     A sequence of names selects one for each row of the batch: ``with veneer.use(model, ["a", None, "b"]):``. Every
     layer then runs once for each distinct name.
 
+    Args:
+        path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that have both; None
+            leaves it to the plan.
+
     Raises:
-        SelectionError: there is no such adapter.
+        SelectionError: there is no such adapter, or no such path.
     """
 
-    def __init__(self, model: nn.Module, name: str | Sequence[str | None] | None) -> None:
+    def __init__(self, model: nn.Module, name: str | Sequence[str | None] | None, *, path: str | None = None) -> None:
+        if path not in (None, plan.FACTORED, plan.MATERIALISED):
+            found = f"path={path!r}"
+            do = f"use {plan.FACTORED!r}, {plan.MATERIALISED!r} or None"
+            raise SelectionError(sentence(found, "a way to compute an adapted layer", do))
+        self._path = {} if path is None else {"path": path}
         group = need_group(model)
         self._uid = group.uid
         self._name = name
@@ -44,7 +55,9 @@ class use:
 
     def __enter__(self) -> None:
         self._entered = True
-        self._tokens.append(context.enter(selection={**context.current.selection, self._uid: self._selected}))
+        self._tokens.append(
+            context.enter(selection={**context.current.selection, self._uid: self._selected}, **self._path)
+        )
 
     def __exit__(self, *_: object) -> None:
         context.leave(self._tokens.pop())

@@ -1,4 +1,5 @@
-"""How many numbers an adapter trains: per kind of layer, in bytes and in percent."""
+"""What an adapter costs: how many numbers it trains, per kind of layer, in bytes and in percent; and what its linear
+layers add to a call."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.attach import adapters, changes, only_name, unwrap
+from veneer.kernels import plan
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,39 @@ def size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How the adapted linear layers compute a call of some tokens: for each distinct (out, in, rank) the layers, and
+    the costs of both paths."""
+
+    tokens: int
+    training: bool
+    rows: tuple[tuple[tuple[int, int, int], tuple[str, ...], plan.Costs], ...]
+    together: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        what = "a training step" if self.training else "inference"
+        lines = [f"{what} of {self.tokens} tokens, by the cost model"]
+        for (out, in_, rank), paths, costs in self.rows:
+            lines.append(f"  {out} x {in_} at rank {rank}, {len(paths)} layers: {costs}")
+        return "\n".join([*lines, f"  {len(self.together)} groups of layers read one input and are computed together"])
+
+
+def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
+    """What ``Handle.plan`` returns."""
+    model = unwrap(model)
+    rows: dict[tuple[int, int, int], tuple[plan.Costs, list[str]]] = {}
+    groups: dict[int, list[str]] = {}
+    for path, module, part in adapters(model, only_name(model, name)):
+        if part.direct is None:
+            continue
+        change, dtype = part.direct.change, module._parameters[part.direct.weight].dtype
+        size = (change.dims.out, change.dims.in_, change.rank)
+        costs = plan.costs(*size, tokens, dtype, training)
+        rows.setdefault(size, (costs, []))[1].append(path)
+        if part.together is not None:
+            groups.setdefault(id(part.together), []).append(path)
+    found = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
+    return CallPlan(tokens, training, found, tuple(map(tuple, groups.values())))

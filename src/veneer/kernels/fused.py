@@ -29,7 +29,6 @@ from torch.autograd import forward_ad
 
 from veneer.kernels import dropout, reference
 
-
 _C: Any = torch._C
 
 

@@ -53,7 +53,7 @@ class Costs:
     def __str__(self) -> str:
         both = ((FACTORED, self.factored), (MATERIALISED, self.materialised))
         parts = (f"{name} +{cost / self.layer:.1%}" for name, cost in both)
-        return f"{self.tokens} tokens: {', '.join(parts)} of the layer -> {self.choice}"
+        return f"{', '.join(parts)} of the layer's own cost -> {self.choice}"
 
 
 def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
