@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import veneer
 from veneer.models import load_base
+from veneer.train.loss import causal_loss  # as model(**batch).loss, without ever holding all logits
 
 IGNORED = -100  # a label that no loss is taken from
 
@@ -46,12 +46,6 @@ def batches(rows: list, size: int, steps: int, seed: int):
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in chosen])  # [batch, width]
         labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in chosen])
         yield ids, labels
-
-
-def loss_of(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the completions. Padding stands to the right, so a causal model needs no mask for it."""
-    logits = model(input_ids=ids).logits[:, :-1]  # position t predicts token t + 1
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 def main() -> None:
@@ -84,7 +78,8 @@ def main() -> None:
     model.train()
     start = time.perf_counter()
     for step, (ids, labels) in enumerate(batches(rows, options.batch, options.steps, options.seed), 1):
-        loss = loss_of(model, ids, labels)
+        # the mean cross-entropy of the completions; padding stands to the right, so a causal model needs no mask for it
+        loss = causal_loss(model, {"input_ids": ids, "labels": labels})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,11 +1,19 @@
-"""The loss of a causal language model, computed only where a label is.
+"""The loss of a causal language model, computed only where a label is, and a few rows of logits at a time.
 
     loss = Σ_{b,t : label[b,t+1] ≠ -100}  -log softmax(logits[b,t])[label[b,t+1]]  /  items
 
-With prompts masked, most positions carry no label, and the output head is the largest layer of a small model (a quarter
-of a step for a vocabulary of 49,152). So the model is asked for the logits of those columns alone in which any row has
-a label, and the cross-entropy, in fp32 (fp64 for an fp64 model), runs over the labelled cells alone. It goes through
-the model's own forward: an adapter on the output head, a soft cap or a logit scale are all in it.
+The output head is the largest layer of a small model (a quarter of a step for a vocabulary of 49,152), and its logits
+in fp32, their softmax and their gradient are the largest tensors. So the model's body runs once, the rows without a
+label are dropped, and the head runs on `chunk` rows at a time:
+
+    hidden [b, s, h]  →  rows [n, h]  →  for each chunk:  logits [c, v]  →  Σ -log p,  ∂/∂rows,  ∂/∂(the head's numbers)
+
+The loss is a sum, so each chunk is differentiated as soon as it is known, and nothing of it stays but those gradients;
+`backward` scales them by what comes from above.
+
+What the head is, the model says: its own forward runs on a view of it whose body answers with the rows at hand, so soft
+caps, logit scales, biases and adapters on the head are all in it. Whether a forward can be cut there is read in its
+source, and tried once a model on a few rows; any other model is asked for the logits of the columns with a label.
 
 The alternative, trl's fused head, multiplies by `lm_head.weight` directly, which bypasses an adapter on the head, and
 off the GPU it scores every position.
@@ -13,15 +21,39 @@ off the GPU it scores every position.
 
 from __future__ import annotations
 
+import ast
+import copy
+import functools
 import inspect
-from collections.abc import Mapping
+import textwrap
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import MethodType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from veneer import context
+from veneer.adapted import at_least_float32, own_class, view
+from veneer.attach import group_of, unwrap
+from veneer.errors import ConfigError, sentence
+from veneer.select import use
 from veneer.train.tokens import IGNORED
+
+#: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
+CHUNK = 256
+
+#: Whether a model's head was found to treat each row alone.
+_ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Chain = tuple[str, ...]
 
 
 class TokenLoss(NamedTuple):
@@ -35,45 +67,46 @@ class TokenLoss(NamedTuple):
     extra: Tensor | None
 
 
-def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False) -> TokenLoss:
+def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK) -> TokenLoss:
     """The summed loss of one batch.
 
     `inputs` are the model's keyword arguments with `labels` [b, s] (-100 where the loss does not count, not shifted).
-    Works on any `transformers` causal language model; a forward that takes no `logits_to_keep` is run in full.
+    Works on any `transformers` causal language model. At most `chunk` rows of logits are held at a time, if the model's
+    forward is its body and then a head on each row; of any other (and inside DDP, FSDP or `torch.compile`, and with an
+    adapter for each row), the logits of the columns with a label. The total is a float32, a float64 one for such
+    logits; it can be differentiated once.
+
+    Raises:
+        ConfigError: `chunk` is less than 1.
     """
+    if chunk < 1:
+        raise ConfigError(sentence(f"chunk={chunk}", "at least one row", f"leave it out for {CHUNK}"))
     labels: Tensor = inputs["labels"]
     rest = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
     rest.setdefault("use_cache", False)
-    target = labels[:, 1:]  # [b, s-1]: column t is what the logits at t should say
-    wanted = target != IGNORED
-    columns = wanted.any(dim=0).nonzero().squeeze(1)  # [c]
-    if len(columns) == 0:
-        # Nothing to learn, yet the graph must reach the parameters: a distributed backward waits for every rank.
-        columns = torch.zeros(1, dtype=torch.long, device=labels.device)
-    if _keeps_logits(model):
+    path = _body(model)
+    if path is not None:
+        return _in_chunks(model, path, rest, labels, accuracy, chunk)
+    columns = _columns(labels)
+    if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
         outputs = model(**rest, logits_to_keep=columns)
-        logits = outputs.logits  # [b, c, v]
-    else:
-        outputs = model(**rest)
-        logits = outputs.logits[:, columns]
-    cells = wanted[:, columns]  # [b, c]
-    chosen = logits[cells]  # [n, v]
-    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-    answer = target[:, columns][cells]  # [n]
-    total = functional.cross_entropy(chosen, answer, reduction="sum") if len(answer) else logits.sum() * 0.0
-    correct = (chosen.detach().argmax(dim=-1) == answer).sum() if accuracy else torch.zeros_like(answer.sum())
-    return TokenLoss(total, cells.sum(), correct, _balance(model, outputs))
+        return _at_once(model, outputs, outputs.logits, columns, labels, accuracy)
+    outputs = model(**rest)
+    return _at_once(model, outputs, outputs.logits[:, columns], columns, labels, accuracy)
 
 
-def causal_loss(model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The mean loss a label: what to call `backward()` on in a loop of your own.
+def causal_loss(
+    model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None, *, chunk: int = CHUNK
+) -> Tensor:
+    """The mean loss a label: what to call `backward()` on in a loop of your own, in place of `model(**inputs).loss`.
 
     `num_items_in_batch` replaces the count of this batch, for gradient accumulation over several: the count of all.
+    A batch without labels is 0, not nan. See `token_loss`.
 
-        loss = causal_loss(model, batch)
+        loss = causal_loss(model, batch)  # input_ids, labels [b, s], and whatever else the model takes
         loss.backward()
     """
-    result = token_loss(model, inputs)
+    result = token_loss(model, inputs, chunk=chunk)
     items = (
         result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=result.total.device)
     )
@@ -81,12 +114,26 @@ def causal_loss(model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch:
     return loss if result.extra is None else loss + result.extra
 
 
-def _keeps_logits(model: nn.Module) -> bool:
-    inner: Any = model
-    while hasattr(inner, "module") and isinstance(inner.module, nn.Module):  # DistributedDataParallel
-        inner = inner.module
-    inner = getattr(inner, "_orig_mod", inner)  # torch.compile
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+# ---------------------------------------------------------------------------------------------- all columns at once
+
+
+def _columns(labels: Tensor) -> Tensor:
+    """The columns in which any row has a label: [c]."""
+    columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+    # Nothing to learn, yet the graph must reach the parameters: a distributed backward waits for every rank.
+    return columns if len(columns) else torch.zeros(1, dtype=torch.long, device=labels.device)
+
+
+def _at_once(
+    model: nn.Module, outputs: Any, logits: Tensor, columns: Tensor, labels: Tensor, accuracy: bool
+) -> TokenLoss:
+    target = labels[:, 1:][:, columns]  # [b, c]: what the logits [b, c, v] should say
+    cells = target != IGNORED
+    chosen, answers = logits[cells], target[cells]  # [n, v], [n]
+    chosen = chosen.to(at_least_float32(chosen.dtype))
+    total = functional.cross_entropy(chosen, answers, reduction="sum") if len(answers) else chosen.sum() * 0.0
+    correct = (chosen.detach().argmax(dim=-1) == answers).sum() if accuracy else torch.zeros_like(answers.sum())
+    return TokenLoss(total, cells.sum(), correct, _balance(model, outputs))
 
 
 def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
@@ -94,5 +141,298 @@ def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
     extra = getattr(outputs, "aux_loss", None)
     if not isinstance(extra, Tensor):
         return None
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     return extra * float(getattr(config, "router_aux_loss_coef", 0.0))
+
+
+# ---------------------------------------------------------------------------------------------- a chunk at a time
+
+
+def _in_chunks(
+    model: nn.Module, path: Chain, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int
+) -> TokenLoss:
+    wanted = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [b, s]: whether the hidden state here has a label
+    places = wanted.flatten().nonzero().squeeze(1)  # [n]
+    answers = labels[:, 1:][wanted[:, :-1]]  # [n]
+    body, head = model.get_submodule(".".join(path)), _Head(model, path, inputs)
+    rows: Tensor | None = None
+    first = torch.empty(0)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        """The body's output with the first chunk of rows in it: the rest of the forward, which may need the others of
+        the body's outputs for a loss of its own, is then the head on that chunk."""
+        nonlocal rows, first
+        head.output = output = body(*args, **kwargs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
+            return output
+        flat = hidden.flatten(0, 1)  # [b · s, h]
+        if not head.is_rowwise(flat[places[:3].to(flat.device)].detach()):
+            return output
+        if len(places) == 0:
+            rows = flat[:1]  # nothing to learn, yet the graph must reach the parameters
+            return _with_rows(output, rows)
+        rows = flat.index_select(0, places.to(flat.device))  # [n, h]
+        first = _leaf(rows[:chunk])
+        return _with_rows(output, first)
+
+    outputs = _view(model, path, answer)(**inputs)
+    if rows is None:  # no body of this kind, or a head that looks at several rows at once
+        columns = _columns(labels)
+        return _at_once(model, outputs, outputs.logits[:, columns], columns, labels, accuracy)
+    items, extra = wanted.sum(), _balance(model, outputs)
+    if len(places) == 0:
+        return TokenLoss(outputs.logits.to(at_least_float32(outputs.logits.dtype)).sum() * 0.0, items, items, extra)
+    sums = _Sums(outputs.logits, accuracy)
+    sums.add(first, outputs.logits, answers[:chunk])
+    del outputs  # and with it these logits
+    for start in range(chunk, len(rows), chunk):
+        leaf = _leaf(rows[start : start + chunk])
+        sums.add(leaf, head(leaf).logits, answers[start : start + chunk])
+    return TokenLoss(sums.differentiable(rows), items, sums.correct, extra)
+
+
+class _Head:
+    """What a model's forward does after its body, on rows [n, h] of which each is treated alone."""
+
+    def __init__(self, model: nn.Module, path: Chain, inputs: dict[str, Any]) -> None:
+        self.model = model
+        self.inputs = inputs
+        if "output_router_logits" in inspect.signature(own_class(model).forward).parameters:
+            self.inputs = {**inputs, "output_router_logits": False}  # the balance of the experts is known already
+        self.output: Any = None
+        self.rows = torch.empty(0)
+        self.view = _view(model, path, lambda *_, **__: _with_rows(self.output, self.rows))
+
+    def __call__(self, rows: Tensor) -> Any:
+        self.rows = rows
+        return self.view(**self.inputs)
+
+    def within(self, rows: Tensor) -> Any:
+        """The same while the model's forward runs: a wrapper around it, such as accelerate's autocast, is around this
+        already, and could not be entered twice."""
+        self.rows = rows
+        return own_class(self.model).forward(self.view, **self.inputs)
+
+    def is_rowwise(self, rows: Tensor) -> bool:
+        """Whether the logits of some rows stay the same among others and in another order; tried once a model."""
+        known = _ROWWISE.get(self.model)
+        if known is not None or len(rows) == 0:
+            return known is not False
+        group = group_of(self.model)
+        # Without the adapter, whose dropout would differ from run to run. Not under no_grad: autocast would keep the
+        # weights that it casts there, and the first chunk would get them without gradient.
+        with nullcontext() if group is None or group.merged is not None else use(self.model, None):
+            alone = self.within(rows).logits
+            among = self.within(torch.cat([-rows, rows.flip(0)])).logits
+        known = (
+            alone.shape[:-1] == (1, len(rows))
+            and among.shape == (1, 2 * len(rows), alone.shape[-1])
+            and _close(alone.detach()[0], among.detach()[0, len(rows) :].flip(0))
+        )
+        _ROWWISE[self.model] = known
+        return known
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = torch.finfo(one.dtype).eps ** 0.5
+    return torch.allclose(one, other, rtol=0, atol=tolerance * float(one.abs().max()), equal_nan=True)
+
+
+class _Sums:
+    """Sums over the chunks: of the loss, of its gradients, of the right answers."""
+
+    def __init__(self, like: Tensor, accuracy: bool) -> None:
+        self.accuracy = accuracy
+        self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
+        self.correct = like.new_zeros((), dtype=torch.long)
+        self.rows: list[Tensor] = []
+        self.numbers: dict[Tensor, Tensor] = {}  # gradients by the head's own leaves
+
+    def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
+        """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say [c]."""
+        answers = answers.to(logits.device)[:, None]
+        scores = torch.log_softmax(logits.detach()[0], dim=-1, dtype=self.total.dtype)
+        if self.accuracy:
+            self.correct += (scores.argmax(dim=-1, keepdim=True) == answers).sum()
+        chosen = scores.gather(1, answers)
+        self.total -= chosen.sum()
+        if not logits.requires_grad:
+            return
+        gradient = scores.exp_().scatter_(1, answers, chosen.expm1())  # softmax - onehot
+        numbers = [one for one in _leaves(logits) if one is not leaf]
+        with torch.autocast(logits.device.type, enabled=False):
+            found = list(
+                torch.autograd.grad(
+                    logits, [leaf, *numbers] if leaf.requires_grad else numbers, gradient.to(logits.dtype)[None]
+                )
+            )
+        if leaf.requires_grad:
+            self.rows.append(found.pop(0))
+        for one, part in zip(numbers, found, strict=True):
+            if one in self.numbers:
+                self.numbers[one] += part
+            else:  # rounded to 16 bits once, after the last chunk
+                self.numbers[one] = part.to(at_least_float32(part.dtype))
+
+    def differentiable(self, rows: Tensor) -> Tensor:
+        """The total, as a function of all rows and of the head's own numbers."""
+        inputs = ([rows] if self.rows else []) + list(self.numbers)
+        gradients = ([torch.cat(self.rows)] if self.rows else []) + [
+            value.to(one.dtype) for one, value in self.numbers.items()
+        ]
+        return _Known.apply(self.total, gradients, *inputs) if inputs else self.total  # pyright: ignore[reportReturnType]
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # the known gradients would silently pass for constants
+            found = "create_graph=True through token_loss, which keeps no graph of the head"
+            do = "differentiate model(**inputs).loss instead"
+            raise NotImplementedError(sentence(found, "one derivative", do))
+        needed = ctx.needs_input_grad[2:]
+        scaled = (
+            known * upstream.to(known.device) if need else None
+            for known, need in zip(ctx.saved_tensors, needed, strict=True)
+        )
+        return None, None, *scaled
+
+
+def _leaf(rows: Tensor) -> Tensor:
+    return rows.detach().requires_grad_(rows.requires_grad)
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The leaves that a tensor was computed from and that want a gradient."""
+    found, seen, todo = [], set(), [output.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where a graph ends in a leaf
+            found.append(node.variable)
+        todo += [below for below, _ in node.next_functions]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- where a forward is cut
+
+
+def _body(model: nn.Module) -> Chain | None:
+    """The way to the module whose output is a model's hidden states, if the model's forward can be cut there."""
+    if not hasattr(type(model), "base_model_prefix"):
+        return None  # none of transformers', or one inside a wrapper that needs to see each call (DDP, FSDP)
+    if torch.compiler.is_compiling() or model.__dict__.get("_compiled_call_impl") is not None:
+        return None  # what is differentiated at once is no part of a compiled graph
+    if any(model.__dict__.get(hooks) for hooks in _HOOKS):
+        return None  # they expect one call a batch (FSDP2's do)
+    own = inspect.unwrap(own_class(model).forward)
+    forward = model.__dict__.get("forward")
+    if forward is not None and not (
+        isinstance(forward, MethodType) and forward.__self__ is model and inspect.unwrap(forward.__func__) is own
+    ):
+        return None  # replaced by something else than a wrapper of the model's own, such as accelerate's autocast
+    found = [(chain, late) for chain, late in _calls(own) if _is_model(model, chain)]
+    if len(found) != 1 or found[0][1]:
+        return None
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) or (parameter.requires_grad and parameter._backward_hooks):
+            return None  # a hook would see the gradient of each chunk
+    group = group_of(model)
+    if group is not None:
+        chosen = context.current.selection.get(group.uid, group.default)
+        if chosen.name is None and chosen.parts:
+            return None  # an adapter for each row of the batch, which the head would no longer know
+    return found[0][0]
+
+
+def _is_model(model: nn.Module, chain: Chain) -> bool:
+    """Whether there is one of transformers' models at the end of a chain of attributes."""
+    module: Any = model
+    for name in chain:
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return hasattr(type(module), "base_model_prefix")
+
+
+@functools.cache
+def _calls(forward: Callable[..., Any]) -> tuple[tuple[Chain, bool], ...]:
+    """(chain, late) of each call `self.chain(…)` in the source of a forward. `late`: whether what follows reads another
+    input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
+    would be the view.
+
+    Left out are the parts of the code that do not run here (with labels, for router logits) or do nothing
+    (`logits_to_keep`).
+    """
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ()  # made at run time, or written in C
+    function: Any = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return ()
+    inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
+    inputs = {name for name in inputs if not name.startswith("output_")}
+    reads: list[tuple[int, int]] = []
+    calls: list[tuple[Chain, tuple[int, int]]] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, ast.If) and (
+            _names(node.test) & {"labels", "output_router_logits"} or "logits_to_keep" in _names(node)
+        ):
+            for below in node.orelse:
+                visit(below)
+            return
+        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _chain(node)
+        if writes or (isinstance(node, ast.Name) and node.id in inputs):
+            reads.append((node.lineno, node.col_offset))
+        if isinstance(node, ast.Call) and (chain := _chain(node.func)):
+            calls.append((chain, (node.end_lineno or 0, node.end_col_offset or 0)))
+        for below in ast.iter_child_nodes(node):
+            visit(below)
+
+    for statement in function.body:
+        visit(statement)
+    return tuple((chain, any(read > end for read in reads)) for chain, end in calls)
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
+
+
+def _chain(node: ast.AST) -> Chain | None:
+    """("a", "b") of `self.a.b`."""
+    if isinstance(node, ast.Name):
+        return () if node.id == "self" else None
+    above = _chain(node.value) if isinstance(node, ast.Attribute) else None
+    return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _view(module: nn.Module, path: Chain, answer: Callable[..., Any]) -> nn.Module:
+    """A view of a module in which the one at the end of the path answers so."""
+    if not path:
+        seen = view(module, type(module), {})
+        seen.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None, forward=answer)
+        return seen
+    below = _view(module._modules[path[0]], path[1:], answer)  # pyright: ignore[reportArgumentType]
+    seen = view(module, type(module), {}, {path[0]: below})
+    forward = seen.__dict__.get("forward")
+    if isinstance(forward, MethodType):
+        seen.__dict__["forward"] = MethodType(forward.__func__, seen)
+    return seen
+
+
+def _with_rows(output: Any, rows: Tensor) -> Any:
+    """A copy of a body's output with other hidden states."""
+    changed = copy.copy(output)
+    changed.last_hidden_state = rows[None]
+    return changed
