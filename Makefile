@@ -15,7 +15,8 @@ help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
 	@echo "make test       the test suite           make test-slow   the slower checks too"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
-	@echo "make bench      speed, as ratios to a floor and to peers"
+	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
+	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
 
@@ -66,11 +67,24 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# CPU seconds are counted, so threads that wait must not spin. The allocator is the system's own, but in train_step_tuned.
+BENCH := $(PASSIVE) $(BIN)/python benchmarks
 bench: setup
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/forward.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/attach.py
+	$(BENCH)/import_time.py
+	$(BENCH)/attach.py
+	$(BENCH)/forward.py
+	$(BENCH)/train_memory.py
+	$(BENCH)/train_step.py
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	  $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
+	$(BENCH)/scaling.py
+	$(BENCH)/time_to_target.py
+	$(BIN)/python scripts/docs.py
+
+.PHONY: bench-grid
+bench-grid: setup
+	$(BENCH)/train_step.py --all
+	$(BIN)/python scripts/docs.py
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis

@@ -6,9 +6,13 @@ Predicted before the first run: 1.02 × torch, since the core adds jaxtyping, sa
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from report import compare
 
@@ -19,10 +23,14 @@ def run(module: str) -> float:
     return time.perf_counter() - start
 
 
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    options = parser.parse_args(arguments)
+    modules = {name: lambda name=name: run(name) for name in ("torch", "veneer", "peft")}
+    return compare("import_time", modules, floor="torch", runs=options.runs, out=options.out)
+
+
 if __name__ == "__main__":
-    compare(
-        "import_time",
-        {name: lambda name=name: run(name) for name in ("torch", "veneer", "peft")},
-        floor="torch",
-        runs=11,
-    )
+    main()

@@ -1,53 +1,123 @@
-"""Interleaved runs, ratios to a floor of the same round, medians with spread; printed, and written to
-results/<name>.json."""
+"""What the benchmarks share: interleaved rounds, ratios to a floor of the same round, medians with quartiles; printed,
+and written to results/<name>.json, from which `make docs` makes the tables."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+#: glibc gives large blocks back to the system and asks for them again in each step, unless these are set
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+PACKAGES = ("torch", "transformers", "peft", "trl", "loralib", "veneer")
+
+
+def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
+    """Median and quartiles, under the names of a row: ratio, low, high."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    numbers = {"ratio": statistics.median(ordered), "low": ordered[quarter], "high": ordered[-1 - quarter]}
+    return {name: round(number, digits) for name, number in numbers.items()}
+
+
+def rounds(candidates: Mapping[str, Callable[[], float]], *, runs: int, warmup: int = 1) -> dict[str, list[float]]:
+    """What each candidate's calls cost (each returns it, in seconds), a call a round.
+
+    Each round begins with another candidate: what ran before leaves its mark on caches and on the allocator.
+    """
+    names = list(candidates)
+    costs: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + runs):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            cost = candidates[name]()
+            if number >= warmup:
+                costs[name].append(cost)
+    return costs
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], float]], *, floor: str, runs: int, warmup: int = 1, **setting: Any
+) -> dict[str, Any]:
+    """A case: every candidate's cost / floor's cost, round by round. `setting` says what the case was."""
+    costs = rounds(candidates, runs=runs, warmup=warmup)
+    rows = {
+        name: {
+            **spread(value / base for value, base in zip(values, costs[floor], strict=True)),
+            "seconds": statistics.median(values),
+        }
+        for name, values in costs.items()
+    }
+    return {"setting": setting, "floor": floor, "runs": runs, "rows": rows}
+
+
+def show(name: str, case: Mapping[str, Any]) -> None:
+    """Print a case of `measure`."""
+    setting = ", ".join(f"{key} {value}" for key, value in case["setting"].items())
+    print(f"{name}{f' ({setting})' if setting else ''}: ratio to {case['floor']}, ", end="")
+    print(f"median (quartiles) of {case['runs']} interleaved rounds")
+    width = max(map(len, case["rows"]))
+    for key, row in case["rows"].items():
+        quartiles = f"({row['low']:.3f} to {row['high']:.3f})"
+        print(f"  {key:<{width}}  {row['ratio']:6.3f}  {quartiles}   {row['seconds'] * 1000:10.2f} ms", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a result was made."""
+    cpu = Path("/proc/cpuinfo")
+    found = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    tuned = all(os.environ.get(name) for name in ALLOCATOR)
+    return {
+        "machine": f"{found[0].partition(':')[2].strip()}, {platform.machine()}" if found else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "allocator": "large blocks kept" if tuned else "as it comes",
+        "versions": {**versions, "python": platform.python_version()},
+    }
+
+
+def write(name: str, result: Mapping[str, Any], out: Path | None = None) -> dict[str, Any]:
+    """Write `result` with its name and machine to `out` (benchmarks/results, if None)."""
+    whole = {"name": name, **result, **machine()}
+    folder = out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
+    return whole
 
 
 def compare(
-    name: str, candidates: Mapping[str, Callable[[], float]], *, floor: str, runs: int = 9, warmup: int = 1
-) -> dict:
-    """Run every candidate once a round (each returns its own cost, in seconds) and report cost / floor's cost, round
-    by round."""
-    costs: dict[str, list[float]] = {key: [] for key in candidates}
-    for number in range(warmup + runs):
-        for key, candidate in candidates.items():
-            cost = candidate()
-            if number >= warmup:
-                costs[key].append(cost)
-    rows = {}
-    for key, values in costs.items():
-        ratios = sorted(value / base for value, base in zip(values, costs[floor], strict=True))
-        quarter = len(ratios) // 4
-        rows[key] = {
-            "ratio": round(statistics.median(ratios), 3),
-            "low": round(ratios[quarter], 3),
-            "high": round(ratios[-1 - quarter], 3),
-            "seconds": statistics.median(values),
-        }
-    width = max(map(len, rows))
-    print(f"{name}: ratio to {floor}, median (quartiles) of {runs} interleaved rounds")
-    for key, row in rows.items():
-        spread = f"({row['low']:.3f} to {row['high']:.3f})"
-        print(f"  {key:<{width}}  {row['ratio']:6.3f}  {spread}   {row['seconds'] * 1000:10.2f} ms")
-    result = {
-        "name": name,
-        "floor": floor,
-        "runs": runs,
-        "rows": rows,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    name: str,
+    candidates: Mapping[str, Callable[[], float]],
+    *,
+    floor: str,
+    runs: int = 9,
+    warmup: int = 1,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure one case, print it and write it."""
+    case = measure(candidates, floor=floor, runs=runs, warmup=warmup)
+    show(name, case)
+    return write(name, case, out)
+
+
+def child(script: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
+    """Run `script` in a process of its own and return the JSON of its last line."""
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=timeout
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,9 +1,20 @@
-"""One training step on SmolLM2-135M's shape: floor, full fine-tuning, PEFT, Veneer; fp32 and bf16. CPU time of one
-thread.
+"""One training step, from forward to optimiser: the floor, full fine-tuning, PEFT, loralib and Veneer. CPU time of one
+thread, in interleaved rounds.
 
-The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedding's
-output. AdamW steps count.
-Predicted: full 1.45, PEFT 1.2 (fp32) and 1.3 (bf16), Veneer 1.15 and 1.1.
+The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedded input. It
+and the peers take the loss from the model, as their documentation does; Veneer takes its own, and the row "model's own
+loss" tells the two gains apart. Dropout is 0.05. "bf16 adapters" is PEFT with autocast_adapter_dtype=False.
+
+    python benchmarks/train_step.py                         SmolLM2-135M's shape, 4 × 256 tokens, rank 8
+    python benchmarks/train_step.py --arch vit --rank 64    another case
+    python benchmarks/train_step.py --all                   every architecture, 64 to 4,096 tokens, rank 8 to 256
+
+The first and the last write their result; another case is printed, and written only where --out says. AdamW's step
+counts.
+
+Predicted: full fine-tuning 1.48 (fp32) and 1.37 (bf16); PEFT 1.16 and 1.3, with dropout 1.4 and 1.65, with bf16
+adapters 1.08; loralib 1.19 and 1.08; Veneer 1.03 and 1.00, with dropout 1.06 and 1.04, with the model's own loss 1.10
+and 1.08; on the other architectures 1.06.
 """
 
 from __future__ import annotations
@@ -11,68 +22,92 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import peft
 import torch
-import transformers
 
-import veneer
-from report import compare
+from candidates import ARCHITECTURES, DTYPES, Candidate, make, names, sharing, step
+from report import machine, measure, show, write
 
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+TOKENS, RANKS = (64, 256, 1024, 4096), (8, 64, 256)
+#: of the whole grid: few, for its 96 cases to end in minutes
+GRID_LAYERS = {64: 2, 256: 2, 1024: 1, 4096: 1}
 
 
-def candidates(layers: int, dtype: torch.dtype) -> dict[str, tuple[torch.nn.Module, list[torch.nn.Parameter]]]:
+def case(
+    arch: str, dtype: str, tokens: int, rank: int, layers: int, runs: int, tiny: bool = False, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One table: every candidate, interleaved."""
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **SHAPE)).to(dtype)
-    floor, full, ours, theirs, lean = (copy.deepcopy(base) for _ in range(5))
-    floor.requires_grad_(False)
-    handle = veneer.attach(ours, veneer.LoraConfig(rank=8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=8, target_modules="all-linear")
-        default = peft.get_peft_model(theirs, config)
-        low = peft.get_peft_model(lean, config, autocast_adapter_dtype=False)
-    models = {
-        "floor": (floor, []),
-        "full fine-tuning": (full, list(full.parameters())),
-        "veneer": (ours, handle.parameters()),
-        "peft": (default, [p for p in default.parameters() if p.requires_grad]),
+    architecture = ARCHITECTURES[arch]
+    base = architecture.build(layers, min(tokens, 256), tiny=tiny).to(DTYPES[dtype])
+    batch = architecture.batch(base, tokens)
+    chosen = [name for name in names(arch, dtype) if not only or name in ("floor", *only)]
+    # Full fine-tuning changes its weights; all others share the frozen ones.
+    made = {
+        name: make(name, copy.deepcopy(base) if name.startswith("full") else sharing(base), arch, rank)
+        for name in chosen
     }
-    if dtype != torch.float32:
-        models["peft, bf16 adapters"] = (low, [p for p in low.parameters() if p.requires_grad])
-    return models
+    optimizers = {name: candidate.optimizer() for name, candidate in made.items()}
+
+    def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None) -> float:
+        start = time.process_time()
+        step(candidate, optimizer, batch)
+        return time.process_time() - start
+
+    calls = {name: lambda name=name: timed(made[name], optimizers[name]) for name in made}
+    setting = {"architecture": arch, "dtype": dtype, "tokens": tokens, "rank": rank, "layers": layers}
+    return measure(calls, floor="floor", runs=runs, **setting)
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, ids: torch.Tensor) -> float:
-    start = time.process_time()
-    if optimizer is None:  # the floor: a gradient with respect to the embedded input is carried through every layer
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # pyright: ignore[reportCallIssue]
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
+def grid(architectures: Sequence[str], dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for arch in architectures:
+        for dtype in dtypes:
+            for tokens in TOKENS:
+                for rank in RANKS:
+                    layers = GRID_LAYERS[tokens] if arch != "resnet" else 4  # a block in each stage
+                    yield {"arch": arch, "dtype": dtype, "tokens": tokens, "rank": rank, "layers": layers}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: llama; with --all every one")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--rank", type=int, nargs="+", default=[8])
+    parser.add_argument("--layers", type=int, help="default: those of the whole model")
+    parser.add_argument("--runs", type=int, help="rounds; default: 5, with --all 3")
+    parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="these rows, besides the floor")
+    parser.add_argument("--all", action="store_true", help="the whole grid, of few layers")
+    parser.add_argument("--tiny", action="store_true", help="models of a toy's width")
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    chosen = options.arch or (list(ARCHITECTURES) if options.all else ["llama"])
+    if options.all:
+        todo = list(grid(chosen, options.dtype))
     else:
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    return time.process_time() - start
+        todo = [
+            {"arch": arch, "dtype": dtype, "tokens": tokens, "rank": rank,
+             "layers": options.layers or ARCHITECTURES[arch].layers}
+            for arch in chosen for dtype in options.dtype for tokens in options.tokens for rank in options.rank
+        ]  # fmt: skip
+    cases = []
+    for one in todo:
+        runs = options.runs or (3 if options.all else 5)
+        cases.append(case(**one, runs=runs, tiny=options.tiny, only=options.only))
+        show("train_step", cases[-1])
+    asked = (chosen, options.dtype, options.tokens, options.rank, options.layers, options.tiny, options.only)
+    usual = asked == (["llama"], list(DTYPES), [1024], [8], None, False, ())
+    name = "train_step_grid" if options.all else "train_step"
+    if machine()["allocator"] != "as it comes":
+        name += "_tuned"
+    if options.out is None and not (options.all or usual):
+        return {"name": name, "cases": cases}
+    return write(name, {"cases": cases}, options.out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8, help="30 is the whole model; 8 shows the same ratios sooner")
-    parser.add_argument("--runs", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        ids = torch.randint(0, SHAPE["vocab_size"], (4, 256))
-        made = candidates(options.layers, dtype)
-        optimizers = {n: torch.optim.AdamW(ps, lr=1e-4, fused=True) if ps else None for n, (_, ps) in made.items()}
-        calls = {n: lambda n=n: step(made[n][0], optimizers[n], ids) for n in made}  # noqa: B023
-        compare(f"train_step_{str(dtype).removeprefix('torch.')}", calls, floor="floor", runs=options.runs)
+    main()

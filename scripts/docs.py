@@ -1,5 +1,5 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
-docs/config.md from their registry, tables in README.md from recorded results.
+docs/config.md from their registry, docs/benchmarks.md and tables in README.md from recorded results.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import bench_page
 from veneer.variants import VARIANTS, Start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,20 +35,6 @@ def cli_page() -> str:
     for command in COMMANDS:
         parts += [f"## `{f'veneer {command}'.strip()}`", "", "```text", help_of(command), "```", ""]
     return "\n".join(parts)
-
-
-def bench_table() -> str:
-    """The recorded benchmarks, as benchmarks/results/*.json hold them."""
-    lines = ["| | floor | ratio (quartiles) |", "|---|---|---|"]
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        result = json.loads(file.read_text())
-        if "rows" not in result:
-            continue
-        for name, row in result["rows"].items():
-            if name != result["floor"]:
-                spread = f"{row['low']:.2f}–{row['high']:.2f}"
-                lines.append(f"| {result['name']}: {name} | {result['floor']} | {row['ratio']:.2f} ({spread}) |")
-    return "\n".join(lines)
 
 
 def demo_table() -> str:
@@ -102,11 +89,12 @@ def filled(text: str, name: str, content: str) -> str:
 def main() -> int:
     readme, config = ROOT / "README.md", ROOT / "docs" / "config.md"
     text = readme.read_text()
-    for name, table in (("bench", bench_table()), ("demo", demo_table()), ("torture", torture_table())):
+    for name, table in (("bench", bench_page.readme()), ("demo", demo_table()), ("torture", torture_table())):
         text = filled(text, name, table)
     variants = filled(config.read_text(), "variants", variants_table())
     stale = []
-    for path, content in ((ROOT / "docs" / "cli.md", cli_page()), (readme, text), (config, variants)):
+    pages = ((ROOT / "docs" / "benchmarks.md", bench_page.page()), (ROOT / "docs" / "cli.md", cli_page()))
+    for path, content in (*pages, (readme, text), (config, variants)):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

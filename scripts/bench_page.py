@@ -1,0 +1,267 @@
+"""Tables of what benchmarks/results/*.json hold: a few for the README, all of them for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+#: results in the order of the page, and the program that each is of
+PROGRAMS = {
+    "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
+    "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
+    "attach": "attach", "import_time": "import_time",
+}  # fmt: skip
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+#: rows of the README's first table, and how they are called there
+README_ROWS = {
+    "full fine-tuning": "full fine-tuning",
+    "peft": "PEFT",
+    "peft, dropout": "PEFT, dropout 0.05",
+    "peft, bf16 adapters": "PEFT, adapters in bf16",
+    "loralib": "loralib",
+    "veneer": "**Veneer**",
+    "veneer, dropout": "**Veneer**, dropout 0.05",
+    "veneer, model's own loss": "**Veneer**, with the model's own loss",
+}
+
+
+def results() -> dict[str, Any]:
+    """The recorded results, by name; a result of one case is a result of a list of one."""
+    found = {}
+    for name in PROGRAMS:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            result = json.loads(file.read_text())
+            found[name] = {"cases": [{"setting": {}, **result}], **result}
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+    return [*(re.sub(r" {2,}", " ", line) for line in lines), ""]
+
+
+def ratio(row: Mapping[str, Any] | None, spread: bool = True) -> str:
+    if not row:
+        return "–"
+    text = f"{row['ratio']:.2f}"
+    return f"{text} ({row['low']:.2f}–{row['high']:.2f})" if spread else text
+
+
+def said(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {SHORT.get(value, value)}" for key, value in setting.items())
+
+
+# ---------------------------------------------------------------------------------------------- README.md
+
+
+def readme() -> str:
+    """The tables of the README: the step, the way to a target, forward, and a line about the rest."""
+    found = results()
+    parts = [_step_table(found), _target_table(found), _forward_table(found), _rest(found)]
+    return "\n".join(line for part in parts for line in part).rstrip()
+
+
+def _step_table(found: Mapping[str, Any]) -> list[str]:
+    columns: list[tuple[str, Any, str]] = []
+    for name, title, number in (("train_step", "step", ""), ("train_memory", "saved for backward", "saved"),
+                                ("train_memory", "peak memory", "peak")):  # fmt: skip
+        for case in found.get(name, {"cases": []})["cases"]:
+            columns.append((f"{title}, {SHORT[case['setting']['dtype']]}", case, number))
+    if not columns:
+        return []
+    rows = []
+    for key, label in README_ROWS.items():
+        cells = [(case["rows"].get(key) or {}) for _, case, _ in columns]
+        cells = [cell.get(number) if number else cell for cell, (_, _, number) in zip(cells, columns, strict=True)]
+        if any(cells):
+            rows.append([label, *(ratio(cell, spread=False) for cell in cells)])
+    setting = columns[0][1]["setting"]
+    rows_of, length = max(1, setting["tokens"] // 256), min(setting["tokens"], 256)
+    lead = (
+        f"Training a model of SmolLM2-135M's shape ({setting['layers']} layers), {rows_of} × {length} tokens, rank "
+        f"{setting['rank']} on all linear layers. The floor, 1.00, is what any step over a frozen base must do: "
+        "forward, and the gradient carried back to the embedded input."
+    )
+    return [lead, "", *table(["", *(title for title, _, _ in columns)], rows)]
+
+
+def _target_table(found: Mapping[str, Any]) -> list[str]:
+    if "time_to_target" not in found:
+        return []
+    (case,) = found["time_to_target"]["cases"]
+    labels = {"trl + peft": "TRL + PEFT, defaults", "trl + peft, tuned": "TRL + PEFT, tuned", "veneer": "**Veneer**"}
+    rows = [
+        [labels[name], ratio(row["wall"]), ratio(row["cpu"]), f"{row['loss']:.3f}"]
+        for name, row in case["rows"].items()
+    ]
+    lead = (
+        f"SmolLM2-135M on spelling → phonemes, to a held-out loss of {case['target']:.2f} "
+        f"({case['runs']} {'seeds' if case['runs'] > 1 else 'seed'}, with quartiles):"
+    )
+    return [lead, "", *table(["", "wall time", "CPU time", "final loss"], rows)]
+
+
+def _forward_table(found: Mapping[str, Any]) -> list[str]:
+    if "forward" not in found:
+        return []
+    cases = [case for case in found["forward"]["cases"] if case["setting"]["dtype"] == "float32"]
+    head = ["forward, fp32", *(_tokens(case["setting"]["tokens"]) for case in cases)]
+    labels = {"veneer, merged": "**Veneer**, merged", "veneer": "**Veneer**", "peft": "PEFT"}
+    rows = [[label, *(ratio(case["rows"][key], spread=False) for case in cases)] for key, label in labels.items()]
+    return table(head, rows)
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
+
+
+def _rest(found: Mapping[str, Any]) -> list[str]:
+    texts = []
+    if "import_time" in found:
+        rows = found["import_time"]["cases"][0]["rows"]
+        texts.append(
+            f"`import veneer` takes {rows['veneer']['ratio']:.2f} × `import torch` (PEFT {rows['peft']['ratio']:.2f})"
+        )
+    if "attach" in found:
+        last = found["attach"]["cases"][0]["rows"]["128th adapter"]
+        texts.append(f"attaching the 128th adapter {last['ratio']:.2f} × the first")
+    if "forward" in found:
+        calls = found["forward"]["calls"]
+        texts.append(
+            f"a forward of one adapted linear layer makes {calls['veneer']} Python calls (PEFT {calls['peft']}, the "
+            f"bare layer {calls['bare']})"
+        )
+    return [f"{'; '.join(texts)}.", ""] if texts else []
+
+
+# ---------------------------------------------------------------------------------------------- docs/benchmarks.md
+
+
+def page() -> str:
+    """Every result, with what was predicted before it, where it was measured, and quartiles."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make docs` from `benchmarks/results/`, which `make bench` writes (`make bench-grid`: every "
+        "architecture). Numbers are ratios to the named floor in the same round, medians with quartiles; smaller is "
+        "better. Each program says in its first lines what it measures, and what was predicted before it first ran; "
+        "predictions stay as they were, right or wrong.",
+        "",
+    ]
+    for name, result in results().items():
+        lines += [f"## {name}", "", *_about(PROGRAMS[name], name), _made(result), ""]
+        for group in _groups(result["cases"]):
+            lines += _case_tables(name, group)
+        if "calls" in result:
+            text = ", ".join(f"{who} {count}" for who, count in result["calls"].items())
+            lines += [f"Python calls in a forward of one `nn.Linear`: {text}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _about(program: str, name: str) -> list[str]:
+    doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{program}.py").read_text())) or ""
+    first = doc.split("\n\n")[0].partition("Predicted")[0]
+    predicted = re.search(r"Predicted[^:]*:.*", doc, re.DOTALL)
+    lines = [" ".join(first.split()), ""]
+    if predicted and name == program:
+        lines += [f"> {' '.join(predicted[0].split())}", ""]
+    return lines
+
+
+def _made(result: Mapping[str, Any]) -> str:
+    versions = result.get("versions", {"torch": result.get("torch", "?")})
+    parts = [str(result["machine"])]
+    if "cores" in result:
+        parts[0] += f", {result['cores']} cores"
+        parts.append(f"allocator {result['allocator']}")
+    return f"On {'; '.join(parts)}; {', '.join(f'{key} {value}' for key, value in versions.items())}."
+
+
+def _groups(cases: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Cases that share a table: those of an architecture, if there are several."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for case in cases:
+        groups.setdefault(str(case["setting"].get("architecture", "")), []).append(case)
+    return list(groups.values())
+
+
+def _shared(cases: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """(what all the settings say, the names of what differs)."""
+    first = cases[0]["setting"]
+    names = dict.fromkeys(key for case in cases for key in case["setting"])
+    differ = [name for name in names if any(case["setting"].get(name) != first.get(name) for case in cases)]
+    return {name: first[name] for name in names if name not in differ}, differ
+
+
+def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
+    if name == "train_memory":
+        return [line for case in cases for line in _memory(case)]
+    if name == "time_to_target":
+        return [line for case in cases for line in _target(case)]
+    if name == "scaling":
+        return _scaling(cases)
+    shared, differ = _shared(cases)
+    floor, runs = cases[0]["floor"], cases[0]["runs"]
+    lead = [f"{said(shared)}: " if shared else "", f"ratio to {floor}, {runs} rounds."]
+    keys = [key for key in dict.fromkeys(key for case in cases for key in case["rows"]) if key != floor]
+    if len(cases) > 6:  # a case a row, a candidate a column
+        head = [*differ, f"{floor}, ms", *keys]
+        rows = [
+            [*(str(SHORT.get(case["setting"].get(key), case["setting"].get(key))) for key in differ),
+             f"{case['rows'][floor]['seconds'] * 1000:,.0f}",
+             *(ratio(case["rows"].get(key), spread=False) for key in keys)]
+            for case in cases
+        ]  # fmt: skip
+    else:
+        head = ["", *(said({key: case["setting"].get(key) for key in differ}) or "ratio" for case in cases)]
+        rows = [[f"{floor}, ms", *(f"{case['rows'][floor]['seconds'] * 1000:,.1f}" for case in cases)]]
+        rows += [[key, *(ratio(case["rows"].get(key)) for case in cases)] for key in keys]
+    return ["".join(lead), "", *table(head, rows)]
+
+
+def _memory(case: Mapping[str, Any]) -> list[str]:
+    titles = {"saved": "saved for backward", "peak": "peak of the process", "above": "above the model at rest"}
+    rows = [
+        [name, *(f"{row[number]['mib']:,.0f} MiB, {row[number]['ratio']:.2f}" for number in titles)]
+        for name, row in case["rows"].items()
+    ]
+    return [f"{said(case['setting'])}; ratios to the floor.", "", *table(["", *titles.values()], rows)]
+
+
+def _target(case: Mapping[str, Any]) -> list[str]:
+    costs = [cost for cost in ("wall", "cpu", "joules") if any(cost in row for row in case["rows"].values())]
+    titles = {"wall": "wall time", "cpu": "CPU time", "joules": "energy, J"}
+    rows = []
+    for name, row in case["rows"].items():
+        cells = [f"{ratio(row[cost])}, {row[cost]['seconds']:.1f}" if row[cost] else "not reached" for cost in costs]
+        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        rows.append([name, *cells, losses, f"{row['accuracy']:.1%}"])
+    note = "" if "joules" in costs else " The machine shows no energy counter: CPU time stands for energy."
+    lead = f"{said(case['setting'])}; to a held-out loss of {case['target']:.3f}, ratio to {case['floor']}, seconds."
+    head = ["", *(titles[cost] for cost in costs), "final losses", "tokens right"]
+    return [lead + note, "", *table(head, rows)]
+
+
+def _scaling(cases: list[Mapping[str, Any]]) -> list[str]:
+    shared, _ = _shared(cases)
+    rows = []
+    for case in cases:
+        setting = case["setting"]
+        others = said({key: value for key, value in setting.items() if key != "axis" and key not in shared})
+        for name, row in case["rows"].items():
+            law = row["fit"]
+            points = (f"{size}: {cost * 1000:.1f}" for size, cost in zip(case["sizes"], row["seconds"], strict=True))
+            what = "the floor's time" if name == case["floor"] else f"overhead of {name}"
+            cells = [f"{law['exponent']:.2f}", f"{law['residual']:.2f}"] if law else ["not above zero everywhere", "–"]
+            rows.append([setting["axis"], what, *cells, ", ".join(points), others])
+    head = ["axis", "what grows", "exponent", "residual", "ms at each size", "at"]
+    return [f"{said(shared)}, {cases[0]['runs']} rounds.", "", *table(head, rows)]

@@ -1,0 +1,233 @@
+"""The benchmarks run, on toys: what they write has the form from which the docs are made. No time is judged here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from demo import pronounce
+from scripts import bench_page
+
+import candidates
+import forward
+import import_time
+import report
+import scaling
+import time_to_target
+import train_memory
+import train_step
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn
+
+SHAPE = ["--tiny", "--layers", "1"]
+MEMORY_ROWS = ["full fine-tuning", "peft", "veneer"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recorded(base, tmp_path_factory) -> Path:
+    """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train_memory, time_to_target):
+            patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
+        patch.setattr(import_time, "run", lambda name: 1.0)
+        patch.setattr(pronounce, "words", functools.cache(pronounce.words))
+        out, few = ["--out", str(folder)], [*SHAPE, "--tokens", "16"]
+        train_step.main([*few, *out, "--rank", "4", "--runs", "1"])
+        train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
+        forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
+        scaling.main(["--tiny", *out, "--runs", "1"])
+        time_to_target.main(["--quick", "--base", str(base), *out])
+        import_time.main(["--runs", "1", *out])
+    return folder
+
+
+def written(folder: Path, name: str) -> dict:
+    """The result in `folder`; it says where it was made."""
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert result["name"] == name
+    assert result["machine"]
+    assert {"torch", "veneer", "python"} <= result["versions"].keys()
+    return result
+
+
+def check(row: dict) -> None:
+    assert row["low"] <= row["ratio"] <= row["high"]
+
+
+@pytest.mark.parametrize("arch", candidates.ARCHITECTURES)
+def test_train_step(arch, tmp_path):
+    train_step.main([*SHAPE, "--arch", arch, "--tokens", "16", "--rank", "4", "--runs", "1", "--out", str(tmp_path)])
+    result = written(tmp_path, "train_step")
+    assert [case["setting"]["dtype"] for case in result["cases"]] == ["float32", "bfloat16"]
+    for case in result["cases"]:
+        assert case["setting"] | {"dtype": ""} == {
+            "architecture": arch, "dtype": "", "tokens": 16, "rank": 4, "layers": 1
+        }  # fmt: skip
+        assert list(case["rows"]) == candidates.names(arch, case["setting"]["dtype"])
+        assert case["rows"]["floor"]["ratio"] == 1
+        for row in case["rows"].values():
+            check(row)
+
+
+def test_the_grid_has_every_case():
+    cases = list(train_step.grid(list(candidates.ARCHITECTURES), list(candidates.DTYPES)))
+    assert len({tuple(case.items()) for case in cases}) == 4 * 2 * 4 * 3
+    assert {case["tokens"] for case in cases} == {64, 256, 1024, 4096}
+
+
+def test_an_unusual_case_is_printed_and_not_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    train_step.main([*SHAPE, "--tokens", "16", "--rank", "4", "--runs", "1", "--only", "veneer"])
+    assert "veneer" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", candidates.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", candidates.DTYPES)
+def test_every_candidate_adapts_the_same_layers(arch, dtype):
+    known = candidates.ARCHITECTURES[arch]
+    base = known.build(4, 16, tiny=True).to(candidates.DTYPES[dtype])
+    layers = candidates.ranks(base, known, 4)
+    for name in candidates.names(arch, dtype)[2:]:
+        made = candidates.make(name, candidates.sharing(base), arch, 4)
+        assert len(made.parameters) == 2 * len(layers), name  # an A and a B each
+        optimizer = made.optimizer()
+        candidates.step(made, optimizer, known.batch(base, 16))
+        assert all(parameter.grad is not None for parameter in made.parameters), name
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_the_floor_carries_the_gradient_to_the_embedded_input_and_no_further():
+    known = candidates.ARCHITECTURES["llama"]
+    model = known.build(1, 16, tiny=True)
+    made, seen = candidates.make("floor", model, "llama", 4), []
+    model.get_submodule(known.entry).register_forward_hook(lambda *call: seen.append(call[2]))
+    candidates.step(made, made.optimizer(), known.batch(model, 16))
+    assert seen[0].grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_train_memory(recorded):
+    for case in written(recorded, "train_memory")["cases"]:
+        assert list(case["rows"]) == ["floor", *MEMORY_ROWS]
+        for row in case["rows"].values():
+            assert row.keys() == train_memory.NUMBERS.keys()
+            for number in row.values():
+                check(number)
+        assert case["rows"]["floor"]["saved"]["ratio"] == 1
+
+
+def test_saved_bytes_count_each_storage_once_and_what_is_freed_not_at_all():
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(10))
+
+        def forward(self, x):
+            x = x * 1.0
+            (x * self.weight).sum().detach()  # a graph that nothing holds
+            return (x[:5] * self.weight[:5]).sum() + (x[5:] * self.weight[5:]).sum()
+
+    made = candidates.Candidate(Square(), [], lambda model, batch: model(batch["x"]))
+    assert train_memory.saved(made, {"x": torch.ones(10)}) == 10 * 4  # x, though both of its halves are saved
+
+
+def test_time_to_target(recorded):
+    result = written(recorded, "time_to_target")
+    (case,) = result["cases"]
+    assert list(case["rows"]) == list(time_to_target.LIBRARIES)
+    assert case["rows"][time_to_target.PEER]["cpu"]["ratio"] == 1  # it reaches its own target
+    for name, row in case["rows"].items():
+        (curve,) = result["curves"][name]
+        assert [point["step"] for point in curve] == [0, 2, 4]
+        assert curve[-1]["loss"] < curve[0]["loss"]
+        assert row["losses"] == [round(curve[-1]["loss"], 4)]
+        for cost in ("wall", "cpu"):
+            assert row[cost] is None or row[cost]["seconds"] > 0
+    firsts = [curves[0][0]["loss"] for curves in result["curves"].values()]
+    assert max(firsts) - min(firsts) < 0.02  # all begin at the base, judged alike
+
+
+def test_the_way_to_a_target_is_interpolated():
+    curve = [{"loss": loss, "cpu": cpu} for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))]
+    found = {target: time_to_target.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
+    assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
+
+
+def test_scaling(recorded):
+    cases = written(recorded, "scaling")["cases"]
+    assert [case["setting"]["axis"] for case in cases] == list(scaling.AXES)
+    for case in cases:
+        assert list(case["rows"]) == list(scaling.CANDIDATES)
+        for row in case["rows"].values():
+            assert len(row["seconds"]) == len(case["sizes"])
+            assert row["fit"] is None or row["fit"].keys() == {"exponent", "factor", "residual"}
+
+
+def test_the_fit_finds_a_power_and_says_where_there_is_none():
+    sizes = [1, 2, 4, 8]
+    found = scaling.fit(sizes, [3 * size**1.5 for size in sizes])
+    assert found == {"exponent": 1.5, "factor": pytest.approx(3), "residual": 0}
+    assert scaling.fit(sizes, [1, 2, -1, 3]) is None
+
+
+def test_forward(recorded):
+    result = written(recorded, "forward")
+    assert [(case["setting"]["dtype"], case["setting"]["tokens"]) for case in result["cases"]] == [
+        ("float32", 1), ("float32", 16), ("bfloat16", 1), ("bfloat16", 16)
+    ]  # fmt: skip
+    for case in result["cases"]:
+        assert list(case["rows"]) == ["base", "veneer, merged", "veneer", "peft"]
+    assert result["calls"]["bare"] == 9
+    assert result["calls"].keys() == {"bare", "veneer", "peft"}
+
+
+def test_import_time(recorded):
+    assert list(written(recorded, "import_time")["rows"]) == ["torch", "veneer", "peft"]
+
+
+def test_a_process_of_its_own_answers_in_its_last_line(tmp_path):
+    script = tmp_path / "answer.py"
+    script.write_text("import sys\nprint('a word')\nprint('{\"said\": \"' + sys.argv[1] + '\"}')\n")
+    assert report.child(str(script), "this") == {"said": "this"}
+    script.write_text("raise SystemExit('broken')")
+    with pytest.raises(RuntimeError, match="broken"):
+        report.child(str(script))
+
+
+def test_rounds_begin_with_each_candidate_in_turn():
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    assert report.rounds(calls, runs=2, warmup=1) == {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 1.0]}
+    assert "".join(order) == "abcbcacab"
+
+
+def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_page, "RESULTS", tmp_path)
+    assert "## " not in bench_page.page()
+    assert bench_page.readme() == ""
+    monkeypatch.setattr(bench_page, "RESULTS", recorded)
+    page, readme = bench_page.page(), bench_page.readme()
+    for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
+        assert f"## {name}\n" in page
+    assert page.count("> Predicted") == 6
+    assert "| veneer, dropout |" in page
+    assert "| **Veneer**, dropout 0.05 |" in readme
+    for text in (page, readme):
+        lines = text.splitlines()
+        heads = [number for number, line in enumerate(lines) if line.startswith("|---")]
+        for number in heads:
+            assert lines[number].count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
+        assert sys.prefix not in text
