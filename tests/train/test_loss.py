@@ -291,8 +291,12 @@ def test_16_bits(autocast: bool) -> None:
         assert float((one - true).norm()) <= 1.5 * float((other - true).norm()) + 2e-3 * size
 
 
-def test_the_forward_that_accelerate_wraps() -> None:
+def test_the_forward_that_accelerate_wraps(request: pytest.FixtureRequest) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, of another precision
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
 
     model, inputs = adapted(["q_proj", "lm_head"]).float(), batch(0, "prompts")
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)

@@ -91,19 +91,25 @@ def linears(
 
 
 def _forward(settings: Settings, x, weights, biases, A, B):
-    """(outputs, what the low-rank path read [T, in], h [R, T] or None)."""
+    """(outputs, what the low-rank path read [T, in], h [T, R] or None)."""
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     factors = zip(weights, biases, A, B, settings.scales, strict=True)
     if settings.form:
         return _shaped([F.linear(tokens, _formed(W, A, B, s), bias) for W, bias, A, B, s in factors], x), tokens, None
     read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
-    h = _joined(A, x.dtype) @ read.mT  # [R, T]
+    h = _thin(read, _joined(A, x.dtype).mT)  # [T, R]
     ys, start = [], 0
     for weight, bias, _, up, scale in factors:
-        rows = slice(start, start := start + up.shape[1])
-        part = h[rows].mT @ _scaled(up, scale / (1 - settings.dropout), x.dtype).mT  # [T, out]
+        own = slice(start, start := start + up.shape[1])
+        part = h[:, own] @ _scaled(up, scale / (1 - settings.dropout), x.dtype).mT  # [T, out]
         ys.append(part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias))
     return _shaped(ys, x), read, h
+
+
+def _thin(x: Tensor, factor: Tensor) -> Tensor:
+    """x [T, k] times a narrow factor [k, R]: [T, R], laid out [R, T] in float32, where a processor's library may take
+    five times as long the other way round; in 16 bits it is that way round which takes longer."""
+    return x @ factor if x.element_size() < 4 else (factor.mT @ x.mT).mT
 
 
 def _biased(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class _Linears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
         # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
-        keep = h is not None and h.shape[0] * 8 <= read.shape[1]
+        keep = h is not None and h.shape[1] * 8 <= read.shape[1]
         ctx.save_for_backward(read if settings.dropout else x, h if keep else None, *tensors)
         return outputs
 
@@ -164,10 +170,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
         tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        h = (A if A.dtype == x.dtype else A.to(x.dtype)) @ tokens.mT  # [r, T]
+        down, wide = A if A.dtype == x.dtype else A.to(x.dtype), x.dtype.itemsize >= 4
+        h = (down @ tokens.mT).mT if wide else tokens @ down.mT  # [T, r]; _thin, without its calls
         up = B * scale
-        part = h.mT @ (up if up.dtype == x.dtype else up.to(x.dtype)).mT  # [T, out]
-        wide = x.dtype.itemsize >= 4
+        part = h @ (up if up.dtype == x.dtype else up.to(x.dtype)).mT  # [T, out]
         if wide and bias is not None:
             part += bias
         y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
@@ -198,23 +204,23 @@ def _backward(ctx, *gradients):
     read = saved.reshape(-1, saved.shape[-1])  # [T, in]
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     joined = _joined(A, read.dtype)  # [R, in]
-    h = joined @ read.mT if kept is None else kept  # [R, T]
-    missing = any(dy is None for dy in dys)
-    U = (read.new_zeros if missing else read.new_empty)(joined.shape[0], read.shape[0])  # s Bᵀ dyᵀ, [R, T]
-    db, dB = [None] * len(A), [None] * len(A)
+    h = _thin(read, joined.mT) if kept is None else kept  # [T, R]
+    db, dB, thins = [None] * len(A), [None] * len(A), []
     start = 0
     for number, (dy, up) in enumerate(zip(dys, B, strict=True)):
-        rows = slice(start, start := start + up.shape[1])
+        own = slice(start, start := start + up.shape[1])
         if dy is None:
+            thins.append(read.new_zeros(read.shape[0], up.shape[1]))
             continue
         scale = settings.scales[number] / (1 - settings.dropout)
-        torch.mm(_scaled(up, scale, dy.dtype).mT, dy.mT, out=U[rows])
+        thins.append(_thin(dy, _scaled(up, scale, dy.dtype)))
         if need[1][number]:
             db[number] = dy.sum(0)
         if need[3][number]:
-            dB[number] = (h[rows] @ dy).mT.to(up.dtype) * scale
+            dB[number] = (h[:, own].mT @ dy).mT.to(up.dtype) * scale
+    U = thins[0] if len(thins) == 1 else torch.cat(thins, 1)  # s dy B, [T, R]
     dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
-    dA = (U @ read).to(A[0].dtype).split([down.shape[0] for down in A]) if any(need[2]) else [None] * len(A)
+    dA = (U.mT @ read).to(A[0].dtype).split([down.shape[0] for down in A]) if any(need[2]) else [None] * len(A)
     return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
@@ -222,14 +228,14 @@ def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings) 
     """The gradient of x [T, in]: dy (W + ΔW) of all layers."""
     dx = None
     if not settings.form:
-        dx = U.mT @ joined
+        dx = U @ joined
         if settings.dropout:
             dx.view(-1).index_fill_(0, dropout.indices(dx.numel(), settings.dropout, settings.seed, dx.device), 0)
     for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
         if dy is not None:
             through = _formed(weight, down, up, scale) if settings.form else weight
             dx = dy @ through if dx is None else dx.addmm_(dy, through)
-    return joined.new_zeros(U.shape[1], joined.shape[1]) if dx is None else dx
+    return joined.new_zeros(U.shape[0], joined.shape[1]) if dx is None else dx
 
 
 def _apart(items: Sequence):
