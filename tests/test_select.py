@@ -45,6 +45,22 @@ def test_selection_nests_and_ends_with_its_block():
         assert torch.equal(model(IDS), outputs["b"])
 
 
+def test_one_selection_may_be_entered_by_several_threads():
+    model, outputs = two_adapters()
+    selection, wrong, barrier = veneer.use(model, "b"), [], threading.Barrier(4)
+
+    def work():
+        barrier.wait()
+        for _ in range(50):
+            with torch.no_grad(), selection:
+                wrong.append(not torch.equal(model(IDS), outputs["b"]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert wrong == [False] * 200
+
+
 def test_several_adapters_and_none_selected_is_an_error():
     model, outputs = two_adapters()
     with pytest.raises(SelectionError, match=r"2 adapters \(a, b\) and none selected"):

@@ -306,12 +306,12 @@ class LayerAdapter(nn.Module):
         """The adapted forward of ``module``, whose class was ``base``, in the context ``now``. ``share`` allows to
         compute layers that read the same input together."""
         known = self.direct
-        if known is not None and not (kwargs or args[1:]) and now.path is None:
+        if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
             # Each Python call here is time in every layer of a decoding step.
             x, own = args[0], module._parameters
             weight: Any = own[known.weight]
             if fused.applies(x, weight):
-                if self.together is not None and share:
+                if self.together is not None and share and self.together.applies(known, x):
                     return self.together.output(module, self, x)
                 shape, change = x.shape, known.change
                 tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]

@@ -21,11 +21,13 @@ import torch
 @dataclass(frozen=True)
 class Context:
     """``selection`` maps a model's id to what it uses (``adapted.Selected``); a model that is missing uses its
-    default. ``path`` forces "factored" or "materialised". ``reached`` collects what runs, for ``check``."""
+    default. ``path`` forces "factored" or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is
+    what holds again after the block."""
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     reached: set[Any] | None = None
+    outer: Context | None = field(default=None, repr=False, compare=False)
 
 
 _NOTHING = Context()
@@ -52,20 +54,24 @@ def _of_backward() -> Context:
     return torch._C._get_obj_in_tls("context").get(_CONTEXT, _NOTHING) if known else _NOTHING
 
 
-def enter(**changes: Any) -> Any:
-    """Replace fields of the current context and return the token with which ``leave`` restores it."""
-    return _CONTEXT.set(replace(_CONTEXT.get(), **changes))
+def enter(**changes: Any) -> None:
+    """Replace fields of the current context, until ``leave``."""
+    now = _CONTEXT.get()
+    _CONTEXT.set(replace(now, **changes, outer=now))
 
 
-def leave(token: Any) -> None:
-    _CONTEXT.reset(token)
+def leave() -> None:
+    """Restore what was before the last ``enter`` in this thread or task."""
+    outer = _CONTEXT.get().outer
+    assert outer is not None, "left more often than entered"
+    _CONTEXT.set(outer)
 
 
 @contextmanager
 def changed(**changes: Any) -> Iterator[None]:
     """``enter`` and ``leave`` around a block, also when it raises."""
-    token = enter(**changes)
+    enter(**changes)
     try:
         yield
     finally:
-        leave(token)
+        leave()

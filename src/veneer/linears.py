@@ -27,7 +27,7 @@ class Direct:
 
     Fields:
         change: the ``adapted.Change``; its numbers A and B are read at each call, as they may be replaced.
-        weight, bias: the names of the layer's parameters; None for no bias.
+        weight, bias: the names of the layer's parameters; None where it cannot have a bias.
         flipped: the weight lies transposed, [in, out].
         forms_above: the number of tokens above which W + ΔW is formed (``plan.forms_above``).
     """
@@ -38,16 +38,28 @@ class Direct:
     flipped: bool
     forms_above: float
 
+    @property
+    def drops(self) -> float:
+        """The dropout of a call now."""
+        return self.change.dropout if self.change.training else 0.0
+
     def fits(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the layer may be computed on x before its own call."""
+        """Whether the layer may be computed on x before its own call: no hook of it gives it another x."""
         weight: Any = module._parameters[self.weight]
-        return fused.applies(x, weight) and not module._forward_pre_hooks
+        hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        return not hooks and fused.applies(x, weight)
+
+    def reads(self, module: nn.Module) -> tuple[Any, ...]:
+        """What the layer's output depends on besides x, to be compared: identities and versions."""
+        numbers, own = self.change._parameters, module._parameters
+        tensors = (own[self.weight], own[self.bias] if self.bias else None, numbers["A"], numbers["B"])
+        return self.drops, self.change.scale, *((id(one), one._version) for one in tensors if one is not None)
 
 
 def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
     """What is known of a change of ``module`` before a call."""
     weight: Any = module._parameters[layer.weight]
-    bias = "bias" if module._parameters.get("bias") is not None else None
+    bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
     forms = plan.forms_above(out, in_, change.rank, weight.dtype)
     return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
@@ -62,8 +74,8 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Ten
         biases.append(None if known.bias is None else module._parameters[known.bias])
         A.append(known.change._parameters["A"][0])
         B.append(known.change._parameters["B"][0])
-    change, tokens = members[0][1].change, x.numel() // x.shape[-1]
-    dropout = change.dropout if change.training else 0.0
+    tokens = x.numel() // x.shape[-1]
+    dropout = members[0][1].drops
     seed = new_seed() if dropout else 0
     form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)
     scales = tuple(known.change.scale for _, known in members)
@@ -74,34 +86,43 @@ class Together:
     """Layers of one module that read the same input: the first one that is called computes all of them at once, the
     others then take what is theirs.
 
-    ``members`` are (module, its part of the adapter) in the order of their calls. Whether x is the same is seen at each
-    call: by identity, and by its version, as it may have been written to. A thread keeps the outputs of one group: what
-    an exception has left there goes with the next one.
+    That is one node in the graph, so it is for an x that has a graph itself: ``backward`` through one output frees what
+    lies below x, and so could not be called through the others later either. With dropout it is for every x that may be
+    seen again in such a graph: the draw is one for all, and checkpointing must meet the same draw without a graph.
+
+    ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output is still that of
+    its layer is seen when it is taken: by the identities and versions of all that it was computed from. A thread keeps
+    the outputs of one group: what an exception has left there goes with the next one.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
         self.members = members
-        self.missed = 0
+
+    @staticmethod
+    def applies(known: Direct, x: Tensor) -> bool:
+        if torch.is_grad_enabled():
+            return x.grad_fn is not None or (x.requires_grad and known.drops > 0)
+        return known.drops > 0 and not x.is_inference()  # whose version nobody counts
 
     def output(self, module: nn.Module, part: Any, x: Tensor) -> Tensor:
-        """The output of ``module``, whose part this is, of x [*, in]."""
-        now = (self, 0 if x.is_inference() else x._version, torch.is_grad_enabled())
-        known, held, ready = getattr(_THREAD, "ready", (None, None, {}))
-        if held is x and known == now and id(part) in ready:
-            y = ready.pop(id(part))
+        """The output of ``module``, whose part this is, of x [*, in] to which this applies."""
+        held, version, ready = getattr(_THREAD, "ready", (None, 0, {}))
+        if held is x and version == x._version and id(part) in ready:
+            y, read = ready.pop(id(part))
             if not ready:
                 del _THREAD.ready
-            return y
-        first = part is self.members[0][1]
-        self.missed += not first
-        # Something comes between them, such as a hook that changes x: then nothing is computed in advance any more. Not
-        # within backward, where a layer that runs again must save what it saved before.
-        if not first or (self.missed > 2 and torch._C._current_graph_task_id() == -1):
-            return outputs([(module, part.direct)], x)[0]
-        others = [(other, own) for other, own in self.members[1:] if own.direct.fits(other, x)]
-        y, *rest = outputs([(module, part.direct), *((other, own.direct) for other, own in others)], x)
+            if read == part.direct.reads(module):
+                return y
+        known = part.direct
+        if part is not self.members[0][1] or not known.fits(module, x):
+            return outputs([(module, known)], x)[0]
+        others = [(other, own.direct) for other, own in self.members[1:] if own.direct.fits(other, x)]
+        others = [(other, own) for other, own in others if own.drops == known.drops]
+        y, *rest = outputs([(module, known), *others], x)
         if rest:
-            _THREAD.ready = now, x, {id(own): y for (_, own), y in zip(others, rest, strict=True)}
+            parts = {id(own.direct): id(own) for _, own in self.members}
+            ready = {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)}
+            _THREAD.ready = x, x._version, ready
         return y
 
 

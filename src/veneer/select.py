@@ -50,17 +50,14 @@ class use:
             for one in name:
                 need_group(model, one)
             self._selected = by_rows(unwrap(model), group, name)
-        self._tokens: list[Any] = []
         self._entered = False
 
     def __enter__(self) -> None:
         self._entered = True
-        self._tokens.append(
-            context.enter(selection={**context.current.selection, self._uid: self._selected}, **self._path)
-        )
+        context.enter(selection={**context.current.selection, self._uid: self._selected}, **self._path)
 
     def __exit__(self, *_: object) -> None:
-        context.leave(self._tokens.pop())
+        context.leave()
 
     def __del__(self) -> None:
         # A bare call looks like a switch that stays on, and would silently do nothing.

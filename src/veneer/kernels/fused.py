@@ -193,7 +193,15 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def _backward(ctx, *gradients):
-    """Of both functions."""
+    """Of both functions: in the dtypes of forward, which ran without autocast."""
+    if not _C._is_any_autocast_enabled():
+        return _gradients(ctx, *gradients)
+    device = next(gradient.device.type for gradient in gradients if gradient is not None)
+    with torch.autocast(device, enabled=False):
+        return _gradients(ctx, *gradients)
+
+
+def _gradients(ctx, *gradients):
     saved, kept, *tensors = ctx.saved_tensors
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
@@ -220,7 +228,10 @@ def _backward(ctx, *gradients):
             dB[number] = (h[:, own].mT @ dy).mT.to(up.dtype) * scale
     U = thins[0] if len(thins) == 1 else torch.cat(thins, 1)  # s dy B, [T, R]
     dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
-    dA = (U.mT @ read).to(A[0].dtype).split([down.shape[0] for down in A]) if any(need[2]) else [None] * len(A)
+    dA: list[Any] = [None] * len(A)
+    if any(need[2]):
+        parts = (U.mT @ read).to(A[0].dtype).split([down.shape[0] for down in A])
+        dA = [None if dy is None else part for dy, part in zip(dys, parts, strict=True)]
     return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
@@ -245,9 +256,12 @@ def _apart(items: Sequence):
 
 
 def _differentiable(ctx, x, weights, biases, A, B, gradients):
-    """The gradients as functions that have gradients themselves, by the reference."""
+    """The gradients as functions that have gradients themselves, by the reference. It runs on aliases: x may itself
+    depend on the bias, if the layer is called twice, and that is not this call's part of its gradient."""
     if ctx.settings.dropout:
         raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
+    x, *tensors = (None if one is None else one.view_as(one) for one in (x, *weights, *biases, *A, *B))
+    weights, biases, A, B = _apart(tensors)
     ys = [
         reference.matmul_update(x, down.to(x.dtype), up.to(x.dtype), scale, F.linear(x, weight, bias))
         for weight, bias, down, up, scale in zip(weights, biases, A, B, ctx.settings.scales, strict=True)
