@@ -260,15 +260,14 @@ def _differentiable(ctx, x, weights, biases, A, B, gradients):
     depend on the bias, if the layer is called twice, and that is not this call's part of its gradient."""
     if ctx.settings.dropout:
         raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
-    x, *tensors = (None if one is None else one.view_as(one) for one in (x, *weights, *biases, *A, *B))
-    weights, biases, A, B = _apart(tensors)
+    tensors: list[Any] = [None if one is None else one.view_as(one) for one in (x, *weights, *biases, *A, *B)]
+    x, (weights, biases, A, B) = tensors[0], _apart(tensors[1:])
     ys = [
         reference.matmul_update(x, down.to(x.dtype), up.to(x.dtype), scale, F.linear(x, weight, bias))
         for weight, bias, down, up, scale in zip(weights, biases, A, B, ctx.settings.scales, strict=True)
     ]
     known = [(y, gradient) for y, gradient in zip(ys, gradients, strict=True) if gradient is not None]
-    inputs = (x, *weights, *biases, *A, *B)
-    wanted = [value for value, need in zip(inputs, ctx.needs_input_grad[1:], strict=True) if need]
+    wanted = [value for value, need in zip(tensors, ctx.needs_input_grad[1:], strict=True) if need]
     outputs, weights_of = zip(*known, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, weights_of, create_graph=True, allow_unused=True))
     return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
