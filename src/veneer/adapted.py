@@ -320,7 +320,8 @@ class LayerAdapter(nn.Module):
                 numbers: Any = change._parameters
                 bias = None if known.bias is None else own[known.bias]
                 weight = weight.mT if known.flipped else weight
-                return fused.linear(change.scale, x, weight, bias, numbers["A"][0], numbers["B"][0])
+                run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
+                return run(change.scale, x, weight, bias, numbers["A"][0], numbers["B"][0])
         full = self.replacements(module)
         if not (site.factors and self.changes and len(args) + len(kwargs) == 1) or self.hosted:
             return self._viewed(module, base, site, full, args, kwargs)

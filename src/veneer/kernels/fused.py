@@ -50,6 +50,10 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+#: tokens up to which float32 is the faster dtype of a thin product
+FEW = 32
+
+
 class Settings(NamedTuple):
     """What a call is besides its tensors.
 
@@ -178,7 +182,8 @@ class _Linear(torch.autograd.Function):
             part += bias
         y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
         ctx.settings, ctx.shape = scale, x.shape
-        ctx.save_for_backward(x, h if A.shape[0] * 8 <= A.shape[1] else None, weight, bias, A, B)
+        # what ctx.save_for_backward does, without a call
+        ctx.to_save = x, h if A.shape[0] * 8 <= A.shape[1] else None, weight, bias, A, B
         return y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0]).data
 
     @staticmethod
@@ -190,6 +195,31 @@ class _Linear(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _Linears)).apply
 #: (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python calls as can be
 linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
+
+
+def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """``linear`` without a graph. Of few tokens, 16-bit layers with float32 factors form B A x in float32: products so
+    small cost less there. One token is a vector, for which float32 and bfloat16 have a product of its own, in bfloat16
+    twice as fast as that of matrices."""
+    tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    dtype, wide = x.dtype, x.dtype.itemsize >= 4
+    few = not wide and A.dtype is torch.float32 and tokens.shape[0] <= FEW
+    if A.dtype != dtype and not few:
+        A, B = A.to(dtype), B.to(dtype)
+    read = tokens.float() if few else tokens
+    h = ((A @ read.mT).mT if wide else read @ A.mT) * scale  # [T, r]
+    part = h @ B.mT  # [T, out]
+    part = part.to(dtype) if few else part
+    vector = tokens.shape[0] == 1 and x.is_cpu and dtype is not torch.float16 and weight.stride(1) == 1
+    if wide and bias is not None:
+        part += bias
+    elif bias is not None:
+        return _biased(part, tokens, weight, bias).view(*x.shape[:-1], B.shape[0])
+    if vector:
+        part[0].addmv_(weight, tokens[0])
+    else:
+        part.addmm_(tokens, weight.mT)
+    return part.view(*x.shape[:-1], B.shape[0])
 
 
 def _backward(ctx, *gradients):
