@@ -26,6 +26,8 @@ EXACT = ""
 NOTE = "exact, with "
 #: an example to which an operation does not apply
 LEFT_OUT = None
+#: of every adapter: neither their ratio nor a scale is 1
+RANK, ALPHA = 2, 3
 #: what an operation says of each example by name: EXACT, LEFT_OUT or why it is not exact
 Found = dict[str, str | None]
 
@@ -126,7 +128,7 @@ def attach(model: Side, variant: Variant, inputs: Mapping[str, tuple], name: str
     if "original" in variant.needs:
         state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
         given["original"] = {key: value + 0.05 * torch.randn_like(value) for key, value in state.items()}
-    config = veneer.LoraConfig(rank=2, alpha=3, targets="all", variant=variant.name, exclude=exclude)
+    config = veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets="all", variant=variant.name, exclude=exclude)
     handle = veneer.attach(model, config, name or variant.name, **given)
     randomise(handle)
     return handle

@@ -1,0 +1,77 @@
+"""What each variant means, on dense matrices and from its paper alone: no cell is right because Veneer agrees with
+itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.adapted import Change
+
+#: (numbers, scale, W [g, out, in]) -> gain ⊙ (W + ΔW)
+Meaning = Callable[[Mapping[str, Tensor], float, Tensor], Tensor]
+
+
+def _product(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+    return W + s * n["B"] @ n["A"]
+
+
+def _moved(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+    return W + s * (n["B"] @ n["A"] - n["B0"] @ n["A0"])
+
+
+def _dora(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+    """No gradient flows through the norm; a row that is zero stays zero."""
+    V = _product(n, s, W)
+    norm = V.detach().norm(dim=2, keepdim=True)
+    return n["magnitude"].view(norm.shape) * V / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def _lokr(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+    return W + s * torch.einsum("glm,gkn->glkmn", n["C"], n["B2"] @ n["A2"]).reshape(W.shape)
+
+
+MEANINGS: dict[str, Meaning] = {
+    "lora": _product,
+    "rslora": _product,
+    "orthogonal": _product,
+    "eva": _product,
+    "dora": _dora,
+    "pissa": _moved,
+    "olora": _moved,
+    "lora_ga": _moved,
+    "loftq": lambda n, s, W: _moved(n, s, W) + n["B0"] @ n["A0"],
+    "lora_xs": lambda n, s, W: W + s * n["B"] @ n["R"] @ n["A"],
+    "vera": lambda n, s, W: W + s * n["b"].diag_embed() @ n["B"] @ n["d"].diag_embed() @ n["A"],
+    "adalora": lambda n, s, W: W + s * n["B"] @ (n["E"] * n["mask"]).diag_embed() @ n["A"],
+    "loha": lambda n, s, W: W + s * (n["B1"] @ n["A1"]) * (n["B2"] @ n["A2"]),
+    "lokr": _lokr,
+}
+
+#: (alpha, rank) -> the factor of ΔW, where it is not alpha / rank
+SCALES: dict[str, Callable[[float, int], float]] = {
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+    "lora_ga": lambda alpha, rank: alpha / math.sqrt(rank),
+    "vera": lambda alpha, rank: alpha,
+}
+
+
+def meaning(change: Change, alpha: float, rank: int, numbers: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """``gain ⊙ (W + ΔW)`` in the shape of ``weight``, with a graph to the numbers. The layer says how a matrix lies in
+    its weight; the rest is said here."""
+    variant, W = change.variant.name, change.layer.unfold(weight, change.dims)
+    numbers = dict(numbers)
+    moves = torch.ones(change.dims.in_, dtype=W.dtype)
+    if change.still is not None:  # an input that never changes
+        moves[change.still] = 0
+        if "A" in numbers:
+            numbers["A"] = numbers["A"] * moves
+        if "A0" in numbers:
+            numbers["A0"] = numbers["A0"] * moves
+    changed = MEANINGS[variant](numbers, SCALES.get(variant, lambda alpha, rank: alpha / rank)(alpha, rank), W)
+    if "A" not in numbers:
+        changed = W + (changed - W) * moves
+    return change.layer.fold(changed, weight.shape)
