@@ -9,6 +9,7 @@ examples of a kind stand side by side in one model, on which every variant is an
 and one PEFT model serve them all. Where that fails, each example runs alone, to find out which it was and why.
 
     cases.py        the models: a variant on the examples of a kind
+    definitions.py  what each variant means
     operations.py   the columns: forward, gradient, merge, …
     storages.py     the second table: linear layers whose weight is stored in another way
     page.py         cells, footnotes, tables
@@ -21,7 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Before the libraries are imported: nobody looks for a network, and nobody talks.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-logging.disable(logging.WARNING)
-warnings.simplefilter("ignore")
+
+def silence() -> None:
+    """Before the libraries are imported: nobody looks for a network, and nobody talks."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")

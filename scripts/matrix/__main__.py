@@ -7,13 +7,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from veneer.bases import BASES
-from veneer.layers import LAYERS
-
-from . import ROOT, __doc__
-from .operations import of_layer
-from .page import page
-from .storages import of_storage
+from . import ROOT, __doc__, silence
 
 PAGE = ROOT / "docs" / "support.md"
 #: the layers that take longest start first, so that no process waits for one at the end
@@ -22,10 +16,18 @@ LONG = ("conv3d", "recurrent", "attention", "parameter")
 
 def run(only: list[str], jobs: int) -> tuple[str, str]:
     """(the page of these layers and storages, or of all; its summary)."""
+    silence()
+    from veneer.bases import BASES
+    from veneer.layers import LAYERS
+
+    from .operations import of_layer
+    from .page import page
+    from .storages import of_storage
+
     layers, storages = (
         [name for name in names if not only or name in only] for names in (LAYERS.names(), BASES.names())
     )
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=silence) as pool:
         running = {name: pool.submit(of_layer, name) for name in sorted(layers, key=lambda name: name not in LONG)}
         stored = [pool.submit(of_storage, name) for name in storages]
         return page([running[name].result() for name in layers], [future.result() for future in stored])

@@ -50,9 +50,14 @@ def stored(storage: Storage, module: nn.Module, again: nn.Module) -> Stored:
     randomise(handle)
     (change,) = handle.changes.values()
     weight = weight_of(model.get_submodule("m0"), "weight")
-    change.scale *= (0.1 * storage.dense(weight).double().norm() / change.resolve(weight)[0].norm()).item()
+    change.scale = (0.1 * storage.dense(weight).double().norm() / product(change).norm()).item()
     bias: Any = module.bias
     return Stored(storage, base, model, handle, torch.randn(5, change.dims.in_, dtype=bias.dtype))
+
+
+def product(change: Any) -> Tensor:
+    """B A in float64."""
+    return change.B.detach()[0].double() @ change.A.detach()[0].double()
 
 
 def stored_truth(case: Stored, x: Tensor, numbers: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -61,6 +66,9 @@ def stored_truth(case: Stored, x: Tensor, numbers: Mapping[str, Tensor], scale: 
     return F.linear(x, W, bias), F.linear(x, W + scale * numbers["B"][0] @ numbers["A"][0], bias)
 
 
+#: of what a library computes from the weight that it stores: one that rounds its inputs to 8 bits is off by 0.6 %
+LIBRARY = 1e-2
+ROUNDS = "the library's own rounding in the base's part of"
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -78,7 +86,9 @@ def stored_forward(case: Stored) -> str:
     bound = BOUNDS[adapted.dtype]
     if not (error(adapted, base.double() + changed - plain) <= bound and error(materialised, changed) <= bound):
         return "differs from the definition"
-    return EXACT if error(base, plain) <= bound else f"{NOTE}the library's own rounding in the base's part of y"
+    if not error(base, plain) <= max(bound, LIBRARY):
+        return "the weight that is read is not the one that the library uses"
+    return EXACT if error(base, plain) <= bound else f"{NOTE}{ROUNDS} y"
 
 
 def stored_gradient(case: Stored) -> str:
@@ -96,10 +106,9 @@ def stored_gradient(case: Stored) -> str:
     if wrong == ["x"]:
         with veneer.use(case.model, None):
             (plain,) = torch.autograd.grad((case(x) * weights).sum(), x)
-        low, _ = change.resolve(case.weight)
-        share = weights.double() @ low.delta(torch.float64)[0]
-        if error(found[-1], plain.double() + share) <= bound:
-            return f"{NOTE}the library's own rounding in the base's part of ∂x"
+        share = weights.double() @ (change.scale * product(change))
+        if error(found[-1], plain.double() + share) <= bound and error(found[-1], truth[-1]) <= LIBRARY:
+            return f"{NOTE}{ROUNDS} ∂x"
     return f"differs for {', '.join(wrong)}" if wrong else EXACT
 
 
@@ -109,17 +118,41 @@ GRID = "rounded to the storage's own grid, which keeps "
 
 def stored_merge(case: Stored) -> str:
     (change,) = case.handle.changes.values()
-    with torch.no_grad():
-        exact = change.changed(case.weight, *change.resolve(case.weight), torch.float64)
+    before = case.storage.dense(case.weight).detach().double().clone()
+    moved = change.layer.fold(change.scale * product(change)[None], before.shape)
+    exact = before + moved
     report = case.handle.merge()
     merged = case.storage.dense(case.weight).detach().clone()
     case.handle.unmerge()
     if merged.dtype in (torch.bfloat16, torch.float16):
         rounded = not wrong_roundings(merged, exact)
     else:
-        rounded = torch.equal(merged, exact.to(merged.dtype))
-    kept = 10 * round(10 * report.retention)  # coarse, so that no other machine rounds it otherwise
-    return EXACT if rounded else f"{GRID}about {kept}% of a change that is a tenth of the weight"
+        rounded = not error(merged, exact.to(merged.dtype)) > ONE_ROUNDING
+    if rounded:
+        return EXACT
+    retention = (((merged.double() - before) * moved).sum() / moved.square().sum()).item()
+    if not abs(retention - report.retention) < 1e-6:
+        return "keeps another share of the change than the merge says"
+    if not error(merged, exact) < error(before, exact):
+        return "no nearer to W + ΔW than before"
+    far = farther(merged.double(), exact)
+    if far > 0.01 * exact.numel():  # a block may stay as it was, where that is nearer than a grid of its own
+        return f"{far} weights are not rounded to the nearest"
+    kept = 10 * round(10 * retention)  # coarse, so that no other machine rounds it otherwise
+    return f"{GRID}about {kept}% of a change that is a tenth of the weight"
+
+
+#: float64 products that are summed in another order may round otherwise, once in a long while
+ONE_ROUNDING = 1e-9
+
+
+def farther(merged: Tensor, exact: Tensor) -> int:
+    """How many numbers have a nearer one on their own grid. Of the grid that a block shares those points are known
+    that its other numbers lie on; 16 in a row are in one block of every storage."""
+    found, wanted = merged.reshape(-1, 16), exact.reshape(-1, 16)
+    nearest = (found[:, None, :] - wanted[:, :, None]).abs().amin(2)
+    slack = 0.002 * found.abs().amax(1, keepdim=True)  # a scale that is rounded itself moves the grid
+    return int(((found - wanted).abs() > nearest + slack).sum())
 
 
 def stored_unmerge(case: Stored) -> str:
