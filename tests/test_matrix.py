@@ -169,6 +169,17 @@ def unmerge_subtracts(patch):
     patch.setattr(merging, "_keep", keep)
 
 
+def unmerge_loses_a_bit(patch):
+    original = merging._kept
+
+    def kept(slot):
+        for tensor in original(slot).values():
+            tensor.view(torch.uint8).view(-1)[0] ^= 1
+        return original(slot)
+
+    patch.setattr(merging, "_kept", kept)
+
+
 def save_loses_alpha(patch):
     original = adapter._described
     patch.setattr(adapter, "_described", lambda change: {**original(change), "alpha": 32})
@@ -248,6 +259,9 @@ def compiler_breaks_the_graph(patch):
     _when_compiled(patch, run)
 
 
+compiler_breaks_the_graph.only = (["linear"], ["lora", "dora"])
+
+
 def peft_key_is_wrong(patch):
     original = peft.key
     patch.setattr(peft, "key", lambda path, suffix: original(path, suffix.replace("lora_A", "lora_X")))
@@ -262,7 +276,7 @@ MUTATIONS = {
     "forward": [scale_is_off, own_path_is_off, resolve_is_wrong, nothing_changes],
     "gradient": [gradient_of_A_is_dropped, gradient_of_A_is_off, scale_is_off],
     "merge": [merge_rounds_twice, merge_rounds_the_change, merge_is_off, merge_writes_nothing],
-    "unmerge": [unmerge_subtracts, merge_writes_nothing],
+    "unmerge": [unmerge_subtracts, unmerge_loses_a_bit, merge_writes_nothing],
     "save/load": [save_loses_alpha, load_loses_alpha, load_is_off_by_a_bit],
     "mixed batch": [first_row_decides, rows_lose_their_order, rows_cannot_be_taken],
     "compile": [compiler_sees_no_change, compiler_sees_one_adapter, compiler_breaks_the_graph],
@@ -314,11 +328,11 @@ def change_is_off(patch):
 
     def resolve(self, weight):
         low, gain = original(self, weight)
-        return LowRank(low.A, low.B, low.scale * 1.001), gain
+        return LowRank(low.A, low.B, low.scale * 1.5), gain
 
     patch.setattr(Change, "resolve", resolve)
     direct = fused.linear
-    patch.setattr(fused, "linear", lambda scale, *rest: direct(scale * 1.001, *rest))
+    patch.setattr(fused, "linear", lambda scale, *rest: direct(scale * 1.5, *rest))
 
 
 def weight_is_read_wrong(patch):
@@ -356,7 +370,7 @@ STORED_MUTATIONS = {
     "forward": [change_is_off, weight_is_read_wrong],
     "gradient": [gradient_of_A_is_dropped, change_is_off],
     "merge": [weight_is_written_wrong, change_is_off, report_is_wrong, merge_writes_nothing],
-    "unmerge": [unmerge_subtracts],
+    "unmerge": [unmerge_loses_a_bit],
     "save/load": [load_loses_alpha, load_is_off_by_a_bit],
 }
 

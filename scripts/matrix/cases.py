@@ -33,11 +33,26 @@ Found = dict[str, str | None]
 
 #: what an exception says -> what the page says; any other is quoted
 WORDS = {
-    r"does not tell its inputs": "it starts from the inputs of every weight, which stay inside the layer's own forward",
-    r"wrap RNN, GRU, or LSTM": "the compiler does not look into torch's recurrent layers",
-    r"^PEFT: .*MultiheadAttention does not support DoRA": "PEFT has no DoRA for it",
-    r"^PEFT: .*ParamWrapper does not work with use_dora": "PEFT has no DoRA for it",
-    r"^PEFT: .*(PEFT has no) \w+ layer": r"\1 such layer",
+    r"does not tell its inputs": "this variant starts from the inputs that each weight is multiplied with, and this "
+    "layer computes some of them inside itself, where nobody can read them",
+    r"wrap RNN, GRU, or LSTM": "`torch.compile` leaves torch's recurrent layers as they are",
+    r"^PEFT: .*(MultiheadAttention does not support DoRA|ParamWrapper does not work with use_dora)": "PEFT has no DoRA "
+    "for it",
+    r"^PEFT: .*PEFT has no \w+ layer": "PEFT has no adapter for this kind of layer",
+    r"^PEFT: .*(PEFT [\d.]+) applies .* out-projection 2 times": r"\1 adds the change of an attention's output "
+    "projection twice",
+    r"^PEFT: .*PEFT knows one fused in-projection": "PEFT adapts an attention only where queries, keys and values have "
+    "the same width",
+    r"^PEFT: .*PEFT leaves out dilation=([^\"]*?)\"?$": r"PEFT's adapter of a convolution ignores its dilation, which "
+    r"is \1 here",
+    r"^PEFT: .*PEFT leaves out padding_mode='(\w+)'": r"PEFT's adapter of a convolution ignores its padding mode, which "
+    r"is \1 here",
+    r"^PEFT: .*PEFT's change of a convolution in (\d+) groups": r"PEFT's adapter of a convolution in \1 groups equals no "
+    "change of its weight, so it cannot hold ours",
+    r"^PEFT: .*PEFT bounds the norm": "PEFT's adapter applies `max_norm` to its own numbers, and not to the changed "
+    "weight",
+    r"^PEFT: .*PEFT rescales the outputs of modules alone": "PEFT has DoRA for whole layers, and not for a parameter "
+    "by itself",
     r"^PEFT: .*not for PEFT: '\S*?': (.*?)\"?$": r"\1",  # what we write into a folder that PEFT would read otherwise
 }
 

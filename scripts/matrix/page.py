@@ -70,13 +70,14 @@ page says something else.
 """
 
 MEANINGS = {
-    "forward": "in float64, the factored and the materialised path are within 1e-10 of the definition: the module's "
-    "own forward on gain ⊙ (W + ΔW)",
-    "gradient": "on both paths, of every trained number and input, within 1e-9 of autograd through the definition",
+    "forward": "in float64, a call as it is made, and on both paths that it can be told to take (adding ΔW x, and "
+    "forming W + ΔW), is within 1e-10 of the definition: the module's own forward on gain ⊙ (W + ΔW), with ΔW and gain "
+    "as the variant's paper says",
+    "gradient": "on the same paths, of every trained number and input, within 1e-9 of autograd through the definition",
     "merge": "the merged outputs are within 1e-10 of the adapted ones; in bfloat16 every merged weight is W + ΔW "
     "rounded to the nearest",
-    "unmerge": f"in bfloat16, after {CYCLES} merges and unmerges, every bit of the base is back",
-    "save/load": "on a fresh base, the same trained numbers and the same bits of output",
+    "unmerge": f"in bfloat16, after each of {CYCLES} merges and unmerges, every bit of the base is back",
+    "save/load": "on a fresh base, the same config, the same trained numbers and the same bits of output",
     "mixed batch": "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows of "
     "whole batches",
     "compile": "`torch.compile` into one graph, switched between two adapters, is within 1e-10 of eager",
@@ -91,6 +92,14 @@ reads it all the same. A mixed batch is asked of examples whose inputs hold rows
 it runs on them one by one.
 
 ## Layers × variants
+"""
+
+
+STORAGE_NOTES = """
+Here **exact** has the accuracy of the numbers that a layer computes with: outputs within 1e-10 in float64, 1e-6 in
+float32, 6e-4 in float16 and 5e-3 in bfloat16, gradients within twice that. **To its grid** means that the merged weight
+is rounded to what the storage can hold, which is less than a change needs: a merge keeps a part of it. An adapter that
+is left unmerged keeps all.
 """
 
 
@@ -116,7 +125,7 @@ def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
         if why is LEFT_OUT
     }
     lines += [f"Examples without rows: {', '.join(skipped)}.", ""] if skipped else []
-    lines += ["## Storages of a linear layer's weight, with variant `lora`", ""]
+    lines += ["## Storages of a linear layer's weight, with variant `lora`", STORAGE_NOTES]
     lines += [f"| storage | examples | {' | '.join(STORED)} |", "|---" * (len(STORED) + 2) + "|"]
     made.counts = dict.fromkeys(made.counts, 0)
     for results in storages:
