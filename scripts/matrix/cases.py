@@ -45,10 +45,10 @@ WORDS = {
     "the same width",
     r"^PEFT: .*PEFT leaves out dilation=([^\"]*?)\"?$": r"PEFT's adapter of a convolution ignores its dilation, which "
     r"is \1 here",
-    r"^PEFT: .*PEFT leaves out padding_mode='(\w+)'": r"PEFT's adapter of a convolution ignores its padding mode, which "
-    r"is \1 here",
-    r"^PEFT: .*PEFT's change of a convolution in (\d+) groups": r"PEFT's adapter of a convolution in \1 groups equals no "
-    "change of its weight, so it cannot hold ours",
+    r"^PEFT: .*PEFT leaves out padding_mode='(\w+)'": r"PEFT's adapter of a convolution ignores its padding mode, "
+    r"which is \1 here",
+    r"^PEFT: .*PEFT's change of a convolution in (\d+) groups": r"PEFT's adapter of a convolution in \1 groups equals "
+    "no change of its weight, so it cannot hold ours",
     r"^PEFT: .*PEFT bounds the norm": "PEFT's adapter applies `max_norm` to its own numbers, and not to the changed "
     "weight",
     r"^PEFT: .*PEFT rescales the outputs of modules alone": "PEFT has DoRA for whole layers, and not for a parameter "

@@ -256,8 +256,8 @@ def _compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found
 
 
 WITHOUT = (
-    "PEFT computes it exactly, but leaves numbers out of the folder that it writes: those of a vector that is trained in "
-    "full, if its module has other parameters or running statistics"
+    "PEFT computes it exactly, but leaves numbers out of the folder that it writes: those of a vector that is trained "
+    "in full, if its module has other parameters or running statistics"
 )
 
 
