@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -204,8 +205,9 @@ def _mixed(case: Case, example: str, args: tuple, count: int) -> str:
     choices = (case.name, case.other, None)
     whole = []
     if 0 < count < 4:
-        again = torch.arange(4) % count
-        (args, _), count = case.kind.take(getattr(case.base, example), args, {}, again, count), 4
+        module, again = getattr(case.base, example), torch.arange(4) % count
+        own, named = case.kind.take(module, args, {}, again, count)
+        args, count = inspect.signature(module.forward).bind(*own, **named).args, 4
     count = abs(count)
     with torch.no_grad():
         for name in choices:

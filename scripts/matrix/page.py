@@ -63,7 +63,8 @@ INTRO = """# What works with what
 Written by `make matrix`, which runs every cell; nothing here is typed. `make check` runs it again and fails if this
 page says something else.
 
-**exact** means, for every example of the layer (each option that changes the arithmetic):
+**exact** means, for every example of the layer (each option that changes the arithmetic), with errors relative to the
+size of what is compared:
 
 | | |
 |---|---|
