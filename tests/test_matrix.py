@@ -80,8 +80,9 @@ def scale_is_off(patch):
 
 def own_path_is_off(patch):
     """Only the path that a call takes when none is forced."""
-    original = fused.linear
-    patch.setattr(fused, "linear", lambda scale, *rest: original(scale * (1 + 1e-6), *rest))
+    for name in ("linear", "unrecorded"):
+        original = getattr(fused, name)
+        patch.setattr(fused, name, lambda scale, *rest, original=original: original(scale * (1 + 1e-6), *rest))
 
 
 own_path_is_off.only = (["linear"], ["lora"])
