@@ -156,7 +156,9 @@ def names(architecture: str, dtype: str) -> list[str]:
     if dtype != "float32":
         rows += ["peft, bf16 adapters", "peft, bf16 adapters, dropout"]
     rows += ["loralib", "veneer", "veneer, dropout"]
-    return [*rows, "veneer, model's own loss"] if architecture == "llama" else rows
+    if architecture == "llama" and dtype != "float32":
+        rows.append("veneer, model's own attention")
+    return [*rows, "veneer, model's own attention and loss"] if architecture == "llama" else rows
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -180,8 +182,18 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
         return with_peft(model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options)
-    lean = architecture == "llama" and "model's own loss" not in options
+    if architecture == "llama" and not any("attention" in option for option in options):
+        as_loaded(model)
+    lean = architecture == "llama" and not any("loss" in option for option in options)
     return with_veneer(model, layers, rank, dropout, lean)
+
+
+def as_loaded(model: nn.Module) -> None:
+    """Attention as ``veneer.models.load_base`` chooses it."""
+    from veneer import models
+
+    if next(model.parameters()).dtype.itemsize == 2:
+        models.use_products(model)
 
 
 def with_veneer(model: nn.Module, layers: dict[str, int], rank: int, dropout: float, lean: bool) -> Candidate:

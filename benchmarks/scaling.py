@@ -29,7 +29,7 @@ from report import rounds, write
 
 USUAL = {"tokens": 256, "rank": 16, "layers": 2}
 AXES = {"tokens": (64, 128, 256, 512, 1024), "rank": (8, 16, 32, 64, 128), "layers": (1, 2, 4, 8)}
-CANDIDATES = ("floor", "peft", "veneer, model's own loss")
+CANDIDATES = ("floor", "peft", "veneer, model's own attention and loss")
 
 
 def point(dtype: str, runs: int, tiny: bool, tokens: int, rank: int, layers: int) -> dict[str, list[float]]:

@@ -2,8 +2,9 @@
 thread, in interleaved rounds.
 
 The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedded input. It
-and the peers take the loss from the model, as their documentation does; Veneer takes its own, and the row "model's own
-loss" tells the two gains apart. Dropout is 0.05. "bf16 adapters" is PEFT with autocast_adapter_dtype=False.
+and the peers take loss and attention from the model, as their documentation does; Veneer takes its own loss and, in
+bf16, its own attention, as `veneer train` does, and the rows "model's own …" tell the gains apart. Dropout is 0.05.
+"bf16 adapters" is PEFT with autocast_adapter_dtype=False.
 
     python benchmarks/train_step.py                         SmolLM2-135M's shape, 4 × 256 tokens, rank 8
     python benchmarks/train_step.py --arch vit --rank 64    another case
@@ -13,8 +14,8 @@ The first and the last write their result; another case is printed, and written 
 counts.
 
 Predicted: full fine-tuning 1.48 (fp32) and 1.37 (bf16); PEFT 1.16 and 1.3, with dropout 1.4 and 1.65, with bf16
-adapters 1.08; loralib 1.19 and 1.08; Veneer 1.03 and 1.00, with dropout 1.06 and 1.04, with the model's own loss 1.10
-and 1.08; on the other architectures 1.06.
+adapters 1.08; loralib 1.19 and 1.08; Veneer 1.03 and 0.95, with dropout 1.06 and 1.0, with the model's own attention
+and loss 1.10 and 1.08; on the other architectures 1.06.
 """
 
 from __future__ import annotations

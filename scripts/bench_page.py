@@ -28,7 +28,8 @@ README_ROWS = {
     "loralib": "loralib",
     "veneer": "**Veneer**",
     "veneer, dropout": "**Veneer**, dropout 0.05",
-    "veneer, model's own loss": "**Veneer**, with the model's own loss",
+    "veneer, model's own attention": "**Veneer**, with the model's own attention",
+    "veneer, model's own attention and loss": "**Veneer**, with the model's own attention and loss",
 }
 
 

@@ -17,8 +17,8 @@ SOURCE = Path(veneer.__file__).parent
 FLOORS = [
     ["errors"],
     ["lowrank", "context", "config", "registry", "files", "hashing", "optim"],
-    ["kernels", "formats", "models"],
-    ["layers", "variants", "bases"],
+    ["kernels", "formats"],
+    ["layers", "variants", "bases", "models"],
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows"],

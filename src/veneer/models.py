@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("veneer.models")
 
+#: the name under which transformers knows Veneer's attention
+PRODUCTS = "veneer_products"
+
 Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
 
 
@@ -56,7 +59,8 @@ def load_base(
         precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16 where the hardware
             multiplies bf16 natively and fp32 elsewhere.
         device: where to put it; None is the GPU if there is one.
-        attention: an attention implementation of transformers; "auto" leaves the choice to it.
+        attention: an attention implementation of transformers, or "products" (see ``use_products``); "auto" leaves the
+            choice to transformers, and takes "products" for its "sdpa" where that is slow: in 16 bits on a CPU.
 
     Raises:
         ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
@@ -67,12 +71,49 @@ def load_base(
     name = str(source)
     place = _find(name)
     dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet():
         model = _load_model(place, dtype, name, attention)
         tokenizer = _load_tokenizer(place, name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        slow = device == "cpu" and model.dtype.itemsize == 2 and model.config._attn_implementation == "sdpa"
+        if attention == "products" or (attention == "auto" and slow):
+            use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
+
+
+def use_products(model: PreTrainedModel) -> None:
+    """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls in which these are
+    the faster way, and as transformers' "sdpa" in all others.
+
+    Raises:
+        ValueError: as transformers says, for a model whose attention cannot be chosen.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
+    model.set_attn_implementation(PRODUCTS)
+
+
+def _attend(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Any, None]:  # fmt: skip
+    """query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h, d], as transformers calls it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from veneer.kernels import attention
+
+    heads_alike = attention_mask is None or attention_mask.shape[1] == 1
+    if not attention.pays(query, key) or not heads_alike or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bias = attention.bias_of(attention_mask, bool(causal), query, key)
+    return attention.products(query, key, value, bias, scaling, dropout).transpose(1, 2), None
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -206,7 +247,7 @@ def _load_model(place: str, dtype: Any, name: str, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        chosen = None if attention == "auto" else attention
+        chosen = None if attention in ("auto", "products") else attention
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
     except Exception as error:
         raise _explained(name, error) from error

@@ -98,8 +98,8 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = _field(
         "auto", "run", "Base weights; auto: bf16 where the hardware has it."
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = _field(
-        "auto", "run", "Attention code; auto: transformers' choice. eager is fastest for short bf16 rows on a CPU."
+    attention: Literal["auto", "products", "eager", "sdpa", "flash_attention_2"] = _field(
+        "auto", "run", "Attention code; auto: transformers' choice, and products for short bf16 rows on a CPU."
     )
     activation_checkpointing: bool = _field(False, "run", "Recompute activations: less memory, about a third slower.")
     check: bool = _field(True, "run", "Check before training that every adapter is reached and gets a gradient.")

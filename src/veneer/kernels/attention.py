@@ -1,0 +1,67 @@
+"""Attention as plain matrix products: in 16 bits on a CPU, where torch's fused kernel is slow on short rows.
+
+    scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ,    chances = softmax(scores),    output = chances value
+
+A key-value head serves the g query heads of its group in one product. The numbers differ from those of the fused kernel
+as those of transformers' "eager" do: scores are rounded to 16 bits before the softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Keys up to which the products are the faster way in bfloat16, measured on cores with and without matrix units.
+LONGEST = 256
+
+
+def pays(query: Tensor, key: Tensor) -> bool:
+    """Whether the products are the faster way for a call."""
+    length = key.shape[2]
+    return query.device.type == "cpu" and query.element_size() == 2 and 1 < query.shape[2] == length <= LONGEST
+
+
+def products(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale · query keyᵀ + bias) value.
+
+    Args:
+        query, key, value: [b, h, s, d], [b, kv, k, d] and [b, kv, k, e], with h a multiple of kv.
+        bias: [1 or b, 1, s, k] of the dtype of query, or None.
+        scale: 1 / √d if None.
+        dropout: of the chances.
+
+    Returns:
+        [b, h, s, e].
+    """
+    b, h, s, d = query.shape
+    heads, length = key.shape[1], key.shape[2]
+    group = h // heads
+    grouped = (query * (d**-0.5 if scale is None else scale)).reshape(b * heads, group * s, d)
+    keys = key.reshape(b * heads, length, d).mT
+    if bias is None:
+        scores = grouped @ keys
+    else:
+        tall = bias.repeat(1, 1, group, 1)  # the heads of a group lie below each other
+        tall = tall.expand(b, heads, -1, -1).reshape(b * heads, group * s, length) if len(bias) > 1 else tall[0]
+        scores = torch.baddbmm(tall, grouped, keys)
+    chances = torch.softmax(scores, dim=-1)
+    if dropout:
+        chances = F.dropout(chances, dropout)
+    return (chances @ value.reshape(b * heads, length, -1)).view(b, h, s, -1)
+
+
+def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """What is added to the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand already; ``causal``
+    counts where there is none."""
+    if mask is None:
+        if not causal:
+            return None
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask.to(query.dtype)
+    # finite: a row that sees nothing, such as one of padding, stays a number
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)
