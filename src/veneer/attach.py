@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
+    STRAY,
     Change,
     Group,
     LayerAdapter,
@@ -119,17 +120,39 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def need_group(model: nn.Module, name: str | None = None) -> Group:
-    """The model's group; a SelectionError if it has none, or no adapter of this name."""
+def need_group(model: nn.Module, name: str | None = None, *, walk: bool = True) -> Group:
+    """The model's group; a SelectionError if it has none, or no adapter of this name, or if layers of the model belong
+    to another group. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
     group = group_of(model)
     if group is None:
         raise SelectionError(
             sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
         )
+    group.claim(unwrap(model))
+    if (walk or STRAY) and (problem := strangers(model)):
+        raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in group.configs):
         found = f"no adapter named {name!r}{nearest(str(name), group.configs)}"
         raise SelectionError(sentence(found, f"one of {', '.join(group.configs)}", "use a name that is attached"))
     return group
+
+
+def strangers(model: nn.Module) -> str | None:
+    """The problem of layers with adapters that were attached through another model, or None. Nobody who selects, merges
+    or detaches through this one means them, but a walk over its layers would meet them."""
+    if not _strangers(model) or not (paths := in_turn(_strangers)(model)):  # another thread may be attaching
+        return None
+    found = f"adapters attached through another model object at {listing(paths, 3)}"
+    do = (
+        "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
+        "copying or attach after"
+    )
+    return sentence(found, "one root for all adapters", do)
+
+
+def _strangers(model: nn.Module) -> list[str]:
+    group = group_of(model)
+    return [path for path, _, site in sites(unwrap(model)) if site.group is not group]
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
@@ -462,12 +485,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield sentence(
             f"{group.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
         )
-    foreign = [path for path, _, site in sites(model) if site.group is not group]
-    if foreign:
-        found = f"adapters attached through another model object at {listing(foreign, 3)}"
-        yield sentence(
-            found, "one root for all adapters", "attach to the model that they were attached to, or detach them"
-        )
+    if problem := strangers(model):
+        yield problem
 
 
 def _strings(targets) -> tuple[str, ...]:
@@ -537,6 +556,7 @@ def install(
     if GROUP not in model.__dict__:
         group.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
         model.__dict__[GROUP] = group
+        group.claim(model)
         for parameter in model.parameters():
             parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
     transposed = {
