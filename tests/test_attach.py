@@ -15,7 +15,7 @@ from torch import nn
 import veneer
 from models import IDS, ConvNet, Shared, TinyLM
 from toys import Diagonal, bits, error, randomise, works
-from veneer.errors import ConfigError, MergeError, SelectionError, TargetError
+from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
 
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
 ATTENTION, MLP = LINEAR[:4], LINEAR[4:]
@@ -726,3 +726,102 @@ def test_configs_of_natural_values():
     assert veneer.LoraConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="ranks="):
         veneer.LoraConfig(ranks=[1])
+
+
+# ---- weights that share memory, containers, starts that fail, modes ---------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self, vocabulary: int = 6, width: int = 4) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.emb(ids))
+
+
+def one_memory(model):
+    model.head.weight.data = model.emb.weight.data
+
+
+def turned(model):
+    model.head = nn.Linear(6, 4, bias=False)
+    model.head.weight = nn.Parameter(model.emb.weight.t())
+
+
+def in_part(model):
+    model.head.weight = nn.Parameter(model.emb.weight.detach().view(-1)[8:].view(4, 4))
+
+
+def buried(model):
+    model.vector = nn.Module()
+    model.vector.bias = nn.Parameter(model.head.weight.detach()[2])
+    model.emb.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("fields", [{"targets": ["head"]}, {"targets": ["emb"], "train_also": ["head"]}, {}], ids=str)
+@pytest.mark.parametrize("share", [one_memory, turned, in_part, buried])
+def test_parameters_that_share_memory_are_refused(share, fields):
+    model = Pair()
+    share(model)
+    before = state(model)
+    if share is buried:
+        fields = {"targets": ["head"]}
+    with pytest.raises(TargetError, match="share memory") as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    other = "vector.bias" if share is buried else "emb.weight"
+    for words in ("'head.weight'", f"'{other}'", "head.weight", "tie them"):
+        assert words in str(caught.value)
+    if share is one_memory:
+        assert "`head.weight = emb.weight`" in str(caught.value)
+    assert state(model) == before
+
+
+def test_a_tie_and_views_that_do_not_overlap_are_no_shared_memory():
+    model = Pair()
+    model.head.weight = model.emb.weight
+    model.rest = nn.ModuleDict({"fused": nn.Linear(4, 12), "q": nn.Linear(4, 6), "v": nn.Linear(4, 6)})
+    flat_buffer, whole = torch.randn(200), torch.randn(6, 8)
+    for layer, start in (("q", 0), ("v", 24)):
+        model.rest[layer].weight = nn.Parameter(flat_buffer[start : start + 24].view(6, 4))
+    model.side, model.beside = nn.Linear(4, 6), nn.Linear(4, 6)  # columns of one matrix: woven, but apart
+    model.side.weight, model.beside.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    model.far = nn.Linear(4, 6, device="meta")
+    model.farther = nn.Linear(4, 6, device="meta")
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["head", "q", "v", "side", "beside"]))
+    other = Pair()
+    one_memory(other)  # neither of which changes
+    other.fine = nn.Linear(4, 4)
+    veneer.attach(other, veneer.LoraConfig(rank=2, targets=["fine"]))
+
+
+def test_shared_memory_is_found_when_an_adapter_is_loaded(tmp_path):
+    path = veneer.attach(Pair(), veneer.LoraConfig(rank=2, targets=["head"])).save(tmp_path / "adapter")
+    model = Pair()
+    one_memory(model)
+    with pytest.raises(AdapterError, match="share memory"):
+        veneer.load(model, path, verify_base=False)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(1, 5).expand(5, 5),
+        torch.randn(9).as_strided((5, 5), (1, 1)),
+        torch.randn(9).as_strided((3, 4), (2, 1)),
+    ],
+    ids=["expanded", "hankel", "windows"],
+)
+def test_a_weight_that_overlaps_itself_is_refused(weight):
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0]))
+    model[0].weight = nn.Parameter(weight)
+    before = state(model)
+    for fields in ({"targets": ["0"]}, {"targets": ["0.weight"]}):
+        with pytest.raises(TargetError, match=r"'0\.weight'.*same memory"):
+            veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+    model[0].weight = nn.Parameter(
+        torch.randn(6, 10).as_strided(weight.shape, (20, 2) if weight.shape[0] < 4 else (11, 2))
+    )
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))

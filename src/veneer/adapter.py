@@ -21,6 +21,7 @@ from veneer.attach import (
     Plans,
     Wish,
     adapters,
+    changed_slots,
     changes,
     check_full,
     full_hosts,
@@ -54,6 +55,7 @@ from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 from veneer.merge import kept_bits
+from veneer.overlap import overlaps
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
 
@@ -181,6 +183,12 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     for entry in low:
         _take_base_weight(names, entry, full, path)
     _check_full_tensors(names, full, problems)
+    own = {
+        key: tuple(n for n in tensors if n in names.modules[key]._parameters)
+        for key, tensors in full.items()
+        if key in names.modules
+    }
+    problems += overlaps(names, changed_slots(low, own))
     if artefact.record is None:
         lacking = _lacking(names, artefact, set(file_of))
         if lacking:
@@ -198,7 +206,6 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             UnverifiedAdapter,
             stacklevel=3,
         )
-    own = {key: tuple(n for n in tensors if n in names.modules[key]._parameters) for key, tensors in full.items()}
     whole = frozenset(key for key, tensors in full.items() if any(n in names.modules[key]._buffers for n in tensors))
     plans = Plans(artefact.config, tuple(low), own, whole, full_hosts(names, own))
     install(model, name, plans, trainable=trainable, numbers=numbers)

@@ -44,6 +44,7 @@ from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, 
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
+from veneer.overlap import overlaps
 from veneer.readers import alike, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS, Start
@@ -244,10 +245,17 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         if name in full.get(path, ()):
             found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
             problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
+    problems += overlaps(names, changed_slots(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
     return Plans(config, tuple(low), full, frozenset(also), full_hosts(names, full))
+
+
+def changed_slots(low: Sequence[LowPlan], full: Mapping[str, Sequence[str]]) -> list[Slot]:
+    """Every place whose parameter an adapter changes or replaces."""
+    own = [slot for entry in low for slot in entry.holders]
+    return [*own, *((path, name) for path, parameters in full.items() for name in parameters)]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
