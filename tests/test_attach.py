@@ -338,6 +338,9 @@ def test_trained_biases(bias):
         ({"layers": [1.0]}, ["layers="]),
         ({"bias": "al"}, ["bias='al'", "'all'"]),
         ({"dtype": "int8"}, ["dtype='int8'"]),
+        ({"variant": None}, ["variant=None", "Expected: a name"]),
+        ({"variant": ["lora"]}, ["variant=['lora']"]),
+        ({"variant": ""}, ["variant=''"]),
         ({"ranks": {"a": 0}}, ["ranks['a']=0"]),
         ({"rank": -1, "dropout": 2, "bias": "x"}, ["3 problems", "rank=-1", "dropout=2", "bias='x'"]),
     ],
@@ -825,3 +828,124 @@ def test_a_weight_that_overlaps_itself_is_refused(weight):
         torch.randn(6, 10).as_strided(weight.shape, (20, 2) if weight.shape[0] < 4 else (11, 2))
     )
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+
+
+class Scale(nn.Sequential):
+    """A container with a parameter of its own, which would run what an adapter puts beside its items."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return super().forward(x) @ self.scale
+
+
+class Direct(nn.Sequential):
+    """A container that reads its item's weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self[0].weight) + self[1](x)
+
+
+class Listed(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Linear(4, 4)])
+        self.gain = nn.Parameter(torch.ones(4))
+        self.bias = nn.Parameter(torch.ones(4))
+
+
+class Mapped(nn.ModuleDict):
+    def __init__(self):
+        super().__init__({"one": nn.Linear(4, 4)})
+        self.table = nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (Scale, {"targets": ["held.scale"]}),
+        (Scale, {"targets": ["held.0"], "train_also": ["held"]}),
+        (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.0"]}),
+        (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.1"], "train_also": ["held.0"]}),
+        (Listed, {"targets": ["gain"]}),
+        (Listed, {"targets": ["held.0"], "bias": "all"}),
+        (Mapped, {"targets": ["held.table"]}),
+    ],
+)
+def test_a_container_is_refused_as_it_would_run_the_adapter(make, fields):
+    model = nn.ModuleDict({"held": make()})
+    before = state(model)
+    with pytest.raises(TargetError, match=r"'held'.*items"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+
+
+def test_the_items_of_containers_are_attached_to_as_before():
+    for model in (Scale(), nn.ModuleDict({"held": Listed()}), nn.ModuleDict({"held": Mapped()})):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+        assert "items" in str(told[0].message)
+        assert all(isinstance(model.get_submodule(path), nn.Linear) for path in handle.layers)
+    works(adapt_linear(Scale()), torch.randn(3, 4))
+
+
+def adapt_linear(model, **fields):
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    randomise(handle)
+    return handle
+
+
+class Laminate(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.veneer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.veneer(super().forward(x))
+
+
+def test_a_child_that_is_called_as_ours_is_not_overwritten():
+    model, x = nn.Sequential(Laminate()), torch.randn(3, 4)
+    before, expected = state(model), model(x)
+    for fields in ({}, {"targets": ["0"]}, {"targets": ["0.veneer"], "train_also": ["0"]}, {"bias": "all"}):
+        with pytest.raises(TargetError, match="a child of its own called 'veneer'"):
+            veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+    works(adapt_linear(model, targets=["0.veneer"]), x)
+    assert torch.equal(model(x), expected)
+    encoder = nn.TransformerEncoderLayer(4, 2, 4)
+    encoder.veneer = nn.Identity()
+    with pytest.raises(TargetError, match="a child of its own called 'veneer'"):
+        veneer.attach(nn.Sequential(encoder), veneer.LoraConfig(rank=2, targets=["linear1"]))
+
+
+def test_the_nearest_names_are_others_and_targets():
+    model = nn.ModuleList(nn.ModuleDict({"v": nn.Linear(4, 4), "vo": nn.Linear(4, 4)}) for _ in range(2))
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["vo"], ranks={"v": 1}))
+    assert "'v' matches no target (nearest: 'vo')" in str(caught.value)
+    flat = nn.ModuleDict({"v": nn.Linear(4, 4), "w": nn.Linear(4, 4)})
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(flat, veneer.LoraConfig(rank=2, targets=["w"], ranks={"v": 1}))
+    assert "nearest" not in str(caught.value)
+
+
+def test_a_new_change_is_in_the_mode_of_its_layer(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    model.train()
+    model[0].eval()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.5))
+    randomise(handle)
+    path = handle.save(tmp_path / "adapter")
+    for _ in range(2):
+        assert {at: change.training for at, change in handle.changes.items()} == {"0.weight": False, "1.weight": True}
+        assert torch.equal(model[0](x), model[0](x))
+        assert not torch.equal(model[1](x), model[1](x))
+        handle.detach()
+        handle = veneer.load(model, path, trainable=True)
+    model.eval()
+    model[1].train()
+    other = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"], targets=["0"]), "other")
+    assert {path: part.training for path, part in other.layers.items()} == {"0": False, "1": True}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
+    SITE,
     STRAY,
     Change,
     Group,
@@ -96,6 +97,8 @@ class Plans:
 
 
 GENERAL_KIND: Layer = LAYERS[GENERAL]
+#: modules that take all of their children for items
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def group_of(model: nn.Module) -> Group | None:
@@ -418,11 +421,36 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     if storage_of(weight) is None:
         found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
-    reason = kind.refuses(module) or unreachable(names, path)
+    reason = kind.refuses(module) or no_site(names, path)
     if reason is None:
-        above = [above for above, _ in hosts(names, path, name)]
-        reason = next((f"{host!r} reads it, and {why}" for host in above if (why := unreachable(names, host))), None)
+        reason = _hosts_refuse(names, path, name)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
+
+
+def _hosts_refuse(names: Names, path: str, name: str) -> str | None:
+    """Why a module that reads a parameter from above, or whose fast path would, cannot see a changed one, or None."""
+    for above, _ in hosts(names, path, name):
+        if reason := no_site(names, above):
+            return f"{above!r} reads it, and {reason}"
+    for above in switched(names, path):
+        if reason := _taken(names.modules[above]):
+            return f"{above!r} reads it, and {reason}"
+    return None
+
+
+def no_site(names: Names, path: str) -> str | None:
+    """Why the module at ``path`` cannot be adapted, whatever its weights are, or None."""
+    module = names.modules[path]
+    if reason := unreachable(names, path) or _taken(module):
+        return reason
+    kind = next((cls.__name__ for cls in _CONTAINERS if isinstance(module, cls)), None)
+    return kind and f"it is a {kind}, whose items are its children: its adapters would be one of the items"
+
+
+def _taken(module: nn.Module) -> str | None:
+    own = dict(module._modules.items()).get(SITE)  # a ScriptModule's children are no dict
+    mine = own is None or isinstance(own, Site)
+    return None if mine else f"it has a child of its own called {SITE!r}, where its adapters would stand"
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
@@ -446,13 +474,16 @@ def check_full(
     ``frozen`` are the ids of those that the user has frozen."""
     for path, parameters in full.items():
         module = names.modules[path]
-        reason = unreachable(names, path)
+        reason = no_site(names, path)
         if reason:
             problems.append(
                 sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
             )
         for name in parameters:
             parameter = module._parameters.get(name)
+            if not reason and (why := _hosts_refuse(names, path, name)):
+                found = f"{parameter_path(path, name)!r} trained in full: {why}"
+                problems.append(sentence(found, "a module that takes effect", "leave it out"))
             if parameter is None:
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
@@ -530,9 +561,17 @@ def install(
     given = numbers or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
-    made = [
-        (entry, make_change(entry, modules, plans.config, given.get(entry.slot, {}), evidence)) for entry in plans.low
-    ]
+    made, problems = [], []
+    for entry in plans.low:
+        try:
+            made.append((entry, make_change(entry, modules, plans.config, given.get(entry.slot, {}), evidence)))
+        except _BadStartError as error:
+            problems.append(str(error))
+    if problems:
+        for entry in plans.low:
+            if site_of(modules[entry.path]) is None:
+                entry.storage.release(modules[entry.path])
+    raise_all(TargetError, "Nothing was attached", problems)
     parts: dict[str, LayerAdapter] = {}
 
     def part(path: str) -> LayerAdapter:
@@ -558,8 +597,8 @@ def install(
     for path in list(parts):
         for above in switched(names, path):
             part(above)
-    for adapter in parts.values():
-        adapter.requires_grad_(trainable).train(model.training)
+    for path, adapter in parts.items():
+        adapter.requires_grad_(trainable).train(modules[path].training)
 
     if GROUP not in model.__dict__:
         group.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
@@ -623,6 +662,21 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return not scripted and module._buffers.get("running_mean") is not None
 
 
+class _BadStartError(TargetError):
+    """Numbers from which a variant starts are not finite, or too near to that for linear algebra."""
+
+
+def _starting(entry: LowPlan, variant: str, what: str, values: Tensor) -> Tensor:
+    """``values``, if a variant can start from them."""
+    if values.is_meta or values.isfinite().all():
+        return values
+    where = parameter_path(*entry.slot)
+    found = f"the weight {where!r}" if what == "base" else f"the {what} of {where!r}"
+    expected = f"finite numbers, from which variant {variant!r} starts"
+    do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
+    raise _BadStartError(sentence(f"{found} with NaN or infinity", expected, do))
+
+
 def make_change(
     entry: LowPlan,
     modules: Mapping[str, nn.Module],
@@ -639,16 +693,25 @@ def make_change(
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
         dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
-        return dense if rows is None else dense[:, rows.to(dense.device)]
+        dense = dense if rows is None else dense[:, rows.to(dense.device)]
+        return _starting(entry, variant.name, "base", dense)
 
     dims = entry.start_dims
-    seen = evidence(entry) if evidence is not None and not given else {}
+    found = evidence(entry) if evidence is not None and not given else {}
+    seen = {
+        name: lambda name=name, read=read: _starting(entry, variant.name, name, read()) for name, read in found.items()
+    }
     start = Start(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
     device = getattr(weight, "device", None) or entry.storage.dense(weight).device
     numbers = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
-        with torch.no_grad(), torch.device(device):
-            numbers = {**variant.init(start), **numbers}
+        try:
+            with torch.no_grad(), torch.device(device):
+                numbers = {**variant.init(start), **numbers}
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
+            found = f"{parameter_path(*entry.slot)!r}, from which variant {variant.name!r} cannot start ({error})"
+            do = "exclude the layer, or use a variant that does not start from it, such as lora"
+            raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     numbers = {
         name: value if name in variant.derived else value.to(dtype, copy=bool(given)) for name, value in numbers.items()
