@@ -326,11 +326,13 @@ def test_saving_while_merged_records_the_unmerged_base(tmp_path):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
     randomise(handle)
     expected = model(IDS)
+    second = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), "second")
     handle.merge()
     path = handle.save(tmp_path / "adapter")
     other = fresh()
     veneer.load(other, path)
     assert torch.equal(other(IDS), expected)
+    veneer.load(fresh(), second.save(tmp_path / "second"))  # which changes weights that hold the first now
 
 
 def damage_truncate(path):

@@ -15,7 +15,7 @@ from torch import nn
 import veneer
 from models import IDS, ConvNet, Shared, TinyLM
 from toys import Diagonal, bits, error, randomise, works
-from veneer.errors import ConfigError, MergeError, SelectionError, TargetError
+from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
 
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
 ATTENTION, MLP = LINEAR[:4], LINEAR[4:]
@@ -338,6 +338,9 @@ def test_trained_biases(bias):
         ({"layers": [1.0]}, ["layers="]),
         ({"bias": "al"}, ["bias='al'", "'all'"]),
         ({"dtype": "int8"}, ["dtype='int8'"]),
+        ({"variant": None}, ["variant=None", "Expected: a name"]),
+        ({"variant": ["lora"]}, ["variant=['lora']"]),
+        ({"variant": ""}, ["variant=''"]),
         ({"ranks": {"a": 0}}, ["ranks['a']=0"]),
         ({"rank": -1, "dropout": 2, "bias": "x"}, ["3 problems", "rank=-1", "dropout=2", "bias='x'"]),
     ],
@@ -726,3 +729,223 @@ def test_configs_of_natural_values():
     assert veneer.LoraConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="ranks="):
         veneer.LoraConfig(ranks=[1])
+
+
+# ---- weights that share memory, containers, starts that fail, modes ---------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self, vocabulary: int = 6, width: int = 4) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.emb(ids))
+
+
+def one_memory(model):
+    model.head.weight.data = model.emb.weight.data
+
+
+def turned(model):
+    model.head = nn.Linear(6, 4, bias=False)
+    model.head.weight = nn.Parameter(model.emb.weight.t())
+
+
+def in_part(model):
+    model.head.weight = nn.Parameter(model.emb.weight.detach().view(-1)[8:].view(4, 4))
+
+
+def buried(model):
+    model.vector = nn.Module()
+    model.vector.bias = nn.Parameter(model.head.weight.detach()[2])
+    model.emb.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("fields", [{"targets": ["head"]}, {"targets": ["emb"], "train_also": ["head"]}, {}], ids=str)
+@pytest.mark.parametrize("share", [one_memory, turned, in_part, buried])
+def test_parameters_that_share_memory_are_refused(share, fields):
+    model = Pair()
+    share(model)
+    before = state(model)
+    if share is buried:
+        fields = {"targets": ["head"]}
+    with pytest.raises(TargetError, match="share memory") as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    other = "vector.bias" if share is buried else "emb.weight"
+    for words in ("'head.weight'", f"'{other}'", "head.weight", "tie them"):
+        assert words in str(caught.value)
+    if share is one_memory:
+        assert "`head.weight = emb.weight`" in str(caught.value)
+    assert state(model) == before
+
+
+def test_a_tie_and_views_that_do_not_overlap_are_no_shared_memory():
+    model = Pair()
+    model.head.weight = model.emb.weight
+    model.rest = nn.ModuleDict({"fused": nn.Linear(4, 12), "q": nn.Linear(4, 6), "v": nn.Linear(4, 6)})
+    flat_buffer, whole = torch.randn(200), torch.randn(6, 8)
+    for layer, start in (("q", 0), ("v", 24)):
+        model.rest[layer].weight = nn.Parameter(flat_buffer[start : start + 24].view(6, 4))
+    model.side, model.beside = nn.Linear(4, 6), nn.Linear(4, 6)  # columns of one matrix: woven, but apart
+    model.side.weight, model.beside.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    model.far = nn.Linear(4, 6, device="meta")
+    model.farther = nn.Linear(4, 6, device="meta")
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["head", "q", "v", "side", "beside"]))
+    other = Pair()
+    one_memory(other)  # neither of which changes
+    other.fine = nn.Linear(4, 4)
+    veneer.attach(other, veneer.LoraConfig(rank=2, targets=["fine"]))
+
+
+def test_shared_memory_is_found_when_an_adapter_is_loaded(tmp_path):
+    path = veneer.attach(Pair(), veneer.LoraConfig(rank=2, targets=["head"])).save(tmp_path / "adapter")
+    model = Pair()
+    one_memory(model)
+    with pytest.raises(AdapterError, match="share memory"):
+        veneer.load(model, path, verify_base=False)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(1, 5).expand(5, 5),
+        torch.randn(9).as_strided((5, 5), (1, 1)),
+        torch.randn(9).as_strided((3, 4), (2, 1)),
+    ],
+    ids=["expanded", "hankel", "windows"],
+)
+def test_a_weight_that_overlaps_itself_is_refused(weight):
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0]))
+    model[0].weight = nn.Parameter(weight)
+    before = state(model)
+    for fields in ({"targets": ["0"]}, {"targets": ["0.weight"]}):
+        with pytest.raises(TargetError, match=r"'0\.weight'.*same memory"):
+            veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+    model[0].weight = nn.Parameter(
+        torch.randn(6, 10).as_strided(weight.shape, (20, 2) if weight.shape[0] < 4 else (11, 2))
+    )
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+
+
+class Scale(nn.Sequential):
+    """A container with a parameter of its own, which would run what an adapter puts beside its items."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return super().forward(x) @ self.scale
+
+
+class Direct(nn.Sequential):
+    """A container that reads its item's weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self[0].weight) + self[1](x)
+
+
+class Listed(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Linear(4, 4)])
+        self.gain = nn.Parameter(torch.ones(4))
+        self.bias = nn.Parameter(torch.ones(4))
+
+
+class Mapped(nn.ModuleDict):
+    def __init__(self):
+        super().__init__({"one": nn.Linear(4, 4)})
+        self.table = nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (Scale, {"targets": ["held.scale"]}),
+        (Scale, {"targets": ["held.0"], "train_also": ["held"]}),
+        (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.0"]}),
+        (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.1"], "train_also": ["held.0"]}),
+        (Listed, {"targets": ["gain"]}),
+        (Listed, {"targets": ["held.0"], "bias": "all"}),
+        (Mapped, {"targets": ["held.table"]}),
+    ],
+)
+def test_a_container_is_refused_as_it_would_run_the_adapter(make, fields):
+    model = nn.ModuleDict({"held": make()})
+    before = state(model)
+    with pytest.raises(TargetError, match=r"'held'.*items"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+
+
+def test_the_items_of_containers_are_attached_to_as_before():
+    for model in (Scale(), nn.ModuleDict({"held": Listed()}), nn.ModuleDict({"held": Mapped()})):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+        assert "items" in str(told[0].message)
+        assert all(isinstance(model.get_submodule(path), nn.Linear) for path in handle.layers)
+    works(adapt_linear(Scale()), torch.randn(3, 4))
+
+
+def adapt_linear(model, **fields):
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    randomise(handle)
+    return handle
+
+
+class Laminate(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.veneer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.veneer(super().forward(x))
+
+
+def test_a_child_that_is_called_as_ours_is_not_overwritten():
+    model, x = nn.Sequential(Laminate()), torch.randn(3, 4)
+    before, expected = state(model), model(x)
+    for fields in ({}, {"targets": ["0"]}, {"targets": ["0.veneer"], "train_also": ["0"]}, {"bias": "all"}):
+        with pytest.raises(TargetError, match="a child of its own called 'veneer'"):
+            veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
+    assert state(model) == before
+    works(adapt_linear(model, targets=["0.veneer"]), x)
+    assert torch.equal(model(x), expected)
+    encoder = nn.TransformerEncoderLayer(4, 2, 4)
+    encoder.veneer = nn.Identity()
+    with pytest.raises(TargetError, match="a child of its own called 'veneer'"):
+        veneer.attach(nn.Sequential(encoder), veneer.LoraConfig(rank=2, targets=["linear1"]))
+
+
+def test_the_nearest_names_are_others_and_targets():
+    model = nn.ModuleList(nn.ModuleDict({"v": nn.Linear(4, 4), "vo": nn.Linear(4, 4)}) for _ in range(2))
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["vo"], ranks={"v": 1}))
+    assert "'v' matches no target (nearest: 'vo')" in str(caught.value)
+    flat = nn.ModuleDict({"v": nn.Linear(4, 4), "w": nn.Linear(4, 4)})
+    with pytest.raises(TargetError) as caught:
+        veneer.attach(flat, veneer.LoraConfig(rank=2, targets=["w"], ranks={"v": 1}))
+    assert "nearest" not in str(caught.value)
+
+
+def test_a_new_change_is_in_the_mode_of_its_layer(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    model.train()
+    model[0].eval()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.5))
+    randomise(handle)
+    path = handle.save(tmp_path / "adapter")
+    for _ in range(2):
+        assert {at: change.training for at, change in handle.changes.items()} == {"0.weight": False, "1.weight": True}
+        assert torch.equal(model[0](x), model[0](x))
+        assert not torch.equal(model[1](x), model[1](x))
+        handle.detach()
+        handle = veneer.load(model, path, trainable=True)
+    model.eval()
+    model[1].train()
+    other = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"], targets=["0"]), "other")
+    assert {path: part.training for path, part in other.layers.items()} == {"0": False, "1": True}

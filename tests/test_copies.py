@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -13,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 import veneer
 from models import IDS, TinyLM
-from toys import ALL, adapt, cast, error, example, flat, randomise, selected
-from veneer.errors import MergeError
+from toys import ALL, adapt, bits, cast, error, example, flat, randomise, selected
+from veneer.adapted import STRAY
+from veneer.errors import MergeError, VeneerError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
 
@@ -178,3 +180,77 @@ def test_state_dicts_vectors_and_averages():
     nn.utils.vector_to_parameters(vector * 1.5, handle.parameters())
     assert error(selected(average, "a", IDS), selected(model, "a", IDS)) < 1e-6
     assert error(selected(average, None, IDS), selected(model, None, IDS)) < 1e-6
+
+
+def two_layers():
+    model = adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "default")
+    return model, veneer.Handle(model, "default")
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_in_the_same_model_is_one_error_of_every_operation(tmp_path, way):
+    model, handle = two_layers()
+    handle.save(tmp_path / "saved")
+    x, before = torch.randn(3, 4), bits(model)
+    expected = model(x)
+    model.append(way(model[1]))
+    operations = {
+        "merge": handle.merge,
+        "unmerge": handle.unmerge,
+        "save": lambda: handle.save(tmp_path / "again"),
+        "detach": handle.detach,
+        "load": lambda: veneer.load(model, tmp_path / "saved", name="b"),
+        "attach": lambda: veneer.attach(model, ALL, "b"),
+        "check": lambda: veneer.check(model, x),
+        "use": lambda: veneer.use(model, None),
+        "rows": lambda: veneer.use(model, ["default", None, None]),
+        "parameters": handle.parameters,
+        "summary": handle.summary,
+    }
+    for operation in operations.values():
+        with pytest.raises(VeneerError, match=r"another model object at 2\b.*detach before copying") as caught:
+            operation()
+        assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "again").exists()
+    assert all(torch.equal(value, before[name]) for name, value in bits(model[:2]).items())
+    del model[2]
+    assert torch.equal(model(x), expected)
+    handle.merge()
+    assert error(model(x), expected) < 1e-5
+    handle.unmerge()
+    handle.detach()
+    model.append(copy.deepcopy(model[1]))
+    assert list(veneer.attach(model, ALL).layers) == ["0", "1", "2"]
+
+
+def test_a_merged_model_with_a_copied_layer_is_not_unmerged_in_part():
+    model, handle = two_layers()
+    handle.merge()
+    model.append(copy.deepcopy(model[1]))
+    before = bits(model)
+    for operation in (handle.unmerge, lambda: handle.detach(keep_merged=True)):
+        with pytest.raises(VeneerError, match="another model object at 2"):
+            operation()
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+
+
+def test_whole_copies_and_layers_copied_out_are_free():
+    """A copy of the model is known to be one as it is made, so that `use` goes on without a walk; a layer alone may be
+    used anywhere but in a model with adapters of its own."""
+    gc.collect()  # the models of other tests
+    before = len(STRAY)
+    model, _ = two_layers()
+    x = torch.randn(3, 4)
+    other, wrapped = copy.deepcopy(model), copy.deepcopy(nn.ModuleList([model]))[0]
+    assert len(STRAY) == before
+    layer = copy.deepcopy(model[1])
+    assert len(STRAY) == before + 1
+    for whole in (model, other, wrapped):
+        assert not torch.equal(selected(whole, None, x), selected(whole, "default", x))
+    assert torch.equal(layer(x), model[1](x))
+    again = pickle.loads(pickle.dumps(model))
+    assert len(STRAY) == before + 2
+    veneer.merge(again)
+    del layer
+    gc.collect()
+    assert len(STRAY) == before

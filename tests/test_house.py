@@ -22,7 +22,7 @@ FLOORS = [
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows"],
-    ["readers"],
+    ["readers", "overlap"],
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 import veneer
 from models import IDS, TinyLM
 from toys import bits, error, randomise
+from veneer.attach import need_group
 from veneer.bases import storage_of
 from veneer.errors import MergeError, SelectionError
 from veneer.kernels.reference import round_once
@@ -211,3 +216,176 @@ def test_a_model_made_in_inference_mode_is_merged_in_inference_mode():
         assert error(model(IDS), y) < 1e-5
         handle.unmerge()
     assert same(bits(model), before)
+
+
+def test_of_two_threads_that_merge_one_is_refused(monkeypatch):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    before, expected = bits(model), model(IDS)
+    plain, inside = type(storage_of(model.lm_head.weight)), threading.Event()
+    original = plain.write
+
+    def slow(self, weight, encoded):
+        inside.set()
+        time.sleep(0.005)
+        original(self, weight, encoded)
+
+    monkeypatch.setattr(plain, "write", slow)
+    for operation, words in ((handle.merge, "merged already"), (handle.unmerge, "nothing is merged")):
+        raised: list[Exception] = []
+
+        def other(operation=operation, raised=raised):
+            inside.wait()
+            try:
+                operation()
+            except Exception as caught:
+                raised.append(caught)
+
+        inside.clear()
+        thread = threading.Thread(target=other)
+        thread.start()
+        operation()
+        thread.join()
+        assert [type(one) for one in raised] == [MergeError]
+        assert words in str(raised[0])
+        if operation == handle.merge:
+            assert error(model(IDS), expected) < 1e-5
+    assert same(bits(model), before)
+
+
+class Stop:
+    """Interrupts ``write`` of plain weights: the ``at``-th call before or after it writes, and every call from there
+    until ``until``."""
+
+    def __init__(self, monkeypatch, model, at, until, late, what):
+        self.plain = type(storage_of(model.lm_head.weight))
+        self.original, self.calls = self.plain.write, 0
+
+        def write(storage, weight, encoded):
+            self.calls += 1
+            stop = at <= self.calls <= until
+            if late or not stop:
+                self.original(storage, weight, encoded)
+            if stop:
+                raise what
+
+        monkeypatch.setattr(self.plain, "write", write)
+
+
+def parts_left(model):
+    """Where anything of a merge is left behind."""
+    return [
+        path for path, module in model.named_modules()
+        if path.endswith("backup") or "digests" in module.__dict__
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("at", "until"), [(2, 2), (1, 1), (5, 9), (3, 100)])
+@pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_unmerge_is_finished_by_another(monkeypatch, late, at, until, what):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["norm"], bias="targets"))
+    randomise(handle)
+    before, output = bits(model), model(IDS)
+    handle.merge()
+    with monkeypatch.context() as patch, pytest.raises(what):
+        Stop(patch, model, at, until, late, what)
+        handle.unmerge()
+    handle.unmerge()
+    assert same(bits(model), before)
+    assert torch.equal(model(IDS), output)
+    assert not parts_left(model)
+    with pytest.raises(MergeError, match="nothing is merged"):
+        handle.unmerge()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("at", "until"), [(2, 2), (1, 1), (2, 100), (5, 9)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_interrupted_merge_leaves_nothing_or_can_be_unmerged(monkeypatch, late, at, until, keep):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["norm"], bias="targets"))
+    randomise(handle)
+    before, output = bits(model), model(IDS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Stop(patch, model, at, until, late, KeyboardInterrupt)
+        handle.merge(keep=keep)
+    if until == at:
+        with pytest.raises(MergeError, match="nothing is merged"):
+            handle.unmerge()
+    elif parts_left(model):  # writing back was interrupted too
+        handle.unmerge()
+    assert same(bits(model), before)
+    assert torch.equal(model(IDS), output)
+    assert not parts_left(model)
+    handle.merge(keep=keep)
+    assert error(model(IDS), output) < 1e-5
+
+
+def test_an_edit_after_an_interrupted_unmerge_is_still_seen(monkeypatch):
+    model = TinyLM()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    handle.merge()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Stop(patch, model, 2, 100, False, KeyboardInterrupt)
+        handle.unmerge()
+    for weight in (model.model.layers[0].self_attn.q_proj.weight, model.model.layers[1].mlp["down"].weight):
+        value = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        with pytest.raises(MergeError, match="edited since the merge"):
+            handle.unmerge()
+        with torch.no_grad():
+            weight.copy_(value)
+    handle.unmerge()
+
+
+@pytest.mark.parametrize("operation", ["merge", "unmerge"])
+def test_an_interrupt_at_any_line_loses_nothing(operation):
+    """Ctrl-C comes between any two lines: afterwards the model is merged, unmerged, or can be unmerged."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=1, bias="targets"))
+    randomise(handle)
+    before, x = bits(model), torch.randn(2, 2)
+    expected = model(x)
+    own, lines = sys.modules["veneer.merge"].__file__, 0
+
+    def interrupted(at):
+        seen = 0
+
+        def line(frame, event, _):
+            nonlocal seen
+            if event == "line":
+                seen += 1
+                if seen == at:
+                    raise KeyboardInterrupt
+            return line
+
+        sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename == own else None)
+        try:
+            getattr(handle, operation)()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # an interrupt in the line of a `with` passes its end by
+        return False
+
+    for at in itertools.count(1):
+        if operation == "unmerge":
+            handle.merge()
+        stopped = interrupted(at)
+        lines += stopped
+        if need_group(model).merged is not None:
+            handle.unmerge()
+        assert same(bits(model), before), at
+        assert torch.equal(model(x), expected)
+        handle.merge()
+        handle.unmerge()
+        assert not parts_left(model)
+        if not stopped:
+            break
+    assert lines > 50

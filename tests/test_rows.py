@@ -149,6 +149,50 @@ def test_rows_that_cannot_be_told_are_an_error(module, args):
     assert torch.equal(flat(selected(module, "a", *args)), flat(before))
 
 
+@pytest.mark.parametrize("positional", range(3, 9))
+def test_every_argument_of_attention_reaches_mixed_rows(positional):
+    module = adapt(nn.MultiheadAttention(8, 2, batch_first=True), "a", "b")
+    x, mask = torch.randn(3, 4, 8), torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
+    args = (x, x, x, torch.arange(4).expand(3, 4) > 2, True, mask, False, False)
+    names = (
+        "query",
+        "key",
+        "value",
+        "key_padding_mask",
+        "need_weights",
+        "attn_mask",
+        "average_attn_weights",
+        "is_causal",
+    )
+    kwargs = dict(zip(names[positional:], args[positional:], strict=True))
+    with veneer.use(module, ["a", None, "b"]):
+        mixed = module(*args[:positional], **kwargs)
+        with pytest.raises(TypeError):
+            module(*args, None)
+    assert mixed[1].shape == (3, 2, 4, 4)  # a head each: average_attn_weights=False
+    for row, name in enumerate(["a", None, "b"]):
+        alone = selected(module, name, *args)
+        assert all(error(one[row], other[row]) < 1e-5 for one, other in zip(mixed, alone, strict=True))
+
+
+class Scaled(nn.MultiheadAttention):
+    """One that takes more than torch's."""
+
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False, scale=1.0):  # fmt: skip
+        y, weights = super().forward(query, key, value, key_padding_mask, need_weights, attn_mask,
+                                     average_attn_weights, is_causal)  # fmt: skip
+        return y * scale, weights
+
+
+def test_arguments_of_a_subclass_of_attention_reach_mixed_rows():
+    module = adapt(Scaled(8, 2), "a", "b")
+    args = (*[torch.randn(4, 2, 8)] * 3, None, False, None, True, False, 3.0)
+    with veneer.use(module, ["a", "b"]):
+        y, _ = module(*args)
+    assert error(y[:, 1], selected(module, "b", *args)[0][:, 1]) < 1e-5
+
+
 class TimeFirst(nn.Module):
     """Says nowhere but in its GRU that its second axis counts the rows."""
 

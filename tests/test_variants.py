@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import veneer
+from toys import evidence
+from veneer.errors import TargetError
 from veneer.lowrank import LowRank
 from veneer.variants import EVIDENCE, VARIANTS, Start
 from veneer.variants import _parts as parts
@@ -478,3 +481,55 @@ def test_lokr_takes_the_thinner_of_its_two_forms():
     for numbers in (tall, wide):
         low, _ = VARIANTS["lokr"].resolve(numbers, 1.0, lambda: None)
         assert low.rank == 2 * 2
+
+
+READS_ITS_WEIGHT = {"pissa", "lora_xs", "olora", "dora", "loftq"}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", VARIANTS.names())
+def test_a_start_from_numbers_that_are_not_finite_names_the_layers(name, number):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    data = evidence(model, name, (torch.randn(5, 4),))
+    with torch.no_grad():
+        for layer in (1, 3):
+            model[layer].weight[2, 1] = number
+    config = veneer.LoraConfig(rank=2, variant=name)
+    if VARIANTS[name].needs & {"inputs", "gradient"} or name in READS_ITS_WEIGHT:
+        before = {path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()}
+        with pytest.raises(TargetError, match=f"'3.weight'.*{name!r}") as caught:
+            veneer.attach(model, config, **data)
+        assert "LinAlg" not in str(caught.value)
+        if name in READS_ITS_WEIGHT:
+            assert "2 problems" in str(caught.value)
+            assert "the weight '1.weight'" in str(caught.value)
+            assert "'0.weight'" not in str(caught.value)
+        assert before == {path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()}
+    else:
+        veneer.attach(model, config, **data)
+
+
+@pytest.mark.parametrize("name", ["eva", "lora_ga"])
+def test_batches_that_are_not_finite_name_the_layers(name):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.full((5, 4), float("nan"))
+    with pytest.raises(TargetError, match="2 problems") as caught:
+        veneer.attach(model, veneer.LoraConfig(rank=2, variant=name), **evidence(model, name, (x,)))
+    what = {"eva": "inputs", "lora_ga": "gradient"}[name]
+    assert f"the {what} of '0.weight'" in str(caught.value)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_an_original_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(4, 4))
+    state = {path: torch.full_like(value, float("inf")) for path, value in model.state_dict().items()}
+    with pytest.raises(TargetError, match=r"the original of '0\.weight'"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, variant="loftq"), original=state)
+
+
+def test_slices_start_from_the_rows_that_they_choose():
+    model = nn.Sequential(nn.Linear(4, 8))
+    with torch.no_grad():
+        model[0].weight[:4] = float("nan")
+    config = veneer.LoraConfig(rank=2, variant="pissa", slices={"0": [False, True]})
+    veneer.attach(model, config)

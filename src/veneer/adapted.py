@@ -24,9 +24,11 @@ weight that is used) and ``parametrize`` (materialises always, changes the state
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -95,8 +97,10 @@ class Group:
     """What one model's sites share: the adapters' names, configs and parts, and which of them is merged.
 
     ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
-    another.
+    another. ``root`` is the model; unknown of a copy until it is seen at one.
     """
+
+    root: weakref.ref[nn.Module] | None = None
 
     def __init__(self) -> None:
         self.uid = uuid.uuid4().hex
@@ -116,12 +120,32 @@ class Group:
         self.keys += 1
         return self.keys
 
+    def claim(self, root: nn.Module) -> None:
+        """This is the group of ``root``."""
+        if self.root is None:
+            self.root = weakref.ref(root)
+            STRAY.discard(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default", "root")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, uid=uuid.uuid4().hex)
         self.set_adapters(self.configs, self.selections)
+        STRAY.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        made = memo[id(self)] = object.__new__(Group)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) in memo:  # the whole model is being copied
+            made.claim(memo[id(root)])
+        return made
+
+
+#: Groups of copies that have not been seen at the root of a model: of layers that were copied out of one, which may by
+#: now be in another, or in the same.
+STRAY: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 class Site(nn.Module):

@@ -21,6 +21,7 @@ from veneer.attach import (
     Plans,
     Wish,
     adapters,
+    changed_slots,
     changes,
     check_full,
     full_hosts,
@@ -53,7 +54,8 @@ from veneer.hashing import fingerprint
 from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
-from veneer.merge import original
+from veneer.merge import kept_bits
+from veneer.overlap import overlaps
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
 
@@ -98,10 +100,14 @@ def save(
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     weights = {
-        parameter_path(at, weight): (weight_of(module, weight), weight, change)
+        parameter_path(at, weight): (weight_of(module, weight), change)
         for at, module, weight, change in changes(model, name)
     }
-    exact = {id(entry.change): entry.exact for entry in filed}
+    exact, kept = {id(entry.change): entry.exact for entry in filed}, kept_bits(model)
+
+    def base_of(weight: Any, change: Change) -> Tensor:
+        return change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight)))
+
     write(
         path,
         tensors_of(model, name, filed),
@@ -109,15 +115,15 @@ def save(
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
-            "weights": {at: fingerprint(original(change, held, own)) for at, (held, own, change) in weights.items()},
+            "weights": {at: fingerprint(base_of(held, change)) for at, (held, change) in weights.items()},
         },
-        changes={at: _described(change) for at, (_, _, change) in weights.items()},
+        changes={at: _described(change) for at, (_, change) in weights.items()},
         config=config,
         provenance=provenance or {},
         overwrite=overwrite,
         numbers={
             f"{at}.{number}": written(value)
-            for at, (_, _, change) in weights.items()
+            for at, (_, change) in weights.items()
             if not exact[id(change)]
             for number, value in change.numbers.items()
             if number not in change.variant.derived
@@ -177,6 +183,12 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
     for entry in low:
         _take_base_weight(names, entry, full, path)
     _check_full_tensors(names, full, problems)
+    own = {
+        key: tuple(n for n in tensors if n in names.modules[key]._parameters)
+        for key, tensors in full.items()
+        if key in names.modules
+    }
+    problems += overlaps(names, changed_slots(low, own))
     if artefact.record is None:
         lacking = _lacking(names, artefact, set(file_of))
         if lacking:
@@ -194,7 +206,6 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
             UnverifiedAdapter,
             stacklevel=3,
         )
-    own = {key: tuple(n for n in tensors if n in names.modules[key]._parameters) for key, tensors in full.items()}
     whole = frozenset(key for key, tensors in full.items() if any(n in names.modules[key]._buffers for n in tensors))
     plans = Plans(artefact.config, tuple(low), own, whole, full_hosts(names, own))
     install(model, name, plans, trainable=trainable, numbers=numbers)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from veneer.adapted import (
     GROUP,
+    SITE,
+    STRAY,
     Change,
     Group,
     LayerAdapter,
@@ -43,6 +45,7 @@ from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, 
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
+from veneer.overlap import overlaps
 from veneer.readers import alike, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS, Start
@@ -94,6 +97,8 @@ class Plans:
 
 
 GENERAL_KIND: Layer = LAYERS[GENERAL]
+#: modules that take all of their children for items
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def group_of(model: nn.Module) -> Group | None:
@@ -119,17 +124,39 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def need_group(model: nn.Module, name: str | None = None) -> Group:
-    """The model's group; a SelectionError if it has none, or no adapter of this name."""
+def need_group(model: nn.Module, name: str | None = None, *, walk: bool = True) -> Group:
+    """The model's group; a SelectionError if it has none, or no adapter of this name, or if layers of the model belong
+    to another group. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
     group = group_of(model)
     if group is None:
         raise SelectionError(
             sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
         )
+    group.claim(unwrap(model))
+    if (walk or STRAY) and (problem := strangers(model)):
+        raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in group.configs):
         found = f"no adapter named {name!r}{nearest(str(name), group.configs)}"
         raise SelectionError(sentence(found, f"one of {', '.join(group.configs)}", "use a name that is attached"))
     return group
+
+
+def strangers(model: nn.Module) -> str | None:
+    """The problem of layers with adapters that were attached through another model, or None. Nobody who selects, merges
+    or detaches through this one means them, but a walk over its layers would meet them."""
+    if not _strangers(model) or not (paths := in_turn(_strangers)(model)):  # another thread may be attaching
+        return None
+    found = f"adapters attached through another model object at {listing(paths, 3)}"
+    do = (
+        "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
+        "copying or attach after"
+    )
+    return sentence(found, "one root for all adapters", do)
+
+
+def _strangers(model: nn.Module) -> list[str]:
+    group = group_of(model)
+    return [path for path, _, site in sites(unwrap(model)) if site.group is not group]
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
@@ -221,10 +248,17 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         if name in full.get(path, ()):
             found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
             problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
+    problems += overlaps(names, changed_slots(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
     return Plans(config, tuple(low), full, frozenset(also), full_hosts(names, full))
+
+
+def changed_slots(low: Sequence[LowPlan], full: Mapping[str, Sequence[str]]) -> list[Slot]:
+    """Every place whose parameter an adapter changes or replaces."""
+    own = [slot for entry in low for slot in entry.holders]
+    return [*own, *((path, name) for path, parameters in full.items() for name in parameters)]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -387,11 +421,36 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     if storage_of(weight) is None:
         found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
-    reason = kind.refuses(module) or unreachable(names, path)
+    reason = kind.refuses(module) or no_site(names, path)
     if reason is None:
-        above = [above for above, _ in hosts(names, path, name)]
-        reason = next((f"{host!r} reads it, and {why}" for host in above if (why := unreachable(names, host))), None)
+        reason = _hosts_refuse(names, path, name)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
+
+
+def _hosts_refuse(names: Names, path: str, name: str) -> str | None:
+    """Why a module that reads a parameter from above, or whose fast path would, cannot see a changed one, or None."""
+    for above, _ in hosts(names, path, name):
+        if reason := no_site(names, above):
+            return f"{above!r} reads it, and {reason}"
+    for above in switched(names, path):
+        if reason := _taken(names.modules[above]):
+            return f"{above!r} reads it, and {reason}"
+    return None
+
+
+def no_site(names: Names, path: str) -> str | None:
+    """Why the module at ``path`` cannot be adapted, whatever its weights are, or None."""
+    module = names.modules[path]
+    if reason := unreachable(names, path) or _taken(module):
+        return reason
+    kind = next((cls.__name__ for cls in _CONTAINERS if isinstance(module, cls)), None)
+    return kind and f"it is a {kind}, whose items are its children: its adapters would be one of the items"
+
+
+def _taken(module: nn.Module) -> str | None:
+    own = dict(module._modules.items()).get(SITE)  # a ScriptModule's children are no dict
+    mine = own is None or isinstance(own, Site)
+    return None if mine else f"it has a child of its own called {SITE!r}, where its adapters would stand"
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
@@ -415,13 +474,16 @@ def check_full(
     ``frozen`` are the ids of those that the user has frozen."""
     for path, parameters in full.items():
         module = names.modules[path]
-        reason = unreachable(names, path)
+        reason = no_site(names, path)
         if reason:
             problems.append(
                 sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
             )
         for name in parameters:
             parameter = module._parameters.get(name)
+            if not reason and (why := _hosts_refuse(names, path, name)):
+                found = f"{parameter_path(path, name)!r} trained in full: {why}"
+                problems.append(sentence(found, "a module that takes effect", "leave it out"))
             if parameter is None:
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
@@ -462,12 +524,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield sentence(
             f"{group.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
         )
-    foreign = [path for path, _, site in sites(model) if site.group is not group]
-    if foreign:
-        found = f"adapters attached through another model object at {listing(foreign, 3)}"
-        yield sentence(
-            found, "one root for all adapters", "attach to the model that they were attached to, or detach them"
-        )
+    if problem := strangers(model):
+        yield problem
 
 
 def _strings(targets) -> tuple[str, ...]:
@@ -503,9 +561,17 @@ def install(
     given = numbers or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
-    made = [
-        (entry, make_change(entry, modules, plans.config, given.get(entry.slot, {}), evidence)) for entry in plans.low
-    ]
+    made, problems = [], []
+    for entry in plans.low:
+        try:
+            made.append((entry, make_change(entry, modules, plans.config, given.get(entry.slot, {}), evidence)))
+        except _BadStartError as error:
+            problems.append(str(error))
+    if problems:
+        for entry in plans.low:
+            if site_of(modules[entry.path]) is None:
+                entry.storage.release(modules[entry.path])
+    raise_all(TargetError, "Nothing was attached", problems)
     parts: dict[str, LayerAdapter] = {}
 
     def part(path: str) -> LayerAdapter:
@@ -531,12 +597,13 @@ def install(
     for path in list(parts):
         for above in switched(names, path):
             part(above)
-    for adapter in parts.values():
-        adapter.requires_grad_(trainable).train(model.training)
+    for path, adapter in parts.items():
+        adapter.requires_grad_(trainable).train(modules[path].training)
 
     if GROUP not in model.__dict__:
         group.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
         model.__dict__[GROUP] = group
+        group.claim(model)
         for parameter in model.parameters():
             parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
     transposed = {
@@ -595,6 +662,21 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return not scripted and module._buffers.get("running_mean") is not None
 
 
+class _BadStartError(TargetError):
+    """Numbers from which a variant starts are not finite, or too near to that for linear algebra."""
+
+
+def _starting(entry: LowPlan, variant: str, what: str, values: Tensor) -> Tensor:
+    """``values``, if a variant can start from them."""
+    if values.is_meta or values.isfinite().all():
+        return values
+    where = parameter_path(*entry.slot)
+    found = f"the weight {where!r}" if what == "base" else f"the {what} of {where!r}"
+    expected = f"finite numbers, from which variant {variant!r} starts"
+    do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
+    raise _BadStartError(sentence(f"{found} with NaN or infinity", expected, do))
+
+
 def make_change(
     entry: LowPlan,
     modules: Mapping[str, nn.Module],
@@ -611,16 +693,25 @@ def make_change(
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
         dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
-        return dense if rows is None else dense[:, rows.to(dense.device)]
+        dense = dense if rows is None else dense[:, rows.to(dense.device)]
+        return _starting(entry, variant.name, "base", dense)
 
     dims = entry.start_dims
-    seen = evidence(entry) if evidence is not None and not given else {}
+    found = evidence(entry) if evidence is not None and not given else {}
+    seen = {
+        name: lambda name=name, read=read: _starting(entry, variant.name, name, read()) for name, read in found.items()
+    }
     start = Start(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
     device = getattr(weight, "device", None) or entry.storage.dense(weight).device
     numbers = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
-        with torch.no_grad(), torch.device(device):
-            numbers = {**variant.init(start), **numbers}
+        try:
+            with torch.no_grad(), torch.device(device):
+                numbers = {**variant.init(start), **numbers}
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
+            found = f"{parameter_path(*entry.slot)!r}, from which variant {variant.name!r} cannot start ({error})"
+            do = "exclude the layer, or use a variant that does not start from it, such as lora"
+            raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     numbers = {
         name: value if name in variant.derived else value.to(dtype, copy=bool(given)) for name, value in numbers.items()

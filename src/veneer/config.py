@@ -126,6 +126,8 @@ class LoraConfig:
             yield sentence(f"layers={self.layers!r}", "a list of block indices", "use e.g. [0, 1, -1], or None for all")
         if self.bias not in BIASES:
             yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')
+        if not isinstance(self.variant, str) or not self.variant:
+            yield sentence(f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"')
         if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
             yield sentence(f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None")
 

@@ -81,8 +81,9 @@ def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> N
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """`` (nearest: 'a', 'b')`` for the known words most like ``word``, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
+    """`` (nearest: 'a', 'b')`` for the other known words most like ``word``, or an empty string."""
+    others = [other for other in dict.fromkeys(known) if other != word]
+    close = difflib.get_close_matches(word, others, n=limit, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, close))})" if close else ""
 
 

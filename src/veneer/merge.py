@@ -4,19 +4,23 @@
 
 All new weights are made and checked before the first is written. The old ones are kept beside the adapter (as buffers
 that no state dict contains), so that ``unmerge`` restores bits instead of subtracting: W' - ΔW is W only when nothing
-was rounded.
+was rounded. All are kept before the first is overwritten, and the model counts as merged until the last is back, so
+that whatever interrupts either way, ``unmerge`` can finish it.
+
+Threads that merge, unmerge, attach and detach take turns. Threads that call the model do not wait for a merge, and a
+call that runs meanwhile sees weights of which some are merged: let no call run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter, sites, weight_of
+from veneer.adapted import Change, LayerAdapter, in_turn, sites, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.bases import BASES, Storage
 from veneer.errors import MergeError, listing, raise_all, sentence
@@ -90,12 +94,13 @@ class _Write:
     report: LayerMerge | None
 
 
+@in_turn
 def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> MergeReport:
     """Write ``W + ΔW``, rounded once, into the weights of ``model``, in place: parameters keep their identity and
     their ties.
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
-    raises.
+    raises. No thread may call the model while this runs, nor while ``unmerge`` does.
 
     Args:
         name: the adapter; None takes the only one.
@@ -121,27 +126,29 @@ def merge(model: nn.Module, name: str | None = None, *, keep: bool = True) -> Me
         for slot, values in _values(model, name):
             writes += _write(slot, values, problems)
     raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
-    done: list[_Slot] = []
+    slots = [write.slot for write in writes]
     try:
+        _forget(slots)  # what an interrupt in the last line of an unmerge has left
         for write in writes:
             _keep(write)
-            done.append(write.slot)
+        group.merged = name
+        for write in writes:
             write.slot.write(write.stored)
     except BaseException:
-        for slot in done:
-            slot.write(_kept(slot))
-        for write in writes:
-            _forget(write.slot)
+        if group.merged is not None:
+            _restore([slot for slot in slots if _digest(slot.stored()) != _digest(_kept(slot))])
+            group.merged = None
+        _forget(slots)
         raise
     if not keep:
-        for write in writes:
-            _forget(write.slot)
-    group.merged = name
+        _forget(slots)
     return MergeReport(name, tuple(write.report for write in writes if write.report))
 
 
+@in_turn
 def unmerge(model: nn.Module) -> None:
-    """Restore the bits that the weights had before ``merge``.
+    """Restore the bits that the weights had before ``merge``. If it is interrupted (Ctrl-C, memory), the next call
+    finishes it.
 
     Raises:
         MergeError: nothing is merged; the old weights were not kept; or a merged weight was edited since, so that
@@ -155,24 +162,30 @@ def unmerge(model: nn.Module) -> None:
     if any("backup" not in slot.keeper._modules for slot in slots):
         found = f"{group.merged!r}, merged with keep=False"
         raise MergeError(sentence(found, "the weights from before the merge", "load the base again"))
-    edited = [slot.where for slot in slots if _digest(slot, slot.stored()) != _expected(slot)]
+    merged, edited = [], []
+    for slot in slots:
+        found, expected = _digest(slot.stored()), _expected(slot)
+        if found == expected:
+            merged.append(slot)
+        elif found != (kept := _digest(_kept(slot))):  # unless an unmerge that was interrupted has restored it
+            between = all(found[key] in (kept.get(key), expected.get(key)) for key in found)
+            (merged if between else edited).append(slot)
     if edited:
-        found = f"weights edited since the merge (also by .to(dtype)): {listing(edited)}"
+        found = f"weights edited since the merge (also by .to(dtype)): {listing(slot.where for slot in edited)}"
         raise MergeError(
             sentence(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
         )
-    for slot in slots:
-        slot.write(_kept(slot))
-    for slot in slots:
-        _forget(slot)
-    group.merged = None
+    _restore(merged)
+    group.merged = None  # what is kept has no meaning from here on
+    _forget(slots)
 
 
-def original(change: Change, weight: Any, name: str) -> Tensor:
-    """The dense base weight of a change, also while it is merged."""
-    backup = change._modules.get("backup")
-    kept = _named(backup, name) if backup is not None else None
-    return change.storage.decode(weight, change.storage.stored(weight) if kept is None else kept)
+def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """What the weights held before ``merge``, as their storage names it, by the identity of the weight. Whichever
+    adapter is merged, every other one was made for these too."""
+    group = need_group(model)
+    slots = [] if group.merged is None else [slot for slot, _ in _values(model, group.merged, compute=False)]
+    return {id(slot.target): _kept(slot) for slot in slots if "backup" in slot.keeper._modules}
 
 
 def _values(model: nn.Module, name: str, *, compute: bool = True) -> Iterator[tuple[_Slot, Tensor | None]]:
@@ -253,10 +266,10 @@ def _keep(write: _Write) -> None:
     backup: Any = slot.keeper._modules["backup"]
     for key, tensor in slot.stored().items():
         backup.register_buffer(f"{slot.name}:{key}", tensor.detach().clone(), persistent=False)
-    slot.keeper.digests[slot.name] = _digest(slot, write.stored)
+    slot.keeper.digests[slot.name] = _digest(write.stored)
 
 
-def _digest(slot: _Slot, stored: Mapping[str, Tensor]) -> dict[str, str]:
+def _digest(stored: Mapping[str, Tensor]) -> dict[str, str]:
     return {key: digest(tensor) for key, tensor in stored.items()}
 
 
@@ -265,14 +278,32 @@ def _expected(slot: _Slot) -> dict[str, str]:
 
 
 def _kept(slot: _Slot) -> dict[str, Tensor]:
-    return _named(slot.keeper._modules["backup"], slot.name)
-
-
-def _named(backup: Any, name: str) -> dict[str, Tensor]:
+    backup: Any = slot.keeper._modules["backup"]
     buffers = {key.rpartition(":"): tensor for key, tensor in backup._buffers.items()}
-    return {key: tensor for (own, _, key), tensor in buffers.items() if own == name}
+    return {key: tensor for (own, _, key), tensor in buffers.items() if own == slot.name}
 
 
-def _forget(slot: _Slot) -> None:
-    slot.keeper._modules.pop("backup", None)
-    slot.keeper.__dict__.pop("digests", None)
+def _restore(slots: Iterable[_Slot]) -> None:
+    """Write the kept bits back into all of these, also if one fails; then its error is raised."""
+    failed: list[BaseException] = []
+    for slot in slots:
+        try:
+            slot.write(_kept(slot))
+        except BaseException as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+def _forget(slots: Iterable[_Slot]) -> None:
+    keepers = [slot.keeper for slot in slots]
+    try:
+        _drop(keepers)
+    finally:
+        _drop(keepers)  # again, should the first have been interrupted
+
+
+def _drop(keepers: Iterable[Change | LayerAdapter]) -> None:
+    for keeper in keepers:
+        keeper._modules.pop("backup", None)
+        keeper.__dict__.pop("digests", None)

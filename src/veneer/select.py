@@ -40,14 +40,14 @@ class use:
             do = f"use {plan.FACTORED!r}, {plan.MATERIALISED!r} or None"
             raise SelectionError(sentence(found, "a way to compute an adapted layer", do))
         self._path = {} if path is None else {"path": path}
-        group = need_group(model)
+        group = need_group(model, walk=False)
         self._uid = group.uid
         self._name = name
         if name is None or isinstance(name, str):
-            self._selected = BASE if name is None else need_group(model, name).selections[name]
+            self._selected = BASE if name is None else need_group(model, name, walk=False).selections[name]
         else:
             for one in name:
-                need_group(model, one)
+                need_group(model, one, walk=False)
             self._selected = by_rows(unwrap(model), group, name)
         self._entered = False
 

@@ -79,10 +79,11 @@ class Names:
             if any(alias == path or alias.startswith(f"{path}.") or path == "" for alias in aliases):
                 yield name
 
-    def suggest(self, pattern: str) -> str:
-        """`` (nearest: …)`` among full paths and last parts."""
+    def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
+        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``."""
         attachable = [name for name, module in self.modules.items() if kind_of(module)]
-        leaves = {name.rpartition(".")[2] for name in attachable}
+        attachable = attachable if among is None else list(among)
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in attachable)
         return nearest(pattern, [*leaves, *attachable])
 
     def leaves(self) -> str:
@@ -160,11 +161,12 @@ def means(names: Names, pattern: str, slot: Slot) -> bool:
 
 def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[Slot]) -> list[str]:
     """Problems for the patterns that match none of the slots in ``among``."""
+    paths = dict.fromkeys(path for path, _ in among)
     return [
         sentence(
-            f"{field} pattern {pattern!r} matches no target{names.suggest(pattern)}",
+            f"{field} pattern {pattern!r} matches no target{names.suggest(pattern, paths)}",
             "a pattern that matches one",
-            f"name one of {listing(dict.fromkeys(path for path, _ in among))}",
+            f"name one of {listing(paths)}",
         )
         for pattern in patterns
         if not any(means(names, pattern, slot) for slot in among)

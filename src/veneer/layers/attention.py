@@ -8,6 +8,7 @@ found and seen to like every direct read (``readers.py``). ``bias_k`` and ``bias
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn, randn
 from veneer.layers._base import Layer, joined, register
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+#: the arguments of its forward, in their order
+_ARGUMENTS = tuple(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
 
 
 @register
@@ -52,7 +55,7 @@ class Attention(Layer):
         return type(module).forward(seen, *args)[0]
 
     def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
-        names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+        names, more = _ARGUMENTS, args[len(_ARGUMENTS) :]  # of a subclass
         given = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1
         if any(given[name].dim() != 3 or given[name].shape[axis] != count for name in names[:3]):
@@ -65,7 +68,7 @@ class Attention(Layer):
         if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
             heads = torch.arange(module.num_heads, device=rows.device)
             given["attn_mask"] = mask.index_select(0, (rows[:, None] * module.num_heads + heads).reshape(-1))
-        return (), given
+        return (*(given[name] for name in names[: len(args)]), *more), {name: given[name] for name in kwargs}
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         return joined(outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0)
