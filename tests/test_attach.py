@@ -663,10 +663,10 @@ class ByComprehension(Reads):
 
 class ByNames(Reads):
     def direct(self, h):
-        e, (l, _) = self.emb, (self.lin, None)
-        h = F.linear(h, e.weight) + F.linear(h, l.weight)
-        if (one := self.named["one"]) is not None:
-            h = F.linear(h, one.weight)
+        one, (two, _) = self.emb, (self.lin, None)
+        h = F.linear(h, one.weight) + F.linear(h, two.weight)
+        if (three := self.named["one"]) is not None:
+            h = F.linear(h, three.weight)
         last: nn.Linear = self.ls[1]
         return F.linear(h, last.weight)
 
@@ -729,12 +729,12 @@ READS += [ByUnpacking, ByGetattr, ByHelper, ByLambda, ByBound, Below]
 @pytest.mark.parametrize("cls", READS)
 def test_a_weight_that_is_read_past_its_module_is_the_changed_one(cls, variant):
     model, x = cls().double(), torch.randn(3, 6, dtype=torch.float64)
-    before = state(model)
+    before = state(model, versions=False)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, variant=variant))
     randomise(handle)
     veneer.check(model, x)
     works(handle, x, within=1e-12)
-    assert state(model) == before
+    assert state(model, versions=False) == before
 
 
 class Tower(nn.Module):
@@ -811,7 +811,7 @@ def test_every_method_that_reads_a_weight_sees_the_change_once(targets, calls, v
     with torch.no_grad():
         plain = {name: CALLS[name](model, x) for name in CALLS}
         randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets, variant=variant)))
-        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             found = {name: CALLS[name](other, x) for name in CALLS}
             with veneer.use(other, None):
                 assert all(torch.equal(CALLS[name](other, x), plain[name]) for name in CALLS)
@@ -889,11 +889,11 @@ class Listed(nn.Sequential):
 def test_what_no_view_can_show_is_refused_with_the_reason():
     model = nn.Sequential(Listed(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 6))
     before = state(model)
-    with pytest.raises(TargetError, match="'0' reads it in 'logits', and .*list"):
+    with pytest.raises(TargetError, match=r"'0' in 'logits' reads it, and .*list"):
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0.0"]))
     tower = Tower()
     tower.encode = lambda x: x @ tower.proj
-    with pytest.raises(TargetError, match="'encode' was replaced on the instance"):
+    with pytest.raises(TargetError, match="its encode was replaced on the instance"):
         veneer.attach(tower, veneer.LoraConfig(rank=2, targets=["proj"]))
     assert state(model) == before
 

@@ -26,6 +26,7 @@ from veneer.adapted import (
     Selected,
     Site,
     at_least_float32,
+    enter,
     in_turn,
     own_class,
     set_child,
@@ -43,7 +44,7 @@ from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, 
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
-from veneer.readers import alike, hosts, switched, switches, unreachable
+from veneer.readers import Host, alike, bound, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS, Start
 
@@ -54,8 +55,8 @@ class SkippedLayers(UserWarning):
 
 @dataclass(frozen=True)
 class LowPlan:
-    """One weight to change: its owner, every module that holds it (the owner first), and every module that reads it
-    from above, as (path, way down to the holder).
+    """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
+    past those.
 
     ``rows`` are the outputs to change, None for all of them.
     """
@@ -68,7 +69,7 @@ class LowPlan:
     rank: int
     alpha: float
     holders: tuple[Slot, ...]
-    hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    hosts: tuple[Host, ...] = ()
     rows: tuple[int, ...] | None = None
 
     @property
@@ -84,13 +85,13 @@ class LowPlan:
 @dataclass(frozen=True)
 class Plans:
     """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_hosts`` are the modules that read those from above."""
+    ``full_hosts`` are the methods that read those past their modules."""
 
     config: LoraConfig
     low: tuple[LowPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
-    full_hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    full_hosts: tuple[Host, ...] = ()
 
 
 GENERAL_KIND: Layer = LAYERS[GENERAL]
@@ -237,8 +238,8 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {path: tuple(parameters) for path, parameters in whole.items()}
 
 
-def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Who reads parameters that are trained in full from above their module."""
+def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[Host, ...]:
+    """Who reads parameters that are trained in full past their module."""
     found = [host for path, parameters in full.items() for name in parameters for host in hosts(names, path, name)]
     return tuple(dict.fromkeys(found))
 
@@ -388,9 +389,10 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
         found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
     reason = kind.refuses(module) or unreachable(names, path)
-    if reason is None:
-        above = [above for above, _ in hosts(names, path, name)]
-        reason = next((f"{host!r} reads it, and {why}" for host in above if (why := unreachable(names, host))), None)
+    for host in hosts(names, path, name) if reason is None else ():
+        why, reader = unreachable(names, host.path, host.method), f"{host.path or 'the model'!r}"
+        reader += "" if host.method == "forward" else f" in {host.method!r}"
+        reason = reason or (f"{reader} reads it, and {why}" if why else None)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
 
 
@@ -415,7 +417,7 @@ def check_full(
     ``frozen`` are the ids of those that the user has frozen."""
     for path, parameters in full.items():
         module = names.modules[path]
-        reason = unreachable(names, path)
+        reason = unreachable(names, path) if parameters else None
         if reason:
             problems.append(
                 sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
@@ -521,13 +523,12 @@ def install(
     for path, parameters in {**plans.full, **moving}.items():
         whole = path in plans.whole or _keeps_statistics(modules[path])
         _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies)
-    ways = [
-        (host, (path, way)) for entry in plans.low for path, _ in entry.holders for host, way in entry.hosts
-        if names.canonical.get(parameter_path(host, ".".join(way))) == path
-    ]  # fmt: skip
-    ways += [(host, (_below(names, host, way), way)) for host, way in plans.full_hosts]
-    for host, (path, way) in ways:
-        part(host).hosted[way] = part(path)
+    for host in (*(host for entry in plans.low for host in entry.hosts), *plans.full_hosts):
+        below = part(names.canonical[".".join((host.path, *host.way)).strip(".")])
+        if host.method == "forward":
+            part(host.path).hosted[host.way] = below
+        else:
+            part(host.path).entries.setdefault(host.method, {})[host.way] = below
     for path in list(parts):
         for above in switched(names, path):
             part(above)
@@ -543,13 +544,14 @@ def install(
         path for entry in plans.low for path, _ in entry.holders
         if _kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
     }  # fmt: skip
-    selected: dict[int, LayerAdapter] = {}
+    selected: dict[Any, LayerAdapter] = {}
     for path in (path for path in modules if path in parts):
         site = _site(modules[path], group)
         site.transposed = site.transposed or path in transposed
         set_child(site, name, parts[path])
         parts[path].settle(modules[path], site)
-        selected[site.key] = parts[path]
+        enter(modules[path], parts[path].entries)
+        selected.update(dict.fromkeys(parts[path].keys(site), parts[path]))
     share(names, parts)
     group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
 
@@ -571,10 +573,6 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
                     part.together = together
 
 
-def _below(names: Names, host: str, way: Sequence[str]) -> str:
-    return names.canonical[parameter_path(host, ".".join(way))]
-
-
 def _site(module: nn.Module, group: Group) -> Site:
     """The module's site, made if need be."""
     site = site_of(module)
@@ -585,6 +583,7 @@ def _site(module: nn.Module, group: Group) -> Site:
         factored = kind is not None and factors(kind, module, type(module), trusted)
         product = factored and kind.product and storage is not None and storage.name == "plain"
         site = Site(group, kind, factored, switches(module), product)
+        site.bound = tuple(bound(module))
         site.train(module.training)
         install_site(module, site)
     return site
