@@ -751,7 +751,11 @@ class Tower(nn.Module):
         return self._encode(x) * scale
 
     def _encode(self, x):
-        return self.emb(x) @ self.proj
+        return self.emb(x).mul_(2) @ self.proj
+
+    def fuse(self):
+        self.fused = nn.Linear(6, 12, bias=False)
+        self.fused.weight.data.copy_(torch.cat([self.emb.weight.data, self.emb.weight]))
 
     def attend(self, h):
         return F.linear(h, self.emb.weight)
@@ -850,6 +854,8 @@ def test_a_method_that_writes_a_weight_writes_the_base():
     model = Tower()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["proj", "emb"]))
     randomise(handle)
+    model.fuse()
+    assert torch.equal(model.fused.weight[:6], model.emb.weight)
     model.reset()
     assert torch.equal(model.proj, torch.ones(6, 6))
     assert torch.equal(model.emb.weight, torch.eye(6))

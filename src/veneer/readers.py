@@ -23,7 +23,7 @@ from torch import nn
 
 from veneer.adapted import own_class
 from veneer.reading import Chain, attribute, mentions, reads
-from veneer.targets import Names
+from veneer.targets import Names, own_parameters
 
 #: Attributes that turn a fused fast path off, by module class.
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
@@ -63,19 +63,20 @@ def hosts(names: Names, path: str, weight: str) -> Iterator[Host]:
         module, chain = names.modules[above], (*way, weight)
         cls = own_class(module)
         forward = ("forward", *bound(module).values()) if way and not switches(module) else ()
-        if any(_reads(cls, method, chain) for method in forward):
+        if any(_reads(module, method, chain) for method in forward):
             yield Host(above, way)
         for method in _methods(cls):
             words = mentions(cls, method)
             named = weight in words and (chain[0] in words or chain[0].isdigit())
-            if named and _reads(cls, method, chain):
+            if named and _reads(module, method, chain):
                 yield Host(above, way, method)
 
 
-def _reads(cls: type[nn.Module], method: str, way: Chain) -> bool:
-    """Whether a method reads what is at ``way``. One that writes it too means the base's own numbers."""
-    found = reads(cls, method)
-    written = method != "forward" and any(_fits(chain, way[: len(chain)]) for chain in found.written)
+def _reads(module: nn.Module, method: str, way: Chain) -> bool:
+    """Whether a method reads what is at ``way``. One that writes it too, or another of its name, means the base's own
+    numbers."""
+    found = reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
+    written = method != "forward" and any(_fits(c, way[: len(c)]) or way[-1] in c for c in found.written)
     return not written and any(_fits(chain, way) for chain in found.read)
 
 

@@ -51,9 +51,10 @@ class Reads:
 
 
 @functools.cache
-def reads(cls: type[nn.Module], method: str) -> Reads:
-    """What ``cls.method`` does. Where another method than forward calls the module, that is a call like any other."""
-    reader = _Reader(cls, follow_forward=method == "forward")
+def reads(cls: type[nn.Module], method: str, within: frozenset[str] = frozenset()) -> Reads:
+    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names. Where
+    another method than forward calls the module, that is a call like any other."""
+    reader = _Reader(cls, within, follow_forward=method == "forward")
     reader.follow(plain(attribute(cls, method)), [{()}])
     return reader.found
 
@@ -62,24 +63,31 @@ def reads(cls: type[nn.Module], method: str) -> Reads:
 def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and texts in the compiled code of a method and of what it may call: a superset of what ``reads`` can
     find, told without parsing."""
-    todo, done, found = [plain(attribute(cls, method))], set(), set()
+    own, done, found = _functions(cls), set(), set()
+    todo = [*own.get(method, ())]
     while todo:
         function = todo.pop()
-        if function is None or function in done:
+        if function in done:
             continue
         done.add(function)
         words = _words(function.__code__)
         found |= words
-        for word in words:
-            outside = function.__globals__.get(word)
-            todo += [plain(vars(above).get(word)) for above in cls.__mro__ if above is not nn.Module]
-            given = (
-                vars(outside).values()
-                if isinstance(outside, ModuleType) and not _torch(outside.__name__)
-                else [outside]
-            )
-            todo += [one for one in given if isinstance(one, FunctionType) and one.__name__ in words]
+        todo += [one for word in words & own.keys() for one in own[word]]
+        outside = [function.__globals__.get(word) for word in words]
+        for module in [one for one in outside if isinstance(one, ModuleType) and not _torch(one.__name__)]:
+            outside += [vars(module).get(word) for word in words]
+        todo += [one for one in outside if isinstance(one, FunctionType) and not _torch(one.__module__)]
     return frozenset(found)
+
+
+@functools.cache
+def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
+    """The functions that a class and those above it have under each name."""
+    found: dict[str, list[FunctionType]] = {}
+    for above in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(above).items():
+            found.setdefault(name, []).extend([one] if (one := plain(value)) else [])
+    return found
 
 
 @functools.cache
@@ -114,8 +122,8 @@ def _tree(function: FunctionType) -> Function | None:
 class _Reader(ast.NodeVisitor):
     """Visits a function's code with the chains that each local name may stand for."""
 
-    def __init__(self, cls: type[nn.Module], follow_forward: bool) -> None:
-        self.cls, self.follow_forward = cls, follow_forward
+    def __init__(self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool) -> None:
+        self.cls, self.within, self.follow_forward = cls, within | {"*"}, follow_forward
         self.found = Reads()
         self.returned: dict[Any, set[Chain]] = {}  # by function and arguments
         self.stack: list[FunctionType] = []
@@ -156,7 +164,7 @@ class _Reader(ast.NodeVisitor):
             return self.attribute(self.chains(node.value), node.attr)
         if isinstance(node, ast.Subscript):
             above = self.chains(node.value)
-            return above if isinstance(node.slice, ast.Slice) else _below(above, _text(node.slice) or "*")
+            return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
         if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
             return self.chains(node.value)
         if isinstance(node, ast.IfExp):
@@ -170,7 +178,7 @@ class _Reader(ast.NodeVisitor):
             return above
         own = attribute(self.cls, name) if () in above else None
         computed = self.follow(plain(own), [{()}]) if isinstance(own, property) else set()
-        return _below(above, name) | computed
+        return {(*chain, name) for chain in above if chain or name in self.within} | computed
 
     def called(self, node: ast.Call) -> set[Chain]:
         """What a call gives, and whatever it reads."""
@@ -244,13 +252,14 @@ class _Reader(ast.NodeVisitor):
     def loop(self, target: ast.AST, values: ast.AST) -> None:
         """``for target in values``"""
         parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
-        if _is_call(values, "enumerate") and len(parts) == 2:
-            self.loop(parts[1], values.args[0])
-        elif _is_call(values, "zip") and parts:
-            for one, other in zip(parts, values.args, strict=False):
+        call = values if isinstance(values, ast.Call) else None
+        if call and _is_call(call, "enumerate") and len(parts) == 2:
+            self.loop(parts[1], call.args[0])
+        elif call and _is_call(call, "zip") and parts:
+            for one, other in zip(parts, call.args, strict=False):
                 self.loop(one, other)
-        elif isinstance(values, ast.Call) and isinstance(values.func, ast.Attribute) and values.func.attr in _PAIRS:
-            self.bind(parts[-1] if parts else target, _below(self.chains(values.func.value), "*"))
+        elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIRS:
+            self.bind(parts[-1] if parts else target, _below(self.chains(call.func.value), "*"))
         elif isinstance(values, ast.Tuple | ast.List):
             for value in values.elts:
                 self.assign(target, value)
@@ -272,22 +281,29 @@ class _Reader(ast.NodeVisitor):
     def use(self, node: ast.expr) -> None:
         chains = self.chains(node)
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            self.found.written.update(chains)
+            self.write(node)
         else:
             self.found.read.update(chain for chain in chains if chain and chain[-1] not in _ABOUT)
         if not chains:
             self.generic_visit(node)
 
+    def write(self, node: ast.AST | None) -> None:
+        """What an expression stands for is written: its chains, and the names in it, whatever those are below."""
+        self.found.written.update(self.chains(node))
+        while isinstance(node, ast.Attribute | ast.Subscript):
+            self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
+            node = node.value
+
     def visit_Call(self, node: ast.Call) -> None:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if isinstance(node.func, ast.Name) and name in _ABOUT_CALLS:
             return
-        given = set().union(*map(self.chains, node.args))
-        holder = self.chains(node.func.value) if isinstance(node.func, ast.Attribute) else set()
-        if name.endswith("_") and not name.endswith("__"):  # copy_, normal_
-            self.found.written.update(holder, given)
+        if name.endswith("_") and not name.endswith("__"):  # w.copy_(x), nn.init.zeros_(w)
+            holder = node.func.value if isinstance(node.func, ast.Attribute) else None
+            outside = holder is None or isinstance(self.known(holder), ModuleType)
+            self.write(node.args[0] if outside and node.args else holder)
         elif name == "setattr":
-            self.found.written.update(_below(given, _text(node.args[1]) or "*"))
+            self.found.written.update(_below(self.chains(node.args[0]), _text(node.args[1]) or "*"))
         self.found.read.update(chain for chain in self.called(node) if chain)
         if isinstance(node.func, ast.Attribute) and name not in _ABOUT:
             self.use(node.func.value)  # weight.t() reads weight
