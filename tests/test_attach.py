@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -892,11 +893,22 @@ class Listed(nn.Sequential):
         return F.linear(h, self[0].weight)
 
 
+class Kept(Tower):
+    @functools.cached_property
+    def twice(self):
+        return self.emb.weight * 2
+
+    def forward(self, x):
+        return x @ self.twice
+
+
 def test_what_no_view_can_show_is_refused_with_the_reason():
     model = nn.Sequential(Listed(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 6))
     before = state(model)
     with pytest.raises(TargetError, match=r"'0' in 'logits' reads it, and .*list"):
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0.0"]))
+    with pytest.raises(TargetError, match="the model in 'twice' reads it, and that is computed once"):
+        veneer.attach(Kept(), veneer.LoraConfig(rank=2, targets=["emb"]))
     tower = Tower()
     tower.encode = lambda x: x @ tower.proj
     with pytest.raises(TargetError, match="its encode was replaced on the instance"):

@@ -390,7 +390,7 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
     reason = kind.refuses(module) or unreachable(names, path)
     for host in hosts(names, path, name) if reason is None else ():
-        why, reader = unreachable(names, host.path, host.method), f"{host.path or 'the model'!r}"
+        why, reader = unreachable(names, host.path, host.method), f"{host.path!r}" if host.path else "the model"
         reader += "" if host.method == "forward" else f" in {host.method!r}"
         reason = reason or (f"{reader} reads it, and {why}" if why else None)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None

@@ -1,13 +1,14 @@
-"""Who reads a weight: not always the module that holds it.
+"""Who reads a weight: not always the module that holds it, nor always in ``forward``.
 
     F.linear(x, self.lm_head.weight)          a module reads a weight of another below it, past that one's forward
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
     self.tables[i]                            a ParameterList has no forward at all
+    model.encode(x)                           another method reads a weight, and is called from outside
     self.q(x), self.k(x), self.v(x)           several layers read one input
 
-``hosts`` finds the modules whose code reads a weight like this. They run on a view in which the weight is changed (see
-``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which every adapter is
-seen. What reading code cannot show is proven on a live model by ``veneer.check``.
+``hosts`` finds the methods whose code reads a weight like this (``reading.py``). They run on a view in which the weight
+is changed (see ``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which
+every adapter is seen. What reading code cannot show is proven on a live model by ``veneer.check``.
 """
 
 from __future__ import annotations
@@ -80,12 +81,16 @@ def _reads(module: nn.Module, method: str, way: Chain) -> bool:
     return not written and any(_fits(chain, way) for chain in found.read)
 
 
+#: What of a class may read a weight when it is used.
+_READERS = (FunctionType, property, functools.cached_property)
+
+
 @functools.cache
 def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
     """The public methods and properties that a class has besides forward and what every module has."""
     names = (name for name in dir(cls) if not (name.startswith("_") or hasattr(nn.Module, name)))
     own = {name: attribute(cls, name) for name in names}
-    return tuple(name for name, value in own.items() if isinstance(value, FunctionType | property))
+    return tuple(name for name, value in own.items() if isinstance(value, _READERS))
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -97,7 +102,10 @@ def has_forward(module: nn.Module) -> bool:
 def bound(module: nn.Module) -> dict[str, str]:
     """The attributes that hold a method bound to the module itself (``self.impl = self._impl``), and its name."""
     own = {name: value for name, value in module.__dict__.items() if isinstance(value, MethodType)}
-    return {name: value.__func__.__name__ for name, value in own.items() if value.__self__ is module}
+    return {
+        name: value.__func__.__name__ for name, value in own.items()
+        if value.__self__ is module and isinstance(value.__func__, FunctionType)
+    }  # fmt: skip
 
 
 def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
@@ -107,6 +115,8 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
         return "it is compiled by TorchScript, whose forward cannot be changed"
     if isinstance(module, _LISTS):
         return "it is a list of the modules in it, to which nothing can be added"
+    if isinstance(attribute(own_class(module), method), functools.cached_property):
+        return "that is computed once and kept, whatever is selected"
     if method in module.__dict__:
         by = " (by accelerate's hooks?)" if method == "forward" else ""
         return f"its {method} was replaced on the instance{by}, which would pass the adapter by"
