@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -10,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import veneer
@@ -571,6 +573,352 @@ def test_what_forward_reads_in_its_own_way_works(targets):
     assert state(model, versions=False) == before
 
 
+class Reads(nn.Module):
+    """A head whose weights a forward reads past their modules: ``direct`` is how, in each subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.ls = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.named = nn.ModuleDict({"one": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        h = self.named["one"](self.lin(self.emb(x)))
+        for layer in self.ls:
+            h = torch.tanh(layer(h))
+        return self.direct(h)
+
+    def direct(self, h):
+        return F.linear(h, self.emb.weight) + F.linear(h, self.lin.weight)
+
+
+def project(h, layer, scale=1):
+    return F.linear(h, layer.weight) * scale
+
+
+def of_model(model, h):
+    return model.project(h, layer=model.emb) + project(h, scale=2, layer=model.lin)
+
+
+class BySuper(Reads):
+    def direct(self, h):
+        return 2 * super().direct(h)
+
+
+class BySuperForward(BySuper):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class ByClass(Reads):
+    def direct(self, h):
+        return Reads.direct(self, h) + type(self).more(self, h)
+
+    def more(self, h):
+        return F.linear(h, self.ls[0].weight)
+
+
+class ByProperty(Reads):
+    @property
+    def out_w(self):
+        return self.emb.weight
+
+    @property
+    def head(self):
+        return self.lin
+
+    def direct(self, h):
+        return F.linear(h, self.out_w) + F.linear(h, self.head.weight)
+
+
+class ByGetter(Reads):
+    def get_head(self):
+        return self.lin if self.lin is not None else self.emb
+
+    def direct(self, h):
+        return F.linear(h, self.get_head().weight)
+
+
+class ByEnumerate(Reads):
+    def direct(self, h):
+        for i, layer in enumerate(self.ls):
+            h = F.linear(layer(h), layer.weight) * (i + 1)
+        return h
+
+
+class ByZip(Reads):
+    def direct(self, h):
+        for (layer, _), scale in zip(zip(self.ls, self.named.values()), (2, 3)):  # noqa: B905
+            h = F.linear(h, layer.weight) * scale
+        for _, layer in self.named.items():
+            h = F.linear(h, layer.weight)
+        for layer in (self.emb, self.lin):
+            h = F.linear(h, layer.weight)
+        for layer in self.ls[1:]:
+            h = F.linear(h, layer.weight)
+        return h
+
+
+class ByComprehension(Reads):
+    def direct(self, h):
+        h = h + sum(F.linear(h, layer.weight) for layer in self.ls)
+        return sum([F.linear(h, layer.weight) for layer in reversed(self.ls)])
+
+
+class ByNames(Reads):
+    def direct(self, h):
+        one, (two, _) = self.emb, (self.lin, None)
+        h = F.linear(h, one.weight) + F.linear(h, two.weight)
+        if (three := self.named["one"]) is not None:
+            h = F.linear(h, three.weight)
+        last: nn.Linear = self.ls[1]
+        return F.linear(h, last.weight)
+
+
+class ByUnpacking(Reads):
+    def direct(self, h):
+        first, second = self.ls
+        return F.linear(F.linear(h, first.weight), second.weight)
+
+
+class ByGetattr(Reads):
+    def direct(self, h):
+        h = F.linear(h, getattr(self, "emb").weight) + F.linear(h, getattr(self.lin, "weight"))  # noqa: B009
+        return F.linear(h, self._modules["emb"].weight) + F.linear(h, self.get_submodule("named.one").weight)
+
+
+class ByHelper(Reads):
+    def direct(self, h):
+        return project(h, self.ls[0]) + of_model(self, h)
+
+    def project(self, h, layer):
+        return project(h, layer)
+
+
+class ByLambda(Reads):
+    out = lambda self, h: F.linear(h, self.emb.weight)  # noqa: E731
+
+    def direct(self, h):
+        return self.out(h)
+
+
+class ByBound(Reads):
+    def __init__(self):
+        super().__init__()
+        self.impl = self._impl
+
+    def _impl(self, h):
+        return F.linear(h, self.emb.weight)
+
+    def direct(self, h):
+        return self.impl(h)
+
+
+class Below(Reads):
+    """Reads what the module below reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Reads()
+
+    def direct(self, h):
+        return F.linear(self.inner(h), self.inner.emb.weight) + F.linear(h, self.inner.ls[0].weight)
+
+
+READS = [Reads, BySuper, BySuperForward, ByClass, ByProperty, ByGetter, ByEnumerate, ByZip, ByComprehension, ByNames]
+READS += [ByUnpacking, ByGetattr, ByHelper, ByLambda, ByBound, Below]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("cls", READS)
+def test_a_weight_that_is_read_past_its_module_is_the_changed_one(cls, variant):
+    model, x = cls().double(), torch.randn(3, 6, dtype=torch.float64)
+    before = state(model, versions=False)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, variant=variant))
+    randomise(handle)
+    veneer.check(model, x)
+    works(handle, x, within=1e-12)
+    assert state(model, versions=False) == before
+
+
+class Tower(nn.Module):
+    """Calls from outside that read weights besides ``forward``: of its own and of modules below."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(width, width))
+        self.emb = nn.Linear(width, width)
+        self.seen = 0
+
+    def encode(self, x, scale=1):
+        self.seen += 1
+        return self._encode(x) * scale
+
+    def _encode(self, x):
+        return self.emb(x).mul_(2) @ self.proj
+
+    def fuse(self):
+        self.fused = nn.Linear(6, 12, bias=False)
+        self.fused.weight.data.copy_(torch.cat([self.emb.weight.data, self.emb.weight]))
+
+    def attend(self, h):
+        return F.linear(h, self.emb.weight)
+
+    def both(self, x):
+        return self.attend(self.encode(x)) + self(x)
+
+    @property
+    def head(self):
+        return self.emb.weight @ self.proj
+
+    @torch.no_grad()
+    def reset(self):
+        self.proj.fill_(1.0)
+        nn.init.eye_(self.emb.weight)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+class Towers(nn.Module):
+    """Never calls its tower's ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.other = Tower(), nn.Linear(6, 6)
+
+    def score(self, x):
+        return F.linear(self.other(x), self.tower.emb.weight) + self.tower.head.sum()
+
+    def forward(self, x):
+        return self.tower.attend(self.tower.encode(x)) + self.tower.head.sum()
+
+
+CALLS = {
+    "forward": lambda model, x: model(x),
+    "encode": lambda model, x: model.encode(x, scale=2),
+    "attend": lambda model, x: model.attend(x),
+    "both": lambda model, x: model.both(x),
+    "property": lambda model, x: model.head,
+}
+
+
+@pytest.mark.parametrize(
+    ("targets", "calls"),
+    [
+        (["proj", "emb"], CALLS),
+        (["proj"], ["forward", "encode", "both", "property"]),
+        (["emb"], CALLS),
+    ],
+    ids=["both", "proj", "emb"],
+)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_every_method_that_reads_a_weight_sees_the_change_once(targets, calls, variant):
+    model, x = Tower().double(), torch.randn(3, 6, dtype=torch.float64)
+    before = state(model, versions=False)
+    with torch.no_grad():
+        plain = {name: CALLS[name](model, x) for name in CALLS}
+        randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets, variant=variant)))
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            found = {name: CALLS[name](other, x) for name in CALLS}
+            with veneer.use(other, None):
+                assert all(torch.equal(CALLS[name](other, x), plain[name]) for name in CALLS)
+            veneer.merge(other)
+            for name, value in found.items():
+                assert error(CALLS[name](other, x), value) < 1e-12
+                assert (error(value, plain[name]) > 1e-3) == (name in calls)
+            veneer.unmerge(other)
+    assert model.seen > 5
+    veneer.detach(model)
+    assert state(model, versions=False) == before
+
+
+def test_methods_follow_the_selection_and_the_rows():
+    model, x = Tower().double(), torch.randn(3, 6, dtype=torch.float64)
+    for name, targets in {"a": ["proj"], "b": ["emb"]}.items():
+        randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets), name))
+    with pytest.raises(SelectionError, match="none selected"):
+        model.encode(x)
+    with torch.no_grad():
+        for call in (CALLS["encode"], CALLS["attend"], CALLS["both"]):
+            alone = {}
+            for name in ("a", "b", None):
+                with veneer.use(model, name):
+                    alone[name] = call(model, x)
+            with veneer.use(model, ["b", None, "a"]):
+                rows = call(model, x)
+            assert error(rows, torch.stack([alone["b"][0], alone[None][1], alone["a"][2]])) < 1e-12
+    veneer.detach(model, "a")
+    assert error(model.attend(x), F.linear(x, model.emb.weight)) > 1e-3
+    veneer.detach(model, "b")
+    assert torch.equal(model.attend(x), F.linear(x, model.emb.weight))
+
+
+def test_a_method_that_writes_a_weight_writes_the_base():
+    model = Tower()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["proj", "emb"]))
+    randomise(handle)
+    model.fuse()
+    assert torch.equal(model.fused.weight[:6], model.emb.weight)
+    model.reset()
+    assert torch.equal(model.proj, torch.ones(6, 6))
+    assert torch.equal(model.emb.weight, torch.eye(6))
+
+
+def test_a_parent_may_call_other_methods_of_its_child():
+    model, x = Towers().double(), torch.randn(3, 6, dtype=torch.float64)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["proj", "emb"]))
+    randomise(handle)
+    with torch.no_grad():
+        score = model.score(x)
+        handle.merge()
+        assert error(model.score(x), score) < 1e-12
+        handle.unmerge()
+    veneer.check(model, x)
+    works(handle, x, within=1e-12)
+
+
+def test_methods_compile_and_train():
+    model, x = Tower(), torch.randn(3, 6)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["proj", "emb"]))
+    randomise(handle)
+    torch._dynamo.reset()
+    encode = torch.compile(model.attend, backend="eager", fullgraph=True)
+    assert error(encode(x), model.attend(x)) < 1e-6
+    model.encode(x).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
+
+
+class Listed(nn.Sequential):
+    """A list of modules with a method that reads one of them."""
+
+    def logits(self, h):
+        return F.linear(h, self[0].weight)
+
+
+class Kept(Tower):
+    @functools.cached_property
+    def twice(self):
+        return self.emb.weight * 2
+
+    def forward(self, x):
+        return x @ self.twice
+
+
+def test_what_no_view_can_show_is_refused_with_the_reason():
+    model = nn.Sequential(Listed(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 6))
+    before = state(model)
+    with pytest.raises(TargetError, match=r"'0' in 'logits' reads it, and .*items"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0.0"]))
+    with pytest.raises(TargetError, match="the model in 'twice' reads it, and that is computed once"):
+        veneer.attach(Kept(), veneer.LoraConfig(rank=2, targets=["emb"]))
+    tower = Tower()
+    tower.encode = lambda x: x @ tower.proj
+    with pytest.raises(TargetError, match="its encode was replaced on the instance"):
+        veneer.attach(tower, veneer.LoraConfig(rank=2, targets=["proj"]))
+    assert state(model) == before
+
+
 def test_a_tie_that_is_trained_in_full_stays_a_tie():
     for also in ("lm_head", "embed_tokens"):
         model = TinyLM(tied=True).eval()
@@ -848,7 +1196,7 @@ class Direct(nn.Sequential):
         return nn.functional.linear(x, self[0].weight) + self[1](x)
 
 
-class Listed(nn.ModuleList):
+class Framed(nn.ModuleList):
     def __init__(self):
         super().__init__([nn.Linear(4, 4)])
         self.gain = nn.Parameter(torch.ones(4))
@@ -868,8 +1216,8 @@ class Mapped(nn.ModuleDict):
         (Scale, {"targets": ["held.0"], "train_also": ["held"]}),
         (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.0"]}),
         (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.1"], "train_also": ["held.0"]}),
-        (Listed, {"targets": ["gain"]}),
-        (Listed, {"targets": ["held.0"], "bias": "all"}),
+        (Framed, {"targets": ["gain"]}),
+        (Framed, {"targets": ["held.0"], "bias": "all"}),
         (Mapped, {"targets": ["held.table"]}),
     ],
 )
@@ -882,7 +1230,7 @@ def test_a_container_is_refused_as_it_would_run_the_adapter(make, fields):
 
 
 def test_the_items_of_containers_are_attached_to_as_before():
-    for model in (Scale(), nn.ModuleDict({"held": Listed()}), nn.ModuleDict({"held": Mapped()})):
+    for model in (Scale(), nn.ModuleDict({"held": Framed()}), nn.ModuleDict({"held": Mapped()})):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))

@@ -29,9 +29,10 @@ import functools
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -56,17 +57,21 @@ from veneer.variants import VARIANTS, Variant
 SITE = "veneer"
 GROUP = "_veneer"
 
+#: from a module to one below it, by the names of children
+Way = tuple[str, ...]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 @dataclass(eq=False)
 class Selected:
-    """What one call uses: the adapter's name, and its parts by the key of their site. No name is the base alone; no
+    """What one call uses: the adapter's name, and its parts by the key of their site; what concerns a method besides
+    forward alone, by (that key, its name). No name is the base alone; no
     parts, that it cannot be told, or that the adapter has been detached."""
 
     name: str | None
-    parts: Mapping[int, Any] | None
+    parts: Mapping[Any, Any] | None
 
 
 BASE = Selected(None, {})
@@ -154,8 +159,8 @@ class Site(nn.Module):
     ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
     ``factors`` says that the factored form is right for it, ``product`` that it is a matrix product with a plain
     weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
-    transposed (a linear head tied to an embedding), and ``attributes`` are those that a view of it gets in place of
-    its own: a switch that turns a fused fast path off.
+    transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place of
+    its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the module.
     """
 
     def __init__(
@@ -169,6 +174,7 @@ class Site(nn.Module):
         self.product = product
         self.transposed = False
         self.attributes = dict(attributes)
+        self.bound: tuple[str, ...] = ()
 
     def stopped(self, chosen: Selected) -> None:
         """A call whose selection names no parts, or that comes while an adapter is merged.
@@ -276,7 +282,8 @@ class LayerAdapter(nn.Module):
 
     ``changes`` are the changes of this module's own weights by name; those that no other module registered are in
     ``low``. ``full`` holds full replacements of parameters and buffers by name. ``hosted`` are the parts of modules
-    below, by path, whose weights this module's forward reads directly.
+    below, by path, whose weights this module's forward reads directly; ``entries`` the same of each other method that
+    reads an adapted weight, here or below.
     """
 
     full: nn.Module
@@ -290,7 +297,15 @@ class LayerAdapter(nn.Module):
         self.changes: dict[str, Change] = {}
         self.direct: Direct | None = None
         self.together: Together | None = None
-        self.hosted: dict[tuple[str, ...], LayerAdapter] = {}
+        self.hosted: dict[Way, LayerAdapter] = {}
+        self.entries: dict[str, dict[Way, LayerAdapter]] = {}
+
+    def keys(self, site: Site) -> Iterator[Any]:
+        """The keys of what this part takes part in: forward, unless it would find nothing changed, and methods."""
+        if self.changes or self.hosted or self.full._parameters or self.full._buffers or site.attributes:
+            yield site.key
+        for method in self.entries:
+            yield site.key, method
 
     def settle(self, module: nn.Module, site: Site) -> None:
         """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose numbers
@@ -301,12 +316,16 @@ class LayerAdapter(nn.Module):
         if plain and changes[0].rows is None and changes[0].still is None and site.product and not site.transposed:
             self.direct = direct(changes[0], module, cast(Layer, site.layer))
 
-    def seen(self) -> Iterator[int]:
+    def seen(self, method: str = "forward") -> Iterator[int]:
         """The identities of what a call of this layer sees: this part, its changes, and those of hosted parts."""
         yield id(self)
         yield from map(id, self.changes.values())
-        for part in self.hosted.values():
+        for part in self.below(method).values():
             yield from part.seen()
+
+    def below(self, method: str) -> Mapping[Way, LayerAdapter]:
+        """The parts of modules below whose weights a method reads directly."""
+        return self.hosted if method == "forward" else self.entries[method]
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         """What ``full`` puts in place of the module's own parameters and buffers, in their dtypes."""
@@ -326,9 +345,12 @@ class LayerAdapter(nn.Module):
         kwargs: dict,
         now: Any,
         share: bool = True,
+        method: str = "forward",
     ) -> Any:
-        """The adapted forward of ``module``, whose class was ``base``, in the context ``now``. ``share`` allows to
-        compute layers that read the same input together."""
+        """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
+        ``share`` allows to compute layers that read the same input together."""
+        if method != "forward":
+            return self._viewed(module, base, site, self.replacements(module), args, kwargs, method)
         known = self.direct
         if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
             # Each Python call here is time in every layer of a decoding step.
@@ -413,11 +435,14 @@ class LayerAdapter(nn.Module):
                 y = reader.op(module, seen, frozen, bias) + update * mask
         return y.to(_output_dtype(x, own)) if wide else y
 
-    def _viewed(self, module: nn.Module, base: type[nn.Module], site: Site, full, args, kwargs) -> Any:
-        """The module's own forward, on a view of it with the changed weights."""
+    def _viewed(
+        self, module: nn.Module, base: type[nn.Module], site: Site, full, args, kwargs, method: str = "forward"
+    ) -> Any:
+        """The module's own forward (or another method), on a view of it with the changed weights."""
+        function, hosted = method_of(base, method), self.below(method)
         dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in self.changes.items()}
         narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
-        if self.hosted or any(child is not site for child in module._modules.values()):
+        if hosted or any(child is not site for child in module._modules.values()):
             narrow = None  # what runs below is not widened
         wide = narrow is not None
         values = {**full, **self.changed(module, wide)}
@@ -425,16 +450,16 @@ class LayerAdapter(nn.Module):
             own = {**module._buffers, **module._parameters, **values}
             values = {name: _widen(value, torch.float32) for name, value in own.items() if value is not None}
         made: list[_Seen] = []
-        seen = _seen(module, base, values, self._children(module, made), site, made)
+        seen = _seen(module, base, values, _hosted_children(module, hosted, made), site, made)
         if narrow is None:
-            y = base.forward(seen, *args, **kwargs)
+            y = function(seen, *args, **kwargs)
         else:
             floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
             first = floats[0].data if floats else None  # a tensor's, or a packed sequence's
             output = narrow if first is None else _output_dtype(first, narrow)
             with _no_autocast(next(iter(values.values()))):
                 args, kwargs = _cast((args, kwargs), torch.float32)
-                y = _cast(base.forward(seen, *args, **kwargs), output)
+                y = _cast(function(seen, *args, **kwargs), output)
         for entry in made:
             entry.write_back()
         return y
@@ -451,30 +476,28 @@ class LayerAdapter(nn.Module):
             values[name] = value if wide else value.to(own)
         return values
 
-    def _children(self, module: nn.Module, made: list[_Seen]) -> dict[str, nn.Module]:
-        """Views of the modules below whose weights are read directly, under the names of this module's children."""
-        parts: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
-        for path, part in self.hosted.items():
-            parts.setdefault(path[0], {})[path[1:]] = part
-        return {
-            name: _hosted_view(cast(nn.Module, module._modules[name]), below, made) for name, below in parts.items()
-        }
 
-
-def _hosted_view(module: nn.Module, parts: Mapping[tuple[str, ...], LayerAdapter], made: list[_Seen]) -> nn.Module:
-    own = parts.get(())
-    below: dict[str, dict[tuple[str, ...], LayerAdapter]] = {}
+def _hosted_children(module: nn.Module, parts: Mapping[Way, LayerAdapter], made: list[_Seen]) -> dict[str, nn.Module]:
+    """Views of the modules below whose weights are read directly, under the names of this module's children."""
+    below: dict[str, dict[Way, LayerAdapter]] = {}
     for path, part in parts.items():
         if path:
             below.setdefault(path[0], {})[path[1:]] = part
-    children = {name: _hosted_view(cast(nn.Module, module._modules[name]), rest, made) for name, rest in below.items()}
+    return {name: _hosted_view(cast(nn.Module, module._modules[name]), rest, made) for name, rest in below.items()}
+
+
+def _hosted_view(module: nn.Module, parts: Mapping[Way, LayerAdapter], made: list[_Seen]) -> nn.Module:
+    own, site = parts.get(()), site_of(module)
     if own is None:
-        return _seen(module, type(module), {}, children, None, made)
-    site = site_of(module)
+        return _seen(module, type(module), {}, _hosted_children(module, parts, made), None, made)
+    if site is None and SITE in module._modules:
+        return module  # a module further above has made this view
     if site is None:
         raise detached("the selected one")
+    for hosted in (own.hosted, *own.entries.values()):  # its own methods run on the view too
+        parts = {**hosted, **parts}
     values = {**own.replacements(module), **own.changed(module, wide=False)}
-    return _seen(module, own_class(module), values, children, site, made)
+    return _seen(module, own_class(module), values, _hosted_children(module, parts, made), site, made)
 
 
 @dataclass(frozen=True)
@@ -502,6 +525,8 @@ class _Seen:
 
 def _seen(module: nn.Module, base, values, children, site: Site | None, made: list[_Seen]) -> nn.Module:
     seen = view(module, base, values, children, None if site is None else site.attributes)
+    for name in () if site is None else site.bound:
+        seen.__dict__[name] = MethodType(seen.__dict__[name].__func__, seen)
     if site is not None and site.layer is not None:
         site.layer.bind(seen, values)
     made.append(_Seen(module, seen, dict(seen.__dict__), values))
@@ -512,20 +537,21 @@ class Adapted:
     """Mixed in before a layer's own class by ``adapted_class``."""
 
     veneer_base: type[nn.Module]
+    veneer_entries: tuple[str, ...]
     _modules: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy name the base class and make it again.
-        return _rebuild, (type(self).veneer_base,), self.__getstate__()
+        return _rebuild, (type(self).veneer_base, type(self).veneer_entries), self.__getstate__()
 
     def _get_name(self) -> str:
         return f"Adapted{type(self).veneer_base.__name__}"
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The one adapted subclass of ``base``. It has the name of ``base``, and a forward of the same signature: both
-    are read by libraries that wrap models."""
+def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Module]:
+    """The one adapted subclass of ``base`` for these methods besides forward. It has the name of ``base``, and a
+    forward of the same signature: both are read by libraries that wrap models."""
 
     @functools.wraps(base.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -548,12 +574,50 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             now.reached.update(part.seen())
         return part.run(self, base, site, args, kwargs, now)
 
-    body = {"veneer_base": base, "forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base.__name__, (Adapted, base), body)
+    about = {"__module__": base.__module__, "__doc__": base.__doc__, "veneer_base": base, "veneer_entries": entries}
+    methods = {name: _entry(base, name) for name in entries}
+    return type(base.__name__, (Adapted, base), {**about, **methods, "forward": forward})
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    return object.__new__(adapted_class(base))
+def _entry(base: type[nn.Module], name: str) -> Any:
+    """A method (or property) of ``base`` that reads adapted weights, as the adapted class has it. Within a view it is
+    the class's own again, so that nothing changes twice."""
+    method = method_of(base, name)
+
+    @functools.wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        site, now = site_of(self), context.current
+        if site is None:
+            return method(self, *args, **kwargs)
+        chosen = now.selection.get(site.group.uid, site.group.default)
+        if chosen.parts is None or site.group.merged is not None:
+            site.stopped(chosen)
+            return method(self, *args, **kwargs)
+        if (site.key, name) not in chosen.parts:
+            return method(self, *args, **kwargs)
+        part = chosen.parts[site.key, name]
+        if now.reached is not None:
+            now.reached.update(part.seen(name))
+        return part.run(self, base, site, args, kwargs, now, method=name)
+
+    return property(run) if isinstance(getattr(base, name), property) else run
+
+
+def method_of(base: type[nn.Module], name: str) -> Any:
+    """A method of a class, or what computes a property."""
+    method = getattr(base, name)
+    return method.fget if isinstance(method, property) else method
+
+
+def _rebuild(base: type[nn.Module], entries: tuple[str, ...] = ()) -> nn.Module:
+    return object.__new__(adapted_class(base, entries))
+
+
+def enter(module: nn.Module, methods: Iterable[str]) -> None:
+    """Let these methods of an adapted module see its adapters too."""
+    cls: Any = type(module)
+    if not {*methods} <= {*cls.veneer_entries}:
+        module.__class__ = adapted_class(cls.veneer_base, tuple(sorted({*cls.veneer_entries, *methods})))
 
 
 def weight_of(module: nn.Module, name: str) -> Any:
@@ -611,7 +675,7 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 def install(module: nn.Module, site: Site) -> None:
     """Make ``module`` adapted. Nothing else of it changes."""
     set_child(module, SITE, site)
-    module.__class__ = adapted_class(type(module))
+    module.__class__ = adapted_class(type(module), ())
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -621,8 +685,9 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def uninstall(module: nn.Module) -> None:
     """Give a module its own class back."""
-    module.__class__ = own_class(module)
-    set_child(module, SITE, None)
+    own = own_class(module)
+    set_child(module, SITE, None)  # first: a module of its own class with a site is a view
+    module.__class__ = own
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -28,6 +28,7 @@ from veneer.adapted import (
     Selected,
     Site,
     at_least_float32,
+    enter,
     in_turn,
     own_class,
     set_child,
@@ -46,7 +47,7 @@ from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
 from veneer.overlap import overlaps
-from veneer.readers import alike, hosts, switched, switches, unreachable
+from veneer.readers import Host, alike, bound, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
 from veneer.variants import VARIANTS, Start
 
@@ -57,8 +58,8 @@ class SkippedLayers(UserWarning):
 
 @dataclass(frozen=True)
 class LowPlan:
-    """One weight to change: its owner, every module that holds it (the owner first), and every module that reads it
-    from above, as (path, way down to the holder).
+    """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
+    past those.
 
     ``rows`` are the outputs to change, None for all of them.
     """
@@ -71,7 +72,7 @@ class LowPlan:
     rank: int
     alpha: float
     holders: tuple[Slot, ...]
-    hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    hosts: tuple[Host, ...] = ()
     rows: tuple[int, ...] | None = None
 
     @property
@@ -87,18 +88,16 @@ class LowPlan:
 @dataclass(frozen=True)
 class Plans:
     """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_hosts`` are the modules that read those from above."""
+    ``full_hosts`` are the methods that read those past their modules."""
 
     config: LoraConfig
     low: tuple[LowPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
-    full_hosts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    full_hosts: tuple[Host, ...] = ()
 
 
 GENERAL_KIND: Layer = LAYERS[GENERAL]
-#: modules that take all of their children for items
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def group_of(model: nn.Module) -> Group | None:
@@ -271,8 +270,8 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
     return {path: tuple(parameters) for path, parameters in whole.items()}
 
 
-def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Who reads parameters that are trained in full from above their module."""
+def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[Host, ...]:
+    """Who reads parameters that are trained in full past their module."""
     found = [host for path, parameters in full.items() for name in parameters for host in hosts(names, path, name)]
     return tuple(dict.fromkeys(found))
 
@@ -421,30 +420,28 @@ def _refusal(names: Names, holder: Slot, wanted: Slot) -> str | None:
     if storage_of(weight) is None:
         found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
-    reason = kind.refuses(module) or no_site(names, path)
-    if reason is None:
-        reason = _hosts_refuse(names, path, name)
+    reason = kind.refuses(module) or no_site(names, path) or _hosts_refuse(names, path, name)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
 
 
 def _hosts_refuse(names: Names, path: str, name: str) -> str | None:
     """Why a module that reads a parameter from above, or whose fast path would, cannot see a changed one, or None."""
-    for above, _ in hosts(names, path, name):
-        if reason := no_site(names, above):
-            return f"{above!r} reads it, and {reason}"
+    for host in hosts(names, path, name):
+        if reason := no_site(names, host.path, host.method):
+            reader = (repr(host.path) if host.path else "the model") + f" in {host.method!r}" * (
+                host.method != "forward"
+            )
+            return f"{reader} reads it, and {reason}"
     for above in switched(names, path):
         if reason := _taken(names.modules[above]):
             return f"{above!r} reads it, and {reason}"
     return None
 
 
-def no_site(names: Names, path: str) -> str | None:
-    """Why the module at ``path`` cannot be adapted, whatever its weights are, or None."""
-    module = names.modules[path]
-    if reason := unreachable(names, path) or _taken(module):
-        return reason
-    kind = next((cls.__name__ for cls in _CONTAINERS if isinstance(module, cls)), None)
-    return kind and f"it is a {kind}, whose items are its children: its adapters would be one of the items"
+def no_site(names: Names, path: str, method: str = "forward") -> str | None:
+    """Why an adapter at ``path`` cannot stand there or would have no effect in a method, whatever its weights are, or
+    None."""
+    return unreachable(names, path, method) or _taken(names.modules[path])
 
 
 def _taken(module: nn.Module) -> str | None:
@@ -474,7 +471,7 @@ def check_full(
     ``frozen`` are the ids of those that the user has frozen."""
     for path, parameters in full.items():
         module = names.modules[path]
-        reason = no_site(names, path)
+        reason = no_site(names, path) if parameters else None
         if reason:
             problems.append(
                 sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
@@ -587,13 +584,12 @@ def install(
     for path, parameters in {**plans.full, **moving}.items():
         whole = path in plans.whole or _keeps_statistics(modules[path])
         _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies)
-    ways = [
-        (host, (path, way)) for entry in plans.low for path, _ in entry.holders for host, way in entry.hosts
-        if names.canonical.get(parameter_path(host, ".".join(way))) == path
-    ]  # fmt: skip
-    ways += [(host, (_below(names, host, way), way)) for host, way in plans.full_hosts]
-    for host, (path, way) in ways:
-        part(host).hosted[way] = part(path)
+    for host in (*(host for entry in plans.low for host in entry.hosts), *plans.full_hosts):
+        below = part(names.canonical[".".join((host.path, *host.way)).strip(".")])
+        if host.method == "forward":
+            part(host.path).hosted[host.way] = below
+        else:
+            part(host.path).entries.setdefault(host.method, {})[host.way] = below
     for path in list(parts):
         for above in switched(names, path):
             part(above)
@@ -610,13 +606,14 @@ def install(
         path for entry in plans.low for path, _ in entry.holders
         if _kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
     }  # fmt: skip
-    selected: dict[int, LayerAdapter] = {}
+    selected: dict[Any, LayerAdapter] = {}
     for path in (path for path in modules if path in parts):
         site = _site(modules[path], group)
         site.transposed = site.transposed or path in transposed
         set_child(site, name, parts[path])
         parts[path].settle(modules[path], site)
-        selected[site.key] = parts[path]
+        enter(modules[path], parts[path].entries)
+        selected.update(dict.fromkeys(parts[path].keys(site), parts[path]))
     share(names, parts)
     group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
 
@@ -638,10 +635,6 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
                     part.together = together
 
 
-def _below(names: Names, host: str, way: Sequence[str]) -> str:
-    return names.canonical[parameter_path(host, ".".join(way))]
-
-
 def _site(module: nn.Module, group: Group) -> Site:
     """The module's site, made if need be."""
     site = site_of(module)
@@ -652,6 +645,7 @@ def _site(module: nn.Module, group: Group) -> Site:
         factored = kind is not None and factors(kind, module, type(module), trusted)
         product = factored and kind.product and storage is not None and storage.name == "plain"
         site = Site(group, kind, factored, switches(module), product)
+        site.bound = tuple(bound(module))
         site.train(module.training)
         install_site(module, site)
     return site

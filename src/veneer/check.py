@@ -240,9 +240,9 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
     try:
         modules = {site.key: module for _, module, site in sites(model)}
         for key, part in (group.selections[name].parts or {}).items():
-            module = modules[key]
-            if id(part) in packed_parts:
+            if key not in modules or id(part) in packed_parts:  # that of a method is that of its site
                 continue
+            module = modules[key]
             values = dict(part.replacements(module))
             for weight, change in part.changes.items():
                 if id(change) not in made:

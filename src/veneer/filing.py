@@ -216,7 +216,7 @@ def differs(names: Names, slot: Slot, parameter: bool, nested: str | None = None
     """
     path, name = slot
     module, kind = names.modules[path], kind_for(names.modules[path], name)
-    above = [host for host, _ in hosts(names, path, name) if host != nested]
+    above = [host.path for host in hosts(names, path, name) if host.path != nested]
     if above:
         return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
     if path == "":

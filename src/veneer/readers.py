@@ -1,41 +1,46 @@
-"""Who reads a weight: not always the module that holds it.
+"""Who reads a weight: not always the module that holds it, nor always in ``forward``.
 
     F.linear(x, self.lm_head.weight)          a module reads a weight of another below it, past that one's forward
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
     self.tables[i]                            a ParameterList has no forward at all
+    model.encode(x)                           another method reads a weight, and is called from outside
     self.q(x), self.k(x), self.v(x)           several layers read one input
 
-``hosts`` finds the modules whose code reads a weight like this. They run on a view in which the weight is changed (see
-``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which every adapter is
-seen. What reading code cannot show is proven on a live model by ``veneer.check``.
+``hosts`` finds the methods whose code reads a weight like this (``reading.py``). They run on a view in which the weight
+is changed (see ``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which
+every adapter is seen. What reading code cannot show is proven on a live model by ``veneer.check``.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterator
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from veneer.adapted import own_class
-from veneer.targets import Names
+from veneer.reading import Chain, attribute, mentions, reads
+from veneer.targets import Names, own_parameters
 
 #: Attributes that turn a fused fast path off, by module class.
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
+#: Modules that run or give whatever is in them, which a site would be too.
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-#: What may be asked of a weight without reading its values.
-_ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
-_ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len", "getattr"}
 
-Chain = tuple[str, ...]
+class Host(NamedTuple):
+    """A method of the module at ``path`` that reads a weight; ``way`` leads from there to the weight's holder."""
+
+    path: str
+    way: Chain
+    method: str = "forward"
 
 
 def switches(module: nn.Module) -> dict[str, Any]:
@@ -48,18 +53,44 @@ def switched(names: Names, path: str) -> Iterator[str]:
     yield from (above for above, _ in _above(names, path) if switches(names.modules[above]))
 
 
-def hosts(names: Names, path: str, weight: str) -> Iterator[tuple[str, Chain]]:
-    """(path, way from there to the holder) of each module that reads ``weight`` of the module at ``path`` directly."""
+def hosts(names: Names, path: str, weight: str) -> Iterator[Host]:
+    """Who reads ``weight`` of the module at ``path`` other than through that one's forward."""
     if not has_forward(names.modules[path]):
         for above, way in _above(names, path):
             if way and has_forward(names.modules[above]):
-                yield above, way
+                yield Host(above, way)
                 break
     for above, way in _above(names, path):
-        if not way or switches(names.modules[above]):
-            continue
-        if any(_fits(chain, (*way, weight)) for chain in direct_reads(own_class(names.modules[above]))):
-            yield above, way
+        module, chain = names.modules[above], (*way, weight)
+        cls = own_class(module)
+        forward = ("forward", *bound(module).values()) if way and not switches(module) else ()
+        if any(_reads(module, method, chain) for method in forward):
+            yield Host(above, way)
+        for method in _methods(cls):
+            words = mentions(cls, method)
+            named = weight in words and (chain[0] in words or chain[0].isdigit())
+            if named and _reads(module, method, chain):
+                yield Host(above, way, method)
+
+
+def _reads(module: nn.Module, method: str, way: Chain) -> bool:
+    """Whether a method reads what is at ``way``. One that writes it too, or another of its name, means the base's own
+    numbers."""
+    found = reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
+    written = method != "forward" and any(_fits(c, way[: len(c)]) or way[-1] in c for c in found.written)
+    return not written and any(_fits(chain, way) for chain in found.read)
+
+
+#: What of a class may read a weight when it is used.
+_READERS = (FunctionType, property, functools.cached_property)
+
+
+@functools.cache
+def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The public methods and properties that a class has besides forward and what every module has."""
+    names = (name for name in dir(cls) if not (name.startswith("_") or hasattr(nn.Module, name)))
+    own = {name: attribute(cls, name) for name in names}
+    return tuple(name for name, value in own.items() if isinstance(value, _READERS))
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -68,13 +99,27 @@ def has_forward(module: nn.Module) -> bool:
     return forward is not None and forward is not nn.Module.forward
 
 
-def unreachable(names: Names, path: str) -> str | None:
-    """Why an adapter at ``path`` would have no effect there, or None."""
+def bound(module: nn.Module) -> dict[str, str]:
+    """The attributes that hold a method bound to the module itself (``self.impl = self._impl``), and its name."""
+    own = {name: value for name, value in module.__dict__.items() if isinstance(value, MethodType)}
+    return {
+        name: value.__func__.__name__ for name, value in own.items()
+        if value.__self__ is module and isinstance(value.__func__, FunctionType)
+    }  # fmt: skip
+
+
+def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
+    """Why an adapter at ``path`` would have no effect there in a method, or None."""
     module = names.modules[path]
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript, whose forward cannot be changed"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by accelerate's hooks?), which would pass the adapter by"
+    if kind := next((cls.__name__ for cls in _LISTS if isinstance(module, cls)), None):
+        return f"it is a {kind}, whose items are its children: its adapters would be one of the items"
+    if isinstance(attribute(own_class(module), method), functools.cached_property):
+        return "that is computed once and kept, whatever is selected"
+    if method in module.__dict__:
+        by = " (by accelerate's hooks?)" if method == "forward" else ""
+        return f"its {method} was replaced on the instance{by}, which would pass the adapter by"
     return None
 
 
@@ -96,111 +141,16 @@ def _fits(chain: Chain, way: Chain) -> bool:
 
 
 @functools.cache
-def direct_reads(cls: type[nn.Module]) -> frozenset[Chain]:
-    """The attribute chains below ``self`` that a class's forward (and what it calls of itself) reads, such as
-    ("lm_head", "weight"). "*" stands for any index. Chains of one name, its own attributes, are left out."""
-    chains: set[Chain] = set()
-    for method in _methods(cls):
-        reader = _Reader()
-        reader.visit(method)
-        chains |= reader.chains
-    return frozenset(chains)
-
-
-class _Reader(ast.NodeVisitor):
-    """Collects the chains that code reads off ``self``, through local names and loops, and the methods that it
-    calls."""
-
-    def __init__(self) -> None:
-        self.chains: set[Chain] = set()
-        self.calls: list[str] = []
-        self.names: dict[str, Chain] = {"self": ()}
-
-    def chain(self, node: ast.AST) -> Chain | None:
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id)
-        if isinstance(node, ast.Attribute):
-            above = self.chain(node.value)
-            return None if above is None else (*above, node.attr)
-        if isinstance(node, ast.Subscript):
-            above = self.chain(node.value)
-            return None if above is None else (*above, "*")
-        return None
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        chain = self.chain(node)
-        if chain is not None and chain[-1] not in _ABOUT:
-            self._add(chain)
-        elif chain is None:
-            self.generic_visit(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.visit(node.value)  # weight[0] reads weight, weight.shape[0] does not
-        self.visit(node.slice)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        chain = self.chain(node.func)
-        if isinstance(node.func, ast.Name) and node.func.id in _ABOUT_CALLS:
-            return
-        if chain is not None and len(chain) == 1:
-            self.calls.append(chain[0])
-        elif chain is not None and chain[-1] not in _ABOUT:
-            self._add(chain[:-1])  # a method of what the chain names, such as weight.t()
-        else:
-            self.visit(node.func)
-        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            self.visit(argument)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        chain = self.chain(node.value)
-        for target in node.targets:
-            if isinstance(target, ast.Name) and chain is not None:
-                self.names[target.id] = chain
-        self.visit(node.value)
-
-    def visit_For(self, node: ast.For) -> None:
-        chain = self.chain(node.iter)
-        if isinstance(node.target, ast.Name) and chain is not None:
-            self.names[node.target.id] = (*chain, "*")
-        self.generic_visit(node)
-
-    def _add(self, chain: Chain) -> None:
-        if len(chain) > 1:
-            self.chains.add(chain)
-
-
-@functools.cache
 def alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
     other: ("q_proj", "k_proj", "v_proj"). Calls on two branches of an ``if`` are not the same value, nor is a name that
     has been assigned anew. Whether the value is one tensor is seen when they are called (``adapted.Together``)."""
     groups: list[tuple[str, ...]] = []
-    for method in _methods(cls):
+    for method in reads(cls, "forward").code:
         finder = _Alike()
-        finder.block(method.body)
+        finder.block(method.body if isinstance(method, ast.FunctionDef) else [])
         groups += [tuple(names) for names in finder.calls.values() if len(names) > 1]
     return tuple(groups)
-
-
-def _methods(cls: type[nn.Module]) -> Iterator[ast.FunctionDef]:
-    """The source of forward, and of what it calls of the same class; without what is written in C, or was made at run
-    time, of which `check` tells."""
-    todo, done = ["forward"], set()
-    while todo:
-        name = todo.pop()
-        function = getattr(cls, name, None)
-        if name in done or not callable(function) or (hasattr(nn.Module, name) and name != "forward"):
-            continue
-        done.add(name)
-        try:
-            (method,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-        except (OSError, TypeError, SyntaxError, IndentationError, ValueError):
-            continue
-        if isinstance(method, ast.FunctionDef):
-            yield method
-            reader = _Reader()
-            reader.visit(method)
-            todo += reader.calls
 
 
 #: expressions of which a part may not be evaluated, or more than once

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.adapted import BASE, Group, Selected, Site, detached, own_class, walk
+from veneer.adapted import BASE, Group, Selected, Site, detached, method_of, own_class, walk
 from veneer.errors import SelectionError, sentence
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
@@ -27,7 +27,7 @@ from veneer.layers._base import GENERAL
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
-class _Parts(Mapping[int, Any]):
+class _Parts(Mapping[Any, Any]):
     """The part at a site: that of each distinct adapter, for its rows."""
 
     def __init__(
@@ -36,7 +36,7 @@ class _Parts(Mapping[int, Any]):
         self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
         self.order = torch.cat(list(rows)).argsort()
 
-    def __getitem__(self, key: int) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         parts = []
         for selected in self.selections:
             if selected.parts is None:
@@ -63,12 +63,21 @@ class _ByRows:
     def __init__(self, whole: _Parts, parts: Sequence[Any]) -> None:
         self.whole, self.parts = whole, parts
 
-    def seen(self):
+    def seen(self, method: str = "forward"):
         for part in self.parts:
-            yield from () if part is None else part.seen()
+            yield from () if part is None else part.seen(method)
 
-    def run(self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict, now: Any) -> Any:
-        whole, kind = self.whole, site.layer or LAYERS[GENERAL]
+    def run(
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        site: Site,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        method: str = "forward",
+    ) -> Any:
+        whole, kind = self.whole, (site.layer if method == "forward" else None) or LAYERS[GENERAL]
         alone = all(child is site for child in module._modules.values())  # nothing below would ask what is selected
         refusal = self._refusal(kind, (args, kwargs), alone)
         if refusal is not None:
@@ -82,9 +91,9 @@ class _ByRows:
             below = nullcontext() if alone else whole.only(selected)
             with below:
                 outputs.append(
-                    base.forward(module, *own, **named)
+                    method_of(base, method)(module, *own, **named)
                     if part is None
-                    else part.run(module, base, site, own, named, now, share=False)
+                    else part.run(module, base, site, own, named, now, share=False, method=method)
                 )
         return kind.put(module, outputs, whole.order)
 
