@@ -198,28 +198,24 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """``linear`` without a graph. Of few tokens, 16-bit layers with float32 factors form B A x in float32: products so
-    small cost less there. One token is a vector, for which float32 and bfloat16 have a product of its own, in bfloat16
-    twice as fast as that of matrices."""
+    """``linear`` without a graph, to the same bits, but for few tokens of a 16-bit layer with float32 factors: those
+    form B A x in float32, where products so small cost less, and a single one is a vector, for which bfloat16 has a
+    product of its own, twice as fast as that of matrices."""
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     dtype, wide = x.dtype, x.dtype.itemsize >= 4
-    few = not wide and A.dtype is torch.float32 and tokens.shape[0] <= FEW
-    if A.dtype != dtype and not few:
-        A, B = A.to(dtype), B.to(dtype)
-    read = tokens.float() if few else tokens
-    h = ((A @ read.mT).mT if wide else read @ A.mT) * scale  # [T, r]
-    part = h @ B.mT  # [T, out]
-    part = part.to(dtype) if few else part
-    vector = tokens.shape[0] == 1 and x.is_cpu and dtype is not torch.float16 and weight.stride(1) == 1
+    if not wide and A.dtype is torch.float32 and tokens.shape[0] <= FEW:
+        part = (((tokens.float() @ A.mT) * scale) @ B.mT).to(dtype)
+        if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
+            part[0].addmv_(weight, tokens[0])
+            return part.view(*x.shape[:-1], B.shape[0])
+    else:
+        down, up = A if A.dtype == dtype else A.to(dtype), B * scale
+        h = (down @ tokens.mT).mT if wide else tokens @ down.mT
+        part = h @ (up if up.dtype == dtype else up.to(dtype)).mT
     if wide and bias is not None:
         part += bias
-    elif bias is not None:
-        return _biased(part, tokens, weight, bias).view(*x.shape[:-1], B.shape[0])
-    if vector:
-        part[0].addmv_(weight, tokens[0])
-    else:
-        part.addmm_(tokens, weight.mT)
-    return part.view(*x.shape[:-1], B.shape[0])
+    y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
+    return y.view(*x.shape[:-1], B.shape[0])
 
 
 def _backward(ctx, *gradients):
