@@ -391,7 +391,8 @@ class LayerAdapter(nn.Module):
             matrix = weight.mT if reader.out_axis == 1 else weight
             return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
         if gain is None and not full and not change.storage.computed:
-            y = base.forward(module, *args, **kwargs)
+            plain: Any = view(module, base, {}) if self.entries else module  # whose methods are the base's too
+            y = base.forward(plain, *args, **kwargs)
         else:
             dense = change.storage.dense(weight)
             y = reader.op(
