@@ -367,7 +367,7 @@ class LayerAdapter(nn.Module):
                 bias = None if known.bias is None else own[known.bias]
                 weight = weight.mT if known.flipped else weight
                 run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
-                return run(change.scale, x, weight, bias, numbers["A"][0], numbers["B"][0])
+                return run(change.scale, x, weight, bias, numbers["A"], numbers["B"])
         full = self.replacements(module)
         if not (site.factors and self.changes and len(args) + len(kwargs) == 1) or self.hosted:
             return self._viewed(module, base, site, full, args, kwargs)

@@ -72,8 +72,8 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Ten
         weight: Any = module._parameters[known.weight]
         weights.append(weight.mT if known.flipped else weight)
         biases.append(None if known.bias is None else module._parameters[known.bias])
-        A.append(known.change._parameters["A"][0])
-        B.append(known.change._parameters["B"][0])
+        A.append(known.change._parameters["A"])
+        B.append(known.change._parameters["B"])
     tokens = x.numel() // x.shape[-1]
     dropout = members[0][1].drops
     seed = new_seed() if dropout else 0

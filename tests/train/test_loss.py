@@ -192,6 +192,18 @@ def test_equal_to_the_full_loss(masked: str, targets: Any) -> None:
     compare(model, batch(0, masked), chunk=2)
 
 
+def test_a_label_of_no_chance() -> None:
+    """Its share of the softmax is zero in float32, its loss is not infinite."""
+    model = adapted("all-linear").float()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 2000
+    inputs = batch(0, "nothing")
+    full, cut = (loss(model, inputs) for loss in (lambda model, inputs: model(**inputs).loss, causal_loss))
+    assert full > 100
+    assert torch.isfinite(cut)
+    torch.testing.assert_close(cut, full)
+
+
 @pytest.mark.parametrize("trained", ["body", "head", "tied", "full", "everything"])
 @pytest.mark.parametrize("name", CUT)
 def test_every_kind_of_head(name: str, trained: str) -> None:

@@ -52,6 +52,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: tokens up to which float32 is the faster dtype of a thin product
 FEW = 32
+#: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
+CACHE = 3 << 18
 
 
 class Settings(NamedTuple):
@@ -84,7 +86,8 @@ def linears(
         x: [*, in], floating point.
         weights: [out_i, in] of the dtype of x; they get no gradient.
         biases: [out_i] or None, of the dtype of x.
-        A, B: [r_i, in] and [out_i, r_i] of any floating-point dtype: computed in that of x, gradients in their own.
+        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any floating-point dtype: computed
+            in that of x, gradients in their own.
 
     Raises:
         ValueError: ``form`` with dropout or in 16 bits.
@@ -95,73 +98,115 @@ def linears(
 
 
 def _forward(settings: Settings, x, weights, biases, A, B):
-    """(outputs, what the low-rank path read [T, in], h [T, R] or None)."""
+    """(outputs, what the low-rank path read [T, in], scaled h [R, T], and what ``_cast`` makes); the last two None
+    where W + ΔW is formed."""
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-    factors = zip(weights, biases, A, B, settings.scales, strict=True)
     if settings.form:
-        return _shaped([F.linear(tokens, _formed(W, A, B, s), bias) for W, bias, A, B, s in factors], x), tokens, None
+        factors = zip(weights, biases, A, B, settings.scales, strict=True)
+        ys = [_shaped(F.linear(tokens, _formed(W, A, B, s), bias), x) for W, bias, A, B, s in factors]
+        return ys, tokens, None, None
     read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
-    h = _thin(read, _joined(A, x.dtype).mT)  # [T, R]
-    ys, start = [], 0
-    for weight, bias, _, up, scale in factors:
-        own = slice(start, start := start + up.shape[1])
-        part = h[:, own] @ _scaled(up, scale / (1 - settings.dropout), x.dtype).mT  # [T, out]
-        ys.append(part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias))
-    return _shaped(ys, x), read, h
+    joined, ups = cast_ = _cast(A, B, x.dtype)
+    h = _scaled(_thin(joined, read), ups, settings)  # [R, T]
+    factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
+    return [_shaped(_summed(part, up, tokens, W, bias), x) for part, up, W, bias in factors], read, h, cast_
 
 
-def _thin(x: Tensor, factor: Tensor) -> Tensor:
-    """x [T, k] times a narrow factor [k, R]: [T, R], laid out [R, T] in float32, where a processor's library may take
-    five times as long the other way round; in 16 bits it is that way round which takes longer."""
-    return x @ factor if x.element_size() < 4 else (factor.mT @ x.mT).mT
+def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+    """The factors A below each other [R, in], and each B [out, r], in a dtype."""
+    joined = _matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
+    return joined, [_matrix(up, dtype) for up in B]
+
+
+def _thin(narrow: Tensor, x: Tensor) -> Tensor:
+    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]. In float32 the other way round may take a processor's library
+    five times as long; in 16 bits it is this way which takes longer, so there the result lies transposed."""
+    if x.dtype.itemsize < 4:
+        return (x @ narrow.mT).mT
+    chunk = _chunk(x)
+    if x.shape[0] <= chunk or not x.is_cpu:
+        return narrow @ x.mT
+    rows = x.new_empty(narrow.shape[0], x.shape[0])
+    for piece, place in zip(x.unsafe_split(chunk), rows.unsafe_split(chunk, 1), strict=True):
+        torch.mm(narrow, piece.mT, out=place)
+    return rows
+
+
+def _chunk(x: Tensor) -> int:
+    """A number of x's rows that stay in a processor's cache."""
+    return 1 << max(CACHE // (x.shape[1] * 4), 1).bit_length() - 1
+
+
+def _by_layer(rows: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Rows [R, T] as those of each layer [r_i, T]."""
+    return (rows,) if len(ups) == 1 else rows.split_with_sizes([up.shape[-1] for up in ups])
+
+
+def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
+    """Each layer's rows [r_i, T] of [R, T] times its scale, in place."""
+    scales = settings.scales
+    if len(scales) == 1 or scales.count(scales[0]) == len(scales):
+        rows *= scales[0] / (1 - settings.dropout)
+    else:
+        for part, scale in zip(_by_layer(rows, ups), scales, strict=True):
+            part *= scale / (1 - settings.dropout)
+    return rows
+
+
+def _summed(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
+    part = h.mT @ up.mT
+    return part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias)
 
 
 def _biased(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """part + x Wᵀ + bias, rounded once, where torch has a product that takes a bias and a summand."""
     if part.dtype.itemsize >= 4:
-        return part.add_(bias).addmm_(tokens, weight.mT)
+        part += bias
+        return part.addmm_(tokens, weight.mT)
     if part.device.type == "cpu" and part.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(tokens, part, weight, bias, "add")
     return part.addmm_(tokens, weight.mT).add_(bias)  # rounded twice
 
 
-def _shaped(ys: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_shaped_as(y, x) for y in ys)
-
-
-def _shaped_as(y: Tensor, x: Tensor) -> Tensor:
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """y [T, out] as [*, out]. ``data`` forgets that it is a view: those that a function makes may not be modified in
     place, as ``nn.ReLU(inplace=True)`` does."""
     return y.view(*x.shape[:-1], y.shape[1]).data
 
 
-def _scaled(up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (up * scale).to(dtype)
+def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1, m, n] or [m, n] as [m, n] of a dtype."""
+    factor = factor if factor.ndim == 2 else factor[0]
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A [out, in], in the dtype and layout of W."""
-    up, down = up.to(weight.dtype), down.to(weight.dtype)
+    up, down = _matrix(up, weight.dtype), _matrix(down, weight.dtype)
     if weight.is_contiguous():
         return torch.addmm(weight, up, down, alpha=scale)
     return torch.addmm(weight.mT, down.mT, up.mT, alpha=scale).mT
 
 
-def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The factors A below each other, [R, in]."""
-    return (factors[0] if len(factors) == 1 else torch.cat(tuple(factors))).to(dtype)
+def _worth(narrow, tensors: Sequence) -> Sequence[Tensor | None]:
+    """What ``_cast`` made, if it had something to cast: backward needs it too."""
+    count = len(tensors) // 4
+    if narrow is None or tensors[2 * count].dtype == narrow[0].dtype:
+        return (None,) * (1 + count)
+    return narrow[0], *narrow[1]
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, *tensors):
-        outputs, read, h = _forward(settings, x, *_apart(tensors))
+        outputs, read, h, narrow = _forward(settings, x, *_apart(tensors))
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
         # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
-        keep = h is not None and h.shape[1] * 8 <= read.shape[1]
-        ctx.save_for_backward(read if settings.dropout else x, h if keep else None, *tensors)
-        return outputs
+        keep = h is not None and h.shape[0] * 8 <= read.shape[1]
+        ctx.save_for_backward(read if settings.dropout else x, h if keep else None, *_worth(narrow, tensors), *tensors)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -173,18 +218,29 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
+        """``_forward``, in as few Python calls as can be. Without ctx nothing is kept."""
         tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        down, wide = A if A.dtype == x.dtype else A.to(x.dtype), x.dtype.itemsize >= 4
-        h = (down @ tokens.mT).mT if wide else tokens @ down.mT  # [T, r]; _thin, without its calls
-        up = B * scale
-        part = h @ (up if up.dtype == x.dtype else up.to(x.dtype)).mT  # [T, out]
+        dtype = x.dtype
+        down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
+        cast = A.dtype != dtype or B.dtype != dtype
+        if cast:
+            down, up = down.to(dtype), up.to(dtype)
+        wide = dtype.itemsize >= 4
+        if wide:
+            h = _thin(down, tokens) if tokens.shape[0] > FEW else down @ tokens.mT  # [r, T]
+        else:
+            h = (tokens @ down.mT).mT  # _thin
+        h *= scale
+        y = h.mT @ up.mT  # [T, out]
         if wide and bias is not None:
-            part += bias
-        y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
-        ctx.settings, ctx.shape = scale, x.shape
-        # what ctx.save_for_backward does, without a call
-        ctx.to_save = x, h if A.shape[0] * 8 <= A.shape[1] else None, weight, bias, A, B
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0]).data
+            y += bias
+        y = y.addmm_(tokens, weight.mT) if wide or bias is None else _biased(y, tokens, weight, bias)
+        if ctx is not None:
+            ctx.settings, ctx.shape = scale, x.shape
+            keep = h if h.shape[0] * 8 <= x.shape[-1] else None
+            # what ctx.save_for_backward does, without a call
+            ctx.to_save = x, keep, down if cast else None, up if cast else None, weight, bias, A, B
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -201,21 +257,17 @@ def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: 
     """``linear`` without a graph, to the same bits, but for few tokens of a 16-bit layer with float32 factors: those
     form B A x in float32, where products so small cost less, and a single one is a vector, for which bfloat16 has a
     product of its own, twice as fast as that of matrices."""
+    dtype = x.dtype
+    if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * x.shape[-1]:
+        return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    dtype, wide = x.dtype, x.dtype.itemsize >= 4
-    if not wide and A.dtype is torch.float32 and tokens.shape[0] <= FEW:
-        part = (((tokens.float() @ A.mT) * scale) @ B.mT).to(dtype)
-        if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
-            part[0].addmv_(weight, tokens[0])
-            return part.view(*x.shape[:-1], B.shape[0])
-    else:
-        down, up = A if A.dtype == dtype else A.to(dtype), B * scale
-        h = (down @ tokens.mT).mT if wide else tokens @ down.mT
-        part = h @ (up if up.dtype == dtype else up.to(dtype)).mT
-    if wide and bias is not None:
-        part += bias
-    y = part.addmm_(tokens, weight.mT) if wide or bias is None else _biased(part, tokens, weight, bias)
-    return y.view(*x.shape[:-1], B.shape[0])
+    down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
+    part = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
+    if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
+        part[0].addmv_(weight, tokens[0])
+        return part.view(*x.shape[:-1], part.shape[1])
+    y = part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _backward(ctx, *gradients):
@@ -228,51 +280,84 @@ def _backward(ctx, *gradients):
 
 
 def _gradients(ctx, *gradients):
-    saved, kept, *tensors = ctx.saved_tensors
+    saved, h, joined, *rest = ctx.saved_tensors
+    count = len(rest) // 5
+    ups, tensors = rest[:count], rest[count:]
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
     settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
     if torch.is_grad_enabled():
         return _differentiable(ctx, saved, weights, biases, A, B, gradients)
-    need_x, need = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
+    need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
     read = saved.reshape(-1, saved.shape[-1])  # [T, in]
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
-    joined = _joined(A, read.dtype)  # [R, in]
-    h = _thin(read, joined.mT) if kept is None else kept  # [T, R]
-    db, dB, thins = [None] * len(A), [None] * len(A), []
-    start = 0
-    for number, (dy, up) in enumerate(zip(dys, B, strict=True)):
-        own = slice(start, start := start + up.shape[1])
+    if joined is None:
+        joined, ups = _cast(A, B, read.dtype)
+    if h is None:
+        h = _scaled(_thin(joined, read), ups, settings)  # [R, T]
+    rows, dB = [], []
+    for dy, up, part, need in zip(dys, ups, _by_layer(h, ups), need_B, strict=True):
         if dy is None:
-            thins.append(read.new_zeros(read.shape[0], up.shape[1]))
+            rows.append(torch.zeros_like(part))
+        elif need:
+            thin, gradient = _thin_twice(up.mT, dy, part)
+            rows.append(thin)
+            dB.append(gradient)
             continue
-        scale = settings.scales[number] / (1 - settings.dropout)
-        thins.append(_thin(dy, _scaled(up, scale, dy.dtype)))
-        if need[1][number]:
-            db[number] = dy.sum(0)
-        if need[3][number]:
-            dB[number] = (h[:, own].mT @ dy).mT.to(up.dtype) * scale
-    U = thins[0] if len(thins) == 1 else torch.cat(thins, 1)  # s dy B, [T, R]
+        else:
+            rows.append(_thin(up.mT, dy))
+        dB.append(None)
+    U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
+    db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
     dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
     dA: list[Any] = [None] * len(A)
-    if any(need[2]):
-        parts = (U.mT @ read).to(A[0].dtype).split([down.shape[0] for down in A])
-        dA = [None if dy is None else part for dy, part in zip(dys, parts, strict=True)]
+    if True in need_A:
+        parts = _by_layer(U @ read, ups)
+        dA = [None if dy is None else _grown(part, down) for dy, part, down in zip(dys, parts, A, strict=True)]
+    dB = [None if part is None else _grown(part.mT, up) for part, up in zip(dB, B, strict=True)]
     return None, dx, *[None] * len(A), *db, *dA, *dB
+
+
+def _thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
+    tokens that is still in the processor's cache."""
+    chunk = _chunk(dy)
+    if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
+        return _thin(narrow, dy), h @ dy
+    rows, found = torch.empty_like(h), None
+    pieces = zip(dy.unsafe_split(chunk), rows.unsafe_split(chunk, 1), h.unsafe_split(chunk, 1), strict=True)
+    for piece, place, part in pieces:
+        torch.mm(narrow, piece.mT, out=place)
+        found = part @ piece if found is None else found.addmm_(part, piece)
+    return rows, cast(Tensor, found)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Each layer's [r_i, T] below each other, laid out as ``_thin`` does."""
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat(tuple(rows)) if rows[0].dtype.itemsize >= 4 else torch.cat([one.mT for one in rows], 1).mT
+
+
+def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient [m, n] of a factor in its own dtype and shape."""
+    if gradient.dtype != factor.dtype:
+        gradient = gradient.to(factor.dtype, memory_format=torch.contiguous_format)
+    return gradient if factor.ndim == 2 else gradient[None]
 
 
 def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings) -> Tensor:
     """The gradient of x [T, in]: dy (W + ΔW) of all layers."""
     dx = None
     if not settings.form:
-        dx = U @ joined
+        dx = U.mT @ joined
         if settings.dropout:
             dx.view(-1).index_fill_(0, dropout.indices(dx.numel(), settings.dropout, settings.seed, dx.device), 0)
     for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
         if dy is not None:
             through = _formed(weight, down, up, scale) if settings.form else weight
             dx = dy @ through if dx is None else dx.addmm_(dy, through)
-    return joined.new_zeros(U.shape[0], joined.shape[1]) if dx is None else dx
+    return joined.new_zeros(U.shape[1], joined.shape[1]) if dx is None else dx
 
 
 def _apart(items: Sequence):
@@ -288,6 +373,7 @@ def _differentiable(ctx, x, weights, biases, A, B, gradients):
         raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
     tensors: list[Any] = [None if one is None else one.view_as(one) for one in (x, *weights, *biases, *A, *B)]
     x, (weights, biases, A, B) = tensors[0], _apart(tensors[1:])
+    A, B = ([one if one.ndim == 2 else one[0] for one in factors] for factors in (A, B))
     ys = [
         reference.matmul_update(x, down.to(x.dtype), up.to(x.dtype), scale, F.linear(x, weight, bias))
         for weight, bias, down, up, scale in zip(weights, biases, A, B, ctx.settings.scales, strict=True)

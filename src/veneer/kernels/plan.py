@@ -6,8 +6,9 @@
   out · in · r more multiplications, and one more matrix of W's size to write, however many tokens there are. It forms
   W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
 
-The cost model counts multiply-adds and numbers moved, and takes one moved number for as dear as ``MOVED``
-multiply-adds: a thin product does little arithmetic on each number that it reads, so its cost is that of reading.
+The cost model counts multiply-adds and numbers moved, and takes one moved number of an activation for as dear as
+``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does little arithmetic on each number that
+it reads, so its cost is that of reading, and a weight, unlike what the layer before has just written, is in no cache.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
-#: multiply-adds in the time of moving one float32 number, fitted on a CPU core
-MOVED = 16.0
+#: multiply-adds in the time of moving one float32 number of an activation, or of a weight; fitted on a CPU core
+MOVED, FETCHED = 12.0, 50.0
 
 
 def choose(*, gain_fits: bool, forced: str | None) -> str:
@@ -63,7 +64,7 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
         return tokens * width * (rank + moved * MOVED)
 
     layer = tokens * in_ * out * (2 if training else 1)
-    form = in_ * out * (rank + 2 * MOVED)  # W is read, W + ΔW written
+    form = in_ * out * (rank + 2 * FETCHED)  # W is read, W + ΔW written
     factored, materialised = thin(in_) + thin(out, 2), form  # B h is written, and read as x Wᵀ is added to it
     if training:
         both = 2 * thin(out) + thin(in_)  # Bᵀ dyᵀ and the gradients of B and A

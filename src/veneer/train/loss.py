@@ -47,6 +47,8 @@ from veneer.train.tokens import IGNORED
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
+#: a share of the softmax whose logarithm is exact in float32
+TINY = 1e-30
 
 #: Whether a model's head was found to treat each row alone.
 _ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -248,18 +250,29 @@ class _Sums:
         self.correct = like.new_zeros((), dtype=torch.long)
         self.rows: list[Tensor] = []
         self.numbers: dict[Tensor, Tensor] = {}  # gradients by the head's own leaves
+        # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
+        self.shares = like.new_empty(like.shape[-2:], dtype=self.total.dtype)
+        self.wide = None if like.dtype == self.shares.dtype else torch.empty_like(self.shares)
 
     def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
         """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say [c]."""
         answers = answers.to(logits.device)[:, None]
-        scores = torch.log_softmax(logits.detach()[0], dim=-1, dtype=self.total.dtype)
+        wide = logits.detach()[0]
+        if self.wide is not None:
+            wide = self.wide[: len(wide)].copy_(wide)
+        shares = self.shares[: len(wide)]
+        torch.softmax(wide, dim=-1, out=shares)
         if self.accuracy:
-            self.correct += (scores.argmax(dim=-1, keepdim=True) == answers).sum()
-        chosen = scores.gather(1, answers)
-        self.total -= chosen.sum()
+            self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
+        chosen = shares.gather(1, answers)
+        told = chosen.log()
+        unlikely = (chosen < TINY).squeeze(1)
+        if unlikely.any():  # a share that is too small for its logarithm
+            told[unlikely] = torch.log_softmax(wide[unlikely], dim=-1).gather(1, answers[unlikely])
+        self.total -= told.sum()
         if not logits.requires_grad:
             return
-        gradient = scores.exp_().scatter_(1, answers, chosen.expm1())  # softmax - onehot
+        gradient = shares.scatter_(1, answers, chosen - 1)  # softmax - onehot
         numbers = [one for one in _leaves(logits) if one is not leaf]
         with torch.autocast(logits.device.type, enabled=False):
             found = list(
