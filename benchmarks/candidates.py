@@ -156,7 +156,7 @@ def names(architecture: str, dtype: str) -> list[str]:
     if dtype != "float32":
         rows += ["peft, bf16 adapters", "peft, bf16 adapters, dropout"]
     rows += ["loralib", "veneer", "veneer, dropout"]
-    if architecture == "llama" and dtype != "float32":
+    if dtype != "float32" and architecture != "resnet":
         rows.append("veneer, model's own attention")
     return [*rows, "veneer, model's own attention and loss"] if architecture == "llama" else rows
 
@@ -182,14 +182,14 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
         return with_peft(model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options)
-    if architecture == "llama" and not any("attention" in option for option in options):
-        as_loaded(model)
+    if architecture != "resnet" and not any("attention" in option for option in options):
+        with_products(model)
     lean = architecture == "llama" and not any("loss" in option for option in options)
     return with_veneer(model, layers, rank, dropout, lean)
 
 
-def as_loaded(model: nn.Module) -> None:
-    """Attention as ``veneer.models.load_base`` chooses it."""
+def with_products(model: nn.Module) -> None:
+    """Attention as ``veneer.models.load_base`` chooses it for language models."""
     from veneer import models
 
     if next(model.parameters()).dtype.itemsize == 2:

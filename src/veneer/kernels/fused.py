@@ -226,10 +226,8 @@ class _Linear(torch.autograd.Function):
         if cast:
             down, up = down.to(dtype), up.to(dtype)
         wide = dtype.itemsize >= 4
-        if wide:
-            h = _thin(down, tokens) if tokens.shape[0] > FEW else down @ tokens.mT  # [r, T]
-        else:
-            h = (tokens @ down.mT).mT  # _thin
+        few = tokens.shape[0] <= FEW
+        h = down @ tokens.mT if wide and few else _thin(down, tokens)  # [r, T]
         h *= scale
         y = h.mT @ up.mT  # [T, out]
         if wide and bias is not None:
