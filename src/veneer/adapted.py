@@ -390,6 +390,11 @@ class LayerAdapter(nn.Module):
             settings = fused.Settings((low.scale,), dropout, seed)
             matrix = weight.mT if reader.out_axis == 1 else weight
             return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
+        if base in reader.types() and gain is None and not site.transposed and fused.applies(x, weight):
+            drops = change.dropout if change.training else 0.0
+            y = None if context.current.path else reader.fused(module, x, weight, bias, low, drops)
+            if y is not None:
+                return y
         if gain is None and not full and not change.storage.computed:
             plain: Any = view(module, base, {}) if self.entries else module  # whose methods are the base's too
             y = base.forward(plain, *args, **kwargs)

@@ -122,6 +122,13 @@ class Layer(ABC):
         """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype of x."""
         raise NotImplementedError
 
+    def fused(
+        self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
+    ) -> Tensor | None:
+        """``update(drop(x), low, op(x, weight, bias))``, with ``drops`` the probability, as one function of
+        ``kernels``, or None where there is none for this call. Only where ``fused.applies`` does."""
+        return None
+
     def factors(self, module: Any) -> bool:
         """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
         return True

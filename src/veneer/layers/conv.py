@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, randn
 
+from veneer.kernels import conv
 from veneer.layers._base import Dims, Layer, register
 from veneer.lowrank import LowRank
 
@@ -40,6 +41,15 @@ class _Conv(Layer):
         h = module._conv_forward(x, A, None)  # [N, g·r, *spatial]
         change = self._pointwise(h, B * low.scale, groups=module.groups)  # [N, out, *spatial]
         return change if y is None else y + change
+
+    def fused(
+        self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
+    ) -> Tensor | None:
+        plain = module.groups == 1 and module.padding_mode == "zeros" and x.dim() == self.spatial + 2 and x.numel()
+        if not plain or isinstance(module.padding, str) or not (x.is_contiguous() and weight.is_contiguous()):
+            return None
+        geometry = conv.Geometry(module.stride, module.padding, module.dilation)
+        return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
 
     def _as_weights(self, low: LowRank, shape: torch.Size) -> tuple[Tensor, Tensor]:
         _, in_, *kernel = shape

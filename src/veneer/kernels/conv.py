@@ -1,0 +1,188 @@
+"""A convolution with a low-rank change of its weight, as one differentiable function.
+
+    y = conv(x; W) + bias + s · B conv(drop(x); A)
+    x: [n, in, *size]   W: [out, in, *k]   A: [r, in · |k|]   B: [out, r]   y: [n, out, *positions]
+
+What autograd would do with the two convolutions costs more than it must:
+
+- with many positions, W + s B A is formed in float32 (``plan``) in forward and in backward: the bottleneck's way
+  through an output and through the gradient of x falls away, and the gradients of A and B need thin products only;
+- with few, or in 16 bits, the bottleneck's part is added in place by a batched matrix product;
+- a kernel of one position is a matrix product, and one with strides reads every so many positions of x: those are
+  copied once, saved in place of x, and nothing else looks at the others;
+- saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed, from which backward drops the same
+  entries again.
+
+The backward of the backward goes through plain differentiable code. It knows no device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import dropout, plan
+
+
+class Geometry(NamedTuple):
+    """The options of a convolution with one group and zeros around x, a number each spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def positions(self, size: torch.Size, kernel: torch.Size) -> tuple[int, ...]:
+        """The size of the output for an input of this one."""
+        each = zip(size, kernel, *self, strict=True)
+        return tuple((n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, step, pad, gap in each)
+
+
+class Settings(NamedTuple):
+    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as ``fused.Settings`` has it."""
+
+    geometry: Geometry
+    scale: float
+    drops: float
+    seed: int
+    form: bool
+
+
+def conv(
+    geometry: Geometry,
+    scale: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    drops: float = 0.0,
+) -> Tensor:
+    """y [n, out, *positions], in the dtype of x; differentiable in x, bias, A and B.
+
+    Args:
+        x: [n, in, *size], contiguous.
+        weight: [out, in, *k] of the dtype of x; it gets no gradient.
+        bias: [out] or None, of the dtype of x.
+        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x, gradients in their own.
+        drops: probability of dropping an entry of x on the low-rank path.
+    """
+    if weight[0, 0].numel() == 1 and not any(geometry.padding) and max(geometry.stride) > 1:
+        x = x[(..., *(slice(None, None, step) for step in geometry.stride))].contiguous()
+        geometry = geometry._replace(stride=(1,) * len(geometry.stride))
+    positions = geometry.positions(x.shape[2:], weight.shape[2:])
+    tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
+    form = not drops and tokens > plan.forms_above(weight.shape[0], in_, B.shape[1], x.dtype)
+    settings = Settings(geometry, scale / (1 - drops), drops, dropout.seed() if drops else 0, form)
+    return _Conv.apply(settings, x, weight, bias, A, B)  # pyright: ignore[reportReturnType]
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, x, weight, bias, A, B) -> Tensor:
+        geometry, down, up = settings.geometry, A.to(x.dtype), B.to(x.dtype)
+        if settings.form:
+            h, y = None, _plain(geometry, x, _formed(weight, down, up, settings.scale), bias)
+        else:
+            h, y = _thin(geometry, _read(settings, x), down, weight), _plain(geometry, x, weight, bias)
+            y.flatten(2).baddbmm_(up.expand(len(x), -1, -1), h.flatten(2), alpha=settings.scale)
+        ctx.settings = settings
+        ctx.save_for_backward(x, weight, bias, A, B, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        settings, (*tensors, h) = ctx.settings, ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *_differentiable(needs, settings, *tensors, dy)
+        (x, weight, _, A, B), geometry, scale = tensors, settings.geometry, settings.scale
+        need_x, _, need_bias, need_A, need_B = needs
+        with torch.autocast(x.device.type, enabled=False):
+            dy, down, up = dy.contiguous(), A.to(x.dtype), B.to(x.dtype)
+            flat = dy.flatten(2)  # [n, out, p]
+            dh = torch.bmm((up * scale).mT.expand(len(x), -1, -1), flat).unflatten(
+                2, dy.shape[2:]
+            )  # [n, r, *positions]
+            dx = dA = dB = None
+            if need_B:
+                h = _thin(geometry, x, down, weight) if h is None else h
+                dB = (torch.bmm(flat, h.flatten(2).mT).sum(0) * scale).to(B.dtype)
+            if need_A:
+                dA = _of_thin(geometry, _read(settings, x), down, weight, dh).to(A.dtype)
+            if need_x:
+                dx = _carried(settings, x, weight, down, up, dy, dh)
+            db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
+        return None, dx, None, db, dA, dB
+
+
+def _read(settings: Settings, x: Tensor) -> Tensor:
+    """What the low-rank path reads."""
+    return dropout.zeroed(x, settings.drops, settings.seed) if settings.drops else x
+
+
+def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """W + s B A."""
+    return torch.addmm(weight.reshape(len(weight), -1), up, down, alpha=scale).view(weight.shape)
+
+
+def _is_product(geometry: Geometry, weight: Tensor) -> bool:
+    """Whether each position of the output is the product of the weight with that position of x."""
+    return weight[0, 0].numel() == 1 and max(geometry.stride) == 1 and not any(geometry.padding)
+
+
+def _plain(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry.stride), 1)
+    return y.contiguous()
+
+
+def _thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    """conv(x; A): [n, r, *positions]."""
+    if _is_product(geometry, weight):
+        return torch.bmm(down.expand(len(x), -1, -1), x.flatten(2)).view(len(x), -1, *x.shape[2:])
+    return _plain(geometry, x, down.view(-1, *weight.shape[1:]), None)
+
+
+def _of_thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor, dh: Tensor) -> Tensor:
+    """The gradient of A [r, in · |k|] from that of h."""
+    if _is_product(geometry, weight):
+        return torch.bmm(dh.flatten(2), x.flatten(2).mT).sum(0)
+    narrow = down.view(-1, *weight.shape[1:])
+    return _backward(geometry, dh, x, narrow, (False, True, False))[1].reshape(down.shape)
+
+
+def _carried(settings: Settings, x, weight, down, up, dy, dh) -> Tensor:
+    """The gradient of x."""
+    geometry = settings.geometry
+    if settings.form:
+        return _backward(geometry, dy, x, _formed(weight, down, up, settings.scale), (True, False, False))[0]
+    dx = _backward(geometry, dy, x, weight, (True, False, False))[0].contiguous()
+    if _is_product(geometry, weight) and not settings.drops:
+        dx.flatten(2).baddbmm_(down.mT.expand(len(x), -1, -1), dh.flatten(2))
+        return dx
+    part = _backward(geometry, dh, x, down.view(-1, *weight.shape[1:]), (True, False, False))[0].contiguous()
+    if settings.drops:
+        part.view(-1).index_fill_(0, dropout.indices(x.numel(), settings.drops, settings.seed, x.device), 0)
+    return dx.add_(part)
+
+
+def _backward(geometry: Geometry, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:
+    """The gradients of x, of the weight and of a bias, those that are asked for."""
+    none = [0] * len(geometry.stride)
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)
+
+
+def _differentiable(needs, settings: Settings, x, weight, bias, A, B, dy: Tensor) -> list[Tensor | None]:
+    """The gradients as functions that have gradients themselves. It runs on aliases: x may itself depend on the
+    bias, and that is not this call's part of its gradient."""
+    if settings.drops:
+        raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
+    values: list[Any] = [None if one is None else one.view_as(one) for one in (x, weight, bias, A, B)]
+    x, weight, bias, A, B = values
+    h = _plain(settings.geometry, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
+    part = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
+    y = _plain(settings.geometry, x, weight, bias)
+    wanted = [value for value, need in zip(values, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y + part.view_as(y), wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
