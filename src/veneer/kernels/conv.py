@@ -93,11 +93,10 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        settings, (*tensors, h) = ctx.settings, ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        settings, (x, weight, bias, A, B, h) = ctx.settings, ctx.saved_tensors
+        needs, geometry, scale = ctx.needs_input_grad[1:], settings.geometry, settings.scale
         if torch.is_grad_enabled():
-            return None, *_differentiable(needs, settings, *tensors, dy)
-        (x, weight, _, A, B), geometry, scale = tensors, settings.geometry, settings.scale
+            return None, *_differentiable(needs, settings, x, weight, bias, A, B, dy)
         need_x, _, need_bias, need_A, need_B = needs
         with torch.autocast(x.device.type, enabled=False):
             dy, down, up = dy.contiguous(), A.to(x.dtype), B.to(x.dtype)
