@@ -259,6 +259,28 @@ def test_check_names_what_the_output_does_not_see():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in handle.parameters())
 
 
+class Steep(nn.Module):
+    """Its gradient turns over so fast that float32 has nothing of it left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.sin(self.first(x) * 1e7)
+
+
+def test_check_tells_rounding_from_a_weight_that_is_not_seen():
+    model = Steep()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["first"]))
+    before = {name: (id(one), one.data_ptr(), one.clone()) for name, one in model.state_dict(keep_vars=True).items()}
+    assert veneer.check(model, torch.randn(3, 4)).compared == 1
+    for name, one in model.state_dict(keep_vars=True).items():
+        assert before[name][:2] == (id(one), one.data_ptr())
+        assert torch.equal(before[name][2], one)
+    assert all(one.dtype == torch.float32 for one in handle.parameters())
+
+
 def test_check_passes_and_says_so():
     model = ConvNet().eval()
     veneer.attach(model, veneer.LoraConfig(rank=1, targets="all", train_also=["norm"]))

@@ -6,6 +6,9 @@ forward, a module that this kind of input never reaches. Three proofs, each nami
     reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
     gradient    one pass in the model's own mode gives every change a finite gradient that is not zero
     equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
+
+Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to differ is judged in
+float64, where the model runs there.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.adapted import BASE, SITE, LayerAdapter, Selected, at_least_float32, own_class, sites, weight_of
@@ -112,6 +116,24 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
     packed = _packed(model, name)
     if problems or packed is None:
         return problems, 0
+    compared = [
+        item
+        for item in items
+        if not item.ids & {id(change) for part in packed.values() for change in part.changes.values()}
+    ]
+    problems = _differences(model, name, compared, trained, packed, args, kwargs)
+    if problems and not packed and _all_narrower_than_float64(model):
+        with _in_float64(model):
+            args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+            try:
+                problems = _differences(model, name, compared, trained, packed, args, kwargs)
+            except RuntimeError as error:  # a forward that casts by itself: the first judgement holds
+                problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+    return problems, len(compared)
+
+
+def _differences(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], packed, args, kwargs):
+    """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
     # cuDNN's RNNs have no backward in eval mode
     with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
@@ -120,12 +142,30 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
             ours = _gradients(model, trained, args, kwargs)
         with _defined(model, name, packed):
             theirs = _gradients(model, trained, args, kwargs)
-    compared = [
-        item
-        for item in items
-        if not item.ids & {id(change) for part in packed.values() for change in part.changes.values()}
-    ]
-    return list(_different(compared, ours, theirs)), len(compared)
+    return list(_different(items, ours, theirs))
+
+
+def _all_narrower_than_float64(model: nn.Module) -> bool:
+    """Whether the model's numbers are plain ones that float64 holds exactly."""
+    floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    return all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """The model in float64; afterwards its tensors are the same objects with the memory that they had."""
+    held = [(one, one.data) for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    try:
+        for one, data in held:
+            one.data = data.double()
+        yield
+    finally:
+        for one, data in held:
+            one.data = data
 
 
 def _different(items: list[_Item], ours: Mapping, theirs: Mapping) -> Iterator[str]:

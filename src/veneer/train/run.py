@@ -92,7 +92,7 @@ def fit(
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     handle = _attach(config, base.model, found)
     _describe(config, base.model, handle, prepared, found, console)
-    if config.check and found is None:
+    if config.check:
         _check(base.model, prepared)
     before = _open(config, output, prepared, found)  # only now: a run that cannot begin leaves nothing behind
     stop = watch.StopOnSignal(console)
