@@ -78,6 +78,7 @@ bench: setup
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 \
 	  $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py
+	$(BENCH)/frozen.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
 

@@ -11,6 +11,7 @@ Peers are imported when they are built: a process that measures memory then hold
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +149,13 @@ def step(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: d
     candidate.loss(candidate.model, batch).backward()
     if optimizer is not None:
         optimizer.step()
+
+
+def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: dict[str, Tensor]) -> float:
+    """Seconds of CPU time of a step."""
+    start = time.process_time()
+    step(candidate, optimizer, batch)
+    return time.process_time() - start
 
 
 def names(architecture: str, dtype: str) -> list[str]:

@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from candidates import ARCHITECTURES, DTYPES, Candidate, llama, make, sharing, step
+from candidates import ARCHITECTURES, DTYPES, llama, make, sharing, timed
 from report import rounds, write
 
 USUAL = {"tokens": 256, "rank": 16, "layers": 2}
@@ -41,12 +40,7 @@ def point(dtype: str, runs: int, tiny: bool, tokens: int, rank: int, layers: int
     made = {name: make(name, sharing(base), "llama", rank) for name in CANDIDATES}
     optimizers = {name: candidate.optimizer() for name, candidate in made.items()}
 
-    def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None) -> float:
-        start = time.process_time()
-        step(candidate, optimizer, batch)
-        return time.process_time() - start
-
-    calls = {name: lambda name=name: timed(made[name], optimizers[name]) for name in made}
+    calls = {name: lambda name=name: timed(made[name], optimizers[name], batch) for name in made}
     return rounds(calls, runs=runs, warmup=2)
 
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from candidates import ARCHITECTURES, DTYPES, Candidate, make, names, sharing, step
+from candidates import ARCHITECTURES, DTYPES, make, names, sharing, timed
 from report import machine, measure, show, write
 
 TOKENS, RANKS = (64, 256, 1024, 4096), (8, 64, 256)
@@ -53,12 +52,7 @@ def case(
     }
     optimizers = {name: candidate.optimizer() for name, candidate in made.items()}
 
-    def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None) -> float:
-        start = time.process_time()
-        step(candidate, optimizer, batch)
-        return time.process_time() - start
-
-    calls = {name: lambda name=name: timed(made[name], optimizers[name]) for name in made}
+    calls = {name: lambda name=name: timed(made[name], optimizers[name], batch) for name in made}
     setting = {"architecture": arch, "dtype": dtype, "tokens": tokens, "rank": rank, "layers": layers}
     return measure(calls, floor="floor", runs=runs, **setting)
 

@@ -14,6 +14,7 @@ from scripts import bench_page
 
 import candidates
 import forward
+import frozen
 import import_time
 import report
 import scaling
@@ -47,6 +48,7 @@ def recorded(base, tmp_path_factory) -> Path:
         train_step.main([*few, *out, "--rank", "4", "--runs", "1"])
         train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
+        frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
@@ -181,6 +183,14 @@ def test_the_fit_finds_a_power_and_says_where_there_is_none():
     found = scaling.fit(sizes, [3 * size**1.5 for size in sizes])
     assert found == {"exponent": 1.5, "factor": pytest.approx(3), "residual": 0}
     assert scaling.fit(sizes, [1, 2, -1, 3]) is None
+
+
+def test_frozen(recorded):
+    """Each pair computes one loss, which the program asserts."""
+    cases = written(recorded, "frozen")["cases"]
+    assert [case["setting"]["gain"] for case in cases] == [*frozen.GAINS, *frozen.GAINS]
+    for case in cases:
+        assert list(case["rows"]) == ["without", "with"]
 
 
 def test_forward(recorded):

@@ -102,6 +102,9 @@ class TrainConfig(BaseModel):
         "auto", "run", "Attention code; auto: transformers' choice, and products for short bf16 rows on a CPU."
     )
     activation_checkpointing: bool = _field(False, "run", "Recompute activations: less memory, about a third slower.")
+    cache_lower: bool = _field(
+        False, "run", "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory."
+    )
     check: bool = _field(True, "run", "Check before training that every adapter is reached and gets a gradient.")
     trackers: list[str] = _field([], "run", "Report to these trackers as well: tensorboard, wandb, mlflow, …")
     resume: bool | None = _field(

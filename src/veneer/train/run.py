@@ -25,11 +25,13 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 import veneer
 from veneer import models
 from veneer.errors import ConfigError, OutputExistsError
+from veneer.summary import size
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
 from veneer.train.arguments import arguments_of, early_stop
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
+from veneer.train.lower import Lower
 from veneer.train.prepare import Prepared, prepare
 from veneer.train.tokens import IGNORED
 from veneer.train.trainer import AdapterTrainer
@@ -91,7 +93,8 @@ def fit(
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     handle = _attach(config, base.model, found)
-    _describe(config, base.model, handle, prepared, found, console)
+    lower = Lower(base.model) if config.cache_lower else None
+    _describe(config, base.model, handle, prepared, lower, console)
     if config.check:
         _check(base.model, prepared)
     before = _open(config, output, prepared, found)  # only now: a run that cannot begin leaves nothing behind
@@ -106,6 +109,7 @@ def fit(
         callbacks=[watch.LossLog(output, before), watch.StopOnNan(), stop, bar, *early_stop(config), *callbacks],
         adapter=handle,
         base_name=config.base,
+        lower=lower,
     )
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
@@ -218,7 +222,9 @@ def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
     return veneer.attach(model, lora, name="default")
 
 
-def _describe(config: TrainConfig, model: Any, handle: Any, prepared: Prepared, found: Found, console: Console) -> None:
+def _describe(
+    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, lower: Lower | None, console: Console
+) -> None:
     train = prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
@@ -237,7 +243,17 @@ def _describe(config: TrainConfig, model: Any, handle: Any, prepared: Prepared, 
         checkpointing=config.activation_checkpointing,
     )  # fmt: skip
     say(console, f"Memory   {expected}")
+    if lower is not None:
+        kept = size(_kept(model, prepared))
+        say(console, f"Lower    {len(lower.blocks)} of {lower.count} blocks run once for each row; {kept} are kept")
     say(console, str(handle.summary()))
+
+
+def _kept(model: Any, prepared: Prepared) -> int:
+    """Bytes of the hidden states of all rows."""
+    parts = [part for part in (prepared.train, prepared.evaluation) if part is not None]
+    width = model.get_input_embeddings().weight.shape[1]
+    return sum(length for part in parts for length in part.lengths) * width * model.dtype.itemsize
 
 
 def _largest_batch(prepared: Prepared, config: TrainConfig) -> tuple[int, int]:

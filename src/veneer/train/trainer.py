@@ -13,6 +13,7 @@ collation, trackers. What is replaced, and why:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 import veneer
 from veneer.train import checkpoint
 from veneer.train.loss import token_loss
+from veneer.train.lower import Lower
 
 
 class EpochSampler(Sampler[int]):
@@ -62,10 +64,11 @@ class AdapterTrainer(SFTTrainer):
 
     Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
         adapter: the handle that `veneer.attach` gave;
-        base_name: what the adapter's metadata calls the base.
+        base_name: what the adapter's metadata calls the base;
+        lower: what the blocks below the adapter's put out, if that is to be kept.
     """
 
-    def __init__(self, *args: Any, adapter: Any, base_name: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, adapter: Any, base_name: str, lower: Lower | None = None, **kwargs: Any) -> None:
         model: Any = kwargs.get("model", args[0] if args else None)
         before = model.__dict__.get("forward")
         super().__init__(*args, **kwargs)
@@ -76,6 +79,7 @@ class AdapterTrainer(SFTTrainer):
             model.forward = before
         self.adapter = adapter
         self.base_name = base_name
+        self.lower = lower
         # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -102,7 +106,8 @@ class AdapterTrainer(SFTTrainer):
         if return_outputs:
             raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
         training = model.training
-        result = token_loss(model, inputs, accuracy=not training)
+        with nullcontext() if self.lower is None else self.lower.given(model, inputs):
+            result = token_loss(model, inputs, accuracy=not training)
         if training:
             mask = inputs.get("attention_mask")  # packed rows have none, and no padding
             seen = mask.sum() if mask is not None else torch.tensor(inputs["input_ids"].numel()).to(self.args.device)
