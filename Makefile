@@ -79,6 +79,7 @@ bench: setup
 	  $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py
 	$(BENCH)/frozen.py
+	$(BENCH)/planner.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
 

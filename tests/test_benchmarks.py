@@ -16,6 +16,7 @@ import candidates
 import forward
 import frozen
 import import_time
+import planner
 import report
 import scaling
 import time_to_target
@@ -25,6 +26,7 @@ import train_step
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn
 
 SHAPE = ["--tiny", "--layers", "1"]
+PLANNED = ["llama", "resnet18"]
 MEMORY_ROWS = ["full fine-tuning", "peft", "veneer"]
 
 
@@ -49,6 +51,7 @@ def recorded(base, tmp_path_factory) -> Path:
         train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
+        planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
@@ -191,6 +194,13 @@ def test_frozen(recorded):
     assert [case["setting"]["gain"] for case in cases] == [*frozen.GAINS, *frozen.GAINS]
     for case in cases:
         assert list(case["rows"]) == ["without", "with"]
+
+
+def test_planner(recorded):
+    cases = written(recorded, "planner")["cases"]
+    assert [case["setting"]["model"] for case in cases] == PLANNED
+    for case in cases:
+        assert list(case["rows"]) == ["factored", "planner"]
 
 
 def test_forward(recorded):
