@@ -25,6 +25,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch):
+    monkeypatch.setattr(conv, "SMALL", 0)
+
+
 @pytest.fixture(params=[True, False], ids=["formed", "factored"])
 def formed(request, monkeypatch):
     """Whether W + ΔW is formed for any number of positions."""
@@ -131,6 +136,16 @@ def test_a_pointwise_layer_with_strides_saves_what_it_reads():
         model(x)
     assert x.shape not in [one.shape for one in saved]
     assert (2, 4, 4, 3) in [tuple(one.shape) for one in saved]
+
+
+def test_a_small_call_goes_the_general_way(calls, monkeypatch):
+    model, _, x = adapted("3x3")
+    monkeypatch.setattr(conv, "SMALL", x.numel())
+    model(x)
+    assert calls == []
+    monkeypatch.setattr(conv, "SMALL", x.numel() - 1)
+    model(x)
+    assert len(calls) == 1
 
 
 class Doubled(nn.Conv2d):

@@ -25,6 +25,9 @@ from torch import Tensor
 
 from veneer.kernels import dropout, plan
 
+#: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
+SMALL = 1 << 17
+
 
 class Geometry(NamedTuple):
     """The options of a convolution with one group and zeros around x, a number each spatial axis."""
@@ -108,10 +111,12 @@ class _Conv(torch.autograd.Function):
             if need_B:
                 h = _thin(geometry, x, down, weight) if h is None else h
                 dB = (torch.bmm(flat, h.flatten(2).mT).sum(0) * scale).to(B.dtype)
-            if need_A:
-                dA = _of_thin(geometry, _read(settings, x), down, weight, dh).to(A.dtype)
+            if need_A or need_x:
+                dx, dA = _through_thin(settings, x, down, weight, dh, need_x and not settings.form, need_A)
+                dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                dx = _carried(settings, x, weight, down, up, dy, dh)
+                through = _formed(weight, down, up, scale) if settings.form else weight
+                dx = _sum(_backward(geometry, dy, x, through, (True, False, False))[0], dx)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
@@ -143,27 +148,26 @@ def _thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor) -> Tensor
     return _plain(geometry, x, down.view(-1, *weight.shape[1:]), None)
 
 
-def _of_thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor, dh: Tensor) -> Tensor:
-    """The gradient of A [r, in · |k|] from that of h."""
-    if _is_product(geometry, weight):
-        return torch.bmm(dh.flatten(2), x.flatten(2).mT).sum(0)
-    narrow = down.view(-1, *weight.shape[1:])
-    return _backward(geometry, dh, x, narrow, (False, True, False))[1].reshape(down.shape)
+def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
+    """(the gradient of x that comes through h, that of A [r, in · |k|]), from the gradient of h."""
+    read, dx, dA = _read(settings, x), None, None
+    if _is_product(settings.geometry, weight):
+        if need_x:
+            dx = torch.bmm(down.mT.expand(len(x), -1, -1), dh.flatten(2)).view_as(x)
+        if need_A:
+            dA = torch.bmm(dh.flatten(2), read.flatten(2).mT).sum(0)
+    else:
+        narrow = down.view(-1, *weight.shape[1:])
+        dx, dA, _ = _backward(settings.geometry, dh, read, narrow, (need_x, need_A, False))
+        dA = None if dA is None else dA.reshape(down.shape)
+    if settings.drops and dx is not None:
+        dx = dx.contiguous()
+        dx.view(-1).index_fill_(0, dropout.indices(x.numel(), settings.drops, settings.seed, x.device), 0)
+    return dx, dA
 
 
-def _carried(settings: Settings, x, weight, down, up, dy, dh) -> Tensor:
-    """The gradient of x."""
-    geometry = settings.geometry
-    if settings.form:
-        return _backward(geometry, dy, x, _formed(weight, down, up, settings.scale), (True, False, False))[0]
-    dx = _backward(geometry, dy, x, weight, (True, False, False))[0].contiguous()
-    if _is_product(geometry, weight) and not settings.drops:
-        dx.flatten(2).baddbmm_(down.mT.expand(len(x), -1, -1), dh.flatten(2))
-        return dx
-    part = _backward(geometry, dh, x, down.view(-1, *weight.shape[1:]), (True, False, False))[0].contiguous()
-    if settings.drops:
-        part.view(-1).index_fill_(0, dropout.indices(x.numel(), settings.drops, settings.seed, x.device), 0)
-    return dx.add_(part)
+def _sum(one: Tensor, other: Tensor | None) -> Tensor:
+    return one if other is None else one.add_(other)
 
 
 def _backward(geometry: Geometry, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:

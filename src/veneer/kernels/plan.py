@@ -13,6 +13,7 @@ it reads, so its cost is that of reading, and a weight, unlike what the layer be
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
     return Costs(tokens, layer, factored, materialised if dtype.itemsize >= 4 else math.inf)
 
 
+@functools.cache
 def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
     """The number of tokens above which a training step is cheaper with W + ΔW formed: infinity where it never is, or is
     never right. One number for training and inference, so that both round alike."""

@@ -45,8 +45,9 @@ class _Conv(Layer):
     def fused(
         self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
     ) -> Tensor | None:
-        plain = module.groups == 1 and module.padding_mode == "zeros" and x.dim() == self.spatial + 2 and x.numel()
-        if not plain or isinstance(module.padding, str) or not (x.is_contiguous() and weight.is_contiguous()):
+        plain = x.numel() > conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
+        rows = x.dim() == self.spatial + 2 and x.is_contiguous() and weight.is_contiguous()
+        if not (plain and rows) or isinstance(module.padding, str):
             return None
         geometry = conv.Geometry(module.stride, module.padding, module.dilation)
         return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
