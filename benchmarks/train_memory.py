@@ -1,10 +1,10 @@
 """What a training step holds: bytes saved for backward, and the peak of the process; ratios to the floor.
 
-Each candidate of `train_step` runs in a process of its own. Saved for backward counts what autograd holds at the end of
-forward, each storage once, the model's parameters and buffers not; what a function hides from autograd it would miss,
-so the peak of resident memory stands beside it. The peak is of one step, model, libraries and optimiser's state
-included, as each of `--steps` steps had it after a first; beside it stands how much more that is than the process had
-with the model made and no step taken.
+Each candidate of `train_step` runs in a process of its own. Saved for backward counts what the nodes of the graph hold
+at the end of forward, each storage once, the model's parameters and buffers not; what a function hides from autograd
+it would miss, so the peak of resident memory stands beside it. The peak is of one step, model, libraries and
+optimiser's state included, as each of `--steps` steps had it after a first; beside it stands how much more that is than
+the process had with the model made and no step taken.
 
     python benchmarks/train_memory.py                       SmolLM2-135M's shape, 4 × 256 tokens, rank 8
     python benchmarks/train_memory.py --arch vit --out FOLDER
@@ -20,8 +20,7 @@ import gc
 import json
 import resource
 import sys
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,29 @@ MIB = 2**20
 NUMBERS = {"saved": "saved for backward", "peak": "peak of the process", "above": "above the model at rest"}
 
 
-class Held:
-    """A tensor that autograd holds; it goes when autograd lets go of it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def saved(candidate: Candidate, batch: dict[str, Tensor]) -> int:
     """Bytes that autograd holds between forward and backward, besides the model's own."""
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Held:
-        kept = Held(tensor)
-        held.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss = candidate.loss(candidate.model, batch)
-    gc.collect()
+    loss = candidate.loss(candidate.model, batch)
     own = set(storages([*candidate.model.parameters(), *candidate.model.buffers()]))
-    found = storages(kept.tensor for kept in list(held))
+    found = storages(kept(loss))
     loss.backward()
     return sum(size for place, size in found.items() if place not in own)
+
+
+def kept(output: Tensor) -> Iterator[Tensor]:
+    """Every tensor that a node of the graph below `output` has saved."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [below for below, _ in node.next_functions]
+        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in [*values, getattr(node, "saved_tensors", ())]:
+            yield from (
+                one for one in (value if isinstance(value, list | tuple) else (value,)) if isinstance(one, Tensor)
+            )
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

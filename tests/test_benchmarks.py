@@ -242,7 +242,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     page, readme = bench_page.page(), bench_page.readme()
     for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
         assert f"## {name}\n" in page
-    assert page.count("> Predicted") == 6
+    assert page.count("> Predicted") == 8
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in readme
     for text in (page, readme):

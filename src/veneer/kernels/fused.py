@@ -10,7 +10,8 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
 - ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient of x too. That
   costs no pass of its own, and 16-bit outputs are rounded once, with the change in them: added to an output that has
   been rounded already, a change below half a step of its grid would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
-- saved are x, once for all layers (dropped already, if there is dropout), and h where it is small;
+- saved are x, once for all layers, and h where it is small; in place of an x that is a product of two tensors which
+  autograd keeps anyway, such as what a gated MLP gives to its last layer, these two;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
 The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code:
@@ -52,6 +53,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: tokens up to which float32 is the faster dtype of a thin product
 FEW = 32
+#: numbers in x above which it is worth a look whether it has to be kept
+MANY = 1 << 16
 #: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
 CACHE = 3 << 18
 
@@ -98,18 +101,17 @@ def linears(
 
 
 def _forward(settings: Settings, x, weights, biases, A, B):
-    """(outputs, what the low-rank path read [T, in], scaled h [R, T], and what ``_cast`` makes); the last two None
-    where W + ΔW is formed."""
+    """(outputs, scaled h [R, T], and what ``_cast`` makes); the last two None where W + ΔW is formed."""
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     if settings.form:
         factors = zip(weights, biases, A, B, settings.scales, strict=True)
         ys = [_shaped(F.linear(tokens, _formed(W, A, B, s), bias), x) for W, bias, A, B, s in factors]
-        return ys, tokens, None, None
+        return ys, None, None
     read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
     joined, ups = cast_ = _cast(A, B, x.dtype)
     h = _scaled(_thin(joined, read), ups, settings)  # [R, T]
     factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
-    return [_shaped(_summed(part, up, tokens, W, bias), x) for part, up, W, bias in factors], read, h, cast_
+    return [_shaped(_summed(part, up, tokens, W, bias), x) for part, up, W, bias in factors], h, cast_
 
 
 def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
@@ -197,15 +199,30 @@ def _worth(narrow, tensors: Sequence) -> Sequence[Tensor | None]:
     return narrow[0], *narrow[1]
 
 
+def _kept(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is saved of x: x, or two tensors whose product it is, if autograd keeps these for the node that made x."""
+    node: Any = x.grad_fn
+    if node is None or node.name() != "MulBackward0" or x.numel() <= MANY or _hooked():
+        return x, None
+    both = node._saved_self, node._saved_other
+    whole = all(one is not None and one.shape == x.shape and one.dtype == x.dtype for one in both)
+    return both if whole else (x, None)
+
+
+def _hooked() -> bool:
+    """Whether what autograd keeps goes through hooks now: checkpointing would compute it again to show it."""
+    return _C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, *tensors):
-        outputs, read, h, narrow = _forward(settings, x, *_apart(tensors))
+        outputs, h, narrow = _forward(settings, x, *_apart(tensors))
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
         # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
-        keep = h is not None and h.shape[0] * 8 <= read.shape[1]
-        ctx.save_for_backward(read if settings.dropout else x, h if keep else None, *_worth(narrow, tensors), *tensors)
+        keep = h is not None and h.shape[0] * 8 <= x.shape[-1]
+        ctx.save_for_backward(*_kept(x), h if keep else None, *_worth(narrow, tensors), *tensors)
         return tuple(outputs)
 
     @staticmethod
@@ -237,7 +254,8 @@ class _Linear(torch.autograd.Function):
             ctx.settings, ctx.shape = scale, x.shape
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None
             # what ctx.save_for_backward does, without a call
-            ctx.to_save = x, keep, down if cast else None, up if cast else None, weight, bias, A, B
+            x, other = (x, None) if x.grad_fn is None else _kept(x)
+            ctx.to_save = x, other, keep, down if cast else None, up if cast else None, weight, bias, A, B
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
@@ -278,16 +296,20 @@ def _backward(ctx, *gradients):
 
 
 def _gradients(ctx, *gradients):
-    saved, h, joined, *rest = ctx.saved_tensors
+    x, other, h, joined, *rest = ctx.saved_tensors
     count = len(rest) // 5
     ups, tensors = rest[:count], rest[count:]
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
     settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
     if torch.is_grad_enabled():
-        return _differentiable(ctx, saved, weights, biases, A, B, gradients)
+        return _differentiable(ctx, x if other is None else x * other, weights, biases, A, B, gradients)
     need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
-    read = saved.reshape(-1, saved.shape[-1])  # [T, in]
+    read = (x if other is None else x * other).reshape(-1, x.shape[-1])  # [T, in]
+    dropped = None
+    if settings.dropout:
+        dropped = dropout.indices(read.numel(), settings.dropout, settings.seed, read.device)
+        read = read.reshape(-1).index_fill(0, dropped, 0).view(read.shape)
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     if joined is None:
         joined, ups = _cast(A, B, read.dtype)
@@ -307,7 +329,7 @@ def _gradients(ctx, *gradients):
         dB.append(None)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
-    dx = _carried(dys, weights, A, B, U, joined, settings).view(ctx.shape) if need_x else None
+    dx = _carried(dys, weights, A, B, U, joined, settings, dropped).view(ctx.shape) if need_x else None
     dA: list[Any] = [None] * len(A)
     if True in need_A:
         parts = _by_layer(U @ read, ups)
@@ -344,13 +366,13 @@ def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient if factor.ndim == 2 else gradient[None]
 
 
-def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings) -> Tensor:
+def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings, dropped: Tensor | None) -> Tensor:
     """The gradient of x [T, in]: dy (W + ΔW) of all layers."""
     dx = None
     if not settings.form:
         dx = U.mT @ joined
-        if settings.dropout:
-            dx.view(-1).index_fill_(0, dropout.indices(dx.numel(), settings.dropout, settings.seed, dx.device), 0)
+        if dropped is not None:
+            dx.view(-1).index_fill_(0, dropped, 0)
     for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
         if dy is not None:
             through = _formed(weight, down, up, scale) if settings.form else weight
