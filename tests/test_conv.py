@@ -129,6 +129,14 @@ def test_used_twice_checkpointed_and_under_autocast(formed):
         assert torch.equal(model(x), once[0])
 
 
+def test_an_output_may_be_written_to(formed):
+    """As a network's ``nn.ReLU(inplace=True)`` does."""
+    model, handle, x = adapted("3x3")
+    found = values(model, handle, x, lambda x: nn.functional.relu_(model(x)))
+    for mine, exact in zip(found, values(model, handle, x, lambda x: model(x).relu()), strict=True):
+        assert torch.equal(mine, exact)
+
+
 def test_a_pointwise_layer_with_strides_saves_what_it_reads():
     model, _, x = adapted("pointwise, strided")
     saved = []
