@@ -25,7 +25,7 @@ import peft
 import torch
 
 import veneer
-from candidates import ALPHA, DTYPES, llama
+from candidates import ALPHA, DTYPES, llama, sharing
 from report import measure, show, write
 
 TOKENS = (1, 256, 1024)
@@ -40,11 +40,10 @@ def with_peft(model: torch.nn.Module, targets: Any) -> torch.nn.Module:
 def models(layers: int, dtype: torch.dtype, tiny: bool) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     base = llama(layers, 0, tiny).to(dtype).eval()
-    # Each has weights of its own: those that two candidates share would be in the caches for the second.
-    merged, adapted, theirs = (copy.deepcopy(base) for _ in range(3))
+    merged, adapted = copy.deepcopy(base), sharing(base)  # merging writes into the weights
     veneer.attach(merged, veneer.LoraConfig(rank=8, alpha=ALPHA)).merge(keep=False)
     veneer.attach(adapted, veneer.LoraConfig(rank=8, alpha=ALPHA))
-    theirs = with_peft(theirs, "all-linear")
+    theirs = with_peft(sharing(base), "all-linear")
     return {"base": base, "veneer, merged": merged, "veneer": adapted, "peft": theirs}
 
 
