@@ -10,12 +10,14 @@ Peers are imported when they are built: a process that measures memory then hold
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +158,17 @@ def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: 
     start = time.process_time()
     step(candidate, optimizer, batch)
     return time.process_time() - start
+
+
+def options(doc: str | None, layers: int, runs: int) -> argparse.ArgumentParser:
+    """What the programs on Llama's shape are told alike."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--runs", type=int, default=runs)
+    parser.add_argument("--tiny", action="store_true", help="a model of a toy's width")
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    return parser
 
 
 def names(architecture: str, dtype: str) -> list[str]:

@@ -12,13 +12,11 @@ Predicted: merged 1.00; adapted 1.15 for one token, 1.05 for 256 and 1.03 for 1,
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,6 +24,7 @@ import torch
 
 import veneer
 from candidates import ALPHA, DTYPES, llama, sharing
+from candidates import options as options_of
 from report import measure, show, write
 
 TOKENS = (1, 256, 1024)
@@ -86,13 +85,8 @@ def calls() -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser = options_of(__doc__, layers=30, runs=7)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a model of a toy's width")
-    parser.add_argument("--out", type=Path, help="folder for the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = []

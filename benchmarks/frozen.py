@@ -13,10 +13,8 @@ Predicted: lowest 0.60, cached 0.45 (a third of 3 parts of 4), prompts 0.80, pac
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 import veneer
 from candidates import ALPHA, DTYPES, Candidate, llama, own_loss, sharing, timed, with_products
+from candidates import options as options_of
 from report import measure, show, write
 from veneer.train.loss import causal_loss
 from veneer.train.lower import Lower
@@ -103,13 +102,8 @@ GAINS = {"lowest": lowest, "cached": cached, "prompts": prompts, "packed": packe
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, layers=12, runs=5)
     parser.add_argument("--gain", nargs="+", choices=GAINS, default=list(GAINS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a model of a toy's width")
-    parser.add_argument("--out", type=Path, help="folder for the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = []
