@@ -429,6 +429,22 @@ def test_a_product_of_two_kept_tensors_is_not_kept_itself(dropout, monkeypatch):
         assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x.requires_grad_(), *handle.parameters()))
 
 
+def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
+    """What the layer computes needs the product alone."""
+    monkeypatch.setattr(fused, "MANY", 0)
+    layer, handle = adapted(nn.Linear(6, 4))
+    for freed in (True, False):
+        one = torch.randn(5, 6, dtype=torch.float64, requires_grad=True) * 1
+        product = one * torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+        plain = torch.autograd.grad(layer(product.detach()).sum(), handle.parameters())
+        if freed:
+            product.sum().backward()
+        else:
+            one.detach().zero_()
+        found = torch.autograd.grad(layer(product).sum(), handle.parameters())
+        assert all(map(torch.equal, plain, found))
+
+
 def test_a_product_is_kept_under_checkpointing_and_where_it_is_broadcast(monkeypatch):
     monkeypatch.setattr(fused, "MANY", 0)
     model, _ = adapted(Gated())

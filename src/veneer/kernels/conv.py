@@ -104,9 +104,7 @@ class _Conv(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dy, down, up = dy.contiguous(), A.to(x.dtype), B.to(x.dtype)
             flat = dy.flatten(2)  # [n, out, p]
-            dh = torch.bmm((up * scale).mT.expand(len(x), -1, -1), flat).unflatten(
-                2, dy.shape[2:]
-            )  # [n, r, *positions]
+            dh = torch.bmm((up * scale).mT.expand(len(x), -1, -1), flat).view(len(x), -1, *dy.shape[2:])
             dx = dA = dB = None
             if need_B:
                 h = _thin(geometry, x, down, weight) if h is None else h
@@ -150,7 +148,11 @@ def _thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor) -> Tensor
 
 def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
     """(the gradient of x that comes through h, that of A [r, in · |k|]), from the gradient of h."""
-    read, dx, dA = _read(settings, x), None, None
+    dx = dA = dropped = None
+    read = x
+    if settings.drops:
+        dropped = dropout.indices(x.numel(), settings.drops, settings.seed, x.device)
+        read = dropout.without(x, dropped)
     if _is_product(settings.geometry, weight):
         if need_x:
             dx = torch.bmm(down.mT.expand(len(x), -1, -1), dh.flatten(2)).view_as(x)
@@ -160,9 +162,9 @@ def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A:
         narrow = down.view(-1, *weight.shape[1:])
         dx, dA, _ = _backward(settings.geometry, dh, read, narrow, (need_x, need_A, False))
         dA = None if dA is None else dA.reshape(down.shape)
-    if settings.drops and dx is not None:
+    if dropped is not None and dx is not None:
         dx = dx.contiguous()
-        dx.view(-1).index_fill_(0, dropout.indices(x.numel(), settings.drops, settings.seed, x.device), 0)
+        dx.view(-1).index_fill_(0, dropped, 0)
     return dx, dA
 
 

@@ -38,7 +38,12 @@ def indices(count: int, p: float, seed: int, device: torch.device) -> Tensor:
 
 def zeroed(x: Tensor, p: float, seed: int) -> Tensor:
     """A copy of x, of any shape, with zeros in the entries that are dropped; not rescaled; differentiable."""
-    return x.reshape(-1).index_fill(0, indices(x.numel(), p, seed, x.device), 0).view(x.shape)
+    return without(x, indices(x.numel(), p, seed, x.device))
+
+
+def without(x: Tensor, dropped: Tensor) -> Tensor:
+    """A copy of x, of any shape, with zeros in these entries; differentiable."""
+    return x.reshape(-1).index_fill(0, dropped, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

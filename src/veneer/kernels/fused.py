@@ -204,7 +204,10 @@ def _kept(x: Tensor) -> tuple[Tensor, Tensor | None]:
     node: Any = x.grad_fn
     if node is None or node.name() != "MulBackward0" or x.numel() <= MANY or _hooked():
         return x, None
-    both = node._saved_self, node._saved_other
+    try:
+        both = node._saved_self, node._saved_other
+    except RuntimeError:  # a backward has freed them, or they have been written to since
+        return x, None
     whole = all(one is not None and one.shape == x.shape and one.dtype == x.dtype for one in both)
     return both if whole else (x, None)
 
@@ -309,7 +312,7 @@ def _gradients(ctx, *gradients):
     dropped = None
     if settings.dropout:
         dropped = dropout.indices(read.numel(), settings.dropout, settings.seed, read.device)
-        read = read.reshape(-1).index_fill(0, dropped, 0).view(read.shape)
+        read = dropout.without(read, dropped)
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     if joined is None:
         joined, ups = _cast(A, B, read.dtype)
