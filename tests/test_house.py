@@ -21,7 +21,7 @@ FLOORS = [
     ["layers", "variants", "bases", "models", "checkpoint"],
     ["linears"],
     ["adapted", "artefact"],
-    ["targets", "rows"],
+    ["targets", "rows", "derived"],
     ["readers", "overlap"],
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],

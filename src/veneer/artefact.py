@@ -84,7 +84,7 @@ class Artefact:
     @cached_property
     def products(self) -> dict[str, LowRank]:
         """The low-rank part of each change, as ``layers``; of DoRA's, without its gain."""
-        return {entry.at: _low_rank(entry) for entry in self.low.values()}
+        return {entry.at: entry.low for entry in self.low.values()}
 
     @property
     def parameters(self) -> int:
@@ -98,24 +98,13 @@ class Artefact:
         return sum(tensor.numel() for tensor in held)
 
 
-def _low_rank(entry: peft.PeftLayer) -> LowRank:
-    rank = entry.rank if entry.A.shape[0] % entry.rank == 0 else entry.A.shape[0]
-    groups = entry.A.shape[0] // rank
-    A = entry.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
-    if entry.B.shape[1] == rank:
-        B = entry.B.reshape(groups, -1, rank)  # [out, r, …] -> [g, out/g, r]
-    else:
-        B = entry.B.reshape(-1, rank, groups).permute(2, 0, 1)  # a stack: [out, r·E] -> [E, out, r]
-    return LowRank(A, B, entry.scale)
-
-
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
     peft_config: Mapping[str, Any],
     *,
-    base: Mapping[str, Any],
-    changes: Mapping[str, Any],
+    base: Mapping[str, Any] | None,
+    changes: Mapping[str, Any] | None,
     config: LoraConfig,
     provenance: Mapping[str, Any],
     overwrite: bool,
@@ -124,7 +113,8 @@ def write(
     """Write the three files as one folder, in one step.
 
     Args:
-        base: "name", "architecture", and "weights": the fingerprint of each changed weight by path.
+        base: "name", "architecture", and "weights": the fingerprint of each changed weight by path. None where nobody
+            knows the base: the folder then holds PEFT's two files alone, without a record.
         changes: what each change is (rank, alpha, rows), by the path of its weight.
         numbers: what goes into ``veneer.safetensors``; nothing if empty.
 
@@ -133,11 +123,31 @@ def write(
         AdapterError: a tensor is not finite.
     """
     _all_finite({**tensors, **numbers}, "train it again")
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "base": dict(base),
-        "changes": dict(changes),
-        "config": config.to_dict(),
+    record = None
+    if base is not None:
+        record = {"format": FORMAT, "base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
+        record = _sealed(record, tensors, peft_config, provenance, numbers)
+    elif numbers:
+        raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+    with new_folder(path, overwrite=overwrite) as folder:
+        (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
+        if record is not None:
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if numbers:
+            save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
+        header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
+        save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
+
+
+def _sealed(
+    record: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    peft_config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    numbers: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """A record with the hashes of everything, its own included."""
+    record |= {
         "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_installed("veneer", "torch", "transformers")),
         "provenance": dict(provenance),
@@ -151,12 +161,7 @@ def write(
             sentence(f"a provenance that is not JSON ({error})", "plain values", "convert it")
         ) from error
     record["hashes"]["record"] = _hash_record(record)
-    with new_folder(path, overwrite=overwrite) as folder:
-        (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if numbers:
-            save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
-        save_file(dict(tensors), folder / peft.TENSORS, metadata={"format": "pt", "veneer": json.dumps(record)})
+    return record
 
 
 def read(path: str | Path) -> Artefact:

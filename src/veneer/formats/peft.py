@@ -21,12 +21,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
+from veneer.lowrank import LowRank
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -91,6 +92,36 @@ class PeftLayer:
     alpha: float
     scale: float
     extras: Mapping[str, Tensor]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether B counts the groups along its last axis, [out, r·g], as PEFT stacks experts; else along its first."""
+        return self.B.shape[1] != self._rank
+
+    @property
+    def _rank(self) -> int:
+        return self.rank if self.A.shape[0] % self.rank == 0 else self.A.shape[0]
+
+    @property
+    def low(self) -> LowRank:
+        """The change as a value, with one group but for grouped convolutions and stacks."""
+        rank = self._rank
+        groups = self.A.shape[0] // rank
+        A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+        if not self.stacked:
+            return LowRank(A, self.B.reshape(groups, -1, rank), self.scale)  # [g·out, r, …] -> [g, out, r]
+        return LowRank(A, self.B.reshape(-1, rank, groups).permute(2, 0, 1), self.scale)  # [out, r·g] -> [g, out, r]
+
+    def with_low(self, low: LowRank) -> PeftLayer:
+        """Another change at the same place, in the same shapes but for the rank. Its alpha is that of plain LoRA:
+        ``low.scale · rank``."""
+        groups, rank, _ = low.A.shape
+        A = low.A.reshape(groups * rank, *self.A.shape[1:])
+        if self.stacked:
+            B = low.B.permute(1, 2, 0).reshape(low.B.shape[1], rank * groups)
+        else:
+            B = low.B.reshape(groups * low.B.shape[1], rank, *self.B.shape[2:])
+        return replace(self, A=A, B=B, rank=rank, alpha=low.scale * rank, scale=low.scale, extras={})
 
 
 def key(path: str, suffix: str) -> str:
@@ -226,6 +257,16 @@ def unnested(path: str) -> tuple[str, int]:
     parts = path.split(".")
     depth = next((count for count, part in enumerate(reversed(parts)) if part != "base_layer"), len(parts))
     return ".".join(part for part in parts if part != "base_layer"), depth
+
+
+def of_parameter(path: str, layer: PeftLayer) -> bool:
+    """Whether an entry of the file at ``path`` changes a parameter by its own name, not its module."""
+    return layer.at != unnested(path)[0]
+
+
+def pattern_of(path: str, layer: PeftLayer) -> str:
+    """The path by which ``rank_pattern`` and ``alpha_pattern`` mean an entry of the file at ``path``."""
+    return layer.at if of_parameter(path, layer) else unnested(attention_of(path) or path)[0]
 
 
 def nested(path: str, wraps: Mapping[str, int]) -> str:

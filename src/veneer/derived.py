@@ -1,0 +1,157 @@
+"""Adapters made of other adapters, without a model: what ``compose`` and ``convert`` write.
+
+    sources: the adapters that it came from        low: path in PEFT's file -> PeftLayer        full: path -> tensors
+
+What the sources prove goes over to the result: the fingerprints of their base, which must be one base, and the weights
+that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either.
+
+A product is all that remains: the result is plain LoRA, or DoRA where the caller gives magnitudes, whatever variants
+the sources were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.artefact import Artefact, write
+from veneer.errors import AdapterError, BaseMismatchError, listing, sentence
+from veneer.formats import peft
+
+
+def derive(
+    path: str | Path,
+    sources: Sequence[Artefact],
+    low: Mapping[str, peft.PeftLayer],
+    full: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    variant: str = "lora",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter folder with these changes.
+
+    Args:
+        sources: at least one; the first lends its config.
+        low: the changes (``PeftLayer.with_low`` makes them; with ``extras`` where ``variant`` has some).
+        full: parameters that are trained in full, by path and name.
+        variant: "lora" or "dora".
+
+    Raises:
+        BaseMismatchError: the sources were made for different bases.
+        AdapterError: a number is not finite, or nothing is left.
+        OutputExistsError: the path exists and ``overwrite`` is False.
+    """
+    path, full = Path(path), full or {}
+    if not low and not full:
+        raise AdapterError(sentence("no change at all", "at least one", "check what was left out"))
+    tensors = {
+        peft.key(at, suffix): tensor.detach().cpu().contiguous().clone()
+        for at, layer in low.items()
+        for suffix, tensor in ((layer.suffixes[0], layer.A), (layer.suffixes[1], layer.B), *layer.extras.items())
+    }
+    for at, parameters in full.items():
+        # what is trained in full stands below the wrapper of an adapted module
+        inside = f"{at}.base_layer".lstrip(".") if at in low else at
+        tensors |= {peft.key(inside, name): tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    config = _config(sources, low, full, variant)
+    base = merged_base(sources)
+    changes = None if base is None else _changes(sources, low)
+    first = sources[0].config
+    ranks = [layer.rank for layer in low.values()] or [first.rank]
+    own = replace(
+        first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},
+        slices={}, layers=None, exclude=(), targets=tuple(dict.fromkeys(layer.at for layer in low.values())) or "all",
+    )  # fmt: skip
+    if base is not None:
+        base["weights"] = {at: base["weights"][at] for at in changes or ()}
+    write(
+        path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
+        overwrite=overwrite, numbers={},
+    )  # fmt: skip
+    return path
+
+
+def merged_base(sources: Sequence[Artefact]) -> dict[str, Any] | None:
+    """What the sources say of their base, with the fingerprints of all of them; None where one of them says nothing.
+
+    Raises:
+        BaseMismatchError: they speak of different bases.
+    """
+    if any(source.record is None for source in sources):
+        return None
+    whole: dict[str, Any] = {**sources[0].metadata["base"], "weights": {}}
+    for source in sources:
+        weights = source.metadata["base"]["weights"]
+        differ = [at for at, print_ in weights.items() if whole["weights"].get(at, print_) != print_]
+        if differ:
+            found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
+            raise BaseMismatchError(sentence(found, "adapters of one base", "leave one of them out"))
+        whole["weights"] |= weights
+    return whole
+
+
+def _changes(sources: Sequence[Artefact], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
+    """The record of each weight that still changes: its rank and alpha, and the rows where all sources name the
+    same."""
+    layers = {layer.at: layer for layer in low.values()}
+    changes: dict[str, Any] = {}
+    for source in sources:
+        for weight, said in source.metadata["changes"].items():
+            layer = layers.get(weight) or layers.get(weight.rpartition(".")[0])
+            if layer is None:
+                continue
+            known = changes.get(weight)
+            described = {"rank": layer.rank, "alpha": layer.alpha}
+            if "rows" in said and (known is None or known.get("rows") == said["rows"]):
+                described["rows"] = said["rows"]
+            changes[weight] = described
+    return changes
+
+
+def _config(
+    sources: Sequence[Artefact],
+    low: Mapping[str, peft.PeftLayer],
+    full: Mapping[str, Mapping[str, Tensor]],
+    variant: str,
+) -> dict[str, Any]:
+    configs = [source.peft_config for source in sources]
+    named = {peft.pattern_of(path, layer): layer for path, layer in low.items()}
+    ranks = {at: layer.rank for at, layer in named.items()}
+    alphas = {at: layer.alpha for at, layer in named.items()}
+    rank = max(ranks.values(), key=list(ranks.values()).count, default=configs[0]["r"])
+    alpha = max(alphas.values(), key=list(alphas.values()).count, default=configs[0]["lora_alpha"])
+    parameters = list(dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer)))
+    targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
+    said = [config.get("target_modules") for config in configs]
+    simple = all(isinstance(names, list) for names in said) and not any(
+        config.get("exclude_modules") or config.get("layers_to_transform") is not None for config in configs
+    )
+    union = sorted({name for names in said for name in names or ()}) if simple else []
+    kept = {layer.at for source in sources for path, layer in source.low.items() if not peft.of_parameter(path, layer)}
+    whole = union if union and kept == set(targets) else sorted(set(targets))
+    types = [str(config.get("peft_type")) for config in configs]
+    modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
+    biases = [config.get("bias") or "none" for config in configs]
+    return {
+        "peft_type": next((name for name in types if name.startswith(peft.NOT_FOR_PEFT)), types[0]),
+        "task_type": configs[0].get("task_type"),
+        "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": whole if low else peft.NO_TARGETS,
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": peft.patterns_for(ranks, rank),
+        "alpha_pattern": peft.patterns_for(alphas, alpha),
+        "modules_to_save": modules or None,
+        "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **({"use_dora": True} if variant == "dora" else {}),
+    }
