@@ -9,6 +9,7 @@
     ├── DataError          ValueError       training data that cannot be read or used
     ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
     ├── OutputExistsError  FileExistsError  an output path that already holds something
+    ├── CheckpointError    ValueError       a model's files that cannot be read
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
@@ -56,6 +57,10 @@ class TrainingError(VeneerError, ArithmeticError):
 
 class OutputExistsError(VeneerError, FileExistsError):
     """An output path that already holds something, and no leave to replace it."""
+
+
+class CheckpointError(VeneerError, ValueError):
+    """The files of a model that are missing, damaged or not understood."""
 
 
 class AdapterError(VeneerError, ValueError):
