@@ -4,10 +4,10 @@
 
 **Once.** The stored number is the one nearest to the float64 result (ties to even); whatever is computed faster must
 give these bits. For 16-bit targets W + ΔW is v in float32, with a proven bound of its error, and both ends of the
-interval that must hold the exact number are rounded. Where they round alike, so does everything between; the few numbers
-(about one in 5,000) whose interval holds a tie of the 16-bit grid are computed again in float64 (Ziv 1991, "Fast
-evaluation of elementary mathematical functions with correctly rounded last bit"). That covers subnormals, overflow and
-cancellation without a case of its own.
+interval that must hold the exact number are rounded. Where they round alike, so does everything between; the few
+numbers (about one in 5,000) whose interval holds a tie of the 16-bit grid are computed again in float64 (Ziv 1991,
+"Fast evaluation of elementary mathematical functions with correctly rounded last bit"). That covers subnormals,
+overflow and cancellation without a case of its own.
 
     |v - exact|  ≤  2⁻²⁴ |v|  +  1.01 (r + 6) · 2⁻²⁴ · Σₖ |scale · B[row, k]| · maxⱼ |A[k, j]|  +  what underflows
 
@@ -21,22 +21,29 @@ with those of a tie, one pass less (v's own last bit says nothing about its erro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.errors import ConfigError, sentence
+from veneer.kernels.feedback import directions, faithful
 from veneer.kernels.reference import round_once
 from veneer.lowrank import LowRank
 
-#: numbers in a tile, and columns at most: fixed, so that the sums of a report do not depend on who asks
-TILE, WIDEST = 1 << 17, 1 << 13
-#: words of 64 bits that one look tests for a bit that differs
+#: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
+#: doubt at once. Fixed, so that the sums of a report do not depend on who asks
+TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
+#: 64-bit words that are looked at as one, and the 16-bit numbers in them
 LANES = 16
+WORDS = 4 * LANES
 #: products of an element of B with one of A that are formed at once where numbers are computed again
 AGAIN = 1 << 18
+ROUNDINGS = ("auto", "nearest", "faithful")
 HALF = (torch.bfloat16, torch.float16)
 UNIT, TINY = 2.0**-24, 2.0**-126
 
@@ -47,8 +54,8 @@ Tile = tuple[slice, slice, slice]
 class Folded:
     """A weight with a change in it, and what rounding did to the change.
 
-    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the share of ΔW that the
-    stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes. ``rounding`` is what was done,
+    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the share of ΔW that
+    the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes. ``rounding`` is what was done,
     "nearest" or "faithful". Unless ``finite``, the weight holds infinities or NaN.
 
     W is the base as it was given. Where it is finer than the target, W' - W also holds the rounding of W itself, which
@@ -64,11 +71,21 @@ class Folded:
 
 @dataclass(frozen=True)
 class _Sums:
-    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩ and ⟨W, W⟩."""
+    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
 
     size: float
     realised: float
+    moved: float
     base: float
+
+    @property
+    def retention(self) -> float:
+        return self.realised / self.size if self.size else 1.0
+
+    @property
+    def error(self) -> float:
+        """‖W' - W - ΔW‖ / ‖ΔW‖"""
+        return (max(self.moved - 2 * self.realised + self.size, 0.0) / self.size) ** 0.5 if self.size else 0.0
 
 
 def fold(
@@ -77,49 +94,93 @@ def fold(
     gain: Float[Tensor, " rows"] | None = None,
     dtype: torch.dtype | None = None,
     *,
+    rounding: str = "auto",
+    inputs: Float[Tensor, "g in_ in_"] | None = None,
     out: Float[Tensor, "g out in_"] | None = None,
 ) -> Folded:
-    """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's), rounded once.
+    """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
 
     Args:
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
         gain: one factor a row, [g · out].
-        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor that
-            lies in memory as ``weight`` does.
+        rounding: "nearest"; "faithful", which 16-bit targets alone have (others are rounded to nearest); "auto":
+            faithful where nearest would change the change by more than 1 % (see ``wanting``).
+        inputs: Σ xᵀx of inputs that faithful rounding protects too, in any scale.
+        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
+            that lies in memory as ``weight`` does.
 
-    Beside the result and float64 copies of A and B it needs less than 16 MiB. The bits of the result depend on neither
-    strides nor threads.
+    Beside the result and float64 copies of A and B it needs less than 32 MiB. The bits of the result depend on neither
+    strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+
+    Raises:
+        ConfigError: another rounding.
     """
+    known_rounding(rounding)
     dtype = weight.dtype if dtype is None else dtype
     if out is None:
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
-        return _nearest(weight, low.to(torch.float64), spread, out)
+        exact, spread = low.to(torch.float64), None if gain is None else gain.double().view(*weight.shape[:2], 1)
+        sums, finite = _nearest(weight, exact, spread, out)
+        retention, done = sums.retention, "nearest"
+        if (
+            rounding != "nearest"
+            and dtype in HALF
+            and finite
+            and sums.size
+            and (rounding == "faithful" or wanting(sums))
+        ):
+            retention = 1 + faithful(weight, exact, spread, directions(exact.A, inputs), out) / sums.size
+            done = "faithful"
+    change, base = sums.size**0.5, sums.base**0.5
+    return Folded(out, change / base if base else float(change > 0), retention, done, finite)
 
 
-def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor) -> Folded:
+def known_rounding(rounding: str) -> None:
+    """
+    Raises:
+        ConfigError: it is none of ``ROUNDINGS``.
+    """
+    if rounding not in ROUNDINGS:
+        raise ConfigError(sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one"))
+
+
+def wanting(sums: _Sums) -> bool:
+    """Whether rounding to nearest is not good enough: it makes less or more of ΔW than 99 to 101 %, or, where W is
+    finer than the target and what is lost hides in the rounding of W itself, adds an error of more than a third of ΔW
+    (which is what nearest does at 99 % to a W on the grid)."""
+    return abs(sums.retention - 1) > 0.01 or sums.error > 0.34
+
+
+def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor) -> tuple[_Sums, bool]:
     old, new, factors, spread = weight, out, low, gain
     if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
         old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
     bound = _bound(old, factors, new.dtype) if gain is None else None
     sums = _in_float64(old, factors, spread, new) if bound is None else _in_float32(old, factors, bound, new)
-    finite = sums.realised - sums.realised == 0 or bool(_finite(new))
-    if bound is not None and not (sums.realised - sums.realised == 0 and sums.base > 1e-20 * old.numel()):
+    ordinary = math.isfinite(sums.realised)
+    finite = ordinary or _finite(new)
+    if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
-    change, base = sums.size**0.5, sums.base**0.5
-    retention = sums.realised / sums.size if sums.size else 1.0
-    return Folded(out, change / base if base else float(change > 0), retention, "nearest", finite)
+    return sums, finite
+
+
+def _slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Pieces of [g, out, in] that lie in one: whole groups if they are small, else rows of one."""
+    groups, rows, columns = shape
+    many = max(1, SLAB // max(1, rows * columns))
+    high = min(rows, max(1, SLAB // max(1, columns)))
+    for group in range(0, groups, many):
+        for row in range(0, rows, high):
+            yield slice(group, min(group + many, groups)), slice(row, min(row + high, rows))
 
 
 def _tiles(shape: torch.Size) -> Iterator[Tile]:
-    """Slices of [g, out, in]: whole groups if they are small, else rows of one, cut if they are long."""
+    """Slices of [g, out, in], of ``TILE`` numbers at most."""
     groups, rows, columns = shape
-    if not groups * rows * columns:
-        return
-    wide = min(columns, WIDEST)
-    many = max(1, TILE // (rows * columns)) if columns <= WIDEST else 1
-    high = min(rows, max(1, TILE // wide))
+    wide = max(1, min(columns, WIDEST))
+    high = max(1, min(rows, TILE // wide))
+    many = max(1, TILE // (high * wide))
     for group in range(0, groups, many):
         for row in range(0, rows, high):
             for column in range(0, columns, wide):
@@ -137,7 +198,7 @@ def _product(low: LowRank, tile: Tile) -> tuple[Tensor, Tensor]:
 
 def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> _Sums:
     """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding."""
-    sums = torch.zeros(3, dtype=torch.float64, device=old.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=old.device)
     for tile in _tiles(old.shape):
         base = old[tile].double()
         value = torch.bmm(*_product(low, tile)).mul_(low.scale).add_(base)
@@ -148,16 +209,17 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
             rounded = new[tile].copy_(round_once(value, new.dtype)).double()
         change, realised = (value - base).flatten(), (rounded - base).flatten()
         base = base.flatten()
-        sums += torch.stack([change.dot(change), change.dot(realised), base.dot(base)])
+        sums += torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
     return _Sums(*sums.tolist())
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
-    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path is not for it: a target
-    or a weight of more bits, numbers beyond its range, products that torch may compute in less than float32."""
+    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path is not for it: a
+    target or a weight of more bits, numbers beyond its range, products that torch may compute in less than float32."""
     if dtype not in HALF or old.dtype not in (*HALF, torch.float32) or old.device.type != "cpu":
         return None
-    if torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee"):
+    products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    if products.fp32_precision not in ("none", "ieee"):
         return None
     B, widest = (low.B * low.scale).abs(), low.A.abs().amax(2, keepdim=True)  # [g, out, r], [g, r, 1]
     reach = B @ widest  # [g, out, 1]
@@ -169,73 +231,68 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> _Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
-    above, below = bound, -bound
-    buffers = torch.empty(4, TILE), torch.zeros(2, TILE + 4 * LANES, dtype=new.dtype)
+    scratch = torch.empty(4, TILE), torch.empty(TILE, dtype=new.dtype), torch.empty(0, dtype=torch.int16)
     benches: dict[torch.Size, _Bench] = {}
-    realised, bases, doubtful = [], [], []
-    for groups, rows, columns in _tiles(old.shape):
-        part, into = old[groups, rows, columns], new[groups, rows, columns]
-        if part.shape not in benches:
-            benches[part.shape] = _Bench(part.shape, *buffers)
-        bench = benches[part.shape]
-        base, change, value, end = bench.base, bench.change, bench.value, bench.end
-        base.copy_(part)
-        torch.bmm(B[groups, rows], A[groups, :, columns], out=change)
-        torch.add(base, change, out=value)
-        into.copy_(value)
-        value.abs_()
-        bench.high.copy_(torch.add(above[groups, rows], value, alpha=1 + 4 * UNIT, out=end))
-        bench.low.copy_(torch.add(below[groups, rows], value, alpha=1 - 4 * UNIT, out=end))
-        found = bench.differing()
-        if found is not None:
-            doubtful.append(_place(found, (groups, rows, columns), old.shape))
-        value.copy_(into)
-        value.sub_(base)
-        realised.append(bench.flat_change.dot(bench.flat_value))
-        bases.append(bench.flat_base.dot(bench.flat_base))
-    sums = [float(torch.stack(one).double().sum()) if one else 0.0 for one in (realised, bases)]
+    products, doubtful = [], []
+    for groups, rows in _slabs(old.shape):
+        slab, into, factor, error = old[groups, rows], new[groups, rows], B[groups, rows], bound[groups, rows]
+        scratch[2].resize_(-(-slab.numel() // WORDS) * WORDS)
+        marks = scratch[2][: slab.numel()].view(slab.shape)
+        for tile in _tiles(slab.shape):
+            part = slab[tile]
+            if part.shape not in benches:
+                benches[part.shape] = _Bench(part.shape, *scratch[:2])
+            products += benches[part.shape].fold(
+                part, factor[tile[:2]], A[groups][tile[0], :, tile[2]], error[tile[:2]], into[tile], marks[tile]
+            )
+        scratch[2][slab.numel() :] = 0
+        found = _marked(scratch[2])
+        if len(found):
+            doubtful.append(found + (groups.start * old.shape[1] + rows.start) * old.shape[2])
     more = _again(torch.cat(doubtful), old, low, new) if doubtful else 0.0
-    return _Sums(low.norm() ** 2, sums[0] + more, sums[1])
+    realised, moved, base = torch.stack(products).double().view(-1, 3).sum(0).tolist()
+    return _Sums(low.norm() ** 2, realised + more, moved, base)
 
 
 class _Bench:
-    """The buffers of a tile of one shape, and views of them, which all tiles of that shape share."""
+    """The buffers of a tile, in the shape of one; all tiles of that shape pass through it."""
 
     def __init__(self, shape: torch.Size, wide: Tensor, half: Tensor) -> None:
-        count = shape.numel()
-        self.flat_base, self.flat_change, self.flat_value, _ = wide[:, :count].unbind()
-        self.base, self.change, self.value, self.end = wide[:, :count].view(4, *shape).unbind()
-        self.high, self.low = half[:, :count].view(2, *shape).unbind()
-        length = -(-count // (4 * LANES)) * 4 * LANES
-        bits = half[:, :length].view(torch.int16)
-        self.bits, self.other, self.tail = bits[0, :count], bits[1, :count], bits[0, count:]
-        self.words = bits[0].view(torch.int64).view(LANES, -1)
-        self.any = torch.empty(LANES // 2, self.words.shape[1], dtype=torch.int64)
+        whole = wide[:, : shape.numel()]
+        self.flat_base, self.flat_change, _, self.flat_end = whole.unbind()
+        self.base, self.change, self.value, self.end = whole.view(4, *shape).unbind()
+        self.half = half[: shape.numel()].view(shape)
+        self.bits = self.half.view(torch.int16)
 
-    def differing(self) -> Tensor | None:
-        """The positions at which ``high`` and ``low`` differ in a bit, None if at none. Overwrites ``high``."""
-        self.bits ^= self.other
-        self.tail.zero_()
-        words, any_, half = self.words, self.any, LANES // 2
-        torch.bitwise_or(words[:half], words[half:], out=any_)
-        while half > 1:
-            half //= 2
-            any_[:half] |= any_[half : 2 * half]
-        columns = any_[0].nonzero().squeeze(1)
-        if not len(columns):
-            return None
-        lane, column, part = words[:, columns].view(torch.int16).view(LANES, -1, 4).nonzero().unbind(1)
-        return (lane * words.shape[1] + columns[column]) * 4 + part
+    def fold(
+        self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor, marks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns ⟨ΔW, W' - W⟩, ⟨W' - W,
+        W' - W⟩ and ⟨W, W⟩."""
+        self.base.copy_(old)
+        torch.bmm(B, A, out=self.change)
+        torch.add(self.base, self.change, out=self.value)
+        torch.copysign(bound, self.value, out=self.end)
+        self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
+        self.half.copy_(self.end)
+        new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))  # 2 v less that end: the other one
+        torch.bitwise_xor(self.bits, new.view(torch.int16), out=marks)
+        self.end.copy_(new)
+        self.end.sub_(self.base)
+        change, moved, base = self.flat_change, self.flat_end, self.flat_base
+        return change.dot(moved), moved.dot(moved), base.dot(base)
 
 
-def _place(found: Tensor, tile: Tile, shape: torch.Size) -> Tensor:
-    """Positions in a tile as positions in the whole."""
-    (groups, rows, columns), (_, out, in_) = tile, shape
-    wide, high = columns.stop - columns.start, rows.stop - rows.start
-    first = (groups.start * out + rows.start) * in_ + columns.start
-    if wide == in_ and (high == out or groups.stop - groups.start == 1):  # one piece of the whole
-        return found + first
-    return first + found // wide * in_ + found % wide  # of one group, as `_tiles` cuts
+def _marked(marks: Tensor) -> Tensor:
+    """The positions of what is not 0 among a multiple of ``WORDS`` 16-bit numbers, of which nearly all are: four are
+    looked at as one word, and ``LANES`` words as one."""
+    words = marks.view(torch.int64).view(LANES, -1)
+    seen = words
+    while len(seen) > 1:
+        seen = seen[: len(seen) // 2] | seen[len(seen) // 2 :]
+    columns = seen[0].nonzero().squeeze(1)
+    lane, column, part = words[:, columns].view(torch.int16).view(LANES, -1, 4).nonzero().unbind(1)
+    return (lane * words.shape[1] + columns[column]) * 4 + part
 
 
 def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
