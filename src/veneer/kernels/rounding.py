@@ -1,0 +1,312 @@
+"""Fold a low-rank change into a weight: exact, in bounded memory, at the speed of copying.
+
+    W' = round(gain ⊙ (W + scale · B @ A))        W: [g, out, in]   A: [g, r, in]   B: [g, out, r]
+
+**Once.** The stored number is the one nearest to the float64 result (ties to even); whatever is computed faster must
+give these bits. For 16-bit targets W + ΔW is v in float32, with a proven bound of its error, and both ends of the
+interval that must hold the exact number are rounded. Where they round alike, so does everything between; the few
+numbers (about one in 5,000) whose interval holds a tie of the 16-bit grid are computed again in float64 (Ziv 1991,
+"Fast evaluation of elementary mathematical functions with correctly rounded last bit"). That covers subnormals,
+overflow and cancellation without a case of its own.
+
+    |v - exact|  ≤  2⁻²⁴ |v|  +  1.01 (r + 6) · 2⁻²⁴ · Σₖ |scale · B[row, k]| · maxⱼ |A[k, j]|  +  what underflows
+
+The second term: r products and their sums, in any order, and the roundings of scale · B and of A to float32. An end of
+the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
+
+**In tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
+float64 on whole tensors (eight times the weight in temporaries, and many times the time); comparing the low bits of v
+with those of a tie, one pass less (v's own last bit says nothing about its error after a cancellation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.errors import ConfigError, sentence
+from veneer.kernels.feedback import directions, faithful
+from veneer.kernels.reference import round_once
+from veneer.lowrank import LowRank
+
+#: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
+#: doubt at once. Fixed, so that the sums of a report do not depend on who asks
+TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
+#: 64-bit words that are looked at as one, and the 16-bit numbers in them
+LANES = 16
+WORDS = 4 * LANES
+#: products of an element of B with one of A that are formed at once where numbers are computed again
+AGAIN = 1 << 18
+ROUNDINGS = ("auto", "nearest", "faithful")
+HALF = (torch.bfloat16, torch.float16)
+UNIT, TINY = 2.0**-24, 2.0**-126
+
+Tile = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A weight with a change in it, and what rounding did to the change.
+
+    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the share of ΔW that
+    the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes. ``rounding`` is what was done,
+    "nearest" or "faithful". Unless ``finite``, the weight holds infinities or NaN.
+
+    W is the base as it was given. Where it is finer than the target, W' - W also holds the rounding of W itself, which
+    knows nothing of ΔW: the share then is near 1, however small ΔW is beside that noise.
+    """
+
+    weight: Float[Tensor, "g out in_"]
+    change: float
+    retention: float
+    rounding: str
+    finite: bool
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
+
+    size: float
+    realised: float
+    moved: float
+    base: float
+
+    @property
+    def retention(self) -> float:
+        return self.realised / self.size if self.size else 1.0
+
+    @property
+    def error(self) -> float:
+        """‖W' - W - ΔW‖ / ‖ΔW‖"""
+        return (max(self.moved - 2 * self.realised + self.size, 0.0) / self.size) ** 0.5 if self.size else 0.0
+
+
+def fold(
+    weight: Float[Tensor, "g out in_"],
+    low: LowRank,
+    gain: Float[Tensor, " rows"] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    rounding: str = "auto",
+    inputs: Float[Tensor, "g in_ in_"] | None = None,
+    out: Float[Tensor, "g out in_"] | None = None,
+) -> Folded:
+    """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
+
+    Args:
+        weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
+        gain: one factor a row, [g · out].
+        rounding: "nearest"; "faithful", which 16-bit targets alone have (others are rounded to nearest); "auto":
+            faithful where nearest would change the change by more than 1 % (see ``wanting``).
+        inputs: Σ xᵀx of inputs that faithful rounding protects too, in any scale.
+        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
+            that lies in memory as ``weight`` does.
+
+    Beside the result and float64 copies of A and B it needs less than 32 MiB. The bits of the result depend on neither
+    strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+
+    Raises:
+        ConfigError: another rounding.
+    """
+    known_rounding(rounding)
+    dtype = weight.dtype if dtype is None else dtype
+    if out is None:
+        out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        exact, spread = low.to(torch.float64), None if gain is None else gain.double().view(*weight.shape[:2], 1)
+        sums, finite = _nearest(weight, exact, spread, out)
+        retention, done = sums.retention, "nearest"
+        if (
+            rounding != "nearest"
+            and dtype in HALF
+            and finite
+            and sums.size
+            and (rounding == "faithful" or wanting(sums))
+        ):
+            retention = 1 + faithful(weight, exact, spread, directions(exact.A, inputs), out) / sums.size
+            done = "faithful"
+    change, base = sums.size**0.5, sums.base**0.5
+    return Folded(out, change / base if base else float(change > 0), retention, done, finite)
+
+
+def known_rounding(rounding: str) -> None:
+    """
+    Raises:
+        ConfigError: it is none of ``ROUNDINGS``.
+    """
+    if rounding not in ROUNDINGS:
+        raise ConfigError(sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one"))
+
+
+def wanting(sums: _Sums) -> bool:
+    """Whether rounding to nearest is not good enough: it makes less or more of ΔW than 99 to 101 %, or, where W is
+    finer than the target and what is lost hides in the rounding of W itself, adds an error of more than a third of ΔW
+    (which is what nearest does at 99 % to a W on the grid)."""
+    return abs(sums.retention - 1) > 0.01 or sums.error > 0.34
+
+
+def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor) -> tuple[_Sums, bool]:
+    old, new, factors, spread = weight, out, low, gain
+    if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
+        old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
+    bound = _bound(old, factors, new.dtype) if gain is None else None
+    sums = _in_float64(old, factors, spread, new) if bound is None else _in_float32(old, factors, bound, new)
+    ordinary = math.isfinite(sums.realised)
+    finite = ordinary or _finite(new)
+    if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
+        sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
+    return sums, finite
+
+
+def _slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Pieces of [g, out, in] that lie in one: whole groups if they are small, else rows of one."""
+    groups, rows, columns = shape
+    many = max(1, SLAB // max(1, rows * columns))
+    high = min(rows, max(1, SLAB // max(1, columns)))
+    for group in range(0, groups, many):
+        for row in range(0, rows, high):
+            yield slice(group, min(group + many, groups)), slice(row, min(row + high, rows))
+
+
+def _tiles(shape: torch.Size) -> Iterator[Tile]:
+    """Slices of [g, out, in], of ``TILE`` numbers at most."""
+    groups, rows, columns = shape
+    wide = max(1, min(columns, WIDEST))
+    high = max(1, min(rows, TILE // wide))
+    many = max(1, TILE // (high * wide))
+    for group in range(0, groups, many):
+        for row in range(0, rows, high):
+            for column in range(0, columns, wide):
+                yield (
+                    slice(group, min(group + many, groups)),
+                    slice(row, min(row + high, rows)),
+                    slice(column, min(column + wide, columns)),
+                )
+
+
+def _product(low: LowRank, tile: Tile) -> tuple[Tensor, Tensor]:
+    groups, rows, columns = tile
+    return low.B[groups, rows], low.A[groups, :, columns]
+
+
+def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> _Sums:
+    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding."""
+    sums = torch.zeros(4, dtype=torch.float64, device=old.device)
+    for tile in _tiles(old.shape):
+        base = old[tile].double()
+        value = torch.bmm(*_product(low, tile)).mul_(low.scale).add_(base)
+        if gain is not None:
+            value *= gain[tile[0], tile[1]] if gain.shape[2] == 1 else gain[tile[0], :, tile[2]]
+        rounded = value
+        if new is not None:
+            rounded = new[tile].copy_(round_once(value, new.dtype)).double()
+        change, realised = (value - base).flatten(), (rounded - base).flatten()
+        base = base.flatten()
+        sums += torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
+    return _Sums(*sums.tolist())
+
+
+def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
+    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path is not for it: a
+    target or a weight of more bits, numbers beyond its range, products that torch may compute in less than float32."""
+    if dtype not in HALF or old.dtype not in (*HALF, torch.float32) or old.device.type != "cpu":
+        return None
+    products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    if products.fp32_precision not in ("none", "ieee"):
+        return None
+    B, widest = (low.B * low.scale).abs(), low.A.abs().amax(2, keepdim=True)  # [g, out, r], [g, r, 1]
+    reach = B @ widest  # [g, out, 1]
+    if not max(float(one.max()) for one in (B, widest, reach)) < 2.0**120:
+        return None
+    underflow = TINY * (low.rank + B.sum(2, keepdim=True) + widest.sum(1, keepdim=True))
+    return torch.where(reach > 0, 1.01 * ((low.rank + 6) * UNIT * reach + underflow), reach).float()
+
+
+def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> _Sums:
+    A, B = low.A.float(), (low.B * low.scale).float()
+    scratch = torch.empty(4, TILE), torch.empty(TILE, dtype=new.dtype), torch.empty(0, dtype=torch.int16)
+    benches: dict[torch.Size, _Bench] = {}
+    products, doubtful = [], []
+    for groups, rows in _slabs(old.shape):
+        slab, into, factor, error = old[groups, rows], new[groups, rows], B[groups, rows], bound[groups, rows]
+        scratch[2].resize_(-(-slab.numel() // WORDS) * WORDS)
+        marks = scratch[2][: slab.numel()].view(slab.shape)
+        for tile in _tiles(slab.shape):
+            part = slab[tile]
+            if part.shape not in benches:
+                benches[part.shape] = _Bench(part.shape, *scratch[:2])
+            products += benches[part.shape].fold(
+                part, factor[tile[:2]], A[groups][tile[0], :, tile[2]], error[tile[:2]], into[tile], marks[tile]
+            )
+        scratch[2][slab.numel() :] = 0
+        found = _marked(scratch[2])
+        if len(found):
+            doubtful.append(found + (groups.start * old.shape[1] + rows.start) * old.shape[2])
+    more = _again(torch.cat(doubtful), old, low, new) if doubtful else 0.0
+    realised, moved, base = torch.stack(products).double().view(-1, 3).sum(0).tolist()
+    return _Sums(low.norm() ** 2, realised + more, moved, base)
+
+
+class _Bench:
+    """The buffers of a tile, in the shape of one; all tiles of that shape pass through it."""
+
+    def __init__(self, shape: torch.Size, wide: Tensor, half: Tensor) -> None:
+        whole = wide[:, : shape.numel()]
+        self.flat_base, self.flat_change, _, self.flat_end = whole.unbind()
+        self.base, self.change, self.value, self.end = whole.view(4, *shape).unbind()
+        self.half = half[: shape.numel()].view(shape)
+        self.bits = self.half.view(torch.int16)
+
+    def fold(
+        self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor, marks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns ⟨ΔW, W' - W⟩, ⟨W' - W,
+        W' - W⟩ and ⟨W, W⟩."""
+        self.base.copy_(old)
+        torch.bmm(B, A, out=self.change)
+        torch.add(self.base, self.change, out=self.value)
+        torch.copysign(bound, self.value, out=self.end)
+        self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
+        self.half.copy_(self.end)
+        new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))  # 2 v less that end: the other one
+        torch.bitwise_xor(self.bits, new.view(torch.int16), out=marks)
+        self.end.copy_(new)
+        self.end.sub_(self.base)
+        change, moved, base = self.flat_change, self.flat_end, self.flat_base
+        return change.dot(moved), moved.dot(moved), base.dot(base)
+
+
+def _marked(marks: Tensor) -> Tensor:
+    """The positions of what is not 0 among a multiple of ``WORDS`` 16-bit numbers, of which nearly all are: four are
+    looked at as one word, and ``LANES`` words as one."""
+    words = marks.view(torch.int64).view(LANES, -1)
+    seen = words
+    while len(seen) > 1:
+        seen = seen[: len(seen) // 2] | seen[len(seen) // 2 :]
+    columns = seen[0].nonzero().squeeze(1)
+    lane, column, part = words[:, columns].view(torch.int16).view(LANES, -1, 4).nonzero().unbind(1)
+    return (lane * words.shape[1] + columns[column]) * 4 + part
+
+
+def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
+    """Compute these numbers in float64; returns what that adds to ⟨ΔW, W' - W⟩."""
+    _, out, in_ = old.shape
+    more = 0.0
+    for each in places.split(max(1, AGAIN // low.rank)):
+        at = each // (out * in_), each // in_ % out, each % in_
+        change = (low.B[at[0], at[1]] * low.A[at[0], :, at[2]]).sum(1) * low.scale
+        rounded = round_once(old[at].double() + change, new.dtype)
+        more += float((change * (rounded.double() - new[at].double())).sum())
+        new[at] = rounded
+    return more
+
+
+def _finite(new: Tensor) -> bool:
+    return all(bool(new[tile].isfinite().all()) for tile in _tiles(new.shape))
