@@ -78,13 +78,17 @@ class ComposeReport:
     def __str__(self) -> str:
         ranks = sorted({layer.rank for layer in self.layers})
         span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
-        said = f"{self.method} of {len(self.weights)} adapters: {len(self.layers)} layers, {span}"
+        said = f"{self.method} of {_count(self.weights, 'adapter')}: {_count(self.layers, 'layer')}, {span}"
         worst = max(self.layers, key=lambda layer: layer.error, default=None)
-        if worst is None or worst.error == 0:
+        if worst is None or worst.error < 1e-9:  # rounding in float64
             said += ", nothing left out"
         else:
             said += f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
         return "\n".join([said, *(f"note: {note}" for note in self.notes)])
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 @torch.no_grad()

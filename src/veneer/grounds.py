@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapted import weight_of
@@ -148,11 +149,13 @@ def _by_shape(path: str, dense: Tensor, spot: Spot, lying: bool) -> tuple[Tensor
     found = dict(_readings(dense, spot))
     if len(found) == 2 and dense.dim() == 2 and not lying:  # square, and no layer of this file lies transposed
         del found["transposed"]
-    if len(found) != 1:
+    first = next(iter(found.values()), None)
+    one = first is not None and all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values())
+    if first is None or not one:
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
         what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(spot.template.A.shape)}, {ways}"
         raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass the model as base"))
-    return next(iter(found.values()))
+    return first
 
 
 def _readings(dense: Tensor, spot: Spot) -> Iterator[tuple[str, tuple[Tensor, bool]]]:

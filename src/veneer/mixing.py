@@ -62,9 +62,15 @@ def mix(recipe: Recipe, vectors: Sequence[Vector], weights: Sequence[float], den
         seed: any text; which entries are kept at random depends on it and on the vector's place alone.
     """
 
+    least: dict[int, float] = {}  # of each vector, so that an election need not look for it again
+
     def sparse(number: int) -> Tensor:
         vector = vectors[number]() * weights[number]
-        return dropped(vector, density, f"{seed}/{number}") if recipe.random else trimmed(vector, density)
+        if recipe.random:
+            return dropped(vector, density, f"{seed}/{number}")
+        if number not in least:
+            least[number] = threshold(vector, density)
+        return vector.where(vector.abs() >= least[number], 0)
 
     total = _added(sparse, len(vectors))
     return elected(sparse, len(vectors), total) if recipe.elect else total
@@ -88,14 +94,11 @@ def elected(sparse: Callable[[int], Tensor], count: int, total: Tensor) -> Tenso
     return merged / agreeing.clamp_min(1)
 
 
-def trimmed(vector: Tensor, density: float) -> Tensor:
-    """The largest entries by magnitude, ``density`` of all (at least one); the others 0."""
-    flat = vector.flatten()
-    keep = max(1, round(density * flat.numel()))
-    if keep == flat.numel():
-        return vector
-    kept = flat.abs().topk(keep, sorted=False).indices
-    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).reshape(vector.shape)
+def threshold(vector: Tensor, density: float) -> float:
+    """The smallest magnitude among the largest entries, ``density`` of all (at least one). Entries that equal it are
+    all as large."""
+    keep = max(1, round(density * vector.numel()))
+    return float(vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values)
 
 
 def dropped(vector: Tensor, density: float, seed: str) -> Tensor:

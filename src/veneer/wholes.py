@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.artefact import Artefact
-from veneer.errors import AdapterError, BaseMismatchError, raise_all, sentence
+from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.formats import peft
 from veneer.grounds import Grounds
 from veneer.hashing import digest
@@ -57,6 +57,7 @@ def combined(
     changed = {spot.at for spot in spots if not spot.parameter}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
+    lacking: list[str] = []
     for (at, name), tensors in held.items():
         path = f"{at}.{name}".lstrip(".")
         if len({tensor.shape for tensor in tensors.values()}) > 1:
@@ -64,9 +65,15 @@ def combined(
         elif name == "weight" and at in changed:
             full.setdefault(where[at], {})[name] = _frozen(path, list(tensors.values()))
         else:
-            value = _combined(path, tensors, _weights(weigh, at, path, tensors), mixing, grounds, problems)
+            value = _combined(path, tensors, _weights(weigh, at, path, tensors), mixing, grounds, problems, lacking)
             if value is not None:
                 full.setdefault(where[at], {})[name] = value
+    if lacking:
+        found = f"no base values of {listing(lacking)}, which are trained in full with weights that do not add up to 1"
+        if mixing is not None:
+            found = f"no base values of {listing(lacking)}, which are trained in full"
+        do = "pass the base (--base on the command line), or give these layers other weights (0 leaves them out)"
+        problems.append(sentence(found, "the base, from which their changes are counted", do))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
     return full
 
@@ -84,18 +91,17 @@ def _frozen(path: str, tensors: list[Tensor]) -> Tensor:
 
 def _combined(
     path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], mixing: Mixing | None,
-    grounds: Grounds | None, problems: list[str],
+    grounds: Grounds | None, problems: list[str], lacking: list[str],
 ) -> Tensor | None:  # fmt: skip
+    """The value of one parameter, or None where its weights are 0 or there is a problem (then added)."""
     if not weights:
         return None  # its layer has the weight 0: the base's own
     if mixing is None and list(weights.values()) == [1.0]:
         return tensors[next(iter(weights))]
     base = None if grounds is None else grounds.get(path)
     cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
-    if base is None and (mixing is not None or not cancels or grounds is not None):
-        found = f"{path!r}, trained in full, with weights {list(weights.values())} and no value of the base's"
-        do = "pass the base, make the weights add up to 1, or give this layer the factor 0"
-        problems.append(sentence(found, "the base, from which changes are counted", do))
+    if base is None and (mixing is not None or not cancels):
+        lacking.append(path)
         return None
     like = tensors[next(iter(weights))]
     if base is not None and base.shape != like.shape:
