@@ -231,11 +231,11 @@ def test_dora_norms_do_not_cancel():
     """A row that ΔW nearly undoes keeps its norm to the last digits, and so does one across a boundary of chunks."""
     W = torch.randn(1, 3, 5, dtype=torch.float64)
     A, B = -W[:, :1].clone(), torch.tensor([[[1 - 1e-9], [0.5], [0.0]]], dtype=torch.float64)
-    norms = dora_file._row_norms(W, LowRank(A, B, 1.0))
+    norms = dora_file.row_norms(W, LowRank(A, B, 1.0))
     assert norms[0].item() == pytest.approx(1e-9 * W[0, 0].norm().item(), rel=1e-6)
     wide = torch.randn(2, 5, dora_file.CHUNK // 2 + 1)
     zero = LowRank(torch.zeros(2, 1, wide.shape[2]), torch.zeros(2, 5, 1), 1.0)
-    torch.testing.assert_close(dora_file._row_norms(wide, zero), wide.norm(dim=2).flatten())
+    torch.testing.assert_close(dora_file.row_norms(wide, zero), wide.norm(dim=2).flatten())
 
 
 def test_dora_norms_ignore_autocast():

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.artefact import Artefact, write
@@ -63,9 +64,12 @@ def derive(
     changes = None if base is None else _changes(sources, low)
     first = sources[0].config
     ranks = [layer.rank for layer in low.values()] or [first.rank]
+    # what the numbers were trained in says nothing of the new ones, unless they are in it
+    kept = first.dtype is not None and all(t.dtype == getattr(torch, first.dtype) for t in tensors.values())
     own = replace(
         first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},
         slices={}, layers=None, exclude=(), targets=tuple(dict.fromkeys(layer.at for layer in low.values())) or "all",
+        dtype=first.dtype if kept else None,
     )  # fmt: skip
     if base is not None:
         base["weights"] = {at: base["weights"][at] for at in changes or ()}

@@ -14,11 +14,33 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Svd(NamedTuple):
+    """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k, in]."""
+
+    U: Float[Tensor, "g out k"]
+    S: Float[Tensor, "g k"]
+    V: Float[Tensor, "g k in_"]
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank that keeps this share of ‖ΔW‖² (of all groups together), at least 1."""
+        kept = self.S.square().sum(0).cumsum(0)  # of the rank 1, 2, …
+        return int((kept < energy * kept[-1]).sum()) + 1
+
+    def cut(self, rank: int) -> tuple[LowRank, float]:
+        """(the best approximation of this rank, ‖ΔW − it‖: the singular values that it lacks). Each factor gets the
+        root of the singular values, so that neither is much larger than the other."""
+        root = self.S[:, :rank].sqrt()
+        low = LowRank(root[..., None] * self.V[:, :rank], self.U[:, :, :rank] * root[:, None], 1.0)
+        return low, float(self.S[:, rank:].norm())
 
 
 @dataclass(frozen=True)
@@ -63,3 +85,61 @@ class LowRank:
         A, B = self.A.detach().double(), self.B.detach().double()
         squared = ((B.mT @ B) * (A @ A.mT)).sum()
         return abs(self.scale) * squared.clamp_min(0).sqrt().item()
+
+    @staticmethod
+    def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+        """Σ wᵢ ΔWᵢ, exactly: the factors side by side, of the ranks' sum. In float32 or more, as a weight is multiplied
+        into B; where all wᵢ · scaleᵢ are equal but for their sign, no number is rounded."""
+        factors = [weight * low.scale for weight, low in zip(weights, changes, strict=True)]
+        scale = max(map(abs, factors)) or 1.0
+        dtype = torch.float32
+        for low in changes:
+            dtype = torch.promote_types(dtype, torch.promote_types(low.A.dtype, low.B.dtype))
+        A = torch.cat([low.A.to(dtype) for low in changes], 1)
+        parts = (low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True))
+        return LowRank(A, torch.cat(list(parts), 2), scale)
+
+    def gained(self, gain: Float[Tensor, "g out"]) -> LowRank:
+        """gain ⊙ ΔW: each output row times its number."""
+        return LowRank(self.A, self.B * gain[..., None].to(self.B.dtype), self.scale)
+
+    def inner(self, other: LowRank) -> float:
+        """⟨ΔW, ΔW'⟩ = Σ (BᵀB') ∘ (A A'ᵀ), in float64 and from the thin factors alone."""
+        A, B = (factor.detach().double() for factor in (self.A, self.B))
+        product = ((B.mT @ other.B.double()) * (A @ other.A.double().mT)).sum()
+        return self.scale * other.scale * product.item()
+
+    def core(self) -> Float[Tensor, "g k l"]:
+        """A small matrix with ΔW's singular values, in float64: R_B R_Aᵀ of B = Q_B R_B and Aᵀ = Q_A R_A. Its norm is
+        ‖ΔW‖ to the last digits, also where the product nearly cancels, which ``norm`` has to half of them."""
+        R = (torch.linalg.qr(factor.detach().double(), mode="r")[1] for factor in (self.B, self.A.mT))
+        left, right = R
+        return left @ right.mT * self.scale
+
+    def svd(self) -> Svd:
+        """The decomposition of ΔW in float64 from the thin factors, which never forms ΔW:
+
+            B = Q_B R_B   Aᵀ = Q_A R_A   R_B R_Aᵀ = u S vᵀ (r × r)   U = Q_B u   V = vᵀ Q_Aᵀ
+
+        Rows and columns in which ΔW is zero by its factors are exactly zero here too: a padding token, the rows that a
+        change leaves alone. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half and lose half the digits.
+        """
+        A, B = self.A.detach().double(), self.B.detach().double()
+        (QB, RB), (QA, RA) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+        u, S, v = torch.linalg.svd(RB @ RA.mT * self.scale, full_matrices=False)
+        U = (QB @ u).masked_fill((B == 0).all(2, keepdim=True), 0)
+        return Svd(U, S, (v @ QA.mT).masked_fill((A == 0).all(1, keepdim=True), 0))
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors, whichever are
+        fewer."""
+        rows, columns = (self.B != 0).any(2).sum(1), (self.A != 0).any(1).sum(1)
+        return max(1, int(torch.minimum(rows, columns).max()))
+
+    def compact(self) -> LowRank:
+        """The same change with no more rank than it can have: exact but for rounding in float64, and itself where its
+        rank is not too large already."""
+        if self.rank <= self.largest_rank:
+            return self
+        return self.svd().cut(self.largest_rank)[0]

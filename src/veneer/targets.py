@@ -49,12 +49,12 @@ class Names:
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
-        test = _path_test(pattern)
+        test = path_test(pattern)
         return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
 
     def parameters_matching(self, pattern: str) -> list[Slot]:
         """The parameters with a path that ``pattern`` matches, in the model's order."""
-        test = _path_test(pattern)
+        test = path_test(pattern)
         return [
             (path, name)
             for path, module in self.modules.items()
@@ -98,7 +98,7 @@ def own_parameters(module: nn.Module) -> list[str]:
     return [*(name for name, p in module._parameters.items() if p is not None), *lists]
 
 
-def _path_test(pattern: str) -> Callable[[str], bool]:
+def path_test(pattern: str) -> Callable[[str], bool]:
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return lambda path: expression.fullmatch(path) is not None
@@ -155,7 +155,7 @@ def value_for(names: Names, slot: Slot, values: Mapping[str, Any], default: Any)
 
 def means(names: Names, pattern: str, slot: Slot) -> bool:
     """Whether a pattern that is no word means the module or the parameter of a slot."""
-    test, (path, name) = _path_test(pattern), slot
+    test, (path, name) = path_test(pattern), slot
     return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
 
 

@@ -4,7 +4,7 @@
 meet here, in `run`: what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a
 traceback, because it is a bug of ours.
 
-    0 done   1 a bug   2 bad input   130 stopped by Ctrl-C
+    0 done   1 a bug (of `diff --exit-code`: they differ)   2 bad input   130 stopped by Ctrl-C
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ COMMANDS = {
     "generate": "Write text with a base, an adapter, or both side by side.",
     "merge": "Write base and adapter as one plain model.",
     "inspect": "Show what an adapter is and prove that it is intact.",
+    "compose": "Write the sum, or a mixture, of adapters as one.",
+    "diff": "Show where two adapters differ.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

@@ -77,12 +77,12 @@ class Parameters(Layer):
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
         # PEFT: A [E·r, in], B [out, r·E] with the expert counting fastest; in and out swap for modules that say so.
-        low = low.T if _swapped(module, shape) else low
+        low = low.T if swapped_stack(module, shape) else low
         return low.A.flatten(0, 1), low.B.permute(1, 2, 0).flatten(1)
 
     def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
         groups, out, in_ = self.dims(module, shape)
-        swapped = _swapped(module, shape)
+        swapped = swapped_stack(module, shape)
         out, in_ = (in_, out) if swapped else (out, in_)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % groups:
             return None
@@ -96,7 +96,7 @@ class Parameters(Layer):
         yield Positions(6, 4), randn(2, 6, 4)
 
 
-def _swapped(module: Any, shape: torch.Size) -> bool:
+def swapped_stack(module: Any, shape: torch.Size) -> bool:
     """Whether a stack lies as [E, in, out], as experts of transformers say by this attribute."""
     return len(squeezed(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 

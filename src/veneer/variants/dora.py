@@ -30,18 +30,18 @@ CHUNK = 1 << 18
 def init(start: Start) -> dict[str, Tensor]:
     """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at least float32)."""
     numbers = LORA.init(start)
-    return {**numbers, "magnitude": _row_norms(start.base(), LowRank(numbers["A"], numbers["B"], 1.0))}
+    return {**numbers, "magnitude": row_norms(start.base(), LowRank(numbers["A"], numbers["B"], 1.0))}
 
 
 def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
     low = LowRank(numbers["A"], numbers["B"], scale)
-    norms = _row_norms(base(), low)
+    norms = row_norms(base(), low)
     gain = numbers["magnitude"] / norms.masked_fill(norms == 0, 1)
     return low, torch.where(norms == 0, torch.ones_like(gain), gain)
 
 
 @torch.no_grad()
-def _row_norms(weight: Tensor, low: LowRank) -> Tensor:
+def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     """‖W + ΔW‖ of every output row, [g · out], in the dtype of ``weight`` [g, out, in]."""
     low, device = low.to(weight.dtype), weight.device.type
     whole = device != "cpu" or torch.compiler.is_compiling()

@@ -1,0 +1,117 @@
+"""`veneer compose`: one adapter out of several."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from veneer.errors import ConfigError, sentence
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def compose(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New adapter folder.", show_default=False)],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none.", show_default=False),
+    ],
+    method: Annotated[
+        Literal["sum", "svd", "ties", "dare", "dare_ties", "prune"] | None,
+        typer.Option(help="How to combine them; svd if a rank or an energy is given, else sum."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result.", min=1)] = None,
+    energy: Annotated[float | None, typer.Option(help="Instead of a rank: the share of ‖ΔW‖² to keep.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries that ties, dare, dare_ties and prune keep.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, for DoRA and for what is trained in full.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the entries that dare keeps.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write the weighted sum, or a mixture, of adapters of one base as a new adapter.
+
+    A sum is exact, and its rank the sum of the ranks; --rank or --energy makes it smaller, and the report says what
+    that leaves out. A negative weight takes an adapter away.
+
+    \b
+    Examples:
+      veneer compose both french=0.7 legal=0.3
+      veneer compose small french legal --rank 16
+      veneer compose forget run/adapter=-1
+    """
+    from veneer.cli.console import err, out
+    from veneer.compose import compose as combine
+
+    paths, weights = zip(*map(_weighted, adapters), strict=True)
+    factors = dict(_factor(text) for text in layer or ())
+    with err.status("Composing …"):
+        report = combine(
+            paths, output, weights=weights, method=method, rank=rank, energy=energy, density=density, layers=factors,
+            base=None if base is None else _base(base), seed=seed, overwrite=overwrite,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(_facts(report), indent=2))
+        return
+    out.print(str(report), soft_wrap=True)
+    out.print(f"written to {output}", soft_wrap=True)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A path and its weight; a path that exists may hold an equals sign itself."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    return path, _number(weight, text)
+
+
+def _factor(text: str) -> tuple[str, float]:
+    pattern, equals, factor = text.rpartition("=")
+    if not equals or not pattern:
+        raise ConfigError(sentence(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'"))
+    return pattern, _number(factor, text)
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(sentence(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5"))
+    return number
+
+
+def _base(base: str) -> Any:
+    from veneer.cli.console import setup_logging
+    from veneer.models import load_base
+
+    setup_logging()
+    return load_base(base, precision="stored", device="cpu").model
+
+
+def _facts(report: Any) -> dict[str, Any]:
+    return {
+        "path": str(report.path),
+        "method": report.method,
+        "weights": list(report.weights),
+        "error": report.error,
+        "verified": report.verified,
+        "notes": list(report.notes),
+        "layers": {
+            entry.path: {"ranks": list(entry.ranks), "rank": entry.rank, "norm": entry.norm, "error": entry.error}
+            for entry in report.layers
+        },
+    }

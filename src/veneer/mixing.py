@@ -1,0 +1,149 @@
+"""Ways to mix task vectors that are defined entry by entry, on the dense ΔW of one weight after the other.
+
+    sparsify each vector:  keep the largest (magnitude), or keep some at random and rescale them (DARE)
+    combine them:          add, or elect a sign for each entry and average those that agree with it (TIES)
+
+    name         sparsify    combine    paper
+    ties         largest     elect      Yadav et al. 2023, arXiv:2306.01708
+    dare         random      add        Yu et al. 2023, arXiv:2311.03099
+    dare_ties    random      elect      both
+    prune        largest     add        magnitude pruning, then task arithmetic
+
+A vector's weight multiplies it before the election, so that a negative one votes for the other sign; with all weights λ
+this is TIES with its λ. What is kept is counted in each weight by itself. Each vector is made when it is needed and
+dropped again, twice for an election: one at a time is in memory, beside three results of that size.
+
+Rejected: the same on A and B one by one, as PEFT does. The product of sparse factors is no sparse product, signs of A
+and B are no signs of ΔW, and the result changes if A and B are scaled against each other, which leaves ΔW as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.lowrank import LowRank, Svd
+
+#: makes a task vector, float64
+Vector = Callable[[], Tensor]
+
+#: of the random range finder: further columns than the rank asks for, and rounds that sharpen a slow spectrum
+MORE, ROUNDS = 16, 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table above."""
+
+    random: bool
+    elect: bool
+    #: the density that its paper uses
+    usual: float
+
+
+RECIPES = {
+    "ties": Recipe(random=False, elect=True, usual=0.2),
+    "dare": Recipe(random=True, elect=False, usual=0.1),
+    "dare_ties": Recipe(random=True, elect=True, usual=0.1),
+    "prune": Recipe(random=False, elect=False, usual=0.2),
+}
+
+
+def mix(recipe: Recipe, vectors: Sequence[Vector], weights: Sequence[float], density: float, seed: str) -> Tensor:
+    """The mixed vector, float64.
+
+    Args:
+        density: the share of entries that each vector keeps, in (0, 1].
+        seed: any text; which entries are kept at random depends on it and on the vector's place alone.
+    """
+
+    least: dict[int, float] = {}  # of each vector, so that an election need not look for it again
+
+    def sparse(number: int) -> Tensor:
+        vector = vectors[number]() * weights[number]
+        if recipe.random:
+            return dropped(vector, density, f"{seed}/{number}")
+        if number not in least:
+            least[number] = threshold(vector, density)
+        return vector.where(vector.abs() >= least[number], 0)
+
+    total = _added(sparse, len(vectors))
+    return elected(sparse, len(vectors), total) if recipe.elect else total
+
+
+def _added(sparse: Callable[[int], Tensor], count: int) -> Tensor:
+    total = sparse(0)
+    for number in range(1, count):
+        total = total + sparse(number)
+    return total
+
+
+def elected(sparse: Callable[[int], Tensor], count: int, total: Tensor) -> Tensor:
+    """The mean, entry by entry, of those vectors whose sign is the sign of their sum ``total``; 0 where that is 0."""
+    sign, merged, agreeing = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
+    for number in range(count):
+        vector = sparse(number)
+        agrees = (vector.sign() == sign) & (sign != 0)
+        merged += vector.where(agrees, 0)
+        agreeing += agrees
+    return merged / agreeing.clamp_min(1)
+
+
+def threshold(vector: Tensor, density: float) -> float:
+    """The smallest magnitude among the largest entries, ``density`` of all (at least one). Entries that equal it are
+    all as large."""
+    keep = max(1, round(density * vector.numel()))
+    return float(vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values)
+
+
+def dropped(vector: Tensor, density: float, seed: str) -> Tensor:
+    """Each entry with probability ``density``, divided by it; else 0. The expectation is the vector."""
+    drawn = torch.rand(vector.shape, generator=generator(seed), dtype=torch.float32)
+    return (vector / density).where(drawn.to(vector.device) < density, 0)
+
+
+def generator(seed: str) -> torch.Generator:
+    """Random numbers on the CPU that depend on this text alone."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(number)
+
+
+class Factored(NamedTuple):
+    """A dense change as factors, and ‖ΔW − factors‖ as measured."""
+
+    low: LowRank
+    error: float
+
+
+def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -> Factored:
+    """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense [g, out, in].
+
+    Exact decompositions where the rank is a good part of the weight's, or where a share is asked for; else a random
+    range finder (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself either way.
+    Rows and columns of zeros stay zero.
+    """
+    largest = min(delta.shape[1:])
+    if rank is None or 3 * (rank + MORE) > largest:
+        svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
+    else:
+        svd = _random(delta, rank + MORE, generator(seed))
+    low, _ = svd.cut(min(rank or largest, largest) if energy is None else svd.rank_for(energy))
+    rows, columns = (delta == 0).all(2, keepdim=True), (delta == 0).all(1, keepdim=True)
+    low = LowRank(low.A.masked_fill(columns, 0), low.B.masked_fill(rows, 0), low.scale)
+    low = low.compact()
+    return Factored(low, float((delta - low.delta()).norm()))
+
+
+def _random(delta: Tensor, width: int, random: torch.Generator) -> Svd:
+    start = torch.randn(delta.shape[0], delta.shape[2], width, generator=random, dtype=delta.dtype)
+    Q = torch.linalg.qr(delta @ start.to(delta.device))[0]
+    for _ in range(ROUNDS):
+        Q = torch.linalg.qr(delta.mT @ Q)[0]
+        Q = torch.linalg.qr(delta @ Q)[0]
+    u, S, V = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
+    return Svd(Q @ u, S, V)
