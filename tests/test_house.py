@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["blueprint", "card", "remote", "verify", "grounds"],
+    ["recipe", "card", "remote", "verify", "grounds"],
     ["blend", "wholes"],
     ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],

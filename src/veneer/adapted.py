@@ -244,9 +244,12 @@ class Change(nn.Module):
         """The variant's numbers, trained and frozen, by name."""
         return {**self._parameters, **self._buffers}
 
-    def resolve(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers."""
+    def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
+        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers; in
+        ``dtype`` if that is given."""
         numbers = self.numbers
+        if dtype is not None:
+            numbers = {name: value.to(dtype) for name, value in numbers.items()}
         if self.still is not None and "A" in numbers:  # a gain may depend on ΔW, of which that input is no part
             numbers["A"] = numbers["A"].index_fill(2, torch.tensor([self.still], device=numbers["A"].device), 0)
         low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight))
@@ -256,9 +259,14 @@ class Change(nn.Module):
             gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
         return low if self.still is None else low.without(self.still), gain
 
+    def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
+        """``resolve`` for a merge: in float64, the gain rounded to float32 at the end, so that its bits are the same
+        whether it is computed for a whole stack of matrices or for one of them."""
+        low, gain = self.resolve(weight, torch.float64)
+        return low, None if gain is None else gain.float()
+
     def _dense(self, weight: Any) -> Tensor:
-        dense = self.storage.dense(weight)
-        dense = self.layer.unfold(dense.to(at_least_float32(dense.dtype)), self.dims)
+        dense = self.layer.unfold(self.storage.dense(weight), self.dims)
         return dense if self.rows is None else dense[:, self.rows.to(dense.device)]
 
     def changed(

@@ -42,12 +42,18 @@ def _filled(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _flush(temporary, 0o666 & ~_umask())
-        _put(temporary, path)
+        publish(temporary, path)
     finally:
         _remove(temporary)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Let a folder that is whole take the place of ``path``, beside which it stands: flushed to disk first, then
+    renamed in one step. What was there before then has the name of ``temporary``, or is gone."""
+    temporary.chmod(0o777 & ~_umask())
+    _flush(temporary, 0o666 & ~_umask())
+    _put(temporary, path)
     _flush_folder(path.parent)
 
 

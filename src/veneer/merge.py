@@ -197,7 +197,7 @@ def _values(model: nn.Module, name: str, *, compute: bool = True) -> Iterator[tu
             yield slot, None
             continue
         slot.storage.prepare(module)
-        low, gain = change.resolve(target)
+        low, gain = change.exactly(target)
         yield slot, change.layer.settle(module, change.changed(target, low, gain, torch.float64))
     seen: set[int] = set()  # tied parameters have one copy, and are written once
     for path, module, part in adapters(model, name):

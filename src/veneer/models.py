@@ -220,13 +220,12 @@ def hollow(folder: str | Path, architecture: str | None = None) -> PreTrainedMod
             raise
         except Exception as error:
             raise _explained(str(folder), error) from error
-    _fill_with_nothing(model)
-    return model.eval()
+    return filled(model.eval())
 
 
-def _fill_with_nothing(model: Any) -> None:
-    """Put zeros on the CPU in place of what is on the meta device. They are pages of one map that nobody has touched,
-    so they have addresses and shapes, and no memory."""
+def filled(model: Any) -> Any:
+    """The model, with zeros on the CPU in place of what is on the meta device. They are pages of one map that nobody
+    has touched, so they have addresses and shapes, and no memory."""
     import mmap
     import sys
 
@@ -241,15 +240,16 @@ def _fill_with_nothing(model: Any) -> None:
     sizes = {key: -(-value.numel() * value.element_size() // 64) * 64 for key, value in held.items()}
     # Linux's "do not reserve memory for this", for which Python has no name before 3.13.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000} if sys.platform == "linux" else {}
-    room, start, filled = mmap.mmap(-1, max(64, sum(sizes.values())), **flags), 0, {}
+    room, start, made = mmap.mmap(-1, max(64, sum(sizes.values())), **flags), 0, {}
     for key, value in held.items():
         flat = torch.frombuffer(room, dtype=torch.uint8, count=sizes[key], offset=start)
         flat = flat[: value.numel() * value.element_size()].view(value.dtype).view(value.shape)
-        filled[key] = torch.nn.Parameter(flat, value.requires_grad) if isinstance(value, torch.nn.Parameter) else flat
+        made[key] = torch.nn.Parameter(flat, value.requires_grad) if isinstance(value, torch.nn.Parameter) else flat
         start += sizes[key]
     for module in model.modules():
         for own in (module._parameters, module._buffers):
-            own.update({name: filled[id(value)] for name, value in own.items() if id(value) in filled})
+            own.update({name: made[id(value)] for name, value in own.items() if id(value) in made})
+    return model
 
 
 def places(model: Any, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:

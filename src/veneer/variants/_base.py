@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: returns the frozen weight as a dense [g, out, in] of at least float32
+#: returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own dtype for ``resolve``
 Base = Callable[[], Tensor]
 
 #: what ``Variant.needs`` may name

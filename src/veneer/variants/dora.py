@@ -42,14 +42,18 @@ def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[Lo
 
 @torch.no_grad()
 def row_norms(weight: Tensor, low: LowRank) -> Tensor:
-    """‖W + ΔW‖ of every output row, [g · out], in the dtype of ``weight`` [g, out, in]."""
-    low, device = low.to(weight.dtype), weight.device.type
-    whole = device != "cpu" or torch.compiler.is_compiling()
+    """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W and ΔW, and at least
+    float32. A part of W at a time is in that dtype."""
+    dtype, device = (
+        torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32),
+        weight.device.type,
+    )
+    low, whole = low.to(dtype), device != "cpu" or torch.compiler.is_compiling()
     rows = weight.shape[1] if whole else max(1, CHUNK // weight.shape[2])
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with plain:
-        changed = (torch.baddbmm(part, B, low.A, alpha=low.scale) for part, B in parts)
+        changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
         return torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in changed], dim=1).flatten()
 
 

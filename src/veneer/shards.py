@@ -1,0 +1,594 @@
+"""Merge adapters into a checkpoint on disk, tensor by tensor, whatever its size.
+
+    reader          the arithmetic            writer
+    tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
+            └─────► fingerprint of the base
+
+Three threads, and at most twice the largest tensor between them. What no adapter changes is copied by the system. The
+result stands in a folder beside OUT until it is whole, then takes its name in one step.
+
+**A killed merge goes on where it was.** The folder's name follows from OUT's, and its journal says which tensors are on
+the disk: a line is written only after what it speaks of was flushed. A journal of another merge (other files, adapters,
+weights, dtype or rounding) is thrown away with its folder. Rejected: a finished file as the unit, as many models are
+one file of many GiB.
+
+Each weight is what ``veneer.merge`` would write into the live model, bit for bit: both call ``kernels.rounding.fold``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.artefact import read
+from veneer.checkpoint import DTYPES, INDEX, NAMES, Checkpoint, in_order, open_checkpoint, read_tensor
+from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
+from veneer.files import disk_errors, must_not_exist, publish
+from veneer.hashing import hash_json
+from veneer.headers import Header
+from veneer.kernels.reference import round_once
+from veneer.merge import LayerMerge, MergeReport
+from veneer.recipe import Adapter, Recipe, apply, mismatched, recipe, refuse, replaced
+
+JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
+#: bytes that are written between two lines of the journal
+STEP = 512 * 2**20
+#: files beside the weights that hold the same weights again for others, and would be those of the base
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """What a merge of a checkpoint did.
+
+    ``report`` is what ``veneer.merge`` says too, by tensor; ``left_out`` names files of the base that were not copied,
+    as they hold its weights in another format; ``resumed`` how many tensors an earlier, killed run had finished.
+    """
+
+    path: Path
+    report: MergeReport
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    resumed: int
+
+    def __str__(self) -> str:
+        lines = [str(self.report), f"written to {self.path}"]
+        lines += (
+            [f"not copied, as they hold the weights of the base: {listing(self.left_out)}"] if self.left_out else []
+        )
+        lines += [f"{self.resumed} tensors were there from a run that was interrupted"] if self.resumed else []
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a merge will do, before it begins."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    adapters: tuple[Adapter, ...]
+    dtype: torch.dtype | None
+    rounding: str
+    verify_base: bool
+
+    def target(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the result."""
+        own = self.checkpoint.dtype(name)
+        return self.dtype if self.dtype is not None and own in FLOATS else own
+
+    def copied(self, name: str) -> bool:
+        return name not in self.recipe.works and self.target(name) == self.checkpoint.dtype(name)
+
+    def identity(self) -> str:
+        """What must be the same for a run to go on where another one stopped."""
+        files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.files}
+        said = [(hash_json(dict(read(path).peft_config)), _hash_file(path), weight) for path, weight in self.adapters]
+        sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
+        return hash_json(
+            [version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, str(self.dtype), self.rounding]
+        )
+
+    def layout(self, file: str) -> tuple[bytes, dict[str, int], int]:
+        """(the bytes before the first tensor, where each tensor begins, the size) of a file of the result."""
+        header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
+        if all(self.target(name) == self.checkpoint.dtype(name) for name in names):
+            with (self.checkpoint.folder / file).open("rb") as stream:
+                head = stream.read(header.data_start)
+            starts = {name: header.data_start + header.tensors[name].start for name in names}
+            return head, starts, header.data_start + max((e.stop for e in header.tensors.values()), default=0)
+        return _written(header, {name: self.target(name) for name in names})
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "auto",
+    verify_base: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+) -> CheckpointMerge:
+    """Merge adapters into the safetensors files of ``base``, written to the folder ``out`` in the same layout: shards,
+    names, index, configuration and tokenizer.
+
+    In memory at any time: twice the largest tensor at most, the adapters, and what torch itself takes. Run again after
+    it was killed, it goes on where it was.
+
+    Args:
+        base: a folder with one or several safetensors files.
+        adapters: folders, each alone or with a weight: W + Σ wᵢ ΔWᵢ.
+        dtype: of all floating-point tensors of the result; None keeps each as it is.
+        rounding: "nearest", "faithful" or "auto" (see ``veneer.merge``).
+        verify_base: compare the fingerprint of each weight that changes with what the adapters say.
+        progress: called as (bytes done, bytes in all, name of the tensor).
+        model: the model of these files, where transformers cannot build it from their config.json.
+
+    Raises:
+        CheckpointError, AdapterError, BaseMismatchError: the files, an adapter, or the two together cannot be used.
+        MergeError: a merged weight is not finite in its dtype.
+        OutputExistsError: ``out`` exists and ``overwrite`` is False.
+
+        Nothing is left behind, and ``out`` is as it was. (An OSError, such as a full disk, leaves what was done beside
+        ``out`` to go on from.)
+    """
+    out = Path(out).expanduser().resolve()
+    must_not_exist(out, overwrite)
+    plan = _planned(base, adapters, dtype, rounding, verify_base, model)
+    if out == plan.checkpoint.folder.resolve() or out in plan.checkpoint.folder.resolve().parents:
+        raise MergeError(sentence(f"{out}, which holds the base", "another folder for the result", "choose another"))
+    with disk_errors(out), _working(out, plan.identity()) as (folder, journal):
+        try:
+            run = _Run(plan, folder, journal, progress)
+            run.whole()
+            left_out = _beside(plan, folder)
+            report = MergeReport(", ".join(path.name for path, _ in plan.adapters), tuple(run.layers))
+            (folder / RECORD).write_text(json.dumps(_record(plan, base, report), indent=2) + "\n")
+        except (MergeError, CheckpointError, ValueError):  # what no second run would mend
+            shutil.rmtree(folder)
+            raise
+        (folder / JOURNAL).unlink()
+        publish(folder, out)
+        if folder.exists():  # what was there before, or an empty folder
+            shutil.rmtree(folder)
+    return CheckpointMerge(out, report, tuple(left_out), plan.recipe.notes, run.resumed)
+
+
+def prove(
+    base: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "auto",
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+) -> int:
+    """Read a merged checkpoint again and compare every byte with what it must be: what no adapter changes with the
+    base, the rest with the merge done again. Returns how many tensors were compared.
+
+    Raises:
+        MergeError: names the tensors, or the files beside them, that differ.
+    """
+    plan = _planned(base, adapters, dtype, rounding, False, model)
+    merged = open_checkpoint(out)
+    problems = [f"{name!r} is in one of them only" for name in merged.where.keys() ^ plan.checkpoint.where.keys()]
+    total, done = sum(map(plan.checkpoint.bytes, plan.checkpoint.where)), 0
+    for name in plan.checkpoint.where.keys() & merged.where.keys():
+        if merged.dtype(name) != plan.target(name) or merged.shape(name) != plan.checkpoint.shape(name):
+            problems.append(f"{name!r} is of another shape or dtype")
+            continue
+        expected, _ = _computed(plan, name, plan.checkpoint.read(name))
+        if not _same(expected, merged.read(name)):
+            problems.append(f"{name!r} holds other numbers")
+        done += plan.checkpoint.bytes(name)
+        if progress is not None:
+            progress(done, total, name)
+    for path in plan.checkpoint.folder.iterdir():
+        copied = (
+            path.is_file() and not path.name.endswith((*OTHERS, INDEX)) and path.name not in ("config.json", RECORD)
+        )
+        if copied and (Path(out) / path.name).read_bytes() != path.read_bytes():
+            problems.append(f"{path.name} is another file than the base's")
+    raise_all(MergeError, f"{out} is not the base with these adapters", problems)
+    return len(merged.where)
+
+
+def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any) -> _Plan:
+    if not adapters:
+        raise MergeError(sentence("no adapter", "one or several", "name them"))
+    if rounding not in ("auto", "nearest", "faithful"):
+        raise MergeError(sentence(f"rounding={rounding!r}", '"auto", "nearest" or "faithful"', "choose one"))
+    if dtype is not None and dtype not in FLOATS:
+        raise MergeError(
+            sentence(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
+        )
+    given = [
+        Adapter(Path(one)) if isinstance(one, str | Path) else Adapter(Path(one[0]), float(one[1])) for one in adapters
+    ]
+    folder = Path(base).expanduser()
+    checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
+    for path, _ in given:
+        read(path)
+    return _Plan(checkpoint, recipe(folder, given, model), tuple(given), dtype, rounding, verify_base)
+
+
+# ---------------------------------------------------------------------------------------------- one tensor
+
+
+def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[LayerMerge]]:
+    """A tensor of the result, and what the merge did to it."""
+    dtype, layers = plan.target(name), []
+    result = None
+    for work in plan.recipe.works.get(name, ()):
+        part = tensor[work.place.within]
+        if work.changes:
+            folded = apply(work, part, dtype, plan.rounding)
+            value = folded.weight
+            layers.append(LayerMerge(name, folded.change, folded.retention))
+            finite = folded.finite
+        else:
+            value = replaced(work, part, dtype)
+            finite = not value.is_floating_point() or bool(value.isfinite().all())
+        if not finite:
+            found = f"{name}: W + ΔW is not finite in {dtype}"
+            raise MergeError(sentence(found, "finite weights", "check the adapter, or choose a wider dtype"))
+        if not work.place.within:
+            result = value
+        else:
+            result = _cast(name, tensor, dtype).clone() if result is None else result
+            result[work.place.within] = value
+    return _cast(name, tensor, dtype) if result is None else result, layers
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
+    if bool((tensor.isfinite() & ~result.isfinite()).any()):
+        found = f"{name}: numbers beyond the range of {dtype}"
+        raise MergeError(sentence(found, "a dtype that holds them", "choose bfloat16 or float32"))
+    return result
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    flat = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(*flat)
+
+
+def _printed(plan: _Plan, path: str, descriptors: Callable[[str], int], loaded: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a base weight (``hashing.fingerprint``), tensor by tensor where several hold it."""
+    tensors, shape, _ = plan.recipe.prints[path]
+    whole = hashlib.sha256(str(tuple(shape)).encode())
+    for name in tensors:
+        tensor = loaded.get(name)
+        tensor = read_tensor(descriptors(name), plan.checkpoint, name) if tensor is None else tensor
+        within = next(work.place.within for work in plan.recipe.works[name] if work.path == path)
+        part = tensor[within].to(torch.bfloat16).contiguous()
+        whole.update(part.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+
+class _Budget:
+    """Bytes that may be in memory between reading and writing; who wants more waits."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used, self.changed = limit, 0, threading.Condition()
+
+    def take(self, count: int, stopped: threading.Event) -> None:
+        with self.changed:
+            # what is larger than the whole budget goes alone
+            while self.used and self.used + count > self.limit and not stopped.is_set():
+                self.changed.wait(0.1)
+            self.used += count
+
+    def give(self, count: int) -> None:
+        with self.changed:
+            self.used -= count
+            self.changed.notify_all()
+
+
+class _Run:
+    """One run of a merge: the threads, the open files, and how far it has come."""
+
+    def __init__(self, plan: _Plan, folder: Path, journal: list[dict[str, Any]], progress: Progress | None) -> None:
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self.done = {line["file"]: line["tensors"] for line in journal}
+        self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
+        self.resumed = sum(self.done.values())
+        self.total = sum(map(plan.checkpoint.bytes, plan.checkpoint.where))
+        largest = max(map(self._memory, plan.checkpoint.where), default=0)
+        self.budget = _Budget(max(largest, 64 * 2**20))
+        self.read: queue.Queue[Any] = queue.Queue()
+        self.ready: queue.Queue[Any] = queue.Queue()
+        self.stopped, self.failed = threading.Event(), []
+        self.sources: dict[str, int] = {}
+
+    def _memory(self, name: str) -> int:
+        """Bytes that a tensor takes between reading and writing: as it was, and as it will be."""
+        if self.plan.copied(name):
+            return 0
+        own = self.plan.checkpoint.bytes(name)
+        return own + own // self.plan.checkpoint.dtype(name).itemsize * self.plan.target(name).itemsize
+
+    def whole(self) -> None:
+        """Everything that is left to do."""
+        threads = [threading.Thread(target=self._guarded, args=(part,)) for part in (self._reading, self._writing)]
+        for thread in threads:
+            thread.start()
+        try:
+            while (job := self._next(self.read)) is not None:
+                file, name, tensor = job
+                result, layers = (None, []) if tensor is None else _computed(self.plan, name, tensor)
+                if result is not None and result is not tensor:
+                    self.budget.give(self.plan.checkpoint.bytes(name))
+                job = tensor = None
+                self.ready.put((file, name, result, layers))
+                result = None
+            self.ready.put(None)
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+            for descriptor in self.sources.values():
+                os.close(descriptor)
+        if self.failed:
+            raise self.failed[0]
+
+    def _guarded(self, part: Callable[[], None]) -> None:
+        try:
+            part()
+        except BaseException as error:  # raised again in the thread that waits for this one
+            self.failed.append(error)
+            self.stopped.set()
+
+    def _next(self, jobs: queue.Queue[Any]) -> Any:
+        """The next job; None at the end, and when another thread has failed."""
+        while not self.stopped.is_set():
+            try:
+                return jobs.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        return None
+
+    def _left(self) -> Iterator[tuple[str, str]]:
+        """(file, tensor) of all that is not done, in the order of writing."""
+        for file, header in self.plan.checkpoint.files.items():
+            for name in in_order(header)[self.done.get(file, 0) :]:
+                yield file, name
+
+    def _source(self, name: str) -> int:
+        file = self.plan.checkpoint.where[name]
+        if file not in self.sources:
+            self.sources[file] = os.open(self.plan.checkpoint.folder / file, os.O_RDONLY)
+        return self.sources[file]
+
+    def _reading(self) -> None:
+        last = self._last_of_each()
+        for file, name in self._left():
+            if self.stopped.is_set():
+                return
+            tensor = None
+            if not self.plan.copied(name):
+                self.budget.take(self._memory(name), self.stopped)
+                tensor = read_tensor(self._source(name), self.plan.checkpoint, name)
+            loaded = {} if tensor is None else {name: tensor}
+            found = [
+                mismatched(self.plan.recipe, path, _printed(self.plan, path, self._source, loaded))
+                for path in last.get(name, ())
+            ]
+            refuse([one for one in found if one], self.plan.checkpoint.folder)
+            self.read.put((file, name, tensor))
+        self.read.put(None)
+
+    def _last_of_each(self) -> dict[str, list[str]]:
+        """The parameters whose fingerprint can be told once this tensor is read, by its name. What an earlier run has
+        finished was compared by it."""
+        if not self.plan.verify_base:
+            return {}
+        order = {name: number for number, name in enumerate(self.plan.checkpoint.where)}
+        last: dict[str, list[str]] = {}
+        for path, (tensors, *_) in self.plan.recipe.prints.items():
+            last.setdefault(max(tensors, key=order.__getitem__), []).append(path)
+        return last
+
+    def _writing(self) -> None:
+        passed = self.total - sum(self.plan.checkpoint.bytes(name) for _, name in self._left())
+        with (self.folder / JOURNAL).open("a") as journal:
+            for file in self.plan.checkpoint.files:
+                head, starts, size = self.plan.layout(file)
+                names = in_order(self.plan.checkpoint.files[file])
+                done, layers, since = self.done.get(file, 0), [], 0
+                if done == len(names) and names:
+                    continue
+                target = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    os.ftruncate(target, starts[names[done]] if done else 0)
+                    _put(target, 0, memoryview(head))
+                    for count, name in enumerate(names[done:], done + 1):
+                        job = self._next(self.ready)
+                        if job is None:
+                            return
+                        _, _, result, more = job
+                        self._store(target, starts[name], name, result)
+                        layers += more
+                        since += self.plan.checkpoint.bytes(name)
+                        passed += self.plan.checkpoint.bytes(name)
+                        if since >= STEP or count == len(names):
+                            os.fdatasync(target)
+                            self._note(journal, file, count - done, layers)
+                            done, since = count, 0
+                            self.layers += layers
+                            layers = []
+                        if self.progress is not None:
+                            self.progress(passed, self.total, name)
+                    os.ftruncate(target, size)
+                finally:
+                    os.close(target)
+
+    def _store(self, target: int, start: int, name: str, result: Tensor | None) -> None:
+        if result is None:
+            _copy(self._source(name), self.plan.checkpoint.start(name), target, start, self.plan.checkpoint.bytes(name))
+            return
+        _put(target, start, memoryview(result.contiguous().reshape(-1).view(torch.uint8).numpy().data))
+        self.budget.give(result.numel() * result.element_size())
+
+    def _note(self, journal: Any, file: str, tensors: int, layers: Sequence[LayerMerge]) -> None:
+        line = {"file": file, "tensors": tensors, "layers": [list(asdict(layer).values()) for layer in layers]}
+        journal.write(json.dumps(line) + "\n")
+        journal.flush()
+        os.fsync(journal.fileno())
+
+
+def _put(target: int, start: int, data: memoryview) -> None:
+    while len(data):
+        count = os.pwrite(target, data[: 1 << 27], start)
+        data, start = data[count:], start + count
+
+
+def _copy(source: int, start: int, target: int, at: int, count: int) -> None:
+    """Bytes from file to file, by the system where it can."""
+    while count:
+        try:
+            moved = os.copy_file_range(source, target, min(count, 1 << 27), start, at)
+        except (AttributeError, OSError):  # not offered here, or not between these file systems
+            moved = os.pwrite(target, os.pread(source, min(count, 1 << 24), start), at)
+        if not moved:
+            found = "a file that became shorter while it was read"
+            raise CheckpointError(sentence(found, "the base as it was", "let nobody write to it meanwhile"))
+        count, start, at = count - moved, start + moved, at + moved
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+@contextmanager
+def _working(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """The folder in which the result grows, and what its journal says is done. One process at a time has it."""
+    folder = out.with_name(f".{out.name}.merging")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found = f"another process that merges into {out}"
+            raise MergeError(sentence(found, "one", "wait for it, or choose another folder")) from None
+        lines = _journal(folder / JOURNAL)
+        if not lines or lines[0] != {"merge": identity}:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            lines = [{"merge": identity}]
+        # written anew, without what was cut off within a line
+        (folder / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        counted: dict[str, int] = {}
+        for line in lines[1:]:
+            counted[line["file"]] = counted.get(line["file"], 0) + line["tensors"]
+        yield folder, [{**line, "tensors": counted[line["file"]]} for line in lines[1:]]
+    finally:
+        os.close(held)
+
+
+def _journal(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; the last one may have been cut off."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _written(header: Header, dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, dict[str, int], int]:
+    """As ``_Plan.layout``, for a file whose tensors change their size."""
+    said: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+    stop = 0
+    for name, dtype in dtypes.items():
+        entry, start = header.tensors[name], stop
+        stop += (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * dtype.itemsize
+        said[name] = {"dtype": NAMES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    starts = {name: len(head) + said[name]["data_offsets"][0] for name in dtypes}
+    return head, starts, len(head) + stop
+
+
+def _beside(plan: _Plan, folder: Path) -> list[str]:
+    """Write what belongs to the result besides its weights; the names of what was left out."""
+    checkpoint, left_out = plan.checkpoint, []
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name in checkpoint.files or path.name == checkpoint.index_name or path.name == RECORD:
+            continue
+        if path.is_dir() or path.name.endswith(OTHERS):
+            left_out.append(path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+    if checkpoint.index is not None:
+        total = sum(plan.layout(file)[2] - len(plan.layout(file)[0]) for file in checkpoint.files)
+        metadata = checkpoint.index.get("metadata") or {}
+        index = {**checkpoint.index, "metadata": {**metadata, "total_size": total}}
+        if metadata.get("total_size") == total:
+            shutil.copyfile(checkpoint.folder / str(checkpoint.index_name), folder / str(checkpoint.index_name))
+        else:
+            (folder / str(checkpoint.index_name)).write_text(json.dumps(index, indent=2) + "\n")
+    config = folder / "config.json"
+    if plan.dtype is not None and config.is_file():
+        said = json.loads(config.read_text())
+        config.write_text(json.dumps(_retyped(said, str(plan.dtype).removeprefix("torch.")), indent=2) + "\n")
+    return left_out
+
+
+def _retyped(said: Any, dtype: str) -> Any:
+    """A configuration that names another dtype, wherever it names one."""
+    if isinstance(said, dict):
+        return {k: dtype if k in ("dtype", "torch_dtype") and v else _retyped(v, dtype) for k, v in said.items()}
+    return [_retyped(each, dtype) for each in said] if isinstance(said, list) else said
+
+
+def _record(plan: _Plan, base: str | Path, report: MergeReport) -> dict[str, Any]:
+    """What was merged, for whoever finds the result: no paths of this machine."""
+    return {
+        "veneer": version("veneer"),
+        "base": Path(base).name,
+        "adapters": [
+            {"name": path.name, "weight": weight, "tensors": _hash_file(path)} for path, weight in plan.adapters
+        ],
+        "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
+        "rounding": plan.rounding,
+        "layers": {layer.path: {k: v for k, v in asdict(layer).items() if k != "path"} for layer in report.layers},
+    }
+
+
+def _hash_file(adapter: Path) -> str:
+    """SHA-256 of an adapter's tensors, as its file holds them."""
+    whole = hashlib.sha256()
+    for name in ("adapter_model.safetensors", "veneer.safetensors"):
+        if (adapter / name).is_file():
+            whole.update((adapter / name).read_bytes())
+    return whole.hexdigest()
