@@ -21,7 +21,8 @@ is read from RAPL where the machine shows it; elsewhere the seconds of CPU time 
     python benchmarks/time_to_target.py --runs 1 --steps 20
     python benchmarks/time_to_target.py --quick              a few steps: does it run
 
-Predicted: Veneer 0.35 × "trl + peft" and 0.75 × the tuned one in CPU time, with final losses within 0.05.
+Predicted: Veneer 0.35 × "trl + peft" and 0.75 × the tuned one in CPU time, with final losses within 0.05. With as many
+steps as the peers it ends above them (bf16 weights, as the tuned peer has), so it takes the time that is left for more.
 """
 
 from __future__ import annotations

@@ -321,19 +321,14 @@ def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank
     lows = [low for _, low, _ in parts]
     if all(gain is None for *_, gain in parts):
         return LowRank.sum(lows, [share for share, *_ in parts]), None
-    gains = [
-        torch.ones(low.B.shape[0] * low.B.shape[1]).double() if gain is None else gain.double()
-        for _, low, gain in parts
-    ]
-    whole = 1 + sum(share * (gain - 1) for (share, *_), gain in zip(parts, gains, strict=True))
-    assert isinstance(whole, Tensor)
+    ones = [low.B.new_ones(low.B.shape[:2], dtype=torch.float64) for low in lows]
+    gains = [one if gain is None else gain.double().view_as(one) for one, (*_, gain) in zip(ones, parts, strict=True)]
+    shares = [share for share, *_ in parts]
+    whole = 1 + torch.stack([share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]).sum(0)
     if whole.abs().min() < 1e-6:
         raise MergeError(sentence("a row that these weights scale to nothing", "a gain that is not 0", "change them"))
-    own = []
-    for (share, low, _), gain in zip(parts, gains, strict=True):
-        factor = (share * gain / whole).view(*low.B.shape[:2], 1)
-        own.append(LowRank(low.A.double(), low.B.double() * factor, low.scale))
-    return LowRank.sum(own, [1.0] * len(own)), whole
+    own = [low.to(torch.float64).gained(gain / whole) for low, gain in zip(lows, gains, strict=True)]
+    return LowRank.sum(own, shares), whole.flatten()
 
 
 def replaced(work: Work, weight: Tensor, dtype: torch.dtype) -> Tensor:

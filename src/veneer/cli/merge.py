@@ -46,9 +46,9 @@ def merge(
 ) -> None:
     """Write base and adapters as one plain model that transformers loads without Veneer.
 
-    The files of the base are read and written tensor by tensor, so a model may be larger than memory. Shards, names and
-    all other files stay as they are. Each weight is rounded once, and the report says how much of the change survives. A
-    merge that was killed goes on where it was when it is run again.
+    The files of the base are read and written tensor by tensor, so a model may be larger than memory. Shards, names
+    and all other files stay as they are. Each weight is rounded once, and the report says how much of the change
+    survives. A merge that was killed goes on where it was when it is run again.
 
     \b
     Examples:
