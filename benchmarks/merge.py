@@ -8,9 +8,8 @@ three shards), with an adapter of rank 8 on all linear layers. Each candidate is
     peft      from_pretrained, merge_and_unload, save_pretrained, flushed to disk
 
 Peak memory is that of the process (ru_maxrss); the bound is twice the largest tensor plus 300 MiB. Seconds are wall
-time, as disks matter here; rounds are interleaved. With ``--check`` the result is compared bit for bit with the merge of
-each
-tensor in memory, and ``--kills N`` kills a merge at random moments first.
+time, as disks matter here; rounds are interleaved. With ``--check`` the result is compared bit for bit with the merge
+of each tensor in memory, and ``--kills N`` kills one at random moments first.
 
     python benchmarks/merge.py                  6 GiB, 3 rounds
     python benchmarks/merge.py --quick          a few MiB: does it run

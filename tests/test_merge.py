@@ -42,7 +42,7 @@ def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
         for name, value in part.full.named_parameters():
             expected[f"{path}.{name}"] = round_once(value.detach().double(), dtype)
     assert len(expected) == (16 if tied else 17)
-    report = handle.merge()
+    report = handle.merge(rounding="nearest")
     merged = bits(model)
     for name, value in expected.items():
         assert torch.equal(merged[name], value), name
@@ -65,8 +65,9 @@ def test_retention_says_how_much_of_a_small_change_the_dtype_holds():
     for change in (1e-4, 1e-3, 1e-2):
         part.scale *= change * model.weight.double().norm().item() / size
         size = part.resolve(model.weight)[0].norm()
-        report = handle.merge()
+        report = handle.merge(rounding="nearest")
         (layer,) = report.layers
+        assert layer.rounding == "nearest"
         assert layer.change == pytest.approx(change, rel=1e-6)
         retention[change] = report.retention
         handle.unmerge()

@@ -26,6 +26,7 @@ from veneer.errors import (
     AdapterError,
     BaseMismatchError,
     CheckpointError,
+    ConfigError,
     MergeError,
     OutputExistsError,
     TargetError,
@@ -239,7 +240,7 @@ def test_what_does_not_fit_is_one_error(tmp_path):
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     with pytest.raises(MergeError, match="no adapter"):
         merge_checkpoint(base, [], tmp_path / "out")
-    with pytest.raises(MergeError, match="rounding='up'"):
+    with pytest.raises(ConfigError, match="rounding='up'"):
         merge_checkpoint(base, [adapter], tmp_path / "out", rounding="up")
     with pytest.raises(MergeError, match="int8"):
         merge_checkpoint(base, [adapter], tmp_path / "out", dtype=torch.int8)

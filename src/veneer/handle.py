@@ -130,8 +130,10 @@ class Handle:
     def use(self):
         return use(self.model, self.name)
 
-    def merge(self, *, keep: bool = True) -> MergeReport:
-        return merge(self.model, self.name, keep=keep)
+    def merge(
+        self, *, keep: bool = True, rounding: str = "auto", inputs: Mapping[str, Tensor] | None = None
+    ) -> MergeReport:
+        return merge(self.model, self.name, keep=keep, rounding=rounding, inputs=inputs)
 
     def unmerge(self) -> None:
         unmerge(self.model)

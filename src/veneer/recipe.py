@@ -34,9 +34,10 @@ from veneer.attach import changes, detach, parameter_path
 from veneer.checkpoint import Checkpoint, open_checkpoint
 from veneer.errors import BaseMismatchError, CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import Folded, fold
+from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.merge import fold_change
 
 
 class Adapter(NamedTuple):
@@ -68,11 +69,13 @@ class Work:
 class Recipe:
     """Everything that a merge does to a checkpoint.
 
-    ``works`` are by the name of a tensor; ``prints`` the fingerprints that adapters expect of a parameter, by its path,
+    ``works`` are by the name of a tensor; ``parts`` the tensors that hold a parameter, by its path, where these are
+    several, such as experts; ``prints`` the fingerprints that adapters expect of a parameter, by its path,
     with the tensors that hold it, in its own order; ``notes`` what a person should know.
     """
 
     works: Mapping[str, tuple[Work, ...]]
+    parts: Mapping[str, tuple[str, ...]]
     prints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, str]]]
     notes: tuple[str, ...]
 
@@ -117,23 +120,25 @@ def answer(questions: Any, answers: Any) -> None:
 
 def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> Recipe:
     artefacts = [read(adapter.path) for adapter in adapters]
+    whole: nn.Module
     if model is None:
-        model = models.hollow(folder, artefacts[0].metadata.get("base", {}).get("architecture"))
-    elif any(value.is_meta for value in model.state_dict().values()):
-        model = models.filled(copy.deepcopy(model))
+        whole = models.hollow(folder, artefacts[0].metadata.get("base", {}).get("architecture"))
+    else:
+        bare = any(value.is_meta for value in model.state_dict().values())
+        whole = models.filled(copy.deepcopy(model)) if bare else model
     checkpoint = open_checkpoint(folder)
-    places = models.places(model, checkpoint.where)
+    places = models.places(whole, checkpoint.where)
     attached: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for number, adapter in enumerate(adapters):
-                install_from(model, adapter.path, _name(number), trainable=False, verify_base=False)
+                install_from(whole, adapter.path, _name(number), trainable=False, verify_base=False)
                 attached.append(_name(number))
-            return _read_off(model, adapters, artefacts, places, checkpoint, [str(one.message) for one in caught])
+            return _read_off(whole, adapters, artefacts, places, checkpoint, [str(one.message) for one in caught])
         finally:
             for name in attached:
-                detach(model, name)
+                detach(whole, name)
 
 
 def _read_off(
@@ -167,6 +172,7 @@ def _read_off(
             prints.setdefault(names[id(_at(model, at))], {})[str(adapter.path)] = expected
     return Recipe(
         {tensor: tuple(own) for tensor, own in placed.items()},
+        {path: _whole(of[path]) for path in works if any(place.index for place in of.get(path, {}).values())},
         {path: (_whole(of[path]), works[path].shape, said) for path, said in prints.items()},
         tuple(dict.fromkeys(notes)),
     )
@@ -264,20 +270,19 @@ class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
     """A variant asks for the frozen weight."""
 
 
-def apply(work: Work, weight: Tensor, dtype: torch.dtype, rounding: str, out: Tensor | None = None) -> Folded:
+def apply(work: Work, weight: Tensor, dtype: torch.dtype, rounding: str) -> Folded:
     """The merged part of a tensor: what ``veneer.merge`` writes into a live model, bit for bit.
 
     Args:
         weight: the part of the tensor that ``work`` is about; not changed.
         rounding: as ``veneer.merge`` takes it.
-        out: where to put the result, of the same shape; None makes a tensor.
     """
     shape = _part(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
     low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    folded = fold(held, low, gain, dtype, rounding=rounding)
+    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding)
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
 
 

@@ -24,9 +24,10 @@ import os
 import queue
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ from veneer.files import disk_errors, must_not_exist, publish
 from veneer.hashing import hash_json
 from veneer.headers import Header
 from veneer.kernels.reference import round_once
+from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
-from veneer.recipe import Adapter, Recipe, apply, mismatched, recipe, refuse, replaced
+from veneer.recipe import Adapter, Recipe, Work, apply, mismatched, recipe, refuse, replaced
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal
@@ -87,6 +89,8 @@ class _Plan:
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
+    #: how a parameter that several tensors hold is rounded, found when the first of them is there
+    decided: dict[str, str] = field(default_factory=dict)
 
     def target(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the result."""
@@ -145,6 +149,7 @@ def merge_checkpoint(
 
     Raises:
         CheckpointError, AdapterError, BaseMismatchError: the files, an adapter, or the two together cannot be used.
+        ConfigError: another rounding.
         MergeError: a merged weight is not finite in its dtype.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
 
@@ -216,8 +221,7 @@ def prove(
 def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any) -> _Plan:
     if not adapters:
         raise MergeError(sentence("no adapter", "one or several", "name them"))
-    if rounding not in ("auto", "nearest", "faithful"):
-        raise MergeError(sentence(f"rounding={rounding!r}", '"auto", "nearest" or "faithful"', "choose one"))
+    known_rounding(rounding)
     if dtype is not None and dtype not in FLOATS:
         raise MergeError(
             sentence(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
@@ -242,9 +246,9 @@ def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[Laye
     for work in plan.recipe.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(work, part, dtype, plan.rounding)
+            folded = apply(work, part, dtype, _rounding(plan, work, dtype))
             value = folded.weight
-            layers.append(LayerMerge(name, folded.change, folded.retention))
+            layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
             finite = folded.finite
         else:
             value = replaced(work, part, dtype)
@@ -258,6 +262,20 @@ def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[Laye
             result = _cast(name, tensor, dtype).clone() if result is None else result
             result[work.place.within] = value
     return _cast(name, tensor, dtype) if result is None else result, layers
+
+
+def _rounding(plan: _Plan, work: Work, dtype: torch.dtype) -> str:
+    """How to round a part of a parameter: as all of it, of which "auto" decides at once."""
+    tensors = plan.recipe.parts.get(work.path)
+    if tensors is None or plan.rounding != "auto" or dtype not in HALF:
+        return plan.rounding
+    if work.path not in plan.decided:
+        whole = Sums(0.0, 0.0, 0.0, 0.0)
+        for name in tensors:
+            own = next(other for other in plan.recipe.works[name] if other.path == work.path)
+            whole += apply(own, plan.checkpoint.read(name)[own.place.within], dtype, "nearest").sums
+        plan.decided[work.path] = "faithful" if wanting(whole) else "nearest"
+    return plan.decided[work.path]
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -505,9 +523,9 @@ def _working(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[str, An
             lines = [{"merge": identity}]
         # written anew, without what was cut off within a line
         (folder / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        counted: dict[str, int] = {}
+        counted: Counter[str] = Counter()
         for line in lines[1:]:
-            counted[line["file"]] = counted.get(line["file"], 0) + line["tensors"]
+            counted[line["file"]] += int(line["tensors"])
         yield folder, [{**line, "tensors": counted[line["file"]]} for line in lines[1:]]
     finally:
         os.close(held)

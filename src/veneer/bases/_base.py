@@ -23,6 +23,9 @@ class Storage(ABC):
     name: str
     #: reading the weight is a computation that may change state, so that the module's own forward must not do it
     computed: bool = False
+    #: the name under which ``encode`` gives the dense values, rounded to the dtype of the dense weight and nothing
+    #: else; None where it makes something else of them
+    dense_name: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return storage_named, (self.name,)

@@ -55,6 +55,7 @@ class Symmetric(nn.Module):
 @register
 class Parametrized(Storage):
     name = "parametrized"
+    dense_name = "merged"
     computed = True
 
     def holds(self, weight: object) -> bool:

@@ -17,6 +17,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @register
 class Plain(Storage):
     name = "plain"
+    dense_name = "values"
 
     def holds(self, weight: object) -> bool:
         # torch's own kinds of tensor (DTensor of FSDP2, fake ones) mean their numbers; those of another library may be

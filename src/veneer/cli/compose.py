@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,10 +51,10 @@ def compose(
       veneer compose small french legal --rank 16
       veneer compose forget run/adapter=-1
     """
-    from veneer.cli.console import err, out
+    from veneer.cli.console import err, out, split_weight
     from veneer.compose import compose as combine
 
-    paths, weights = zip(*map(_weighted, adapters), strict=True)
+    paths, weights = zip(*map(split_weight, adapters), strict=True)
     factors = dict(_factor(text) for text in layer or ())
     with err.status("Composing …"):
         report = combine(
@@ -69,29 +68,13 @@ def compose(
     out.print(f"written to {output}", soft_wrap=True)
 
 
-def _weighted(text: str) -> tuple[str, float]:
-    """A path and its weight; a path that exists may hold an equals sign itself."""
-    path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    return path, _number(weight, text)
-
-
 def _factor(text: str) -> tuple[str, float]:
+    from veneer.cli.console import number_in
+
     pattern, equals, factor = text.rpartition("=")
     if not equals or not pattern:
         raise ConfigError(sentence(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'"))
-    return pattern, _number(factor, text)
-
-
-def _number(word: str, text: str) -> float:
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(sentence(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5"))
-    return number
+    return pattern, number_in(factor, text)
 
 
 def _base(base: str) -> Any:

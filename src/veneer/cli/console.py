@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from veneer.errors import ConfigError, sentence
 
 if TYPE_CHECKING:
     from veneer.models import Base
@@ -45,3 +48,22 @@ def open_pair(base: str, adapter: Path | None, precision: str, verify: bool = Tr
     if adapter is None:
         return loaded, None
     return loaded, veneer.load(loaded.model, adapter, verify_base=verify)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """A path and its weight; a path that exists may hold an equals sign itself."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    return path, number_in(weight, text)
+
+
+def number_in(word: str, text: str) -> float:
+    """The number behind an equals sign."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(sentence(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5"))
+    return number
