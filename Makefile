@@ -80,6 +80,7 @@ bench: setup
 	$(BENCH)/scaling.py
 	$(BENCH)/frozen.py
 	$(BENCH)/planner.py
+	$(BENCH)/compose.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
 

@@ -13,6 +13,7 @@ from demo import pronounce
 from scripts import bench_page
 
 import candidates
+import compose
 import forward
 import frozen
 import import_time
@@ -52,6 +53,7 @@ def recorded(base, tmp_path_factory) -> Path:
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
         planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
+        compose.main(["--quick", *out, "--runs", "1"])
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
@@ -214,6 +216,14 @@ def test_forward(recorded):
     assert result["calls"].keys() == {"bare", "veneer", "peft"}
 
 
+def test_compose(recorded):
+    """PEFT's adapter is Veneer's, which the program measures too."""
+    case = written(recorded, "compose")
+    assert list(case["rows"]) == ["veneer, svd", "veneer, exact", "peft, svd", "peft, cat"]
+    assert case["setting"] == {"adapters": 8, "rank": 4, "layers": 14}
+    assert max(case["off"].values()) < 1e-4
+
+
 def test_import_time(recorded):
     assert list(written(recorded, "import_time")["rows"]) == ["torch", "veneer", "peft"]
 
@@ -242,7 +252,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     page, readme = bench_page.page(), bench_page.readme()
     for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
         assert f"## {name}\n" in page
-    assert page.count("> Predicted") == 8
+    assert page.count("> Predicted") == 9
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in readme
     for text in (page, readme):

@@ -22,7 +22,6 @@ from veneer.compose import METHODS, compose
 from veneer.derived import derive
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
 from veneer.layers import LAYERS
-from veneer.lineup import line_up
 from veneer.lowrank import LowRank
 from veneer.mixing import RECIPES, factored, mix
 from veneer.variants import VARIANTS
@@ -236,6 +235,14 @@ def test_weights_a_layer(tmp_path):
     assert not any("layers.0" in at for at in read(tmp_path / "out").products)
 
 
+def test_a_tied_weight_goes_by_each_of_its_names(tmp_path):
+    model = TinyLM(tied=True)
+    parts = [trained(model, tmp_path / name, targets=["q_proj", "embed_tokens"]) for name in "ab"]
+    for name in ("lm_head", "embed_tokens"):
+        compose(parts, tmp_path / name, layers={name: [2, 1]})
+        check(model, tmp_path / name, parts, lambda at: (2, 1) if "q_proj" not in at else (1, 1))
+
+
 def test_a_weight_of_nought_leaves_an_adapter_out_and_says_so(tmp_path):
     model = TinyLM()
     a, b = (trained(model, tmp_path / name, targets="all-linear") for name in "ab")
@@ -267,7 +274,7 @@ def test_dora_with_weights_alone(kind, number, tmp_path):
 def test_a_square_stack_that_may_lie_either_way_asks_for_the_model(tmp_path):
     model = nn.ModuleDict({"experts": Experts(5)})
     parts = [trained(model, tmp_path / name, 0.1, variant="dora", rank=1) for name in "ab"]
-    with pytest.raises(AdapterError, match=r"may be plain, stack of transposed.*pass the model as base"):
+    with pytest.raises(AdapterError, match=r"may be plain, stack of transposed.*pass model= too"):
         compose(parts, tmp_path / "out", base=lying(model), layers={"down": 0})
     compose(parts, tmp_path / "out", base=model)
     check(model, tmp_path / "out", parts, [1, 1])
@@ -277,9 +284,9 @@ def test_a_square_weight_that_may_lie_either_way_asks_for_the_model(tmp_path):
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = nn.ModuleDict({"square": conv1d(6, 6), "wide": conv1d(9, 6)})
     a, b = (trained(model, tmp_path / name, variant="dora") for name in "ab")
-    with pytest.raises(AdapterError, match="pass the model"):
+    with pytest.raises(AdapterError, match="pass model= too"):
         compose([a, b], tmp_path / "out", base=lying(model))
-    compose([a, b], tmp_path / "out", base=model)
+    compose([a, b], tmp_path / "out", base=lying(model), model=copy.deepcopy(model).to("meta"))
     check(model, tmp_path / "out", [a, b], [1, 1])
     only = {"square": 0}
     compose([a, b], tmp_path / "wide", base=lying(model), layers=only)
@@ -525,7 +532,7 @@ def test_parts_trained_in_full(tmp_path):
     check(model, tmp_path / "out", parts, [0.7, -0.2])
     compose(parts, tmp_path / "mean", weights=[0.25, 0.75])  # adds up to 1: no base
     check(model, tmp_path / "mean", parts, [0.25, 0.75])
-    compose(parts[:1], tmp_path / "one")
+    compose(parts[0], tmp_path / "one")
     check(model, tmp_path / "one", parts[:1], [1])
     with pytest.raises(AdapterError, match=r"no base values of .*lm_head.*add up to 1"):
         compose(parts, tmp_path / "none")
@@ -575,11 +582,37 @@ def test_parameters_that_are_nested_otherwise_in_each_file(tmp_path):
     )  # fmt: skip
     compose([up, both], tmp_path / "a", weights=[1, 2])
     check(model, tmp_path / "a", [up, both], [1, 2])
-    with pytest.raises(AdapterError, match=r"parameters of 'experts'.*pass the model as base"):
+    with pytest.raises(AdapterError, match=r"parameters of 'experts'.*pass the model"):
         compose([down, up], tmp_path / "b")
-    compose([down, up], tmp_path / "b", base=model)
+    compose([down, up], tmp_path / "b", model=copy.deepcopy(model).to("meta"))
     check(model, tmp_path / "b", [down, up], [1, 1])
-    assert {spot.at for spot in line_up([read(tmp_path / "b")])} == {"experts.gate_up", "experts.down", "out"}
+    for folder in ("a", "b"):  # read without a model, each is still where it was
+        for at, low in read(tmp_path / folder).products.items():
+            parts = [(read(part).products.get(at), weight) for part, weight in
+                     (((up, 1), (both, 2)) if folder == "a" else ((down, 1), (up, 1)))]  # fmt: skip
+            dense = sum(weight * part.delta(torch.float64) for part, weight in parts if part is not None)
+            assert error(low.delta(torch.float64), dense) < BOUND
+
+
+# PEFT looks for modules alone there, and uses the patterns all the same
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_peft_loads_parameters_that_are_nested(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts, self.out = Experts(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.out(self.experts(x))
+
+    model, x = Model(), torch.randn(3, 2, 4)
+    parts = [trained(model, tmp_path / name, targets=[name, "out"]) for name in ("down", "gate_up")]
+    compose(parts, tmp_path / "out", weights=[0.5, 2], base=model)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out").eval()
+    veneer.load(model, tmp_path / "out")
+    assert error(theirs(x), model(x)) < 1e-5
 
 
 def test_adapters_that_do_not_belong_together(tmp_path):

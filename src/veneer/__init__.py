@@ -11,6 +11,8 @@ from veneer import adapter, errors, optim
 from veneer.adapter import UnverifiedAdapter, save
 from veneer.attach import SkippedLayers, detach
 from veneer.check import check
+from veneer.compare import Difference, compare
+from veneer.compose import ComposeReport, compose
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
 from veneer.handle import Handle, attach, load
@@ -21,6 +23,8 @@ from veneer.summary import summarise
 __version__ = "0.1.0"
 
 __all__ = [
+    "ComposeReport",
+    "Difference",
     "Handle",
     "LoraConfig",
     "MergeReport",
@@ -30,6 +34,8 @@ __all__ = [
     "adapter",
     "attach",
     "check",
+    "compare",
+    "compose",
     "detach",
     "errors",
     "load",

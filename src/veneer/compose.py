@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.artefact import Artefact, read
 from veneer.blend import Blend, Recipe, Term, mixed, rescaled, summed
@@ -93,7 +93,7 @@ def _count(things: Sequence[Any], name: str) -> str:
 
 @torch.no_grad()
 def compose(
-    adapters: Sequence[str | Path | Artefact],
+    adapters: Sequence[str | Path | Artefact] | str | Path | Artefact,
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -103,6 +103,7 @@ def compose(
     density: float | None = None,
     layers: Mapping[str, float | Sequence[float]] | None = None,
     base: Source | None = None,
+    model: nn.Module | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -110,7 +111,7 @@ def compose(
     """Write the adapter that a combination of ``adapters`` is.
 
     Args:
-        adapters: folders, or what ``veneer.adapter.read`` gave.
+        adapters: one or several folders, or what ``veneer.adapter.read`` gave.
         weights: a number for each; None means 1 each. 0 leaves the adapter out.
         method: one of ``METHODS``; None is "svd" if a rank or an energy is given, else "sum".
         rank: of the result, for every method but "sum" (where it is larger than the weight allows, it is what that
@@ -121,6 +122,8 @@ def compose(
             counts), or a factor for each adapter.
         base: a model, or its weights by path (a mapping, or a function that raises KeyError). Needed for DoRA, and for
             parameters that are trained in full unless the weights of those adapters add up to 1.
+        model: beside weights by path, the model that they are of, on the meta device if need be. Needed where shapes do
+            not tell how a weight is used: square weights of GPT-2's Conv1D, stacks of square matrices.
         seed: of dare's random entries; the result depends on nothing else.
 
     Returns:
@@ -132,6 +135,7 @@ def compose(
         BaseMismatchError: the adapters are of different bases, or ``base`` is another one.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
+    adapters = [adapters] if isinstance(adapters, str | Path | Artefact) else list(adapters)
     given = [1.0] * len(adapters) if weights is None else list(weights)
     how = _options(len(adapters), given, method, rank, energy, density, layers or {}, seed)
     must_not_exist(Path(out), overwrite)
@@ -143,8 +147,9 @@ def compose(
     sources = [all_[number] for number in used]
     merged_base(sources)  # of one base, before anything is computed
     notes += _unproven(sources)
-    grounds = None if base is None else Grounds(base)
-    spots = line_up(sources, grounds.order if grounds is not None and grounds.names is not None else None)
+    grounds = None if base is None and model is None else Grounds({} if base is None else base, model)
+    spots = line_up(sources, None if grounds is None else grounds.order)
+    grounds = None if base is None else grounds
     weigh = _Weights([given[number] for number in used], _rules(layers or {}, used, spots, sources))
     low, reports, variant = _changes(spots, sources, weigh, how, grounds)
     recipe = RECIPES.get(how.method)

@@ -25,7 +25,7 @@ from veneer.filing import kind_for, slot_at
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import squeezed, swapped_stack
-from veneer.lineup import Spot
+from veneer.lineup import Order, Spot
 from veneer.targets import Names, own_parameters
 
 #: where base weights come from: a model, or their dense tensors by path
@@ -43,9 +43,16 @@ class Ground(NamedTuple):
 
 @dataclass(frozen=True)
 class Grounds:
-    """Base weights by path. ``source``: a model, a mapping, or a function that raises KeyError for a path it lacks."""
+    """Base weights by path.
+
+    Fields:
+        source: a model, a mapping, or a function that raises KeyError for a path that it lacks.
+        shell: beside tensors, the model that they are of, without numbers if need be (on the meta device): it says how
+            each weight is used.
+    """
 
     source: Source
+    shell: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
@@ -55,17 +62,18 @@ class Grounds:
             AdapterError: an adapter is merged into it, so that its weights are not the base's.
         """
         if not isinstance(self.source, nn.Module):
-            return None
+            return None if self.shell is None else Names(unwrap(self.shell))
         group = group_of(self.source)
         if group is not None and group.merged is not None:
             found = f"a base into which {group.merged!r} is merged"
             raise AdapterError(sentence(found, "the base's own weights", "call veneer.unmerge(model) first"))
         return Names(unwrap(self.source))
 
-    def order(self, module: str) -> list[str]:
-        """The names of a module's parameters, in the model's order."""
-        assert self.names is not None
-        return own_parameters(self.names.modules[self.names.canonical[module]])
+    @property
+    def order(self) -> Order | None:
+        """The names of a module's parameters in the model's order, where there is a model."""
+        names = self.names
+        return None if names is None else lambda module: own_parameters(names.modules[names.canonical[module]])
 
     def get(self, path: str) -> Tensor | None:
         """The dense parameter or buffer at this path, or None where there is none.
@@ -73,12 +81,15 @@ class Grounds:
         Raises:
             AdapterError: it is stored in a way that Veneer does not know, or has no numbers (meta device).
         """
-        if self.names is not None:
+        source: Any = self.source
+        if isinstance(source, nn.Module):
+            assert self.names is not None
             tensor = self._of_model(self.names, path)
-        elif isinstance(self.source, Mapping):
-            tensor = self.source[path] if path in self.source else None  # noqa: SIM401 (lazy mappings)
         else:
-            tensor = _asked(self.source, path)  # type: ignore[arg-type]
+            try:
+                tensor = source[path] if hasattr(source, "__getitem__") else source(path)
+            except KeyError:
+                tensor = None
         if tensor is not None and tensor.is_meta:
             raise AdapterError(sentence(f"{path!r} on the meta device", "numbers", "load the base's weights first"))
         return None if tensor is None else tensor.detach().cpu()
@@ -128,13 +139,6 @@ class Grounds:
         return Ground(weight, swapped, dense)
 
 
-def _asked(source: Callable[[str], Tensor], path: str) -> Tensor | None:
-    try:
-        return source(path)
-    except KeyError:
-        return None
-
-
 def _by_kind(names: Names, path: str, dense: Tensor, spot: Spot) -> tuple[Tensor, bool]:
     above, _, name = path.rpartition(".")
     module = names.modules[names.canonical[above]]
@@ -154,7 +158,7 @@ def _by_shape(path: str, dense: Tensor, spot: Spot, lying: bool) -> tuple[Tensor
     if first is None or not one:
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
         what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(spot.template.A.shape)}, {ways}"
-        raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass the model as base"))
+        raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass model= too"))
     return first
 
 

@@ -178,9 +178,10 @@ def _paths(
             paths[at] = nested
             continue
         module = at.rpartition(".")[0]
-        for depth, own in enumerate(reversed(_ordered(module, inside.pop(module, []), held, order, problems))):
-            where = [*([peft.nested(module, wraps)] if module else []), *["base_layer"] * depth]
-            paths[own] = ".".join(where)
+        ordered = _ordered(module, inside.pop(module, []), held, order, problems)
+        for number, own in enumerate(ordered, 1):
+            nests = ["base_layer"] * (len(ordered) - number)
+            paths[own] = ".".join([*([peft.nested(module, wraps)] if module else []), *nests])
     return paths
 
 
@@ -203,7 +204,11 @@ def _ordered(
         if len(depths) == len(ats):
             return sorted(ats, key=lambda at: -depths[at])
     found = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"
-    problems.append(sentence(found, "their order in the model, in which PEFT nests them", "pass the model as base"))
+    problems.append(
+        sentence(
+            found, "their order in the model, in which PEFT nests them", "pass the model (--base on the command line)"
+        )
+    )
     return ats
 
 

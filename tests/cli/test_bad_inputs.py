@@ -354,3 +354,22 @@ def test_debug_shows_the_traceback(veneer: Case, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("VENEER_DEBUG", "1")
     with pytest.raises(ConfigError):
         veneer("train", tmp_path / "none.yaml")
+
+
+# ---------------------------------------------------------------------------------------------- compose and diff
+
+
+def test_bad_compositions(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    refused(veneer("compose", out, f"{adapter}=x"), "'x' in .*a number after '='")
+    refused(veneer("compose", out, f"{adapter}=nan"), "a number after '='")
+    refused(veneer("compose", out, tmp_path / "none=1"), "no folder .*none")
+    refused(veneer("compose", out, adapter, "--layer", "q_proj"), "PATTERN=FACTOR")
+    refused(veneer("compose", out, adapter, "--layer", "q_prj=2"), "nearest: 'q_proj'")
+    refused(veneer("compose", out, adapter, "--method", "ties"), r"density=None.*density=0\.2")
+    refused(veneer("compose", out, adapter, "--method", "mean"), "mean")
+    refused(veneer("compose", out, adapter, "--rank", 2, "--energy", 0.5), "both a rank and an energy")
+    refused(veneer("compose", out), "ADAPTER")
+    refused(veneer("compose", adapter, adapter), "exists")
+    refused(veneer("diff", adapter, base), "adapter_config.json")
+    assert not out.exists()

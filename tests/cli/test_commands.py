@@ -175,3 +175,43 @@ def test_the_examples_are_valid(file: Path) -> None:
     from veneer.train.config import load_config
 
     assert load_config(file).base
+
+
+def test_compose_and_diff(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
+    found = veneer("compose", tmp_path / "twice", f"{adapter}=1.5", f"{adapter}=0.5")
+    assert found.code == 0, found.err
+    assert "sum of 2 adapters: 14 layers, rank 8, nothing left out" in found.out
+    assert "written to" in found.out
+    report = json.loads(veneer("compose", tmp_path / "small", tmp_path / "twice", "--rank", 2, "--json").out)
+    assert report["method"] == "svd"
+    assert report["verified"]
+    assert 0 < report["error"] < 1
+    assert {layer["rank"] for layer in report["layers"].values()} == {2}
+    assert veneer("generate", base, "--adapter", tmp_path / "small", "-p", "3 + 5 =", "--max-new-tokens", 2).code == 0
+    assert "identical" in veneer("diff", adapter, adapter, "--exit-code").out
+    text = veneer("diff", adapter, tmp_path / "twice", "--layers", 3)
+    assert text.code == 0
+    for part in ("cosine 1.000", "φ in", "model.layers.0", "and 11 layers that differ less", "apart by 0.5 "):
+        assert part in text.out
+    facts = json.loads(veneer("diff", adapter, tmp_path / "twice", "--json").out)
+    assert facts["base"] == "same"
+    assert facts["difference"] == pytest.approx(0.5)
+    assert len(facts["layers"]) == 14
+    assert veneer("diff", adapter, tmp_path / "twice", "--exit-code").code == 1
+    minus = veneer("compose", tmp_path / "minus", f"{adapter}=-1", "--layer", "q_proj=0")
+    assert minus.code == 0
+    assert "only A  2" in veneer("diff", adapter, tmp_path / "minus").out
+
+
+def test_compose_with_a_base(veneer: Case, base: Path, tmp_path: Path) -> None:
+    import veneer as library
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    library.attach(model, library.LoraConfig(rank=2, variant="dora", train_also=["norm"])).save(tmp_path / "a")
+    found = veneer("compose", tmp_path / "b", f"{tmp_path / 'a'}=2", "--base", base)
+    assert found.code == 0, found.err
+    library.detach(model)
+    library.load(model, tmp_path / "b")
+    for method in ("ties", "dare"):
+        options = ("--method", method, "--density", 0.5, "--seed", 1, "--base", base)
+        assert veneer("compose", tmp_path / method, f"{tmp_path / 'a'}=2", *options).code == 0
