@@ -16,6 +16,7 @@ import candidates
 import forward
 import frozen
 import import_time
+import merge_fidelity
 import planner
 import report
 import scaling
@@ -55,6 +56,7 @@ def recorded(base, tmp_path_factory) -> Path:
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
+        merge_fidelity.main(["--quick", "--base", str(base), *out])
     return folder
 
 
@@ -214,6 +216,27 @@ def test_forward(recorded):
     assert result["calls"].keys() == {"bare", "veneer", "peft"}
 
 
+def test_merge_fidelity(recorded):
+    result = written(recorded, "merge_fidelity")
+    assert [case["setting"]["dtype"] for case in result["cases"]] == list(merge_fidelity.DTYPES)
+    for case in result["cases"]:
+        assert list(case["rows"]) == ["nearest", "stochastic", "faithful"]
+        for row in case["rows"].values():
+            assert row.keys() == {"retention", "inside", "outside", "nanoseconds"}
+    early, late = result["adapters"]
+    assert [case["setting"]["steps"] for case in (early, late)] == [1, 2]
+    assert list(late["rows"]) == ["base", "adapter", "nearest", "faithful", "faithful, inputs", "auto", "peft"]
+    assert late["rows"]["adapter"]["divergence"] == 0
+    assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
+
+
+def test_rounding_at_random_is_right_on_average():
+    values = torch.full((1, 1, 20_000), 1.3 * 2.0**-7 + 1, dtype=torch.float64)
+    found = merge_fidelity.at_random(values, torch.bfloat16).double()
+    assert {*found.unique().tolist()} == {1 + 2.0**-7, 1 + 2 * 2.0**-7}
+    assert abs(float(found.mean() - values[0, 0, 0])) < 0.02 * 2.0**-7
+
+
 def test_import_time(recorded):
     assert list(written(recorded, "import_time")["rows"]) == ["torch", "veneer", "peft"]
 
@@ -242,7 +265,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     page, readme = bench_page.page(), bench_page.readme()
     for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
         assert f"## {name}\n" in page
-    assert page.count("> Predicted") == 8
+    assert page.count("> Predicted") == 9
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in readme
     for text in (page, readme):
