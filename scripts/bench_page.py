@@ -17,6 +17,7 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
+    "merge_fidelity": "merge_fidelity", "merge": "merge",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 #: rows of the README's first table, and how they are called there
@@ -162,6 +163,7 @@ def page() -> str:
         lines += [f"## {name}", "", *_about(PROGRAMS[name], name), _made(result), ""]
         for group in _groups(result["cases"]):
             lines += _case_tables(name, group)
+        lines += _merged_adapters(result.get("adapters", []))
         if "calls" in result:
             text = ", ".join(f"{who} {count}" for who, count in result["calls"].items())
             lines += [f"Python calls in a forward of one `nn.Linear`: {text}.", ""]
@@ -210,6 +212,8 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return [line for case in cases for line in _target(case)]
     if name == "scaling":
         return _scaling(cases)
+    if name == "merge_fidelity":
+        return _roundings(cases)
     shared, differ = _shared(cases)
     floor, runs = cases[0]["floor"], cases[0]["runs"]
     lead = [f"{said(shared)}: " if shared else "", f"ratio to {floor}, {runs} rounds."]
@@ -266,3 +270,42 @@ def _scaling(cases: list[Mapping[str, Any]]) -> list[str]:
             rows.append([setting["axis"], what, *cells, ", ".join(points), others])
     head = ["axis", "what grows", "exponent", "residual", "ms at each size", "at"]
     return [f"{said(shared)}, {cases[0]['runs']} rounds.", "", *table(head, rows)]
+
+
+def _roundings(cases: list[Mapping[str, Any]]) -> list[str]:
+    ways = list(cases[0]["rows"])
+    rows = []
+    for case in cases:
+        setting = case["setting"]
+        for number, name in enumerate(ways):
+            row = case["rows"][name]
+            what = [setting["shape"], SHORT.get(setting["dtype"], "fp16"), f"{setting['size']:.0e}"]
+            numbers = [f"{row['retention']:.3f}", *(f"{row[key]:.2%}" for key in ("inside", "outside"))]
+            rows.append([*(what if number == 0 else [""] * 3), name, *numbers, f"{row['nanoseconds']:.1f}"])
+    head = ["weight", "dtype", "‖ΔW‖ / ‖W‖", "rounding", "kept", "error on A's rows", "on random inputs", "ns a number"]
+    lead = "Errors are relative to what ΔW adds to the output; `kept` is the slope of W' - W over ΔW."
+    return [lead, "", *table(head, rows)]
+
+
+def _merged_adapters(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Held-out numbers of real adapters, unmerged and merged: a table each."""
+    lines = []
+    for case in cases:
+        setting, own = case["setting"], case["rows"]["adapter"]["loss"]
+        rows = []
+        for name, row in case["rows"].items():
+            divergence = f"{row['divergence']:.5f}" if "divergence" in row else "–"
+            numbers = [
+                f"{row['loss']:.4f}",
+                f"{row['loss'] / own - 1:+.2%}",
+                f"{row['right']:.1%}",
+                f"{row['wrong']:.3f}",
+            ]
+            rows.append([name, *numbers, divergence, f"{case['kept'][name]:.3f}" if name in case["kept"] else "–"])
+        lead = (
+            f"{setting['task']}, rate {setting['rate']:.0e}, {setting['steps']} steps; ‖ΔW‖ is {setting['size']:.1e} "
+            f"of ‖W‖ (median). `auto`: {case['auto']}."
+        )
+        head = ["", "held-out loss", "against the adapter", "tokens right", "wrong", "divergence", "kept (median)"]
+        lines += [lead, "", *table(head, rows)]
+    return lines

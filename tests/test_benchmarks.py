@@ -17,6 +17,7 @@ import compose
 import forward
 import frozen
 import import_time
+import merge_fidelity
 import planner
 import report
 import scaling
@@ -57,6 +58,7 @@ def recorded(base, tmp_path_factory) -> Path:
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
+        merge_fidelity.main(["--quick", "--base", str(base), *out])
     return folder
 
 
@@ -222,6 +224,27 @@ def test_compose(recorded):
     assert list(case["rows"]) == ["veneer, svd", "veneer, exact", "peft, svd", "peft, cat"]
     assert case["setting"] == {"adapters": 8, "rank": 4, "layers": 14}
     assert max(case["off"].values()) < 1e-4
+
+
+def test_merge_fidelity(recorded):
+    result = written(recorded, "merge_fidelity")
+    assert [case["setting"]["dtype"] for case in result["cases"]] == list(merge_fidelity.DTYPES)
+    for case in result["cases"]:
+        assert list(case["rows"]) == ["nearest", "stochastic", "faithful"]
+        for row in case["rows"].values():
+            assert row.keys() == {"retention", "inside", "outside", "nanoseconds"}
+    early, late = result["adapters"]
+    assert [case["setting"]["steps"] for case in (early, late)] == [1, 2]
+    assert list(late["rows"]) == ["base", "adapter", "nearest", "faithful", "faithful, inputs", "auto", "peft"]
+    assert late["rows"]["adapter"]["divergence"] == 0
+    assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
+
+
+def test_rounding_at_random_is_right_on_average():
+    values = torch.full((1, 1, 20_000), 1.3 * 2.0**-7 + 1, dtype=torch.float64)
+    found = merge_fidelity.at_random(values, torch.bfloat16).double()
+    assert {*found.unique().tolist()} == {1 + 2.0**-7, 1 + 2 * 2.0**-7}
+    assert abs(float(found.mean() - values[0, 0, 0])) < 0.02 * 2.0**-7
 
 
 def test_import_time(recorded):

@@ -17,8 +17,11 @@ from models import IDS, TinyLM
 from toys import bits, error, randomise
 from veneer.attach import need_group
 from veneer.bases import storage_of
-from veneer.errors import MergeError, SelectionError
+from veneer.errors import ConfigError, MergeError, SelectionError
+from veneer.kernels.feedback import neighbours
 from veneer.kernels.reference import round_once
+from veneer.layers import LAYERS
+from veneer.variants import VARIANTS
 
 
 def same(one, other):
@@ -390,3 +393,167 @@ def test_an_interrupt_at_any_line_loses_nothing(operation):
         if not stopped:
             break
     assert lines > 50
+
+
+def small(model, handle, ratio):
+    """Make every change of the adapter ``ratio`` times as large as its weight."""
+    for path, change in handle.changes.items():
+        weight = weight_at(model, path)
+        change.scale *= ratio * weight.double().norm().item() / change.resolve(weight)[0].norm()
+
+
+def weight_at(model, path):
+    return model.get_parameter(path).detach()
+
+
+@pytest.mark.parametrize("kind", LAYERS.names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_faithful_merging_of_every_kind(kind, dtype):
+    """Each merged number is one of the two neighbours of gain ⊙ (W + ΔW); what was a number of the grid and does not
+    change stays; unmerging restores the bits."""
+    for module, _ in LAYERS[kind].examples():
+        model = nn.Sequential(module).to(dtype)
+        before = bits(model)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=1, targets="all"))
+        randomise(handle)
+        small(model, handle, 1e-3)
+        exact = {}
+        for path, change in handle.changes.items():
+            own, weight = model.get_submodule(path.rpartition(".")[0]), weight_at(model, path)
+            values = change.changed(weight, *change.resolve(weight), torch.float64)
+            exact[path] = change.layer.settle(own, values).detach()
+        report = {layer.path: layer for layer in handle.merge(rounding="faithful").layers}
+        for path, values in exact.items():
+            half, middle = cells(values, dtype)
+            merged = weight_at(model, path).double()
+            assert torch.equal((merged - middle).abs(), half), path
+            bounded = getattr(model.get_submodule(path.rpartition(".")[0]), "max_norm", None) is not None
+            assert report[path].rounding == ("nearest" if bounded else "faithful")
+        handle.unmerge()
+        assert same(bits(model), before)
+
+
+def cells(values, dtype):
+    """Half of the width, and the middle, of the cell of the grid in which each value lies."""
+    step, mid, half = (torch.empty_like(values) for _ in range(3))
+    neighbours(values.contiguous().clone(), dtype, step, mid, half)
+    return half.abs(), values + mid
+
+
+@pytest.mark.parametrize("variant", VARIANTS.names())
+def test_faithful_merging_of_every_variant(variant):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96)).to(torch.bfloat16)
+    before, batches = bits(model), [torch.randn(64, 128).bfloat16()]
+    needs = VARIANTS[variant].needs
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=4, variant=variant),
+        batches=batches if needs & {"inputs", "gradient"} else None,
+        loss=(lambda model, x: model(x).float().square().mean()) if "gradient" in needs else None,
+        original=nn.Sequential(nn.Linear(128, 96)) if "original" in needs else None,
+    )  # fmt: skip
+    for parameter in handle.parameters():
+        parameter.data += 2e-4 * torch.randn_like(parameter) * parameter.abs().mean().clamp_min(1)
+    small(model, handle, 1e-3)
+    ((path, change),) = handle.changes.items()
+    weight = model[0].weight
+    exact = change.changed(weight, *change.resolve(weight), torch.float64).detach()
+    (layer,) = handle.merge(rounding="faithful").layers
+    assert layer.rounding == "faithful", path
+    moved, wanted = model[0].weight.detach().double() - before["0.weight"].double(), exact - before["0.weight"].double()
+    retention = ((moved * wanted).sum() / wanted.square().sum()).item()
+    assert layer.retention == pytest.approx(retention, abs=1e-5)
+    assert abs(retention - 1) < (0.05 if change.resolve(weight)[0].rank <= 8 else 0.15)
+    handle.unmerge()
+    assert same(bits(model), before)
+
+
+def test_a_small_change_survives_a_merge():
+    """What an adapter at 10⁻³ of its weights says is lost by half to nearest, and kept by default."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(3))).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=4))
+    randomise(handle)
+    small(model, handle, 1e-3)
+    reports = {}
+    for rounding in ("nearest", "auto", "faithful"):
+        reports[rounding] = handle.merge(rounding=rounding)
+        handle.unmerge()
+    assert reports["nearest"].retention < 0.75
+    assert abs(reports["auto"].retention - 1) < 0.03
+    assert "; 3 rounded faithfully" in str(reports["auto"])
+    assert "faithfully" not in str(reports["nearest"])
+    assert {layer.rounding for layer in reports["faithful"].layers} == {"faithful"}
+
+
+def test_an_embedding_keeps_what_each_token_learnt():
+    """The inputs of an embedding are indices: what is kept right is what B writes for each token."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(400, 256, padding_idx=3)).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle)
+    small(model, handle, 1e-3)
+    (change,) = handle.changes.values()
+    weight = model[0].weight
+    low, _ = change.resolve(weight)
+    before, delta = weight.detach().double(), low.delta(torch.float64)[0].T.detach()
+    errors = {}
+    for rounding in ("nearest", "faithful"):
+        handle.merge(rounding=rounding)
+        error = model[0].weight.detach().double() - before - delta
+        errors[rounding] = ((error @ low.B[0].double()).norm() / (delta @ low.B[0].double()).norm()).item()
+        assert torch.equal(model[0].weight.detach()[3].double(), before[3])
+        handle.unmerge()
+    assert errors["faithful"] < 0.05 < 0.3 < errors["nearest"]
+
+
+def test_what_faithful_rounding_does_not_concern():
+    """Weights of more bits, and parameters that are trained in full."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).to(dtype)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], train_also=["1"]))
+        randomise(handle)
+        found = {layer.path: layer.rounding for layer in handle.merge(rounding="faithful").layers}
+        expected = "nearest" if dtype == torch.float32 else "faithful"
+        assert found == {"0.weight": expected, "1.weight": "nearest", "1.bias": "nearest"}
+
+
+def test_inputs_are_protected_and_checked():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64)).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+    randomise(handle)
+    small(model, handle, 1e-3)
+    before = bits(model)
+    x = (torch.randn(100, 3) @ torch.randn(3, 64)).double()
+    weight, (change,) = model[0].weight, handle.changes.values()
+    exact = change.changed(weight, *change.resolve(weight), torch.float64).detach()
+    errors = []
+    for inputs in (None, {"0.weight": (x.T @ x)[None]}):
+        handle.merge(rounding="faithful", inputs=inputs)
+        errors.append((x @ (model[0].weight.detach().double() - exact).T).norm().item())
+        handle.unmerge()
+    assert errors[1] < 0.3 * errors[0]
+    wrong = {"0.weight": (x.T @ x), "1.weight": (x.T @ x)[None]}
+    with pytest.raises(MergeError, match="2 problems") as caught:
+        handle.merge(inputs=wrong)
+    assert "0.weight: inputs= of shape (64, 64)" in str(caught.value)
+    assert "inputs of '1.weight'" in str(caught.value)
+    with pytest.raises(ConfigError, match="rounding='random'"):
+        handle.merge(rounding="random")
+    assert same(bits(model), before)
+
+
+def test_chosen_rows_of_a_fused_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(32, 4)).to(torch.bfloat16)
+    config = veneer.LoraConfig(rank=2, targets=["0.in_proj_weight"], slices={"in_proj_weight": [True, False, True]})
+    handle = veneer.attach(model, config)
+    randomise(handle)
+    small(model, handle, 1e-3)
+    before = bits(model)
+    (layer,) = handle.merge(rounding="faithful").layers
+    assert layer.rounding == "faithful"
+    merged = model[0].in_proj_weight.detach()
+    assert torch.equal(merged[32:64], before["0.in_proj_weight"][32:64])
+    assert not torch.equal(merged[:32], before["0.in_proj_weight"][:32])

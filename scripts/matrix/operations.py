@@ -131,7 +131,7 @@ def merge(case: Case) -> Found:
     for path, change in handle.changes.items():
         above, _, _ = path.rpartition(".")
         exact[path] = change.layer.settle(model.get_submodule(above), exact[path].detach())
-    handle.merge()
+    handle.merge(rounding="nearest")
     for path, values in exact.items():
         wrong = wrong_roundings(model.get_parameter(path).detach(), values.detach())
         example = path.partition(".")[0]

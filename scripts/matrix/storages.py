@@ -130,7 +130,7 @@ def stored_merge(case: Stored) -> str:
     before = case.storage.dense(case.weight).detach().double().clone()
     moved = change.layer.fold(change.scale * product(change)[None], before.shape)
     exact = before + moved
-    report = case.handle.merge()
+    report = case.handle.merge(rounding="nearest")
     merged = case.storage.dense(case.weight).detach().clone()
     case.handle.unmerge()
     if merged.dtype in (torch.bfloat16, torch.float16):
