@@ -18,7 +18,7 @@ FLOORS = [
     ["errors"],
     ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading"],
     ["kernels", "formats", "headers"],
-    ["layers", "variants", "bases", "models", "checkpoint"],
+    ["layers", "variants", "bases", "models", "checkpoint", "card"],
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows"],
@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["blueprint", "card", "remote", "verify"],
+    ["blueprint", "remote", "verify"],
     ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],
     [""],  # veneer/__init__.py

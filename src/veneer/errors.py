@@ -9,6 +9,8 @@
     ├── DataError          ValueError       training data that cannot be read or used
     ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
     ├── OutputExistsError  FileExistsError  an output path that already holds something
+    ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
+    ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
@@ -56,6 +58,14 @@ class TrainingError(VeneerError, ArithmeticError):
 
 class OutputExistsError(VeneerError, FileExistsError):
     """An output path that already holds something, and no leave to replace it."""
+
+
+class LibraryError(VeneerError, LookupError):
+    """A name that a library of adapters lacks or cannot take, or an index of one that is damaged."""
+
+
+class RemoteError(VeneerError, OSError):
+    """A remote place that cannot be reached, read or written."""
 
 
 class AdapterError(VeneerError, ValueError):

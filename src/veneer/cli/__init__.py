@@ -28,6 +28,13 @@ COMMANDS = {
     "generate": "Write text with a base, an adapter, or both side by side.",
     "merge": "Write base and adapter as one plain model.",
     "inspect": "Show what an adapter is and prove that it is intact.",
+    "list": "List the adapters of a library.",
+    "add": "Put an adapter into a library.",
+    "rm": "Take adapters out of a library.",
+    "tag": "Tag an adapter of a library.",
+    "gc": "Delete what a library no longer needs, or mend its index.",
+    "push": "Put an adapter at a remote place.",
+    "pull": "Fetch an adapter from a remote place.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

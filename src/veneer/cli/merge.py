@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from veneer.cli.console import ADAPTER_HELP
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
@@ -15,7 +17,7 @@ def merge(
     base: Annotated[
         str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
     ],
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model.", show_default=False)],
     precision: Annotated[
         Literal["stored", "fp32", "bf16", "fp16"],
