@@ -146,6 +146,7 @@ def code(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 def test_the_code_of_the_card_runs(tmp_path, base, monkeypatch):
     from veneer.models import load_base
 
