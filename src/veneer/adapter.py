@@ -82,8 +82,9 @@ def save(
 
     Args:
         base_name: what to call the base; None takes the name that transformers loaded it by.
-        provenance: anything worth knowing about the training, as JSON values.
-        overwrite: replace a folder that exists.
+        provenance: anything worth knowing about the training, as JSON values. The model card (README.md) shows some
+            keys of it, such as "license" and "metrics": see ``veneer/card.py``.
+        overwrite: replace a folder that exists; notes at the end of its model card are kept.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.

@@ -3,6 +3,7 @@
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
     veneer.json                   the same record, for people
+    README.md                     the model card, for people too
     veneer.safetensors            the trained numbers of variants that PEFT does not have; the file above then holds
                                   the plain LoRA that they amount to
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from veneer import card
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.files import new_folder
@@ -41,6 +44,8 @@ from veneer.variants import VARIANTS
 
 RECORD = "veneer.json"
 NUMBERS = "veneer.safetensors"
+#: the files that an adapter may consist of, none of which runs code when it is read
+FILES = (peft.CONFIG, peft.TENSORS, RECORD, NUMBERS, card.NAME)
 FORMAT = 1
 
 
@@ -110,7 +115,7 @@ def write(
     overwrite: bool,
     numbers: Mapping[str, Tensor],
 ) -> None:
-    """Write the three files as one folder, in one step.
+    """Write the files as one folder, in one step. Notes in the card of a folder that it replaces are kept.
 
     Args:
         base: "name", "architecture", and "weights": the fingerprint of each changed weight by path. None where nobody
@@ -129,7 +134,9 @@ def write(
         record = _sealed(record, tensors, peft_config, provenance, numbers)
     elif numbers:
         raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+    text = card.renewed(card.card(peft_config, record), _old_card(path))
     with new_folder(path, overwrite=overwrite) as folder:
+        (folder / card.NAME).write_text(text, encoding="utf-8", errors="replace")
         (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
         if record is not None:
             (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -162,6 +169,28 @@ def _sealed(
         ) from error
     record["hashes"]["record"] = _hash_record(record)
     return record
+
+
+def _old_card(path: Path) -> str | None:
+    file = path / card.NAME
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy an adapter's own files into ``folder``, and nothing else that lies beside them."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of the names and bytes of an adapter's own files."""
+    whole = hashlib.sha256()
+    for name in FILES:
+        if (path / name).is_file():
+            with (path / name).open("rb") as stream:
+                whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
 def read(path: str | Path) -> Artefact:

@@ -10,6 +10,8 @@
     ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
+    ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
+    ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
@@ -61,6 +63,14 @@ class OutputExistsError(VeneerError, FileExistsError):
 
 class CheckpointError(VeneerError, ValueError):
     """The files of a model that are missing, damaged or not understood."""
+
+
+class LibraryError(VeneerError, LookupError):
+    """A name that a library of adapters lacks or cannot take, or an index of one that is damaged."""
+
+
+class RemoteError(VeneerError, OSError):
+    """A remote place that cannot be reached, read or written."""
 
 
 class AdapterError(VeneerError, ValueError):

@@ -1,4 +1,4 @@
-"""Writing a folder so that a crash leaves the old one or the new one, never a half."""
+"""Writing a folder or a file so that a crash leaves the old one or the new one, never a half."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     must_not_exist(path, overwrite)
     with disk_errors(path):
         yield from _filled(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` (in UTF-8) to ``path`` in one step: flushed to disk, then renamed over what is there."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, delete=False
+    ) as stream:
+        temporary = Path(stream.name)
+        try:
+            stream.write(text)
+            stream.flush()
+            temporary.chmod(0o666 & ~_umask())
+            os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    _flush_folder(path.parent)
 
 
 def _filled(path: Path) -> Iterator[Path]:

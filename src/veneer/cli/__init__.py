@@ -30,6 +30,13 @@ COMMANDS = {
     "inspect": "Show what an adapter is and prove that it is intact.",
     "compose": "Write the sum, or a mixture, of adapters as one.",
     "diff": "Show where two adapters differ.",
+    "list": "List the adapters of a library.",
+    "add": "Put an adapter into a library.",
+    "rm": "Take adapters out of a library.",
+    "tag": "Tag an adapter of a library.",
+    "gc": "Delete what a library no longer needs, or mend its index.",
+    "push": "Put an adapter at a remote place.",
+    "pull": "Fetch an adapter from a remote place.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

@@ -12,11 +12,15 @@ from rich.console import Console
 from veneer.errors import ConfigError, sentence
 
 if TYPE_CHECKING:
+    from veneer.library import Library
     from veneer.models import Base
 
 # What is printed may hold brackets and numbers of the user's: no markup, no colours on them.
 out = Console(markup=False, highlight=False)
 err = Console(stderr=True, markup=False, highlight=False)
+
+ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
+LIBRARY_HELP = "Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."
 
 
 class _Notes(logging.Handler):
@@ -35,27 +39,39 @@ def setup_logging() -> None:
         logger.propagate = False
 
 
-def open_pair(base: str, adapter: Path | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
+def open_library(folder: Path | None) -> Library:
+    """The library in a folder, or the default one."""
+    from veneer.library import Library, default_folder
+
+    return Library(default_folder() if folder is None else folder.expanduser())
+
+
+def open_pair(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
     """The base and, if `adapter` is given, the handle of that adapter on it. Reads the adapter first: it is the
     quicker to fail."""
     import veneer
+    from veneer.library import resolve
     from veneer.models import load_base
 
     setup_logging()
-    if adapter is not None:
-        veneer.adapter.read(adapter)
+    folder = None if adapter is None else resolve(adapter)
+    if folder is not None:
+        veneer.adapter.read(folder)
     loaded = load_base(base, precision=precision)  # type: ignore[arg-type]
-    if adapter is None:
+    if folder is None:
         return loaded, None
-    return loaded, veneer.load(loaded.model, adapter, verify_base=verify)
+    return loaded, veneer.load(loaded.model, folder, verify_base=verify)
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """A path and its weight; a path that exists may hold an equals sign itself."""
+    """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may hold an equals sign
+    itself."""
+    from veneer.library import resolve
+
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
-        return text, 1.0
-    return path, number_in(weight, text)
+        path, weight = text, "1"
+    return str(resolve(path)), number_in(weight, text)
 
 
 def number_in(word: str, text: str) -> float:

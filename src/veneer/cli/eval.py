@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from veneer.cli.console import ADAPTER_HELP
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -20,7 +21,7 @@ def evaluate(
     data: Annotated[
         str, typer.Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.", show_default=False)
     ],
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder, measured beside the base.")] = None,
+    adapter: Annotated[str | None, typer.Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
     only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Do not measure the base.")] = False,
     exact: Annotated[
         int, typer.Option(help="Also write the first so many completions, and count those exactly right.", min=0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from veneer.cli.console import ADAPTER_HELP
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -20,7 +21,7 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", "-p", help="A prompt; may be given several times. Default: stdin, one a line."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    adapter: Annotated[str | None, typer.Option(help=ADAPTER_HELP)] = None,
     both: Annotated[bool, typer.Option("--both", help="Base and adapter side by side.")] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template, as a user's message.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from veneer.cli.console import ADAPTER_HELP
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     layers: Annotated[
         int, typer.Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
@@ -30,8 +31,9 @@ def inspect(
     """
     import veneer
     from veneer.cli.console import out
+    from veneer.library import resolve
 
-    artefact = veneer.adapter.read(adapter)
+    artefact = veneer.adapter.read(resolve(adapter))
     facts = _facts(artefact)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -16,8 +16,8 @@ def merge(
         list[str],
         typer.Argument(
             metavar="BASE ADAPTER... OUT",
-            help="The base (folder, .gguf file, package:NAME or hub id); adapter folders, each with =WEIGHT behind it "
-            "if that is not 1; the new folder.",
+            help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
+            "places), each with =WEIGHT behind it if that is not 1; the new folder.",
             show_default=False,
         ),
     ],

@@ -12,7 +12,6 @@ output/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.files import disk_errors, new_folder
+from veneer.files import disk_errors, new_folder, write_whole
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
 
@@ -83,18 +82,7 @@ def writing(
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the old file or the new one is there, whole, at any moment."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:

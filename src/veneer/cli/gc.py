@@ -1,0 +1,42 @@
+"""`veneer gc`: delete what a library no longer needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.cli.console import LIBRARY_HELP
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def gc(
+    grace: Annotated[
+        float, typer.Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0)
+    ] = 3600.0,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
+    ] = False,
+    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+) -> None:
+    """Delete adapters without a name, and what killed commands left behind.
+
+    \b
+    Examples:
+      veneer gc
+      veneer gc --grace 0
+    """
+    from veneer.cli.console import open_library, out
+    from veneer.errors import listing
+    from veneer.summary import size
+
+    opened = open_library(library)
+    if rebuild:
+        made = opened.rebuild()
+        out.print(f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}")
+    done = opened.gc(grace=grace)
+    what = f"{len(done.objects)} adapters and {done.leftovers} leftovers"
+    out.print(f"deleted {what}, {size(done.freed)}", soft_wrap=True)
