@@ -115,11 +115,15 @@ class Artefact:
 def _low_rank(entry: peft.PeftLayer) -> LowRank:
     rank = entry.rank if entry.A.shape[0] % entry.rank == 0 else entry.A.shape[0]
     groups = entry.A.shape[0] // rank
-    A = entry.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
-    if entry.B.shape[1] == rank:
-        B = entry.B.reshape(groups, -1, rank)  # [out, r, …] -> [g, out/g, r]
-    else:
-        B = entry.B.reshape(-1, rank, groups).permute(2, 0, 1)  # a stack: [out, r·E] -> [E, out, r]
+    try:
+        A = entry.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+        if entry.B.shape[1] == rank:
+            B = entry.B.reshape(groups, -1, rank)  # [out, r, …] -> [g, out/g, r]
+        else:
+            B = entry.B.reshape(-1, rank, groups).permute(2, 0, 1)  # a stack: [out, r·E] -> [E, out, r]
+    except RuntimeError as error:
+        found = f"A {tuple(entry.A.shape)} and B {tuple(entry.B.shape)} at {entry.at!r}"
+        raise AdapterError(sentence(found, f"a product of rank {entry.rank}", "get the file again")) from error
     return LowRank(A, B, entry.scale)
 
 
@@ -234,7 +238,7 @@ def assemble(
     """An adapter from files that were checked one by one: do they make up one?"""
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
-    raise_all(AdapterError, f"{path} cannot be used", list(odd_changes(low)))
+    raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
     by_weight: dict[str, dict[str, Tensor]] = {}
     for key, tensor in numbers.items():
         weight, _, name = key.rpartition(".")
@@ -430,6 +434,15 @@ def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
         if not norm <= LARGEST:
             found = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
             yield sentence(found, f"one of at most {LARGEST:.0e}", "get another copy; its alpha or numbers are damaged")
+
+
+def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """Variances below zero, of which a norm takes the root."""
+    for path, tensors in full.items():
+        variance = tensors.get("running_var")
+        if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
+            found = f"a variance below zero in {path}.running_var"
+            yield sentence(found, "variances", "get the file again")
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:

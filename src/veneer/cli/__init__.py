@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "Write text with a base, an adapter, or both side by side.",
     "merge": "Write base and adapter as one plain model.",
     "inspect": "Show what an adapter is and prove that it is intact.",
+    "verify": "Check everything about an adapter, and that it was made for a base.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

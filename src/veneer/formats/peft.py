@@ -175,8 +175,12 @@ def split(
             full.setdefault(path, {})[parameter] = tensor
     low: dict[str, PeftLayer] = {}
     for path, entry in pairs.items():
-        if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:
+        if "A" not in entry or "B" not in entry:
             problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
+            continue
+        if entry["A"].dim() < 2 or entry["B"].dim() < 2:
+            found = f"A {tuple(entry['A'].shape)} and B {tuple(entry['B'].shape)} at {path!r}"
+            problems.append(sentence(found, "matrices", "get the whole file again"))
             continue
         A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
         more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
