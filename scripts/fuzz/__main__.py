@@ -38,11 +38,11 @@ def _write(folder: Path) -> None:
         logging.disable(logging.NOTSET)
 
 
-def _watch(folder: Path, seed: int, numbers: range) -> list[Outcome]:
+def _watch(folder: Path, seed: int, numbers: range, target: Any = work) -> list[Outcome]:
     """The outcomes of as many of these mutants as one process gets through."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=work, args=(theirs, folder, seed, numbers), daemon=True)
+    process = spawn.Process(target=target, args=(theirs, folder, seed, numbers), daemon=True)
     process.start()
     theirs.close()
     outcomes: list[Outcome] = []

@@ -70,7 +70,7 @@ class Stand:
         assert torch.equal(self.model(self.x), self.base)
 
 
-class Failure(Exception):
+class MutantError(Exception):
     """A mutant that is neither refused nor loaded as it should be."""
 
 
@@ -87,7 +87,7 @@ def mutant(number: int, seed: int, stands: list[Stand], work: Path) -> tuple[Sta
 
 @torch.no_grad()
 def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
-    """(kind, text) of a mutant. Raises Failure, or whatever reading it raised."""
+    """(kind, text) of a mutant. Raises MutantError, or whatever reading it raised."""
     model = stand.other if made.other_base else stand.model
     report = verify(made.folder)
     try:
@@ -95,7 +95,7 @@ def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
     except veneer.VeneerError:
         artefact = None
     if report.ok and artefact is None:
-        raise Failure(f"verify says good, and read refuses:\n{report}")
+        raise MutantError(f"verify says good, and read refuses:\n{report}")
     str(report).encode()
     try:
         handle = veneer.load(model, made.folder)
@@ -104,27 +104,27 @@ def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
     y = model(stand.x)
     handle.detach()
     if not _as_it_was(stand, model):
-        raise Failure("the model is not what it was before it was loaded")
+        raise MutantError("the model is not what it was before it was loaded")
     if not y.isfinite().all():
-        raise Failure("outputs that are not finite")
+        raise MutantError("outputs that are not finite")
     if not report.ok:
-        raise Failure(f"verify refuses, and load does not:\n{report}")
+        raise MutantError(f"verify refuses, and load does not:\n{report}")
     if not made.other_base and torch.equal(y, stand.adapted):
         return "harmless", ""
     if made.ours and not made.forged:
-        raise Failure("other outputs, and no hash was made anew")
+        raise MutantError("other outputs, and no hash was made anew")
     return "different", f"off by {(y - stand.adapted).abs().max().item():.1e}"
 
 
 def _checked(stand: Stand, model: Any, error: Exception) -> str:
     text = str(error)
     if "Found: " not in text or " Do: " not in text:
-        raise Failure(f"an error that does not say what was found and what to do: {text}")
+        raise MutantError(f"an error that does not say what was found and what to do: {text}")
     text.encode()
     if len(text) > 20_000:
-        raise Failure(f"an error of {len(text)} characters")
+        raise MutantError(f"an error of {len(text)} characters")
     if not _as_it_was(stand, model):
-        raise Failure(f"a model that is left changed by a load that was refused ({text})")
+        raise MutantError(f"a model that is left changed by a load that was refused ({text})")
     return text
 
 
@@ -132,13 +132,13 @@ def _as_it_was(stand: Stand, model: Any) -> bool:
     if model is stand.other:
         return not any("veneer" in key for key in [*model.state_dict(), *model.__dict__])
     state = model.state_dict()
-    return state.keys() == stand.bits.keys() and all(torch.equal(state[key], value) for key, value in stand.bits.items())
+    return state.keys() == stand.bits.keys() and all(
+        torch.equal(state[key], value) for key, value in stand.bits.items()
+    )
 
 
 def stands_in(folder: Path) -> list[Stand]:
-    return [
-        Stand(seed, folder / f"{number}-0", folder / f"{number}-1") for number, seed in enumerate(SEEDS.values())
-    ]
+    return [Stand(seed, folder / f"{number}-0", folder / f"{number}-1") for number, seed in enumerate(SEEDS.values())]
 
 
 def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
@@ -154,13 +154,16 @@ def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
         before, start = _peak(reset=True), time.perf_counter()
         try:
             kind, text = judge(stand, made)
-        except Failure as failure:
-            kind, text = "failure", str(failure)
+        except MutantError as error:
+            kind, text = "failure", str(error)
         except Exception:
             kind, text = "failure", traceback.format_exc()
         seconds, grown = time.perf_counter() - start, _peak() - before
         if grown > BYTES + TIMES * min(size, 2**30):
-            kind, text = "failure", f"{grown / 2**20:.0f} MiB of memory for {size / 2**20:.2f} MiB of files; {kind} {text}"
+            kind, text = (
+                "failure",
+                f"{grown / 2**20:.0f} MiB of memory for {size / 2**20:.2f} MiB of files; {kind} {text}",
+            )
         return Outcome(number, stand.seed.name, name, "; ".join(made.notes), kind, text, seconds)
 
 

@@ -162,9 +162,7 @@ def _findings(path: Path, weights: Weights | None) -> Findings:
         yield Finding(
             "warning", "record", "written by another library: nothing tells whether it was altered, or for which base"
         )
-    if config is not None:
-        problems = yield from _tried("config", lambda: peft.check_config(config, ours=record is not None) or True)
-        config = config if problems else None
+    config = yield from _checked(config, ours="veneer" in metadata)
     yield from _values(tensors if not numbers else {**tensors, **numbers})
     if config is None or numbers is None or (record is None and "veneer" in metadata):
         return
@@ -187,6 +185,17 @@ def _changes(artefact: Artefact, weights: Weights | None) -> Findings:
             yield from _against(artefact, products, norms, weights)
         except AdapterError as error:  # a damaged shard
             yield Finding("error", "base", str(error))
+
+
+def _checked(config: dict[str, Any] | None, ours: bool) -> Generator[Finding, None, dict[str, Any] | None]:
+    """The config, if each of its fields is one that can be honoured."""
+    try:
+        if config is not None:
+            peft.check_config(config, ours)
+        return config
+    except AdapterError as error:
+        yield Finding("error", "config", str(error))
+        return None
 
 
 def _judged(check: str, problems: list[str], right: str) -> Findings:
@@ -268,7 +277,9 @@ def _sizes(artefact: Artefact, products: Mapping[str, LowRank], norms: Mapping[s
     odd = list(_outliers(products, norms))
     for at, norm, usual in odd:
         yield Finding(
-            "warning", "norms", f"‖ΔW‖ is {norm:.3g} at {at!r}, and {usual:.3g} in the middle of the layers of its shape"
+            "warning",
+            "norms",
+            f"‖ΔW‖ is {norm:.3g} at {at!r}, and {usual:.3g} in the middle of the layers of its shape",
         )
     if not still and not odd:
         largest = max(norms.values(), default=0.0)

@@ -69,6 +69,7 @@ class Pattern:
             raise ValueError("an expression with flags")
         # a state is (test, anchor, the states after it); one without a test takes no character
         self._states: list[tuple[Any, Any, list[int]]] = []
+        self._sequences = 0
         self._end = self._add(None, None, [])
         try:
             self._start = self._sequence(tree, self._end)
@@ -115,6 +116,9 @@ class Pattern:
 
     def _sequence(self, items: Any, then: int) -> int:
         """The first state of a sequence that goes on with ``then``."""
+        self._sequences += 1
+        if self._sequences > 4 * MAX_STATES:  # repetitions of nothing, such as ((){99}){99}, make no states
+            raise ValueError("an expression that repeats too often")
         for code, value in reversed(list(items)):
             then = self._item(code, value, then)
         return then
@@ -130,7 +134,7 @@ class Pattern:
         if code is op.SUBPATTERN and not value[1] and not value[2]:
             return self._sequence(value[3], then)
         if code in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self._repeat(*value, then)
+            return self._repeat(value[0], value[1], value[2], then)
         raise ValueError(f"an expression with {str(code).lower()}, which is not supported")
 
     def _repeat(self, least: int, most: Any, items: Any, then: int) -> int:
@@ -140,17 +144,11 @@ class Pattern:
             following.append(self._sequence(items, again))
             then = again
         else:
-            for _ in range(_times(most - least)):
+            for _ in range(most - least):
                 then = self._add(None, None, [then, self._sequence(items, then)])
-        for _ in range(_times(least)):
+        for _ in range(least):
             then = self._sequence(items, then)
         return then
-
-
-def _times(count: int) -> int:
-    if count > MAX_STATES:  # also of what has no states of its own, such as ()
-        raise ValueError(f"an expression that repeats {count:,} times")
-    return count
 
 
 def _test(code: Any, value: Any) -> Callable[[str], bool] | None:

@@ -261,14 +261,15 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     if layers is None:
         return chosen
     above = [patterns.whole(rf"(.*\.)?{pattern}") for pattern in _layers_patterns(config)]
-    return {path for path in chosen if any(_layer_of(path, pattern) in layers for pattern in above)}
+    return {path for path in chosen if _layer_of(path, above) in layers}
 
 
-def _layer_of(path: str, above: patterns.Pattern | patterns.Words) -> int | None:
-    """The first index in a path that stands behind what ``above`` means, and in front of something."""
+def _layer_of(path: str, above: Iterable[patterns.Pattern | patterns.Words]) -> int | None:
+    """The first index in a path that stands behind what the first pattern of ``above`` which matches at all means, and
+    in front of something."""
     parts = path.split(".")
-    found = (n for n, part in enumerate(parts[:-1]) if part.isdecimal() and n and above.matches(".".join(parts[:n])))
-    return next((int(parts[n]) for n in found), None)
+    places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n and part.isdecimal()]
+    return next((index for pattern in above for index, front in places if pattern.matches(front)), None)
 
 
 def _named(names: str | Iterable[str], path: str) -> bool:
