@@ -9,7 +9,12 @@
 
 The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of
 the config, the LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
-believes nothing that it has not checked; ``load`` also compares the fingerprints with the model at hand.
+believes nothing that it has not checked (``headers.py``: sizes, JSON, links; here: hashes, types and magnitudes);
+``load`` also compares the fingerprints with the model at hand.
+
+A hash tells what an accident or a thoughtless edit changed. It keeps out nobody who means harm, as whoever writes a
+folder can write its hashes. So nothing that a folder says decides about more than the adapter itself: no code in it is
+run, no memory is taken by a number in it, no other file is opened for it.
 
 A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16,
 whichever of the two it was published in, and still be recognised; a base that was fine-tuned, or has one bit of a
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,15 +45,22 @@ from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentenc
 from veneer.files import new_folder
 from veneer.formats import peft
 from veneer.hashing import digest, hash_json
+from veneer.headers import MAX_JSON, misplaced, parse, pickled, read_header, read_json
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
 RECORD = "veneer.json"
 NUMBERS = "veneer.safetensors"
-#: the files that an adapter may consist of, none of which runs code when it is read
-FILES = (peft.CONFIG, peft.TENSORS, RECORD, NUMBERS, card.NAME)
+#: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
+CORE = (peft.CONFIG, peft.TENSORS, RECORD, NUMBERS)
+FILES = (*CORE, card.NAME)
 FORMAT = 1
+#: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
+LARGEST = 1e9
+#: what changes are made of, and what modules that are trained in full may hold besides
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WHOLES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -125,21 +139,24 @@ def write(
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
-        AdapterError: a tensor is not finite.
+        AdapterError: a tensor is not finite or absurdly large, or the provenance is not JSON, or more than is read.
     """
-    _all_finite({**tensors, **numbers}, "train it again")
+    raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **numbers}, "train it again")))
     record = None
     if base is not None:
         record = {"format": FORMAT, "base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
         record = _sealed(record, tensors, peft_config, provenance, numbers)
     elif numbers:
         raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
-    text = card.renewed(card.card(peft_config, record), _old_card(path))
+    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
+    if record is not None:
+        texts[RECORD] = json.dumps(record, indent=2) + "\n"
+    for file, text in texts.items():
+        _must_be_readable(file, text)
+    texts[card.NAME] = card.renewed(card.card(peft_config, record), _old_card(path))
     with new_folder(path, overwrite=overwrite) as folder:
-        (folder / card.NAME).write_text(text, encoding="utf-8", errors="replace")
-        (folder / peft.CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n")
-        if record is not None:
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8", errors="replace")
         if numbers:
             save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
         header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
@@ -157,7 +174,7 @@ def _sealed(
     record |= {
         "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_installed("veneer", "torch", "transformers")),
-        "provenance": dict(provenance),
+        "provenance": _plain(dict(provenance)),
     }
     if numbers:
         record["hashes"][NUMBERS] = _hash_tensors(numbers)
@@ -193,56 +210,98 @@ def content_hash(path: Path) -> str:
     return whole.hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
+
+
+def _must_be_readable(file: str, text: str) -> None:
+    """Refuse to write what ``read`` would refuse."""
+    try:
+        parse(text)
+    except ValueError as error:
+        found = f"a {file} that could not be read again ({error})"
+        raise AdapterError(sentence(found, "plain values", "give less provenance")) from error
+    if len(text) > MAX_JSON:
+        found = f"a {file} of {len(text):,} bytes"
+        raise AdapterError(sentence(found, f"{MAX_JSON:,} at most", "give less provenance"))
+
+
 def read(path: str | Path) -> Artefact:
     """Read and verify an adapter folder, without a model.
 
     Raises:
-        AdapterError: something is missing, cut short, altered, not finite or not understood.
+        AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
+            the folder.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(sentence(f"no folder {path}", "an adapter folder", "check the path"))
-    missing = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
-    if missing:
-        found = f"no {' and no '.join(missing)} in {path}"
-        raise AdapterError(sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"))
-    peft_config = _read_json(path / peft.CONFIG)
-    tensors, header = _read_tensors(path / peft.TENSORS)
-    record = _verify(path, peft_config, tensors, header)
+    raise_all(AdapterError, f"{path} cannot be read", missing(path))
+    peft_config = read_json(path / peft.CONFIG)
+    tensors, header = read_tensors(path / peft.TENSORS)
+    record = record_in(path, header)
+    numbers: dict[str, Tensor] = {}
+    if record is not None:
+        must_belong(altered(path, record, peft_config, tensors), path)
+        raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
     peft.check_config(peft_config, ours=record is not None)
-    _all_finite(tensors, "get another copy")
+    if record is not None:
+        numbers = read_numbers(path, record)
+        must_belong(altered_numbers(record, numbers), path)
+    raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **numbers}, "get another copy")))
+    return assemble(path, peft_config, record, tensors, numbers)
+
+
+def assemble(
+    path: Path,
+    peft_config: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+) -> Artefact:
+    """An adapter from files that were checked one by one: do they make up one?"""
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
-    numbers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in (_read_numbers(path, record) if record else {}).items():
+    raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
+    by_weight: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in numbers.items():
         weight, _, name = key.rpartition(".")
-        numbers.setdefault(weight, {})[name] = tensor
+        by_weight.setdefault(weight, {})[name] = tensor
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
         VARIANTS[config.variant]
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    return Artefact(path, config, peft_config, record, low, full, numbers)
+    return Artefact(path, config, peft_config, record, low, full, by_weight)
 
 
-def _read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``veneer.safetensors``, which must be there and unaltered if the record speaks of it."""
-    expected = record["hashes"].get(NUMBERS)
-    if expected is None:
+def missing(path: Path) -> list[str]:
+    """What keeps a folder from being read at all: files that are not there, are no files, or are pickles."""
+    if not path.is_dir():
+        return [sentence(f"no folder {path}", "an adapter folder", "check the path")]
+    problems = [*pickled(path), *misplaced(path, FILES)]
+    lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
+    if lacking and not problems:
+        found = f"no {' and no '.join(lacking)} in {path}"
+        problems.append(sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"))
+    return problems
+
+
+def read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of ``veneer.safetensors``, which must be there if the record speaks of it, and else must not."""
+    if NUMBERS not in record["hashes"]:
         if (path / NUMBERS).exists():
             found = f"{path / NUMBERS}, of which the record says nothing"
             raise AdapterError(sentence(found, "files that belong together", "remove it, or get another copy"))
         return {}
     if not (path / NUMBERS).is_file():
-        found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config']['variant']!r}"
+        found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
         do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
         raise AdapterError(sentence(found, "the folder as it was saved", do))
-    numbers, _ = _read_tensors(path / NUMBERS)
-    if _hash_tensors(numbers) != expected:
-        found = f"{path / NUMBERS}, which changed after it was written"
-        raise AdapterError(sentence(found, "the file as it was saved", "get another copy of the folder"))
-    _all_finite(numbers, "get another copy")
-    return numbers
+    return read_tensors(path / NUMBERS)[0]
 
 
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
@@ -269,90 +328,148 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     )
 
 
-def _verify(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str]):
-    """The record, if there is one and everything it says is so; None for another library's folder."""
-    beside = path / RECORD
-    if "veneer" not in header:
-        if beside.exists():
+def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record in the header of the tensors, which are another library's if there is none."""
+    if "veneer" not in metadata:
+        if (path / RECORD).exists():
             found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
-            raise AdapterError(
-                sentence(found, "files that belong together", f"remove {RECORD} if another library rewrote the tensors")
-            )
+            do = f"remove {RECORD} if another library rewrote the tensors"
+            raise AdapterError(sentence(found, "files that belong together", do))
         return None
     try:
-        record = json.loads(header["veneer"])
-        hashes = record["hashes"]
-        checks = {
-            "the record in its header": (_hash_record(record), hashes["record"]),
-            "its tensors": (_hash_tensors(tensors), hashes["tensors"]),
-            peft.CONFIG: (hash_json(config), hashes[peft.CONFIG]),
-        }
-        format_ = record["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AdapterError(
-            sentence(f"a damaged record in {path / peft.TENSORS}", "Veneer's record", "get it again")
-        ) from error
-    if beside.exists() and _read_json(beside) != record:
-        checks[RECORD] = ("", "the record in the header")
-    altered = [what for what, (actual, expected) in checks.items() if actual != expected]
-    if altered:
-        found = f"{path}, of which {' and '.join(altered)} changed after it was written"
-        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
-    if format_ != FORMAT:
-        raise AdapterError(sentence(f"format {format_} in {path}", f"{FORMAT}", "install a newer Veneer"))
-    raise_all(AdapterError, f"The record of {path} cannot be used", list(_malformed(record)))
+        record = parse(metadata["veneer"])
+    except ValueError as error:
+        raise AdapterError(_damaged(path, str(error))) from error
+    if not isinstance(record, dict) or not isinstance(record.get("hashes"), dict):
+        raise AdapterError(_damaged(path, "it holds no hashes"))
     return record
 
 
-def _malformed(record: Mapping[str, Any]) -> Iterator[str]:
+def _damaged(path: Path, why: str) -> str:
+    return sentence(f"a damaged record in {path / peft.TENSORS} ({why})", "Veneer's record", "get it again")
+
+
+def altered(
+    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, bool]:
+    """For each part of a folder that the record has a hash of, in words: whether it has changed."""
+    hashes = record["hashes"]
+    checks = {
+        "the record in its header": _hash_record(record) != hashes.get("record"),
+        "its tensors": _hash_tensors(tensors) != hashes.get("tensors"),
+        peft.CONFIG: hash_json(config) != hashes.get(peft.CONFIG),
+    }
+    if (path / RECORD).exists():
+        checks[RECORD] = read_json(path / RECORD) != record
+    return checks
+
+
+def altered_numbers(record: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The same of ``veneer.safetensors``."""
+    expected = record["hashes"].get(NUMBERS)
+    return {NUMBERS: _hash_tensors(numbers) != expected} if expected is not None or numbers else {}
+
+
+def must_belong(checks: Mapping[str, bool], path: Path) -> None:
+    changed = [what for what, other in checks.items() if other]
+    if changed:
+        found = f"{path}, of which {' and '.join(changed)} changed after it was written"
+        if changed == [NUMBERS]:
+            found = f"{path / NUMBERS}, which changed after it was written"
+        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
+
+
+def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
     """What is wrong with a record, as far as it can be told without a model."""
+    if record.get("format") != FORMAT:
+        yield sentence(f"format {_brief(record.get('format'))} in {path}", f"{FORMAT}", "install a newer Veneer")
+        return
     base, changes = record.get("base"), record.get("changes")
     weights = base.get("weights") if isinstance(base, dict) else None
     if not isinstance(weights, dict) or not isinstance(changes, dict) or not isinstance(record.get("config"), dict):
         yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
         return
+    texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
+    tables = [record.get(name, {}) for name in ("versions", "provenance")]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        expected = "text for names and hashes, and versions and provenance by name"
+        yield sentence("fields of other types", expected, "get another copy")
     if weights.keys() != changes.keys():
         odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
         yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
     for at, change in changes.items():
         said = change if isinstance(change, dict) else {}
-        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows", [[0, 1]])
-        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows")
+        if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
             expected = "a rank of at least 1 and a number"
-            yield sentence(f"rank {rank!r} and alpha {alpha!r} for {at!r}", expected, "get another copy")
-        pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
-        if not pairs or any(type(end) is not int for part in rows for end in part):
-            yield sentence(f"rows {rows!r} for {at!r}", "(start, stop) pairs", "get another copy")
+            yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
+        if "rows" in said and not _row_pairs(rows):
+            yield sentence(f"rows {_brief(rows)} for {at!r}", "(start, stop) pairs", "get another copy")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            sentence(f"{file}, which is not JSON ({error})", "a JSON object", "get the file again")
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", "get the file again"))
-    return content
+def _row_pairs(rows: Any) -> bool:
+    pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
+    return bool(pairs) and all(type(end) is int for part in rows for end in part)
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata, once its header was found to be true."""
+    header = read_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            names = opened.keys()  # a list: safe_open is no mapping
-            return {key: opened.get_tensor(key) for key in names}, opened.metadata() or {}
-    except (SafetensorError, ValueError, RuntimeError) as error:
+            return {key: opened.get_tensor(key) for key in header.tensors}, dict(header.metadata)
+    except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
         found = f"{file} cannot be read ({error})"
         raise AdapterError(
             sentence(found, "a whole safetensors file", "get the file again; it may be cut short")
         ) from error
 
 
-def _all_finite(tensors: Mapping[str, Tensor], do: str) -> None:
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
+    """What is wrong with numbers by themselves: their type, what is not finite, what is absurdly large."""
+    types = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *WHOLES)}
+    if types:
+        found = f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in {listing(types)}"
+        yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
+    # one pass over the numbers: the largest is not finite if any is not
+    largest = {key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in floats.items()}
+    broken = [key for key, size in largest.items() if not math.isfinite(size)]
     if broken:
-        raise AdapterError(sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do))
+        yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
+    absurd = [f"{key} ({size:.1e})" for key, size in largest.items() if LARGEST < size < math.inf]
+    if absurd:
+        yield sentence(f"numbers beyond {LARGEST:.0e} in {listing(absurd)}", "an adapter that did not diverge", do)
+
+
+def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
+    """What is wrong with the numbers of changes: whole ones, and products that would overflow."""
+    for path, entry in low.items():
+        parts = {"A": entry.A, "B": entry.B, **entry.extras}
+        types = {name: part.dtype for name, part in parts.items() if part.dtype not in FLOATS}
+        if types:
+            found = f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at {path!r}"
+            yield sentence(found, "floating-point numbers", "get the file again")
+            continue
+        # ‖scale · B A‖ is at most this
+        norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
+        if not norm <= LARGEST:
+            found = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            yield sentence(found, f"one of at most {LARGEST:.0e}", "get another copy; its alpha or numbers are damaged")
+
+
+def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """Variances below zero, of which a norm takes the root."""
+    for path, tensors in full.items():
+        variance = tensors.get("running_var")
+        if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
+            found = f"a variance below zero in {path}.running_var"
+            yield sentence(found, "variances", "get the file again")
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -81,8 +81,13 @@ class BaseMismatchError(AdapterError):
     """An intact adapter whose base weights are not those of this model."""
 
 
+#: characters of what was found, and problems, that one message shows: both may come from a file of any size
+LONGEST, MOST = 2000, 50
+
+
 def sentence(found: str, expected: str, do: str) -> str:
     """One problem in the form that every message of Veneer has."""
+    found = found if len(found) <= LONGEST else f"{found[:LONGEST]}…"
     return f"Found: {found}. Expected: {expected}. Do: {do}."
 
 
@@ -91,8 +96,9 @@ def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> N
     if len(problems) == 1:
         raise error(f"{what}. {problems[0]}")
     if problems:
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-        raise error(f"{what}: {len(problems)} problems\n{lines}")
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:MOST], 1)]
+        lines += [f"  … and {len(problems) - MOST} more"] if len(problems) > MOST else []
+        raise error("\n".join([f"{what}: {len(problems)} problems", *lines]))
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import sums, write_rows
+from tiny import sums, write_rows, write_tiny
 from veneer.train.config import TrainConfig
 
 Case = Callable[..., Any]
@@ -109,6 +111,51 @@ def test_generation_does_not_depend_on_the_batch(base: Path) -> None:
     assert generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=8, batch_size=4) == one
     stops = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens=8, stop=[one[0][2]])
     assert stops[0] == one[0].split(one[0][2])[0]
+
+
+def test_verify_prints_each_check_and_decides_by_the_exit_code(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    found = veneer("verify", adapter)
+    assert found.code == 0, found.err
+    for check in ("ok       files", "ok       tensors", "ok       record", "ok       numbers", "ok       layers"):
+        assert check in found.out
+    assert "weights have the fingerprints of the record" in veneer("verify", adapter, base).out
+    facts = json.loads(veneer("verify", adapter, base, "--json").out)
+    assert facts["ok"] is True
+    assert {finding["level"] for finding in facts["findings"]} <= {"ok", "warning"}
+    assert {finding["check"] for finding in facts["findings"]} >= {"files", "record", "norms", "base"}
+    warned = tmp_path / "warned"
+    shutil.copytree(adapter, warned)
+    (warned / "run.py").write_text("print()")
+    assert veneer("verify", warned).code == 0
+    strict = veneer("verify", warned, base, "--strict")
+    assert strict.code == 2
+    assert "run.py is a program" in strict.out
+    assert veneer("verify", adapter, "--strict").code == 0
+
+
+def test_verify_refuses_what_is_wrong(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(adapter, damaged)
+    data = bytearray((damaged / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (damaged / "adapter_model.safetensors").write_bytes(data)
+    (damaged / "adapter_model.bin").write_bytes(b"")
+    for options in ((), (base,), ("--json",)):
+        found = veneer("verify", damaged, *options)
+        assert found.code == 2
+        assert "its tensors changed after it was written" in found.out
+        assert "adapter_model.bin" in found.out
+    other = write_tiny(tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, other / "model.safetensors")
+    found = veneer("verify", adapter, other)
+    assert found.code == 2
+    assert "error    base" in found.out
+    missing = veneer("verify", adapter, tmp_path / "nothing")
+    assert missing.code == 2
+    assert "no model.safetensors" in missing.err
 
 
 def test_inspect_shows_everything(veneer: Case, adapter: Path) -> None:

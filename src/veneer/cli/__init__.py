@@ -37,6 +37,7 @@ COMMANDS = {
     "gc": "Delete what a library no longer needs, or mend its index.",
     "push": "Put an adapter at a remote place.",
     "pull": "Fetch an adapter from a remote place.",
+    "verify": "Check everything about an adapter, and that it was made for a base.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

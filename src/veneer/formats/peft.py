@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
+from veneer.formats import patterns
 from veneer.lowrank import LowRank
 
 CONFIG = "adapter_config.json"
@@ -39,40 +41,71 @@ TIMES, KNOWN = 2, "0.21"
 #: what PEFT calls a config without low-rank changes, which it refuses otherwise
 NO_TARGETS = "dummy-target-modules"
 
-# What a config may say without changing the arithmetic that we read from the other fields.
-_INFORMATION = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "use_dora",
-    "use_rslora",
+#: a larger rank is no adapter's: it is more than any weight has inputs
+MAX_RANK = 2**20
+
+
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in types
+
+
+def _rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _by_pattern(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(test, value.values()))
+
+
+_FLAG, _TEXT, _TABLE = (_is(bool), "true or false"), (_is(str), "text"), (_is(dict), "an object")
+_NAMES = (lambda value: isinstance(value, str) or _texts(value), "text, or a list of texts")
+_SIZE = f"a whole number from 1 to {MAX_RANK:,}"
+# What a config may say without changing the arithmetic that we read from the other fields, and what each field holds
+# where it is not null: (test, in words).
+_INFORMATION: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha_pattern": (_by_pattern(_number), "a number for each pattern"),
+    "auto_mapping": _TABLE,
+    "base_model_name_or_path": _TEXT,
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "corda_config": _TABLE,
+    "ensure_weight_tying": _FLAG,
+    "eva_config": _TABLE,
+    "exclude_modules": _NAMES,
+    "fan_in_fan_out": _FLAG,
+    "inference_mode": _FLAG,
+    "init_lora_weights": (_is(bool, str), "true, false or a name"),
+    "layers_pattern": _NAMES,
+    "layers_to_transform": (
+        lambda value: all(type(item) is int for item in (value if isinstance(value, list) else [value])),
+        "a whole number, or a list of these",
+    ),
+    "loftq_config": _TABLE,
+    "lora_alpha": (_number, "a number"),
+    "lora_dropout": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "lora_ga_config": _TABLE,
+    "megatron_config": _TABLE,
+    "megatron_core": _TEXT,
+    "modules_to_save": (_texts, "a list of texts"),
+    "peft_type": _TEXT,
+    "peft_version": _TEXT,
+    "qalora_group_size": (_is(int), "a whole number"),
+    "r": (_rank, _SIZE),
+    "rank_pattern": (_by_pattern(_rank), f"{_SIZE} for each pattern"),
+    "revision": _TEXT,
+    "runtime_config": _TABLE,
+    "target_modules": _NAMES,
+    "target_parameters": (_texts, "a list of texts"),
+    "task_type": _TEXT,
+    "use_dora": _FLAG,
+    "use_rslora": _FLAG,
 }
 # These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the
 # same way.
@@ -104,13 +137,23 @@ class PeftLayer:
 
     @property
     def low(self) -> LowRank:
-        """The change as a value, with one group but for grouped convolutions and stacks."""
+        """The change as a value, with one group but for grouped convolutions and stacks.
+
+        Raises:
+            AdapterError: A and B that are no product of this rank.
+        """
         rank = self._rank
         groups = self.A.shape[0] // rank
-        A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
-        if not self.stacked:
-            return LowRank(A, self.B.reshape(groups, -1, rank), self.scale)  # [g·out, r, …] -> [g, out, r]
-        return LowRank(A, self.B.reshape(-1, rank, groups).permute(2, 0, 1), self.scale)  # [out, r·g] -> [g, out, r]
+        try:
+            A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
+            if self.stacked:
+                B = self.B.reshape(-1, rank, groups).permute(2, 0, 1)  # [out, r·g] -> [g, out, r]
+            else:
+                B = self.B.reshape(groups, -1, rank)  # [g·out, r, …] -> [g, out, r]
+        except RuntimeError as error:
+            found = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
+            raise AdapterError(sentence(found, f"a product of rank {self.rank}", "get the file again")) from error
+        return LowRank(A, B, self.scale)
 
     def with_low(self, low: LowRank) -> PeftLayer:
         """Another change at the same place, in the same shapes but for the rank. Its alpha is that of plain LoRA:
@@ -173,8 +216,12 @@ def split(
             full.setdefault(path, {})[parameter] = tensor
     low: dict[str, PeftLayer] = {}
     for path, entry in pairs.items():
-        if "A" not in entry or "B" not in entry or entry["B"].dim() < 2:
+        if "A" not in entry or "B" not in entry:
             problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
+            continue
+        if entry["A"].dim() < 2 or entry["B"].dim() < 2:
+            found = f"A {tuple(entry['A'].shape)} and B {tuple(entry['B'].shape)} at {path!r}"
+            problems.append(sentence(found, "matrices", "get the whole file again"))
             continue
         A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
         more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
@@ -205,11 +252,42 @@ def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
         found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
         problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
     for name, value in config.items():
-        if name not in _INFORMATION and value:
+        test, words = _INFORMATION.get(name, (None, ""))
+        if test is None and value:
             problems.append(
-                sentence(f"{name}={value!r} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it")
+                sentence(f"{_shown(name, value)} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it")
             )
-    raise_all(AdapterError, f"This {CONFIG} cannot be used", problems)
+        elif test is not None and value is not None and not test(value):
+            problems.append(sentence(f"{_shown(name, value)} in {CONFIG}", words, "correct it, or get the file again"))
+    raise_all(AdapterError, f"This {CONFIG} cannot be used", problems or list(_bad_patterns(config)))
+
+
+def _shown(name: str, value: Any) -> str:
+    text = repr(value)
+    return f"{name[:80]}={text if len(text) <= 200 else text[:200] + '…'}"
+
+
+def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the expressions of a config of which each field has its type."""
+    tests: list[tuple[str, Callable[[], Any]]] = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        tests.append((field, partial(patterns.ends, tuple(config.get(field) or ()))))
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            tests.append((field, partial(patterns.whole, config[field])))
+    for pattern in _layers_patterns(config):
+        tests.append(("layers_pattern", partial(patterns.whole, rf"(.*\.)?{pattern}")))
+    for field, test in tests:
+        try:
+            test()
+        except ValueError as error:
+            do = "name the modules by the ends of their paths"
+            yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)
+
+
+def _layers_patterns(config: Mapping[str, Any]) -> list[str]:
+    listed = config.get("layers_pattern") or [r"[^.]+"]
+    return [listed] if isinstance(listed, str) else listed
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
@@ -219,20 +297,26 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     if targets == "all-linear":
         return None
     layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+    layers = [layers] if isinstance(layers, int) else layers or None
     chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
     if layers is None:
         return chosen
-    patterns = config.get("layers_pattern") or [r"[^.]+"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    index = [re.compile(rf".*?(?:^|\.){pattern}\.(\d+)\.") for pattern in patterns]
-    return {path for path in chosen if any((hit := test.match(path)) and int(hit[1]) in layers for test in index)}
+    above = [patterns.whole(rf"(.*\.)?{pattern}") for pattern in _layers_patterns(config)]
+    return {path for path in chosen if _layer_of(path, above) in layers}
 
 
-def _named(patterns: str | Iterable[str], path: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in patterns)
+def _layer_of(path: str, above: Iterable[patterns.Pattern | patterns.Words]) -> int | None:
+    """The first index in a path that stands behind what the first pattern of ``above`` which matches at all means, and
+    in front of something."""
+    parts = path.split(".")
+    places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n and part.isdecimal()]
+    return next((index for pattern in above for index, front in places if pattern.matches(front)), None)
+
+
+def _named(names: str | Iterable[str], path: str) -> bool:
+    if isinstance(names, str):
+        return patterns.whole(names).matches(path)
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
@@ -243,12 +327,14 @@ def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]
 
 def _patterned(config: Mapping[str, Any], field: str, paths: Iterable[str]) -> Any:
     """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a
-    regex."""
-    patterns = config.get(f"{field}_pattern") or {}
-    for path in paths:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
+    regex (``formats/patterns.py``)."""
+    values = config.get(f"{field}_pattern") or {}
+    if values:
+        looked_up = patterns.ends(tuple(values))
+        for path in paths:
+            pattern = looked_up.first(path)
+            if pattern is not None:
+                return values[pattern]
     return config["r" if field == "rank" else "lora_alpha"]
 
 
