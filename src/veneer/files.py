@@ -1,4 +1,4 @@
-"""Writing a folder so that a crash leaves the old one or the new one, never a half."""
+"""Writing a folder or a file so that a crash leaves the old one or the new one, never a half."""
 
 from __future__ import annotations
 
@@ -36,6 +36,29 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     must_not_exist(path, overwrite)
     with disk_errors(path):
         yield from _filled(path)
+
+
+@contextmanager
+def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a temporary file to write, which becomes ``path`` when the block ends, as with ``new_folder``.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is False, or is a folder.
+    """
+    path = Path(path).resolve()
+    must_not_exist(path, overwrite)
+    if path.is_dir():
+        raise OutputExistsError(sentence(f"the folder {path}", "a path for a file", "name a file in it"))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield folder / path.name
+            _flush(folder, 0o666 & ~_umask())
+            (folder / path.name).replace(path)
+        finally:
+            _remove(folder)
+        _flush_folder(path.parent)
 
 
 def _filled(path: Path) -> Iterator[Path]:
