@@ -18,7 +18,8 @@ in a way of its own, and its adapter would load and be wrong. alpha is stored in
 than alpha / r has the rest multiplied into B, so that the outputs are the same.
 
 Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
-a word), and embeddings or heads that share one weight: there the one tensor would have to be read in both orientations.
+a word), and an embedding or head of a base in which both are one weight: llama.cpp has one tensor for both, would read
+its change in two orientations, and stops with a failed assertion.
 
 Read from llama.cpp's src/llama-adapter.cpp, src/llama-graph.cpp, convert_lora_to_gguf.py and conversion/ (as of
 llama-cpp-python 0.3.36), and run against it in the tests.
