@@ -125,3 +125,137 @@ def outputs_of(model, module, path, args):
         found = flat(module(*args))
     handle.detach()
     return found
+
+
+# ---------------------------------------------------------------------------------------------- the other side
+
+
+class Picture(nn.Module):
+    """What LoRAs of image models are on: linear layers, convolutions and pointwise ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.mid = nn.Module()
+        self.mid.to_q, self.mid.to_out = nn.Linear(8, 8), nn.Linear(8, 12)
+
+    def forward(self, x):
+        x = torch.relu(self.point(torch.relu(self.conv(x)))).mean((-2, -1))
+        return self.mid.to_out(torch.relu(self.mid.to_q(x)))
+
+
+X = torch.linspace(-2, 2, 200).sin().reshape(2, 4, 5, 5)
+
+
+@pytest.fixture(scope="module")
+def lycoris():
+    found = pytest.importorskip("lycoris")
+    found.logging.logger.setLevel("ERROR")
+    return found
+
+
+ALGORITHMS = {
+    "lora": {},
+    "lora, with a core": {"algo": "lora", "use_tucker": True},
+    "lora, DoRA": {"algo": "lora", "dora_wd": True},
+    "loha": {},
+    "loha, DoRA": {"algo": "loha", "dora_wd": True},
+    "lokr": {"factor": 2},
+    "lokr, both": {"algo": "lokr", "factor": 4, "decompose_both": True, "linear_dim": 1},
+    "lokr, whole": {"algo": "lokr", "full_matrix": True},
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_files_of_lycoris_give_its_outputs(name, lycoris, tmp_path):
+    torch.manual_seed(0)
+    model = Picture()
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Picture"]})
+    options = {"algo": name, "linear_dim": 2, "linear_alpha": 1.0, "conv_dim": 2, "conv_alpha": 1.0, **ALGORITHMS[name]}
+    theirs = copy.deepcopy(model)
+    network = lycoris.create_lycoris(theirs, 1.0, **options)
+    network.apply_to()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        expected = theirs(X)
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "file")
+    assert detect(tmp_path / "file") == "kohya"
+    back = convert(tmp_path / "file", tmp_path / "a", to="veneer", base=model)
+    assert error(expected, model(X)) > 0.05
+    assert error(outputs(model, back, X), flat(expected)) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "loha", "lokr"])
+def test_lycoris_reads_what_is_written(variant, lycoris, tmp_path):
+    torch.manual_seed(0)
+    model = Picture()
+    first = trained(model, tmp_path / "a", variant=variant)
+    convert(first.path, tmp_path / "file", to="kohya", part="model", base=model)
+    other = copy.deepcopy(model)
+    network, _ = lycoris.create_lycoris_from_weights(1.0, None, other, load_file(tmp_path / "file"))
+    assert len(network.loras) == 4
+    network.apply_to()
+    with torch.no_grad():
+        found = other(X)
+    assert error(flat(found), outputs(model, first.path, X)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def unet():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+
+
+def denoised(unet):
+    x = torch.linspace(-1, 1, 2 * 4 * 64).reshape(2, 4, 8, 8)
+    with torch.no_grad():
+        return unet(x, 3, torch.linspace(-1, 1, 2 * 3 * 8).reshape(2, 3, 8)).sample
+
+
+UNET = ["to_q", "to_v", "to_out.0", "conv1", "proj_in"]
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_diffusers_loads_what_is_written(to, variant, unet, tmp_path):
+    if (to, variant) == ("kohya", "dora"):
+        pytest.skip("diffusers' converter of kohya files expects DoRA on linear layers alone")
+    # of kohya files, diffusers 0.42 loses the alphas of attention where they are not those of all layers
+    more = {"ranks": {"to_v": 1}, "alphas": {"to_q": 5}} if to == "diffusers" else {}
+    first = trained(unet, tmp_path / "a", targets=UNET, variant=variant, **more)
+    convert(first.path, tmp_path / "file.safetensors", to=to, part="unet", base=unet)
+    handle = veneer.load(unet, first.path)
+    expected = denoised(unet)
+    handle.detach()
+    assert error(expected, denoised(unet)) > 0.05
+    other = copy.deepcopy(unet)
+    if to == "diffusers":
+        other.load_lora_adapter(tmp_path, weight_name="file.safetensors", prefix="unet")
+    else:
+        from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+
+        state, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "file.safetensors"))
+        other.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+    assert error(denoised(other), expected) < 1e-5
+    same(first, read(convert(tmp_path / "file.safetensors", tmp_path / "b", to="veneer", base=unet)))
+
+
+def test_files_of_diffusers_are_read(unet, tmp_path):
+    from peft import LoraConfig
+
+    other = copy.deepcopy(unet)
+    other.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=UNET, init_lora_weights=False))
+    other.save_lora_adapter(tmp_path / "theirs")
+    file = next((tmp_path / "theirs").glob("*.safetensors"))
+    assert detect(file) == "diffusers"
+    back = convert(file, tmp_path / "a", to="veneer", base=unet)
+    handle = veneer.load(unet, back)
+    found = denoised(unet)
+    handle.detach()
+    assert error(found, denoised(other)) < 1e-5
