@@ -178,7 +178,7 @@ def layer_of(
     """A change at a module from A [r, in, …] and B [out, r, …] as a file holds them.
 
     Args:
-        alpha: None means the rank, so that the scale is 1.
+        alpha: None means the rank, so that the scale is 1; the sign of a negative one goes into B.
         shape: of the weight, where it is known: A and B are put into the shapes of its layer.
 
     Raises:
@@ -199,6 +199,7 @@ def layer_of(
         ones = [1] * (A.dim() - 2)
         extras = {MAGNITUDE: magnitude.reshape(1, -1, *ones) if ones else magnitude.reshape(-1)}
     alpha = float(rank if alpha is None else alpha)
+    A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
     return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, extras)
 
 

@@ -2,7 +2,7 @@
 
     lora_unet_<path with _ for .>.lora_down.weight    A [r, in, *k]
     lora_unet_….lora_up.weight                        B [out, r, *1]
-    lora_unet_….alpha                                 scale = alpha / r; without it 1
+    lora_unet_….alpha                                 scale = alpha / r; without it, or with 0, 1
     lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B (M A), exactly a LoRA
     lora_unet_….dora_scale                            DoRA's magnitude [out, 1, …]
     lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
@@ -188,6 +188,7 @@ def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | N
     """(A, B, alpha) of one change, or None where a factor is missing."""
     keys = set(group)
     alpha = group["alpha"].item() if "alpha" in group else None
+    alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
     if keys >= _LORA:
         A, B = group["lora_down.weight"], group["lora_up.weight"]
         mid = group.get("lora_mid.weight")

@@ -57,6 +57,7 @@ def chosen(found: Mapping[str, int], base: Base | None, part: str | None) -> tup
     Raises:
         AdapterError: several parts for a base that is one of them, or a part that the file lacks.
     """
+    found = {name: found[name] for name in PARTS if name in found}
     if part is not None and part not in found:
         raise AdapterError(sentence(f"part {part!r}, of which the file has nothing", f"{listing(found)}", "choose one"))
     whole = {name.partition(".")[0] for name in (base.shapes if base else ())} & set(found)
