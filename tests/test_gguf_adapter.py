@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import veneer
 from toys import error, randomise
 from veneer.artefact import read
-from veneer.convert import conversion, convert, detect
+from veneer.convert import convert, detect
 from veneer.errors import AdapterError
 
 gguf = pytest.importorskip("gguf")
@@ -109,6 +108,170 @@ def test_an_adapter_comes_back(name, tmp_path):
     assert {at: (layer.rank, layer.alpha) for at, layer in first.low.items()} == {
         at: (layer.rank, layer.alpha) for at, layer in second.low.items()
     }
+
+
+def test_the_file_says_what_llama_cpp_asks(tmp_path):
+    model = llama()
+    first = trained(model, tmp_path / "a", targets=["q_proj", "v_proj", "embed_tokens"])
+    convert(first.path, tmp_path / "b", to="gguf", base=model)
+    said = fields(tmp_path / "b")
+    assert said["general.type"] == "adapter"
+    assert said["general.architecture"] == "llama"
+    assert said["adapter.type"] == "lora"
+    assert said["adapter.lora.alpha"] == 3
+    held = arrays(tmp_path / "b")
+    assert held["token_embd.weight.lora_a"].shape == (64, 2)
+    assert held["token_embd.weight.lora_b"].shape == (32, 2)
+    assert held["blk.0.attn_v.weight.lora_a"].shape == (2, 32)
+    assert held["blk.0.attn_v.weight.lora_b"].shape == (16, 2)
+    low = first.layers["model.layers.1.self_attn.q_proj"]
+    assert torch.equal(torch.from_numpy(held["blk.1.attn_q.weight.lora_a"].copy()), low.A[0])
+    assert torch.equal(torch.from_numpy(held["blk.1.attn_q.weight.lora_b"].copy()), halves_to_pairs(low.B[0], 4))
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "loha", "lokr", "pissa"])
+def test_what_the_one_alpha_does_not_say_is_in_b(variant, tmp_path):
+    model = llama()
+    more = {"ranks": {"k_proj": 3, "v_proj": 1}, "alphas": {"k_proj": 5, "re:.*0.*v_proj": 0.1}}
+    first = trained(model, tmp_path / "a", targets=["q_proj", "k_proj", "v_proj"], variant=variant, **more)
+    convert(first.path, tmp_path / "b", to="gguf", base=model)
+    alpha, held = fields(tmp_path / "b")["adapter.lora.alpha"], arrays(tmp_path / "b")
+    for at, low in first.layers.items():
+        block, side = at.split(".")[2], at.rpartition(".")[2][0]
+        A, B = (torch.from_numpy(held[f"blk.{block}.attn_{side}.weight.lora_{ab}"].copy()).double() for ab in "ab")
+        delta = low.delta(torch.float64)[0]
+        delta = delta if side == "v" else halves_to_pairs(delta, 4 if side == "q" else 2)
+        assert error(alpha / len(A) * B @ A, delta) < 1e-6
+    back = (
+        read(convert(tmp_path / "b", tmp_path / "c", to="veneer", base=model, verify_base=True))
+        if variant
+        in (
+            "lora",
+            "rslora",
+        )
+        else None
+    )  # the others have more rank than a weight can have, which only PEFT takes
+    for at, low in first.layers.items() if back is not None else ():
+        assert error(back.layers[at].delta(torch.float64), low.delta(torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(None, "F32"), ("fp16", "F16"), ("bf16", "BF16")])
+def test_numbers_of_any_type(dtype, stored, tmp_path):
+    model = llama()
+    first = trained(model, tmp_path / "a", targets=["v_proj"])
+    convert(first.path, tmp_path / "b", to="gguf", base=model, dtype=dtype)
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b").tensors} == {stored}
+    convert(tmp_path / "b", tmp_path / "c", to="peft", base=model)
+    type_ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
+    one, other = tensors(first.path), tensors(tmp_path / "c")
+    assert all(torch.equal(other[key], one[key].to(type_)) for key in one)
+
+
+def test_the_folder_of_a_model_is_base_enough(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    first = trained(model, tmp_path / "a", targets="all-linear")
+    convert(first.path, tmp_path / "b", to="gguf", base=tmp_path / "base")
+    convert(tmp_path / "b", tmp_path / "c", to="peft", base=tmp_path / "base")
+    one, other = tensors(first.path), tensors(tmp_path / "c")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with torch.device("meta"):
+        skeleton = llama()
+    convert(first.path, tmp_path / "d", to="gguf", base=skeleton)
+    one, other = arrays(tmp_path / "b"), arrays(tmp_path / "d")
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def refused(model, tmp_path, *messages, **config):
+    first = trained(model, tmp_path / "a", **config)
+    with pytest.raises(AdapterError) as caught:
+        convert(first.path, tmp_path / "b", to="gguf", base=model)
+    assert not (tmp_path / "b").exists()
+    for message in messages:
+        assert message in str(caught.value), caught.value
+
+
+def test_tied_embeddings_are_refused(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    both = "'model.embed_tokens.weight' of a base whose", "'lm_head.weight' of a base whose"
+    refused(model, tmp_path, *both, targets=["embed_tokens", "q_proj"])
+
+
+def test_dora_is_refused(tmp_path):
+    refused(llama(), tmp_path, "changed by DoRA", variant="dora", targets=["q_proj"])
+
+
+def test_what_is_trained_in_full_is_refused(tmp_path):
+    refused(llama(), tmp_path, "model.norm trained in full", targets=["q_proj"], train_also=("model.norm",))
+
+
+def test_biases_are_refused(tmp_path):
+    refused(qwen2(), tmp_path, "trained in full", targets=["q_proj"], bias="targets")
+
+
+def test_all_reasons_are_told_at_once(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    parts = "changed by DoRA", "one weight", "model.norm trained in full"
+    refused(model, tmp_path, *parts, variant="dora", targets=["embed_tokens"], train_also=("model.norm",))
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    first = trained(model, tmp_path / "a", targets=["query_key_value"])
+    with pytest.raises(AdapterError, match="'bloom', whose conversion"):
+        convert(first.path, tmp_path / "b", to="gguf", base=model)
+    with pytest.raises(AdapterError, match="no base"):
+        convert(first.path, tmp_path / "b", to="gguf")
+
+
+def test_a_base_that_is_another_is_refused(tmp_path):
+    model = llama()
+    first = trained(model, tmp_path / "a", targets="all-linear")
+    convert(first.path, tmp_path / "b", to="gguf", base=model)
+    for other, message in (
+        (qwen2(), "an adapter for 'llama' and a base of 'qwen2'"),
+        (llama(num_hidden_layers=1), "which this base lacks"),
+        (llama(hidden_size=64), "shapes that fit"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            convert(tmp_path / "b", tmp_path / "c", to="veneer", base=other)
+
+
+def test_a_model_is_no_adapter(tmp_path):
+    with pytest.raises(AdapterError, match="a LoRA adapter"):
+        convert(write_base(llama(), "llama", tmp_path / "base.gguf"), tmp_path / "b", to="veneer", base=llama())
+
+
+def test_experts_that_change_apart_are_joined(tmp_path):
+    """gate and up from a tool that gave them factors of their own, or changed one alone."""
+    model = mixtral()
+    first = trained(model, tmp_path / "a", targets=["gate_up_proj"])
+    convert(first.path, tmp_path / "b", to="gguf", base=model)
+    held = {name: torch.from_numpy(value.copy()) for name, value in arrays(tmp_path / "b").items()}
+    held["blk.0.ffn_up_exps.weight.lora_a"] = torch.randn(4, 2, 32)
+    del held["blk.1.ffn_gate_exps.weight.lora_a"], held["blk.1.ffn_gate_exps.weight.lora_b"]
+    writer = gguf.GGUFWriter(tmp_path / "c", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 3.0)
+    for name, value in held.items():
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    back = read(convert(tmp_path / "c", tmp_path / "d", to="veneer", base=model))
+    for block in (0, 1):
+        low = back.layers[f"model.layers.{block}.mlp.experts.gate_up_proj"]
+        sides = []
+        for side in ("gate", "up"):
+            A, B = (held.get(f"blk.{block}.ffn_{side}_exps.weight.lora_{ab}") for ab in "ab")
+            sides.append(torch.zeros(4, 64, 32) if A is None else 1.5 * B @ A)
+        assert error(low.delta(), torch.cat(sides, 1)) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- llama.cpp

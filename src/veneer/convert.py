@@ -181,7 +181,7 @@ def conversion(
             _refuse_not_for_peft(made)
         if to == "veneer" and opened is not None:
             provenance = _provenance(from_, made, contents)
-            name = facts.name or made.peft_config.get("base_model_name_or_path")
+            name = made.peft_config.get("base_model_name_or_path") or facts.name
             of_weights = not FORMATS[from_].peft
             with _on(opened.module(), made, verify_base, of_weights) as (model, adapter):
                 save(model, out, name=adapter, base_name=name, provenance=provenance, overwrite=overwrite)
@@ -382,7 +382,7 @@ def _facts_in(path: Path) -> Base:
     except json.JSONDecodeError as error:
         found = f"{path / 'config.json'}, which is not JSON ({error})"
         raise ConfigError(sentence(found, "a model's config", "get the file again")) from error
-    return Base(shapes, config.get("text_config") or config, path.name)
+    return Base(shapes, config.get("text_config") or config, str(path))
 
 
 def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:

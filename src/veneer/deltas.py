@@ -62,6 +62,8 @@ def of_file(entries: Sequence[Entry], full: Mapping[str, Any]) -> tuple[dict[str
         low = entry.layer.low
         if entry.magnitude is not None:
             problems.append(_needs_base(entry.weight, "which rescales the weight"))
+        elif entry.kind == "attention" and entry.weight.endswith("out_proj.weight"):
+            problems.append(_needs_base(entry.weight, "which PEFT applies more than once"))
         elif entry.kind in ("stack", "parameter"):
             problems.append(_needs_base(entry.weight, "whose shape the file does not tell"))
         else:

@@ -349,6 +349,16 @@ def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
     return "|".join(map(re.escape, sorted(wanted)))
 
 
+def common(ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float) -> tuple[int, float]:
+    """The rank and alpha for ``r`` and ``lora_alpha``: these two if a layer has both, else those that most layers have.
+
+    They are one layer's. So where all layers have one scale, whatever their ranks, it is also that of r and lora_alpha:
+    what reads no patterns (vLLM did not) then scales every layer right.
+    """
+    pairs = [(ranks[at], alphas[at]) for at in ranks]
+    return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
+
+
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:
     """A rank or alpha pattern with the whole path of every layer that differs from the default, so that it means no
     layer whose path only ends alike."""
