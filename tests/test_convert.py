@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +21,7 @@ from toys import error, example, flat, randomise
 from veneer.artefact import read
 from veneer.convert import FORMATS, conversion, convert, detect
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
+from veneer.formats import kohya
 from veneer.layers import LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -184,6 +188,29 @@ def test_files_of_lycoris_give_its_outputs(name, lycoris, tmp_path):
     back = convert(tmp_path / "file", tmp_path / "a", to="veneer", base=model)
     assert error(expected, model(X)) > 0.05
     assert error(outputs(model, back, X), flat(expected)) < 1e-6
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 4)] * 5),
+    st.sampled_from([(), (1, 1), (3, 2)]),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from([None, 1.5]),
+)
+def test_lokr_of_any_shape_is_its_kronecker_product(sizes, kernel, whole, alpha):
+    l, m, k, n, r = sizes  # noqa: E741
+    w1, w2 = (torch.randn(l, r), torch.randn(r, m)), (torch.randn(k, r), torch.randn(r, n * math.prod(kernel)))
+    first, second = (w1[0] @ w1[1]), (w2[0] @ w2[1]).reshape(k, n, *kernel)
+    group = {"lokr_w1": first} if whole[0] else {"lokr_w1_a": w1[0], "lokr_w1_b": w1[1]}
+    group |= {"lokr_w2": second} if whole[1] else {"lokr_w2_a": w2[0], "lokr_w2_b": w2[1]}
+    if alpha is not None:
+        group["alpha"] = torch.tensor(alpha)
+    A, B, found = kohya._low(group)
+    scale = 1.0 if all(whole) or alpha is None else alpha / r
+    expected = torch.einsum("lm,knx->lkmnx", first.double(), second.reshape(k, n, -1).double())
+    assert found / len(A) == pytest.approx(scale)
+    assert B.shape[1] == len(A) <= max(1, min(l * k, m * n * math.prod(kernel)))
+    assert error(found / len(A) * B.double() @ A.double(), scale * expected.reshape(l * k, -1)) < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "loha", "lokr"])

@@ -13,17 +13,15 @@ of ``kohya`` ask for the names of its weights, and ``dense`` for the weights whe
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import veneer.formats
@@ -38,7 +36,6 @@ from veneer.config import LoraConfig
 from veneer.derived import derive
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.files import must_not_exist, new_file
-from veneer.filing import all_slots
 from veneer.formats import peft
 from veneer.formats._base import (
     FORMATS,
@@ -55,6 +52,7 @@ from veneer.formats._base import (
 )
 from veneer.formats.parts import PARTS
 from veneer.hashing import fingerprint
+from veneer.opened import Opened, header_of, open_base
 from veneer.registry import import_all
 from veneer.targets import Names
 
@@ -115,14 +113,6 @@ class Conversion:
         return "\n".join([*lines, f"written to {self.path}"])
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A base: what its files say, and how to have the model itself."""
-
-    facts: Base
-    module: Callable[[], nn.Module]
-
-
 def convert(source: str | Path, out: str | Path, **options: Any) -> Path:
     """``conversion`` for those who want the path alone."""
     return conversion(source, out, **options).path
@@ -169,7 +159,7 @@ def conversion(
     if from_ == to:
         found = f"{source}, which is of the format {to!r} already"
         raise AdapterError(sentence(found, "another format", "copy it, or choose another format"))
-    opened = None if base is None else _open(base)
+    opened = None if base is None else open_base(base)
     if to == "veneer" and opened is None:
         found = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(sentence(found, "the base that the adapter was made for", 'give base, or choose "peft"'))
@@ -234,7 +224,7 @@ def detect(path: str | Path) -> str:
     if not tensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
         found = f"{path}, a pickle, which runs code as it is opened"
         raise AdapterError(sentence(found, "safetensors or GGUF", "get the adapter as safetensors"))
-    keys, header = _header(path) if tensors else ((), {})
+    keys, header = header_of(path) if tensors else ((), {})
     for format_ in FORMATS:
         if format_.recognises(start, keys, header):
             return format_.name
@@ -248,7 +238,7 @@ def detect(path: str | Path) -> str:
 def _detect_folder(path: Path) -> str:
     tensors = path / peft.TENSORS
     if tensors.is_file():
-        return "veneer" if "veneer" in _header(tensors)[1] else "peft"
+        return "veneer" if "veneer" in header_of(tensors)[1] else "peft"
     pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         found = f"{listing(sorted(pickles), 2)} in {path}, a pickle, which runs code as it is opened"
@@ -256,17 +246,6 @@ def _detect_folder(path: Path) -> str:
     inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
     do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
     raise AdapterError(sentence(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do))
-
-
-def _header(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The keys and the header of a safetensors file, without its tensors."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return tuple(opened.keys()), opened.metadata() or {}
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        found = f"{path}, which cannot be read ({error})"
-        do = "get the file again; it may be cut short"
-        raise AdapterError(sentence(found, "a whole safetensors file", do)) from error
 
 
 def _as_folder(
@@ -329,67 +308,6 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
     if other:
         found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
         raise BaseMismatchError(sentence(found, "its own base", "give that one, or pass verify_base=False"))
-
-
-# ---------------------------------------------------------------------------------------------- the base
-
-
-def _open(base: nn.Module | str | Path) -> Opened:
-    """What a base says of itself. A folder is read by its headers; the model is loaded when it is asked for."""
-    if isinstance(base, nn.Module):
-        return Opened(_facts_of(base), lambda: _numbered(base))
-    path = Path(base)
-    if path.is_dir() and any(path.rglob("*.safetensors")):
-        return Opened(_facts_in(path), lambda: _load(base))
-    model = _load(base)
-    return Opened(_facts_of(model, str(base)), lambda: model)
-
-
-def _load(base: str | Path) -> nn.Module:
-    from veneer.models import load_base
-
-    return load_base(base, precision="stored", device="cpu").model
-
-
-def _numbered(model: nn.Module) -> nn.Module:
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        found = f"a base on the meta device ({listing(empty, 2)})"
-        raise AdapterError(sentence(found, "its weights", "load them first"))
-    return model
-
-
-def _facts_of(model: nn.Module, name: str | None = None) -> Base:
-    names = Names(model)
-    held = {parameter_path(*slot): weight_of(names.modules[slot[0]], slot[1]) for slot in all_slots(names)}
-    shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in held.items() if weight is not None}
-    config: Any = getattr(model, "config", None)
-    name = name or getattr(config, "_name_or_path", "") or None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    said = config.to_dict() if hasattr(config, "to_dict") else {}
-    return Base(shapes, said, name)
-
-
-def _facts_in(path: Path) -> Base:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        shapes |= _shapes(file, "")
-    for part in PARTS:
-        for file in sorted((path / part).glob("*.safetensors")):
-            shapes |= _shapes(file, f"{part}.")
-    try:
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-    except json.JSONDecodeError as error:
-        found = f"{path / 'config.json'}, which is not JSON ({error})"
-        raise ConfigError(sentence(found, "a model's config", "get the file again")) from error
-    return Base(shapes, config.get("text_config") or config, str(path))
-
-
-def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:
-    _header(file)  # one clear error for a damaged file
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()  # a list: safe_open is no mapping
-        return {f"{start}{name}": tuple(opened.get_slice(name).get_shape()) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------- writing

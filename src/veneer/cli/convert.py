@@ -18,8 +18,10 @@ def convert(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)],
     to: Annotated[
-        Literal["veneer", "peft", "kohya", "diffusers", "gguf", "dense"],
-        typer.Option("--to", help="Format to write.", show_default=False),
+        str,
+        typer.Option(
+            metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.", show_default=False
+        ),  # the registry of formats decides, so that a new one needs no line here
     ],
     base: Annotated[
         str | None,
