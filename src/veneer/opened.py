@@ -89,7 +89,7 @@ def _facts_in(path: Path) -> Base:
 
 def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:
     header_of(file)  # one clear error for a damaged file
-    with safeopen_base(file, framework="pt") as opened:
+    with safe_open(file, framework="pt") as opened:
         names = opened.keys()  # a list: safe_open is no mapping
         return {f"{start}{name}": tuple(opened.get_slice(name).get_shape()) for name in names}
 

@@ -55,11 +55,13 @@ from veneer.formats.peft import PeftLayer
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts are stacked."""
+    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts are stacked, whether
+    the head is the embedding whatever the config says."""
 
     name: str
     permutes: bool = False
     experts: bool = False
+    tied: bool = False
 
 
 #: transformers' model_type -> llama.cpp's architecture
@@ -76,9 +78,9 @@ ARCHITECTURES = {
     "qwen2_moe": Architecture("QWEN2MOE", experts=True),
     "qwen3": Architecture("QWEN3"),
     "qwen3_moe": Architecture("QWEN3MOE", experts=True),
-    "gemma": Architecture("GEMMA"),
-    "gemma2": Architecture("GEMMA2"),
-    "gemma3_text": Architecture("GEMMA3"),
+    "gemma": Architecture("GEMMA", tied=True),
+    "gemma2": Architecture("GEMMA2", tied=True),
+    "gemma3_text": Architecture("GEMMA3", tied=True),
     "phi": Architecture("PHI2"),
     "phi3": Architecture("PHI3"),
     "gpt2": Architecture("GPT2"),
@@ -123,7 +125,8 @@ class _Names:
         heads = config.get("num_attention_heads") or config.get("n_head") or 1
         self.heads = {"q_proj": int(heads), "k_proj": int(config.get("num_key_value_heads") or heads)}
         lm_head = any(name.endswith("lm_head.weight") for name in base.shapes)
-        self.tied = bool(config.get("tie_word_embeddings", not lm_head if base.shapes else False))
+        said = config.get("tie_word_embeddings", not lm_head if base.shapes else False)
+        self.tied = bool(said) or self.family.tied
 
     def of(self, weight: str) -> tuple[str, ...]:
         """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp has no name."""
