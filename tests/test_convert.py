@@ -325,6 +325,18 @@ def test_a_folder_of_peft_becomes_one_that_proves_its_base(tmp_path):
         veneer.load(TinyLM(), tmp_path / "ours")
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("to", ["kohya", "dense"])
+def test_what_peft_applies_in_another_way_is_no_change_of_a_weight(to, tmp_path):
+    import peft
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2))
+    config = peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match="PEFT leaves out dilation"):
+        convert(tmp_path / "theirs", tmp_path / "b", to=to, base=model, **({"part": "model"} if to == "kohya" else {}))
+
+
 # ---------------------------------------------------------------------------------------------- whole models
 
 

@@ -36,6 +36,7 @@ from veneer.config import LoraConfig
 from veneer.derived import derive
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.files import must_not_exist, new_file
+from veneer.filing import differs, means_parameter, slot_at
 from veneer.formats import peft
 from veneer.formats._base import (
     FORMATS,
@@ -169,6 +170,8 @@ def conversion(
         left_out = [*contents.left_out, *_lost(made, to)]
         if format_.peft:
             _refuse_not_for_peft(made)
+        elif FORMATS[from_].peft and made.record is None and isinstance(base, nn.Module):
+            _refuse_peft_s_own(made, base)
         if to == "veneer" and opened is not None:
             provenance = _provenance(from_, made, contents)
             name = made.peft_config.get("base_model_name_or_path") or facts.name
@@ -381,6 +384,17 @@ def _refuse_not_for_peft(artefact: Artefact) -> None:
     if type_.startswith(peft.NOT_FOR_PEFT):
         found = f"an adapter that PEFT would apply in another way ({type_.removeprefix(peft.NOT_FOR_PEFT).strip(': ')})"
         raise AdapterError(sentence(found, "changes that PEFT computes", "merge it, or convert it to dense"))
+
+
+def _refuse_peft_s_own(artefact: Artefact, model: nn.Module) -> None:
+    """Refuse changes of another library that PEFT does not apply as changes of the weights: elsewhere they would be."""
+    names, config, problems = Names(model), artefact.peft_config, []
+    for path, layer in artefact.low.items():
+        slot = slot_at(names, path, config)
+        if slot is not None and (reason := differs(names, slot, means_parameter(names, slot, config))):
+            found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
+            problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
+    raise_all(AdapterError, "This adapter is none of the weights", problems)
 
 
 def _to_peft(artefact: Artefact, out: Path, options: Options, overwrite: bool) -> None:
