@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["recipe", "remote", "verify", "grounds"],
+    ["recipe", "remote", "verify", "grounds", "deltas", "opened"],
     ["blend", "wholes"],
     ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],

@@ -133,9 +133,16 @@ def save(
     return path
 
 
-def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool) -> None:
-    """What ``veneer.load`` does: verify the folder against the model, then install it."""
+def install_from(
+    model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False
+) -> None:
+    """What ``veneer.load`` does: verify the folder against the model, then install it.
+
+    ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
+    means weights, so that it does not matter where PEFT would compute something else.
+    """
     artefact = read(path)
+    peft_s = artefact.record is None and not of_weights
     names, config = Names(model), artefact.peft_config
     problems = [*name_problems(model, name)]
     file_of: dict[Slot, peft.PeftLayer] = {}
@@ -154,11 +161,11 @@ def install_from(model: nn.Module, path: str | Path, name: str, *, trainable: bo
         several = len(kind_for(module, slot[1]).weights(module)) > 1
         at = parameter_path(*slot) if parameter or several else slot[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
-        if nested is not None and artefact.record is None:
+        if nested is not None and peft_s:
             alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
         file_of[slot] = replace(entry, rank=rank, alpha=alpha, scale=scale)
-        reason = differs(names, slot, parameter, nested) if artefact.record is None else None
-        if reason is None and nested is not None and artefact.record is None:
+        reason = differs(names, slot, parameter, nested) if peft_s else None
+        if reason is None and nested is not None and peft_s:
             reason = peft.unsure(config)
         if reason is not None:
             found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"

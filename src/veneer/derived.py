@@ -127,8 +127,7 @@ def _config(
     named = {peft.pattern_of(path, layer): layer for path, layer in low.items()}
     ranks = {at: layer.rank for at, layer in named.items()}
     alphas = {at: layer.alpha for at, layer in named.items()}
-    rank = max(ranks.values(), key=list(ranks.values()).count, default=configs[0]["r"])
-    alpha = max(alphas.values(), key=list(alphas.values()).count, default=configs[0]["lora_alpha"])
+    rank, alpha = peft.common(ranks, alphas, configs[0]["r"], configs[0]["lora_alpha"])
     parameters = list(dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer)))
     targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
     said = [config.get("target_modules") for config in configs]

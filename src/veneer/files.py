@@ -38,22 +38,33 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield from _filled(path)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` (in UTF-8) to ``path`` in one step: flushed to disk, then renamed over what is there."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", prefix=f".{path.name}.", suffix=".tmp", dir=path.parent, delete=False
-    ) as stream:
-        temporary = Path(stream.name)
+@contextmanager
+def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a temporary file to write, which becomes ``path`` when the block ends, as with ``new_folder``.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``overwrite`` is False, or is a folder.
+    """
+    path = Path(path).resolve()
+    must_not_exist(path, overwrite)
+    if path.is_dir():
+        raise OutputExistsError(sentence(f"the folder {path}", "a path for a file", "name a file in it"))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
-            stream.write(text)
-            stream.flush()
-            temporary.chmod(0o666 & ~_umask())
-            os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    _flush_folder(path.parent)
+            yield folder / path.name
+            _flush(folder, 0o666 & ~_umask())
+            (folder / path.name).replace(path)
+        finally:
+            _remove(folder)
+        _flush_folder(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` (in UTF-8) to ``path`` in one step, over what is there."""
+    with new_file(path, overwrite=True) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def _filled(path: Path) -> Iterator[Path]:

@@ -145,8 +145,8 @@ def peft_config(
     alphas = {at: entry.alpha for at, entry in zip(named, filed, strict=True)}
     parameters = list(dict.fromkeys(entry.target for entry in filed if entry.parameter))  # in the order of wrapping
     targets = list(dict.fromkeys(entry.target for entry in filed if not entry.parameter))
-    rank = config.rank if config.rank in ranks.values() or not ranks else max(ranks.values())
     alpha = variant.default_alpha if config.alpha is None else config.alpha
+    rank, alpha = peft.common(ranks, alphas, config.rank, alpha)
     # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
     plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in filed)
     kinds = {kind_for(entry.module, entry.weight).name for entry in filed}

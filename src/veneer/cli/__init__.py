@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": "Measure a model on data, with and without an adapter.",
     "generate": "Write text with a base, an adapter, or both side by side.",
     "merge": "Write base and adapter as one plain model.",
+    "convert": "Write an adapter in another format: PEFT, kohya, diffusers, GGUF, dense.",
     "inspect": "Show what an adapter is and prove that it is intact.",
     "compose": "Write the sum, or a mixture, of adapters as one.",
     "diff": "Show where two adapters differ.",

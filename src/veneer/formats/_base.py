@@ -1,0 +1,259 @@
+"""The contract of a format: how one kind of file holds a low-rank adapter.
+
+    read(path, base, options)                  -> Contents    what the file says, in PEFT's terms
+    write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
+
+PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them, so
+that numbers pass through untouched. A format knows keys and shapes; what a path means in a model is asked of ``Base``.
+To add one: a file here that calls ``register(Format(...))``. ``convert`` and the tests find it.
+
+Rejected: a pair of functions for each pair of formats. Six formats would be thirty conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from veneer.errors import AdapterError, listing, sentence
+from veneer.formats.peft import PeftLayer, of_parameter
+from veneer.lowrank import LowRank
+from veneer.registry import Registry
+
+#: the suffixes of A and B below a module, and of DoRA's magnitude
+PAIR = ("lora_A.weight", "lora_B.weight")
+MAGNITUDE = "lora_magnitude_vector"
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a format may know of the base: the shape of every parameter by its name, ``config.json``, its name."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose.
+
+    Fields:
+        dtype: of the numbers in the new file; None keeps each as it is.
+        part: the model that an adapter without one in its paths belongs to ("unet", "text_encoder", …).
+        rank, energy: of a dense change that is made a product: that rank, or the least one that keeps this share of
+            ‖ΔW‖²; neither takes the least rank that is off by at most 1e-6 · ‖ΔW‖.
+        whole: keep dense changes as parameters that are trained in full.
+    """
+
+    dtype: torch.dtype | None = None
+    part: str | None = None
+    rank: int | None = None
+    energy: float | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds. ``deltas`` are whole ΔW by the name of the parameter, for formats without factors; ``full``
+    names those of them that are to be kept whole. ``about`` is worth keeping as provenance, ``left_out`` has the
+    reasons for what was not read."""
+
+    low: Mapping[str, PeftLayer] = field(default_factory=dict)
+    deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    full: frozenset[str] = frozenset()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    base_name: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    transposed: bool = False
+
+    @property
+    def variant(self) -> str:
+        return "dora" if any(layer.extras for layer in self.low.values()) else "lora"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One low-rank change of an adapter that is to be written: the name of its weight, and what kind of change it
+    is."""
+
+    weight: str
+    layer: PeftLayer
+    kind: str  # linear, conv, grouped conv, embedding, attention, stack, parameter or Conv1D
+
+    @property
+    def module(self) -> str:
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        return self.layer.extras.get(MAGNITUDE)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is to be written.
+
+    Fields:
+        entries: its low-rank changes, each once under every name that its weight has.
+        full: parameters that are trained in full, by path and name.
+        about: its record without hashes, or what is known of it.
+        deltas: makes every ΔW by the name of its parameter, with the reasons for those that cannot be told.
+    """
+
+    entries: tuple[Entry, ...]
+    full: Mapping[str, Mapping[str, Tensor]]
+    about: Mapping[str, Any]
+    deltas: Callable[[], tuple[Mapping[str, Tensor], list[str]]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Fields:
+        name, title: what the user types, and what it is in a few words.
+        lacks: what it cannot express.
+        suffix: the ending of its file; "" for a folder.
+        recognises: (the file, its first bytes, the keys of its tensors, its header if it is safetensors) -> whether
+            the file is one, from what it holds.
+        peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other formats mean weights.
+        read, write: see the top; None where ``convert`` itself does it.
+    """
+
+    name: str
+    title: str
+    lacks: str
+    suffix: str
+    recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool]
+    peft: bool = False
+    read: Callable[[Path, Base, Options], Contents] | None = None
+    write: Callable[[Adapter, Path, Base, Options], list[str]] | None = None
+
+
+FORMATS: Registry[Format] = Registry("format")
+
+
+def register(format_: Format) -> Format:
+    return FORMATS.add(format_.name, format_)
+
+
+def kind_of_entry(path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None) -> str:
+    """What kind of change an entry of a PEFT file is, as far as the file and the weight's shape tell."""
+    low = layer.low
+    if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
+        return "attention"
+    if layer.suffixes == EMBEDDING:
+        return "embedding"
+    if layer.A.dim() > 2:
+        return "conv" if low.A.shape[0] == 1 else "grouped conv"
+    if layer.stacked or low.A.shape[0] > 1:
+        return "stack"
+    if of_parameter(path, layer) or not weight.endswith(".weight"):
+        return "parameter"
+    if shape is not None and sorted(shape) != sorted((low.B.shape[1], low.A.shape[2])):
+        return f"weight of shape {tuple(shape)}"
+    lies = shape is not None and shape != (low.B.shape[1], low.A.shape[2])
+    return "Conv1D" if transposed or lies else "linear"
+
+
+def layer_of(
+    at: str,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    magnitude: Tensor | None = None,
+    suffixes: tuple[str, str] = PAIR,
+) -> PeftLayer:
+    """A change at a module from A [r, in, …] and B [out, r, …] as a file holds them.
+
+    Args:
+        alpha: None means the rank, so that the scale is 1; the sign of a negative one goes into B.
+        shape: of the weight, where it is known: A and B are put into the shapes of its layer.
+
+    Raises:
+        AdapterError: the shapes do not fit each other, or not the weight.
+    """
+    rank = A.shape[0]
+    if shape is not None and suffixes == PAIR:
+        inner = torch.Size(shape[1:]).numel()
+        if A.numel() != rank * inner or B.numel() != shape[0] * rank:
+            found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+            raise AdapterError(sentence(found, f"those of a weight {shape}", "give the base that it was made for"))
+        A, B = A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
+    if B.dim() < 2 or B.shape[1] != rank:
+        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+        raise AdapterError(sentence(found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"))
+    extras = {}
+    if magnitude is not None:
+        ones = [1] * (A.dim() - 2)
+        extras = {MAGNITUDE: magnitude.reshape(1, -1, *ones) if ones else magnitude.reshape(-1)}
+    alpha = float(rank if alpha is None else alpha)
+    A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
+    return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, extras)
+
+
+def least(low: LowRank) -> LowRank:
+    """The same change with a rank of at most min(out, in): where the factors have more, ΔW itself takes the place of
+    one and the identity that of the other. Computed in float64."""
+    out, in_ = low.B.shape[1], low.A.shape[2]
+    if low.rank <= min(out, in_):
+        return low
+    delta = (low.B.double() @ low.A.double()).to(torch.promote_types(low.A.dtype, torch.float32))
+    eye = torch.eye(min(out, in_), dtype=delta.dtype).expand(len(delta), -1, -1)
+    return LowRank(eye, delta, low.scale) if in_ <= out else LowRank(delta, eye, low.scale)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As it goes into a file: on the CPU, contiguous, in memory of its own.
+
+    Raises:
+        AdapterError: a number is too large for ``dtype``.
+    """
+    made = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+    if dtype is not None and tensor.isfinite().all() and not made.isfinite().all():
+        found = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
+        raise AdapterError(sentence(found, "finite numbers", "choose fp32"))
+    return made
+
+
+def exact_scalar(value: float) -> Tensor:
+    """A float32 scalar, or a float64 one where float32 would round."""
+    short = torch.tensor(value, dtype=torch.float32)
+    return short if short.item() == value else torch.tensor(value, dtype=torch.float64)
+
+
+def finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise AdapterError where a file holds NaN or infinity."""
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
+        raise AdapterError(sentence(found, "finite ones", "get another copy"))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file.
+
+    Raises:
+        AdapterError: it is cut short, or holds a number that is not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = opened.keys()  # a list: safe_open is no mapping
+            tensors = {key: opened.get_tensor(key) for key in names}
+            header = opened.metadata() or {}
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        found = f"{path}, which cannot be read ({error})"
+        raise AdapterError(sentence(found, "a whole safetensors file", "get the file again")) from error
+    finite(tensors, path)
+    return tensors, header

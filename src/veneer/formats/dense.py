@@ -1,0 +1,71 @@
+"""Plain dense changes: one safetensors file, ΔW by the name of each parameter.
+
+    <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the adapted model
+    header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full": […], "variant": …}
+
+The form that every tool can add, and the only one that holds any variant on any layer: DoRA's change is W' - W. It is
+as large as the weights. ``full`` names the parameters that the adapter trained in full; on the way back these stay
+whole.
+
+Rejected: the changed weights themselves. A change is exact where W' would be rounded, and says what is left out: zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from veneer.errors import AdapterError, raise_all, sentence
+from veneer.formats._base import Adapter, Base, Contents, Format, Options, cast, read_tensors, register
+
+HEADER = "veneer_dense"
+FORMAT = 1
+
+
+def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    return HEADER in header
+
+
+def read(path: Path, base: Base, options: Options) -> Contents:
+    tensors, header = read_tensors(path)
+    try:
+        said = json.loads(header[HEADER])
+        full, of, number = frozenset(said.get("full", ())), dict(said.get("base") or {}), said["format"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = f"a damaged header {HEADER} in {path}"
+        raise AdapterError(sentence(found, "what the file is", "get the file again")) from error
+    if number != FORMAT:
+        raise AdapterError(sentence(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer"))
+    about = {"header": {HEADER: header[HEADER]}, "base": of}
+    return Contents(deltas=tensors, full=full, base_name=of.get("name"), about=about)
+
+
+def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+    deltas, problems = adapter.deltas()
+    raise_all(AdapterError, "The dense changes of this adapter cannot be told", problems)
+    full = [f"{at}.{name}".lstrip(".") for at, tensors in adapter.full.items() for name in tensors]
+    said = {
+        "format": FORMAT,
+        "base": adapter.about.get("base"),
+        "full": [name for name in full if name in deltas],
+        "variant": adapter.about.get("variant"),
+    }
+    tensors = {name: cast(delta, options.dtype) for name, delta in deltas.items()}
+    save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(said)})
+    return []
+
+
+DENSE = register(
+    Format(
+        name="dense",
+        title="safetensors of ΔW by parameter",
+        lacks="the factors: what is read back is a product of the same change, not the same numbers",
+        suffix=".safetensors",
+        recognises=recognises,
+        read=read,
+        write=write,
+    )
+)

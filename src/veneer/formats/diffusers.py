@@ -1,0 +1,172 @@
+"""diffusers' own safetensors: paths with their dots, and the config in the header.
+
+    <part>.<path>.lora_A.weight, .lora_B.weight         A [r, in, *k], B [out, r, *1]
+    <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
+    header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …}, PEFT's fields
+
+Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``, ``.lora_linear_layer.down.weight``, processors of
+attention (``.processor.to_q_lora.down.weight``), and alphas as tensors (``<part>.<path>.alpha``) or not at all, which
+means alpha = r. All of these are read; the first is written. A file of one model has paths without a part.
+
+rsLoRA is written as plain LoRA with alpha' = scale · r: the flag is newer than many loaders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.errors import AdapterError, listing, raise_all, sentence
+from veneer.formats import parts, peft
+from veneer.formats._base import MAGNITUDE, PAIR, Adapter, Base, Contents, Format, Options, cast, layer_of, read_tensors
+from veneer.formats._base import register as register_format
+from veneer.formats.kohya import alpha_of
+
+HEADER = "lora_adapter_metadata"
+_SIDES = {
+    "lora_A.weight": "A", "lora.down.weight": "A", "lora_linear_layer.down.weight": "A",
+    "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
+    MAGNITUDE: "magnitude", f"{MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
+}  # fmt: skip
+_PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
+    "processor.to_out_lora": "to_out.0"
+}
+
+
+def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    sides = {suffix for suffix, side in _SIDES.items() if side in ("A", "B")} | {"_lora.down.weight"}
+    return any(key.endswith(tuple(sides)) and not key.startswith(peft.PREFIX) for key in keys)
+
+
+def read(path: Path, base: Base, options: Options) -> Contents:
+    tensors, header = read_tensors(path)
+    groups: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        at, side = _split(key)
+        if side is None:
+            problems.append(sentence(f"tensor {key!r}", "a LoRA's factors", "use the library that made it"))
+        else:
+            groups.setdefault(at, {})[side] = tensor
+    raise_all(AdapterError, f"{path} cannot be read", problems)
+    counts: dict[str, int] = {}
+    for at in groups:
+        part = parts.part_of(at) or "model"
+        counts[part] = counts.get(part, 0) + 1
+    before, left_out = parts.chosen(counts, base if base.shapes else None, options.part)
+    config = _header_of(path, header)
+    low: dict[str, peft.PeftLayer] = {}
+    for at, group in groups.items():
+        part = parts.part_of(at) or "model"
+        if part not in before:
+            continue
+        inside = at.partition(".")[2] if part != "model" else at
+        where = inside if part == "model" else f"{before[part]}{inside}"
+        shape = base.shapes.get(f"{where}.weight")
+        problem = _problem(at, where, group, base)
+        if problem is None:
+            alpha = group["alpha"].item() if "alpha" in group else None
+            own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+            own = own or (config if part == "model" else {})
+            if alpha is None and own.get("r"):
+                rank, _, scale = peft.strength({"lora_alpha": own["r"], **own}, inside)
+                alpha = scale * rank
+            try:
+                args = group["A"], group["B"], alpha
+                low[where] = layer_of(where, *args, shape=shape, magnitude=group.get("magnitude"))
+            except AdapterError as error:
+                problem = str(error)
+        problems += [problem] if problem else []
+    raise_all(AdapterError, f"{path} cannot be read", problems)
+    about = {"header": dict(header)} if header else {}
+    return Contents(low, base_name=base.name, about=about, left_out=tuple(left_out))
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """(the module's path, what the tensor is) of a key; None for what is nothing of ours."""
+    for processor, name in _PROCESSORS.items():
+        key = key.replace(f".{processor}.", f".{name}.lora.")
+    for suffix, side in _SIDES.items():
+        if key.endswith(f".{suffix}"):
+            return key.removesuffix(f".{suffix}"), side
+    return key, None
+
+
+def _problem(at: str, where: str, group: Mapping[str, Tensor], base: Base) -> str | None:
+    if not {"A", "B"} <= set(group):
+        return sentence(f"half a pair at {at!r}", "both factors", "get the whole file again")
+    if base.shapes and f"{where}.weight" not in base.shapes:
+        return sentence(f"{at!r}, which this base lacks", "one of its modules", "give the base that it was made for")
+    return None
+
+
+def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(header.get(HEADER, "{}"))
+    except json.JSONDecodeError as error:
+        found = f"{HEADER} in {path}, which is not JSON ({error})"
+        raise AdapterError(sentence(found, "the config of the adapter", "get the file again")) from error
+    return config if isinstance(config, dict) else {}
+
+
+def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+    problems = [
+        sentence(f"{entry.weight!r}, a change of kind {entry.kind}", "linear layers and convolutions", "leave it out")
+        for entry in adapter.entries
+        if entry.kind not in ("linear", "conv")
+    ]
+    whole = [at or "the model" for at in adapter.full]
+    problems += [sentence(f"{listing(whole)} trained in full", "low-rank changes", "merge instead")] if whole else []
+    where = parts.written(adapter.entries, options.part, "diffusers") if not problems else {}
+    here = {part for part, _ in where.values()}
+    for part in here:  # PEFT's flag is one for all layers
+        dora = {entry.magnitude is not None for entry in adapter.entries if where[entry.weight][0] == part}
+        if len(dora) > 1:
+            problems.append(sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart"))
+    raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part in sorted(here):
+        entries = [entry for entry in adapter.entries if where[entry.weight][0] == part]
+        start = "" if part == "model" else f"{part}."
+        for entry in entries:
+            at = f"{start}{where[entry.weight][1]}"
+            for suffix, tensor in zip(PAIR, (entry.layer.A, entry.layer.B), strict=True):
+                tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
+            if entry.magnitude is not None:
+                tensors[f"{at}.{MAGNITUDE}"] = cast(entry.magnitude, options.dtype)
+        ranks = {where[entry.weight][1]: entry.layer.rank for entry in entries}
+        alphas = {where[entry.weight][1]: alpha_of(entry.layer) for entry in entries}
+        rank = max(ranks.values(), key=list(ranks.values()).count)
+        alpha = max(alphas.values(), key=list(alphas.values()).count)
+        fields = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": peft.patterns_for(ranks, rank),
+            "alpha_pattern": peft.patterns_for(alphas, alpha),
+            "target_modules": sorted(ranks),
+            "use_dora": any(entry.magnitude is not None for entry in entries),
+            "lora_bias": False,
+        }
+        config |= {f"{start}{key}": value for key, value in fields.items()}
+    save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(config, indent=2, sort_keys=True)})
+    return []
+
+
+DIFFUSERS = register_format(
+    Format(
+        name="diffusers",
+        title="safetensors of diffusers pipelines",
+        lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
+        suffix=".safetensors",
+        recognises=recognises,
+        peft=True,
+        read=read,
+        write=write,
+    )
+)

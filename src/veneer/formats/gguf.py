@@ -1,0 +1,363 @@
+"""GGUF adapters, as llama.cpp loads them.
+
+    general.type = "adapter"      adapter.type = "lora"       general.architecture = that of the base
+    adapter.lora.alpha            one for all; the scale of each tensor is alpha / its rank
+    <tensor>.lora_a [r, in]       <tensor>.lora_b [out, r]    of a linear layer, by its name in llama.cpp
+    token_embd.weight.lora_a [V, r], .lora_b [d, r]           an embedding: a is transposed
+    blk.N.ffn_{gate,up,down}_exps.weight.lora_a [E, r, in], .lora_b [E, out, r]      experts
+
+llama.cpp stores some weights otherwise than transformers does, and a change of a weight follows it:
+
+- rotary embeddings turn neighbouring pairs there and halves here, so for the architectures in ``ARCHITECTURES`` that
+  say so the rows of q and k are permuted within each head, and with them the rows of B;
+- ``gate_up_proj`` of experts is split into gate and up, which share A;
+- GPT-2's Conv1D is transposed to [out, in], which A and B are already.
+
+Only architectures whose conversion does nothing else to matrices are known here. Another one may split or reorder rows
+in a way of its own, and its adapter would load and be wrong. alpha is stored in float32; a layer whose scale is another
+than alpha / r has the rest multiplied into B, so that the outputs are the same.
+
+Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
+a word), and an embedding or head of a base in which both are one weight: llama.cpp has one tensor for both, would read
+its change in two orientations, and stops with a failed assertion.
+
+Read from llama.cpp's src/llama-adapter.cpp, src/llama-graph.cpp, convert_lora_to_gguf.py and conversion/ (as of
+llama-cpp-python 0.3.36). The tests run four families in it; all of ``ARCHITECTURES`` were compared with it once, as tiny
+random models that its own converter had written: logits within 1e-3 of what the adapter does, most within 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
+from veneer.formats._base import (
+    EMBEDDING,
+    Adapter,
+    Base,
+    Contents,
+    Entry,
+    Format,
+    Options,
+    cast,
+    finite,
+    layer_of,
+    register,
+)
+from veneer.formats.kohya import alpha_of
+from veneer.formats.peft import PeftLayer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts are stacked, whether
+    the head is the embedding whatever the config says."""
+
+    name: str
+    permutes: bool = False
+    experts: bool = False
+    tied: bool = False
+
+
+#: transformers' model_type -> llama.cpp's architecture
+ARCHITECTURES = {
+    "llama": Architecture("LLAMA", permutes=True),
+    "mistral": Architecture("LLAMA", permutes=True),
+    "mixtral": Architecture("LLAMA", permutes=True, experts=True),
+    "smollm3": Architecture("SMOLLM3", permutes=True),
+    "granite": Architecture("GRANITE", permutes=True),
+    "olmo": Architecture("OLMO", permutes=True),
+    "olmo2": Architecture("OLMO2"),
+    "olmo3": Architecture("OLMO2"),
+    "qwen2": Architecture("QWEN2"),
+    "qwen2_moe": Architecture("QWEN2MOE", experts=True),
+    "qwen3": Architecture("QWEN3"),
+    "qwen3_moe": Architecture("QWEN3MOE", experts=True),
+    "gemma": Architecture("GEMMA", tied=True),
+    "gemma2": Architecture("GEMMA2", tied=True),
+    "gemma3_text": Architecture("GEMMA3", tied=True),
+    "phi": Architecture("PHI2"),
+    "phi3": Architecture("PHI3"),
+    "gpt2": Architecture("GPT2"),
+    "starcoder2": Architecture("STARCODER2"),
+    "stablelm": Architecture("STABLELM"),
+    "seed_oss": Architecture("SEED_OSS"),
+}
+_EMBEDDING = "token_embd.weight"
+_HEAD = "output.weight"
+_DO_MERGE = "leave it out, or merge the adapter and convert the model"
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError(sentence("no package gguf", "it, for this format", "pip install gguf")) from error
+    return gguf
+
+
+def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    return start[:4] == b"GGUF"
+
+
+class _Names:
+    """The names of a base's tensors in llama.cpp. The only state is what the base's config says."""
+
+    def __init__(self, base: Base) -> None:
+        library, config = _library(), base.config
+        type_ = config.get("model_type")
+        if not type_:
+            found = "no base, or one without config.json"
+            raise AdapterError(sentence(found, "one that names its architecture", "give the base's folder"))
+        if type_ not in ARCHITECTURES or not hasattr(library.MODEL_ARCH, ARCHITECTURES[type_].name):
+            found = f"model_type {type_!r}, whose conversion to GGUF is not known here"
+            raise AdapterError(sentence(found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"))
+        self.family = ARCHITECTURES[type_]
+        self.arch = getattr(library.MODEL_ARCH, self.family.name)
+        self.name = library.MODEL_ARCH_NAMES[self.arch]
+        blocks = config.get("num_hidden_layers") or config.get("n_layer") or 0
+        self.map = library.get_tensor_name_map(self.arch, int(blocks))
+        heads = config.get("num_attention_heads") or config.get("n_head") or 1
+        self.heads = {"q_proj": int(heads), "k_proj": int(config.get("num_key_value_heads") or heads)}
+        lm_head = any(name.endswith("lm_head.weight") for name in base.shapes)
+        said = config.get("tie_word_embeddings", not lm_head if base.shapes else False)
+        self.tied = bool(said) or self.family.tied
+
+    def of(self, weight: str) -> tuple[str, ...]:
+        """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp has no name."""
+        above, _, last = weight.removesuffix(".weight").rpartition(".")
+        if above.endswith(".experts") and last == "gate_up_proj":
+            found = [self.map.get_name(f"{above}.{side}_proj") for side in ("gate", "up")]
+        else:
+            found = [self.map.get_name(weight.removesuffix(".weight"))]
+        return tuple(f"{name}.weight" for name in found) if all(found) else ()
+
+    def order(self, weight: str, rows: int) -> Tensor | None:
+        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same.
+
+        A head's rows are (half, pair) here and (pair, half) there.
+        """
+        projection = weight.removesuffix(".weight").rpartition(".")[2]
+        if not self.family.permutes or projection not in self.heads:
+            return None
+        heads = self.heads[projection]
+        return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+    library, names = _library(), _Names(base)
+    problems = [problem for entry in adapter.entries for problem in _refusals(entry, names)]
+    if adapter.full:
+        found = f"{listing([at or 'the model' for at in adapter.full], 3)} trained in full"
+        problems.append(sentence(found, "low-rank changes alone", "merge the adapter and convert the model"))
+    raise_all(AdapterError, "GGUF cannot hold this adapter", problems)
+    alphas = [alpha_of(entry.layer) for entry in adapter.entries if alpha_of(entry.layer)]
+    # 0 means scale 1 to llama.cpp, so an adapter of scale 0 has alpha 1 and B zero
+    alpha = torch.tensor(max(alphas, key=alphas.count, default=1.0), dtype=torch.float32).item()
+    writer = library.GGUFWriter(path, names.name)
+    writer.add_type(library.GGUFType.ADAPTER)
+    writer.add_string(library.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(library.Keys.Adapter.LORA_ALPHA, alpha)
+    if base.name:
+        writer.add_name(f"adapter of {base.name}")
+    for entry in adapter.entries:
+        for name, A, B in _tensors(entry, names, alpha):
+            _add(writer, f"{name}.lora_a", A, options.dtype)
+            _add(writer, f"{name}.lora_b", B, options.dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return []
+
+
+def _refusals(entry: Entry, names: _Names) -> Iterable[str]:
+    made, weight = names.of(entry.weight), entry.weight
+    if entry.magnitude is not None:
+        yield sentence(f"{weight!r}, changed by DoRA", "a product alone", _DO_MERGE)
+    if entry.kind == "stack" and not (names.family.experts and ".experts." in weight):
+        yield sentence(f"{weight!r}, a stack of matrices", f"none in {names.name}", _DO_MERGE)
+    elif entry.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
+        yield sentence(f"{weight!r}, a change of kind {entry.kind}", "linear layers and embeddings", _DO_MERGE)
+    elif not made:
+        yield sentence(f"{weight!r}, for which {names.name} has no tensor in llama.cpp", "one that it has", _DO_MERGE)
+    elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
+        found = f"{weight!r} of a base whose embedding and head are one weight"
+        yield sentence(found, "two weights, or changes elsewhere", _DO_MERGE)
+    elif (made == (_EMBEDDING,)) != (entry.kind == "embedding"):
+        yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
+
+
+def _tensors(entry: Entry, names: _Names, alpha: float) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """(name, lora_a, lora_b) of each tensor that a change becomes."""
+    layer, low, made = entry.layer, entry.layer.low, names.of(entry.weight)
+    A, B = low.A, _folded(low.B, layer.scale * layer.rank / alpha)  # [g, r, in], [g, out, r]
+    if entry.kind == "embedding":
+        yield made[0], A[0].mT, B[0]
+    elif entry.kind != "stack":
+        order = names.order(entry.weight, B.shape[1])
+        yield made[0], A[0], B[0] if order is None else B[0][order]
+    else:
+        for name, part in zip(made, B.chunk(len(made), dim=1), strict=True):
+            yield name, A, part
+
+
+def _folded(B: Tensor, factor: float) -> Tensor:
+    """factor · B; untouched where the factor is 1 but for the rounding of alpha to float32."""
+    if abs(factor - 1) < 1e-7:
+        return B
+    return (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
+
+
+def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    library, made = _library(), cast(tensor, dtype)
+    if made.dtype == torch.bfloat16:  # numpy has none: its bytes
+        data = made.view(torch.uint8).numpy()
+        writer.add_tensor(name, data, raw_dtype=library.GGMLQuantizationType.BF16)
+    else:
+        writer.add_tensor(name, (made if made.dtype == torch.float16 else made.float()).numpy())
+
+
+def read(path: Path, base: Base, options: Options) -> Contents:
+    library = _library()
+    try:
+        file = library.GGUFReader(path)
+        said = {key: _value(field) for key, field in file.fields.items()}
+        tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
+    except Exception as error:  # the reader raises what it meets in a damaged file
+        found = f"{path}, which cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else error!r})"
+        raise AdapterError(sentence(found, "a whole GGUF file", "get the file again")) from error
+    if said.get("general.type") != "adapter" or said.get("adapter.type") != "lora":
+        found = f"{path} with general.type {said.get('general.type')!r}, adapter.type {said.get('adapter.type')!r}"
+        raise AdapterError(sentence(found, "a LoRA adapter", "a model is a base: name its adapter here"))
+    finite(tensors, path)
+    names = _Names(base)
+    if not base.shapes:
+        raise AdapterError(sentence("no base", "one whose weights have names", "give the base's folder"))
+    if said.get("general.architecture") != names.name:
+        found = f"an adapter for {said.get('general.architecture')!r} and a base of {names.name!r}"
+        raise AdapterError(sentence(found, "one architecture", "give the base that it was made for"))
+    problems: list[str] = []
+    weights = {name: weight for weight in base.shapes for name in names.of(weight)}
+    low: dict[str, PeftLayer] = {}
+    stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    alpha = _shortest(said.get("adapter.lora.alpha") or 0.0)
+    for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
+        A, B, weight = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b"), weights.get(name)
+        if A is None or B is None:
+            problems.append(sentence(f"half a pair at {name!r}", "lora_a and lora_b", "get the whole file again"))
+        elif weight is None:
+            problems.append(sentence(f"{name!r}, which this base lacks", "one of its tensors", "give its own base"))
+        elif A.dim() == 3:
+            stacks.setdefault(weight, {})[name] = A, B
+        else:
+            try:
+                low[weight.removesuffix(".weight")] = _layer(weight, name, A, B, alpha or None, names, base)
+            except AdapterError as error:
+                problems.append(str(error))
+    raise_all(AdapterError, f"{path} does not fit this base", problems)
+    low |= _stacked(stacks, names, alpha, base)
+    order = {weight.removesuffix(".weight"): place for place, weight in enumerate(base.shapes)}
+    low = dict(sorted(low.items(), key=lambda item: order.get(item[1].at, 0)))
+    about = {"header": {key: value for key, value in said.items() if not key.startswith("GGUF.")}}
+    return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
+
+
+def _layer(weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, names: _Names, base: Base) -> PeftLayer:
+    at, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
+    if name == _EMBEDDING:
+        layer = layer_of(at, A.mT.contiguous(), B, alpha, suffixes=EMBEDDING)
+        fits = (layer.A.shape[1], B.shape[0]) == shape
+    else:
+        order = names.order(weight, B.shape[0])
+        B = B if order is None else B[torch.argsort(order)]
+        layer = layer_of(at, A, B, alpha)
+        fits = (B.shape[0], A.shape[1]) == (shape[::-1] if names.family.name == "GPT2" and name != _HEAD else shape)
+    if not fits:
+        found = f"{name!r} with a {tuple(A.shape)} and b {tuple(B.shape)} for a weight {shape}"
+        raise AdapterError(sentence(found, "shapes that fit", "give the base that it was made for"))
+    return layer
+
+
+def _stacked(
+    stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], names: _Names, alpha: float, base: Base
+) -> dict[str, PeftLayer]:
+    """Changes of experts, as PEFT's file has them: A [E·r, in] and B [out, r·E], of which the first of several in one
+    module stands below a wrapper."""
+    low: dict[str, PeftLayer] = {}
+    for weight in (weight for weight in base.shapes if weight in stacks):
+        above, found = weight.rpartition(".")[0], stacks[weight]
+        later = any(other in stacks for other in base.shapes if other.startswith(f"{above}.") and other != weight)
+        first = later and all(layer.at.rpartition(".")[0] != above for layer in low.values())
+        parts = [found.get(name) for name in names.of(weight)]
+        A, B = _joined(parts, base.shapes[weight], weight, alpha)
+        rank = A.shape[1]
+        size = alpha or rank
+        layer = layer_of(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
+        layer = replace(layer, rank=rank, alpha=float(size), scale=size / rank)
+        low[f"{above}.base_layer" if first else above] = layer
+    return low
+
+
+def _joined(
+    parts: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """gate and up as one change of both: with one A where they share it, else of twice the rank."""
+    given = [part for part in parts if part is not None]
+    A = given[0][0]
+    out = shape[1] // len(parts)
+    if any(B.shape[1] != out or a.shape[::2] != (shape[0], shape[2]) for a, B in given):
+        found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
+        raise AdapterError(sentence(found, "those of its base", "give the base that it was made for"))
+    if len(given) == len(parts) and all(torch.equal(other, A) for other, _ in given):
+        return A, torch.cat([B for _, B in given], 1)
+    # the scale is alpha / rank, and the rank grows: B takes what that loses
+    whole = sum(a.shape[1] for a, _ in given)
+    blocks = []
+    for part in parts:
+        widths = [B.new_zeros(shape[0], out, a.shape[1]) for a, B in given]
+        if part is not None:
+            place = [a is part[0] for a, _ in given].index(True)
+            widths[place] = part[1] * (whole / part[0].shape[1] if alpha else 1.0)
+        blocks.append(torch.cat(widths, 2))
+    return torch.cat([a for a, _ in given], 1), torch.cat(blocks, 1)
+
+
+def _value(field: Any) -> Any:
+    value = field.contents()
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149."""
+    import numpy
+
+    return float(str(numpy.float32(value)))
+
+
+def _tensor(library: Any, tensor: Any) -> Tensor:
+    kind = library.GGMLQuantizationType
+    if tensor.tensor_type == kind.BF16:
+        return torch.from_numpy(tensor.data.copy()).view(torch.bfloat16)
+    if tensor.tensor_type in (kind.F32, kind.F16, kind.F64):
+        return torch.from_numpy(tensor.data.copy())
+    return torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+GGUF = register(
+    Format(
+        name="gguf",
+        title="GGUF adapters of llama.cpp",
+        lacks="convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders weights",
+        suffix=".gguf",
+        recognises=recognises,
+        read=read,
+        write=write,
+    )
+)

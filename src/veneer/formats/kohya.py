@@ -1,0 +1,322 @@
+"""kohya's safetensors (sd-scripts, ComfyUI, A1111), with LyCORIS' LoHa and LoKr.
+
+    lora_unet_<path with _ for .>.lora_down.weight    A [r, in, *k]
+    lora_unet_….lora_up.weight                        B [out, r, *1]
+    lora_unet_….alpha                                 scale = alpha / r; without it, or with 0, 1
+    lora_unet_….lora_mid.weight                       M [r, r, *k]: the change is B M A, that is B (M A), exactly a LoRA
+    lora_unet_….dora_scale                            DoRA's magnitude [out, 1, …]
+    lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
+    lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
+
+A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its paths, and a name must
+mean exactly one of them. Rejected: tables of known names, as other converters have. A name that no table foresaw would
+be lost or, worse, mean another layer.
+
+LoHa and LoKr are read as the one product that they amount to (see ``variants/loha.py`` and ``lokr.py``). Tucker cores
+(hada_t1, lokr_t2) tie kernel positions together in a way that has no short product, and are refused.
+
+Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run on the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
+from veneer.formats import parts
+from veneer.formats._base import (
+    Adapter,
+    Base,
+    Contents,
+    Entry,
+    Format,
+    Options,
+    cast,
+    exact_scalar,
+    layer_of,
+    least,
+    read_tensors,
+    register,
+)
+from veneer.formats.peft import PeftLayer
+from veneer.lowrank import LowRank
+
+#: the parts that a prefix may mean, the likelier first
+PREFIXES = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_transformer": ("transformer",),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    "lycoris": ("model",),
+}
+_LORA = {"lora_down.weight", "lora_up.weight"}
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
+_BESIDE = {"alpha", "dora_scale"}
+_KNOWN = _LORA | _HADA | _LOKR | _BESIDE | {"lora_mid.weight"}
+_TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
+#: block names of the models as first published, under which kohya trains SDXL and Flux
+_ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
+
+
+def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
+    marks = ("lora_down.weight", "lora_up.weight", *_HADA, *_LOKR, *_TUCKER)
+    return any(key.count(".") and _prefix(key) and key.partition(".")[2] in marks for key in keys)
+
+
+def _prefix(name: str) -> str | None:
+    return next((prefix for prefix in sorted(PREFIXES, key=len)[::-1] if name.startswith(f"{prefix}_")), None)
+
+
+def read(path: Path, base: Base, options: Options) -> Contents:
+    tensors, header = read_tensors(path)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, suffix = key.partition(".")
+        groups.setdefault(name, {})[suffix] = tensor
+    if not base.shapes:
+        found = f"{path}, whose names have _ for every dot"
+        raise AdapterError(sentence(found, "a base to tell what they mean", "give the base that it was made for"))
+    problems: list[str] = []
+    part_by_name = {name: _part(name, base, problems) for name in groups}
+    raise_all(AdapterError, f"{path} cannot be read", problems)
+    counts: dict[str, int] = {}
+    for part in part_by_name.values():
+        counts[part] = counts.get(part, 0) + 1
+    before, left_out = parts.chosen(counts, base, options.part)
+    names = _flattened(base, before)
+    low: dict[str, PeftLayer] = {}
+    for name, group in groups.items():
+        if part_by_name[name] not in before:
+            continue
+        at = _module(name, names[part_by_name[name]], problems)
+        if at is not None and (layer := _layer(name, at, group, base.shapes[f"{at}.weight"], problems)) is not None:
+            low[at] = layer
+    raise_all(AdapterError, f"{path} cannot be read", problems)
+    about = {"header": dict(header)} if header else {}
+    return Contents(low, base_name=base.name, about=about, left_out=tuple(left_out))
+
+
+def _part(name: str, base: Base, problems: list[str]) -> str:
+    prefix = _prefix(name)
+    if prefix is None:
+        problems.append(sentence(f"{name!r}", f"names that begin with {listing(PREFIXES)}", "check the file"))
+        return ""
+    here = {shape.partition(".")[0] for shape in base.shapes}
+    return next((part for part in PREFIXES[prefix] if part in here), PREFIXES[prefix][0])
+
+
+def _flattened(base: Base, before: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
+    """For each part, the modules that each flattened name may mean."""
+    names: dict[str, dict[str, list[str]]] = {}
+    for part, start in before.items():
+        names[part] = {}
+        for weight, shape in base.shapes.items():
+            if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
+                module = weight.removesuffix(".weight")
+                names[part].setdefault(module.removeprefix(start).replace(".", "_"), []).append(module)
+    return names
+
+
+def _module(name: str, names: Mapping[str, list[str]], problems: list[str]) -> str | None:
+    """The one module that a name means."""
+    flat = name.removeprefix(f"{_prefix(name)}_")
+    found = names.get(flat, [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        problems.append(sentence(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"))
+    else:
+        do = "give the base that it was made for"
+        if any(mark in flat for mark in _ORIGINAL):
+            do += ": these are block names of the model as first published, not those of diffusers"
+        problems.append(sentence(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do))
+    return None
+
+
+def _layer(
+    name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...], problems: list[str]
+) -> PeftLayer | None:
+    """One module's change."""
+    keys = set(group)
+    if keys & _TUCKER:
+        found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
+        problems.append(sentence(found, "factors whose product is short", "merge it with LyCORIS, and extract"))
+        return None
+    if keys - _KNOWN:
+        found = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
+        problems.append(sentence(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it"))
+        return None
+    try:
+        low = _low(group)
+        if low is None:
+            problems.append(sentence(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file"))
+            return None
+        magnitude = _magnitude(name, group.get("dora_scale"), shape, problems)
+        A, B, alpha = low
+        return layer_of(at, A, B, alpha, shape=shape, magnitude=magnitude)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, AdapterError):
+            problems.append(str(error))
+        else:
+            found = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
+            problems.append(sentence(found, "those of one change", "get the whole file again"))
+    return None
+
+
+def _magnitude(name: str, scale: Tensor | None, shape: tuple[int, ...], problems: list[str]) -> Tensor | None:
+    """DoRA's magnitude, one an output. LyCORIS can also rescale inputs, which is another method."""
+    if scale is None:
+        return None
+    if scale.numel() != shape[0] or scale.shape[0] != shape[0]:
+        found = f"dora_scale {tuple(scale.shape)} at {name!r}, which rescales inputs"
+        do = "merge it with LyCORIS (wd_on_output was off)"
+        problems.append(sentence(found, f"one number for each of {shape[0]} outputs", do))
+        return None
+    return scale.reshape(-1)
+
+
+def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
+    """(A, B, alpha) of one change, or None where a factor is missing."""
+    keys = set(group)
+    alpha = group["alpha"].item() if "alpha" in group else None
+    alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
+    if keys >= _LORA:
+        A, B = group["lora_down.weight"], group["lora_up.weight"]
+        mid = group.get("lora_mid.weight")
+        return (A if mid is None else _through(mid, A)), B, alpha
+    if keys >= _HADA:
+        return _hada(group, alpha)
+    if {name.split("_")[1] for name in keys & _LOKR} == {"w1", "w2"}:
+        return _lokr(group, alpha)
+    return None
+
+
+def _through(mid: Tensor, A: Tensor) -> Tensor:
+    """M A: the pointwise A [r, in, 1…] and a core M [r, r, *k] as one A [r, in, *k]."""
+    made = torch.einsum("mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double())
+    return made.to(torch.promote_types(A.dtype, torch.float32))
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """In float32 at least: there a product of two 16-bit numbers is exact."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _hada(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float]:
+    rank = group["hada_w1_b"].shape[0]
+    w1_a, w1_b, w2_a, w2_b = (part[None] for part in _wide(*(group[name] for name in sorted(_HADA))))
+    A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
+    B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
+    return _made(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
+
+
+def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
+    """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the shorter."""
+    pairs = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
+    if any(not (whole <= set(group) or both <= set(group)) for whole, both in pairs):
+        return None
+    rank = next((group[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in group), None)
+    scale = 1.0 if rank is None or alpha is None else alpha / rank  # with both whole, LyCORIS takes no scale
+    if "lokr_w1" in group:
+        (w1,) = _wide(group["lokr_w1"])
+    else:
+        a, b = _wide(group["lokr_w1_a"], group["lokr_w1_b"])
+        w1 = (a.double() @ b.double()).to(a.dtype)
+    if "lokr_w2" in group:
+        (w2,) = _wide(group["lokr_w2"])
+        w2_a, w2_b = torch.eye(w2.shape[0], dtype=w2.dtype), w2  # [k, k], [k, n, …]
+    else:
+        w2_a, w2_b = _wide(group["lokr_w2_a"], group["lokr_w2_b"])
+    (l, m), q = w1.shape, w2_a.shape[1]  # noqa: E741
+    flat = w2_b.reshape(q, -1)  # [q, n·|k|]; w1's inputs count slower than n and the kernel
+    eye = torch.eye(min(l, m), dtype=w1.dtype)
+    left, right = (w1, eye) if m <= l else (eye, w1)
+    return _made(LowRank(torch.kron(right, flat)[None], torch.kron(left, w2_a)[None], scale))
+
+
+def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
+    low = least(low)
+    return low.A[0], low.B[0], low.scale * low.rank
+
+
+def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+    problems = [found for entry in adapter.entries for found in _refusals(entry)]
+    problems += [
+        sentence(f"{at or 'the model'!r} trained in full", "low-rank changes", "merge the adapter instead")
+        for at in adapter.full
+    ]
+    raise_all(AdapterError, "kohya's format cannot hold this adapter", problems)
+    where = parts.written(adapter.entries, options.part, "kohya")
+    flat = {weight: _key(part, module, where) for weight, (part, module) in where.items()}
+    twice = sorted({key for key in flat.values() if list(flat.values()).count(key) > 1})
+    if twice:
+        found = f"modules that have one name with _ for . ({listing(twice, 3)})"
+        raise AdapterError(sentence(found, "names that differ", "use the diffusers format"))
+    tensors: dict[str, Tensor] = {}
+    for entry in adapter.entries:
+        key, layer = flat[entry.weight], entry.layer
+        tensors[f"{key}.lora_down.weight"] = cast(layer.A, options.dtype)
+        tensors[f"{key}.lora_up.weight"] = cast(layer.B, options.dtype)
+        tensors[f"{key}.alpha"] = exact_scalar(alpha_of(layer))
+        if entry.magnitude is not None:
+            ones = [1] * (layer.A.dim() - 1)
+            tensors[f"{key}.dora_scale"] = cast(entry.magnitude.reshape(-1, *ones), options.dtype)
+    save_file(tensors, path, metadata=_header(adapter))
+    return []
+
+
+def alpha_of(layer: PeftLayer) -> float:
+    """The alpha for which alpha / rank is the scale: the layer's own, but for variants with another rule."""
+    return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
+
+
+def _refusals(entry: Entry) -> Iterable[str]:
+    if entry.kind not in ("linear", "conv"):
+        expected = "linear layers and convolutions in one group"
+        yield sentence(f"{entry.weight!r}, a change of kind {entry.kind}", expected, "leave it out, or merge")
+
+
+def _key(part: str, module: str, where: Mapping[str, tuple[str, str]]) -> str:
+    prefix = "lora_unet" if part == "transformer" else next(p for p, names in PREFIXES.items() if names[0] == part)
+    if part == "text_encoder":
+        prefix = "lora_te1" if parts.two_encoders(part for part, _ in where.values()) else "lora_te"
+    return f"{prefix}_{module.replace('.', '_')}"
+
+
+def _header(adapter: Adapter) -> dict[str, str]:
+    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and the sizes as they
+    are."""
+    earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
+    ranks = {entry.layer.rank for entry in adapter.entries}
+    alphas = {alpha_of(entry.layer) for entry in adapter.entries}
+    dora = any(entry.magnitude is not None for entry in adapter.entries)
+    return {
+        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_base_model_version": str((adapter.about.get("base") or {}).get("name") or "unknown"),
+        **{key: value for key, value in earlier.items() if isinstance(value, str)},
+        "format": "pt",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+
+
+KOHYA = register(
+    Format(
+        name="kohya",
+        title="safetensors of sd-scripts, ComfyUI and LyCORIS",
+        lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
+        suffix=".safetensors",
+        recognises=recognises,
+        read=read,
+        write=write,
+    )
+)

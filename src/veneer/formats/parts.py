@@ -1,0 +1,81 @@
+"""The models of an image pipeline, by the names that file formats give them.
+
+    part              paths                    diffusers           kohya
+    unet              unet.<path>              unet.<path>         lora_unet_<path with _ for .>
+    transformer       transformer.<path>       transformer.<path>  lora_unet_… (and lora_transformer_…)
+    text_encoder      text_encoder.<path>      text_encoder.<path> lora_te_…, lora_te1_… where there are two
+    text_encoder_2    text_encoder_2.<path>    …                   lora_te2_…
+    model             <path>                   <path>              lycoris_…
+
+An adapter of Veneer belongs to one module. That is either a module that holds the parts as its children, whose paths
+then begin with a part's name, or one part alone, whose paths do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from veneer.errors import AdapterError, listing, nearest, sentence
+from veneer.formats._base import Base, Entry
+
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model")
+
+
+def part_of(path: str) -> str:
+    """The part that a path begins with, or ""."""
+    first = path.partition(".")[0]
+    return first if first in PARTS and first != "model" and first != path else ""
+
+
+def written(entries: Sequence[Entry], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
+    """(part, the path in it) of each entry's module, by its weight.
+
+    Raises:
+        AdapterError: no part in the paths and none given, or both.
+    """
+    if part is not None and part not in PARTS:
+        raise AdapterError(sentence(f"part {part!r}{nearest(part, PARTS)}", f"one of {', '.join(PARTS)}", "choose one"))
+    inside = {entry.weight: part_of(entry.module) for entry in entries}
+    if part is None and all(inside.values()):
+        return {entry.weight: (inside[entry.weight], entry.module.partition(".")[2]) for entry in entries}
+    if part is None:
+        bare = next(weight for weight, first in inside.items() if not first)
+        found = f"{bare!r}, which does not say which model of a pipeline it belongs to"
+        raise AdapterError(sentence(found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}"))
+    if any(inside.values()):
+        both = next(weight for weight, first in inside.items() if first)
+        raise AdapterError(sentence(f"part {part!r} and a path {both!r} with one", "one of both", "leave part out"))
+    return {entry.weight: (part, entry.module) for entry in entries}
+
+
+def chosen(found: Mapping[str, int], base: Base | None, part: str | None) -> tuple[dict[str, str], list[str]]:
+    """Which parts of a file to read: (what to put before the paths of each, what is left out).
+
+    Args:
+        found: how many layers the file has of each part.
+
+    Raises:
+        AdapterError: several parts for a base that is one of them, or a part that the file lacks.
+    """
+    found = {name: found[name] for name in PARTS if name in found}
+    if part is not None and part not in found:
+        raise AdapterError(sentence(f"part {part!r}, of which the file has nothing", f"{listing(found)}", "choose one"))
+    whole = {name.partition(".")[0] for name in (base.shapes if base else ())} & set(found)
+    if part is None and len(found) == 1 and not whole:
+        return dict.fromkeys(found, ""), []
+    if part is None and (whole or base is None):
+        lacking = set(found) - whole if base is not None else set()
+        if lacking:
+            found_ = f"layers of {listing(sorted(lacking))}, which this base lacks"
+            raise AdapterError(sentence(found_, f"those of {listing(sorted(whole))}", "choose a part, or give both"))
+        return {name: f"{name}." for name in found}, []
+    if part is None:
+        counts = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
+        do = "choose one with part, or give a module that holds them as children of these names"
+        raise AdapterError(sentence(f"several models in one file: {counts}", "those of the base", do))
+    left = [f"{count} layers of {name}: another part was asked for" for name, count in found.items() if name != part]
+    return {part: f"{part}." if part in whole else ""}, left
+
+
+def two_encoders(parts: Iterable[str]) -> bool:
+    return "text_encoder_2" in set(parts)
