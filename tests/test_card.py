@@ -257,7 +257,7 @@ def test_a_provenance_of_any_form_can_be_saved(tmp_path, value):
 
 def test_a_text_that_utf8_lacks_can_be_saved(tmp_path):
     path = save(tmp_path / "a", provenance={"title": "a\ud800b"})
-    assert veneer.adapter.read(path).metadata["provenance"]["title"] == "a\ud800b"
+    assert veneer.adapter.read(path).metadata["provenance"]["title"] == "a?b"
     metadata((path / NAME).read_text(encoding="utf-8"))
 
 

@@ -211,7 +211,10 @@ def content_hash(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number."""
+    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number, and half of a
+    surrogate pair, as a file name may hold one, is "?"."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
