@@ -3,6 +3,7 @@ Several at once lose nothing of each other's."""
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import crashes
 import veneer
 from crashes import CONTEXT, DIED, OPERATIONS, make
+from veneer import files
 from veneer.errors import AdapterError
 from veneer.library import COPY, INDEX, LOCK, OBJECTS, Library
 
@@ -81,6 +83,34 @@ def test_a_death_before_any_step_on_the_disk(folder, operation):
             return
         assert child.exitcode == DIED
     pytest.fail("it did not come to an end")
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
+    """For a loss of power, which no kill can show: each file and folder is flushed before the rename, the folder that
+    holds the new name after it."""
+    flushed: set[int] = set()
+    renamed: list[Path] = []
+    fsync, put, replace = os.fsync, files._put, os.replace
+
+    def flush(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def about_to_rename(source: Path, target: Path):
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= flushed
+        flushed.discard(target.parent.stat().st_ino)
+        renamed.append(target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(files, "_put", lambda *paths: (about_to_rename(*paths), put(*paths)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (about_to_rename(*paths), replace(*paths)))
+    for operation in (crashes.save, crashes.add):
+        flushed.clear()
+        renamed.clear()
+        operation(folder, 2)
+        assert renamed
+        assert {path.parent.stat().st_ino for path in renamed} <= flushed
+    assert {path.name for path in renamed} >= {INDEX, COPY}
 
 
 # ---------------------------------------------------------------------------------------------- at any moment

@@ -301,7 +301,8 @@ class Library:
     def _need(self, names: dict[str, Entry], name: str) -> Entry:
         if name not in names:
             found = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
-            raise LibraryError(sentence(found, f"one of {listing(sorted(names))}", "check the name, or add it"))
+            expected = f"one of {listing(sorted(names))}" if names else "one that was added"
+            raise LibraryError(sentence(found, expected, "check the name, or add it"))
         return names[name]
 
     def _mend(self) -> str:

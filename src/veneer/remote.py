@@ -161,7 +161,7 @@ def _package(name: str) -> Any:
 
 def _kept(target: Path, place: str, fetch: Callable[[Path], None]) -> Path:
     """The folder ``target`` of the cache: what is there if it is intact, else what ``fetch`` fills a new one with."""
-    if target.is_dir() and _problem(target) is None:
+    if _intact(target):
         return target
     with new_folder(target, overwrite=True) as folder:
         fetch(folder)
@@ -170,6 +170,10 @@ def _kept(target: Path, place: str, fetch: Callable[[Path], None]) -> Path:
             text = str(problem).replace(str(folder), place)
             raise AdapterError(f"What {place} holds is no intact adapter. {text}") from problem
     return target
+
+
+def _intact(folder: Path) -> bool:
+    return folder.is_dir() and _problem(folder) is None
 
 
 def _problem(folder: Path) -> AdapterError | None:
@@ -209,10 +213,11 @@ def _push_hub(path: Path, target: _Place, message: str, private: bool | None) ->
 
 
 def _pull_hub(source: _Place, keep: Path) -> Path:
-    repo, commit = source.where.removeprefix(HUB), source.revision or ""
-    if not _COMMIT.fullmatch(commit):
-        with _hub_errors(source, "read"):
-            commit = str(_api().model_info(repo, revision=source.revision).sha)
+    repo, revision = source.where.removeprefix(HUB), source.revision or ""
+    if _COMMIT.fullmatch(revision) and _intact(keep / revision):
+        return keep / revision  # without a network
+    with _hub_errors(source, "read"):
+        commit = str(_api().model_info(repo, revision=source.revision).sha)
 
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
@@ -298,7 +303,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
         raise RemoteError(
             sentence(found, "what `push` returned after the '@'", "give that, or leave it out for the newest")
         )
-    if key is not None and (keep / key).is_dir() and _problem(keep / key) is None:
+    if key is not None and _intact(keep / key):
         return keep / key  # without a network
     with _store_errors(source, "read"):
         system, root = _store(source)

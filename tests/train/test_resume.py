@@ -157,7 +157,7 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(make: Make) -> None:
     fit(config, quiet=True)
     names = {path.name for path in checkpoint.path_of(config.output, 27).rglob("*") if path.is_file()}
     assert names == {
-        "adapter_model.safetensors", "adapter_config.json", "veneer.json", "optimizer.pt", "scheduler.pt",
+        "adapter_model.safetensors", "adapter_config.json", "veneer.json", "README.md", "optimizer.pt", "scheduler.pt",
         "rng_state.pth", "trainer_state.json",
     }  # fmt: skip
 

@@ -21,7 +21,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer.errors import VeneerError, sentence
 
-# name -> one line; the module is veneer.cli.<name>, and holds `app`
+# name -> one line; the module is veneer.cli.<name>, and holds `app`. Once imported it is an attribute of this package,
+# so no line here may use `list` or `eval` as the builtin.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "eval": "Measure a model on data, with and without an adapter.",
@@ -54,7 +55,7 @@ class _Lazy(TyperGroup):
         self.commands = {name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, stub, rest = super().resolve_command(ctx, args)
@@ -104,7 +105,7 @@ def _veneer(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
-        typer.main.get_command(app).main(args=list(arguments) if arguments is not None else None, prog_name="veneer")
+        typer.main.get_command(app).main(args=[*arguments] if arguments is not None else None, prog_name="veneer")
     except SystemExit as stop:  # typer ends every command so; its own usage errors carry 2
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except VeneerError as error:

@@ -38,5 +38,4 @@ def gc(
         made = opened.rebuild()
         out.print(f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}")
     done = opened.gc(grace=grace)
-    what = f"{len(done.objects)} adapters and {done.leftovers} leftovers"
-    out.print(f"deleted {what}, {size(done.freed)}", soft_wrap=True)
+    out.print(f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}")
