@@ -159,6 +159,13 @@ def test_the_same_change_in_another_form(tmp_path):
     assert all(layer.rows.similarity == pytest.approx(1) for layer in found.layers)
 
 
+def test_the_same_numbers_in_another_dtype(tmp_path):
+    model = TinyLM()
+    a = trained(model, tmp_path / "a", dtype="bfloat16")
+    compose(a, tmp_path / "b")
+    assert compare(a, tmp_path / "b").same_change
+
+
 def test_other_bases_and_none(tmp_path):
     a, b = trained(TinyLM(), tmp_path / "a"), trained(TinyLM(), tmp_path / "b")
     found = compare(a, b)

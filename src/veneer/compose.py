@@ -340,7 +340,8 @@ def _change(
     dtype = torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
     magnitudes = [layer.extras.get(_MAGNITUDE) for layer in layers]
     if how.method == "sum" and list(weights.values()) == [1.0] and (magnitudes[0] is not None or not rescales):
-        low = layers[0].low  # the change itself, for which no base is needed
+        # the change itself, for which no base is needed; what PEFT's file holds of some variants has too large a rank
+        low = layers[0].low.compact().to(dtype)
         layer = _with_magnitude(layers[0].with_low(low), spot, magnitudes[0])
         return Blend(low, magnitudes[0], low.norm(), 0.0), layer, ranks
     ground = None
