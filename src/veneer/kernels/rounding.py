@@ -33,11 +33,12 @@ from torch import Tensor
 from veneer.errors import ConfigError, sentence
 from veneer.kernels.feedback import directions, faithful
 from veneer.kernels.reference import round_once
+from veneer.kernels.threads import spread
 from veneer.lowrank import LowRank
 
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
 #: doubt at once. Fixed, so that the sums of a report do not depend on who asks
-TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
+TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 18
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
 #: 64-bit words that are looked at as one, and the 16-bit numbers in them
@@ -224,7 +225,7 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path is not for it: a
     target or a weight of more bits, numbers beyond its range, products that torch may compute in less than float32."""
-    if dtype not in HALF or old.dtype not in (*HALF, torch.float32) or old.device.type != "cpu":
+    if not old.numel() or dtype not in HALF or old.dtype not in (*HALF, torch.float32) or old.device.type != "cpu":
         return None
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     if products.fp32_precision not in ("none", "ieee"):
@@ -239,27 +240,43 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
-    scratch = torch.empty(4, TILE), torch.empty(TILE, dtype=new.dtype), torch.empty(0, dtype=torch.int16)
-    benches: dict[torch.Size, _Bench] = {}
-    products, doubtful = [], []
-    for groups, rows in _slabs(old.shape):
-        slab, into, factor, error = old[groups, rows], new[groups, rows], B[groups, rows], bound[groups, rows]
-        scratch[2].resize_(-(-slab.numel() // WORDS) * WORDS)
-        marks = scratch[2][: slab.numel()].view(slab.shape)
+
+    def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:
+        """(sums of products, positions in the whole that are in doubt) of a slab."""
+        groups, rows = place
+        slab, into, factor, error = old[place], new[place], B[place], bound[place]
+        marks = room.marks[: slab.numel()].view(slab.shape)
+        products: list[Tensor] = []
         for tile in _tiles(slab.shape):
-            part = slab[tile]
-            if part.shape not in benches:
-                benches[part.shape] = _Bench(part.shape, *scratch[:2])
-            products += benches[part.shape].fold(
-                part, factor[tile[:2]], A[groups][tile[0], :, tile[2]], error[tile[:2]], into[tile], marks[tile]
+            bench = room.bench(slab[tile].shape)
+            products += bench.fold(
+                slab[tile], factor[tile[:2]], A[groups][tile[0], :, tile[2]], error[tile[:2]], into[tile], marks[tile]
             )
-        scratch[2][slab.numel() :] = 0
-        found = _marked(scratch[2])
-        if len(found):
-            doubtful.append(found + (groups.start * old.shape[1] + rows.start) * old.shape[2])
-    more = _again(torch.cat(doubtful), old, low, new) if doubtful else 0.0
-    realised, moved, base = torch.stack(products).double().view(-1, 3).sum(0).tolist()
+        length = -(-slab.numel() // WORDS) * WORDS
+        room.marks[slab.numel() : length] = 0
+        first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
+        return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
+
+    done = spread(list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab)
+    more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
+    realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
+
+
+class _Room:
+    """What one thread works in: the buffers of a tile, and the marks of a slab."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        tile = -(-min(shape.numel(), TILE) // LINE) * LINE
+        slab = min(shape.numel(), max(SLAB, shape[2])) + WORDS
+        self.wide, self.half = torch.empty(4, tile), torch.empty(tile, dtype=dtype)
+        self.marks = torch.empty(slab, dtype=torch.int16)
+        self.benches: dict[torch.Size, _Bench] = {}
+
+    def bench(self, shape: torch.Size) -> _Bench:
+        if shape not in self.benches:
+            self.benches[shape] = _Bench(shape, self.wide, self.half)
+        return self.benches[shape]
 
 
 class _Bench:

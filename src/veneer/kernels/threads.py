@@ -1,0 +1,65 @@
+"""Run independent pieces of work on as many threads as torch may use, each piece on one.
+
+torch splits a single operation over its threads, and waits for all of them after each. A chain of short operations on
+a piece that fits into one core's cache is faster with a thread a piece. So each worker tells torch to use no other
+threads than itself. That setting is the thread's own, except that threads which start later begin with the last one
+made anywhere: so the caller makes its own again as soon as all workers have made theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+State = TypeVar("State")
+Result = TypeVar("Result")
+
+
+def spread(
+    items: Sequence[Item], state: Callable[[], State], work: Callable[[Item, State], Result], threads: int | None = None
+) -> list[Result]:
+    """``[work(item, …) for item in items]``, in this order, over ``threads`` (default: torch's count in this thread).
+    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised."""
+    threads = min(torch.get_num_threads() if threads is None else threads, len(items))
+    if threads <= 1:
+        own = state()
+        return [work(item, own) for item in items]
+    results: dict[int, Result] = {}
+    failed: list[BaseException] = []
+    order, ready = itertools.count(), threading.Barrier(threads + 1)
+    inference = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+        try:
+            with torch.inference_mode(inference), torch.no_grad():
+                own = state()
+                for index in order:  # `next` of a count is one step for all threads
+                    if index >= len(items) or failed:
+                        return
+                    results[index] = work(items[index], own)
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    before = torch.get_num_threads()
+    for worker in workers:
+        worker.start()
+    ready.wait()
+    torch.set_num_threads(before)
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException as error:  # an interrupt of the caller
+        failed.append(error)
+        for worker in workers:
+            worker.join()
+    if failed:
+        raise failed[0]
+    return [results[index] for index in range(len(items))]
