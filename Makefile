@@ -17,6 +17,7 @@ help:
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
+	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
 
@@ -62,6 +63,10 @@ docs: setup
 
 matrix: setup
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix
+
+.PHONY: fuzz
+fuzz: setup  # ten thousand damaged adapter folders (minutes)
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz --count 10000 --seed $(or $(SEED),0)
 
 format: setup
 	$(BIN)/ruff format .

@@ -17,8 +17,8 @@ def failures(outcomes) -> list:
 
 
 def test_some_mutants():
-    outcomes = fuzz.run(count=400, seed=7)
-    assert [outcome.number for outcome in outcomes] == list(range(400))
+    outcomes = fuzz.run(count=300, seed=7)
+    assert [outcome.number for outcome in outcomes] == list(range(300))
     assert failures(outcomes) == []
     assert {outcome.mutation for outcome in outcomes} == set(MUTATIONS)
     assert {outcome.kind for outcome in outcomes} == {"refused", "harmless", "different"}
