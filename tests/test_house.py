@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["blueprint", "card", "remote", "verify"],
+    ["blueprint", "card", "remote", "verify", "weights"],
     ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],
     [""],  # veneer/__init__.py

@@ -13,6 +13,7 @@ from veneer.attach import SkippedLayers, detach
 from veneer.check import check
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
+from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.select import use
@@ -21,6 +22,7 @@ from veneer.summary import summarise
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExtractReport",
     "Handle",
     "LoraConfig",
     "MergeReport",
@@ -32,6 +34,7 @@ __all__ = [
     "check",
     "detach",
     "errors",
+    "extract",
     "load",
     "merge",
     "optim",

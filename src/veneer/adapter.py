@@ -76,6 +76,7 @@ def save(
     base_name: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before,
     or the whole.
@@ -84,6 +85,8 @@ def save(
         base_name: what to call the base; None takes the name that transformers loaded it by.
         provenance: anything worth knowing about the training, as JSON values.
         overwrite: replace a folder that exists.
+        fingerprints: of the changed base weights, by their paths, for a model that stands for its base without holding
+            the numbers (``models.hollow``); None takes those of the weights that it holds.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
@@ -105,8 +108,10 @@ def save(
     }
     exact, kept = {id(entry.change): entry.exact for entry in filed}, kept_bits(model)
 
-    def base_of(weight: Any, change: Change) -> Tensor:
-        return change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight)))
+    def print_of(at: str, weight: Any, change: Change) -> str:
+        if fingerprints is not None:
+            return fingerprints[at]
+        return fingerprint(change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight))))
 
     write(
         path,
@@ -115,7 +120,7 @@ def save(
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
-            "weights": {at: fingerprint(base_of(held, change)) for at, (held, change) in weights.items()},
+            "weights": {at: print_of(at, held, change) for at, (held, change) in weights.items()},
         },
         changes={at: _described(change) for at, (_, change) in weights.items()},
         config=config,

@@ -10,6 +10,7 @@
     ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
+    ├── ExtractError       ValueError       two models whose difference no adapter can be
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
@@ -61,6 +62,10 @@ class OutputExistsError(VeneerError, FileExistsError):
 
 class CheckpointError(VeneerError, ValueError):
     """The files of a model that are missing, damaged or not understood."""
+
+
+class ExtractError(VeneerError, ValueError):
+    """Two models whose difference cannot be written as an adapter. Nothing was written."""
 
 
 class AdapterError(VeneerError, ValueError):

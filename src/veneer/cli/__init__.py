@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "Write text with a base, an adapter, or both side by side.",
     "merge": "Write base and adapter as one plain model.",
     "inspect": "Show what an adapter is and prove that it is intact.",
+    "extract": "Write the adapter that best approximates a full fine-tune.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
