@@ -14,6 +14,7 @@ for whoever needs to know that they are equal.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,9 @@ def of_state(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
     """The values of a state dict of ``model``; those under names that it does not have are kept, under these."""
     reads = {name: partial(_rows, lambda tensor=tensor: tensor.detach()) for name, tensor in tensors.items()}
     found = {name: Value(tuple(tensor.shape), tensor.dtype, reads[name]) for name, tensor in tensors.items()}
-    return Weights(what, {**found, **_by_every_name(model, found)})
+    known = model.state_dict().keys()
+    odd = {name: value for name, value in found.items() if name not in known}
+    return Weights(what, {**odd, **_by_every_name(model, found)})
 
 
 def of_folder(model: nn.Module, folder: str | Path) -> Weights:
@@ -150,12 +153,33 @@ def of_folder(model: nn.Module, folder: str | Path) -> Weights:
 def _by_every_name(model: nn.Module, found: Mapping[str, Value]) -> dict[str, Value]:
     """The values under every name that the parameters of ``model`` have."""
     values: dict[str, Value] = {}
-    weights = Weights("", found)
-    for entry in named(Names(model)):
-        value = weights.find(entry.names)
+    weights, names = Weights("", found), Names(model)
+    for entry in named(names):
+        value = weights.find(entry.names) or _made(names, entry, found)
         if value is not None:
             values |= dict.fromkeys(entry.names, value)
     return values
+
+
+def _made(names: Names, entry: Named, found: Mapping[str, Value]) -> Value | None:
+    """The value of a weight that a parametrization makes of what the files hold, or None if they lack some of it."""
+    path, name = entry.slot
+    made: Any = None if entry.buffer else weight_of(names.modules[path], name)
+    if not isinstance(made, nn.Module):
+        return None
+    parts = {key: found.get(f"{path}.parametrizations.{name}.{key}".lstrip(".")) for key in made.state_dict()}
+    known = {key: value for key, value in parts.items() if value is not None}
+    storage: Any = storage_of(made)
+    if storage is None or len(known) < len(parts):
+        return None
+
+    def dense() -> Tensor:
+        own = copy.deepcopy(made)
+        own.load_state_dict({key: value.read(None) for key, value in known.items()}, assign=True)
+        return _dense(storage, own)
+
+    first = next(value.dtype for value in known.values() if value.dtype.is_floating_point)
+    return Value(tuple(storage.shape(made)), first, partial(_rows, dense))
 
 
 def _dense(storage: Any, weight: Any) -> Tensor:

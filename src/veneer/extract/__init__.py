@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import own_class, weight_of
+from veneer.adapted import own_class
 from veneer.adapter import save
 from veneer.attach import adapters, detach, group_of, install, parameter_path
 from veneer.config import LoraConfig, Targets
@@ -42,6 +42,7 @@ from veneer.files import must_not_exist
 from veneer.filing import kind_for
 from veneer.hashing import fingerprint_of
 from veneer.kernels import svd
+from veneer.layers._base import GENERAL
 from veneer.targets import Names, Slot
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
@@ -273,6 +274,7 @@ def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
     what its kind does, which decides whether PEFT may have it, zeros do not tell."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
-        kind = kind_for(module, name)
-        if not any(own_class(module).forward is stock.forward for stock in kind.types()):
-            weight_of(module, name).data[:8].normal_(generator=generator)
+        kind, weight = kind_for(module, name), module._parameters.get(name)
+        stock = kind.name == GENERAL or any(own_class(module).forward is known.forward for known in kind.types())
+        if weight is not None and not stock:
+            weight.data[:8].normal_(generator=generator)
