@@ -1,4 +1,4 @@
-"""Extraction: the nearest product of every change, what is written whole, what is named as lost, and what is refused."""
+"""Extraction: the nearest product of every change, what is written whole, what is lost and named, what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,10 @@ from real_models import REAL
 from tiny import tiny_model, write_tiny
 from toys import adapt, error, example, flat
 from veneer import models
+from veneer.adapted import weight_of
+from veneer.bases import BASES
 from veneer.errors import CheckpointError, ConfigError, ExtractError, OutputExistsError, TargetError
+from veneer.extract import pairs
 from veneer.hashing import fingerprint, fingerprint_of
 from veneer.kernels import svd
 from veneer.layers import LAYERS
@@ -110,13 +112,13 @@ def test_the_exact_product_is_the_nearest_one(out, in_, rank, decay, seed, dtype
 
 
 SPECTRA = {
-    "noise": lambda m, n: torch.randn(m, n),
+    "noise": torch.randn,
     "slow": lambda m, n: _with(m, n, (1 + torch.arange(min(m, n))) ** -0.5),
     "fast": lambda m, n: _with(m, n, 0.8 ** torch.arange(min(m, n))),
     "low rank and noise": lambda m, n: _with(m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 1e-3)),
     "nothing but low rank": lambda m, n: _with(m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 0.0)),
     "no first one": lambda m, n: _with(m, n, torch.ones(min(m, n))),
-    "zero": lambda m, n: torch.zeros(m, n),
+    "zero": torch.zeros,
 }
 
 
@@ -196,10 +198,8 @@ def test_every_kind_of_layer_is_extracted_as_it_was_changed(kind, number, tmp_pa
         return
     report = veneer.extract(base, tuned, tmp_path / "b", rank=1)
     handle = veneer.load(base, tmp_path / "b")
-    changes = {path: change for path, change in handle.changes.items()}
     for facts in report.layers:
-        above, _, name = facts.path.rpartition(".")
-        change = next(change for path, change in changes.items() if facts.path in (path, f"{path}.{name}"))
+        change = handle.changes[facts.path]
         old = base.get_parameter(facts.path).detach().double()
         delta = change.layer.unfold(tuned.get_parameter(facts.path).detach().double() - old, change.dims)
         rest = delta - change.resolve(base.get_parameter(facts.path))[0].delta(torch.float64)
@@ -221,6 +221,27 @@ def test_a_model_in_which_everything_moved_comes_back_at_full_rank(build, tmp_pa
     assert report.kept == pytest.approx(1, abs=1e-6)
     veneer.load(base, tmp_path / "a")
     assert error(flat(base(x)), flat(tuned(x))) < 1e-5
+
+
+STORED = [(storage.name, number) for storage in BASES for number, _ in enumerate(storage.examples())]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that pack
+@pytest.mark.parametrize(("name", "number"), STORED)
+def test_a_base_that_is_stored_otherwise_is_read_as_the_numbers_that_it_means(name, number, tmp_path):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"layer": list(BASES[name].examples())[number]})
+    weight = BASES[name].dense(weight_of(base["layer"], "weight")).detach()
+    change = torch.outer(torch.randn(len(weight)), torch.randn(weight.shape[1]))
+    tuned = {"layer.weight": weight.double() + change.double()}
+    if base["layer"].bias is not None:
+        tuned["layer.bias"] = base["layer"].bias.detach()
+    (layer,) = veneer.extract(base, tuned, tmp_path / "a", rank=1).layers
+    assert layer.error < 1e-5
+    handle = veneer.load(base, tmp_path / "a")
+    torch.testing.assert_close(
+        handle.changes["layer.weight"].resolve(None)[0].delta(torch.float32)[0], change.float(), atol=1e-4, rtol=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -254,6 +275,27 @@ def test_from_files_it_is_the_same_adapter_as_from_live_models(name, tmp_path):
     assert records[0]["weights"] == records[1]["weights"]
     assert records[0]["architecture"] == records[1]["architecture"]
     veneer.load(base, tmp_path / "filed")  # fits, and the fingerprints are those of the base
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_a_stack_of_experts_is_read_matrix_by_matrix(name, tmp_path, monkeypatch):
+    base = REAL[name].build()[0]
+    one, other = saved(base, tmp_path / "base"), saved(moved(base), tmp_path / "tuned")
+    sizes = {}
+    whole = pairs.Pair.parts
+
+    def parts(self):
+        for base, tuned in whole(self):
+            sizes.setdefault(self.path, []).append(base.numel())
+            yield base, tuned
+
+    monkeypatch.setattr(pairs.Pair, "parts", parts)
+    veneer.extract(one, other, tmp_path / "a", rank=1)
+    stacks = {path: value for path, value in base.named_parameters() if value.dim() == 3}
+    assert stacks
+    for path, value in stacks.items():
+        assert set(sizes[path]) == {value[0].numel()}
+        assert len(sizes[path]) >= 2 * len(value)  # compared, and factored
 
 
 def test_a_forward_of_its_own_is_kept_from_peft_as_from_a_live_model(tmp_path):
@@ -522,6 +564,10 @@ def _not_finite(tuned):
     tuned.model.norm.bias.data[1] = math.inf
 
 
+def _packed(tuned):
+    tuned.lm_head.weight = nn.Parameter(torch.ones(17, 8, dtype=torch.int8), requires_grad=False)
+
+
 REFUSED = {
     "shapes": (_other_shapes, r"model.embed_tokens.weight \[17, 8\] and \[18, 8\].*lm_head.weight \[17, 8\] and"),
     "names": (_other_names, r"(?s)no model.layers.0.self_attn.q_proj.weight, .*model.layers.0.self_attn.query.bias"),
@@ -529,9 +575,8 @@ REFUSED = {
     "nothing": (lambda tuned: None, "no difference between the base and the tuned model"),
     "unmerged": (lambda tuned: adapt(tuned, "a"), r"adapters \(a\) on the tuned model"),
     "meta": (lambda tuned: tuned.to("meta"), "on the meta device"),
-    "integers": (lambda tuned: setattr(tuned.lm_head, "weight", nn.Parameter(torch.ones(17, 8, dtype=torch.int8), False)),
-                 r"lm_head.weight \(torch.int8\)"),
-}  # fmt: skip
+    "integers": (_packed, r"lm_head.weight \(torch.int8\)"),
+}
 
 
 @pytest.mark.parametrize("how", REFUSED)
