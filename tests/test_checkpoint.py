@@ -101,6 +101,8 @@ def test_every_dtype_is_read(dtype, tmp_path):
         assert found.dtype == dtype
         assert found.shape == expected.shape == checkpoint.shape(name)
         assert torch.equal(found.float(), expected.float())
+    for rows in (slice(1, 3), slice(2, 2), slice(None, 1)):
+        assert torch.equal(checkpoint.read("a", rows).float(), values[rows].float())
 
 
 def shards(folder):

@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["recipe", "remote", "verify", "grounds", "deltas", "opened"],
+    ["recipe", "remote", "verify", "grounds", "deltas", "opened", "weights"],
     ["blend", "wholes"],
     ["shards", "compose", "extract", "compare", "convert", "library"],
     ["handle"],

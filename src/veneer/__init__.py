@@ -15,6 +15,7 @@ from veneer.compare import Difference, compare
 from veneer.compose import ComposeReport, compose
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
+from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.select import use
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ComposeReport",
     "Difference",
+    "ExtractReport",
     "Handle",
     "LoraConfig",
     "MergeReport",
@@ -38,6 +40,7 @@ __all__ = [
     "compose",
     "detach",
     "errors",
+    "extract",
     "load",
     "merge",
     "optim",

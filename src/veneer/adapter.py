@@ -76,6 +76,7 @@ def save(
     base_name: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before,
     or the whole.
@@ -85,6 +86,8 @@ def save(
         provenance: anything worth knowing about the training, as JSON values. The model card (README.md) shows some
             keys of it, such as "license" and "metrics": see ``veneer/card.py``.
         overwrite: replace a folder that exists; notes at the end of its model card are kept.
+        fingerprints: of the changed base weights, by their paths, for a model that stands for its base without holding
+            the numbers (``models.hollow``); None takes those of the weights that it holds.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
@@ -106,8 +109,10 @@ def save(
     }
     exact, kept = {id(entry.change): entry.exact for entry in filed}, kept_bits(model)
 
-    def base_of(weight: Any, change: Change) -> Tensor:
-        return change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight)))
+    def print_of(at: str, weight: Any, change: Change) -> str:
+        if fingerprints is not None:
+            return fingerprints[at]
+        return fingerprint(change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight))))
 
     write(
         path,
@@ -116,7 +121,7 @@ def save(
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
-            "weights": {at: fingerprint(base_of(held, change)) for at, (held, change) in weights.items()},
+            "weights": {at: print_of(at, held, change) for at, (held, change) in weights.items()},
         },
         changes={at: _described(change) for at, (_, change) in weights.items()},
         config=config,

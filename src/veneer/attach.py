@@ -221,7 +221,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         problems += unmatched(names, patterns, field_name, targets)
 
     alpha = variant.default_alpha if config.alpha is None else config.alpha
-    low_slots = [slot for slot in targets if _is_matrix(names, slot)]
+    low_slots = [slot for slot in targets if is_matrix(names, slot)]
     wanted = {
         slot: Wish(
             int(value_for(names, slot, config.ranks, config.rank)),
@@ -276,7 +276,7 @@ def full_hosts(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[Host, .
     return tuple(dict.fromkeys(found))
 
 
-def _is_matrix(names: Names, slot: Slot) -> bool:
+def is_matrix(names: Names, slot: Slot) -> bool:
     """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes that count."""
     path, name = slot
     module = names.modules[path]
@@ -298,7 +298,7 @@ def _attachable(names: Names, targets: list[Slot], frozen: Set[int]) -> list[Slo
     refused: dict[Slot, str] = {}
     for slot in targets:
         reason = next(_refusals(names, slot, held), None)
-        if reason is None and not _is_matrix(names, slot):
+        if reason is None and not is_matrix(names, slot):
             problems: list[str] = []
             check_full(names, {slot[0]: (slot[1],)}, problems, frozen)
             reason = next(iter(problems), None)

@@ -64,28 +64,33 @@ class Checkpoint:
         """Where a tensor's bytes begin in its file."""
         return self.files[self.where[name]].data_start + self.entry(name).start
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some ``rows`` of its first axis, in memory of its own.
 
         Raises:
             KeyError: no such tensor.
             CheckpointError: the file became shorter since its header was read.
         """
         with (self.folder / self.where[name]).open("rb", buffering=0) as stream:
-            return read_tensor(stream.fileno(), self, name)
+            return read_tensor(stream.fileno(), self, name, rows)
 
 
-def read_tensor(descriptor: int, checkpoint: Checkpoint, name: str) -> Tensor:
+def read_tensor(descriptor: int, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Tensor:
     """``Checkpoint.read`` from a file that is open already."""
-    flat = torch.empty(checkpoint.bytes(name), dtype=torch.uint8)
-    view, start, done = memoryview(flat.numpy().data), checkpoint.start(name), 0
+    shape, size, start = checkpoint.shape(name), checkpoint.bytes(name), checkpoint.start(name)
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        row = size // shape[0] if shape[0] else 0
+        shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
+    flat = torch.empty(size, dtype=torch.uint8)
+    view, done = memoryview(flat.numpy().data), 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)
         if not count:
             found = f"{checkpoint.where[name]}, which ended within {name!r}"
             raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
         done += count
-    return flat.view(checkpoint.dtype(name)).reshape(checkpoint.shape(name))
+    return flat.view(checkpoint.dtype(name)).reshape(shape)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -12,6 +12,7 @@
     ├── CheckpointError    ValueError       a model's files that cannot be read
     ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
     ├── RemoteError        OSError          a remote place that cannot be reached, read or written
+    ├── ExtractError       ValueError       two models whose difference no adapter can be
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
@@ -71,6 +72,10 @@ class LibraryError(VeneerError, LookupError):
 
 class RemoteError(VeneerError, OSError):
     """A remote place that cannot be reached, read or written."""
+
+
+class ExtractError(VeneerError, ValueError):
+    """Two models whose difference cannot be written as an adapter. Nothing was written."""
 
 
 class AdapterError(VeneerError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype and bytes."""
-    return _hash(str(tensor.dtype), tensor)
+    return _hash(str(tensor.dtype), [tensor])
 
 
 def fingerprint(weight: Tensor) -> str:
@@ -20,7 +21,13 @@ def fingerprint(weight: Tensor) -> str:
 
     A base is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both.
     """
-    return _hash(str(tuple(weight.shape)), weight.detach().to(torch.bfloat16))[:32]
+    return fingerprint_of(weight.shape, [weight])
+
+
+def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor]) -> str:
+    """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other along its first
+    axis."""
+    return _hash(str(tuple(shape)), (part.detach().to(torch.bfloat16) for part in parts))[:32]
 
 
 def hash_json(value: Any) -> str:
@@ -28,7 +35,8 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _hash(prefix: str, tensor: Tensor) -> str:
+def _hash(prefix: str, tensors: Iterable[Tensor]) -> str:
     whole = hashlib.sha256(prefix.encode())
-    whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in tensors:
+        whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()

@@ -186,7 +186,7 @@ def test_stdin_gives_prompts(veneer: Case, base: Path, monkeypatch: pytest.Monke
 
 def test_help_and_version(veneer: Case) -> None:
     assert re.fullmatch(r"veneer \d+\.\d+\.\d+\S*\n", veneer("--version").out)
-    for command in ("train", "eval", "generate", "merge", "inspect"):
+    for command in ("train", "eval", "generate", "merge", "inspect", "extract"):
         found = veneer(command, "--help")
         assert found.code == 0
         assert f"veneer {command} " in found.out.split("Example", 1)[1]

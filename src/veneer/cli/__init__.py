@@ -40,6 +40,7 @@ COMMANDS = {
     "push": "Put an adapter at a remote place.",
     "pull": "Fetch an adapter from a remote place.",
     "verify": "Check everything about an adapter, and that it was made for a base.",
+    "extract": "Write the adapter that best approximates a full fine-tune.",
 }
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,

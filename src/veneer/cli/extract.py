@@ -1,0 +1,92 @@
+"""`veneer extract`: the adapter that best approximates a full fine-tune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def extract(
+    base: Annotated[
+        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
+    ],
+    tuned: Annotated[str, typer.Argument(help="The same model, fine-tuned in full.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the adapter.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(help="Rank of every product.", show_default=False)] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Or the share of each change to keep, such as 0.95.", show_default=False),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="Which weights get a product: words or patterns, comma separated.")
+    ] = "all",
+    exclude: Annotated[
+        str, typer.Option(help="What is left out, however it changed; comma separated.", show_default=False)
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="What is written whole: auto (changed norms, biases and the like), none, lossy (also weights that "
+            "keep too little), or patterns beside them; comma separated."
+        ),
+    ] = "auto",
+    least: Annotated[float, typer.Option(help="The share of its change below which a weight is lossy.")] = 0.5,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    layers: Annotated[int, typer.Option(help="Show the so many layers that keep least; 0 shows all.", min=0)] = 12,
+) -> None:
+    """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.
+
+    Both models are read weight by weight, so that neither has to fit into memory. What changed and is not in the
+    adapter is named.
+
+    \b
+    Examples:
+      veneer extract base tuned adapter --rank 16
+      veneer extract base tuned adapter --energy 0.95 --targets all-linear --keep none
+    """
+    import veneer
+    from veneer.cli.console import err, out, setup_logging
+
+    setup_logging()
+    with err.status("Comparing the models …") as status:
+
+        def progress(layer: Any, done: int, total: int) -> None:
+            status.update(f"{done} of {total}  {layer.path}  {layer.kept:.2%} at rank {layer.rank}")
+
+        report = veneer.extract(
+            base, tuned, output, rank=rank, energy=energy, targets=_listed(targets), exclude=_listed(exclude),
+            keep=_listed(keep), least=least, base_name=base, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    out.print(_table(report, layers))
+    out.print(str(report), soft_wrap=True)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _table(report: Any, count: int) -> Any:
+    from rich.table import Table
+
+    worst = sorted(report.layers, key=lambda layer: layer.kept)
+    shown = worst[: count or None]
+    table = Table("weight", box=None, header_style="bold", caption_justify="left")
+    for head in ("rank", "‖ΔW‖/‖W‖", "kept", "error", "seconds"):
+        table.add_column(head, justify="right")
+    table.add_column("found")
+    for layer in shown:
+        cells = (f"{layer.rank}", f"{layer.relative:.2e}", f"{layer.kept:.2%}", f"{layer.error:.2e}")
+        table.add_row(layer.path, *cells, f"{layer.seconds:.2f}", layer.method)
+    if len(worst) > len(shown):
+        table.caption = f"and {len(worst) - len(shown)} that keep more (--layers 0 shows all)"
+    return table

@@ -1,0 +1,141 @@
+"""What becomes of each parameter that changed: a low-rank product, itself as a whole, or nothing.
+
+    low      what ``targets`` means and has a low-rank change      else
+    whole    what ``keep`` means: every vector, unless told otherwise
+    lost     the rest, each with the reason
+
+Found here too: what cannot carry an adapter at all, before anything is factored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from veneer.attach import (
+    LowPlan,
+    Plans,
+    Wish,
+    changed_slots,
+    check_full,
+    full_hosts,
+    is_matrix,
+    name_problems,
+    plan_low,
+    with_ties,
+)
+from veneer.config import LoraConfig, Targets
+from veneer.errors import ConfigError, TargetError, raise_all, sentence
+from veneer.extract.pairs import Pair
+from veneer.overlap import overlaps
+from veneer.targets import Names, Slot, bad_regex, excluded, own_parameters, select
+
+#: the words of ``keep`` beside patterns
+AUTO, NONE, LOSSY = WORDS = ("auto", "none", "lossy")
+
+#: why something is written whole, or not at all
+ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
+NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The pairs that changed, by what becomes of them, with the reason."""
+
+    low: tuple[Pair, ...]
+    whole: tuple[tuple[Pair, str], ...]
+    lost: tuple[tuple[Pair, str], ...]
+
+
+def choose(
+    names: Names, changed: Sequence[Pair], targets: Targets, exclude: Sequence[str], keep: Sequence[str], adapter: str
+) -> Choice:
+    """Sort what changed.
+
+    Args:
+        adapter: the name under which the adapter will stand on the model for a moment.
+
+    Raises:
+        TargetError: a pattern that matches nothing, a weight that cannot carry its change; with every problem.
+    """
+    config = LoraConfig(rank=1, targets=targets, exclude=exclude)
+    patterns = [pattern for pattern in keep if pattern not in WORDS]
+    problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
+    raise_all(TargetError, "Nothing was extracted", problems)
+    problems += name_problems(names.model, adapter)
+    chosen, found = select(names, config)
+    problems += found
+    wanted, left_out = set(chosen), excluded(names, config, [])
+    by_name = _meant(names, patterns, problems)
+    low, whole, lost = [], [], []
+    for pair in changed:
+        slots = _slots(names, pair)
+        if slots & left_out and not slots & wanted:
+            lost.append((pair, EXCLUDED))
+        elif slots & by_name:
+            whole.append((pair, ASKED))
+        elif not pair.entry.buffer and is_matrix(names, pair.entry.slot):
+            low.append(pair) if slots & wanted else lost.append((pair, NO_TARGET))
+        elif NONE in keep:
+            lost.append((pair, NOT_KEPT))
+        else:
+            whole.append((pair, VECTOR))
+    ranks = {pair.entry.slot: 1 for pair in low}
+    plan(names, config, ranks, [one for one, _ in whole], problems)
+    if LOSSY in keep:
+        plan(names, config, {}, low, problems)
+    raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
+    return Choice(tuple(low), tuple(whole), tuple(lost))
+
+
+def plan(
+    names: Names, config: LoraConfig, ranks: Mapping[Slot, int], whole: Sequence[Pair], problems: list[str]
+) -> Plans:
+    """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and buffers in full."""
+    low: list[LowPlan] = plan_low(names, {slot: Wish(rank, float(rank)) for slot, rank in ranks.items()}, problems)
+    full: dict[str, tuple[str, ...]] = {}
+    for pair in whole:
+        path, name = pair.entry.slot
+        full[path] = (*full.get(path, ()), *(() if pair.entry.buffer else (name,)))
+    full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
+    check_full(names, full, problems)
+    problems += overlaps(names, changed_slots(low, full))
+    buffers = frozenset(pair.entry.slot[0] for pair in whole if pair.entry.buffer)
+    return Plans(config, tuple(low), full, buffers, full_hosts(names, full))
+
+
+def keep_words(keep: str | Sequence[str]) -> tuple[str, ...]:
+    """``keep`` as a tuple.
+
+    Raises:
+        ConfigError: no pattern or word, or words that contradict each other.
+    """
+    words = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not all(isinstance(word, str) and word for word in words):
+        found, expected = f"keep={keep!r}", "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
+        raise ConfigError(sentence(found, expected, "name what is to be written whole"))
+    if AUTO in words and NONE in words:
+        raise ConfigError(sentence("keep with 'auto' and 'none'", "one of them", "leave one out"))
+    return words
+
+
+def _slots(names: Names, pair: Pair) -> set[Slot]:
+    """Every slot that holds the parameter or buffer of a pair, under the first name of its module."""
+    found = (path.rpartition(".") for path in pair.entry.names)
+    return {(names.canonical[above], name) for above, _, name in found}
+
+
+def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[Slot]:
+    """The parameters and buffers that patterns of ``keep`` mean: those of modules and of everything below them, or
+    parameters by their own paths."""
+    meant: set[Slot] = set()
+    for pattern in patterns:
+        below = [child for path in names.matching(pattern) for child in names.children(path)]
+        own = [(path, name) for path in below for name in own_parameters(names.modules[path])]
+        own += [(path, name) for path in below for name in names.modules[path]._buffers]
+        own = own or names.parameters_matching(pattern)
+        if not own:
+            found = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
+            problems.append(sentence(found, "a name of this model", "correct or remove it"))
+        meant.update(own)
+    return meant

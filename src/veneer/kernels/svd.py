@@ -1,0 +1,132 @@
+"""The product of rank r that is nearest to a given matrix, and how near it is.
+
+    D ≈ B A        D: [out, in]   A: [r, in] = √S Vᵀ   B: [out, r] = U √S        U S Vᵀ: the r largest singular triples
+
+No other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936). What is sought is V, the leading
+eigenvectors of H = TᵀT, where T is D or Dᵀ, whichever is tall: [long, short]. The rest is one product, T V, whose
+columns have the singular values as their norms.
+
+- Exactly: H is formed in float64 and decomposed. A direction whose singular value is below 1e-8 of the largest drowns
+  in the rounding of H, and so do 1e-16 of ‖D‖² at most.
+- Randomised (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.3): H is applied again and again
+  to more random directions than are wanted, orthonormal each time, and never formed. Each pass costs 4 · long · short
+  · directions, where H and its eigenvectors cost 2 · long · short² + 10 · short³. After a pass it is known how much of
+  ‖D‖² the r best directions hold; as the gains of the passes fall like powers, the last two of them tell what the
+  limit holds. Directions that are within ``FACTOR`` of that limit are taken; if ``PASSES`` do not get there, the exact
+  way is gone.
+
+Everything is summed in float64, in pieces of D that are cast one at a time: D may be float32 and as large as memory
+allows. Rejected: ``torch.linalg.svd`` of D, 3 to 6 times slower than H and its eigenvectors (576 × 1536: 0.42 s against
+0.13 s), in several times the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+#: a randomised product is at most this much farther from D than the nearest one is, by the estimate from its passes
+FACTOR = 1.005
+PASSES = 10
+#: how many numbers are cast to float64 at once
+PIECE = 1 << 21
+
+
+def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) -> tuple[Tensor, str]:
+    """Directions that hold as much of ``matrix`` [out, in] as any ``rank`` directions can.
+
+    Args:
+        exact: never randomised.
+        seed: of the random directions.
+
+    Returns:
+        orthonormal [min(out, in), rank] in float64, and how they were found: "exact" or "randomised".
+    """
+    out, in_ = matrix.shape
+    long, short = max(out, in_), min(out, in_)
+    directions = min(short, rank + 10 + rank // 4)
+    pays = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
+    found = _randomised(matrix, rank, directions, seed) if pays and not exact else None
+    if found is not None:
+        return found, "randomised"
+    _, vectors = spectrum(matrix)
+    return vectors[:, :rank].contiguous(), "exact"
+
+
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The squares of the singular values of ``matrix`` [out, in], descending, and their directions [short, short], in
+    float64."""
+    short = min(matrix.shape)
+    H = torch.zeros(short, short, dtype=torch.float64, device=matrix.device)
+    for piece in _pieces(matrix):
+        H.addmm_(piece.mT, piece)
+    values, vectors = torch.linalg.eigh(H)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def smallest_rank(spectra: Sequence[Tensor], share: float) -> int:
+    """The smallest rank at which products of that rank, one for each of the matrices with these squared singular values
+    (descending), keep ``share`` of the sum of all."""
+    together = torch.stack(list(spectra)).sum(0).cumsum(0)
+    reached = together >= share * together[-1]
+    return int(reached.to(torch.uint8).argmax()) + 1
+
+
+def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] in float64, with the singular values in equal parts: the product is ``matrix`` in these
+    directions (``vectors``: [short, r], orthonormal) and zero across them."""
+    along = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
+    root = along.norm(dim=0).sqrt()
+    along = along / torch.where(root > 0, root, 1)
+    across = vectors * root
+    return (across.mT, along) if _tall(matrix) else (along.mT, across)
+
+
+def distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
+    """‖matrix − B A‖², summed in float64 over what A and B hold, whatever their dtype."""
+    A, B = A.to(matrix.device, torch.float64), B.to(matrix.device, torch.float64)
+    along, across = (B, A) if _tall(matrix) else (A.mT, B.mT)
+    total, start = 0.0, 0
+    for piece in _pieces(matrix):
+        rest = torch.addmm(piece, along[start : start + len(piece)], across, alpha=-1)
+        total, start = total + rest.square().sum().item(), start + len(piece)
+    return total
+
+
+def energy(matrix: Tensor) -> float:
+    """‖matrix‖² in float64."""
+    return sum(piece.square().sum().item() for piece in _pieces(matrix))
+
+
+def _randomised(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
+    """The leading directions, or None where the passes do not come near enough to their limit."""
+    short, total = min(matrix.shape), energy(matrix)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(short, directions, dtype=torch.float64, generator=generator).to(matrix.device)
+    basis, lost, gain = torch.linalg.qr(start)[0], total, 0.0
+    for _ in range(PASSES):
+        image = torch.zeros_like(basis)  # H applied to the basis
+        for piece in _pieces(matrix):
+            image.addmm_(piece.mT, piece @ basis)
+        values, turn = torch.linalg.eigh(basis.mT @ image)
+        before, lost = lost, max(total - values[-rank:].sum().item(), 0.0)
+        last, gain = gain, max(before - lost, 0.0)
+        to_come = gain * gain / (last - gain) if gain < last else lost  # of a geometric series
+        if lost <= 1e-14 * total or (last > 0 and to_come <= (FACTOR**2 - 1) * lost):
+            return basis @ turn[:, -rank:].flip(1)
+        basis = torch.linalg.qr(image)[0]
+    return None
+
+
+def _tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] >= matrix.shape[1]
+
+
+def _pieces(matrix: Tensor) -> Iterator[Tensor]:
+    """The rows of T, some at a time, in float64."""
+    tall = matrix if _tall(matrix) else matrix.mT
+    count = max(1, PIECE // max(1, tall.shape[1]))
+    for start in range(0, len(tall), count):
+        yield tall[start : start + count].to(torch.float64)
