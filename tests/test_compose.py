@@ -19,11 +19,11 @@ from models import IDS, ConvNet, Shared, Stack, TinyLM
 from toys import error, evidence, example, flat, randomise
 from veneer.artefact import read
 from veneer.compose import METHODS, compose
+from veneer.compose.mixing import RECIPES, factored, mix
 from veneer.derived import derive
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
-from veneer.mixing import RECIPES, factored, mix
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from veneer.artefact import Artefact, read
+from veneer.compose.lineup import applied
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft
-from veneer.lineup import applied
 from veneer.lowrank import LowRank
 
 #: singular values below this share of the largest are rounding: no direction of a change

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.compose.mixing import RECIPES, factored, mix
 from veneer.errors import AdapterError, sentence
 from veneer.lowrank import LowRank
-from veneer.mixing import RECIPES, factored, mix
 from veneer.variants.dora import row_norms
 
 #: |G| below which a row counts as scaled to nothing

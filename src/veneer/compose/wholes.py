@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from veneer.artefact import Artefact
+from veneer.compose.grounds import Grounds
+from veneer.compose.lineup import Spot
+from veneer.compose.mixing import Recipe, mix
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.formats import peft
-from veneer.grounds import Grounds
 from veneer.hashing import digest
-from veneer.lineup import Spot
-from veneer.mixing import Recipe, mix
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from veneer.artefact import Artefact, read
-from veneer.blend import Blend, Recipe, Term, mixed, rescaled, summed
+from veneer.compose.blend import Blend, Recipe, Term, mixed, rescaled, summed
+from veneer.compose.grounds import Ground, Grounds, Source
+from veneer.compose.lineup import Spot, line_up
+from veneer.compose.mixing import RECIPES
+from veneer.compose.wholes import Mixing, combined
 from veneer.derived import derive, merged_base
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.files import must_not_exist
 from veneer.formats import peft
-from veneer.grounds import Ground, Grounds, Source
 from veneer.hashing import fingerprint
-from veneer.lineup import Spot, line_up
-from veneer.mixing import RECIPES
 from veneer.targets import path_test
 from veneer.variants import VARIANTS
-from veneer.wholes import Mixing, combined
 
 METHODS = ("sum", "svd", *RECIPES)
 _MAGNITUDE = VARIANTS["dora"].peft_keys["magnitude"]

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 import veneer.formats
 from veneer import artefact as folder
-from veneer import deltas
 from veneer.adapted import weight_of
 from veneer.adapter import UnverifiedAdapter, install_from, save
 from veneer.artefact import Artefact
 from veneer.attach import detach, parameter_path
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
+from veneer.convert import deltas
+from veneer.convert.opened import Opened, header_of, open_base
 from veneer.derived import derive
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.files import must_not_exist, new_file
@@ -53,7 +54,6 @@ from veneer.formats._base import (
 )
 from veneer.formats.parts import PARTS
 from veneer.hashing import fingerprint
-from veneer.opened import Opened, header_of, open_base
 from veneer.registry import import_all
 from veneer.targets import Names
 

@@ -94,7 +94,7 @@ def recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = 
     """
     if model is not None:
         return _recipe(folder, adapters, model)
-    code = "import sys, veneer.recipe; veneer.recipe.answer(sys.stdin.buffer, sys.stdout.buffer)"
+    code = "import sys, veneer.shards.recipe; veneer.shards.recipe.answer(sys.stdin.buffer, sys.stdout.buffer)"
     question = pickle.dumps((folder, [tuple(adapter) for adapter in adapters]))
     done = subprocess.run([sys.executable, "-c", code], input=question, stdout=subprocess.PIPE, check=False)
     if done.returncode:

@@ -44,7 +44,7 @@ from veneer.headers import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
-from veneer.recipe import Adapter, Recipe, Work, apply, mismatched, recipe, refuse, replaced
+from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe, refuse, replaced
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from veneer.adapted import weight_of
 from veneer.attach import group_of, unwrap
 from veneer.bases import storage_of
+from veneer.compose.lineup import Order, Spot
 from veneer.errors import AdapterError, listing, sentence
 from veneer.filing import kind_for, slot_at
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import squeezed, swapped_stack
-from veneer.lineup import Order, Spot
 from veneer.targets import Names, own_parameters
 
 #: where base weights come from: a model, or their dense tensors by path
