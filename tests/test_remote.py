@@ -343,6 +343,11 @@ def test_the_hub_gives_back_what_it_got(server, adapters, cache):
     assert "README.md" in contents(found)
 
 
+def test_pushing_to_the_hub_twice_is_pushing_once(server, adapters):
+    assert push(adapters[0], PLACE) == push(adapters[0], PLACE)
+    assert len(server.repos["owner/adapter"].commits) == 2
+
+
 def test_a_commit_that_is_in_the_cache_needs_no_network(server, adapters, cache, monkeypatch):
     place = push(adapters[0], PLACE)
     pull(place)
