@@ -419,6 +419,16 @@ def test_a_repository_that_holds_no_adapter(server, cache):
     assert kept(cache) == []
 
 
+def test_a_commit_cannot_lead_out_of_the_cache(server, adapters, cache):
+    push(adapters[0], PLACE)
+    repo = server.repos["owner/adapter"]
+    repo.commits["../../../x"] = repo.commits[repo.branches["main"]]
+    repo.branches["main"] = "../../../x"
+    with pytest.raises(RemoteError, match=r"the commit '../../../x'"):
+        pull(PLACE)
+    assert kept(cache) == []
+
+
 def test_no_such_repository(server, adapters, cache):
     with pytest.raises(RemoteError, match="no repository hf://owner/adapter, or one that you may not see"):
         pull(PLACE)
