@@ -52,6 +52,11 @@ def serving() -> Iterator[Hub]:
         server.server_close()
 
 
+def _git(data: bytes) -> str:
+    """The name that git gives to a file's bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class _RefusedError(Exception):
     pass
 
@@ -112,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
                 _, files = self._commit(f"{owner}/{name}", revision)
                 return self._json(
                     [
-                        {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                        {"type": "file", "path": path, "size": len(data), "oid": _git(data)}
                         for path, data in files.items()
                     ]
                 )
@@ -123,9 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
                 branches[branch] = branches["main"]
                 return self._json({})
             case ["api", "models", owner, name, "preupload", revision]:
-                self._commit(f"{owner}/{name}", revision)
-                paths = [file["path"] for file in json.loads(body)["files"]]
-                files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+                _, there = self._commit(f"{owner}/{name}", revision)
+                files = []
+                for path in (file["path"] for file in json.loads(body)["files"]):
+                    known = {"oid": _git(there[path])} if path in there else {}
+                    files.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, **known})
                 return self._json({"files": files})
             case ["api", "models", owner, name, "commit", revision]:
                 return self._change(f"{owner}/{name}", revision, body)

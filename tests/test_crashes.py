@@ -70,8 +70,8 @@ def whole(folder: Path) -> None:
 def test_a_death_before_any_step_on_the_disk(folder, operation):
     """Each step in turn: rename, replace, fsync, mkdir, unlink, … does not happen, and nothing after it does."""
     for step in range(200):
-        number = 1 if operation == "tag" and step == 0 else 1000 + step
-        if operation == "tag":
+        number = 1000 + step
+        if operation == "tag":  # which goes on from the tag that is there
             (last,) = Library(folder / "library").entry("kept").tags
             number = int(last[1:]) + 1
         child = CONTEXT.Process(target=crashes.die_at, args=(operation, folder, number, step))

@@ -373,6 +373,7 @@ def test_resolve(monkeypatch, tmp_path, library, adapters):
 
 def test_entries_are_values(library, adapters):
     entry = library.add(adapters[0], "a")
+    assert Library(str(library.folder)) == library
     assert json.loads(json.dumps(dataclasses.asdict(entry)))["name"] == "a"
     assert hash(entry) == hash(library.entry("a"))
 

@@ -343,6 +343,11 @@ def test_the_hub_gives_back_what_it_got(server, adapters, cache):
     assert "README.md" in contents(found)
 
 
+def test_pushing_to_the_hub_twice_is_pushing_once(server, adapters):
+    assert push(adapters[0], PLACE) == push(adapters[0], PLACE)
+    assert len(server.repos["owner/adapter"].commits) == 2
+
+
 def test_a_commit_that_is_in_the_cache_needs_no_network(server, adapters, cache, monkeypatch):
     place = push(adapters[0], PLACE)
     pull(place)
@@ -410,6 +415,16 @@ def test_a_bad_download_from_the_hub_leaves_nothing(server, adapters, cache):
 def test_a_repository_that_holds_no_adapter(server, cache):
     server.repos["owner/adapter"] = hub.Repo()
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
+        pull(PLACE)
+    assert kept(cache) == []
+
+
+def test_a_commit_cannot_lead_out_of_the_cache(server, adapters, cache):
+    push(adapters[0], PLACE)
+    repo = server.repos["owner/adapter"]
+    repo.commits["../../../x"] = repo.commits[repo.branches["main"]]
+    repo.branches["main"] = "../../../x"
+    with pytest.raises(RemoteError, match=r"the commit '../../../x'"):
         pull(PLACE)
     assert kept(cache) == []
 

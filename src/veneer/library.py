@@ -84,11 +84,14 @@ class Rebuilt:
     lost: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Library:
     """The adapters in a folder, which need not exist yet."""
 
     folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        object.__setattr__(self, "folder", Path(folder).expanduser())
 
     # ------------------------------------------------------------------------------------------ reading: no lock
 

@@ -108,9 +108,8 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
         if source.revision:
             raise RemoteError(sentence(f"a revision of the folder {place}", "none", "leave it out"))
         return read(source.where).path
-    keep = (
-        cache or cache_dir() / "adapters"
-    ) / f"{source.slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
+    named = f"{source.slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
+    keep = (cache or cache_dir() / "adapters") / named
     return _pull_hub(source, keep) if source.kind == "hub" else _pull_store(source, keep)
 
 
@@ -218,11 +217,15 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
         return keep / revision  # without a network
     with _hub_errors(source, "read"):
         commit = str(_api().model_info(repo, revision=source.revision).sha)
+    if not _COMMIT.fullmatch(commit):  # it becomes a path
+        found = f"the commit {commit!r} of {source.where}"
+        raise RemoteError(sentence(found, "40 hexadecimal digits", "check HF_ENDPOINT"))
 
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
             _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(FILES))
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
+        if (folder / ".cache").is_dir():  # the hub client's notes about the download
+            shutil.rmtree(folder / ".cache")
 
     return _kept(keep / commit, f"{source.where}@{commit}", fetch)
 

@@ -43,7 +43,7 @@ def open_library(folder: Path | None) -> Library:
     """The library in a folder, or the default one."""
     from veneer.library import Library, default_folder
 
-    return Library(default_folder() if folder is None else folder.expanduser())
+    return Library(default_folder() if folder is None else folder)
 
 
 def open_pair(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
