@@ -18,7 +18,14 @@ from veneer import artefact
 from veneer.card import LINE, NAME, card, front_matter, renewed
 from veneer.variants import VARIANTS
 
-PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "owner/base"}
+PEFT = {
+    "target_modules": ["q"],
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 4,
+    "lora_alpha": 8,
+    "base_model_name_or_path": "owner/base",
+}
 RECORD = {
     "base": {"name": "owner/base", "architecture": "Net", "weights": {"a.q.weight": "1"}},
     "hashes": {"record": "f"},
@@ -185,17 +192,18 @@ def test_an_adapter_that_peft_refuses_says_why_instead(tmp_path):
         ({}, ""),
         ({"task_type": None}, "language models"),
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["head"]}, "trained in full"),
+        ({"modules_to_save": ["head"]}, "trains modules in full"),
         ({"bias": "all"}, "biases"),
         ({"target_parameters": ["a.b"]}, "parameters"),
         ({"fan_in_fan_out": True}, "transposed"),
-        ({"rank_pattern": {"a": 1}}, "one rank"),
-        ({"alpha_pattern": {"a": 1}}, "one alpha"),
-        ({"r": 513}, "largest rank"),
+        ({"rank_pattern": {"a": 1}}, "scales of their own"),
+        ({"alpha_pattern": {"a": 1}}, "scales of their own"),
+        ({"r": 513}, "above max_lora_rank"),
     ],
 )
 def test_vllm_is_named_only_where_it_can(changes, reason):
-    text = card({**PEFT, **changes})
+    shapes = {f"base_model.model.{at}.lora_A.weight": (8, 4) for at in "ab"}
+    text = card({**PEFT, **changes}, None, shapes)
     assert ("vllm serve" in text) == (reason == "")
     if reason:
         assert reason in text.split("vLLM cannot serve it")[1]

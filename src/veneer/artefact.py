@@ -153,7 +153,8 @@ def write(
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
     for file, text in texts.items():
         _must_be_readable(file, text)
-    texts[card.NAME] = card.renewed(card.card(peft_config, record), _old_card(path))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    texts[card.NAME] = card.renewed(card.card(peft_config, record, shapes), _old_card(path))
     with new_folder(path, overwrite=overwrite) as folder:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", errors="replace")

@@ -34,17 +34,15 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.formats import peft
+from veneer.formats import peft, vllm
 from veneer.hashing import hash_json
 
 NAME = "README.md"
 LINE = "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands above. -->"
-#: what vLLM 0.26 takes for ``--max-lora-rank``
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 UNKNOWN = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # of a run's config: what is named elsewhere in the card, and what only the machine that trained cares about
@@ -61,12 +59,17 @@ _ELSEWHERE = {
 }
 
 
-def card(peft_config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> str:
+def card(
+    peft_config: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> str:
     """The text of an adapter's README.md.
 
     Args:
         peft_config: the fields of ``adapter_config.json``.
         record: Veneer's record (``Artefact.record``), or None for an adapter of another library.
+        shapes: of the tensors in its file, by name, which say more of who can load it.
     """
     record = record or {}
     provenance = _told(record)
@@ -76,7 +79,7 @@ def card(peft_config: Mapping[str, Any], record: Mapping[str, Any] | None = None
         "Training": _table("setting", _settings(peft_config, record)),
         "Metrics": _table("metric", provenance["metrics"]),
         "Licence": f"{_line(provenance['license'] or 'Not stated')}. The base model has a licence of its own.",
-        "Use": "\n\n".join(_use(peft_config, record)),
+        "Use": "\n\n".join(_use(peft_config, record, shapes or {})),
         "Verify": _verify(record),
     }
     body = [f"# {_line(_title(peft_config, provenance))}", _what(peft_config, record), _description(provenance)]
@@ -236,7 +239,9 @@ def _table(head: str, values: Mapping[str, Any]) -> str:
     return "\n".join([f"| {head} | value |", "|---|---|", *rows])
 
 
-def _use(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
+def _use(
+    peft_config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
     name = _base_name(peft_config, record) if _generates(peft_config) else None
     yield _python(
         ["import veneer", *(["from veneer.models import load_base"] if name else [])],
@@ -253,11 +258,11 @@ def _use(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[
         f"model = {f'AutoModelForCausalLM.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}",
         'model = PeftModel.from_pretrained(model, ".")',
     )
-    reasons = list(_not_vllm(peft_config))
+    reasons = list(_not_vllm(peft_config, shapes))
     if reasons:
         yield f"vLLM cannot serve it: {'; '.join(reasons)}."
         return
-    rank = next(rank for rank in VLLM_RANKS if rank >= peft_config["r"])
+    rank = next(rank for rank in vllm.RANKS if rank >= peft_config["r"])
     options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
     yield f"```console\nvllm serve {shlex.quote(plain or 'BASE')} {options}\n```"
     yield "vLLM decides by the architecture of the base which of its layers may have adapters."
@@ -287,25 +292,15 @@ def _not_peft(peft_config: Mapping[str, Any]) -> str:
     return "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
 
 
-def _not_vllm(peft_config: Mapping[str, Any]) -> Iterator[str]:
-    """What vLLM's reader of PEFT configs (``vllm/lora/peft_helper.py``) refuses, or does not read and would get
-    wrong."""
+def _not_vllm(peft_config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """What vLLM's loader refuses, or would get wrong."""
     if not _generates(peft_config):
         yield "it serves language models"
-    if peft_config.get("use_dora"):
-        yield "it has no DoRA"
-    if peft_config.get("modules_to_save"):
-        yield "it takes no modules that were trained in full"
-    if peft_config.get("bias", "none") != "none":
-        yield "it takes no trained biases"
     if peft_config.get("target_parameters"):
         yield "it adapts modules, not single parameters"
     if peft_config.get("fan_in_fan_out"):
         yield "it does not read transposed layers"
-    if peft_config.get("rank_pattern") or peft_config.get("alpha_pattern"):
-        yield "it reads one rank and one alpha for all layers"
-    if peft_config["r"] > VLLM_RANKS[-1]:
-        yield f"its largest rank is {VLLM_RANKS[-1]}"
+    yield from vllm.problems(peft_config, shapes, shapes=shapes)
 
 
 def _generates(peft_config: Mapping[str, Any]) -> bool:
