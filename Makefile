@@ -43,7 +43,12 @@ demo: $(VENV)/.demo
 test: setup
 	$(PASSIVE) $(BIN)/python -m pytest -m "not slow"
 
-test-slow: setup
+# llama.cpp, which some slow tests run adapters in: built from source, minutes, once
+$(VENV)/.llamacpp: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[llamacpp]'
+	@touch $@
+
+test-slow: setup $(VENV)/.llamacpp
 	$(PASSIVE) $(BIN)/python -m pytest -m "slow or not slow"
 
 check: setup
@@ -86,6 +91,8 @@ bench: setup
 	$(BENCH)/frozen.py
 	$(BENCH)/planner.py
 	$(BENCH)/compose.py
+	OMP_NUM_THREADS=2 $(BENCH)/merge.py --check --kills 10
+	$(BENCH)/merge_fidelity.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
 

@@ -214,6 +214,8 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return _scaling(cases)
     if name == "merge_fidelity":
         return _roundings(cases)
+    if name == "merge":
+        return [line for case in cases for line in _files(case)]
     shared, differ = _shared(cases)
     floor, runs = cases[0]["floor"], cases[0]["runs"]
     lead = [f"{said(shared)}: " if shared else "", f"ratio to {floor}, {runs} rounds."]
@@ -240,6 +242,19 @@ def _memory(case: Mapping[str, Any]) -> list[str]:
         for name, row in case["rows"].items()
     ]
     return [f"{said(case['setting'])}; ratios to the floor.", "", *table(["", *titles.values()], rows)]
+
+
+def _files(case: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{row['rate'] / 1e9:.2f} GB/s", f"{1 / row['ratio']:.2f}", f"{row['peak'] / 2**20:,.0f} MiB"]
+        for name, row in case["rows"].items()
+    ]
+    setting = case["setting"]
+    lead = (
+        f"{setting['bytes'] / 2**30:.1f} GiB in bf16, largest tensor {setting['largest'] / 2**20:,.0f} MiB: the memory "
+        f"may be {setting['bound'] / 2**20:,.0f} MiB. Rates to that of copying, {case['runs']} rounds."
+    )
+    return [lead, "", *table(["", "rate", "of copying", "peak memory"], rows)]
 
 
 def _target(case: Mapping[str, Any]) -> list[str]:

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 import bench_page
+from veneer import cli
 from veneer.variants import VARIANTS, Start
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("", "train", "eval", "generate", "merge", "inspect")
+COMMANDS = ("", *cli.COMMANDS)
 
 
 def help_of(command: str) -> str:
