@@ -100,7 +100,10 @@ def _target_table(found: Mapping[str, Any]) -> list[str]:
     if "time_to_target" not in found:
         return []
     (case,) = found["time_to_target"]["cases"]
-    labels = {"trl + peft": "TRL + PEFT, defaults", "trl + peft, tuned": "TRL + PEFT, tuned", "veneer": "**Veneer**"}
+    labels = {
+        "trl + peft": "TRL + PEFT, defaults", "trl + peft, tuned": "TRL + PEFT, tuned",
+        "veneer, as many steps": "**Veneer**, as many steps", "veneer": "**Veneer**, 1.5 × the steps",
+    }  # fmt: skip
     rows = [
         [labels[name], ratio(row["wall"]), ratio(row["cpu"]), f"{row['loss']:.3f}"]
         for name, row in case["rows"].items()
