@@ -129,7 +129,7 @@ def _with(m, n, values):
     return ((left * values) @ right.mT).float()
 
 
-@pytest.mark.parametrize("shape", [(400, 400), (700, 300), (300, 700)])
+@pytest.mark.parametrize("shape", [(400, 400), (900, 450), (450, 900)])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_a_randomised_product_is_as_near_as_it_says(name, shape):
     """FACTOR is by an estimate; the true one may be off by as much again, and is 1.02 at most."""
