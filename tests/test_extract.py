@@ -129,7 +129,7 @@ def _with(m, n, values):
     return ((left * values) @ right.mT).float()
 
 
-@pytest.mark.parametrize("shape", [(400, 400), (700, 300), (300, 700)])
+@pytest.mark.parametrize("shape", [(400, 400), (900, 450), (450, 900)])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_a_randomised_product_is_as_near_as_it_says(name, shape):
     """FACTOR is by an estimate; the true one may be off by as much again, and is 1.02 at most."""
@@ -504,6 +504,21 @@ def test_what_is_kept_whole_and_what_is_named_as_lost(tmp_path):
                        tuned.lm_head.weight.detach())  # fmt: skip
 
 
+def test_running_statistics_are_written_whole_or_left_out_with_their_module(tmp_path):
+    base = ConvNet().eval()
+    tuned = moved(base)
+    x = torch.randn(2, 3, 8, 8)
+    report = veneer.extract(base, tuned, tmp_path / "a", rank=8, exclude="norm")
+    assert {entry.path for entry in report.lost} == {
+        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var",
+    }  # fmt: skip
+    expected = copy.deepcopy(tuned)
+    expected.norm = base.norm
+    veneer.load(base, tmp_path / "a")
+    assert error(base(x), expected(x)) < 1e-5
+    assert error(base(x), tuned(x)) > 1e-3
+
+
 def test_only_vectors_changed(tmp_path):
     base = tiny_model()
     tuned = copy.deepcopy(base)
@@ -701,7 +716,7 @@ print(peak - start, len(report.layers))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Two checkpoints of 300 MB in bfloat16, whose largest tensor has 12 MB, and two tiny ones."""
+    """Two checkpoints of 350 MB in bfloat16, whose largest tensor has 12 MB, and two tiny ones."""
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("large")
@@ -724,7 +739,7 @@ def large(tmp_path_factory):
         tuned[path] = values + shift.reshape(-1)[: parameter.numel()].view(parameter.shape)
     for name, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, folder / name / "model.safetensors")
-    assert 290e6 < (folder / "base" / "model.safetensors").stat().st_size < 420e6
+    assert 340e6 < (folder / "base" / "model.safetensors").stat().st_size < 360e6
     return folder
 
 

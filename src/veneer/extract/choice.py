@@ -65,7 +65,8 @@ def choose(
     problems += name_problems(names.model, adapter)
     chosen, found = select(names, config)
     problems += found
-    wanted, left_out = set(chosen), excluded(names, config, [])
+    wanted = set(chosen)
+    left_out = excluded(names, config, []) | _meant(names, [p for p in config.exclude if names.matching(p)], [])
     by_name = _meant(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
