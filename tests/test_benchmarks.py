@@ -225,7 +225,7 @@ def test_merge_fidelity(recorded):
             assert row.keys() == {"retention", "inside", "outside", "nanoseconds"}
     early, late = result["adapters"]
     assert [case["setting"]["steps"] for case in (early, late)] == [1, 2]
-    assert list(late["rows"]) == ["base", "adapter", "nearest", "faithful", "faithful, inputs", "auto", "peft"]
+    assert list(late["rows"]) == ["base", "adapter", "stochastic", "nearest", "faithful", "faithful, inputs", "peft"]
     assert late["rows"]["adapter"]["divergence"] == 0
     assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
 
