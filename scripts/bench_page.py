@@ -322,7 +322,7 @@ def _merged_adapters(cases: Sequence[Mapping[str, Any]]) -> list[str]:
             rows.append([name, *numbers, divergence, f"{case['kept'][name]:.3f}" if name in case["kept"] else "–"])
         lead = (
             f"{setting['task']}, rate {setting['rate']:.0e}, {setting['steps']} steps; ‖ΔW‖ is {setting['size']:.1e} "
-            f"of ‖W‖ (median). `auto`: {case['auto']}."
+            f"of ‖W‖ (median). Nearest keeps less than 99 % in {case['below 99 %']} weights."
         )
         head = ["", "held-out loss", "against the adapter", "tokens right", "wrong", "divergence", "kept (median)"]
         lines += [lead, "", *table(head, rows)]

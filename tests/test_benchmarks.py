@@ -230,12 +230,14 @@ def test_merge_fidelity(recorded):
     result = written(recorded, "merge_fidelity")
     assert [case["setting"]["dtype"] for case in result["cases"]] == list(merge_fidelity.DTYPES)
     for case in result["cases"]:
-        assert list(case["rows"]) == ["nearest", "stochastic", "faithful"]
+        assert list(case["rows"]) == ["nearest", "stochastic", "faithful", "faithful, outputs"]
         for row in case["rows"].values():
             assert row.keys() == {"retention", "inside", "outside", "nanoseconds"}
     early, late = result["adapters"]
     assert [case["setting"]["steps"] for case in (early, late)] == [1, 2]
-    assert list(late["rows"]) == ["base", "adapter", "nearest", "faithful", "faithful, inputs", "auto", "peft"]
+    assert list(late["rows"]) == [
+        "base", "adapter", "stochastic", "faithful, outputs", "nearest", "faithful", "faithful, inputs", "peft"
+    ]  # fmt: skip
     assert late["rows"]["adapter"]["divergence"] == 0
     assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
 

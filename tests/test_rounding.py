@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from veneer.kernels import rounding
 from veneer.kernels.feedback import basis, neighbours
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
+from veneer.kernels.threads import spread
 from veneer.lowrank import LowRank
 
 HALF = (torch.bfloat16, torch.float16)
@@ -181,6 +184,7 @@ def test_the_result_goes_where_the_caller_says():
 MEMORY = """
 import resource, torch
 from veneer.kernels.rounding import fold
+from veneer.kernels.threads import spread
 from veneer.lowrank import LowRank
 weight = (torch.randn(1, {out}, {in_}) * 0.02).{dtype}()
 low = LowRank(torch.randn(1, 8, {in_}) * 1e-4, torch.randn(1, {out}, 8), 1.0)
@@ -379,3 +383,47 @@ def test_threads_and_strides_change_no_bit(name):
 def test_another_rounding_is_an_error():
     with pytest.raises(ConfigError, match="rounding='stochastic'"):
         fold(*made((1, 4, 5)), rounding="stochastic")
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+def test_work_is_spread_and_settings_stay():
+    seen, before = set(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+
+        def work(item, own):
+            own.append(item)
+            seen.add((threading.get_ident(), torch.get_num_threads()))
+            time.sleep(0.002)
+            return item * item, torch.is_grad_enabled()
+
+        assert spread(range(40), list, work, 3) == [(item * item, False) for item in range(40)]
+        assert len(seen) == 3
+        assert {count for _, count in seen} == {1}
+        assert torch.get_num_threads() == 3
+        counts = []
+        late = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        late.start()
+        late.join()
+        assert counts == [3]  # a thread that starts later has the caller's setting
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_failure_is_raised(threads):
+    done = []
+
+    def work(item, _):
+        if item == 5:
+            raise MemoryError("no room")
+        done.append(item)
+        time.sleep(0.001)
+
+    with pytest.raises(MemoryError, match="no room"):
+        spread(range(1000), list, work, threads)
+    assert len(done) < 100
+    assert threading.active_count() < 20

@@ -44,6 +44,7 @@ LINE = 256
 #: 64-bit words that are looked at as one, and the 16-bit numbers in them
 LANES = 16
 WORDS = 4 * LANES
+WORKERS = 8
 #: products of an element of B with one of A that are formed at once where numbers are computed again
 AGAIN = 1 << 18
 ROUNDINGS = ("auto", "nearest", "faithful")
@@ -200,26 +201,27 @@ def _tiles(shape: torch.Size) -> Iterator[Tile]:
                 )
 
 
-def _product(low: LowRank, tile: Tile) -> tuple[Tensor, Tensor]:
-    groups, rows, columns = tile
-    return low.B[groups, rows], low.A[groups, :, columns]
-
-
 def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> Sums:
     """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding."""
-    sums = torch.zeros(4, dtype=torch.float64, device=old.device)
-    for tile in _tiles(old.shape):
+
+    def of_tile(tile: Tile, _: None) -> Tensor:
+        groups, rows, columns = tile
         base = old[tile].double()
-        value = torch.bmm(*_product(low, tile)).mul_(low.scale).add_(base)
+        value = torch.bmm(low.B[groups, rows], low.A[groups, :, columns]).mul_(low.scale).add_(base)
         if gain is not None:
-            value *= gain[tile[0], tile[1]] if gain.shape[2] == 1 else gain[tile[0], :, tile[2]]
-        rounded = value
-        if new is not None:
-            rounded = new[tile].copy_(round_once(value, new.dtype)).double()
-        change, realised = (value - base).flatten(), (rounded - base).flatten()
+            value *= gain[groups, rows] if gain.shape[2] == 1 else gain[groups, :, columns]
+        rounded = value.clone() if new is None else new[tile].copy_(round_once(value, new.dtype)).double()
+        change, realised = value.sub_(base).flatten(), (rounded - base).flatten()
         base = base.flatten()
-        sums += torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
-    return Sums(*sums.tolist())
+        return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
+
+    sums = spread(list(_tiles(old.shape)), lambda: None, of_tile, threads=_threads(old))
+    return Sums(*torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)]).sum(0).tolist())
+
+
+def _threads(weight: Tensor) -> int:
+    """On a GPU one stream is enough; more workers than a few would need more memory and find no more bandwidth."""
+    return min(torch.get_num_threads(), WORKERS) if weight.device.type == "cpu" else 1
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
@@ -257,7 +259,7 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
         first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
         return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
 
-    done = spread(list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab)
+    done = spread(list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab, threads=_threads(old))
     more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
     realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)

@@ -21,20 +21,24 @@ Result = TypeVar("Result")
 
 
 def spread(
-    items: Sequence[Item], state: Callable[[], State], work: Callable[[Item, State], Result], threads: int | None = None
+    items: Sequence[Item], state: Callable[[], State], work: Callable[[Item, State], Result], threads: int
 ) -> list[Result]:
-    """``[work(item, …) for item in items]``, in this order, over ``threads`` (default: torch's count in this thread).
-    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised."""
-    threads = min(torch.get_num_threads() if threads is None else threads, len(items))
+    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without autograd.
+
+    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised.
+    """
+    threads = min(threads, len(items))
     if threads <= 1:
-        own = state()
-        return [work(item, own) for item in items]
+        with torch.no_grad():
+            own = state()
+            return [work(item, own) for item in items]
     results: dict[int, Result] = {}
     failed: list[BaseException] = []
     order, ready = itertools.count(), threading.Barrier(threads + 1)
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
+        torch.get_num_threads()  # the first use in a thread takes over the last setting: before ours, not after
         torch.set_num_threads(1)
         ready.wait()
         try:
