@@ -20,6 +20,7 @@ from veneer.adapted import Change, LayerAdapter
 from veneer.bases import BASES
 from veneer.formats import peft
 from veneer.kernels import fused
+from veneer.kernels.rounding import Folded, Sums
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
@@ -110,8 +111,8 @@ def _factors(patch, turned):
     """Every change, with its A as ``turned(A)``."""
     original = Change.resolve
 
-    def resolve(self, weight):
-        low, gain = original(self, weight)
+    def resolve(self, weight, dtype=None):
+        low, gain = original(self, weight, dtype)
         return LowRank(turned(low.A), low.B, low.scale), gain
 
     patch.setattr(Change, "resolve", resolve)
@@ -125,32 +126,29 @@ def gradient_of_A_is_off(patch):
     _factors(patch, lambda A: A + 1e-6 * (A - A.detach()))
 
 
+def _folds(patch, folded):
+    """Every merged weight is ``folded(weight, ΔW in float64, gain [g, out, 1])``."""
+
+    def fold(weight, low, gain, **options):
+        spread = torch.ones(1, dtype=torch.float64) if gain is None else gain.double().view(*weight.shape[:2], 1)
+        made = folded(weight, low.delta(torch.float64), spread)
+        return Folded(made.to(weight.dtype), 1.0, 1.0, "nearest", True, Sums(0.0, 0.0, 0.0, 0.0))
+
+    patch.setattr(merging, "fold", fold)
+
+
 def merge_rounds_twice(patch):
-    """W + ΔW in the weight's own dtype."""
-    original = Change.changed
-
-    def changed(self, weight, low, gain, dtype, drop=False):
-        merges = dtype == torch.float64
-        return original(self, weight, low, gain, self.storage.dtype(weight) if merges else dtype, drop).to(dtype)
-
-    patch.setattr(Change, "changed", changed)
+    """W + ΔW in the weight's own dtype, then the gain."""
+    _folds(patch, lambda W, delta, gain: (W + delta.to(W.dtype)) * gain.to(W.dtype))
 
 
 def merge_rounds_the_change(patch):
     """ΔW to the weight's own dtype, before it is added."""
-    original = merging._write
-
-    def write(slot, values, problems):
-        dense = slot.storage.dense(slot.target)
-        rounded = (values - dense.double()).to(dense.dtype).double() + dense.double()
-        return original(slot, rounded, problems)
-
-    patch.setattr(merging, "_write", write)
+    _folds(patch, lambda W, delta, gain: (W.double() + delta.to(W.dtype).double()) * gain)
 
 
 def merge_is_off(patch):
-    original = merging._write
-    patch.setattr(merging, "_write", lambda slot, values, problems: original(slot, values * (1 + 1e-6), problems))
+    _folds(patch, lambda W, delta, gain: (W.double() + delta) * gain * (1 + 1e-6))
 
 
 def merge_writes_nothing(patch):
@@ -327,8 +325,8 @@ def test_what_fails_side_by_side_alone_is_not_exact():
 def change_is_off(patch):
     original = Change.resolve
 
-    def resolve(self, weight):
-        low, gain = original(self, weight)
+    def resolve(self, weight, dtype=None):
+        low, gain = original(self, weight, dtype)
         return LowRank(low.A, low.B, low.scale * 1.5), gain
 
     patch.setattr(Change, "resolve", resolve)

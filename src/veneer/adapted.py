@@ -260,10 +260,9 @@ class Change(nn.Module):
         return low if self.still is None else low.without(self.still), gain
 
     def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` for a merge: in float64, the gain rounded to float32 at the end, so that its bits are the same
-        whether it is computed for a whole stack of matrices or for one of them."""
-        low, gain = self.resolve(weight, torch.float64)
-        return low, None if gain is None else gain.float()
+        """``resolve`` for a merge, in float64: so a gain does not show whether it was computed for a whole stack of
+        matrices or for one of them."""
+        return self.resolve(weight, torch.float64)
 
     def _dense(self, weight: Any) -> Tensor:
         dense = self.layer.unfold(self.storage.dense(weight), self.dims)

@@ -44,7 +44,7 @@ from veneer.headers import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
-from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe, refuse, replaced
+from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe_for, refuse, replaced
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal
@@ -233,7 +233,7 @@ def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: b
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
     for path, _ in given:
         read(path)
-    return _Plan(checkpoint, recipe(folder, given, model), tuple(given), dtype, rounding, verify_base)
+    return _Plan(checkpoint, recipe_for(folder, given, model), tuple(given), dtype, rounding, verify_base)
 
 
 # ---------------------------------------------------------------------------------------------- one tensor

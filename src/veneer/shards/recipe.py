@@ -1,6 +1,6 @@
 """What a merge does to each tensor of a checkpoint, found from names and shapes alone; and doing it to one tensor.
 
-    recipe(folder, adapters)  ->  Recipe: tensor name -> the works on it: (place in the model, changes with weights)
+    recipe_for(folder, adapters)  ->  Recipe: tensor name -> the works on it: (place in the model, changes with weights)
     apply(work, tensor)       ->  the merged part of the tensor, rounded once, and what rounding did to the change
 
 The model is built hollow (``models.hollow``) and the adapters are loaded onto it, by the code that loads them onto a
@@ -80,7 +80,7 @@ class Recipe:
     notes: tuple[str, ...]
 
 
-def recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> Recipe:
+def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> Recipe:
     """What merging these adapters does to the checkpoint in ``folder``.
 
     Args:
@@ -94,7 +94,7 @@ def recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = 
     """
     if model is not None:
         return _recipe(folder, adapters, model)
-    code = "import sys, veneer.shards.recipe; veneer.shards.recipe.answer(sys.stdin.buffer, sys.stdout.buffer)"
+    code = "import sys; from veneer.shards.recipe import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"
     question = pickle.dumps((folder, [tuple(adapter) for adapter in adapters]))
     done = subprocess.run([sys.executable, "-c", code], input=question, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -312,8 +312,7 @@ def _resolved(change: Change, work: Work, held: Tensor) -> tuple[LowRank, Tensor
             else value.view(shape)[groups, rows].flatten()
             for name, value in numbers.items()
         }  # fmt: skip
-        low, gain = change.variant.resolve(own, change.scale, lambda: held)
-        return low, None if gain is None else gain.float()
+        return change.variant.resolve(own, change.scale, lambda: held)
     if change.rows is not None:
         low = low.place(change.rows, change.dims.out)
     return LowRank(low.A[groups], low.B[groups, rows], low.scale), None
