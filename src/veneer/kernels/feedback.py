@@ -101,6 +101,8 @@ def faithful(
         ⟨ΔW, E⟩, where ΔW is all that changes.
     """
     groups, rows, columns = weight.shape
+    if gain is not None and gain.shape[2] == 1:
+        gain = gain.expand(-1, rows, -1)
     held = torch.promote_types(weight.dtype, out.dtype)
     high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
     many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
@@ -131,7 +133,7 @@ def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:
 
 def _gains(gain: Tensor, rows: slice, order: Tensor) -> Tensor:
     """One a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns."""
-    return gain.mT.gather(1, order[:, :, None]) if gain.shape[1] == 1 else gain[:, rows].mT
+    return gain[:, rows].mT if gain.shape[2] == 1 else gain.mT.gather(1, order[:, :, None])
 
 
 class _Rows:

@@ -198,7 +198,10 @@ def _tiles(shape: torch.Size) -> Iterator[Tile]:
 
 
 def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> _Sums:
-    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding."""
+    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding.
+    ``gain`` is [g, out, 1] or [g, 1, in]."""
+    if gain is not None and gain.shape[2] == 1:
+        gain = gain.expand(-1, old.shape[1], -1)
 
     def of_tile(tile: Tile, _: None) -> Tensor:
         groups, rows, columns = tile
