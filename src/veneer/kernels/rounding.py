@@ -38,7 +38,7 @@ from veneer.lowrank import LowRank
 
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
 #: doubt at once. Fixed, so that the sums of a report do not depend on who asks
-TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 18
+TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
 #: 64-bit words that are looked at as one, and the 16-bit numbers in them
