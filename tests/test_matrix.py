@@ -345,19 +345,26 @@ def weight_is_read_wrong(patch):
 def weight_is_written_wrong(patch):
     for name in STORED_NAMES:
         kind = type(BASES[name])
-        original = kind.encode
-
-        def encode(self, weight, values, original=original):
-            return original(self, weight, values * 1.02)
-
-        patch.setattr(kind, "encode", encode)
+        encode, write = kind.encode, kind.write
+        if BASES[name].dense_name is None:
+            patch.setattr(
+                kind, "encode", lambda self, weight, values, encode=encode: encode(self, weight, values * 1.02)
+            )
+        else:  # what is stored as its numbers is not encoded
+            off = {BASES[name].dense_name: 1.02}
+            patch.setattr(
+                kind, "write",
+                lambda self, weight, stored, write=write, off=off: write(
+                    self, weight, {key: value * off.get(key, 1) for key, value in stored.items()}
+                ),
+            )  # fmt: skip
 
 
 def report_is_wrong(patch):
     original = merging._report
 
-    def report(path, old, exact, rounded):
-        return original(path, old, exact, exact)
+    def report(path, old, exact, rounded, rounding):
+        return original(path, old, exact, exact, rounding)
 
     patch.setattr(merging, "_report", report)
 

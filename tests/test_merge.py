@@ -407,14 +407,15 @@ def weight_at(model, path):
 
 
 @pytest.mark.parametrize("kind", LAYERS.names())
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_faithful_merging_of_every_kind(kind, dtype):
+def test_faithful_merging_of_every_kind(kind, variant, dtype):
     """Each merged number is one of the two neighbours of gain ⊙ (W + ΔW); what was a number of the grid and does not
     change stays; unmerging restores the bits."""
     for module, _ in LAYERS[kind].examples():
         model = nn.Sequential(module).to(dtype)
         before = bits(model)
-        handle = veneer.attach(model, veneer.LoraConfig(rank=1, targets="all"))
+        handle = veneer.attach(model, veneer.LoraConfig(rank=1, targets="all", variant=variant))
         randomise(handle)
         small(model, handle, 1e-3)
         exact = {}

@@ -307,11 +307,27 @@ def test_subnormals():
 @pytest.mark.parametrize(
     "shape", [(1, 3, 5), (1, 1, 1), (1, 2, 200), (30, 1, 9), (5000, 1, 3), (1, 5000, 3), (3, 40, 33)]
 )
-def test_any_shape(shape):
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("gained", [False, True])
+def test_any_shape(shape, side, gained):
     weight, low = made(shape, 1e-3, rank=2)
-    folded = fold(weight, low, rounding="faithful")
-    below, above = cells(exact(weight, low), torch.bfloat16)
-    assert ((folded.weight.double() == below) | (folded.weight.double() == above)).all()
+    gain = 1 + 0.01 * torch.randn(shape[0] * shape[1]) if gained else None
+    for base in (weight, weight.mT.contiguous().mT):
+        folded = fold(base, low, gain, rounding="faithful", side=side)
+        below, above = cells(exact(weight, low, gain), torch.bfloat16)
+        assert folded.rounding == "faithful"
+        assert ((folded.weight.double() == below) | (folded.weight.double() == above)).all()
+        near = fold(base, low, gain, rounding="nearest", side=side)
+        assert torch.equal(near.weight, round_once(exact(weight, low, gain), torch.bfloat16))
+
+
+def test_the_outputs_side_protects_what_B_writes():
+    weight, low = made((1, 300, 200), 1e-3)
+    values, B = exact(weight, low), low.B[0].double()
+    near, true = (fold(weight, low, rounding=name, side="outputs") for name in ("nearest", "faithful"))
+    found = [((one.weight.double() - values)[0].T @ B).norm().item() for one in (near, true)]
+    assert found[1] < 0.1 * found[0]
+    assert abs(true.retention - 1) < 0.01
 
 
 def test_a_gain_is_protected_too():

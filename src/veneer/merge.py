@@ -140,7 +140,7 @@ def merge(
         name: the adapter; None takes the only one.
         keep: keep the old weights, which ``unmerge`` needs (as much memory again as the weights that change).
         rounding: of 16-bit weights. "nearest": each number to the nearest. "faithful": each to one of its two
-            neighbours, so that the errors cancel on what the adapter reads; takes several times as long, about a second
+            neighbours, so that the errors cancel on what the adapter reads; takes several times as long, a few seconds
             for 100 million numbers. "auto": faithful for each weight of which nearest would keep less than 99 % of the
             change (or more than 101 %). Weights of more bits, those that are trained in full and embeddings of bounded
             norm are always rounded to nearest, packed ones (bitsandbytes, torchao, GGUF) by their storage's own rule.

@@ -38,7 +38,7 @@ from veneer.lowrank import LowRank
 
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
 #: doubt at once. Fixed, so that the sums of a report do not depend on who asks
-TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 18
+TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
 #: 64-bit words that are looked at as one, and the 16-bit numbers in them
@@ -202,7 +202,10 @@ def _tiles(shape: torch.Size) -> Iterator[Tile]:
 
 
 def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> Sums:
-    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding."""
+    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding.
+    ``gain`` is [g, out, 1] or [g, 1, in]."""
+    if gain is not None and gain.shape[2] == 1:
+        gain = gain.expand(-1, old.shape[1], -1)
 
     def of_tile(tile: Tile, _: None) -> Tensor:
         groups, rows, columns = tile
