@@ -33,7 +33,7 @@ from torch import Tensor
 from veneer.errors import ConfigError, sentence
 from veneer.kernels.feedback import directions, faithful
 from veneer.kernels.reference import round_once
-from veneer.kernels.threads import spread
+from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
@@ -240,13 +240,8 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
         base = base.flatten()
         return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
 
-    sums = spread(list(_tiles(old.shape)), lambda: None, of_tile, threads=_threads(old))
+    sums = spread(list(_tiles(old.shape)), lambda: None, of_tile, threads=threads_for(old, WORKERS))
     return _Sums(*torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)]).sum(0).tolist())
-
-
-def _threads(weight: Tensor) -> int:
-    """On a GPU one stream is enough; more workers than a few would need more memory and find no more bandwidth."""
-    return min(torch.get_num_threads(), WORKERS) if weight.device.type == "cpu" else 1
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
@@ -281,7 +276,9 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> _Sums:
         first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
         return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
 
-    done = spread(list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab, threads=_threads(old))
+    done = spread(
+        list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab, threads=threads_for(old, WORKERS)
+    )
     more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
     realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
     return _Sums(low.norm() ** 2, realised + more, moved, base)
@@ -293,8 +290,9 @@ class _Room:
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         tile = -(-min(shape.numel(), TILE) // LINE) * LINE
         slab = min(shape.numel(), max(SLAB, shape[2])) + WORDS
-        self.wide, self.half = torch.empty(4, tile), torch.empty(tile, dtype=dtype)
-        self.marks = torch.empty(slab, dtype=torch.int16)
+        self.wide = torch.empty(4, tile, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+        self.half = torch.empty(tile, dtype=dtype, device="cpu")
+        self.marks = torch.empty(slab, dtype=torch.int16, device="cpu")
         self.benches: dict[torch.Size, _Bench] = {}
 
     def bench(self, shape: torch.Size) -> _Bench:
