@@ -126,6 +126,18 @@ def test_the_bound_is_needed_and_the_float32_path_is_taken(monkeypatch):
     assert 0 < wrong < weight.numel() / 100
 
 
+@pytest.mark.parametrize("name", ["nearest", "faithful"])
+def test_defaults_of_the_caller_change_no_bit(name):
+    weight, low = made((1, 64, 300), 1e-3)
+    expected = fold(weight, low, rounding=name).weight
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(fold(weight, low, rounding=name).weight, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("low_precision", ["autocast", "products"])
 def test_settings_of_the_caller_change_no_bit(low_precision):
     weight, low = made((1, 64, 300), 0.1)

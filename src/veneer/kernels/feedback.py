@@ -44,14 +44,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 
 #: columns whose residuals are brought forward by products; those within a block by sums
 CHUNK, BLOCK = 32, 8
-#: numbers in a column of a chunk, at most
-ROWS = 1 << 12
-#: bytes of the columns that are held at once
-HELD = 1 << 24
+#: numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each worker
+ROWS, HELD = 1 << 11, 1 << 23
+WORKERS = 2
 #: directions of the inputs, and how often they are refined (subspace iteration: every half of a digit or so)
 MORE, SWEEPS = 16, 6
 #: λ, in mean squared lengths of a column of F
@@ -110,19 +110,24 @@ def faithful(
     held = torch.promote_types(weight.dtype, out.dtype)
     high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
     many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
-    inner = 0.0
-    for group in range(0, groups, many):
-        own = slice(group, group + many)
+    pieces = [
+        (slice(group, group + many), slice(row, row + high))
+        for group in range(0, groups, many)
+        for row in range(0, rows, high)
+    ]
+
+    def round_rows(piece: tuple[slice, slice], _: None) -> float:
+        own, some = piece
         F, A, B = protect[own], low.A[own], (low.B[own] * low.scale).mT  # [g, k, in], [g, r, in], [g, r, out]
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (one.gather(2, order[:, None].expand_as(one)) for one in (F, A))
-        for row in range(0, rows, high):
-            some = slice(row, row + high)
-            kept = _transposed(weight[own, some]).to(held)  # [g, in, rows]
-            factor = None if gain is None else _gains(gain[own], some, order)
-            inner += _Rows(kept, order, F, A, B[:, :, some], factor, out.dtype).run()
-            _transposed(kept.to(out.dtype), out[own, some])
-    return inner
+        kept = _transposed(weight[piece]).to(held)  # [g, in, rows]
+        factor = None if gain is None else _gains(gain[own], some, order)
+        inner = _Rows(kept, order, F, A, B[:, :, some], factor, out.dtype).run()
+        _transposed(kept.to(out.dtype), out[piece])
+        return inner
+
+    return sum(spread(pieces, lambda: None, round_rows, threads_for(weight, WORKERS)))
 
 
 def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:

@@ -14,21 +14,29 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 State = TypeVar("State")
 Result = TypeVar("Result")
 
 
+def threads_for(tensor: Tensor, most: int) -> int:
+    """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than ``most`` (each
+    needs memory, and they share its bandwidth); 0, the caller itself, on another device, where one stream is enough."""
+    return min(torch.get_num_threads(), most) if tensor.device.type == "cpu" else 0
+
+
 def spread(
     items: Sequence[Item], state: Callable[[], State], work: Callable[[Item, State], Result], threads: int
 ) -> list[Result]:
-    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without autograd.
+    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without autograd. The caller does
+    it itself where torch has one thread anyway, or if there is to be none.
 
     ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised.
     """
     threads = min(threads, len(items))
-    if threads <= 1:
+    if threads == 0 or torch.get_num_threads() == 1:
         with torch.no_grad():
             own = state()
             return [work(item, own) for item in items]
