@@ -7,7 +7,7 @@ three shards), with an adapter of rank 8 on all linear layers. Each candidate is
     veneer    `merge_checkpoint`, with the fingerprints of the base verified, to nearest
     peft      from_pretrained, merge_and_unload, save_pretrained, flushed to disk
 
-Peak memory is that of the process (ru_maxrss); the bound is twice the largest tensor plus 300 MiB. Seconds are wall
+Peak memory is that of the process (VmHWM); the bound is twice the largest tensor plus 300 MiB. Seconds are wall
 time, as disks matter here; rounds are interleaved. With ``--check`` the result is compared bit for bit with the merge
 of each tensor in memory, and ``--kills N`` kills one at random moments first.
 
@@ -94,8 +94,6 @@ def generate(folder: Path, gib: float, width: int) -> None:
 
 def alone(name: str, folder: Path, out: Path) -> dict[str, float]:
     """One candidate, in this process: seconds and peak memory."""
-    import resource
-
     start = time.perf_counter()
     if name == "copy":
         out.mkdir()
@@ -120,7 +118,9 @@ def alone(name: str, folder: Path, out: Path) -> dict[str, float]:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would count what started this process
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {"seconds": seconds, "peak": peak * 1024}
 
 
 def check(folder: Path, out: Path) -> int:

@@ -171,6 +171,12 @@ def merge_checkpoint(
         except (MergeError, CheckpointError, ValueError):  # what no second run would mend
             shutil.rmtree(folder)
             raise
+        except OSError as error:
+            if (folder / JOURNAL).read_text().count("\n") < 2:
+                shutil.rmtree(folder)
+            else:
+                error.add_note(f"What was done is kept in {folder}: run it again to go on, or delete that.")
+            raise
         (folder / JOURNAL).unlink()
         publish(folder, out)
         if folder.exists():  # what was there before, or an empty folder
@@ -338,7 +344,7 @@ class _Run:
         self.resumed = sum(self.done.values())
         self.total = sum(map(plan.checkpoint.bytes, plan.checkpoint.where))
         largest = max(map(self._memory, plan.checkpoint.where), default=0)
-        self.budget = _Budget(max(largest, 64 * 2**20))
+        self.budget = _Budget(largest)
         self.read: queue.Queue[Any] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self.stopped, self.failed = threading.Event(), []

@@ -355,8 +355,7 @@ def mismatched(recipe: Recipe, path: str, found: str) -> str | None:
 def refuse(mismatches: Sequence[str], folder: Path) -> None:
     """Raise BaseMismatchError if there are any."""
     if mismatches:
-        found = f"other weights in {folder} than the adapters were trained on: {listing(mismatches, 3)}"
-        do = (
-            "name that base, or pass verify_base=False (--no-verify) if these are the same weights in another precision"
-        )
-        raise BaseMismatchError(sentence(found, "their base", do))
+        found = f"other weights in {folder} ({listing(mismatches, 3)})"
+        expected = "the weights that the adapters were trained on"
+        do = "name that base, or pass verify_base=False (--no-verify-base) if these are the same in another precision"
+        raise BaseMismatchError(f"This is another base. {sentence(found, expected, do)}")
