@@ -89,7 +89,7 @@ def generate(folder: Path, gib: float, width: int) -> None:
     for change in handle.changes.values():
         for value in change.parameters():
             value.data.normal_(0, 0.02, generator=generator)
-    handle.save(folder / "adapter", fingerprints={path: prints[path] for path in handle.changes})
+    veneer.save(model, folder / "adapter", fingerprints={path: prints[path] for path in handle.changes})
 
 
 def alone(name: str, folder: Path, out: Path) -> dict[str, float]:

@@ -4,8 +4,9 @@
     tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
             └─────► fingerprint of the base
 
-Three threads, and at most twice the largest tensor between them. What no adapter changes is copied by the system. The
-result stands in a folder beside OUT until it is whole, then takes its name in one step.
+Three threads (and one that flushes to the disk), and at most twice the largest tensor between them. What no adapter
+changes is copied by the system. The result stands in a folder beside OUT until it is whole, then takes its name in one
+step.
 
 **A killed merge goes on where it was.** The folder's name follows from OUT's, and its journal says which tensors are on
 the disk: a line is written only after what it speaks of was flushed. A journal of another merge (other files, adapters,
@@ -26,8 +27,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recip
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal
-STEP = 512 * 2**20
+STEP = 128 * 2**20
 #: files beside the weights that hold the same weights again for others, and would be those of the base
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -343,19 +345,21 @@ class _Run:
         self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
         self.resumed = sum(self.done.values())
         self.total = sum(map(plan.checkpoint.bytes, plan.checkpoint.where))
-        largest = max(map(self._memory, plan.checkpoint.where), default=0)
+        largest = max(map(self._both, plan.checkpoint.where), default=0)
         self.budget = _Budget(largest)
         self.read: queue.Queue[Any] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self.stopped, self.failed = threading.Event(), []
         self.sources: dict[str, int] = {}
 
-    def _memory(self, name: str) -> int:
-        """Bytes that a tensor takes between reading and writing: as it was, and as it will be."""
-        if self.plan.copied(name):
-            return 0
+    def _both(self, name: str) -> int:
+        """Bytes of a tensor as it was and as it will be."""
         own = self.plan.checkpoint.bytes(name)
         return own + own // self.plan.checkpoint.dtype(name).itemsize * self.plan.target(name).itemsize
+
+    def _memory(self, name: str) -> int:
+        """Bytes that a tensor takes between reading and writing."""
+        return 0 if self.plan.copied(name) else self._both(name)
 
     def whole(self) -> None:
         """Everything that is left to do."""
@@ -442,7 +446,8 @@ class _Run:
 
     def _writing(self) -> None:
         passed = self.total - sum(self.plan.checkpoint.bytes(name) for _, name in self._left())
-        with (self.folder / JOURNAL).open("a") as journal:
+        with (self.folder / JOURNAL).open("a") as journal, ThreadPoolExecutor(1) as flushing:
+            flushed: list[Future[None]] = []
             for file in self.plan.checkpoint.files:
                 head, starts, size = self.plan.layout(file)
                 names = in_order(self.plan.checkpoint.files[file])
@@ -463,16 +468,18 @@ class _Run:
                         since += self.plan.checkpoint.bytes(name)
                         passed += self.plan.checkpoint.bytes(name)
                         if since >= STEP or count == len(names):
-                            os.fdatasync(target)
-                            self._note(journal, file, count - done, layers)
-                            done, since = count, 0
+                            line = {"file": file, "tensors": count - done, "layers": [astuple(one) for one in layers]}
+                            flushed.append(flushing.submit(_flushed, os.dup(target), journal, json.dumps(line)))
                             self.layers += layers
-                            layers = []
+                            done, since, layers = count, 0, []
+                            _raise_of(flushed)
                         if self.progress is not None:
                             self.progress(passed, self.total, name)
                     os.ftruncate(target, size)
                 finally:
                     os.close(target)
+            wait(flushed)
+            _raise_of(flushed)
 
     def _store(self, target: int, start: int, name: str, result: Tensor | None) -> None:
         if result is None:
@@ -481,11 +488,23 @@ class _Run:
         _put(target, start, memoryview(result.contiguous().reshape(-1).view(torch.uint8).numpy().data))
         self.budget.give(result.numel() * result.element_size())
 
-    def _note(self, journal: Any, file: str, tensors: int, layers: Sequence[LayerMerge]) -> None:
-        line = {"file": file, "tensors": tensors, "layers": [list(asdict(layer).values()) for layer in layers]}
-        journal.write(json.dumps(line) + "\n")
-        journal.flush()
-        os.fsync(journal.fileno())
+
+def _flushed(target: int, journal: Any, line: str) -> None:
+    """Flush what was written to a file, then say so in the journal. In a thread of its own: the disk then works while
+    the next tensors are computed."""
+    try:
+        os.fdatasync(target)
+    finally:
+        os.close(target)
+    journal.write(line + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _raise_of(flushed: Sequence[Future[None]]) -> None:
+    for one in flushed:
+        if one.done():
+            one.result()
 
 
 def _put(target: int, start: int, data: memoryview) -> None:
