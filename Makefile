@@ -40,8 +40,10 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(DEMO_ENV) $(BIN)/python -m demo
 
+# one process a core, each with one thread
+TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
-	$(PASSIVE) $(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 # llama.cpp, which some slow tests run adapters in: built from source, minutes, once
 $(VENV)/.llamacpp: $(VENV)/.dev
@@ -49,7 +51,7 @@ $(VENV)/.llamacpp: $(VENV)/.dev
 	@touch $@
 
 test-slow: setup $(VENV)/.llamacpp
-	$(PASSIVE) $(BIN)/python -m pytest -m "slow or not slow"
+	$(TESTS) -m "slow or not slow"
 
 check: setup
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from report import spread, write
+from report import child, spread, write
 
 CANDIDATES = ("copy", "veneer", "peft")
 
@@ -149,12 +149,12 @@ def killed(folder: Path, out: Path, kills: int, seconds: float) -> int:
     code = "import sys; from merge import alone; from pathlib import Path; alone('veneer', *map(Path, sys.argv[1:]))"
     count = 0
     for number in range(kills):
-        child = subprocess.Popen([sys.executable, "-c", code, folder, out], cwd=Path(__file__).parent)
+        run = subprocess.Popen([sys.executable, "-c", code, folder, out], cwd=Path(__file__).parent)
         try:
-            child.wait(random.Random(number).uniform(0.1, 1) * seconds)
+            run.wait(random.Random(number).uniform(0.1, 1) * seconds)
         except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+            run.send_signal(signal.SIGKILL)
+            run.wait()
             count += 1
         if out.exists():
             break
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(json.dumps(found))
         return found
     if options.quick:
-        options.gib, options.width, options.runs, options.check, options.kills = 0.01, 128, 1, True, 1
+        options.gib, options.width, options.runs, options.check = 0.01, 128, 1, True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         generate(folder, options.gib, options.width)
@@ -190,9 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             first = number % len(CANDIDATES)
             for candidate in CANDIDATES[first:] + CANDIDATES[:first]:
                 out = folder / candidate
-                command = [sys.executable, __file__, "--alone", candidate, folder, out]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                runs[candidate].append(json.loads(done.stdout.splitlines()[-1]))
+                runs[candidate].append(child(__file__, "--alone", candidate, str(folder), str(out)))
                 print(f"  {candidate}: {runs[candidate][-1]}", flush=True)
                 if candidate == "veneer" and options.check and not number:
                     print(f"  {check(folder, out)} tensors are those of a merge in memory")

@@ -17,6 +17,7 @@ import compose
 import forward
 import frozen
 import import_time
+import merge
 import merge_fidelity
 import planner
 import report
@@ -44,7 +45,7 @@ def recorded(base, tmp_path_factory) -> Path:
     """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_memory, time_to_target):
+        for module in (train_memory, time_to_target, merge):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
         patch.setattr(import_time, "run", lambda name: 1.0)
         patch.setattr(pronounce, "words", functools.cache(pronounce.words))
@@ -59,6 +60,7 @@ def recorded(base, tmp_path_factory) -> Path:
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
         merge_fidelity.main(["--quick", "--base", str(base), *out])
+        merge.main(["--quick", *out])
     return folder
 
 
@@ -160,7 +162,8 @@ def test_time_to_target(recorded):
     assert case["rows"][time_to_target.PEER]["cpu"]["ratio"] == 1  # it reaches its own target
     for name, row in case["rows"].items():
         (curve,) = result["curves"][name]
-        assert [point["step"] for point in curve] == [0, 2, 4]
+        last = round(4 * (time_to_target.LONGER if name == "veneer" else 1))
+        assert [point["step"] for point in curve] == list(range(0, last + 1, 2))
         assert curve[-1]["loss"] < curve[0]["loss"]
         assert row["losses"] == [round(curve[-1]["loss"], 4)]
         for cost in ("wall", "cpu"):
@@ -242,6 +245,15 @@ def test_merge_fidelity(recorded):
     assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
 
 
+def test_merge(recorded):
+    """The result was compared bit for bit with a merge in memory."""
+    (case,) = written(recorded, "merge")["cases"]
+    assert list(case["rows"]) == list(merge.CANDIDATES)
+    for row in case["rows"].values():
+        check(row)
+        assert row["peak"] > 2**20
+
+
 def test_rounding_at_random_is_right_on_average():
     values = torch.full((1, 1, 20_000), 1.3 * 2.0**-7 + 1, dtype=torch.float64)
     found = merge_fidelity.at_random(values, torch.bfloat16).double()
@@ -277,7 +289,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     page, readme = bench_page.page(), bench_page.readme()
     for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
         assert f"## {name}\n" in page
-    assert page.count("> Predicted") == 9
+    assert page.count("> Predicted") == 11
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in readme
     for text in (page, readme):

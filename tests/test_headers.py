@@ -260,7 +260,7 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path):
     deep: list = []
     for _ in range(MAX_DEPTH):
         deep = [deep]
-    for provenance in ({"x": deep}, {"x": 2**64}, {"x": "y" * MAX_JSON}, {"x": "\ud800"}):
+    for provenance in ({"x": deep}, {"x": 2**64}, {"x": "y" * MAX_JSON}):
         with pytest.raises(AdapterError, match=r"could not be read again|bytes"):
             handle.save(tmp_path / "adapter", provenance=provenance)
         assert not (tmp_path / "adapter").exists()

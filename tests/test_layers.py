@@ -182,7 +182,7 @@ def test_merged_weights_are_rounded_correctly_once(kind, variant, dtype):
     handle = attached(module, variant)
     exact = {}
     for path, change in handle.changes.items():
-        low, gain = change.resolve(weight_at(module, path))
+        low, gain = change.resolve(weight_at(module, path), torch.float64)
         exact[path] = change.changed(weight_at(module, path), low, gain, torch.float64).detach()
     handle.merge(rounding="nearest")
     for path, values in exact.items():
