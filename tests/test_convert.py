@@ -297,6 +297,7 @@ def test_peft_loads_what_is_written(variant, tmp_path):
     first = trained(model, tmp_path / "a", targets=["q_proj", "up", "embed_tokens"], variant=variant)
     done = conversion(first.path, tmp_path / "b", to="peft")
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
