@@ -235,7 +235,7 @@ def test_a_model_on_the_meta_device():
         (lambda path, module: isinstance(module, nn.Embedding), ["model.embed_tokens"]),
         (["lm_head", "attention"], [*blocks(ATTENTION), "lm_head"]),
     ],
-    ids=str,
+    ids=lambda value: "a function" if callable(value) else str(value),
 )
 def test_targets(targets, expected):
     assert paths(TinyLM(), targets=targets) == expected
@@ -416,7 +416,7 @@ def scripted():
         ({"targets": ["k_proj"], "bias": "targets"}, ["no bias there"]),
         ({"targets": ["nothing", "self_attn"], "exclude": ["other"]}, ["3 problems"]),
     ],
-    ids=str,
+    ids=lambda value: "a function" if "function" in str(value) else str(value),
 )
 def test_bad_targets_are_named_all_at_once_and_leave_the_model_alone(config, words):
     config = dict(config)

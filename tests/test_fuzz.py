@@ -60,7 +60,7 @@ def some(stands, mutation, count=30) -> list:
         ("more_files", "scripts.fuzz.judge._as_it_was", lambda stand, model: False, "not what it was"),
         ("truncate", "veneer.headers.sentence", lambda *words: "no", "does not say what was found"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_the_fuzzer_sees_a_reader_that_is_broken(stands, monkeypatch, mutation, sabotage, value, words):
     monkeypatch.setattr(sabotage, value)
