@@ -150,7 +150,9 @@ def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to everything below a JSON value."""
+    """The way to everything below a JSON value, down to a depth: an earlier mutation may have put in thousands."""
+    if len(at) > 100:
+        return []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
     for key, below in items:
