@@ -365,10 +365,17 @@ def test_a_journal_of_another_merge_is_not_gone_on_from(tmp_path, monkeypatch):
     merge_checkpoint(base, [two], tmp_path / "expected")
     import veneer.shards as shards
 
-    monkeypatch.setattr(shards, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        merge_checkpoint(base, [one], tmp_path / "out")
-    monkeypatch.undo()
+    def interrupted(*arguments, **options):
+        """A merge that ends when all tensors are on the disk, and the journal says so."""
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shards, "_beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            merge_checkpoint(*arguments, **options)
+
+    interrupted(base, [two], tmp_path / "same")
+    assert merge_checkpoint(base, [two], tmp_path / "same").resumed == len(open_checkpoint(base).where)
+    interrupted(base, [one], tmp_path / "out")
+    interrupted(base, [two], tmp_path / "out", verify_base=False)
+    # a base that was not compared is no start for a run that compares it
     assert merge_checkpoint(base, [two], tmp_path / "out").resumed == 0
     equal(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.artefact import read
+from veneer.artefact import content_hash, read
 from veneer.checkpoint import DTYPES, INDEX, NAMES, Checkpoint, in_order, open_checkpoint, read_tensor
 from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
 from veneer.files import disk_errors, must_not_exist, publish
@@ -105,11 +105,11 @@ class _Plan:
     def identity(self) -> str:
         """What must be the same for a run to go on where another one stopped."""
         files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.files}
-        said = [(hash_json(dict(read(path).peft_config)), _hash_file(path), weight) for path, weight in self.adapters]
+        said = [(content_hash(path), weight) for path, weight in self.adapters]
         sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
-        return hash_json(
-            [version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, str(self.dtype), self.rounding]
-        )
+        # what was written without comparing the base must not count as compared
+        how = str(self.dtype), self.rounding, self.verify_base
+        return hash_json([version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how])
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int], int]:
         """(the bytes before the first tensor, where each tensor begins, the size) of a file of the result."""
@@ -620,18 +620,9 @@ def _record(plan: _Plan, base: str | Path, report: MergeReport) -> dict[str, Any
         "veneer": version("veneer"),
         "base": Path(base).name,
         "adapters": [
-            {"name": path.name, "weight": weight, "tensors": _hash_file(path)} for path, weight in plan.adapters
+            {"name": path.name, "weight": weight, "content": content_hash(path)} for path, weight in plan.adapters
         ],
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
         "rounding": plan.rounding,
         "layers": {layer.path: {k: v for k, v in asdict(layer).items() if k != "path"} for layer in report.layers},
     }
-
-
-def _hash_file(adapter: Path) -> str:
-    """SHA-256 of an adapter's tensors, as its file holds them."""
-    whole = hashlib.sha256()
-    for name in ("adapter_model.safetensors", "veneer.safetensors"):
-        if (adapter / name).is_file():
-            whole.update((adapter / name).read_bytes())
-    return whole.hexdigest()
