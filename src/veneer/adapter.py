@@ -170,10 +170,20 @@ class Fit:
 
 
 def fitted(
-    model: nn.Module, path: str | Path, problems: list[str], *, verify_base: bool = True, of_weights: bool = False
+    model: nn.Module,
+    path: str | Path,
+    problems: list[str],
+    *,
+    verify_base: bool = True,
+    of_weights: bool = False,
+    prints: dict[str, str] | None = None,
 ) -> Fit:
-    """Verify a folder against a model, which stays as it is (see ``install_from``). ``problems`` are those that are
-    known already.
+    """Verify a folder against a model, which stays as it is (see ``install_from``).
+
+    Args:
+        problems: those that are known already.
+        prints: the fingerprints of base weights that are known already, by path; what is found out is added. For a base
+            that nobody changes meanwhile.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
@@ -242,7 +252,7 @@ def fitted(
             )
     raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
     if artefact.record is not None and verify_base:
-        _verify_base(names, artefact)
+        _verify_base(names, artefact, {} if prints is None else prints)
     elif artefact.record is None:
         warnings.warn(
             f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "
@@ -457,7 +467,7 @@ def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], 
                 problems.append(sentence(found, expected, "untie the weights first"))
 
 
-def _verify_base(names: Names, artefact: Artefact) -> None:
+def _verify_base(names: Names, artefact: Artefact, prints: dict[str, str]) -> None:
     """Compare the fingerprint of every adapted weight."""
     record = artefact.metadata["base"]
     different = []
@@ -465,7 +475,9 @@ def _verify_base(names: Names, artefact: Artefact) -> None:
         above, _, name = at.rpartition(".")
         weight = weight_of(names.modules[names.canonical[above]], name)
         storage: Any = storage_of(weight)
-        if fingerprint(storage.dense(weight)) != expected:
+        if at not in prints:
+            prints[at] = fingerprint(storage.dense(weight))
+        if prints[at] != expected:
             different.append(at)
     if different:
         found = (

@@ -790,7 +790,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         for adapter in names:
             part: Any = site._modules.get(adapter)
             set_child(site, adapter, None)
-        if not site._modules:
+        if not site._modules and not group.banks:
             uninstall(module)
             for change in part.low._modules.values() if part is not None else ():
                 change.storage.release(module)
@@ -798,7 +798,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     group.set_adapters({key: group.configs[key] for key in kept}, {key: group.selections[key] for key in kept})
     if group.merged in names:
         group.merged = None
-    if not group.configs:
+    if not group.configs and not group.banks:
         for path, parameter in model.named_parameters():
             parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
         del model.__dict__[GROUP]
