@@ -30,6 +30,7 @@ from veneer.registry import Registry
 PAIR = ("lora_A.weight", "lora_B.weight")
 MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,10 @@ def layer_of(
     Raises:
         AdapterError: the shapes do not fit each other, or not the weight.
     """
-    rank = A.shape[0]
+    rank = A.shape[0] if A.dim() > 1 else 0
+    if not rank:
+        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+        raise AdapterError(sentence(found, "A [rank, in, …] of at least rank 1", "get the whole file again"))
     if shape is not None and suffixes == PAIR:
         inner = torch.Size(shape[1:]).numel()
         if A.numel() != rank * inner or B.numel() != shape[0] * rank:
@@ -233,8 +237,24 @@ def exact_scalar(value: float) -> Tensor:
     return short if short.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
+def scalar(tensor: Tensor, key: str) -> float:
+    """The one real number that a tensor holds.
+
+    Raises:
+        AdapterError: it holds another count of numbers, or complex ones.
+    """
+    if tensor.numel() != 1 or tensor.is_complex():
+        found = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
+        raise AdapterError(sentence(found, "one number", "get the file again"))
+    return float(tensor.item())
+
+
 def finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise AdapterError where a file holds NaN or infinity."""
+    """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
+    small = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in FLOATS]
+    if small:
+        found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
+        raise AdapterError(sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"))
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
