@@ -126,6 +126,7 @@ class Format:
         suffix: the ending of its file; "" for a folder.
         recognises: (the file, its first bytes, the keys of its tensors, its header if it is safetensors) -> whether
             the file is one, from what it holds.
+        parts: its names may say which model of a pipeline a layer is of.
         peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other formats mean weights.
         read, write: see the top; None where ``convert`` itself does it.
     """
@@ -135,6 +136,7 @@ class Format:
     lacks: str
     suffix: str
     recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool]
+    parts: bool = False
     peft: bool = False
     read: Callable[[Path, Base, Options], Contents] | None = None
     write: Callable[[Adapter, Path, Base, Options], list[str]] | None = None

@@ -195,6 +195,7 @@ DIFFUSERS = register_format(
         lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
         suffix=".safetensors",
         recognises=recognises,
+        parts=True,
         peft=True,
         read=read,
         write=write,

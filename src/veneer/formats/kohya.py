@@ -317,6 +317,7 @@ KOHYA = register(
         lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
         suffix=".safetensors",
         recognises=recognises,
+        parts=True,
         read=read,
         write=write,
     )
