@@ -295,9 +295,39 @@ def test_proving_finds_one_flipped_bit_and_a_changed_file(tmp_path):
         with pytest.raises(MergeError, match=name):
             prove(base, [adapter], tmp_path / "out")
         path.write_bytes(whole)
-    (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    with pytest.raises(MergeError, match=r"tokenizer\.json"):
-        prove(base, [adapter], tmp_path / "out")
+    for name in ("tokenizer.json", "config.json"):
+        whole = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(MergeError, match=name):
+            prove(base, [adapter], tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
+        with pytest.raises(MergeError, match=f"{name} is not there"):
+            prove(base, [adapter], tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
+    for name in (
+        "chat_templates/tool.jinja",
+        "chat_templates/deep/x.txt",
+        ".cache/x.txt",
+        "onnx/model.onnx",
+        "o/t.bin",
+    ):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(name)
+    done = merge_checkpoint(base, [adapter], tmp_path / "out", dtype=dtype)
+    assert done.left_out == (".cache", "o", "onnx")
+    for name in copied:
+        assert (tmp_path / "out" / name).read_text() == name
+    assert not {".cache", "o", "onnx"} & {path.name for path in (tmp_path / "out").iterdir()}
+    prove(base, [adapter], tmp_path / "out", dtype=dtype)
+    (tmp_path / "out" / "templates" / "deep" / "x.txt").unlink()
+    with pytest.raises(MergeError, match=r"x\.txt is not there"):
+        prove(base, [adapter], tmp_path / "out", dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------ kills
