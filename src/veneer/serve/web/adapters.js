@@ -21,6 +21,7 @@ export class Shelf {
     this.at = (id) => root.getElementById(id);
     this.rows = new Map();
     this.listed = [];
+    this.turn = 0; // counts the questions, so that an old answer is known as such
     this.at("filter").addEventListener("input", () => this.draw());
     this.at("load").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -30,8 +31,11 @@ export class Shelf {
 
   /** Ask the server for its adapters and show them; whether others than before are there. Throws a Refusal. */
   async refresh() {
+    const turn = ++this.turn;
+    const listed = await get("v1/adapters");
+    if (turn !== this.turn) return false; // a later one was asked for meanwhile, after a button changed something
     const before = this.listed.map(({ name }) => name);
-    this.listed = await get("v1/adapters");
+    this.listed = listed;
     const same = this.listed.length === before.length && this.listed.every(({ name }, i) => name === before[i]);
     this.say(this.listed.length ? null : "There is none yet. Load one below.");
     this.page.resident(this.listed.reduce((sum, { resident, bytes: size }) => sum + (resident ? (size ?? 0) : 0), 0));

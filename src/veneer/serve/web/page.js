@@ -147,12 +147,15 @@ function openKey(why) {
 }
 
 async function useKey() {
+  const before = { locked, key: null };
+  locked = true; // nobody else uses the key before it is known to be one
   try {
-    setKey(at("key").value.trim());
+    before.key = setKey(at("key").value.trim());
     await readCatalog();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    if (error.status === 401) setKey("");
+    if (before.key !== null) setKey(before.key);
+    locked = before.locked;
     at("key-error").textContent = error.status === 401 ? "The server does not know this key." : error.message;
     at("key-error").hidden = false;
     at("key").select();
@@ -275,6 +278,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+at("key-button").hidden = !hasKey();
 arrange();
 for (;;) {
   await look().catch((error) => {

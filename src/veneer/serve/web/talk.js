@@ -18,9 +18,10 @@ export class Refusal extends Error {
 
 export const hasKey = () => key !== "";
 
-/** Keep a key for this tab; the empty one forgets it. Throws a Refusal for what no header can carry. */
+/** Keep a key for this tab (the empty one forgets it); the key before. Throws a Refusal for what no header can carry. */
 export function setKey(value) {
   if (!/^[\x21-\x7e]*$/.test(value)) throw new Refusal("A key has no spaces, accents or line breaks. Copy it again.");
+  const before = key;
   key = value;
   try {
     if (key) sessionStorage.setItem(PLACE, key);
@@ -28,6 +29,7 @@ export function setKey(value) {
   } catch {
     // as above
   }
+  return before;
 }
 
 /** GET a path, or POST `body` to it as JSON. Throws a Refusal for every answer that is no 2xx. */
