@@ -1,11 +1,11 @@
 """A server that speaks the routes which the page uses, with answers that a test can foresee, and faults on demand.
 
-    base               repeats the prompt's words, for ever if max_tokens says so
-    an adapter         says its own name before each word
-    one named broken…  fails after three tokens
-    one named cut…     closes the connection after three tokens
-    one named bytes…   sends an answer byte by byte, with line ends of Windows
-    one named html…    answers with HTML
+the base           repeats the prompt's words, for ever if max_tokens says so
+an adapter         says its own name before each word
+one named broken…  fails after three tokens
+one named cut…     closes the connection after three tokens
+one named bytes…   sends an answer byte by byte, with line ends of Windows
+one named html…    answers with HTML
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Fake:
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     key: str | None = None  # asked for, if given
-    admin: bool = True  # whether that key may read /metrics and manage adapters
+    admin: bool = True  # whether that key may read /metrics, manage adapters and ask the base
     pace: float = 0.01  # seconds a token
     ready: bool = True
     running: int = 0
@@ -45,10 +45,10 @@ class Fake:
     asked: list[dict[str, Any]] = field(default_factory=list)
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # model → what a completion answers instead
 
-    def add(self, name: str, pinned: bool = False, resident: bool = True, path: str | None = None) -> None:
+    def add(self, name: str, pinned: bool = False, resident: bool = True) -> None:
         size = (4 + len(self.adapters)) * MEBIBYTE
         status = {"name": name, "resident": resident, "bytes": size, "pinned": pinned, "users": 0, "rank": 8}
-        self.adapters[name] = {**status, "variant": "lora", "path": path or name}
+        self.adapters[name] = {**status, "variant": "lora"}
 
 
 def error(status: int, message: str, **headers: str) -> JSONResponse:
@@ -114,7 +114,7 @@ def application(fake: Fake) -> FastAPI:
         if fake.key and (path.startswith("/v1") or path == "/metrics"):
             if held != f"Bearer {fake.key}":
                 return error(401, "No such key.")
-            if not fake.admin and (path == "/metrics" or "adapter" in path):
+            if not fake.admin and (path == "/metrics" or "lora" in path):
                 return error(403, "This key may not do that.")
         return await call_next(request)
 
@@ -129,11 +129,8 @@ def application(fake: Fake) -> FastAPI:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         base = {"id": "tiny-base", "object": "model", "root": "tiny-base", "parent": None}
-        adapters = [
-            {"id": name, "object": "model", "root": status["path"], "parent": "tiny-base"}
-            for name, status in fake.adapters.items()
-        ]
-        return {"object": "list", "data": [base, *adapters]}
+        adapters = [{"id": name, "object": "model", "root": name, "parent": "tiny-base"} for name in fake.adapters]
+        return {"object": "list", "data": [*([base] if fake.admin else []), *adapters]}
 
     @app.get("/v1/adapters")
     def statuses() -> list[dict[str, Any]]:
@@ -143,11 +140,13 @@ def application(fake: Fake) -> FastAPI:
     async def load(request: Request) -> Response:
         body = await request.json()
         fake.asked.append(body)
-        if body["lora_path"].startswith("missing"):
-            return error(404, f"There is no adapter at {body['lora_path']!r}.")
-        if body["lora_name"] in fake.adapters and not body.get("load_inplace"):
-            return error(400, f"The adapter {body['lora_name']!r} is already loaded.")
-        fake.add(body["lora_name"], pinned=body.get("pin", False), path=body["lora_path"])
+        name, path = body["lora_name"], body.get("lora_path")
+        if path is None:  # a pin set or taken
+            fake.adapters[name]["pinned"] = body["pin"]
+        elif path.startswith("missing"):
+            return error(404, f"There is no adapter at {path!r}.")
+        else:
+            fake.add(name, pinned=body.get("pin", False))
         return PlainTextResponse("Success")
 
     @app.post("/v1/unload_lora_adapter")

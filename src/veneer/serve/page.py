@@ -1,8 +1,9 @@
 """The page at ``/``: files of ``web/``, served as they are.
 
-Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the files together: what a browser holds under such an
-address never changes, so it asks for it once, and scripts that import one another need no build step to agree. The page names
-the digest, so it is asked for anew each time, and answered with 304 while it is the same.
+Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the files together: what
+a browser holds under such an address never changes, so it asks for it once, and scripts that import one another need no
+build step to agree. The page names the digest, so it is asked for anew each time, and answered with 304 while it is the
+same.
 
 The page needs no key; what it asks the API for does.
 """

@@ -13,8 +13,8 @@ export function facts({ resident, bytes: size, pinned, users, rank, variant }) {
 
 export class Shelf {
   /**
-   * `page`: {compare(name), changed(), path(name), resident(bytes | null), refused(error)}, what the page does for it:
-   * changed() when an adapter came or went by a button, path() is the folder that the server gave for a name.
+   * `page`: {compare(name), changed(), resident(bytes | null), refused(error)}, what the page does for it; changed() when
+   * an adapter came or went by a button.
    */
   constructor(root, page) {
     this.page = page;
@@ -37,7 +37,7 @@ export class Shelf {
     const before = this.listed.map(({ name }) => name);
     this.listed = listed;
     const same = this.listed.length === before.length && this.listed.every(({ name }, i) => name === before[i]);
-    this.say(this.listed.length ? null : "There is none yet. Load one below.");
+    this.say(this.listed.length ? null : "There is none yet.");
     this.page.resident(this.listed.reduce((sum, { resident, bytes: size }) => sum + (resident ? (size ?? 0) : 0), 0));
     this.draw();
     return !same;
@@ -52,10 +52,10 @@ export class Shelf {
     this.say(text);
   }
 
-  /** What the key allows was asked anew. */
-  open() {
-    this.at("load-details").hidden = false;
-    this.say(null);
+  /** Show the buttons that change what is loaded, or do not. */
+  manage(may) {
+    this.at("load-details").hidden = !may;
+    this.at("adapters").classList.toggle("fixed", !may);
   }
 
   say(text) {
@@ -142,9 +142,8 @@ export class Shelf {
 
   async pin(name, row, button) {
     const pin = button.getAttribute("aria-pressed") !== "true";
-    const body = { lora_name: name, lora_path: this.page.path(name), load_inplace: true, pin };
     const said = pin ? `${name} stays in memory.` : `${name} may leave the memory when room is needed.`;
-    await this.act(button, row.querySelector(".error"), "v1/load_lora_adapter", body, said);
+    await this.act(button, row.querySelector(".error"), "v1/load_lora_adapter", { lora_name: name, pin }, said);
   }
 
   async unload(name, row, button) {

@@ -58,10 +58,10 @@ export class Column {
     });
   }
 
-  /** Offer the base and the adapters of a catalog; `chosen` picks one of them. */
-  offer({ base, adapters }, chosen) {
+  /** Offer what is in a catalog; `chosen` picks one of them. */
+  offer({ base, alone, adapters }, chosen) {
     const entries = adapters.map((name) => [valueOf(name), name]);
-    const models = [[valueOf(base), `${base} (base)`], ...entries];
+    const models = [...(alone ? [[valueOf(base), `${base} (base)`]] : []), ...entries];
     offer(this.at(".model"), adapters.length > 1 ? [...models, [BLEND, "Blend of two adapters"]] : models);
     for (const [i, select] of this.parts.entries()) {
       const fresh = !select.value;

@@ -13,7 +13,7 @@ const at = (id) => document.getElementById(id);
 const columns = [];
 const running = new Map(); // column → AbortController
 const allowed = { metrics: true, adapters: true }; // until the server says that this key may not
-let catalog = null; // {base, adapters: [name], paths: Map of name → folder}
+let catalog = null; // {base, alone: whether the base itself may be asked, adapters: [name]}
 let question = null; // what was asked last
 let locked = false; // the server wants a key that we do not have
 
@@ -21,7 +21,6 @@ const server = panel(document);
 const shelf = new Shelf(document, {
   compare,
   changed: () => readCatalog(),
-  path: (name) => catalog?.paths.get(name) ?? name,
   resident: (count) => server.resident(count),
   refused,
 });
@@ -70,10 +69,13 @@ function arrange() {
   for (const column of columns) column.at(".remove").hidden = columns.length === 1;
 }
 
+/** What a column can show, the base first. */
+const models = () => [...(catalog.alone ? [catalog.base] : []), ...catalog.adapters];
+
 /** The next model that no column shows yet, for a new column. */
 function unused() {
   const shown = new Set(columns.map((column) => column.name));
-  return [catalog.base, ...catalog.adapters].find((name) => !shown.has(name)) ?? catalog.base;
+  return models().find((name) => !shown.has(name)) ?? models()[0];
 }
 
 // Asking
@@ -167,7 +169,7 @@ async function useKey() {
 function unlock() {
   locked = false;
   Object.assign(allowed, { metrics: true, adapters: true });
-  shelf.open();
+  shelf.manage(true);
   server.say(null);
   notice(null);
   at("key-button").hidden = !hasKey();
@@ -198,14 +200,13 @@ function showState(state, said) {
 /** Which models there are: the base, and the adapters that this key may use. Throws a Refusal. */
 async function readCatalog() {
   const { data } = await get("v1/models");
-  const base = data.find(({ parent }) => !parent);
-  if (!base) throw new Refusal("The server names no base model at /v1/models.");
+  if (!data.length) throw new Refusal("There is no model that this key may use.");
+  const alone = data.find(({ parent }) => !parent);
   const adapters = data.filter(({ parent }) => parent);
-  const paths = new Map(adapters.map(({ id, root }) => [id, root]));
-  catalog = { base: base.id, adapters: adapters.map(({ id }) => id), paths };
-  at("base").textContent = base.id;
+  catalog = { base: alone?.id ?? adapters[0].parent, alone: Boolean(alone), adapters: adapters.map(({ id }) => id) };
+  at("base").textContent = catalog.base;
   for (const column of columns) column.offer(catalog);
-  if (!columns.length) for (const name of [base.id, ...catalog.adapters.slice(0, 2)]) add(name);
+  if (!columns.length) for (const name of models().slice(0, 3)) add(name);
 }
 
 /** One look at everything; a part that this key may not see is not asked for again. */
@@ -244,8 +245,10 @@ async function part(name, run) {
   } catch (error) {
     if (![403, 404].includes(error.status)) throw error;
     allowed[name] = false;
-    if (name === "metrics") server.say("This key may not read the server's numbers.");
-    else shelf.close("This key may not see or change what is loaded.");
+    if (name === "metrics") {
+      server.say("Only an admin's key reads the server's numbers.");
+      shelf.manage(false); // and only such a key loads and unloads
+    } else shelf.close("This key may not see which adapters there are.");
   }
 }
 
