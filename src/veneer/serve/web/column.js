@@ -62,7 +62,7 @@ export class Column {
   offer({ base, alone, adapters }, chosen) {
     const entries = adapters.map((name) => [valueOf(name), name]);
     const models = [...(alone ? [[valueOf(base), `${base} (base)`]] : []), ...entries];
-    offer(this.at(".model"), adapters.length > 1 ? [...models, [BLEND, "Blend of two adapters"]] : models);
+    offer(this.at(".model"), adapters.length > 1 ? [...models, [BLEND, "Blend of two"]] : models);
     for (const [i, select] of this.parts.entries()) {
       const fresh = !select.value;
       offer(select, entries);
