@@ -242,6 +242,57 @@ def test_characters_and_lines_that_chunks_split(show: Open):
     assert answer(page, 1).text_content() == BYTES
 
 
+# Every way to cut a stream in two, and byte by byte; yields the ways that gave other events than the whole does
+CUTS = """async ([path, text]) => {
+    const { events } = await import(path);
+    const bytes = new TextEncoder().encode(text);
+    const read = async (chunks) => {
+        const body = new ReadableStream({ start(to) { chunks.forEach((one) => to.enqueue(one)); to.close(); } });
+        const found = [];
+        for await (const data of events(body)) found.push(data);
+        return found;
+    };
+    const ways = [[bytes], [...bytes].map((byte) => Uint8Array.of(byte))];
+    for (let cut = 1; cut < bytes.length; cut++) ways.push([bytes.slice(0, cut), bytes.slice(cut)]);
+    return Promise.all(ways.map(read));
+}"""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+def test_a_stream_cut_anywhere(show: Open, end: str):
+    page = show(fake())
+    lines = [
+        "\ufeffdata: naïve 🙂",
+        "",
+        ": a comment",
+        "id: 7",
+        "data:two",
+        "data:  lines",
+        "",
+        "",
+        "data: [DONE]",
+        "",
+        "data: cut",
+    ]
+    path = f"/web/{files.DIGEST}/sse.js"
+    found = page.evaluate(CUTS, [path, end.join(lines)])
+    assert len(found) > 70
+    assert all(way == ["naïve 🙂", "two\n lines", "[DONE]"] for way in found)
+
+
+def test_numbers_are_read_whatever_labels_say(show: Open):
+    page = show(fake())
+    text = """# HELP a {b="c"} 7
+a{x="}",y="\\"} 9 \\\\"} 1
+a 2.5e1 1700000000
+b{x="NaN"} NaN
+c +Inf
+d{x="{"} 4
+"""
+    code = "async ([path, text]) => Object.fromEntries((await import(path)).parse(text))"
+    assert page.evaluate(code, [f"/web/{files.DIGEST}/metrics.js", text]) == {"a": 26, "d": 4}
+
+
 def test_a_server_that_drains_or_dies(show: Open, browser: sync_api.Browser):
     server = fake("french")
     page = show(server)
