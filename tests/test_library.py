@@ -287,7 +287,7 @@ def test_a_rebuild_gives_up_what_is_altered(library, adapters):
 
 @pytest.mark.parametrize("index", [None, "x"], ids=["a sound index", "a damaged one"])
 def test_what_a_rebuild_gives_up_is_not_deleted_at_once(library, adapters, index):
-    """As `veneer gc --rebuild` does one after the other: the numbers of a note in a model card would be gone."""
+    """As `veneer gc --rebuild` does one after the other."""
     library.add(adapters[0], "a")
     path = library.get("a")
     (path / "README.md").write_text("my notes")
