@@ -300,7 +300,7 @@ def _push_store(path: Path, target: _Place) -> str:
         for name in FILES:
             if (path / name).is_file() and steps:  # somebody may read what an earlier push has put there
                 with new_file(Path(root) / key / name, overwrite=True) as file:
-                    shutil.copyfile(path / name, file)
+                    system.put_file(str(path / name), str(file))
             elif (path / name).is_file():
                 system.put_file(str(path / name), f"{root}/{key}/{name}")
         if steps:
