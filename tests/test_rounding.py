@@ -365,6 +365,18 @@ def test_rows_of_A_that_depend_on_each_other():
     assert same_bits(folded.weight[1], weight[1])
 
 
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
+    """Widths that are no multiple of a chunk, where the last chunk of a stack lies apart in its buffers."""
+    weight, low = made((3, 45, 50))
+    expected = fold(weight, low, rounding="faithful", side=side)
+    folded = fold(weight.to(source), low, dtype=torch.bfloat16, rounding="faithful", side=side)
+    assert folded.rounding == "faithful"
+    assert same_bits(folded.weight, expected.weight)
+    assert abs(folded.retention - 1) < 0.05
+
+
 def test_inputs_are_protected():
     weight, low = made((1, 200, 150), 1e-3)
     directions = torch.linalg.qr(torch.randn(150, 5, dtype=torch.float64))[0]
