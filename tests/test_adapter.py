@@ -788,6 +788,19 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, module, value, wo
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_saving_when_nobody_knows_the_base_any_more(tmp_path):
+    """Merged weights would be taken for the base, and the adapter would load on no base at all."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    other = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["1"]), "other")
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+    randomise(handle)
+    handle.merge(keep=False)
+    with pytest.raises(AdapterError, match=r"0\.weight, merged with keep=False.*save it before that merge"):
+        handle.save(tmp_path / "adapter")
+    assert not any(tmp_path.iterdir())
+    other.save(tmp_path / "other")  # changes weights that nobody merged
+
+
 def test_a_provenance_with_numbers_for_keys_can_be_read_again(tmp_path):
     handle = veneer.attach(nn.Linear(4, 4), veneer.LoraConfig(rank=1))
     path = handle.save(tmp_path / "adapter", provenance={"loss": {1: 3.0, 2: 2.0, 10: 1.0}})

@@ -237,6 +237,13 @@ def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
     return {id(slot.target): _kept(slot) for slot in slots if "backup" in slot.keeper._modules}
 
 
+def unkept(model: nn.Module) -> frozenset[int]:
+    """The identities of merged weights of which nobody has what they held before (``keep=False``)."""
+    group = need_group(model)
+    slots = [] if group.merged is None else [part.slot for part in _parts(model, group.merged)]
+    return frozenset(id(slot.target) for slot in slots if "backup" not in slot.keeper._modules)
+
+
 def _parts(model: nn.Module, name: str) -> Iterator[_Low | _Full]:
     """All that an adapter changes."""
     for path, module, weight, change in changes(model, name):
