@@ -91,6 +91,17 @@ def test_the_class_is_the_adapter_s_or_the_config_s(tmp_path):
         models.hollow(tmp_path)
 
 
+def test_a_hollow_model_runs_no_code_of_the_folder(tmp_path, monkeypatch):
+    """transformers would ask whether it may, and the answer may be a slip of a finger."""
+    config = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "code.MineConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineConfig: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        models.hollow(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
     """A checkpoint of LlamaModel has no "model." before its names."""
     tiny_model().model.save_pretrained(tmp_path)

@@ -213,7 +213,7 @@ def hollow(folder: str | Path, architecture: str | None = None) -> PreTrainedMod
 
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(str(folder))
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             named = [architecture, *(getattr(config, "architectures", None) or ())]
             known = (getattr(transformers, name, None) for name in named if name)
             class_: Any = next((found for found in known if _is_model(found)), None)
