@@ -22,7 +22,7 @@ FLOORS = [
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows", "derived"],
-    ["readers", "overlap"],
+    ["readers", "overlap", "weights"],
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],

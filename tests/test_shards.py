@@ -422,6 +422,17 @@ def test_two_processes_do_not_write_one_result(tmp_path):
 # ------------------------------------------------------------------------------------------------ memory
 
 
+def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
+    """The child that knows the names is Python too, which would look for modules where the user happens to be."""
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    for name in ("pickle", "torch", "veneer", "transformers"):
+        (adapter / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)")
+    monkeypatch.chdir(adapter)
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """A checkpoint of 400 MiB whose largest tensor has 24 MiB, with every weight changed."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -155,7 +155,23 @@ def test_verify_refuses_what_is_wrong(veneer: Case, base: Path, adapter: Path, t
     assert "error    base" in found.out
     missing = veneer("verify", adapter, tmp_path / "nothing")
     assert missing.code == 2
-    assert "no model.safetensors" in missing.err
+    assert "no base model at" in missing.err
+
+
+def test_verify_takes_what_other_commands_take(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "library"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert veneer("add", adapter, "x").code == 0
+    found = veneer("verify", "library:x", base)
+    assert found.code == 0, found.err
+    assert "weights have the fingerprints of the record" in found.out
+    assert veneer("push", adapter, f"file://{tmp_path}/store").code == 0
+    assert veneer("verify", f"file://{tmp_path}/store").code == 0
+    named = tmp_path / "of:x:y"
+    shutil.copytree(adapter, named)
+    assert f"{named}: good" in veneer("verify", named).out, "no picture in the place of :x:"
 
 
 def test_inspect_shows_everything(veneer: Case, adapter: Path) -> None:
