@@ -21,6 +21,8 @@ with those of a tie, one pass less (v's own last bit says nothing about its erro
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -45,6 +47,8 @@ LINE = 256
 LANES = 16
 WORDS = 4 * LANES
 WORKERS = 8
+#: numbers in a weight for which numba is loaded
+WORTH = 1 << 20
 #: products of an element of B with one of A that are formed at once where numbers are computed again
 AGAIN = 1 << 18
 ROUNDINGS = ("auto", "nearest", "faithful")
@@ -266,6 +270,14 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
+    threads, loop = threads_for(old, WORKERS), _loop(old, new)
+    if loop is not None:
+        A, B = loop.padded(A, 1), loop.padded(B, 2)
+
+    def in_one_loop(place: tuple[slice, slice], bench: Any) -> tuple[Tensor, Tensor]:
+        groups, rows = place
+        sums, doubtful = bench.fold(old[place], B[place].contiguous(), A[groups], bound[place], new[place])
+        return sums, doubtful + (groups.start * old.shape[1] + rows.start) * old.shape[2]
 
     def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:
         """(sums of products, positions in the whole that are in doubt) of a slab."""
@@ -280,12 +292,33 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
         first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
         return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
 
-    done = spread(
-        list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab, threads=threads_for(old, WORKERS)
-    )
+    slabs = list(_slabs(old.shape))
+    if loop is not None:
+        done = spread(slabs, lambda: loop.Loop(_largest(old.shape)), in_one_loop, threads)
+    else:
+        done = spread(slabs, lambda: _Room(old.shape, new.dtype), of_slab, threads)
     more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
     realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
+
+
+def _loop(old: Tensor, new: Tensor) -> Any:
+    """``kernels.streaming``, if numba is there and it is for these; else None. What one may do, both may."""
+    if old.numel() < WORTH or not _numba():
+        return None
+    from veneer.kernels import streaming
+
+    return streaming if streaming.able(old, new) else None
+
+
+@functools.cache
+def _numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _largest(shape: torch.Size) -> int:
+    """Numbers in a slab at most."""
+    return min(shape.numel(), max(SLAB, shape[2]))
 
 
 class _Room:
@@ -293,7 +326,7 @@ class _Room:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         tile = -(-min(shape.numel(), TILE) // LINE) * LINE
-        slab = min(shape.numel(), max(SLAB, shape[2])) + WORDS
+        slab = _largest(shape) + WORDS
         self.wide = torch.empty(4, tile, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
         self.half = torch.empty(tile, dtype=dtype, device="cpu")
         self.marks = torch.empty(slab, dtype=torch.int16, device="cpu")
