@@ -110,6 +110,7 @@ def fold(
     side: str = "inputs",
     inputs: Float[Tensor, "g n n"] | None = None,
     out: Float[Tensor, "g out in_"] | None = None,
+    compiled: bool = True,
 ) -> Folded:
     """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
 
@@ -123,9 +124,10 @@ def fold(
         inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
         out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
             that lies in memory as ``weight`` does.
+        compiled: whether numba may be used (``kernels.streaming``): the same bits sooner, and 100 MiB for its code.
 
-    Beside the result and float64 copies of A and B it needs less than 32 MiB. The bits of the result depend on neither
-    strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB. The bits of the result depend
+    on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -139,7 +141,7 @@ def fold(
         spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
         if side == "outputs":
             old, new, exact, spread = old.mT, new.mT, exact.T, None if spread is None else spread.mT
-        sums, finite = _nearest(old, exact, spread, new)
+        sums, finite = _nearest(old, exact, spread, new, compiled)
         retention, done = sums.retention, "nearest"
         able = dtype in HALF and finite and sums.size > 0
         if able and (rounding == "faithful" or (rounding == "auto" and wanting(sums))):
@@ -166,12 +168,15 @@ def wanting(sums: Sums) -> bool:
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
-def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor) -> tuple[Sums, bool]:
+def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool) -> tuple[Sums, bool]:
     old, new, factors, spread = weight, out, low, gain
     if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
         old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
     bound = _bound(old, factors, new.dtype) if gain is None else None
-    sums = _in_float64(old, factors, spread, new) if bound is None else _in_float32(old, factors, bound, new)
+    if bound is None:
+        sums = _in_float64(old, factors, spread, new)
+    else:
+        sums = _in_float32(old, factors, bound, new, _loop(old, new) if compiled else None)
     ordinary = math.isfinite(sums.realised)
     finite = ordinary or _finite(new)
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
@@ -268,9 +273,9 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     return torch.where(reach > 0, 1.01 * ((low.rank + 6) * UNIT * reach + underflow), reach).float()
 
 
-def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
+def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
-    threads, loop = threads_for(old, WORKERS), _loop(old, new)
+    threads = threads_for(old, WORKERS)
     if loop is not None:
         A, B = loop.padded(A, 1), loop.padded(B, 2)
 

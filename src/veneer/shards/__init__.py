@@ -19,7 +19,6 @@ Each weight is what ``veneer.merge`` would write into the live model, bit for bi
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import queue
@@ -46,11 +45,15 @@ from veneer.headers import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
-from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe_for, refuse, replaced
+from veneer.shards.memory import Memory
+from veneer.shards.prints import Known, ahead, printed
+from veneer.shards.recipe import Adapter, Recipe, Work, apply, lies_in, mismatched, recipe_for, refuse, replaced
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
+#: bytes that numba takes beyond the 300 MiB that are promised beside the tensors
+NUMBA = 64 * 2**20
 #: files beside the weights that hold the same weights again for others, and would be those of the base
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +94,8 @@ class _Plan:
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
+    #: fingerprints of tensors that are known already
+    known: Known
     #: how a parameter that several tensors hold is rounded, found when the first of them is there
     decided: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +106,23 @@ class _Plan:
 
     def copied(self, name: str) -> bool:
         return name not in self.recipe.works and self.target(name) == self.checkpoint.dtype(name)
+
+    def both(self, name: str) -> int:
+        """Bytes of a tensor as it was and as it will be."""
+        return self.checkpoint.bytes(name) + self.written(name)
+
+    def written(self, name: str) -> int:
+        """Bytes of a tensor in the result."""
+        own = self.checkpoint.bytes(name)
+        return own // self.checkpoint.dtype(name).itemsize * self.target(name).itemsize
+
+    def room(self) -> tuple[int, bool]:
+        """Bytes for what is between reading and writing, and whether that leaves enough for numba: twice the largest
+        tensor is promised, and the largest is often one that no adapter changes."""
+        limit = max(map(self.both, self.checkpoint.where), default=0)
+        needed = max((self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0)
+        compiled = limit - NUMBA >= needed
+        return (limit - NUMBA if compiled else limit), compiled
 
     def identity(self) -> str:
         """What must be the same for a run to go on where another one stopped."""
@@ -206,11 +228,12 @@ def prove(
     merged = open_checkpoint(out)
     problems = [f"{name!r} is in one of them only" for name in merged.where.keys() ^ plan.checkpoint.where.keys()]
     total, done = sum(map(plan.checkpoint.bytes, plan.checkpoint.where)), 0
+    _, compiled = plan.room()
     for name in plan.checkpoint.where.keys() & merged.where.keys():
         if merged.dtype(name) != plan.target(name) or merged.shape(name) != plan.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = _computed(plan, name, plan.checkpoint.read(name))
+        expected, _ = _computed(plan, name, plan.checkpoint.read(name), None, compiled)
         if not _same(expected, merged.read(name)):
             problems.append(f"{name!r} holds other numbers")
         done += plan.checkpoint.bytes(name)
@@ -239,22 +262,26 @@ def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: b
     ]
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
-    for path, _ in given:
-        read(path)
-    return _Plan(checkpoint, recipe_for(folder, given, model), tuple(given), dtype, rounding, verify_base)
+    speak_of = {name for path, _ in given for name in read(path).metadata.get("base", {}).get("weights", {})}
+    with ahead(checkpoint, speak_of if verify_base else ()) as known:
+        recipe = recipe_for(folder, given, model)
+    return _Plan(checkpoint, recipe, tuple(given), dtype, rounding, verify_base, known)
 
 
 # ---------------------------------------------------------------------------------------------- one tensor
 
 
-def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it."""
+def _computed(
+    plan: _Plan, name: str, tensor: Tensor, buffer: Callable[[int], Tensor] | None, compiled: bool
+) -> tuple[Tensor, list[LayerMerge]]:
+    """A tensor of the result, and what the merge did to it. ``buffer`` gives memory for the whole of it."""
     dtype, layers = plan.target(name), []
     result = None
     for work in plan.recipe.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(work, part, dtype, _rounding(plan, work, dtype))
+            into = None if work.place.within else buffer
+            folded = apply(work, part, dtype, _rounding(plan, work, dtype, compiled), into, compiled)
             value = folded.weight
             layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
             finite = folded.finite
@@ -272,7 +299,7 @@ def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[Laye
     return _cast(name, tensor, dtype) if result is None else result, layers
 
 
-def _rounding(plan: _Plan, work: Work, dtype: torch.dtype) -> str:
+def _rounding(plan: _Plan, work: Work, dtype: torch.dtype, compiled: bool) -> str:
     """How to round a part of a parameter: as all of it, of which "auto" decides at once."""
     tensors = plan.recipe.parts.get(work.path)
     if tensors is None or plan.rounding != "auto" or dtype not in HALF:
@@ -281,7 +308,8 @@ def _rounding(plan: _Plan, work: Work, dtype: torch.dtype) -> str:
         whole = Sums(0.0, 0.0, 0.0, 0.0)
         for name in tensors:
             own = next(other for other in plan.recipe.works[name] if other.path == work.path)
-            whole += apply(own, plan.checkpoint.read(name)[own.place.within], dtype, "nearest").sums
+            part = plan.checkpoint.read(name)[own.place.within]
+            whole += apply(own, part, dtype, "nearest", compiled=compiled).sums
         plan.decided[work.path] = "faithful" if wanting(whole) else "nearest"
     return plan.decided[work.path]
 
@@ -296,44 +324,15 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _bytes(one: Tensor) -> Tensor:
+    return one.contiguous().reshape(-1).view(torch.uint8)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    flat = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return torch.equal(*flat)
-
-
-def _printed(plan: _Plan, path: str, descriptors: Callable[[str], int], loaded: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a base weight (``hashing.fingerprint``), tensor by tensor where several hold it."""
-    tensors, shape, _ = plan.recipe.prints[path]
-    whole = hashlib.sha256(str(tuple(shape)).encode())
-    for name in tensors:
-        tensor = loaded.get(name)
-        tensor = read_tensor(descriptors(name), plan.checkpoint, name) if tensor is None else tensor
-        within = next(work.place.within for work in plan.recipe.works[name] if work.path == path)
-        part = tensor[within].to(torch.bfloat16).contiguous()
-        whole.update(part.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()[:32]
+    return torch.equal(_bytes(one), _bytes(other))
 
 
 # ---------------------------------------------------------------------------------------------- all of them
-
-
-class _Budget:
-    """Bytes that may be in memory between reading and writing; who wants more waits."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.changed = limit, 0, threading.Condition()
-
-    def take(self, count: int, stopped: threading.Event) -> None:
-        with self.changed:
-            # what is larger than the whole budget goes alone
-            while self.used and self.used + count > self.limit and not stopped.is_set():
-                self.changed.wait(0.1)
-            self.used += count
-
-    def give(self, count: int) -> None:
-        with self.changed:
-            self.used -= count
-            self.changed.notify_all()
 
 
 class _Run:
@@ -345,21 +344,12 @@ class _Run:
         self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
         self.resumed = sum(self.done.values())
         self.total = sum(map(plan.checkpoint.bytes, plan.checkpoint.where))
-        largest = max(map(self._both, plan.checkpoint.where), default=0)
-        self.budget = _Budget(largest)
+        limit, self.compiled = plan.room()
+        self.memory = Memory(limit)
         self.read: queue.Queue[Any] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self.stopped, self.failed = threading.Event(), []
         self.sources: dict[str, int] = {}
-
-    def _both(self, name: str) -> int:
-        """Bytes of a tensor as it was and as it will be."""
-        own = self.plan.checkpoint.bytes(name)
-        return own + own // self.plan.checkpoint.dtype(name).itemsize * self.plan.target(name).itemsize
-
-    def _memory(self, name: str) -> int:
-        """Bytes that a tensor takes between reading and writing."""
-        return 0 if self.plan.copied(name) else self._both(name)
 
     def whole(self) -> None:
         """Everything that is left to do."""
@@ -368,13 +358,8 @@ class _Run:
             thread.start()
         try:
             while (job := self._next(self.read)) is not None:
-                file, name, tensor = job
-                result, layers = (None, []) if tensor is None else _computed(self.plan, name, tensor)
-                if result is not None and result is not tensor:
-                    self.budget.give(self.plan.checkpoint.bytes(name))
-                job = tensor = None
-                self.ready.put((file, name, result, layers))
-                result = None
+                self.ready.put(self._done(*job))
+                job = None
             self.ready.put(None)
         except BaseException:
             self.stopped.set()
@@ -386,6 +371,24 @@ class _Run:
                 os.close(descriptor)
         if self.failed:
             raise self.failed[0]
+
+    def _done(self, name: str, tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[LayerMerge]]:
+        """A tensor of the result, the buffer that it lies in, and what the merge did to it; None for one that is
+        copied. The memory that it does not lie in is given back."""
+        if tensor is None:
+            return None, None, []
+        lent: list[Tensor] = []
+
+        def buffer(count: int) -> Tensor:
+            lent.append(self.memory.buffer(count))
+            return lent[-1]
+
+        result, layers = _computed(self.plan, name, tensor, buffer, self.compiled)
+        if lies_in(result, tensor):
+            self.memory.give(self.plan.written(name))
+            return result, _bytes(tensor), layers
+        self.memory.give(self.plan.checkpoint.bytes(name), _bytes(tensor))
+        return result, next((one for one in lent if lies_in(result, one)), None), layers
 
     def _guarded(self, part: Callable[[], None]) -> None:
         try:
@@ -416,21 +419,22 @@ class _Run:
         return self.sources[file]
 
     def _reading(self) -> None:
-        last = self._last_of_each()
-        for file, name in self._left():
+        last, recipe, checkpoint = self._last_of_each(), self.plan.recipe, self.plan.checkpoint
+        for _, name in self._left():
             if self.stopped.is_set():
                 return
             tensor = None
             if not self.plan.copied(name):
-                self.budget.take(self._memory(name), self.stopped)
-                tensor = read_tensor(self._source(name), self.plan.checkpoint, name)
+                self.memory.take(self.plan.both(name), self.stopped)
+                into = self.memory.buffer(self.plan.checkpoint.bytes(name))
+                tensor = read_tensor(self._source(name), self.plan.checkpoint, name, into=into)
             loaded = {} if tensor is None else {name: tensor}
             found = [
-                mismatched(self.plan.recipe, path, _printed(self.plan, path, self._source, loaded))
+                mismatched(recipe, path, printed(recipe, checkpoint, path, self._source, loaded, self.plan.known))
                 for path in last.get(name, ())
             ]
             refuse([one for one in found if one], self.plan.checkpoint.folder)
-            self.read.put((file, name, tensor))
+            self.read.put((name, tensor))
         self.read.put(None)
 
     def _last_of_each(self) -> dict[str, list[str]]:
@@ -462,8 +466,9 @@ class _Run:
                         job = self._next(self.ready)
                         if job is None:
                             return
-                        _, _, result, more = job
-                        self._store(target, starts[name], name, result)
+                        result, buffer, more = job
+                        self._store(target, starts[name], name, result, buffer)
+                        job = result = buffer = None
                         layers += more
                         since += self.plan.checkpoint.bytes(name)
                         passed += self.plan.checkpoint.bytes(name)
@@ -481,12 +486,12 @@ class _Run:
             wait(flushed)
             _raise_of(flushed)
 
-    def _store(self, target: int, start: int, name: str, result: Tensor | None) -> None:
+    def _store(self, target: int, start: int, name: str, result: Tensor | None, buffer: Tensor | None) -> None:
         if result is None:
             _copy(self._source(name), self.plan.checkpoint.start(name), target, start, self.plan.checkpoint.bytes(name))
             return
-        _put(target, start, memoryview(result.contiguous().reshape(-1).view(torch.uint8).numpy().data))
-        self.budget.give(result.numel() * result.element_size())
+        _put(target, start, memoryview(_bytes(result).numpy().data))
+        self.memory.give(self.plan.written(name), buffer)
 
 
 def _flushed(target: int, journal: Any, line: str) -> None:
