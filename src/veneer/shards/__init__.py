@@ -5,7 +5,7 @@
             └─────► fingerprint of the base
 
 Three threads (and one that flushes to the disk), and at most twice the largest tensor between them. What no adapter
-changes is copied by the system. The result stands in a folder beside OUT until it is whole, then takes its name in one
+changes is copied. The result stands in a folder beside OUT until it is whole, then takes its name in one
 step.
 
 **A killed merge goes on where it was.** The folder's name follows from OUT's, and its journal says which tensors are on
@@ -45,15 +45,16 @@ from veneer.headers import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
-from veneer.shards.memory import Memory
+from veneer.shards.memory import Lease, Memory
 from veneer.shards.prints import Known, ahead, printed
 from veneer.shards.recipe import Adapter, Recipe, Work, apply, lies_in, mismatched, recipe_for, refuse, replaced
+from veneer.shards.stream import Stream
 
 JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
 #: bytes that numba takes beyond the 300 MiB that are promised beside the tensors
-NUMBA = 64 * 2**20
+NUMBA = 104 * 2**20
 #: files beside the weights that hold the same weights again for others, and would be those of the base
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -233,7 +234,7 @@ def prove(
         if merged.dtype(name) != plan.target(name) or merged.shape(name) != plan.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = _computed(plan, name, plan.checkpoint.read(name), None, compiled)
+        expected, _ = _computed(plan, name, plan.checkpoint.read(name), compiled, [])
         if not _same(expected, merged.read(name)):
             problems.append(f"{name!r} holds other numbers")
         done += plan.checkpoint.bytes(name)
@@ -272,20 +273,22 @@ def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: b
 
 
 def _computed(
-    plan: _Plan, name: str, tensor: Tensor, buffer: Callable[[int], Tensor] | None, compiled: bool
+    plan: _Plan, name: str, tensor: Tensor, compiled: bool, lent: list[Tensor]
 ) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it. ``buffer`` gives memory for the whole of it."""
+    """A tensor of the result, and what the merge did to it. ``lent`` is memory for it, as ``apply`` takes it."""
     dtype, layers = plan.target(name), []
     result = None
     for work in plan.recipe.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            into = None if work.place.within else buffer
-            folded = apply(work, part, dtype, _rounding(plan, work, dtype, compiled), into, compiled)
+            if work.place.within:
+                lent.clear()
+            folded = apply(work, part, dtype, _rounding(plan, work, dtype, compiled), compiled, lent)
             value = folded.weight
             layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
             finite = folded.finite
         else:
+            lent.clear()
             value = replaced(work, part, dtype)
             finite = not value.is_floating_point() or bool(value.isfinite().all())
         if not finite:
@@ -309,7 +312,7 @@ def _rounding(plan: _Plan, work: Work, dtype: torch.dtype, compiled: bool) -> st
         for name in tensors:
             own = next(other for other in plan.recipe.works[name] if other.path == work.path)
             part = plan.checkpoint.read(name)[own.place.within]
-            whole += apply(own, part, dtype, "nearest", compiled=compiled).sums
+            whole += apply(own, part, dtype, "nearest", compiled, []).sums
         plan.decided[work.path] = "faithful" if wanting(whole) else "nearest"
     return plan.decided[work.path]
 
@@ -372,23 +375,17 @@ class _Run:
         if self.failed:
             raise self.failed[0]
 
-    def _done(self, name: str, tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[LayerMerge]]:
-        """A tensor of the result, the buffer that it lies in, and what the merge did to it; None for one that is
-        copied. The memory that it does not lie in is given back."""
-        if tensor is None:
+    def _done(
+        self, name: str, tensor: Tensor | None, old: Lease | None, new: Lease | None
+    ) -> tuple[Tensor | None, Lease | None, list[LayerMerge]]:
+        """A tensor of the result, the memory that is left to it, and what the merge did; None for one that is
+        copied."""
+        if tensor is None or old is None or new is None:
             return None, None, []
-        lent: list[Tensor] = []
-
-        def buffer(count: int) -> Tensor:
-            lent.append(self.memory.buffer(count))
-            return lent[-1]
-
-        result, layers = _computed(self.plan, name, tensor, buffer, self.compiled)
-        if lies_in(result, tensor):
-            self.memory.give(self.plan.written(name))
-            return result, _bytes(tensor), layers
-        self.memory.give(self.plan.checkpoint.bytes(name), _bytes(tensor))
-        return result, next((one for one in lent if lies_in(result, one)), None), layers
+        result, layers = _computed(self.plan, name, tensor, self.compiled, new.lent)
+        spare, kept = (new, old) if lies_in(result, tensor) else (old, new)
+        self.memory.give(spare, tensor if spare is old else None)
+        return result, kept, layers
 
     def _guarded(self, part: Callable[[], None]) -> None:
         try:
@@ -423,18 +420,19 @@ class _Run:
         for _, name in self._left():
             if self.stopped.is_set():
                 return
-            tensor = None
+            tensor = old = new = None
             if not self.plan.copied(name):
-                self.memory.take(self.plan.both(name), self.stopped)
-                into = self.memory.buffer(self.plan.checkpoint.bytes(name))
-                tensor = read_tensor(self._source(name), self.plan.checkpoint, name, into=into)
+                size = checkpoint.bytes(name)
+                old, new = self.memory.take((size, self.plan.written(name)), self.stopped)
+                tensor = read_tensor(self._source(name), checkpoint, name, into=old.lent.pop()[:size])
             loaded = {} if tensor is None else {name: tensor}
             found = [
                 mismatched(recipe, path, printed(recipe, checkpoint, path, self._source, loaded, self.plan.known))
                 for path in last.get(name, ())
             ]
             refuse([one for one in found if one], self.plan.checkpoint.folder)
-            self.read.put((name, tensor))
+            self.read.put((name, tensor, old, new))
+            tensor = loaded = None  # nobody holds on to memory that others wait for
         self.read.put(None)
 
     def _last_of_each(self) -> dict[str, list[str]]:
@@ -458,40 +456,46 @@ class _Run:
                 done, layers, since = self.done.get(file, 0), [], 0
                 if done == len(names) and names:
                     continue
-                target = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+                target = Stream(self.folder / file, starts[names[done]] if done else 0)
                 try:
-                    os.ftruncate(target, starts[names[done]] if done else 0)
-                    _put(target, 0, memoryview(head))
+                    if not done:
+                        target.write(memoryview(head))
                     for count, name in enumerate(names[done:], done + 1):
                         job = self._next(self.ready)
                         if job is None:
                             return
-                        result, buffer, more = job
-                        self._store(target, starts[name], name, result, buffer)
-                        job = result = buffer = None
+                        result, lease, more = job
+                        self._store(target, name, result, lease)
+                        job = result = None
                         layers += more
                         since += self.plan.checkpoint.bytes(name)
                         passed += self.plan.checkpoint.bytes(name)
                         if since >= STEP or count == len(names):
+                            target.flush()
+                            if count == len(names):
+                                os.ftruncate(target.descriptor, size)
                             line = {"file": file, "tensors": count - done, "layers": [astuple(one) for one in layers]}
-                            flushed.append(flushing.submit(_flushed, os.dup(target), journal, json.dumps(line)))
+                            own = os.dup(target.descriptor)
+                            flushed.append(flushing.submit(_flushed, own, journal, json.dumps(line)))
                             self.layers += layers
                             done, since, layers = count, 0, []
                             _raise_of(flushed)
                         if self.progress is not None:
                             self.progress(passed, self.total, name)
-                    os.ftruncate(target, size)
+                    if not names:
+                        target.flush()
+                        os.ftruncate(target.descriptor, size)
                 finally:
-                    os.close(target)
+                    target.close()
             wait(flushed)
             _raise_of(flushed)
 
-    def _store(self, target: int, start: int, name: str, result: Tensor | None, buffer: Tensor | None) -> None:
-        if result is None:
-            _copy(self._source(name), self.plan.checkpoint.start(name), target, start, self.plan.checkpoint.bytes(name))
+    def _store(self, target: Stream, name: str, result: Tensor | None, lease: Lease | None) -> None:
+        if result is None or lease is None:
+            target.copy(self._source(name), self.plan.checkpoint.start(name), self.plan.checkpoint.bytes(name))
             return
-        _put(target, start, memoryview(_bytes(result).numpy().data))
-        self.memory.give(self.plan.written(name), buffer)
+        target.write(memoryview(_bytes(result).numpy().data))
+        self.memory.give(lease, result)
 
 
 def _flushed(target: int, journal: Any, line: str) -> None:
@@ -510,25 +514,6 @@ def _raise_of(flushed: Sequence[Future[None]]) -> None:
     for one in flushed:
         if one.done():
             one.result()
-
-
-def _put(target: int, start: int, data: memoryview) -> None:
-    while len(data):
-        count = os.pwrite(target, data[: 1 << 27], start)
-        data, start = data[count:], start + count
-
-
-def _copy(source: int, start: int, target: int, at: int, count: int) -> None:
-    """Bytes from file to file, by the system where it can."""
-    while count:
-        try:
-            moved = os.copy_file_range(source, target, min(count, 1 << 27), start, at)
-        except (AttributeError, OSError):  # not offered here, or not between these file systems
-            moved = os.pwrite(target, os.pread(source, min(count, 1 << 24), start), at)
-        if not moved:
-            found = "a file that became shorter while it was read"
-            raise CheckpointError(sentence(found, "the base as it was", "let nobody write to it meanwhile"))
-        count, start, at = count - moved, start + moved, at + moved
 
 
 # ---------------------------------------------------------------------------------------------- the folder

@@ -1,52 +1,78 @@
 """The memory that tensors lie in between reading and writing: bounded, and used again.
 
-    take(bytes)  ->  buffer(bytes), once or twice within what was taken  ->  give(bytes, buffer)
+    take(counts)  ->  leases: so many bytes each, and a buffer of that size at least        give(lease, what lies in it)
 
-A buffer that was given back serves the next tensor of its size. Fresh memory costs the system a fault for each page of
-it and zeros that nobody reads, as much time as the bytes take to copy; the tensors of a model have few sizes. Rejected:
+A buffer that was given back serves the next tensor that fits. Fresh memory costs the system a fault for each page of
+it and zeros that nobody reads, as much time as the bytes take to copy. Rejected:
 telling malloc to keep what is freed, which is a setting of the whole process.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lease:
+    """``size`` bytes that one may use, beginning at ``address``. Who wants the buffer pops it from ``lent``; who needs
+    another memory of that size instead takes it out and forgets it."""
+
+    size: int
+    address: int
+    lent: list[Tensor]
+
+    def holds(self, one: Tensor) -> bool:
+        """Whether a tensor lies in the buffer."""
+        whole = one.untyped_storage()
+        return whole.data_ptr() == self.address and whole.nbytes() == self.size
 
 
 class Memory:
     """``limit`` bytes; who wants more waits. What lies free counts as well, and makes way."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.free = limit, 0, 0
-        self._buffers: dict[int, list[Tensor]] = {}
+        self.limit, self.used = limit, 0
+        self._free: list[Tensor] = []  # by size
         self._changed = threading.Condition()
 
-    def take(self, count: int, stopped: threading.Event) -> None:
-        """Reserve so many bytes; what is larger than the limit goes alone."""
+    def take(self, counts: Sequence[int], stopped: threading.Event) -> list[Lease]:
+        """Buffers of at least so many bytes [size], with whatever is in them. What is larger than the limit goes
+        alone."""
         with self._changed:
-            while self.used and self.used + count > self.limit and not stopped.is_set():
+            while self.used and self.used + sum(counts) > self.limit and not stopped.is_set():
                 self._changed.wait(0.1)
-            self.used += count
-            for size in list(self._buffers):
-                while self.free and self.used + self.free > self.limit and self._buffers[size]:
-                    self._buffers[size].pop()
-                    self.free -= size
+            buffers = self._fitting(counts)
+            self.used += sum(map(len, buffers))
+            while self._free and self.used + sum(map(len, self._free)) > self.limit:
+                del self._free[0]
+            return [Lease(len(one), one.data_ptr(), [one]) for one in buffers]
 
-    def buffer(self, count: int) -> Tensor:
-        """Bytes [count] of what was taken, with whatever was in them."""
-        with self._changed:
-            if self._buffers.get(count):
-                self.free -= count
-                return self._buffers[count].pop()
-        return torch.empty(count, dtype=torch.uint8, device="cpu")
+    def _fitting(self, counts: Sequence[int]) -> list[Tensor]:
+        """Free buffers, the smallest that do, and new ones, which take no memory until they are written."""
+        left, buffers = list(self._free), []
+        for count in counts:
+            at = next((at for at, one in enumerate(left) if len(one) >= count), None)
+            buffers.append(_new(count) if at is None else left.pop(at))
+        if self.used + sum(map(len, buffers)) > self.limit:  # too much of them would lie idle
+            return [_new(count) for count in counts]
+        self._free = left
+        return buffers
 
-    def give(self, count: int, buffer: Tensor | None = None) -> None:
-        """Give back what was taken, with the buffer that was part of it, in which nothing is read any more."""
+    def give(self, lease: Lease, lies: Tensor | None) -> None:
+        """Give back what was taken. Where ``lies``, of which nobody reads any more, is in its buffer, that serves
+        again."""
         with self._changed:
-            self.used -= count
-            if buffer is not None:
-                self._buffers.setdefault(buffer.numel(), []).append(buffer)
-                self.free += buffer.numel()
+            self.used -= lease.size
+            if lies is not None and lease.holds(lies):
+                self._free.append(torch.empty(0, dtype=torch.uint8, device="cpu").set_(lies.untyped_storage()))
+                self._free.sort(key=len)
             self._changed.notify_all()
+
+
+def _new(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="cpu")

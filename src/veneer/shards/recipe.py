@@ -17,7 +17,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,26 +275,27 @@ def apply(
     weight: Tensor,
     dtype: torch.dtype,
     rounding: str,
-    buffer: Callable[[int], Tensor] | None = None,
-    compiled: bool = True,
+    compiled: bool,
+    lent: list[Tensor],
 ) -> Folded:
     """The merged part of a tensor: what ``veneer.merge`` writes into a live model, bit for bit.
 
     Args:
         weight: the part of the tensor that ``work`` is about; not changed.
         rounding: as ``veneer.merge`` takes it.
-        buffer: gives so many bytes of memory, for the result; it is called only if the result then lies there.
         compiled: False leaves numba alone.
+        lent: at most one buffer of bytes, large enough for the result. It is taken out, and the result lies there
+            unless the layer cannot have it so.
     """
     shape = _part(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
     low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    out = None
+    out, buffer = None, lent.pop() if lent else None
     if buffer is not None and dense.is_contiguous() and lies_in(held, dense):
-        whole = buffer(dense.numel() * dtype.itemsize).view(dtype).view(shape)
-        out = lead.layer.unfold(whole, dims)
+        out = lead.layer.unfold(buffer[: dense.numel() * dtype.itemsize].view(dtype).view(shape), dims)
+    buffer = None
     folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled)
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
 
