@@ -9,6 +9,8 @@ telling malloc to keep what is freed, which is a setting of the whole process.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,4 +77,12 @@ class Memory:
 
 
 def _new(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8, device="cpu")
+    """From the system itself, which gets it back at once; malloc keeps a part of what is freed. In large pages where
+    there are some, of which each is one fault."""
+    if not count:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

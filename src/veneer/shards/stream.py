@@ -27,7 +27,8 @@ class Stream:
 
     def __init__(self, path: Path, start: int) -> None:
         self.descriptor = _opened(path)
-        self._room = memoryview(mmap.mmap(-1, ROOM))  # begins at a page, which is a multiple of a block
+        pages = mmap.mmap(-1, ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a page is a multiple of a block
+        self._room = memoryview(pages)
         self._first = start // BLOCK * BLOCK  # of the buffer, in the file
         self._filled = start - self._first
         os.ftruncate(self.descriptor, start)
