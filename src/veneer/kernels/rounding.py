@@ -14,7 +14,8 @@ overflow and cancellation without a case of its own.
 The second term: r products and their sums, in any order, and the roundings of scale · B and of A to float32. An end of
 the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
 
-**In tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
+**In one loop** over the numbers where numba is installed and a weight is large (``kernels.streaming``), else **in
+tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
 float64 on whole tensors (eight times the weight in temporaries, and many times the time); comparing the low bits of v
 with those of a tie, one pass less (v's own last bit says nothing about its error after a cancellation).
 """

@@ -4,9 +4,9 @@
     tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
             └─────► fingerprint of the base
 
-Three threads (and one that flushes to the disk), and at most twice the largest tensor between them. What no adapter
-changes is copied. The result stands in a folder beside OUT until it is whole, then takes its name in one
-step.
+Three threads (and one that flushes to the disk), and at most twice the largest tensor between them (``memory``). What
+no adapter changes is copied. The result is written past the system's cache (``stream``). It stands in a folder beside
+OUT until it is whole, then takes its name in one step.
 
 **A killed merge goes on where it was.** The folder's name follows from OUT's, and its journal says which tensors are on
 the disk: a line is written only after what it speaks of was flushed. A journal of another merge (other files, adapters,
