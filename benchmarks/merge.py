@@ -148,18 +148,20 @@ def check(folder: Path, out: Path) -> int:
 
 def killed(folder: Path, out: Path, kills: int) -> list[tuple[float, int]]:
     """Kill a merge so often, then let it finish; returns after how many seconds each was killed, and how many tensors
-    it then had on the disk. The shares of the work at which it happens are drawn at random, and taken in order; each
-    kill comes up to a second after its share is there."""
+    it then had on the disk. The first comes at any moment, while the run starts or works. For the others shares of the
+    work are drawn at random, and taken in order: a run is killed up to half a second after it works and its share is on
+    the disk."""
     code = "import sys; from merge import alone; from pathlib import Path; alone('veneer', *map(Path, sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(folder), str(out)]
     chance, moments = random.Random(0), []
     whole = len(json.loads((folder / "base" / "model.safetensors.index.json").read_text())["weight_map"])
-    for share in sorted(chance.uniform(0, 0.8) for _ in range(kills)):
-        start = time.perf_counter()
+    shares = sorted(chance.uniform(0, 0.8) for _ in range(kills))
+    for number, share in enumerate(shares):
+        start, began = time.perf_counter(), time.time()
         run = subprocess.Popen(command, cwd=Path(__file__).parent)
-        while run.poll() is None and _on_disk(out) < share * whole:
+        while number and run.poll() is None and not (_works(out, began) and _on_disk(out) >= share * whole):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 1) if share * whole > 1 else chance.uniform(0, 10))
+        time.sleep(chance.uniform(0, 0.5 if number else 10))
         if run.poll() is None:
             run.send_signal(signal.SIGKILL)
             moments.append((time.perf_counter() - start, _on_disk(out)))
@@ -171,10 +173,24 @@ def killed(folder: Path, out: Path, kills: int) -> list[tuple[float, int]]:
     return moments
 
 
+def _journal(out: Path) -> Path:
+    return out.with_name(f".{out.name}.merging") / "journal.jsonl"
+
+
+def _works(out: Path, since: float) -> bool:
+    """Whether a merge has begun to work after that time: it then writes its journal anew."""
+    try:
+        return _journal(out).stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
 def _on_disk(out: Path) -> int:
     """How many tensors a merge that is not finished has on the disk, by its journal."""
-    journal = out.with_name(f".{out.name}.merging") / "journal.jsonl"
-    lines = journal.read_text().splitlines(keepends=True)[1:] if journal.is_file() else []
+    try:
+        lines = _journal(out).read_text().splitlines(keepends=True)[1:]
+    except FileNotFoundError:
+        return 0
     return sum(json.loads(line)["tensors"] for line in lines if line.endswith("\n"))
 
 
