@@ -1,0 +1,389 @@
+"""The adapters of one call, laid out for ``kernels/batched.py``.
+
+    deck ─ racks, one for each size of adapter     slots, and which adapter has which
+         ─ layers                                  A [slots, r, in] and B [slots, r, out] of each rack
+         ─ lineups                                 what the rows of a call use: groups, runs, gains and biases
+
+An adapter that is used takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the
+same adapters again finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves
+alone, or changes at a smaller rank, has zeros there.
+
+One call at a time has a deck: nothing moves under it. Slots belong to a ``Held`` by its ``uid``, which is never used
+again, so an adapter that was removed cannot be met under its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapted import BASE, Selected, Site, at_least_float32
+from veneer.bank.blend import table_of
+from veneer.bank.held import Held, Thin
+from veneer.kernels import batched, fused
+from veneer.kernels.batched import Grouping
+from veneer.rows import Parts
+
+#: ranks are rounded up to powers of two from this on: adapters that come to the same share a rack
+SMALLEST = 8
+#: calls in a row that need at most half of a rack's slots before the others are given up
+PATIENCE = 8
+#: how many lineups are kept: a server's, for the rows that decode and those that begin
+KEPT = 4
+#: tokens a row up to which rows are grouped
+FEW = 4
+
+#: what a row uses: adapters and their weights; nothing is the base alone
+Uses = tuple[tuple[Held, float], ...]
+
+
+class Frame:
+    """What a bank knows of the model that its adapters are for: its modules by the keys of their sites, which layers
+    read one input, and how its calls are selected."""
+
+    def __init__(self, uid: str, time_first: bool) -> None:
+        self.uid, self.time_first = uid, time_first
+        self.modules: dict[Any, nn.Module] = {}
+        self.mates: dict[Any, tuple[Any, ...]] = {}
+
+
+class Rack:
+    """Slots for adapters of about one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.slots, self.slack = rank, 0, 0
+        self.taken: dict[int, int] = {}  # the longest unused first
+
+    def free(self) -> int | None:
+        return next((slot for slot in range(self.slots) if slot not in self.taken.values()), None)
+
+
+class Block:
+    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]. The A of layers that read the same input lie
+    side by side in ``joined`` [slots, layers · r, in], this one's as number ``place``."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B, self.joined, self.place = A, B, A, 0
+
+    def put(self, slot: int, thin: Thin | None) -> None:
+        rank = 0 if thin is None else len(thin.A)
+        if thin is not None:
+            self.A[slot, :rank] = thin.A
+            self.B[slot, :rank] = thin.B
+        self.B[slot, rank:] = 0  # whoever had this slot before
+
+
+class Layer:
+    """One layer in a deck. ``mates`` are the layers that read the same input, itself among them."""
+
+    def __init__(self, deck: Deck, key: Any, thin: Thin) -> None:
+        self.deck, self.key, self.name = deck, key, thin.name
+        own: Any = deck.frame.modules[key]._parameters[thin.name]
+        self.flipped = thin.layer.out_axis == 1
+        self.in_, self.out = thin.A.shape[1], thin.B.shape[1]
+        self.device, self.dtype = own.device, at_least_float32(own.dtype)
+        self.blocks: dict[int, Block] = {}
+        self.mates: tuple[Layer, ...] = (self,)
+
+    def room(self, rack: Rack) -> None:
+        """Zeros for all slots of a rack."""
+        A, B = (
+            torch.zeros(rack.slots, rack.rank, width, dtype=self.dtype, device=self.device)
+            for width in (self.in_, self.out)
+        )
+        before = self.blocks.get(rack.rank)
+        self.blocks[rack.rank] = Block(A, B)
+        if before is not None:
+            kept = min(rack.slots, len(before.A))
+            A[:kept], B[:kept] = before.A[:kept], before.B[:kept]
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        for held in self.deck.lineup.members:
+            if self.key in held.parts:
+                yield from held.parts[self.key].seen(method)
+
+    def run(
+        self, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict, now: Any,
+        share: bool = True, method: str = "forward",
+    ) -> Any:  # fmt: skip
+        # Each Python call here is time in every layer of a decoding step.
+        lineup = self.deck.lineup
+        if len(args) == 1 and not kwargs and now.path is None:
+            x, own = args[0], module._parameters
+            weight: Any = own[self.name]
+            if (
+                fused.applies(x, weight)
+                and x.ndim > 1
+                and x.shape[0] == lineup.count
+                and not (x.requires_grad and torch.is_grad_enabled())
+            ):
+                weight = weight.mT if self.flipped else weight
+                bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
+                flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
+                tokens = len(flat) // lineup.count
+                if tokens > FEW:
+                    delta = batched.by_runs(flat, self.out, lineup.runs(self), tokens)
+                else:
+                    delta = self.grouped(x, flat, tokens, lineup)
+                if self.key in lineup.bent:
+                    y = self.bent(delta, flat, weight, bias, lineup)
+                else:
+                    y = fused.added(delta, flat, weight, bias)
+                return y.view(*x.shape[:-1], self.out)
+        return lineup.apart[self.key].run(module, base, site, args, kwargs, now, method=method)
+
+    def grouped(self, x: Tensor, flat: Tensor, tokens: int, lineup: Lineup) -> Tensor:
+        """Δ [N, out]. What layers that read one input have in common is made by the first of them that is called; of an
+        inference tensor nobody counts the changes, so there each makes its own."""
+        deck, alone = self.deck, len(self.mates) == 1 or x.is_inference()
+        known = None if alone else deck.shared
+        if known is None or known[0] is not x or known[1] != x._version or known[2] is not self.mates:
+            wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
+            narrow = {}
+            for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
+                block = self.blocks[rank]
+                A = block.A if alone else block.joined
+                narrow[rank] = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
+            known = x, -1 if alone else x._version, self.mates, narrow
+            if not alone:
+                deck.shared = known
+        delta = None
+        for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
+            block, h = self.blocks[rank], known[3][rank]
+            h = h if alone else h.narrow(1, block.place * rank, rank)
+            delta = batched.widened(h, block.B, grouping, delta)
+        if delta is None:
+            return flat.new_zeros(len(flat), self.out)
+        return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
+
+    def bent(self, delta: Tensor, flat: Tensor, weight: Tensor, bias: Tensor | None, lineup: Lineup) -> Tensor:
+        """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
+        gain, own = lineup.extra(self, bias, flat)
+        if gain is None:
+            y = fused.added(delta, flat, weight, None)
+        else:
+            plain, by_row = flat @ weight.mT, (lineup.count, -1, self.out)
+            y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])
+        if own is not None:
+            y = y.view(lineup.count, -1, self.out).add_(own[:, None])
+        elif bias is not None:
+            y = y.add_(bias)
+        return y
+
+
+class Lineup:
+    """What the rows of a call use. ``table`` is what is called in the place of each site's layer."""
+
+    def __init__(self, deck: Deck, rows: tuple[Uses, ...]) -> None:
+        self.deck, self.rows, self.count = deck, rows, len(rows)
+        self.members = list({held: None for uses in rows for held, _ in uses})
+        self.plans: dict[Any, list[tuple[int, Grouping]]] = {}
+        self.made: dict[Any, list[batched.Run]] = {}
+        self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
+        distinct = dict.fromkeys(rows)
+        selections = [Selected("a blend", table_of(uses)) if uses else BASE for uses in distinct]
+        indices = [torch.tensor([i for i, own in enumerate(rows) if own == uses], device="cpu") for uses in distinct]
+        self.apart = Parts(deck.frame.uid, selections, indices, self.count, deck.frame.time_first)
+        general = {key for held in self.members for key in held.general}
+        keys = dict.fromkeys(key for held in self.members for key in held.parts)
+        self.table = {key: self.apart[key] if key in general else deck.layers[key] for key in keys}
+        self.bent = {
+            key for held in self.members for key, part in held.parts.items()
+            if isinstance(part, Thin) and (part.gain is not None or part.bias is not None)
+        }  # fmt: skip
+
+    def runs(self, layer: Layer) -> list[batched.Run]:
+        """Neighbouring rows that use the same, with their factors of a layer."""
+        if layer.key not in self.made:
+            runs: list[batched.Run] = []
+            first = 0
+            for row in range(1, self.count + 1):
+                if row == self.count or self.rows[row] != self.rows[first]:
+                    parts = ((held.parts.get(layer.key), weight) for held, weight in self.rows[first])
+                    runs.append((first, row, [(part.A, part.B, weight) for part, weight in parts if part is not None]))
+                    first = row
+            self.made[layer.key] = runs
+        return self.made[layer.key]
+
+    def groupings(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[tuple[int, Grouping]]:
+        """How rows of so many tokens are grouped in each rack that they use."""
+        key = tokens, device, dtype
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = [
+                (rack.rank, _grouping(self.rows, rack, tokens, device, dtype))
+                for rack in self.deck.racks.values()
+                if any(held.uid in rack.taken for held in self.members)
+            ]
+        return found
+
+    def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
+        if layer.key not in self.extras:
+            thin = {held: held.parts.get(layer.key) for held in self.members}
+            gains = any(one is not None and one.gain is not None for one in thin.values())
+            biases = any(one is not None and one.bias is not None for one in thin.values())
+            shape = self.count, layer.out
+            gain = torch.ones(shape, dtype=layer.dtype, device=like.device) if gains else None
+            own = bias.to(layer.dtype).expand(shape).clone() if biases and bias is not None else None
+            for row, uses in enumerate(self.rows):
+                for held, weight in uses:
+                    part = thin[held]
+                    if part is not None and part.gain is not None and gain is not None:
+                        gain[row] += weight * (part.gain.to(layer.dtype) - 1)
+                    if part is not None and part.bias is not None and own is not None and bias is not None:
+                        own[row] += weight * (part.bias.to(layer.dtype) - bias.to(layer.dtype))
+            both = (None if one is None else one.to(like.dtype) for one in (gain, own))
+            self.extras[layer.key] = tuple(both)  # pyright: ignore[reportArgumentType]
+        return self.extras[layer.key]
+
+
+def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.device, dtype: torch.dtype) -> Grouping:
+    """The rows that use adapters of a rack, by their slots."""
+    places: list[list[tuple[int, float]]] = [[] for _ in range(rack.slots)]
+    mine: list[list[tuple[int, int]]] = []  # for each row, (slot, number within its group)
+    for row, uses in enumerate(rows):
+        mine.append([])
+        for held, weight in uses:
+            if held.uid in rack.taken:
+                slot = rack.taken[held.uid]
+                mine[row].append((slot, len(places[slot])))
+                places[slot].append((row, weight))
+    size = max(map(len, places))
+    padded = [place + [(0, 0.0)] * (size - len(place)) for place in places]
+
+    def of_tokens(indices: Sequence[int]) -> Tensor | None:
+        """Indices of rows or places as those of their tokens; None where these are 0, 1, 2, …"""
+        wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
+        flat = wide.flatten()
+        same = len(flat) == rack.slots * size * tokens == len(rows) * tokens
+        return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
+
+    order = of_tokens([row for place in padded for row, _ in place])
+    strength = torch.tensor([[weight for _, weight in place] for place in padded], dtype=dtype, device=device)
+    plain = all(weight in (0.0, 1.0) for place in padded for _, weight in place)
+    weights = None if plain else strength.repeat_interleave(tokens, 1)[:, None]
+    back = []
+    for number in range(max(map(len, mine))):
+        has = [len(own) > number for own in mine]
+        own = [place[number] if some else (0, 0) for place, some in zip(mine, has, strict=True)]
+        index = of_tokens([slot * size + within for slot, within in own])
+        kept = None
+        if not all(has):
+            kept = torch.tensor(has, device=device, dtype=dtype).repeat_interleave(tokens)[:, None]
+        back.append((index, kept))
+    return Grouping(rack.slots, order, weights, tuple(back))
+
+
+class Deck:
+    """Racks, layers, and what the running call uses."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.racks: dict[int, Rack] = {}
+        self.layers: dict[Any, Layer] = {}
+        self.lineups: dict[Any, Lineup] = {}
+        self.lineup: Any = None  # a ``Lineup`` while a call runs
+        self.shared: Any = None
+
+    @property
+    def uids(self) -> set[int]:
+        """Whose numbers are laid out."""
+        return {uid for rack in self.racks.values() for uid in rack.taken}
+
+    def use(self, rows: tuple[Uses, ...]) -> Lineup:
+        """Lay out what the rows use, and make it what calls of the deck's layers mean."""
+        members = list({held: None for uses in rows for held, _ in uses})
+        key = tuple(tuple((held.uid, weight) for held, weight in uses) for uses in rows)
+        self._give_up(members)
+        if key not in self.lineups:
+            self._lay_out(members)
+            while len(self.lineups) >= KEPT:
+                del self.lineups[next(iter(self.lineups))]
+        lineup = self.lineups.pop(key, None) or Lineup(self, rows)
+        self.lineups[key] = lineup
+        for held in members:
+            if held.rank:
+                rack = self.racks[_size(held)]
+                rack.taken[held.uid] = rack.taken.pop(held.uid)
+        self.lineup = lineup
+        return lineup
+
+    def rest(self) -> None:
+        """A call has ended: keep nothing of it."""
+        self.shared = self.lineup = None
+
+    def forget(self, uid: int) -> None:
+        """An adapter is no longer in memory: its slot is free, and nothing here holds it."""
+        for rack in self.racks.values():
+            rack.taken.pop(uid, None)
+        self.lineups = {key: one for key, one in self.lineups.items() if all(held.uid != uid for held in one.members)}
+
+    def _give_up(self, members: Sequence[Held]) -> None:
+        """Slots that have long been more than twice of what is needed."""
+        for rack in self.racks.values():
+            needed = sum(bool(held.rank) and _size(held) == rack.rank for held in members)
+            rack.slack = rack.slack + 1 if needed and 2 * needed <= rack.slots else 0
+            if rack.slack > PATIENCE:
+                rack.taken, rack.slack = {}, 0
+                self._resize(rack, 0)
+
+    def _lay_out(self, members: Sequence[Held]) -> None:
+        wanted = {held.uid for held in members}
+        for size in dict.fromkeys(_size(held) for held in members if held.rank):
+            rack = self.racks.setdefault(size, Rack(size))
+            new = [held for held in members if held.rank and _size(held) == size and held.uid not in rack.taken]
+            kept = [uid for uid in rack.taken if uid in wanted]
+            if len(new) + len(kept) > rack.slots:
+                self._resize(rack, len(new) + len(kept))
+            for held in new:
+                slot = rack.free()
+                if slot is None:
+                    idle = next(uid for uid in rack.taken if uid not in wanted)
+                    slot = rack.taken[idle]
+                    self.forget(idle)
+                rack.taken[held.uid] = slot
+                self._put(held, rack, slot)
+
+    @torch.no_grad()
+    def _resize(self, rack: Rack, slots: int) -> None:
+        rack.slots, self.lineups, self.shared = slots, {}, None
+        for layer in self.layers.values():
+            layer.room(rack)
+        self._join(rack)
+
+    @torch.no_grad()
+    def _put(self, held: Held, rack: Rack, slot: int) -> None:
+        new = [(key, part) for key, part in held.parts.items() if isinstance(part, Thin) and key not in self.layers]
+        for key, part in new:
+            self.layers[key] = Layer(self, key, part)
+            for each in self.racks.values():
+                self.layers[key].room(each)
+        if new:
+            for each in self.racks.values():
+                self._join(each)
+        for key, layer in self.layers.items():
+            part = held.parts.get(key)
+            layer.blocks[rack.rank].put(slot, part if isinstance(part, Thin) else None)
+
+    def _join(self, rack: Rack) -> None:
+        """Let the A of layers that read one input lie side by side."""
+        for keys in dict.fromkeys(self.frame.mates.values()):
+            mates = tuple(self.layers[key] for key in keys if key in self.layers)
+            if len(mates) < 2 or len({(layer.in_, layer.dtype, layer.device) for layer in mates}) != 1:
+                continue
+            mates = mates[0].mates if mates[0].mates == mates else mates
+            blocks = [layer.blocks[rack.rank] for layer in mates]
+            joined = torch.cat([block.A for block in blocks], 1)
+            for place, (layer, block) in enumerate(zip(mates, blocks, strict=True)):
+                layer.mates = mates
+                block.joined, block.place = joined, place
+                block.A = joined[:, place * rack.rank : (place + 1) * rack.rank]
+
+
+def _size(held: Held) -> int:
+    """The rank of the rack for an adapter."""
+    return max(SMALLEST, 1 << (held.rank - 1).bit_length())
