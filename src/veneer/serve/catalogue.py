@@ -139,7 +139,17 @@ class Catalogue:
                 raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
             if old is None or path != old or inplace or name not in resident:
                 self._bring(name, path, old)
-            self._note(name, where, pin)
+            try:
+                self._note(name, where, pin)
+            except OSError as error:
+                self._drop(name)
+                if old is not None:
+                    self._enter(name, old)
+                found = f"no way to write {MEMORY} ({error.strerror})"
+                do = "see to the folder; nothing was loaded"
+                raise Refusal(503, sentence(found, "an adapter folder that can be written", do)) from error
+            if pin is not None:
+                (self._bank.pin if pin else self._bank.unpin)(name)
         log.info("Loaded adapter %r from %s", name, self.root(name))
 
     def unload(self, name: str) -> None:
@@ -178,7 +188,7 @@ class Catalogue:
         self._paths[name] = path
 
     def _note(self, name: str, where: str | None, pin: bool | None) -> None:
-        """Remember a loaded name, on the disk first."""
+        """Remember a loaded name."""
         memory = self._recall()
         own, names = self._scan().get(name), dict(memory.names)
         if own == self._paths[name]:
@@ -186,15 +196,7 @@ class Catalogue:
         elif where is not None:
             names[name] = where
         pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
-        try:
-            self._remember(Memory(names, pinned, memory.hidden - {name}))
-        except OSError as error:
-            message = sentence(
-                f"no way to write {MEMORY} ({error.strerror})", "an adapter folder that can be written", "see to it"
-            )
-            raise Refusal(503, f"{message} {name!r} is loaded, and will be forgotten at a restart.") from error
-        if pin is not None:
-            (self._bank.pin if pin else self._bank.unpin)(name)
+        self._remember(Memory(names, pinned, memory.hidden - {name}))
 
     # ------------------------------------------------------------------------------------------ the folder
 
@@ -247,12 +249,8 @@ class Catalogue:
             for entry in entries:
                 if not _NAME.fullmatch(entry.name) or entry.name == self.base:
                     continue
-                path = top / entry.name
-                if entry.is_symlink():
-                    path = path.resolve()
-                    if not path.is_relative_to(top):
-                        continue
-                if (path / peft.CONFIG).is_file():
+                path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
+                if path is not None and (path / peft.CONFIG).is_file():
                     found[entry.name] = path
         return found
 
@@ -282,12 +280,8 @@ class Catalogue:
             expected = "a path relative to the adapter folder, without '.', '..' or control characters"
             message = sentence(f"lora_path {where[:200]!r}", expected, "name a folder in the adapter folder")
             raise Refusal(400, message, param="lora_path", code="bad_path")
-        try:
-            path = (top / where).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):  # not there, a name too long, a loop of links
-            path = None
-        # what lies outside looks the same as what is not there
-        if path is None or not path.is_relative_to(top) or path == top or not (path / peft.CONFIG).is_file():
+        path = _within(top, where)
+        if path is None or not (path / peft.CONFIG).is_file():  # what lies outside looks like what is not there
             message = sentence(
                 f"no adapter at {where[:200]!r} in the adapter folder", f"a folder with {peft.CONFIG}", "check the path"
             )
@@ -316,7 +310,7 @@ class Catalogue:
             raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
 
     def _remember(self, memory: Memory) -> None:
-        if memory != self._memory or not (self._top() / MEMORY).exists():
+        if memory != self._memory:
             write_whole(self._top() / MEMORY, memory.text())
         self._memory = memory
 
@@ -336,6 +330,15 @@ class _Nobody:
 
     def register(self, name: str, path: Path) -> None: ...
     def remove(self, name: str) -> None: ...
+
+
+def _within(top: Path, where: str) -> Path | None:
+    """The path that ``where`` means when all links are followed; None unless it is there and below ``top``."""
+    try:
+        path = (top / where).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # not there, a name too long, a loop of links
+        return None
+    return path if path.is_relative_to(top) and path != top else None
 
 
 def _check_name(name: str, base: str) -> None:

@@ -169,9 +169,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make(
-    app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None
-) -> Server:
+def make(app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None) -> Server:
     """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``stop``, ends it."""
     config = uvicorn.Config(
         app,
