@@ -10,6 +10,7 @@ that number. It ends after ``words`` of them, and waits ``pause`` seconds before
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -243,3 +244,20 @@ def until(condition: Any, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def main() -> None:
+    """A server in a process of its own, for signals: `python serving.py FOLDER PAUSE GRACE`. Prints its address."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    folder, pause, grace = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    service = fake_service(folder, "french", words=20, pause=pause)
+    socket = bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    make(create(service), service.drain, grace, lambda: print(address, flush=True)).run([socket])
+    service.close()
+
+
+if __name__ == "__main__":
+    main()

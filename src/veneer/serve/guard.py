@@ -88,6 +88,9 @@ class Guard:
             await self.app(scope, _replay(body, receive), send)
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
+            message = sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
+            raise Refusal(431, message)
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.hosts is not None and name not in self.hosts:

@@ -6,6 +6,8 @@ bounded by the context and the queue; these bound what it costs before it gets t
 
 from __future__ import annotations
 
+#: bytes of the names and values of all headers
+HEADERS = 16 * 2**10
 #: bytes of a body: some times the text of the longest context that is served
 BODY = 4 * 2**20
 #: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
