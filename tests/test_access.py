@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import BASE, serving
+from api_server import BASE, serving
 from veneer.errors import ConfigError
 from veneer.serve.access import ANYONE, Key, Keyring, generate, hash_of, read_keys
 

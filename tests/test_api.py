@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from serving import BASE, adapter_at, serving, until
+from api_server import BASE, adapter_at, serving, until
 
 
 @pytest.fixture(scope="module")

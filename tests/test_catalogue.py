@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import veneer
-from serving import BASE, FakeBank, adapter_at, serving
+from api_server import BASE, FakeBank, adapter_at, serving
 from veneer.errors import AdapterError, ConfigError, LibraryError
 from veneer.library import Library
 from veneer.serve.catalogue import MEMORY, Catalogue
@@ -187,6 +187,8 @@ def test_what_is_loaded_is_not_loaded_again(folder):
     assert catalogue._bank.pinned == {"french"}
     catalogue.load("french", None, pin=False)
     assert catalogue._bank.pinned == set()
+    assert catalogue._bank.loads == 1
+    catalogue.load("german", None, pin=False)  # to let go of what is not held loads nothing
     assert catalogue._bank.loads == 1
 
 

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from serving import BASE, fake_service, listening, serving, until
+from api_server import BASE, fake_service, listening, serving, until
 from veneer.errors import ConfigError
 from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
@@ -300,7 +300,7 @@ def test_a_port_that_is_taken():
 @contextmanager
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
-    line = [sys.executable, str(Path(__file__).with_name("serving.py")), str(folder), str(pause), str(grace)]
+    line = [sys.executable, str(Path(__file__).with_name("api_server.py")), str(folder), str(pause), str(grace)]
     child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield child, child.stdout.readline().strip()

@@ -137,7 +137,7 @@ class Catalogue:
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
                 raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
-            if old is None or path != old or inplace or name not in resident:
+            if old is None or path != old or inplace or (name not in resident and pin is not False):
                 self._bring(name, path, old)
             try:
                 self._note(name, where, pin)

@@ -247,7 +247,7 @@ def until(condition: Any, seconds: float = 10.0) -> None:
 
 
 def main() -> None:
-    """A server in a process of its own, for signals: `python serving.py FOLDER PAUSE GRACE`. Prints its address."""
+    """A server in a process of its own, for signals: `python api_server.py FOLDER PAUSE GRACE`. Prints its address."""
     import logging
 
     logging.basicConfig(level=logging.INFO)
