@@ -2,8 +2,8 @@
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and one call for a token of
-each running row; so a running row never waits for more than one such call. A prompt that is longer is computed in
+One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and one call for a token
+of each running row; so a running row never waits for more than one such call. A prompt that is longer is computed in
 pieces, beside the running rows, and joins them when it is whole.
 
     submit → queue (scheduler: fair between mixes) → its adapters are loaded → prompt → row among the running → end
@@ -78,10 +78,7 @@ class Engine:
         self._slots, self._aside = self._new_slots()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._eos = _ends(model, tokenizer)
-        head = model.get_output_embeddings()
-        self._schemas = Schemas(
-            tokenizer, len(head.weight) if head is not None else self._vocabulary, sorted(self._eos)
-        )
+        self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
         self._wake = threading.Condition()  # guards what follows; notified when there is something to do or to know
         self._scheduler: Scheduler[Entry] = Scheduler(queue)
@@ -93,6 +90,7 @@ class Engine:
         self._admitted: list[Entry] = []  # whose adapters are loading or loaded
         self._long: Entry | None = None  # whose prompt is computed in pieces
         self._running: list[Entry] = []  # row by row
+        self._called: list[Entry] = []  # for whom a call is made
         self._without: set[Key] = set()  # mixes for which there is no memory before a lease is given back
 
     # ------------------------------------------------------------------------------------------ for clients
@@ -103,8 +101,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Queue a request, from any thread. ``deliver`` is called with each piece, in the engine's thread, and must return
-        at once; the last piece, and no other, has ``finish``.
+        """Queue a request, from any thread. ``deliver`` is called with each piece, in the engine's thread, and must
+        return at once; the last piece, and no other, has ``finish``.
 
         Raises:
             RequestError: a prompt that is empty, too long or of unknown tokens; a schema that is not understood.
@@ -164,7 +162,7 @@ class Engine:
             raise RequestError(
                 sentence(f"a prompt of {size} tokens", f"1 to {self.length - 1}, and room for an answer", "shorten it")
             )
-        if not (0 <= min(request.prompt) and max(request.prompt) < self._vocabulary):
+        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
             raise RequestError(
                 sentence(
                     "a token that the model does not have", f"ids from 0 to {self._vocabulary - 1}", "use its tokenizer"
@@ -203,7 +201,7 @@ class Engine:
     def _work(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
-            if not self._running and self._long is None and not any(one.lease for one in self._admitted):
+            if not self._running and self._long is None and not self._loaded():
                 while not (self._poked or self._closing):
                     waiting = [*self._admitted, *self._scheduler.entries()]
                     until = min((one.deadline for one in waiting), default=math.inf) - time.monotonic()
@@ -218,12 +216,16 @@ class Engine:
             self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            running, self._running, self._long = [*self._running, self._long], [], None
+            running, self._running, self._long = {*self._running, self._long, *self._called}, [], None
             self._slots, self._aside = self._new_slots()
             for entry in running:
                 if entry is not None:
                     entry.row = None
                     self._end(entry, "error", f"{type(error).__name__}: {error}")
+
+    def _loaded(self) -> list[Entry]:
+        """Whose adapters are there."""
+        return [entry for entry in self._admitted if entry.lease is not None]
 
     def _dismiss(self, now: float) -> None:
         """End what was cancelled, and what is late."""
@@ -279,7 +281,7 @@ class Engine:
         """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
         if self._long is not None:
             return [self._long]
-        ready = [one for one in self._admitted if one.lease is not None][: self.rows - len(self._running)]
+        ready = self._loaded()[: self.rows - len(self._running)]
         if not ready:
             return []
         if len(ready[0].request.prompt) > self.prefill:
@@ -302,6 +304,7 @@ class Engine:
         """One call of the model for some entries, and what follows from it. A failure ends these entries alone."""
         if not entries:
             return
+        self._called = entries
         try:
             with self._selected([entry.lease for entry in entries]):
                 logits = call(entries)
@@ -311,9 +314,10 @@ class Engine:
             self._slots.clear(len(self._running), len(entries))
             for entry in entries:
                 self._end(entry, "error", f"{type(error).__name__}: {error}")
-            return
-        for entry, choice in zip(entries, choices, strict=logits is not None):
+            choices = []
+        for entry, choice in zip(entries, choices, strict=False):  # none, where a prompt is not whole yet
             self._accept(entry, choice)
+        self._called = []
 
     def _selected(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
@@ -321,7 +325,7 @@ class Engine:
     def _fill(self, entries: list[Entry]) -> Tensor | None:
         """Prompts, of which the first tokens are chosen; they run from now on. None: a long one is not whole yet."""
         if entries[0] is self._long:
-            logits = self._fill_long(self._long)
+            logits = self._fill_long(entries[0])
         else:
             prompts = [entry.request.prompt for entry in entries]
             logits = self._forward.fill(self._slots, len(self._running), prompts)
@@ -395,6 +399,7 @@ class Engine:
             else:
                 self._scheduler.remove(entry)
             self._live -= 1
+            self._poked = True  # what it held may be what another waits for
             self._wake.notify_all()
         self._tell("finished", entry.request.mix, finish, time.monotonic() - entry.submitted)
 

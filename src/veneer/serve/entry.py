@@ -30,8 +30,8 @@ class Entry:
     """
 
     __slots__ = (
-        "_deliver", "_pending", "_words", "cancelled", "chooser", "deadline", "done", "future", "generated", "key",
-        "last", "lease", "length", "limit", "request", "row", "submitted", "taken", "text", "untold",
+        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "future", "generated",
+        "key", "last", "lease", "length", "limit", "request", "row", "submitted", "taken", "text", "untold",
     )  # fmt: skip
 
     def __init__(self, request: Request, deliver: Deliver, chooser: Chooser, words: Words, limit: int) -> None:
@@ -47,6 +47,7 @@ class Entry:
         self.length = self.generated = self.last = self.untold = 0
         self._deliver, self._words = deliver, words
         self._pending: list[Token] = []
+        self._new, self._stopped = "", False  # text and tokens that are chosen and not delivered
 
     def leaves(self, now: float) -> Finish | None:
         """Why it ends without anything being computed, if it does."""
@@ -64,20 +65,24 @@ class Entry:
         over = self.chooser.accept(token)
         if token in eos and not sampling.ignore_eos:
             return "stop"
-        text, stopped = self.text.add(token)
-        if stopped or over or self.generated >= self.limit:
-            self._send(text, "stop" if stopped else None)
-            return "stop" if stopped or over else "length"
-        if text:
-            self._send(text)
+        self._new, self._stopped = self.text.add(token)
+        if self._stopped or over:
+            return "stop"
+        if self.generated >= self.limit:
+            return "length"
+        if self._new:
+            self._send()
         return None
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """Deliver what is left, with ``finish``: once, whatever happens."""
         if not self.done:
-            self._send("" if finish == "error" else self.text.end(), finish, error)
+            if not self._stopped and finish != "error":
+                self._new += self.text.end()
+            self._send(finish, error)
 
-    def _send(self, text: str, finish: Finish | None = None, error: str | None = None) -> None:
+    def _send(self, finish: Finish | None = None, error: str | None = None) -> None:
+        text, self._new = self._new, ""
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:

@@ -35,6 +35,9 @@ class Forward:
     Args:
         model: a causal language model of transformers, in eval mode.
 
+    Attributes:
+        logits: how many a token has.
+
     Raises:
         ConfigError: an architecture that cannot be called on slots.
     """
@@ -56,6 +59,7 @@ class Forward:
         self._calls = 0
         self._install()
         head = model.get_output_embeddings()
+        self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
         self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
 
     def _refusal(self, found: str) -> ConfigError:

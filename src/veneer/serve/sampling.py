@@ -3,7 +3,7 @@
     schema's mask  →  temperature  →  top_k  →  top_p  →  one uniform number of the row's own generator  →  token
 
 A row draws from a generator of its own, one number a token: so the same seed gives the same tokens, whoever else is in
-the batch. (Logits themselves may differ in their last bits between batches of different sizes, as products of matrices do.)
+the batch. (Logits themselves may differ in their last bits between batches of different sizes.)
 
 The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs more
 of them is sorted alone.
@@ -82,7 +82,8 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
     if not told and all(finite):
         return [Choice(token) for token in chosen]
     tale = dict(zip(told, _tell(logits, told, chosen, rows), strict=True)) if told else {}
-    return [Choice(token if finite[i] else None, *tale.get(i, ())) for i, token in enumerate(chosen)]
+    nothing: tuple[None, tuple[()]] = (None, ())
+    return [Choice(token if finite[i] else None, *tale.get(i, nothing)) for i, token in enumerate(chosen)]
 
 
 def _draw(logits: Tensor, rows: Sequence[Chooser]) -> list[int]:
@@ -151,7 +152,7 @@ def _inverse(chances: Tensor, numbers: Sequence[float]) -> list[int]:
 
 def _tell(
     logits: Tensor, told: Sequence[int], chosen: Sequence[int], rows: Sequence[Chooser]
-) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
     """Log-probabilities of the chosen token and of the most likely ones, for the rows that ask."""
     counts = [rows[i].sampling.logprobs or 0 for i in told]
     some = logits[list(told)].float()

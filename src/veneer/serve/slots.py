@@ -3,8 +3,8 @@
     keys, values of a layer   [rows, kv heads, columns, head dim]     row r holds its tokens in columns 0 … length − 1
 
 The running rows are a dense prefix of the first axis, so a decode step reads views: nothing is concatenated, no
-key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one. Where transformers loses in
-decoding is its growing cache (a copy of all keys and values for each token) and the masks.
+key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one. (transformers'
+growing cache copies all keys and values for each token.)
 
 Three ways to call the model, each of which says where the tokens of its rows lie:
 
