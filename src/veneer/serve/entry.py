@@ -30,8 +30,9 @@ class Entry:
     """
 
     __slots__ = (
-        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "future", "generated",
-        "key", "last", "lease", "length", "limit", "request", "row", "submitted", "taken", "text", "untold",
+        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "future",
+        "generated", "key", "last", "lease", "length", "limit", "request", "row", "submitted", "taken", "text",
+        "untold",
     )  # fmt: skip
 
     def __init__(self, request: Request, deliver: Deliver, chooser: Chooser, words: Words, limit: int) -> None:

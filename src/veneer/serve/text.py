@@ -61,6 +61,8 @@ class Text:
         self._context = len(self._ids)
         self._shown = words.decode(self._ids)  # the part of their text that is out
         self._held = ""  # text that is decoded, and may be a part of a stop string
+        if self._shown.endswith(UNKNOWN):  # the prompt ends within a character: the answer does not begin with its rest
+            self._ids, self._context, self._shown = [], 0, ""
 
     def add(self, token: int) -> tuple[str, bool]:
         """Text that is certain now, and whether a stop string ends it."""
