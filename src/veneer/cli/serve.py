@@ -135,6 +135,7 @@ def _service(
     if causal:
         engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=queue, observer=metrics)
         engine.start()
+        length = engine.length
     else:
         pad = tokenizer.pad_token_id or 0
         embedder = Embedder(
@@ -150,11 +151,13 @@ def _service(
 
 def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
     """Serve until a signal says to stop."""
+    from veneer.serve import page
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
     try:
-        make(create(service), service.drain, grace, lambda: _announce(service, host, port, budget)).run([listening])
+        app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
+        make(app, service.drain, grace, started).run([listening])
     finally:
         service.close()
 
