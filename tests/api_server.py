@@ -133,11 +133,12 @@ class FakeBank:
             raise AdapterError(f"Found: no tensors in {path}.")
         self.paths[name] = path
 
-    def add(self, path: Path, name: str, *, pin: bool = False) -> str:
-        self.register(name, path)
+    def add(self, path: Path, name: str, *, replace: bool = False) -> str:
         if json.loads((path / "adapter_config.json").read_text()).get("broken"):
-            del self.paths[name]
             raise AdapterError(f"Found: a damaged adapter {path.name}.")
+        if replace:
+            self.paths.pop(name, None)
+        self.register(name, path)
         self.loads += 1
         self.resident.add(name)
         return name
