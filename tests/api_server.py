@@ -187,9 +187,13 @@ class Served:
     bank: FakeBank
     folder: Path
     server: Any
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20, **options)
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """One for each key, open as long as the server is."""
+        if key not in self.clients:
+            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return self.clients[key]
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -236,7 +240,10 @@ def serving(folder: Path, *names: str, keys: Keyring | None = None, grace: float
     """A running server with fakes behind it."""
     service = fake_service(folder, *names, keys=keys, **engine)
     with listening(service, grace) as (url, server):
-        yield Served(url, service, service.engine, service.bank, folder, server)
+        served = Served(url, service, service.engine, service.bank, folder, server)
+        yield served
+        for client in served.clients.values():
+            client.close()
 
 
 def until(condition: Any, seconds: float = 10.0) -> None:

@@ -228,8 +228,8 @@ def minilm(tmp_path_factory):
         base="minilm", source=MINILM, tokenizer=loaded.tokenizer, bank=bank, catalogue=catalogue, keys=Keyring(),
         metrics=Metrics(), length=loaded.length, vocabulary=loaded.model.config.vocab_size, embedder=embedder,
     )  # fmt: skip
-    with listening(service) as (url, _):
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), loaded, folder / "adapters" / "french"
+    with listening(service) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        yield client, loaded, folder / "adapters" / "french"
 
 
 TEXTS = ["A cat sits on the mat.", "A kitten rests upon a rug.", "Stock markets fell sharply on Tuesday."]

@@ -58,6 +58,7 @@ class Answers:
                 index, piece = await self._queue.get()
                 self._open -= piece.finish is not None
                 yield index, piece
+                await asyncio.sleep(0)  # a full queue never waits, and others (and a client's leaving) need a turn
         finally:
             self.cancel()
 
