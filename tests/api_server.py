@@ -27,11 +27,12 @@ import openai
 from tiny import tiny_tokenizer
 from veneer.errors import AdapterError, SelectionError
 from veneer.serve.access import Keyring
-from veneer.serve.api import Service, create
+from veneer.serve.api import create
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.listen import bind, make
 from veneer.serve.metrics import Metrics
 from veneer.serve.requests import Busy, Piece, Request, Token
+from veneer.serve.service import Service
 
 BASE = "tiny"
 

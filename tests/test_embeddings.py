@@ -18,12 +18,12 @@ from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError
 from veneer.serve.access import Keyring
-from veneer.serve.api import Service
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder, as_base64, pool
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
+from veneer.serve.service import Service
 
 # ---------------------------------------------------------------------------------------------- pooling
 

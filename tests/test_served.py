@@ -206,17 +206,28 @@ def test_a_name_that_is_taken_anew_means_the_new_adapter(it, folder):
     assert ask(it, "mine", PROMPT, 16).choices[0].text == texts["one"]
 
 
-def test_an_adapter_may_go_while_it_is_used(it, folder):
+@pytest.mark.parametrize("by", ["unload", "load_inplace"])
+def test_an_adapter_may_go_while_it_is_used(it, folder, by):
     make_adapter(folder / "one", 11, **CONFIGS["plain"])
+    make_adapter(folder / "two", 12, **CONFIGS["plain"])
     it.service.catalogue.refresh(force=True)
     expected = ask(it, "one", PROMPT, 100, ignore_eos=True).choices[0].text
     stream = it.client.completions.create(
         model="one", prompt=PROMPT, max_tokens=100, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     text = next(stream).choices[0].text
-    assert post(it, "unload", lora_name="one").status_code == 200
+    if by == "unload":
+        assert post(it, "unload", lora_name="one").status_code == 200
+    else:
+        assert post(it, "load", lora_name="one", lora_path="two", load_inplace=True).status_code == 200
     assert text + "".join(part.choices[0].text for part in stream) == expected
-    until(lambda: "one" not in it.service.bank.names)
+    assert ("one" in it.service.bank.names) is (by != "unload")
+    if by != "unload":
+        fields = {"ignore_eos": True}
+        assert (
+            ask(it, "one", PROMPT, 100, **fields).choices[0].text
+            == ask(it, "two", PROMPT, 100, **fields).choices[0].text
+        )
 
 
 def damaged(folder):

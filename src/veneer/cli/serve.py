@@ -113,11 +113,11 @@ def _service(
     from veneer import models
     from veneer.bank import Bank
     from veneer.cli.console import err
-    from veneer.serve.api import Service
     from veneer.serve.catalogue import Catalogue
     from veneer.serve.embed import Embedder
     from veneer.serve.engine import Engine
     from veneer.serve.metrics import Metrics
+    from veneer.serve.service import Service
 
     causal = models.is_causal(base)
     with err.status(f"Loading {base} …"):

@@ -25,14 +25,14 @@ DONE = b"data: [DONE]\n\n"
 class Answers:
     """The answers to some requests, all of which were submitted or none."""
 
-    def __init__(self, engine: Any, requests: Sequence[Request]) -> None:
-        """Submit them from the event loop.
+    def __init__(self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
+        """Submit them, from any thread; pieces are read in ``loop``.
 
         Raises:
             Busy: the queue is full.
             RequestError: one of them can never be answered.
         """
-        self._loop, self._open = asyncio.get_running_loop(), len(requests)
+        self._loop, self._open = loop, len(requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
         try:
