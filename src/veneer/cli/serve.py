@@ -101,7 +101,15 @@ def _become_vllm(
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError(sentence("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do))
     found = {} if adapters is None else folders(adapters)
-    line = vllm.command(base, found, name=name, host=host, port=port, length=length, rows=rows)
+    place = base
+    if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
+        from veneer.models import folder_of
+
+        place, name = str(folder_of(base)), name or called_by_default(base)
+    line = vllm.command(
+        place, found, name=name, host=host, port=port,
+        length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
+    )  # fmt: skip
     vllm.run(line)
 
 
