@@ -77,7 +77,7 @@ def test_rows_are_as_if_alone(name, turns):
             else:
                 found = []
             for logits, tokens in found:
-                assert (logits - wanted(model, tokens)).abs().max() < 1e-9
+                assert (logits - wanted(model, tokens)).abs().max() < 1e-5  # Gemma 2 has a softmax in float32
         for row in reversed(range(len(rows))):
             slots.leave(row, row)
     for one in (slots, aside):
