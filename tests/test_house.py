@@ -26,7 +26,7 @@ FLOORS = [
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],
-    ["remote", "verify"],
+    ["remote", "verify", "bank"],
     ["shards", "compose", "extract", "convert", "library"],
     ["compare"],
     ["handle"],
