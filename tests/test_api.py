@@ -156,6 +156,16 @@ def test_messages_of_every_form(it, client):
     assert f"assistant\n{TEXT}<" in text
 
 
+@pytest.mark.parametrize(
+    ("template", "said"), [(None, "/v1/completions"), ("{{ raise_exception('only one') }}", "only one")]
+)
+def test_a_template_that_is_not_there_or_refuses(it, client, monkeypatch, template, said):
+    monkeypatch.setattr(it.service.tokenizer, "chat_template", template)
+    with pytest.raises(openai.BadRequestError, match=said) as caught:
+        client.chat.completions.create(model=BASE, messages=HELLO)
+    assert caught.value.param == "messages"
+
+
 # ---------------------------------------------------------------------------------------------- completions
 
 

@@ -242,9 +242,11 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     monkeypatch.setattr("veneer.serve.catalogue.write_whole", refuses)
     catalogue = opened(folder)
     for name in ("fr", "french"):
-        with pytest.raises(Refusal, match="nothing was loaded") as caught:
+        with pytest.raises(Refusal, match="nothing was changed") as caught:
             catalogue.load(name, "runs/7/adapter", inplace=True)
         assert caught.value.status == 503
+    with pytest.raises(Refusal, match="nothing was changed"):
+        catalogue.unload("french")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert catalogue._bank.paths["french"] == folder.resolve() / "french"
 

@@ -21,7 +21,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class Catalogue:
             Refusal: a name or a path that cannot be one, an adapter that is loaded already.
             AdapterError: it is damaged, altered, or made for another base.
         """
-        with self._lock:
+        with self._lock, _disk():
             self._top()
             _check_name(name, self.base)
             self._sync()
@@ -141,13 +142,11 @@ class Catalogue:
                 self._bring(name, path, old)
             try:
                 self._note(name, where, pin)
-            except OSError as error:
+            except OSError:  # what would be forgotten at a restart is not loaded
                 self._drop(name)
                 if old is not None:
                     self._enter(name, old)
-                found = f"no way to write {MEMORY} ({error.strerror})"
-                do = "see to the folder; nothing was loaded"
-                raise Refusal(503, sentence(found, "an adapter folder that can be written", do)) from error
+                raise
             if pin is not None:
                 (self._bank.pin if pin else self._bank.unpin)(name)
         log.info("Loaded adapter %r from %s", name, self.root(name))
@@ -158,7 +157,7 @@ class Catalogue:
         Raises:
             Refusal: there is no such name.
         """
-        with self._lock:
+        with self._lock, _disk():
             self._top()
             self._sync()
             if name not in self._paths:
@@ -323,6 +322,16 @@ class _Nobody:
 
     def register(self, name: str, path: Path) -> None: ...
     def remove(self, name: str) -> None: ...
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """What the disk refuses, as an answer."""
+    try:
+        yield
+    except OSError as error:
+        found = f"an adapter folder that cannot be read or written ({error.strerror or type(error).__name__})"
+        raise Refusal(503, sentence(found, "one that can", "see to it; nothing was changed"), code="disk") from error
 
 
 def _within(top: Path, where: str) -> Path | None:
