@@ -102,18 +102,21 @@ class Route(APIRoute):
         return strict
 
 
-def _service(request: Request) -> Service:
+# What is not async, FastAPI runs in a thread of its own: a hop for each of these, for each request.
+
+
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _key(request: Request) -> Key:
+async def _key(request: Request) -> Key:
     key = getattr(request.state, "key", None)
     if key is None:
         raise no_key(request.headers)
     return key
 
 
-def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
+async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
     if not key.admin:
         message = sentence(f"key {key.name!r}, which is no admin key", "one with admin = true", "use another")
         raise Refusal(403, message, code="admin_only")
