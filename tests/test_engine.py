@@ -9,11 +9,13 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+import transformers
 
-from serving import MODELS, OTHERS, Client, Recorder, alone, asked, make, prompts
+from serving import MODELS, OTHERS, SHAPE, Client, Recorder, alone, asked, make, prompts
 from tiny import tiny_tokenizer
 from veneer.errors import BankFullError, ConfigError
 from veneer.serve.engine import Engine
+from veneer.serve.forward import context
 from veneer.serve.requests import Busy, RequestError
 
 
@@ -165,6 +167,32 @@ def test_the_models_own_calls_go_on_beside_it(opened):
     engine.close()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model.generate(ids, **options), before)
+
+
+def test_one_engine_a_model(opened, tokenizer):
+    model = make("llama")
+    first = opened(model)
+    with pytest.raises(ConfigError, match="that an engine serves"):
+        Engine(model, tokenizer)
+    assert Client(first, asked((5, 6, 7), 5)).wait().tokens == alone(make("llama"), (5, 6, 7), 5)
+
+
+def test_a_model_whose_attention_is_changed_under_the_engine_answers_with_an_error(opened):
+    model = make("llama")
+    engine = opened(model)
+    model.set_attn_implementation("eager")
+    broken = Client(engine, asked((5, 6, 7), 5)).wait()
+    assert broken.finish == "error"
+    assert "not the slots'" in broken.error
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("default", 256), ("dynamic", 64), ("longrope", 64)])
+def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind, limit):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope)
+    assert context(config) == limit
 
 
 # ---------------------------------------------------------------------------------------------- adapters

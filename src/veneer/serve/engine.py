@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.errors import BankFullError, sentence
 from veneer.serve.entry import Deliver, Entry, Ticket
-from veneer.serve.forward import Forward
+from veneer.serve.forward import Forward, context
 from veneer.serve.requests import Busy, Finish, Request, RequestError
 from veneer.serve.sampling import Choice, Chooser, Schemas, choose
 from veneer.serve.scheduler import PROMPT, Key, Scheduler, fitting
@@ -66,7 +66,7 @@ class Engine:
         self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
         queue: int = 256, observer: Any = None,
     ) -> None:  # fmt: skip
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
         self._bank, self._observer, self._words = bank, observer, Words(tokenizer)
         self._forward = Forward(model.eval())
