@@ -165,6 +165,7 @@ class Recorder:
     def arrive(self) -> None:
         """One of the slow mixes is there."""
         future, mix = self.pending.get(timeout=30)
+        self.slow -= set(mix)
         future.set_result(self._lease(mix))
 
     @contextlib.contextmanager

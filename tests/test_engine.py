@@ -9,12 +9,13 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+import transformers
 
-from serving import MODELS, OTHERS, Client, Recorder, alone, asked, make, prompts
+from serving import MODELS, OTHERS, SHAPE, Client, Recorder, alone, asked, make, prompts
 from tiny import tiny_tokenizer
-from veneer import errors
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import BankFullError, ConfigError
 from veneer.serve.engine import Engine
+from veneer.serve.forward import context
 from veneer.serve.requests import Busy, RequestError
 
 
@@ -168,6 +169,32 @@ def test_the_models_own_calls_go_on_beside_it(opened):
     assert torch.equal(model.generate(ids, **options), before)
 
 
+def test_one_engine_a_model(opened, tokenizer):
+    model = make("llama")
+    first = opened(model)
+    with pytest.raises(ConfigError, match="that an engine serves"):
+        Engine(model, tokenizer)
+    assert Client(first, asked((5, 6, 7), 5)).wait().tokens == alone(make("llama"), (5, 6, 7), 5)
+
+
+def test_a_model_whose_attention_is_changed_under_the_engine_answers_with_an_error(opened):
+    model = make("llama")
+    engine = opened(model)
+    model.set_attn_implementation("eager")
+    broken = Client(engine, asked((5, 6, 7), 5)).wait()
+    assert broken.finish == "error"
+    assert "not the slots'" in broken.error
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("default", 256), ("dynamic", 64), ("longrope", 64)])
+def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind, limit):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope)
+    assert context(config) == limit
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 
@@ -188,14 +215,15 @@ def test_each_row_of_each_call_runs_with_its_lease(opened):
 def test_a_request_waits_for_its_adapter_outside_of_the_rows(opened):
     bank = Recorder(slow=["cold"])
     engine = opened(bank=bank, rows=2)
-    cold = Client(engine, asked((5, 6), 3, mix={"cold": 1.0}))
+    cold = [Client(engine, asked((5, 6), 3, mix={"cold": 1.0})) for _ in range(20)]
     warm = [Client(engine, asked(ask, 5, mix={"warm": 1.0})) for ask in prompts(6, 20)]
     for client in warm:
         client.wait()
-    assert not cold.pieces
-    assert (engine.running, engine.waiting) == (0, 1)
+    assert not any(client.pieces for client in cold)
+    assert (engine.running, engine.waiting) == (0, 20)
+    assert bank.pending.qsize() == 1  # one of them waits in the bank, for all
     bank.arrive()
-    assert cold.wait().finish in ("length", "stop")
+    assert all(client.wait().finish in ("length", "stop") for client in cold)
     assert not bank.held
 
 
@@ -210,23 +238,18 @@ def test_an_adapter_that_cannot_be_had_is_an_error_of_its_request_alone(opened):
     assert not bank.held
 
 
-def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_back(opened, monkeypatch):
-    class FullError(VeneerError):
-        pass
-
-    monkeypatch.setattr(errors, "BankFullError", FullError, raising=False)
-
+def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_back(opened):
     class Small(Recorder):
         """Holds one mix at a time."""
 
         def acquire(self, mix):
             if any(lease.mix != mix for lease in self.held):
                 future = Future()
-                future.set_exception(FullError("no memory"))
+                future.set_exception(BankFullError("no memory"))
                 return future
             return super().acquire(mix)
 
-    bank = Small(failing={"huge": FullError("larger than all memory")})
+    bank = Small(failing={"huge": BankFullError("larger than all memory")})
     engine = opened(start=False, bank=bank, rows=2)
     clients = [Client(engine, asked((5, 6), 6, mix={name: 1.0}, ignore_eos=True)) for name in "aabbacab"]
     huge = Client(engine, asked((5, 6), 6, mix={"huge": 1.0}))

@@ -18,16 +18,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer import errors
-from veneer.errors import sentence
+from veneer.errors import BankFullError, sentence
 from veneer.serve.entry import Deliver, Entry, Ticket
-from veneer.serve.forward import Forward
+from veneer.serve.forward import Forward, context
 from veneer.serve.requests import Busy, Finish, Request, RequestError
 from veneer.serve.sampling import Choice, Chooser, Schemas, choose
 from veneer.serve.scheduler import PROMPT, Key, Scheduler, fitting
@@ -66,7 +66,7 @@ class Engine:
         self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
         queue: int = 256, observer: Any = None,
     ) -> None:  # fmt: skip
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
         self._bank, self._observer, self._words = bank, observer, Words(tokenizer)
         self._forward = Forward(model.eval())
@@ -237,38 +237,45 @@ class Engine:
                 self._end(entry, finish)
 
     def _admit(self) -> None:
-        """Ask for the adapters of those who are next, and see whose are there."""
-        room = self.rows - self.running + AHEAD
-        while len(self._admitted) < room:
+        """Ask for the adapters of those who are next, and see whose are there.
+
+        Of a mix that is being loaded nobody else is admitted: its requests would take the places of others, and hold
+        in memory what the load may be waiting for.
+        """
+        for entry in [one for one in self._admitted if one.lease is None]:
+            self._receive(entry)
+        loading = {one.key for one in self._admitted if one.lease is None}
+        while len(self._loaded()) < self.rows - self.running + AHEAD and len(loading) < self.rows:
             with self._wake:
-                entry = self._scheduler.take(self._without)
+                entry = self._scheduler.take(self._without | loading)
             if entry is None:
                 break
             entry.taken = True
             self._admitted.append(entry)
-            if self._bank is None:
-                entry.lease = _NO_BANK
-                continue
             try:
-                entry.future = self._bank.acquire(entry.request.mix)
+                entry.future = _at_once(_NO_BANK) if self._bank is None else self._bank.acquire(entry.request.mix)
             except Exception as error:
                 self._refuse(entry, error)
                 continue
-            entry.future.add_done_callback(lambda _: self._poke())
-        for entry in list(self._admitted):
-            if entry.lease is None and entry.future.done():
-                error = entry.future.exception()
-                if error is not None:
-                    self._refuse(entry, error)
-                else:
-                    entry.lease = entry.future.result()
+            self._receive(entry)
+            if entry.future is not None and entry.lease is None:
+                loading.add(entry.key)
+                entry.future.add_done_callback(lambda _: self._poke())
+
+    def _receive(self, entry: Entry) -> None:
+        """The lease of an admitted entry, if it has arrived."""
+        if entry.future.done():
+            error = entry.future.exception()
+            if error is None:
+                entry.lease = entry.future.result()
+            else:
+                self._refuse(entry, error)
 
     def _refuse(self, entry: Entry, error: BaseException) -> None:
         """An entry whose adapters cannot be had: now, if others hold the memory; else it ends."""
         self._admitted.remove(entry)
-        held = self.running or any(one.lease or one.future for one in self._admitted)
-        full = getattr(errors, "BankFullError", None)
-        if held and full is not None and isinstance(error, full):
+        held = self.running or self._admitted
+        if held and isinstance(error, BankFullError):
             self._without.add(entry.key)
             entry.future, entry.taken = None, False
             with self._wake:
@@ -457,8 +464,20 @@ class Engine:
             log.exception("the engine's observer failed at %r", what)
 
 
-#: stands for a lease where there is no bank
-_NO_BANK = object()
+class _NoBank:
+    """Stands for a lease where there is no bank."""
+
+    def release(self) -> None:
+        """There is nothing to give back."""
+
+
+_NO_BANK = _NoBank()
+
+
+def _at_once(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -74,14 +74,17 @@ class Forward:
 
     def _install(self) -> None:
         """Give the model an attention function that is the slots' within the engine's calls."""
-        if not self.attention.startswith(PREFIX):
-            name = PREFIX + self.attention
-            ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
-            try:
-                self.model.set_attn_implementation(name)
-            except ValueError as error:
-                raise self._refusal(str(error)) from error
+        if self.attention.startswith(PREFIX):
+            raise ConfigError(
+                sentence("a model that an engine serves", "one that none does", "close that engine first")
+            )
+        name = PREFIX + self.attention
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
+        try:
+            self.model.set_attn_implementation(name)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
         if not self.model.config._attn_implementation.startswith(PREFIX):
             raise self._refusal("an attention of its own")
 
@@ -169,6 +172,22 @@ class Forward:
         if half < whole:
             with rows(1):
                 yield whole - 1, self.fill(one, 0, [ids[half:]], start=half)[0]
+
+
+def context(config: Any) -> int | None:
+    """Positions that a row may have; None where the architecture sets no limit.
+
+    Rotary frequencies that change beyond a length are chosen for all rows of a call by its longest one. So rows end
+    before that length: no row's numbers may follow from its neighbours.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *(one for one in parameters.values() if isinstance(one, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rope.get("original_max_position_embeddings") or limits[0])
+            limits.append(getattr(config, "original_max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -102,6 +102,11 @@ class Slots(Cache):
             yield
         finally:
             self.call = NOW.slots = None
+        if call.kept != call.attended:
+            raise RuntimeError(
+                f"{call.kept} layers kept keys and {call.attended} asked for attention: the model's attention is not "
+                "the slots' any more"
+            )
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -191,8 +196,10 @@ class _Fill:
     def __init__(self, slots: Slots, first: int, count: int, width: int, start: int) -> None:
         self.rows, self.columns, self.start = slice(first, first + count), slice(start, start + width), start
         self.masks: dict[int | None, Tensor | None] = {}
+        self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept += 1
         layer.keys[self.rows, :, self.columns] = key
         layer.values[self.rows, :, self.columns] = value
         if not self.start:
@@ -200,6 +207,7 @@ class _Fill:
         return layer.keys[self.rows, :, : self.columns.stop], layer.values[self.rows, :, : self.columns.stop]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
+        self.attended += 1
         mask = self._mask(more.window, query.device)
         grouped = query.shape[1] != key.shape[1]
         if more.cap is not None:
@@ -232,8 +240,10 @@ class _Decode:
         self.positions, self.n, self.columns, self.wide = positions, len(positions), columns, slots.allocated[1]
         self.places: dict[int, Tensor] = {}
         self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept += 1
         heads = key.shape[1]
         place = self.places.get(heads)
         if place is None:
@@ -245,6 +255,7 @@ class _Decode:
         return layer.show(self.n, self.columns)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
+        self.attended += 1
         n, h, _, d = query.shape
         heads = key.shape[1]
         mask = self._mask(more.window, query)
