@@ -17,7 +17,7 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
-    "merge_fidelity": "merge_fidelity", "merge": "merge",
+    "merge_fidelity": "merge_fidelity", "merge": "merge", "engine": "engine",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 #: rows of the README's first table, and how they are called there
