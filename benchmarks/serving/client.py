@@ -90,7 +90,9 @@ async def ask(http: httpx.AsyncClient, url: str, request: dict[str, Any], client
                 take(answer, chunk)
         break
     if answer.finish is None or not answer.times:
-        raise BenchmarkError(f"{url} ended the answer of {answer.adapter!r} without {'an end' if answer.times else 'text'}")
+        raise BenchmarkError(
+            f"{url} ended the answer of {answer.adapter!r} without {'an end' if answer.times else 'text'}"
+        )
     return answer
 
 
@@ -119,8 +121,14 @@ def take(answer: Answer, chunk: dict[str, Any]) -> None:
 
 
 async def together(
-    place: Callable[[str], str], adapters: Sequence[str], *, clients: int, turns: int, tokens: int,
-    lengths: tuple[int, int], vocabulary: int,
+    place: Callable[[str], str],
+    adapters: Sequence[str],
+    *,
+    clients: int,
+    turns: int,
+    tokens: int,
+    lengths: tuple[int, int],
+    vocabulary: int,
 ) -> tuple[list[Answer], float]:
     """All clients at once, each `turns` requests one after another, for the adapter that is its own.
 

@@ -34,7 +34,12 @@ def port() -> int:
 
 @contextlib.contextmanager
 def serve(
-    command: Sequence[str], log: Path, *, threads: int, ready: str = "/ready", seconds: float = 300,
+    command: Sequence[str],
+    log: Path,
+    *,
+    threads: int,
+    ready: str = "/ready",
+    seconds: float = 300,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run `command --port PORT` in a process group of its own until the block ends.
