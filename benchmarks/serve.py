@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="folder for the result")
     found.add_argument("--peer", nargs=2, metavar=("NAME", "PLACE"), help=argparse.SUPPRESS)
     found.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    found.add_argument("--length", type=int, default=1024, help=argparse.SUPPRESS)
     return found
 
 

@@ -24,8 +24,6 @@ from serving.servers import Server
 
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, in turns", "vllm"
 CANDIDATES = (FLOOR, OURS, MERGED, VLLM)
-#: longest prompt and answer of any benchmark here
-LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def ours(place: Path, options: argparse.Namespace, *more: str) -> list[str]:
     """The real command."""
     return [
         sys.executable, "-m", "veneer.cli", "serve", str(place / "base"), "--adapters", str(place / "adapters"),
-        "--rows", str(options.rows), "--length", str(LENGTH), "--precision", "stored", *more,
+        "--rows", str(options.rows), "--length", str(options.length), "--precision", "stored", *more,
     ]  # fmt: skip
 
 
@@ -55,7 +53,7 @@ def peer(name: str, place: Path, options: argparse.Namespace) -> list[str]:
     rows = options.peft_rows if name == "mixed" else options.rows
     return [
         sys.executable, str(Path(__file__).parent.parent / "serve.py"), "--peer", name, str(place),
-        "--rows", str(rows),
+        "--rows", str(rows), "--length", str(options.length),
     ]  # fmt: skip
 
 
@@ -64,7 +62,7 @@ def vllm(place: Path, adapters: Sequence[str], options: argparse.Namespace) -> l
     return [
         str(options.vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "base"),
         "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "8",
-        "--max-num-seqs", str(options.clients), "--max-model-len", str(LENGTH), "--no-enable-prefix-caching",
+        "--max-num-seqs", str(options.clients), "--max-model-len", str(options.length), "--no-enable-prefix-caching",
         "--lora-modules", *(f"{name}={place / 'adapters' / name}" for name in adapters),
     ]  # fmt: skip
 

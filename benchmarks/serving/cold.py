@@ -149,8 +149,8 @@ def show(case: dict[str, Any]) -> None:
     for kind, row in case["rows"].items():
         first = f"; its own first token after {row['first']['p50']:.0f} ms" if row["first"] else ""
         print(
-            f"  {kind:<5} p95 {row['p95']:7.1f} ms, {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of none; "
-            f"p50 {row['p50']:.1f}, longest {row['longest']:.0f} of {row['gaps']} gaps{first}"
+            f"  {kind:<5} p95 {row['p95']:7.1f} ms, {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
+            f"of none; p50 {row['p50']:.1f}, longest {row['longest']:.0f} of {row['gaps']} gaps{first}"
         )
     row = case["cold over warm"]
     print(f"  cold over warm: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})")

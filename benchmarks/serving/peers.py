@@ -10,12 +10,13 @@ those of the merged checkpoint that is asked for. They are copied from the kerne
 the disk, and that cache is not counted as the process's memory). The adapter whose oldest request has waited longest
 is next, with all of its requests that wait.
 
-    python -m serving.peers mixed PLACE --port 8000 --rows 16
-    python -m serving.peers turns PLACE --port 8000 --rows 16
+    python benchmarks/serve.py --peer mixed PLACE --port 8000 --rows 16
+    python benchmarks/serve.py --peer turns PLACE --port 8000 --rows 16
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import threading
 import time
@@ -268,3 +269,51 @@ def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
 
     engine.start()
     return Batches(same(rows), work), model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------ the front
+
+
+class Names:
+    """What the front asks of a bank, for engines that hold their adapters themselves: which names there are."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Path] = {}
+
+    def register(self, name: str, path: Path) -> None:
+        self.names[name] = path
+
+    def remove(self, name: str) -> None:
+        del self.names[name]
+
+    def status(self) -> list[Any]:
+        return []
+
+
+def main(options: argparse.Namespace) -> None:
+    """Serve until a signal says to stop."""
+    from veneer.serve.access import Keyring
+    from veneer.serve.api import Service, create
+    from veneer.serve.catalogue import Catalogue
+    from veneer.serve.listen import bind, serve
+    from veneer.serve.metrics import Metrics
+
+    logging.basicConfig(level=logging.INFO)
+    name, place = options.peer[0], Path(options.peer[1])
+    engine, model, tokenizer = (
+        mixed(place, options.rows) if name == "mixed" else turns(place, options.rows, options.length)
+    )
+    bank = Names()
+    metrics = Metrics()
+    metrics.watch(engine, bank)
+    service = Service(
+        base="base", source=str(place / "base"), tokenizer=tokenizer, bank=bank,
+        catalogue=Catalogue(place / "adapters", bank, "base"), keys=Keyring(), metrics=metrics, engine=engine,
+        length=options.length, vocabulary=model.config.vocab_size,
+    )  # fmt: skip
+    listening = bind("127.0.0.1", options.port)
+    engine.start()
+    try:
+        serve(create(service), listening, drain=service.drain, grace=5)
+    finally:
+        service.close()

@@ -47,13 +47,16 @@ def serve(
     Args:
         threads: that OpenMP may use.
         ready: path that answers 200 when the model is loaded.
+        seconds: for which it may take to get there.
+        env: settings of its environment, beside those of this process.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; shows what it printed.
-    """  # fmt: skip
+    """
     number = port()
     settings = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **(env or {})
+        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+        **(env or {}),
     }  # fmt: skip
     with log.open("w") as stream:
         process = subprocess.Popen(

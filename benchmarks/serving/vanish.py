@@ -73,8 +73,8 @@ def gauges(url: str) -> dict[str, float]:
     """Rows that run and requests that wait, as /metrics says."""
     text = httpx.get(f"{url}/metrics", trust_env=False, timeout=60).raise_for_status().text
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
-    values = {name.removeprefix("veneer_"): float(value) for name, value in lines if "{" not in name}
-    return {name: values[f"requests_{name}"] for name in ("running", "waiting")}
+    values = {name: float(value) for name, value in lines if "{" not in name}
+    return {name: values[f"veneer_{name}"] for name in ("running", "waiting")}
 
 
 async def sampled(server: Server, adapters: Sequence[str], options: argparse.Namespace) -> tuple[Any, list[Any]]:
