@@ -10,6 +10,7 @@
 from veneer import adapter, errors, optim
 from veneer.adapter import UnverifiedAdapter, save
 from veneer.attach import SkippedLayers, detach
+from veneer.bank import Bank
 from veneer.check import check
 from veneer.compare import Difference, compare
 from veneer.compose import ComposeReport, compose
@@ -24,6 +25,7 @@ from veneer.summary import summarise
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
     "ComposeReport",
     "Difference",
     "ExtractReport",

@@ -115,6 +115,7 @@ class Group:
         self.merged: str | None = None
         self.required_grad: dict[str, bool] = {}
         self.keys = 0
+        self.banks = 0  # who need the sites although no adapter of the model's own is there
 
     def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, Selected]) -> None:
         """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
@@ -135,7 +136,7 @@ class Group:
         return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default", "root")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, uid=uuid.uuid4().hex)
+        self.__dict__.update(state, uid=uuid.uuid4().hex, banks=0)
         self.set_adapters(self.configs, self.selections)
         STRAY.add(self)
 
@@ -357,7 +358,7 @@ class LayerAdapter(nn.Module):
         """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
         ``share`` allows to compute layers that read the same input together."""
         if method != "forward":
-            return self._viewed(module, base, site, self.replacements(module), args, kwargs, method)
+            return viewed(self, module, base, site, args, kwargs, method)
         known = self.direct
         if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
             # Each Python call here is time in every layer of a decoding step.
@@ -377,7 +378,7 @@ class LayerAdapter(nn.Module):
                 return run(change.scale, x, weight, bias, numbers["A"], numbers["B"])
         full = self.replacements(module)
         if not (site.factors and self.changes and len(args) + len(kwargs) == 1) or self.hosted:
-            return self._viewed(module, base, site, full, args, kwargs)
+            return viewed(self, module, base, site, args, kwargs)
         reader: Any = site.layer
         change = self.changes[reader.weight]
         weight = weight_of(module, reader.weight)
@@ -448,35 +449,6 @@ class LayerAdapter(nn.Module):
                 y = reader.op(module, seen, frozen, bias) + update * mask
         return y.to(_output_dtype(x, own)) if wide else y
 
-    def _viewed(
-        self, module: nn.Module, base: type[nn.Module], site: Site, full, args, kwargs, method: str = "forward"
-    ) -> Any:
-        """The module's own forward (or another method), on a view of it with the changed weights."""
-        function, hosted = method_of(base, method), self.below(method)
-        dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in self.changes.items()}
-        narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
-        if hosted or any(child is not site for child in module._modules.values()):
-            narrow = None  # what runs below is not widened
-        wide = narrow is not None
-        values = {**full, **self.changed(module, wide)}
-        if wide:
-            own = {**module._buffers, **module._parameters, **values}
-            values = {name: _widen(value, torch.float32) for name, value in own.items() if value is not None}
-        made: list[_Seen] = []
-        seen = _seen(module, base, values, _hosted_children(module, hosted, made), site, made)
-        if narrow is None:
-            y = function(seen, *args, **kwargs)
-        else:
-            floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
-            first = floats[0].data if floats else None  # a tensor's, or a packed sequence's
-            output = narrow if first is None else _output_dtype(first, narrow)
-            with _no_autocast(next(iter(values.values()))):
-                args, kwargs = _cast((args, kwargs), torch.float32)
-                y = _cast(function(seen, *args, **kwargs), output)
-        for entry in made:
-            entry.write_back()
-        return y
-
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every weight that changes here, in at least float32 if ``wide``, else in its own
         dtype."""
@@ -488,6 +460,36 @@ class LayerAdapter(nn.Module):
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
             values[name] = value if wide else value.to(own)
         return values
+
+
+def viewed(
+    part: Any, module: nn.Module, base: type[nn.Module], site: Site, args: tuple, kwargs: dict, method: str = "forward"
+) -> Any:
+    """The module's own forward (or another method), on a view of it with the changed weights of a part."""
+    function, hosted, full = method_of(base, method), part.below(method), part.replacements(module)
+    dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in part.changes.items()}
+    narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
+    if hosted or any(child is not site for child in module._modules.values()):
+        narrow = None  # what runs below is not widened
+    wide = narrow is not None
+    values = {**full, **part.changed(module, wide)}
+    if wide:
+        own = {**module._buffers, **module._parameters, **values}
+        values = {name: _widen(value, torch.float32) for name, value in own.items() if value is not None}
+    made: list[_Seen] = []
+    seen = _seen(module, base, values, _hosted_children(module, hosted, made), site, made)
+    if narrow is None:
+        y = function(seen, *args, **kwargs)
+    else:
+        floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
+        first = floats[0].data if floats else None  # a tensor's, or a packed sequence's
+        output = narrow if first is None else _output_dtype(first, narrow)
+        with _no_autocast(next(iter(values.values()))):
+            args, kwargs = _cast((args, kwargs), torch.float32)
+            y = _cast(function(seen, *args, **kwargs), output)
+    for entry in made:
+        entry.write_back()
+    return y
 
 
 def _hosted_children(module: nn.Module, parts: Mapping[Way, LayerAdapter], made: list[_Seen]) -> dict[str, nn.Module]:

@@ -7,14 +7,14 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, own_class, weight_of
+from veneer.adapted import Change, LayerAdapter, own_class, weight_of
 from veneer.artefact import NUMBERS, Artefact, read, write
 from veneer.attach import (
     LowPlan,
@@ -146,10 +146,52 @@ def install_from(
     ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
     means weights, so that it does not matter where PEFT would compute something else.
     """
+    fit = fitted(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
+    install(model, name, fit.plans, trainable=trainable, numbers=fit.numbers)
+    fit.fill({at: part for at, _, part in adapters(model, name)})
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An adapter folder that was verified against a model: what to plan, the trained numbers of each weight, and what
+    is trained in full, by module."""
+
+    artefact: Artefact
+    plans: Plans
+    numbers: Mapping[Slot, Mapping[str, Tensor]]
+    full: Mapping[str, Mapping[str, Tensor]]
+
+    @torch.no_grad()
+    def fill(self, parts: Mapping[str, LayerAdapter]) -> None:
+        """Put the values of what is trained in full into the parts that were made for it."""
+        for at, part in parts.items():
+            for key, value in self.full.get(at, {}).items():
+                {**part.full._parameters, **part.full._buffers}[key].copy_(value)
+
+
+def fitted(
+    model: nn.Module,
+    path: str | Path,
+    problems: list[str],
+    *,
+    verify_base: bool = True,
+    of_weights: bool = False,
+    prints: dict[str, str] | None = None,
+) -> Fit:
+    """Verify a folder against a model, which stays as it is (see ``install_from``).
+
+    Args:
+        problems: those that are known already.
+        prints: the fingerprints of base weights that are known already, by path; what is found out is added. For a base
+            that nobody changes meanwhile.
+
+    Raises:
+        AdapterError: the folder is damaged, or does not fit the model.
+        BaseMismatchError: the base's weights are others than those it was trained on.
+    """
     artefact = read(path)
     peft_s = artefact.record is None and not of_weights
     names, config = Names(model), artefact.peft_config
-    problems = [*name_problems(model, name)]
     file_of: dict[Slot, peft.PeftLayer] = {}
     for file_path, entry in artefact.low.items():
         slot = slot_at(names, file_path, config)
@@ -210,22 +252,17 @@ def install_from(
             )
     raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
     if artefact.record is not None and verify_base:
-        _verify_base(names, artefact)
+        _verify_base(names, artefact, {} if prints is None else prints)
     elif artefact.record is None:
         warnings.warn(
             f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "
             "model, but only you can tell whether it was trained on these weights. Save it with veneer.save to have it "
             "checked from now on.",
             UnverifiedAdapter,
-            stacklevel=3,
+            stacklevel=4,
         )
     whole = frozenset(key for key, tensors in full.items() if any(n in names.modules[key]._buffers for n in tensors))
-    plans = Plans(artefact.config, tuple(low), own, whole, full_hosts(names, own))
-    install(model, name, plans, trainable=trainable, numbers=numbers)
-    with torch.no_grad():
-        for at, _, part in adapters(model, name):
-            for key, value in full.get(at, {}).items():
-                {**part.full._parameters, **part.full._buffers}[key].copy_(value)
+    return Fit(artefact, Plans(artefact.config, tuple(low), own, whole, full_hosts(names, own)), numbers, full)
 
 
 def _described(change: Change) -> dict[str, Any]:
@@ -430,7 +467,7 @@ def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], 
                 problems.append(sentence(found, expected, "untie the weights first"))
 
 
-def _verify_base(names: Names, artefact: Artefact) -> None:
+def _verify_base(names: Names, artefact: Artefact, prints: dict[str, str]) -> None:
     """Compare the fingerprint of every adapted weight."""
     record = artefact.metadata["base"]
     different = []
@@ -438,7 +475,9 @@ def _verify_base(names: Names, artefact: Artefact) -> None:
         above, _, name = at.rpartition(".")
         weight = weight_of(names.modules[names.canonical[above]], name)
         storage: Any = storage_of(weight)
-        if fingerprint(storage.dense(weight)) != expected:
+        if at not in prints:
+            prints[at] = fingerprint(storage.dense(weight))
+        if prints[at] != expected:
             different.append(at)
     if different:
         found = (

@@ -552,10 +552,30 @@ def install(
     raise_all(
         TargetError, "Nothing was attached", list(name_problems(model, name))
     )  # another thread may have been faster
-    group = group_of(model) or Group()
     names = Names(model)
-    modules = names.modules
-    given = numbers or {}
+    parts = build(names, plans, trainable=trainable, numbers=numbers, evidence=evidence)
+    group = enlist(model)
+    selected = place(names, group, plans, parts)
+    for path, part in parts.items():
+        site: Any = site_of(names.modules[path])
+        set_child(site, name, part)
+    group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
+
+
+def build(
+    names: Names,
+    plans: Plans,
+    *,
+    trainable: bool,
+    numbers: Mapping[Slot, Mapping[str, Tensor]] | None = None,
+    evidence: Evidence | None = None,
+) -> dict[str, LayerAdapter]:
+    """The parts of a planned adapter by the path of their module. The model does not know them yet.
+
+    Raises:
+        TargetError: a variant cannot start from these weights.
+    """
+    modules, given = names.modules, numbers or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
     made, problems = [], []
@@ -595,27 +615,39 @@ def install(
             part(above)
     for path, adapter in parts.items():
         adapter.requires_grad_(trainable).train(modules[path].training)
+    return {path: parts[path] for path in modules if path in parts}
 
-    if GROUP not in model.__dict__:
+
+def enlist(model: nn.Module) -> Group:
+    """The group of a model; where it had none, a new one, and a frozen base."""
+    group = group_of(model)
+    if group is None:
+        group = Group()
         group.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
         model.__dict__[GROUP] = group
         group.claim(model)
         for parameter in model.parameters():
             parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
+    return group
+
+
+def place(names: Names, group: Group, plans: Plans, parts: Mapping[str, LayerAdapter]) -> dict[Any, LayerAdapter]:
+    """Make the modules of these parts adapted, and return the table of the parts by what calls them (see
+    ``adapted.Selected``). The sites do not hold the parts yet."""
+    modules = names.modules
     transposed = {
         path for entry in plans.low for path, _ in entry.holders
         if _kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
     }  # fmt: skip
     selected: dict[Any, LayerAdapter] = {}
-    for path in (path for path in modules if path in parts):
+    for path, part in parts.items():
         site = _site(modules[path], group)
         site.transposed = site.transposed or path in transposed
-        set_child(site, name, parts[path])
-        parts[path].settle(modules[path], site)
-        enter(modules[path], parts[path].entries)
-        selected.update(dict.fromkeys(parts[path].keys(site), parts[path]))
+        part.settle(modules[path], site)
+        enter(modules[path], part.entries)
+        selected.update(dict.fromkeys(part.keys(site), part))
     share(names, parts)
-    group.set_adapters({**group.configs, name: plans.config}, {**group.selections, name: Selected(name, selected)})
+    return selected
 
 
 def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
@@ -758,7 +790,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         for adapter in names:
             part: Any = site._modules.get(adapter)
             set_child(site, adapter, None)
-        if not site._modules:
+        if not site._modules and not group.banks:
             uninstall(module)
             for change in part.low._modules.values() if part is not None else ():
                 change.storage.release(module)
@@ -766,7 +798,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     group.set_adapters({key: group.configs[key] for key in kept}, {key: group.selections[key] for key in kept})
     if group.merged in names:
         group.merged = None
-    if not group.configs:
+    if not group.configs and not group.banks:
         for path, parameter in model.named_parameters():
             parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
         del model.__dict__[GROUP]

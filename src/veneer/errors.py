@@ -4,6 +4,7 @@
     ├── ConfigError        ValueError       a field of a config is wrong
     ├── TargetError        ValueError       what was asked for cannot be attached to this model
     ├── SelectionError     RuntimeError     no, an unknown or a conflicting adapter is selected
+    ├── BankFullError      MemoryError      adapters that a bank's budget cannot hold at once
     ├── MergeError         RuntimeError     a merge or an unmerge that would lose something
     ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
     ├── DataError          ValueError       training data that cannot be read or used
@@ -40,6 +41,10 @@ class TargetError(VeneerError, ValueError):
 
 class SelectionError(VeneerError, RuntimeError):
     """No adapter, an unknown adapter or a conflicting adapter is selected for a call."""
+
+
+class BankFullError(VeneerError, MemoryError):
+    """Adapters that are used or pinned at once, and more than a bank's budget of bytes."""
 
 
 class MergeError(VeneerError, RuntimeError):

@@ -27,8 +27,14 @@ from veneer.layers._base import GENERAL
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
 
-class _Parts(Mapping[Any, Any]):
-    """The part at a site: that of each distinct adapter, for its rows."""
+class Parts(Mapping[Any, Any]):
+    """The part at a site: that of each distinct adapter, for its rows.
+
+    Args:
+        selections: what the rows use, each once; ``rows`` are the indices of those that use it, ``count`` is how many
+            rows there are in all.
+        time_first: whether the model has a module whose inputs hold the rows along the second axis.
+    """
 
     def __init__(
         self, uid: str, selections: Sequence[Selected], rows: Sequence[Tensor], count: int, time_first: bool
@@ -60,7 +66,7 @@ class _Parts(Mapping[Any, Any]):
 class _ByRows:
     """Stands where a ``LayerAdapter`` stands, for one call."""
 
-    def __init__(self, whole: _Parts, parts: Sequence[Any]) -> None:
+    def __init__(self, whole: Parts, parts: Sequence[Any]) -> None:
         self.whole, self.parts = whole, parts
 
     def seen(self, method: str = "forward"):
@@ -144,5 +150,9 @@ def by_rows(model: nn.Module, group: Group, names: Sequence[str | None]) -> Sele
     if len(distinct) == 1:
         return selections[0]
     rows = [torch.tensor([i for i, name in enumerate(names) if name == own], device="cpu") for own in distinct]
-    time_first = any(getattr(module, "batch_first", True) is False for _, module in walk(model))
-    return Selected(None, _Parts(group.uid, selections, rows, len(names), time_first))
+    return Selected(None, Parts(group.uid, selections, rows, len(names), time_first(model)))
+
+
+def time_first(model: nn.Module) -> bool:
+    """Whether a module of the model takes inputs that hold the rows along the second axis."""
+    return any(getattr(module, "batch_first", True) is False for _, module in walk(model))

@@ -109,9 +109,9 @@ def _forward(settings: Settings, x, weights, biases, A, B):
         return ys, None, None
     read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
     joined, ups = cast_ = _cast(A, B, x.dtype)
-    h = _scaled(_thin(joined, read), ups, settings)  # [R, T]
+    h = _scaled(thin(joined, read), ups, settings)  # [R, T]
     factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
-    return [_shaped(_summed(part, up, tokens, W, bias), x) for part, up, W, bias in factors], h, cast_
+    return [_shaped(onto(part, up, tokens, W, bias), x) for part, up, W, bias in factors], h, cast_
 
 
 def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
@@ -120,7 +120,7 @@ def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple
     return joined, [_matrix(up, dtype) for up in B]
 
 
-def _thin(narrow: Tensor, x: Tensor) -> Tensor:
+def thin(narrow: Tensor, x: Tensor) -> Tensor:
     """narrow [R, k] times xᵀ, with x [T, k]: [R, T]. In float32 the other way round may take a processor's library
     five times as long; in 16 bits it is this way which takes longer, so there the result lies transposed."""
     if x.dtype.itemsize < 4:
@@ -155,14 +155,15 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
     return rows
 
 
-def _summed(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
-    part = h.mT @ up.mT
-    return part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias)
+    return added(h.mT @ up.mT, tokens, weight, bias)
 
 
-def _biased(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """part + x Wᵀ + bias, rounded once, where torch has a product that takes a bias and a summand."""
+def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """part + x Wᵀ + bias, in place and rounded once, where torch has a product that takes a bias and a summand."""
+    if bias is None:
+        return part.addmm_(tokens, weight.mT)
     if part.dtype.itemsize >= 4:
         part += bias
         return part.addmm_(tokens, weight.mT)
@@ -247,12 +248,12 @@ class _Linear(torch.autograd.Function):
             down, up = down.to(dtype), up.to(dtype)
         wide = dtype.itemsize >= 4
         few = tokens.shape[0] <= FEW
-        h = down @ tokens.mT if wide and few else _thin(down, tokens)  # [r, T]
+        h = down @ tokens.mT if wide and few else thin(down, tokens)  # [r, T]
         h *= scale
         y = h.mT @ up.mT  # [T, out]
         if wide and bias is not None:
             y += bias
-        y = y.addmm_(tokens, weight.mT) if wide or bias is None else _biased(y, tokens, weight, bias)
+        y = added(y, tokens, weight, None if wide else bias)
         if ctx is not None:
             ctx.settings, ctx.shape = scale, x.shape
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None
@@ -285,7 +286,7 @@ def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: 
     if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
         part[0].addmv_(weight, tokens[0])
         return part.view(*x.shape[:-1], part.shape[1])
-    y = part.addmm_(tokens, weight.mT) if bias is None else _biased(part, tokens, weight, bias)
+    y = added(part, tokens, weight, bias)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -317,18 +318,18 @@ def _gradients(ctx, *gradients):
     if joined is None:
         joined, ups = _cast(A, B, read.dtype)
     if h is None:
-        h = _scaled(_thin(joined, read), ups, settings)  # [R, T]
+        h = _scaled(thin(joined, read), ups, settings)  # [R, T]
     rows, dB = [], []
     for dy, up, part, need in zip(dys, ups, _by_layer(h, ups), need_B, strict=True):
         if dy is None:
             rows.append(torch.zeros_like(part))
         elif need:
-            thin, gradient = _thin_twice(up.mT, dy, part)
-            rows.append(thin)
+            carried, gradient = _thin_twice(up.mT, dy, part)
+            rows.append(carried)
             dB.append(gradient)
             continue
         else:
-            rows.append(_thin(up.mT, dy))
+            rows.append(thin(up.mT, dy))
         dB.append(None)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
@@ -346,7 +347,7 @@ def _thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     tokens that is still in the processor's cache."""
     chunk = _chunk(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
-        return _thin(narrow, dy), h @ dy
+        return thin(narrow, dy), h @ dy
     rows, found = torch.empty_like(h), None
     pieces = zip(dy.unsafe_split(chunk), rows.unsafe_split(chunk, 1), h.unsafe_split(chunk, 1), strict=True)
     for piece, place, part in pieces:
@@ -356,7 +357,7 @@ def _thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Each layer's [r_i, T] below each other, laid out as ``_thin`` does."""
+    """Each layer's [r_i, T] below each other, laid out as ``thin`` does."""
     if len(rows) == 1:
         return rows[0]
     return torch.cat(tuple(rows)) if rows[0].dtype.itemsize >= 4 else torch.cat([one.mT for one in rows], 1).mT

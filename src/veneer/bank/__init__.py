@@ -1,0 +1,516 @@
+"""Many adapters on one base: by name, under a budget of bytes, a different one for each row of a batch.
+
+    bank = veneer.Bank(model, capacity_bytes=2 << 30)
+    bank.register("french", "adapters/french")      known; loaded when it is used
+    with bank.rows(["french", None, {"french": 0.7, "german": 0.3}]):
+        model(x)                                    row i of every input uses entry i
+
+    held.py    an adapter in memory
+    deck.py    those that a call uses, laid out for batched products
+    blend.py   weighted blends where a sum of products does not say it
+
+An adapter is on disk, held in memory, or held and used. What is used or pinned stays; of the rest, what was used
+longest ago makes room. Nothing is registered with the model: its ``state_dict`` and its parameters are those of the
+base, and a call outside of ``rows`` is the base's own. Threads may use one bank at once: each call has its own deck.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import context
+from veneer.adapted import BASE, GROUP, Selected, in_turn, own_class, sites, uninstall
+from veneer.artefact import missing
+from veneer.attach import enlist, group_of, strangers, unwrap
+from veneer.bank.deck import Deck, Frame, Uses
+from veneer.bank.held import Held, hold
+from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
+from veneer.formats import peft
+from veneer.readers import alike
+from veneer.rows import time_first
+from veneer.targets import Names
+
+#: one row's choice: the base, an adapter, a blend by weights, or what ``acquire`` gave
+Choice = "None | str | Mapping[str, float] | Lease"
+
+#: seconds for which a load waits for memory that others use
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """One name of a bank: ``resident`` says whether it is in memory, where it takes ``bytes``; ``users`` counts the
+    leases on it. ``rank`` and ``variant`` are known once it was loaded."""
+
+    name: str
+    path: Path
+    resident: bool
+    bytes: int
+    pinned: bool
+    users: int
+    rank: int | None
+    variant: str | None
+
+
+@dataclass(eq=False)
+class _Entry:
+    name: str
+    path: Path
+    pinned: bool = False
+    held: Held | None = None
+    seen: tuple[int, str] | None = None
+    #: leases that are held or being made
+    users: int = 0
+    used: int = 0
+
+
+class Lease:
+    """The right to use adapters that stay in memory until it is released. ``mix`` is what was asked for."""
+
+    def __init__(self, bank: Bank, mix: Mapping[str, float], entries: Sequence[tuple[_Entry, Held]]) -> None:
+        self.mix = dict(mix)
+        self.uses: Uses = tuple((held, mix[entry.name]) for entry, held in entries)
+        self._bank, self._entries = bank, [entry for entry, _ in entries]
+
+    def release(self) -> None:
+        """Give the right back; again does nothing."""
+        entries, self._entries = self._entries, []
+        self._bank._release(entries)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Bank:
+    """The adapters of one model.
+
+    Args:
+        model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
+            are frozen. ``close`` gives both back.
+        capacity_bytes: of the adapters in memory; None for no limit. What the running calls have laid out comes on top:
+            the numbers of the adapters that they use, once more.
+        dtype: of the adapters' numbers in memory; None takes that of each base weight.
+        verify_base: False accepts other base weights of the same shapes.
+
+    Attributes:
+        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a "fail" of a load, from
+            the thread where it happened.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity_bytes: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        verify_base: bool = True,
+    ) -> None:
+        model = unwrap(model)
+        if problem := strangers(model):
+            raise SelectionError(problem)
+        self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base
+        self.on_event: Callable[[str, str, float], None] | None = None
+        self._group = _joined(model)
+        self._frame = Frame(self._group.uid, time_first(model))
+        self._entries: dict[str, _Entry] = {}
+        self._prints: dict[Any, str] = {}
+        self._changed = threading.Condition(threading.RLock())
+        self._loading = threading.Lock()
+        self._loader: ThreadPoolExecutor | None = None
+        self._decks: list[Deck] = []
+        self._all_decks: list[Deck] = []
+        self._clock = 0
+        self._bytes = 0
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------ names
+
+    def register(self, name: str, path: str | Path) -> None:
+        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used.
+
+        Raises:
+            SelectionError: the name is taken, or no name.
+            AdapterError: there is no adapter at the path.
+        """
+        path = Path(path)
+        if not isinstance(name, str) or not name:
+            raise SelectionError(sentence(f"the name {name!r}", "a text", "choose one"))
+        raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
+        with self._changed:
+            self._open()
+            if name in self._entries:
+                found = f"adapter name {name!r}, which is taken"
+                raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
+            self._entries[name] = _Entry(name, path)
+
+    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False) -> str:
+        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now.
+
+        Raises:
+            AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
+        """
+        name = Path(path).name if name is None else name
+        self.register(name, path)
+        try:
+            self._acquire({name: 1.0}).release()
+        except BaseException:
+            with self._changed:
+                self._entries.pop(name, None)
+            raise
+        if pin:
+            self.pin(name)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""
+        with self._changed:
+            entry = self._need(name)
+            del self._entries[name]
+            if not entry.users:
+                self._drop(entry)
+        self._tell("remove", name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter in memory; a cold one is loaded.
+
+        Raises:
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: nothing has changed.
+        """
+        with self._acquire({name: 1.0}), self._changed:
+            self._need(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        with self._changed:
+            self._need(name).pinned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapters in memory."""
+        return self._bytes
+
+    def status(self) -> list[Status]:
+        with self._changed:
+            return [
+                Status(
+                    entry.name, entry.path, entry.held is not None, entry.held.nbytes if entry.held else 0,
+                    entry.pinned, entry.users, *(entry.seen or (None, None)),
+                )
+                for entry in self._entries.values()
+            ]  # fmt: skip
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    # ------------------------------------------------------------------------------------------ use
+
+    def acquire(self, mix: Mapping[str, float]) -> Future[Lease]:
+        """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they are in memory: at
+        once, or once a thread has loaded those that are not.
+
+        Raises:
+            SelectionError: an unknown name or a weight that is no finite number, at once. What loading raises comes
+                through the future.
+        """
+        done: Future[Lease] = Future()
+        with self._changed:
+            entries = self._taken(mix)
+            if all(entry.held is not None for entry in entries):
+                done.set_result(self._lease(mix, entries))
+                return done
+            if self._loader is None:
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank")
+            return self._loader.submit(self._loaded, mix, entries)
+
+    def prefetch(self, name: str) -> Future[Lease]:
+        """Load an adapter in the background, and keep it no more than any other."""
+        future = self.acquire({name: 1.0})
+        future.add_done_callback(lambda done: None if done.exception() else done.result().release())
+        return future
+
+    @contextmanager
+    def rows(self, choices: Sequence[Any]) -> Iterator[None]:
+        """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a blend {name: weight},
+        or a ``Lease``. Adapters that are not in memory are loaded first. It holds for the calls of this thread or
+        task.
+
+        Raises:
+            SelectionError: an unknown name, no rows.
+            AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
+        """
+        if isinstance(choices, str | Mapping) or not len(choices):
+            found = "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
+            raise SelectionError(sentence(found, "one choice for each row", "name an adapter or None for each row"))
+        mixes = [None if isinstance(one, Lease) else _mix(one) for one in choices]
+        leases: dict[Any, Lease] = {}
+        try:
+            missing = {name: 1.0 for mix in mixes if mix for name in mix}
+            if missing:
+                leases[None] = self._acquire(missing)
+            known = {name: held for one in leases.values() for name, (held, _) in zip(one.mix, one.uses, strict=True)}
+            uses = tuple(
+                tuple((held, weight) for held, weight in self._own(choice).uses if weight)
+                if mix is None
+                else tuple((known[name], weight) for name, weight in mix.items() if weight)
+                for choice, mix in zip(choices, mixes, strict=True)
+            )
+            with self._using(uses):
+                yield
+        finally:
+            for lease in leases.values():
+                lease.release()
+
+    def generate(self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any) -> Any:
+        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams and returned sequences
+        of a row use what the row uses.
+
+        Raises:
+            SelectionError: as ``rows``; also where an encoder runs before the rows are multiplied.
+        """
+        model: Any = self.model
+        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        beams, sequences = (
+            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        times = max(beams, sequences)
+        if times > 1 and getattr(model.config, "is_encoder_decoder", False):
+            found = f"{times} sequences a row from an encoder and a decoder, of which the encoder sees each row once"
+            raise SelectionError(sentence(found, "one sequence a row", "repeat the rows of the inputs yourself"))
+        with self.rows([choice for choice in adapters for _ in range(times)]):
+            return model.generate(inputs, **kwargs)
+
+    def close(self) -> None:
+        """Forget all adapters and give the model its classes and ``requires_grad`` back.
+
+        Raises:
+            SelectionError: an adapter is in use. Nothing has changed.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            used = [entry.name for entry in self._entries.values() if entry.users]
+            if used or len(self._decks) < len(self._all_decks):
+                found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
+                raise SelectionError(sentence(found, "no running call", "let the calls end first"))
+            self._closed = True
+            for entry in self._entries.values():
+                self._drop(entry)
+            self._entries.clear()
+            self._decks.clear()
+            self._all_decks.clear()
+            if self._loader is not None:
+                self._loader.shutdown(wait=False)
+        _left(self.model, self._group)
+
+    # ------------------------------------------------------------------------------------------ within
+
+    def _open(self) -> None:
+        if self._closed:
+            raise SelectionError(sentence("a bank that was closed", "an open one", "make another"))
+
+    def _need(self, name: str) -> _Entry:
+        self._open()
+        entry = self._entries.get(name)
+        if entry is None:
+            found = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
+            raise SelectionError(sentence(found, "a name that is registered", "register it, or check the spelling"))
+        return entry
+
+    def _own(self, lease: Any) -> Lease:
+        if not isinstance(lease, Lease) or lease._bank is not self or len(lease._entries) != len(lease.uses):
+            raise SelectionError(sentence("a lease that was released, or of another bank", "a live one", "acquire one"))
+        return lease
+
+    def _taken(self, mix: Mapping[str, float]) -> list[_Entry]:
+        """The entries of a blend, each with one user more: from now on none of them is evicted."""
+        for name, weight in mix.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                found = f"weight {weight!r} of {name!r}"
+                raise SelectionError(sentence(found, "a finite number", "correct it"))
+        entries = [self._need(name) for name in mix]
+        self._clock += 1
+        for entry in entries:
+            entry.users += 1
+            entry.used = self._clock
+        return entries
+
+    def _acquire(self, mix: Mapping[str, float]) -> Lease:
+        """A lease, now; this thread loads what is cold."""
+        with self._changed:
+            entries = self._taken(mix)
+        return self._loaded(mix, entries)
+
+    def _lease(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
+        held = [(entry, entry.held) for entry in entries]
+        return Lease(self, mix, held)  # pyright: ignore[reportArgumentType]
+
+    def _loaded(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
+        try:
+            for entry in entries:
+                if entry.held is None:
+                    with self._loading:  # one at a time: it is work for all cores
+                        if entry.held is None:
+                            self._load(entry, entries)
+        except BaseException:
+            self._release(entries)
+            raise
+        with self._changed:
+            return self._lease(mix, entries)
+
+    def _load(self, entry: _Entry, wanted: Sequence[_Entry]) -> None:
+        start = time.monotonic()
+        try:
+            self._room(_expected(entry.path), wanted)
+            held = hold(self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base, prints=self._prints)
+            self._room(held.nbytes, wanted)
+        except BaseException:
+            self._tell("fail", entry.name, time.monotonic() - start)
+            raise
+        with self._changed:
+            self._learn(held)
+            entry.held, entry.seen = held, (held.rank, held.variant)
+            self._bytes += held.nbytes
+        self._tell("load", entry.name, time.monotonic() - start)
+
+    def _learn(self, held: Held) -> None:
+        """Note modules that no adapter changed before, and which of them read one input."""
+        if all(key in self._frame.modules for key in held.parts):
+            return
+        names = Names(self.model)
+        keys = {id(module): site.key for _, module, site in sites(self.model)}
+        modules = {site.key: module for _, module, site in sites(self.model)}
+        mates = {}
+        for path, module in names.modules.items():
+            for children in alike(own_class(module)):
+                paths = [names.canonical.get(f"{path}.{child}".lstrip("."), "") for child in children]
+                own = tuple(dict.fromkeys(keys[id(names.modules[p])] for p in paths if id(names.modules[p]) in keys))
+                if len(own) > 1:
+                    mates.update(dict.fromkeys(own, own))
+        self._frame.modules, self._frame.mates = modules, mates
+
+    def _room(self, count: int, wanted: Sequence[_Entry]) -> None:
+        """Evict until ``count`` bytes fit."""
+        if self.capacity is None:
+            return
+        deadline = time.monotonic() + PATIENCE
+        with self._changed:
+            while self._bytes + count > self.capacity:
+                idle = [e for e in self._entries.values() if e.held is not None and not e.users and not e.pinned]
+                if idle:
+                    oldest = min(idle, key=lambda entry: entry.used)
+                    self._drop(oldest)
+                    self._tell("evict", oldest.name)
+                    continue
+                kept = {id(e): e.held.nbytes for e in (*self._entries.values(), *wanted)
+                        if e.held is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
+                waits = sum(kept.values()) + count <= self.capacity
+                if not waits or not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    if waits and self._bytes + count <= self.capacity:
+                        continue
+                    found = (
+                        f"{count:,} bytes to load beside {sum(kept.values()):,} that are pinned or asked for with it"
+                    )
+                    found += "" if not waits else f", and others in use for {PATIENCE:g} s"
+                    do = "give the bank more, unpin adapters, or use fewer at once"
+                    raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
+
+    def _drop(self, entry: _Entry) -> None:
+        held, entry.held, entry.pinned = entry.held, None, False
+        if held is not None:
+            self._bytes -= held.nbytes
+            for deck in self._decks:  # those that are in use do so as they come back
+                deck.forget(held.uid)
+            self._changed.notify_all()
+
+    def _release(self, entries: Sequence[_Entry]) -> None:
+        with self._changed:
+            for entry in entries:
+                entry.users -= 1
+                if not entry.users and self._entries.get(entry.name) is not entry:
+                    self._drop(entry)
+            if entries:
+                self._changed.notify_all()
+
+    @contextmanager
+    def _using(self, uses: tuple[Uses, ...]) -> Iterator[None]:
+        """A block of calls whose rows use these."""
+        with self._changed:
+            self._open()
+            if not self._decks:
+                self._decks.append(Deck(self._frame))
+                self._all_decks.append(self._decks[0])
+            deck = self._decks.pop()
+        try:
+            selected = Selected("a bank's rows", deck.use(uses).table) if any(uses) else BASE
+            with context.changed(selection={**context.current.selection, self._group.uid: selected}):
+                yield
+        finally:
+            deck.rest()
+            with self._changed:
+                alive = {entry.held.uid for entry in self._entries.values() if entry.held is not None}
+                for uid in [uid for uid in deck.taken if uid not in alive]:
+                    deck.forget(uid)
+                self._decks.append(deck)
+
+    def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
+        if self.on_event is not None:
+            self.on_event(kind, name, seconds)
+
+
+def _mix(choice: Any) -> dict[str, float]:
+    if choice is None:
+        return {}
+    if isinstance(choice, str):
+        return {choice: 1.0}
+    if isinstance(choice, Mapping):
+        for name, weight in choice.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+        return dict(choice)
+    found = f"{choice!r} for a row"
+    raise SelectionError(sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these"))
+
+
+def _expected(path: Path) -> int:
+    """Bytes that an adapter will take at least about: those of its file, of which a 16-bit base keeps half."""
+    file = path / peft.TENSORS
+    return file.stat().st_size // 2 if file.is_file() else 0
+
+
+@in_turn
+def _joined(model: nn.Module) -> Any:
+    group = enlist(model)
+    group.banks += 1
+    return group
+
+
+@in_turn
+def _left(model: nn.Module, group: Any) -> None:
+    group.banks -= 1
+    if group.banks or group_of(model) is not group:
+        return
+    for _, module, site in list(sites(model)):
+        if not site._modules:
+            uninstall(module)
+    if not group.configs:
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
+        del model.__dict__[GROUP]

@@ -1,0 +1,206 @@
+"""An adapter that a bank holds in memory: the parts of its sites, without the model's knowing it.
+
+    place       what stands in a site's place in a call: for the key of each site
+        Thin    a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
+        LayerAdapter    everything else there is
+
+A ``Thin`` is a few views of one block of memory that holds all thin numbers of the adapter in the dtype of the base.
+So an adapter takes the bytes of its numbers and little more, and gives them back at once. What is resolved here (the
+gain of DoRA, the products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapted import Change, LayerAdapter, Site, Way, at_least_float32, site_of, viewed, weight_of
+from veneer.adapter import fitted
+from veneer.attach import build, enlist, place
+from veneer.bases import BASES
+from veneer.layers import Dims
+from veneer.lowrank import LowRank
+from veneer.targets import Names
+
+#: how much larger than the trained numbers their product may be: a variant that trains little for a large rank stays as
+#: it is
+SWELL = 2.0
+#: bytes that Python takes for a part besides its numbers, about
+OVERHEAD = 1 << 10
+
+_COUNT = itertools.count()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Thin:
+    """What an adapter does at a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
+
+    Fields:
+        A, B: [r, in] and [r, out]; B holds the scale, and the gain too.
+        gain: [out] of rows of W, None for 1.
+        bias: [out] in place of the layer's own, None for that.
+    """
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
+    layer: Any
+    name: str
+    dims: Dims
+
+    hosted = {}
+    entries = {}
+    storage = BASES["plain"]
+
+    @property
+    def changes(self) -> dict[str, Thin]:
+        return {self.name: self}
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        yield id(self)
+
+    def below(self, method: str) -> Mapping[Way, Any]:
+        return {}
+
+    def replacements(self, module: nn.Module) -> dict[str, Tensor]:
+        return {} if self.bias is None else {"bias": self.bias}
+
+    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """As ``LayerAdapter.changed``."""
+        weight: Any = weight_of(module, self.name)
+        dense = weight.to(at_least_float32(weight.dtype))
+        if self.gain is not None:
+            dense = dense * self.layer.spread(self.gain.to(dense.dtype), self.dims, dense.shape)
+        delta = LowRank(self.A[None], self.B.mT[None], 1.0).delta(dense.dtype)
+        dense = dense + self.layer.fold(delta, dense.shape)
+        return {self.name: dense if wide else dense.to(weight.dtype)}
+
+    def run(self, module: nn.Module, base: Any, site: Site, args: tuple, kwargs: dict, now: Any, **how: Any) -> Any:
+        """The way for calls that the batched products are not for (autocast, gradients): W + ΔW, formed."""
+        return viewed(self, module, base, site, args, kwargs, how.get("method", "forward"))
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``adapted.Selected`` has it.
+
+    ``nbytes`` counts its numbers and what Python takes for its parts, ``rank`` is the largest of its thin changes, and
+    ``general`` are the keys of the sites where it is more than a ``Thin``.
+    """
+
+    path: Path
+    variant: str
+    parts: Mapping[Any, Any]
+    nbytes: int
+    rank: int
+    general: frozenset[Any]
+    uid: int = field(default_factory=_COUNT.__next__)
+
+
+def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, prints: dict[Any, str]) -> Held:
+    """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
+
+    Args:
+        dtype: of the numbers; None takes that of each weight.
+        prints: the fingerprints of base weights that are known already; more are added.
+
+    Raises:
+        AdapterError, BaseMismatchError: as ``veneer.load``.
+    """
+    fit = fitted(model, path, [], verify_base=verify_base, prints=prints)
+    names = Names(model)
+    parts = build(names, fit.plans, trainable=False, numbers=fit.numbers)
+    fit.fill(parts)
+    table = place(names, enlist(model), fit.plans, parts)
+    thin, general = _divided(names, parts, dtype)
+    tables = {key: thin.get(id(part), part) for key, part in table.items()}
+    numbers = {
+        id(value): value.numel() * value.element_size()
+        for part in general
+        for value in (*part.parameters(), *part.buffers())
+    }
+    size = sum(one.A.nbytes + one.B.nbytes + _bytes(one.gain) + _bytes(one.bias) for one in thin.values())
+    return Held(
+        path,
+        fit.artefact.config.variant,
+        tables,
+        size + sum(numbers.values()) + OVERHEAD * len(parts),
+        max((one.A.shape[0] for one in thin.values()), default=0),
+        frozenset(key for key, part in tables.items() if not isinstance(part, Thin)),
+    )
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
+
+
+def _divided(
+    names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
+) -> tuple[dict[int, Thin], list[LayerAdapter]]:
+    """The thin parts by the identity of what they were made of, and the parts that stay."""
+    resolved: list[tuple[LayerAdapter, nn.Module, Change, list[Tensor | None]]] = []
+    general = []
+    below = {
+        id(one) for part in parts.values() for table in (part.hosted, *part.entries.values()) for one in table.values()
+    }
+    for path, part in parts.items():
+        module = names.modules[path]
+        numbers = None if id(part) in below else _resolved(part, module, dtype)
+        if numbers is None:
+            general.append(part)
+        else:
+            (change,) = part.changes.values()
+            resolved.append((part, module, change, numbers))
+    flat = _together([value for *_, numbers in resolved for value in numbers if value is not None])
+    thin = {}
+    for part, module, change, numbers in resolved:
+        A, B, gain, bias = (None if value is None else next(flat) for value in numbers)
+        site: Any = site_of(module)
+        thin[id(part)] = Thin(A, B, gain, bias, site.layer, site.layer.weight, change.dims)  # type: ignore[arg-type]
+    return thin, general
+
+
+@torch.no_grad()
+def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) -> list[Tensor | None] | None:
+    """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other part."""
+    site = site_of(module)
+    plain = site is not None and site.product and len(part.changes) == 1
+    if not plain or part.hosted or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
+        return None
+    ((name, change),) = part.changes.items()
+    weight = weight_of(module, name)
+    low, gain = change.resolve(weight)
+    if (site.transposed and gain is not None) or len(low.A) > 1:
+        return None
+    trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
+    if low.A.numel() + low.B.numel() > SWELL * trained:
+        return None
+    if gain is not None:
+        low = low.gained(gain.view(1, -1))
+    low = low.T if site.transposed else low
+    dtype = weight.dtype if dtype is None else dtype
+    wide = at_least_float32(low.B.dtype)
+    bias = part.full._parameters.get("bias")
+    B = (low.B[0].to(wide) * low.scale).mT
+    return [one if one is None else one.detach().to(dtype) for one in (low.A[0], B, gain, bias)]
+
+
+def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Copies of tensors, one after the other in one block of memory for each dtype and device. Each begins at a
+    multiple of 64 bytes."""
+    starts: dict[Any, int] = {}
+    places = []
+    for value in values:
+        kind, step = (value.dtype, value.device), 64 // value.element_size()
+        places.append((kind, starts.get(kind, 0)))
+        starts[kind] = places[-1][1] + -(-value.numel() // step) * step
+    blocks = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()}
+    for value, (kind, start) in zip(values, places, strict=True):
+        yield blocks[kind][start : start + value.numel()].view(value.shape).copy_(value)

@@ -1,0 +1,78 @@
+"""The page at ``/``: files of ``web/``, served as they are.
+
+Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the files together: what
+a browser holds under such an address never changes, so it asks for it once, and scripts that import one another need no
+build step to agree. The page names the digest, so it is asked for anew each time, and answered with 304 while it is the
+same.
+
+The page needs no key; what it asks the API for does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+
+FOLDER = Path(__file__).parent / "web"
+TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+
+# Only files of this server run, and a script cannot make HTML of a string, whatever a model says.
+POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def digest(files: dict[str, bytes]) -> str:
+    """The hash of all files together, names included: 16 hexadecimal digits."""
+    total = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        total.update(f"{name}\0{len(content)}\0".encode() + content)
+    return total.hexdigest()[:16]
+
+
+# Read once: a server that is updated under its own feet goes on showing one page, not halves of two.
+FILES = {file.name: file.read_bytes() for file in sorted(FOLDER.iterdir()) if file.suffix in TYPES}
+PAGE = (FOLDER / "index.html").read_bytes()
+DIGEST = digest({**FILES, "index.html": PAGE})
+INDEX = PAGE.replace(b"web/@/", f"web/{DIGEST}/".encode())
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+def index(request: Request) -> Response:
+    """The page; 304 if the client has this very one."""
+    headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": f'"{DIGEST}"'}
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+    if headers["ETag"] in known or "*" in known:
+        return Response(status_code=304, headers=headers)
+    return Response(INDEX, media_type="text/html; charset=utf-8", headers=headers)
+
+
+@router.api_route("/web/{version}/{name}", methods=["GET", "HEAD"])
+def file(version: str, name: str) -> Response:
+    """A file of the page, for ever. 404 for any other name, and for another version: this server does not have it."""
+    if version != DIGEST or name not in FILES:
+        return Response("Not found", 404, media_type="text/plain; charset=utf-8", headers=HEADERS)
+    headers = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(FILES[name], media_type=TYPES[Path(name).suffix], headers=headers)
