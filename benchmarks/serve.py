@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         options.logs = options.logs or folder
+        options.logs.mkdir(parents=True, exist_ok=True)
         cases = []
         for dtype in options.dtype[:1] if options.cold or options.vanish else options.dtype:
             here = folder / dtype

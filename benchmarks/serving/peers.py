@@ -295,7 +295,7 @@ def main(options: argparse.Namespace) -> None:
     from veneer.serve.access import Keyring
     from veneer.serve.api import Service, create
     from veneer.serve.catalogue import Catalogue
-    from veneer.serve.listen import bind, serve
+    from veneer.serve.listen import bind, make
     from veneer.serve.metrics import Metrics
 
     logging.basicConfig(level=logging.INFO)
@@ -314,6 +314,6 @@ def main(options: argparse.Namespace) -> None:
     listening = bind("127.0.0.1", options.port)
     engine.start()
     try:
-        serve(create(service), listening, drain=service.drain, grace=5)
+        make(create(service), service.drain, 5).run([listening])
     finally:
         service.close()
