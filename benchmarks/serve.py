@@ -5,7 +5,7 @@ Each client sends its next request when its last is answered. Rate is tokens gen
 first and next are the times to the first token and between tokens that the clients saw. The servers:
 
     veneer                 the command `veneer serve`
-    peft, mixed batches    PEFT's generate(adapter_names=[…]) behind the same front (`serving/peers.py` says how)
+    peft, mixed batches    PEFT's generate(adapter_names=[…]) behind the same front (`serve_cases/peers.py` says how)
     merged, in turns       a process a core and a thread each, Veneer's engine on merged weights, which are swapped for
                            the adapter whose requests have waited longest; more processes where veneer's memory holds
                            them, and never fewer than cores, also where it does not
@@ -38,7 +38,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from report import write
-from serving import against, cold, vanish
+from serve_cases import against, cold, vanish
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,12 +85,12 @@ def quick(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(arguments)
     if options.peer:
-        from serving import peers
+        from serve_cases import peers
 
         return peers.main(options)
     if options.quick:
         quick(options)
-    from serving import place
+    from serve_cases import place
 
     options.vocabulary = 96 if options.quick else 49152
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from report import spread
-from serving import against, client, servers
+from serve_cases import against, client, servers
 
 STREAMS, KEPT = 8, 4
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from report import spread
-from serving import client, servers
-from serving.servers import Server
+from serve_cases import client, servers
+from serve_cases.servers import Server
 
 FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, in turns", "vllm"
 CANDIDATES = (FLOOR, OURS, MERGED, VLLM)

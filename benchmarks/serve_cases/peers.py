@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from veneer.serve.requests import Piece, Request, Token
 
-log = logging.getLogger("serving.peers")
+log = logging.getLogger("serve_cases.peers")
 
 #: seconds without a new request after which a batch starts, and the most that one waits for company: clients that got
 #: their last token together send their next request together
@@ -228,9 +229,9 @@ def say(job: Job, token: int, tokenizer: Any) -> None:
 def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
     """(engine, model, tokenizer): Veneer's engine on merged weights, one adapter's at a time."""
     from safetensors import safe_open
-    from veneer.serve.engine import Engine
 
     from veneer.models import load_base
+    from veneer.serve.engine import Engine
 
     base = load_base(place / "base", precision="stored")
     model, tokenizer = base.model, base.tokenizer

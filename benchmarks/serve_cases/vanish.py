@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 
-from serving import against, client, cold, servers
-from serving.servers import Server
+from serve_cases import against, client, cold, servers
+from serve_cases.servers import Server
 
 
 async def storm(url: str, adapters: Sequence[str], seconds: float, options: argparse.Namespace) -> dict[str, int]:
