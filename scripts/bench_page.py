@@ -311,8 +311,9 @@ def _cold(case: Mapping[str, Any]) -> list[str]:
             ]
         )
     lead = (
-        f"{said(case['setting'])}; p95 of the gaps between the tokens of the streams, by what happens meanwhile: "
-        f"nothing, a request for another adapter in memory, or one for an adapter that is not. {case['runs']} blocks."
+        f"{said(case['setting'])}; gaps between tokens of the streams, by what happens in them: nothing; an adapter "
+        "loads; the step that computes the request for it; that of a request for one in memory. Medians of "
+        f"{case['runs']} blocks."
     )
     head = ["", "p95 to none", "p50 and p95, ms", "longest", "gaps", "first token of that request, p50 and p95, ms"]
     return [lead, "", *table(head, rows), f"Cold over warm: {ratio(case['cold over warm'])}.", ""]

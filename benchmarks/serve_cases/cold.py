@@ -1,12 +1,15 @@
 """Does loading one adapter slow those who are served meanwhile?
 
 A thousand adapters are registered and the bank has room for a hundred. Streams run on warm ones. Now and then, in
-turns, one more request comes: for an adapter that was never in memory and whose files are not in the kernel's cache,
-or for one that is warm. From when it is sent until its first token is a window. The gaps between tokens of the streams
-are sorted by what they overlap: the window of a cold one, that of a warm one, or none.
+turns, one more request comes, for one token: for an adapter that was never in memory and whose files are not in the
+kernel's cache, or for one that is warm. The gaps between tokens of the streams are sorted by what happens in them:
 
-A request costs its own prefill and its row whether its adapter is cold or not, so the windows of warm ones say what
-loading alone adds; those with no window at all are what a user would call before.
+    none        nothing
+    loading     a cold adapter loads: from when its request is sent until the step that computes it
+    cold        the step that computes that request, whose prompt every other row waits for
+    warm        the same for an adapter that is in memory
+
+So "loading" over "none" is what loading costs the others, and "cold" over "warm" what it costs in the step after it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import asyncio
 import bisect
 import os
 import random
-import time
+import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from report import spread
 from serve_cases import against, client, servers
 
 STREAMS, KEPT = 8, 4
+KINDS = ("none", "loading", "cold", "warm")
 
 
 async def watch(url: str, warm: Sequence[str], cold: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -65,18 +70,23 @@ async def watch(url: str, warm: Sequence[str], cold: Sequence[str], options: arg
     return {"gaps": sort(answers, windows), "windows": windows}
 
 
-def sort(
-    answers: Sequence[client.Answer], windows: dict[str, list[tuple[float, float]]]
-) -> dict[str, list[float]]:  # fmt: skip
-    """The gaps between tokens by what they overlap: "cold", "warm" or "none"."""
+def sort(answers: Sequence[client.Answer], windows: dict[str, list[tuple[float, float]]]) -> dict[str, list[float]]:
+    """The gaps between tokens by what happens in them; a window is from a request to its first token."""
+    pairs = [pair for answer in answers for pair in pairwise(answer.times)]
+    half = statistics.median(after - before for before, after in pairs) / 2  # a token of the same step is not later
     marks = sorted((start, end, kind) for kind, spans in windows.items() for start, end in spans)
     starts = [mark[0] for mark in marks]
-    gaps: dict[str, list[float]] = {"cold": [], "warm": [], "none": []}
-    for answer in answers:
-        for before, after in zip(answer.times, answer.times[1:], strict=False):
-            last = bisect.bisect_left(starts, after) - 1  # windows do not overlap each other
-            inside = last >= 0 and marks[last][1] > before
-            gaps[marks[last][2] if inside else "none"].append(after - before)
+    gaps: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for before, after in pairs:
+        last = bisect.bisect_left(starts, after) - 1  # windows do not overlap each other
+        kind = "none"
+        if last >= 0:
+            _, end, asked = marks[last]
+            if after < end - half:
+                kind = "loading" if asked == "cold" else "none"
+            elif before < end - half:
+                kind = asked
+        gaps[kind].append(after - before)
     return gaps
 
 
@@ -123,33 +133,33 @@ def told(block: dict[str, Any]) -> str:
 
 
 def case(blocks: Sequence[dict[str, Any]], options: argparse.Namespace, **setting: Any) -> dict[str, Any]:
-    """p95 in the windows over p95 outside of them, block by block."""
-    cuts = [{kind: client.percentiles(gaps) for kind, gaps in block["gaps"].items()} for block in blocks]
+    """p95 of each kind of gap over that of "none", block by block, and of "cold" over "warm"."""
+    cuts = [{kind: client.percentiles(gaps)["p95"] for kind, gaps in block["gaps"].items()} for block in blocks]
     rows = {}
-    for kind in ("none", "warm", "cold"):
+    for kind in KINDS:
+        gaps = [gap for block in blocks for gap in block["gaps"][kind]]
         waits = [end - start for block in blocks for start, end in block["windows"].get(kind, ())]
         rows[kind] = {
-            **spread(cut[kind]["p95"] / cut["none"]["p95"] for cut in cuts),
-            **client.percentiles([gap for block in blocks for gap in block["gaps"][kind]]),
-            "gaps": sum(len(block["gaps"][kind]) for block in blocks),
-            "longest": round(max(max(block["gaps"][kind]) for block in blocks) * 1000, 2),
+            **spread(cut[kind] / cut["none"] for cut in cuts),
+            **client.percentiles(gaps),
+            "gaps": len(gaps),
+            "longest": round(max(gaps) * 1000, 2),
             "first": client.percentiles(waits) if waits else None,
         }
-    loading = spread(cut["cold"]["p95"] / cut["warm"]["p95"] for cut in cuts)
     setting |= {"streams": STREAMS, "loads": options.loads * options.rounds, "dtype": options.dtype[0]}
     memory = setting.pop("memory")
     return {
-        "setting": setting, "floor": "none", "runs": len(blocks), "rows": rows, "cold over warm": loading,
-        "memory": memory, "measured": time.strftime("%Y-%m-%d"),
+        "setting": setting, "floor": "none", "runs": len(blocks), "rows": rows, "memory": memory,
+        "cold over warm": spread(cut["cold"] / cut["warm"] for cut in cuts),
     }  # fmt: skip
 
 
 def show(case: dict[str, Any]) -> None:
     print(f"serve --cold ({', '.join(f'{key} {value}' for key, value in case['setting'].items())})")
     for kind, row in case["rows"].items():
-        first = f"; its own first token after {row['first']['p50']:.0f} ms" if row["first"] else ""
+        first = f"; first token of that request after {row['first']['p50']:.0f} ms" if row["first"] else ""
         print(
-            f"  {kind:<5} p95 {row['p95']:7.1f} ms, {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
+            f"  {kind:<7} p95 {row['p95']:7.1f} ms, {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
             f"of none; p50 {row['p50']:.1f}, longest {row['longest']:.0f} of {row['gaps']} gaps{first}"
         )
     row = case["cold over warm"]
