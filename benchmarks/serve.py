@@ -6,9 +6,10 @@ first and next are the times to the first token and between tokens that the clie
 
     veneer                 the command `veneer serve`
     peft, mixed batches    PEFT's generate(adapter_names=[…]) behind the same front (`serve_cases/peers.py` says how)
-    merged, in turns       a process a core and a thread each, Veneer's engine on merged weights, which are swapped for
-                           the adapter whose requests have waited longest; more processes where veneer's memory holds
-                           them, and never fewer than cores, also where it does not
+    merged, in turns       Veneer's engine on merged weights, which are swapped for those of the adapter whose requests
+                           have waited longest: as many processes as take no more memory than veneer, one at least;
+                           clients know which one has their adapter, and the cores are shared out
+    merged, a process a core    the same with a process and a thread for each core, where that takes more memory
     vllm                   vLLM's CPU build from the package index, if --vllm names the Python that has it: OpenMP on
                            all cores, its OpenMP library preloaded, no prefix cache
 

@@ -131,13 +131,16 @@ def _serve_table(found: Mapping[str, Any]) -> list[str]:
         return []
     cases = found["serve"]["cases"]
     labels = {"veneer": "**Veneer**", "peft, mixed batches": "PEFT, mixed batches",
-              "merged, in turns": "merged models, in turns", "vllm": "vLLM, CPU build"}  # fmt: skip
+              "merged, in turns": "merged models, in turns", "merged, a process a core": "merged models, more memory",
+              "vllm": "vLLM, CPU build"}  # fmt: skip
     head = [f"served to {cases[0]['setting']['clients']} clients over {cases[0]['setting']['adapters']} adapters"]
     for case in cases:
         dtype = SHORT[case["setting"]["dtype"]]
         head += [f"tokens/s, {dtype}", "to the first, ms", "between two, p95, ms"]
     rows = []
     for name, label in labels.items():
+        if not any(name in case["rows"] for case in cases):
+            continue
         cells = [label]
         for case in cases:
             row = case["rows"].get(name)

@@ -254,9 +254,9 @@ def test_it_runs(what, tmp_path):
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["machine"]
     if not what:
-        names = (against.FLOOR, against.OURS, against.MERGED)
-        assert tuple(case["rows"]) == names
-        assert [case["rows"][name]["alike"] for name in names] == [1, 1, 1]
+        names = [against.FLOOR, against.OURS, against.MERGED]
+        assert [name for name in case["rows"] if name != against.EACH] == names
+        assert {row["alike"] for row in case["rows"].values()} == {1}
     elif what == ["--cold"]:
         assert case["setting"]["resident"] < case["setting"]["registered"] == 26
         assert all(row["gaps"] for row in case["rows"].values())

@@ -23,7 +23,8 @@ from report import spread
 from serve_cases import client, servers
 from serve_cases.servers import Server
 
-FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, in turns", "vllm"
+FLOOR, OURS, VLLM = "peft, mixed batches", "veneer", "vllm"
+MERGED, EACH = "merged, in turns", "merged, a process a core"
 CANDIDATES = (FLOOR, OURS, MERGED, VLLM)
 
 
@@ -85,45 +86,44 @@ def version_of(python: Path) -> str:
 
 
 @contextlib.contextmanager
-def started(name: str, place: Path, adapters: Sequence[str], room: int | None, options: Any) -> Iterator[Group]:
-    """The servers of a candidate, loaded and warm: every adapter was asked for, by as many clients as there will be.
-
-    Args:
-        room: bytes that merged models may take together; None leaves it at a process a core.
-    """
+def started(name: str, place: Path, adapters: Sequence[str], processes: int, options: Any) -> Iterator[Group]:
+    """The servers of a candidate, loaded and warm; the cores are shared out between them. Stopped by signal."""
     cores = len(os.sched_getaffinity(0))
-    log = options.logs / f"{name.partition(',')[0]}-{options.dtype_now}"
+    command, more = {
+        OURS: lambda: (ours(place, options), {}),
+        FLOOR: lambda: (peer("mixed", place, options), {}),
+        MERGED: lambda: (peer("turns", place, options), {}),
+        VLLM: lambda: (vllm(place, adapters, options),
+                       {"ready": "/health", "env": vllm_settings(options.vllm), "seconds": 900}),
+    }[name]()  # fmt: skip
+    log = f"{name.partition(',')[0]}-{options.dtype_now}"
     with contextlib.ExitStack() as stack:
-
-        def add(command: list[str], threads: int, **more: Any) -> Server:
-            file = log.with_name(f"{log.name}-{len(running)}.log")
+        running = []
+        for number in range(processes):
+            file = options.logs / f"{log}-{number + 1}-of-{processes}.log"
+            threads = max(1, cores // processes)
             running.append(stack.enter_context(servers.serve(command, file, threads=threads, **more)))
-            return running[-1]
-
-        running: list[Server] = []
-        if name == OURS:
-            add(ours(place, options), cores)
-        elif name == FLOOR:
-            add(peer("mixed", place, options), cores)
-        elif name == VLLM:
-            settings = vllm_settings(options.vllm)
-            add(vllm(place, adapters, options), cores, ready="/health", env=settings, seconds=600)
-        else:
-            for _ in range(cores):
-                add(peer("turns", place, options), 1)
         group = Group(running, adapters)
-        warm(group, options)
-        if name == MERGED and room is not None:
-            own = servers.memory(running) // len(running)
-            while (len(running) + 1) * own <= room and len(running) < len(adapters):
-                add(peer("turns", place, options), 1)
-            warm(group, options)
+        # every adapter is asked for, by as many clients as there will be; ours as long as it will, since it is its
+        # memory that the others' is measured by
+        length = {} if name == OURS else {"tokens": min(8, options.tokens)}
+        asyncio.run(client.together(group.place, adapters, **{**drive(options), "turns": 1, **length}))
+        print(f"  {name}: {processes} process(es), {servers.memory(running) / 2**20:,.0f} MiB", flush=True)
+        group.signal(signal.SIGSTOP)
+        stack.callback(group.signal, signal.SIGCONT)
         yield group
 
 
-def warm(group: Group, options: argparse.Namespace) -> None:
-    few = {**drive(options), "turns": 1, "tokens": min(8, options.tokens)}
-    asyncio.run(client.together(group.place, group.adapters, **few))
+def merged(place: Path, adapters: Sequence[str], room: int | None, stack: Any, options: Any) -> dict[str, Group]:
+    """Merged models: as many processes as fit into `room` bytes, one at least, by what a process takes where there is
+    one a core; and, where that is another number, also one a core, whatever it takes."""
+    cores = len(os.sched_getaffinity(0))
+    each = stack.enter_context(started(MERGED, place, adapters, cores, options))
+    fit = cores if room is None else room // (servers.memory(each.servers) // cores)
+    fit = min(max(1, fit), len(adapters))
+    if fit == cores:
+        return {MERGED: each}
+    return {MERGED: stack.enter_context(started(MERGED, place, adapters, fit, options)), EACH: each}
 
 
 def drive(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,19 +135,19 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(place: Path, dtype: str, adapters: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """One case: rounds of all candidates, each round begun by another."""
-    names = [name for name in CANDIDATES if name in options.only and (name != VLLM or options.vllm)]
     options.dtype_now = dtype
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         groups: dict[str, Group] = {}
         room = None
-        for name in sorted(names, key=lambda name: name != OURS):  # ours first: the others' memory is measured by it
-            group = stack.enter_context(started(name, place, adapters, room, options))
-            room = servers.memory(group.servers) if name == OURS else room
-            print(f"  {name}: {len(group.servers)} process(es), {servers.memory(group.servers) / 2**20:,.0f} MiB")
-            group.signal(signal.SIGSTOP)
-            stack.callback(group.signal, signal.SIGCONT)
-            groups[name] = group
+        wanted = [name for name in CANDIDATES if name in options.only and (name != VLLM or options.vllm)]
+        for name in sorted(wanted, key=lambda name: name != OURS):
+            if name == MERGED:
+                groups |= merged(place, adapters, room, stack, options)
+            else:
+                groups[name] = stack.enter_context(started(name, place, adapters, 1, options))
+            room = servers.memory(groups[name].servers) if name == OURS else room
+        names = [name for name in (FLOOR, OURS, MERGED, EACH, VLLM) if name in groups]
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(options.rounds):
             first = number % len(names)
             answers = {}
@@ -199,7 +199,7 @@ def case(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace, **s
     bars = {}
     if OURS in runs:
         best = [name for name in (FLOOR, MERGED) if name in runs]
-        for title, peers in (("the better of " + " and ".join(best), best), (VLLM, [VLLM])):
+        for title, peers in (("the better of " + " and ".join(best), best), (EACH, [EACH]), (VLLM, [VLLM])):
             if peers and all(name in runs for name in peers):
                 bars[title] = spread(
                     run["rate"] / max(runs[name][number]["rate"] for name in peers)
