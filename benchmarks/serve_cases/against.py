@@ -69,12 +69,13 @@ def vllm(place: Path, adapters: Sequence[str], options: argparse.Namespace) -> l
     ]  # fmt: skip
 
 
-def vllm_settings(python: Path) -> dict[str, str]:
-    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, all cores, room for keys and values."""
+def vllm_settings(python: Path, cores: str | None) -> dict[str, str]:
+    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, its threads bound to cores (all of them, unless
+    `cores` says which; "auto" leaves one to its front), and room for keys and values: 1 GiB."""
     found = sorted(python.parent.parent.glob("lib/libiomp5.so"))
     return {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores or ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "LD_PRELOAD": ":".join(map(str, found)),
         "PYTHONPATH": "",
     }
@@ -94,7 +95,7 @@ def started(name: str, place: Path, adapters: Sequence[str], processes: int, opt
         FLOOR: lambda: (peer("mixed", place, options), {}),
         MERGED: lambda: (peer("turns", place, options), {}),
         VLLM: lambda: (vllm(place, adapters, options),
-                       {"ready": "/health", "env": vllm_settings(options.vllm), "seconds": 900}),
+                       {"ready": "/health", "env": vllm_settings(options.vllm, options.vllm_cores), "seconds": 900}),
     }[name]()  # fmt: skip
     log = f"{name.partition(',')[0]}-{options.dtype_now}"
     with contextlib.ExitStack() as stack:
