@@ -38,6 +38,7 @@ class Fake:
     key: str | None = None  # asked for, if given
     admin: bool = True  # whether that key may read /metrics, manage adapters and ask the base
     pace: float = 0.01  # seconds a token
+    held: bool = False  # answers wait after their third token, until it is False again
     ready: bool = True
     running: int = 0
     tokens: int = 0
@@ -81,6 +82,8 @@ async def answer(fake: Fake, request: Request, body: dict[str, Any], chat: bool)
             return
         for i, text in enumerate(pieces(model, prompt, count)):
             await asyncio.sleep(fake.pace)
+            while i == 3 and fake.held and not model.startswith("broken"):
+                await asyncio.sleep(0.01)
             if i == 3 and model.startswith("cut"):
                 return
             if i == 3 and model.startswith("broken"):

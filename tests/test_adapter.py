@@ -763,6 +763,44 @@ def test_several_adapters_of_one_model_are_saved_one_by_one(tmp_path):
             assert error(other(IDS), outputs[name]) == 0
 
 
+@pytest.mark.parametrize(
+    ("module", "value", "words"),
+    [
+        ("a\u200b", 1.0, "not printable"),
+        ("a\n", 1.0, "not printable"),
+        ("a" * 600, 1.0, "longer than 512 characters"),
+        ("a", 1e5, r"a change of norm up to .* at 'a'"),
+    ],
+    ids=["a blank of no width", "a new line", "a long name", "a change that is too large"],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, module, value, words):
+    """An adapter that saves and does not load is a training that is lost, and the old one with it."""
+    model = nn.ModuleDict({module: nn.Linear(4, 4)})
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    before = small_adapter(tmp_path / "adapter")
+    kept = {file.name: file.read_bytes() for file in before.iterdir()}
+    for parameter in handle.parameters():
+        parameter.data.fill_(value)
+    for path, overwrite in ((before, True), (tmp_path / "new", False)):
+        with pytest.raises(AdapterError, match=f"was not written, as it could not be read again.*{words}"):
+            handle.save(path, overwrite=overwrite)
+    assert {file.name: file.read_bytes() for file in before.iterdir()} == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_saving_when_nobody_knows_the_base_any_more(tmp_path):
+    """Merged weights would be taken for the base, and the adapter would load on no base at all."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    other = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["1"]), "other")
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
+    randomise(handle)
+    handle.merge(keep=False)
+    with pytest.raises(AdapterError, match=r"0\.weight, merged with keep=False.*save it before that merge"):
+        handle.save(tmp_path / "adapter")
+    assert not any(tmp_path.iterdir())
+    other.save(tmp_path / "other")  # changes weights that nobody merged
+
+
 def test_a_provenance_with_numbers_for_keys_can_be_read_again(tmp_path):
     handle = veneer.attach(nn.Linear(4, 4), veneer.LoraConfig(rank=1))
     path = handle.save(tmp_path / "adapter", provenance={"loss": {1: 3.0, 2: 2.0, 10: 1.0}})

@@ -55,6 +55,13 @@ def save(path, model=None, config=None, **options):
 # ---------------------------------------------------------------------------------------------- what it says
 
 
+def test_a_server_gets_room_for_the_largest_rank():
+    config = {**PEFT, "rank_pattern": {"a.q": 40}, "alpha_pattern": {"a.q": 80}}  # one scale, as vLLM asks
+    text = card(config, RECORD, {"base_model.model.a.q.lora_A.weight": (40, 8)})
+    assert "--max-lora-rank 64 " in text
+    assert "ranks 4 to 40" in text
+
+
 def test_every_adapter_has_a_card_that_reading_does_not_mind(tmp_path):
     path = save(tmp_path / "a", provenance={"license": "mit", "loss": {"a": [1, None]}})
     before = veneer.adapter.read(path)

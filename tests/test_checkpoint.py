@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -77,11 +78,28 @@ def test_a_hollow_model_takes_no_memory(tmp_path):
 def test_the_class_is_the_adapter_s_or_the_config_s(tmp_path):
     write_tiny(tmp_path)
     assert type(models.hollow(tmp_path, "LlamaModel")).__name__ == "LlamaModel"
-    assert type(models.hollow(tmp_path, "Unheard")).__name__ == "LlamaForCausalLM"
+    for other in (
+        "Unheard",
+        "TrainingArguments",
+        "LlamaConfig",
+        "__class__",
+    ):  # an adapter's word: models alone are made
+        assert type(models.hollow(tmp_path, other)).__name__ == "LlamaForCausalLM"
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Unheard"]}))
     with pytest.raises(ConfigError, match="Unheard"):
         models.hollow(tmp_path)
+
+
+def test_a_hollow_model_runs_no_code_of_the_folder(tmp_path, monkeypatch):
+    """transformers would ask whether it may, and the answer may be a slip of a finger."""
+    config = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "code.MineConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineConfig: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        models.hollow(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
@@ -178,6 +196,22 @@ def test_what_is_no_checkpoint_is_one_error(how, words, tmp_path):
     folder.mkdir()
     _break(shards(folder), how)
     with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["a pipe", "a link"])
+def test_an_index_is_a_file_of_the_folder(kind, tmp_path):
+    """A pipe would be waited for, forever."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = shards(folder) / "model.safetensors.index.json"
+    index.rename(tmp_path / index.name)
+    if kind == "a pipe":
+        os.mkfifo(index)
+    else:
+        index.symlink_to(tmp_path / index.name)
+    with pytest.raises(CheckpointError, match=r"no regular file|outside the folder"):
         open_checkpoint(folder)
 
 

@@ -758,6 +758,23 @@ def test_no_adapters_and_a_path_that_exists(tmp_path):
         assert error(low.delta(), 2 * before[at].delta()) < 1e-6
 
 
+@pytest.mark.parametrize("weight", [1e10, 1e300])
+def test_a_sum_that_nobody_could_read_takes_no_other_s_place(weight, tmp_path):
+    a = trained(TinyLM(), tmp_path / "a", targets=["q_proj"])
+    before = {path.name: path.read_bytes() for path in a.iterdir()}
+    with pytest.raises(AdapterError, match="at most"):
+        compose([a], a, weights=[weight], overwrite=True)
+    assert {path.name: path.read_bytes() for path in a.iterdir()} == before
+    read(a)
+
+
+def test_a_base_is_no_path(tmp_path):
+    model = TinyLM()
+    a = trained(model, tmp_path / "a", targets=["q_proj"], variant="dora")
+    with pytest.raises(ConfigError, match="open_checkpoint"):
+        compose([a], tmp_path / "out", weights=[2], base=str(tmp_path))
+
+
 def test_every_method_is_documented():
     assert set(METHODS) == {"sum", "svd", *RECIPES}
     for method in METHODS:

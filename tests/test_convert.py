@@ -677,9 +677,9 @@ def test_choices_that_mean_nothing_are_refused(tmp_path):
 def test_nothing_is_replaced_unasked(tmp_path):
     first = trained(Picture(), tmp_path / "a")
     (tmp_path / "b").write_text("mine")
-    for to in ("peft", "kohya"):
+    for to, part in (("peft", None), ("kohya", "unet")):
         with pytest.raises(OutputExistsError):
-            convert(first.path, tmp_path / "b", to=to, part="unet")
+            convert(first.path, tmp_path / "b", to=to, part=part)
     convert(first.path, tmp_path / "b", to="kohya", part="unet", overwrite=True)
     assert detect(tmp_path / "b") == "kohya"
     with pytest.raises(OutputExistsError):
@@ -719,3 +719,21 @@ def test_every_format_says_what_it_is():
     for format_ in FORMATS:
         assert format_.title
         assert format_.lacks
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"to": "peft", "part": "unet"}, "a part, from veneer to peft.*kohya"),
+        ({"to": "dense", "part": "unet"}, "a part, from veneer to dense"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, match, tmp_path):
+    model = TinyLM()
+    first = trained(model, tmp_path / "a", targets=["q_proj"])
+    with pytest.raises(ConfigError, match=match):
+        convert(first.path, tmp_path / "out", base=model, **options)
+    plain = convert(first.path, tmp_path / "plain", to="peft")
+    with pytest.raises(ConfigError, match="as they train"):
+        convert(plain, tmp_path / "out", to="veneer", base=model, dtype="bf16")
+    assert not (tmp_path / "out").exists()

@@ -110,6 +110,23 @@ def test_an_adapter_comes_back(name, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_a_folder_is_a_base_by_the_names_of_its_model(name, tmp_path):
+    """Files may name weights otherwise than the model does: without its prefix, or an expert each."""
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "base")
+    if name == "gpt2":  # as it was published
+        model.transformer.save_pretrained(tmp_path / "bare")
+        (tmp_path / "bare" / "model.safetensors").replace(tmp_path / "base" / "model.safetensors")
+    first = trained(model, tmp_path / "a", targets=TARGETS[name])
+    for base in (model, tmp_path / "base"):
+        convert(first.path, tmp_path / "b", to="gguf", base=base, overwrite=True)
+        found = read(convert(tmp_path / "b", tmp_path / "c", to="peft", base=base, overwrite=True))
+        one, other = tensors(first.path), tensors(found.path)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_the_file_says_what_llama_cpp_asks(tmp_path):
     model = llama()
     first = trained(model, tmp_path / "a", targets=["q_proj", "v_proj", "embed_tokens"])

@@ -16,13 +16,13 @@ SOURCE = Path(veneer.__file__).parent
 # From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
 FLOORS = [
     ["errors"],
-    ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading"],
-    ["kernels", "formats", "headers"],
+    ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading", "headers"],
+    ["kernels", "formats"],
     ["layers", "variants", "bases", "models", "checkpoint", "card"],
     ["linears"],
     ["adapted", "artefact"],
     ["targets", "rows", "derived"],
-    ["readers", "overlap"],
+    ["readers", "overlap", "weights"],
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["adapter", "check"],

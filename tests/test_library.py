@@ -285,6 +285,48 @@ def test_a_rebuild_gives_up_what_is_altered(library, adapters):
     assert (made.kept, made.recovered, made.lost) == (("b", "c"), (), ("a",))
 
 
+@pytest.mark.parametrize("index", [None, "x"], ids=["a sound index", "a damaged one"])
+def test_what_a_rebuild_gives_up_is_not_deleted_at_once(library, adapters, index):
+    """As `veneer gc --rebuild` does one after the other."""
+    library.add(adapters[0], "a")
+    path = library.get("a")
+    (path / "README.md").write_text("my notes")
+    age(path, 10 * GRACE)
+    if index is not None:
+        (library.folder / INDEX).write_text(index)
+    assert library.rebuild().lost == ("a",)
+    assert library.gc().objects == ()
+    assert veneer.adapter.read(path).config.rank == 1
+    age(path, GRACE + 1)
+    assert library.gc().objects == (path.name,)
+
+
+def test_what_nobody_here_can_read_is_not_deleted_at_once(library, adapters, monkeypatch):
+    """An object that only the damaged index named, of a variant that this installation lacks."""
+    library.add(adapters[0], "a")
+    path = library.get("a")
+    age(path, 10 * GRACE)
+    for file in (INDEX, COPY):
+        (library.folder / file).write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.library.read", lambda path: (_ for _ in ()).throw(AdapterError("another variant")))
+        assert library.rebuild().lost == (path.name,)
+    assert library.gc().objects == ()
+    assert veneer.adapter.read(path).config.rank == 1
+
+
+def test_a_recovered_name_takes_none_that_is_in_use(library, adapters):
+    first = library.add(adapters[0], "a").object
+    library.add(adapters[1], f"recovered-{first[:12]}")
+    library.remove("a")
+    (library.folder / INDEX).write_text("x")  # its copy is whole: the object of "a" has no name there
+    made = library.rebuild()
+    assert made.kept == (f"recovered-{first[:12]}",)
+    assert made.recovered == (f"recovered-{first}",)
+    assert library.entry(made.kept[0]).rank == 2
+    assert library.entry(made.recovered[0]).rank == 1
+
+
 def test_a_rebuild_of_a_sound_library_changes_nothing(library, adapters):
     library.add(adapters[0], "a")
     library.add(adapters[1], "b")
@@ -296,9 +338,13 @@ def test_a_rebuild_of_a_sound_library_changes_nothing(library, adapters):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("object", "../../etc"), ("object", "x" * 64), ("name", "b"), ("tags", None)]
-)
-def test_an_index_cannot_lead_out_of_the_folder(library, adapters, field, value):
+    ("field", "value"),
+    [
+        ("object", "../../etc"), ("object", "x" * 64), ("name", "b"), ("tags", None), ("tags", [1]), ("base", 5),
+        ("size", "1"), ("rank", None), ("variant", None), ("added", 3), ("more", 1),
+    ],
+)  # fmt: skip
+def test_an_index_cannot_lead_out_of_the_folder_or_hold_what_is_no_entry(library, adapters, field, value):
     library.add(adapters[0], "a")
     content = json.loads((library.folder / INDEX).read_text())
     content["names"]["a"][field] = value

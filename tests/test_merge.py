@@ -540,9 +540,26 @@ def test_inputs_are_protected_and_checked():
         handle.merge(inputs=wrong)
     assert "0.weight: inputs= of shape (64, 64)" in str(caught.value)
     assert "inputs of '1.weight'" in str(caught.value)
+    with pytest.raises(MergeError, match=r"0\.weight: inputs= with numbers that are not finite"):
+        handle.merge(rounding="faithful", inputs={"0.weight": (x.T @ x)[None] * torch.nan})
     with pytest.raises(ConfigError, match="rounding='random'"):
         handle.merge(rounding="random")
     assert same(bits(model), before)
+
+
+def test_inputs_that_would_be_ignored_are_refused():
+    """Of a weight that is trained in full, and of an embedding that is rewritten as it is read."""
+    model = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0", "1"], train_also=["2"]))
+    randomise(handle)
+    before = bits(model)
+    inputs = {"0.weight": torch.eye(9)[None], "1.weight": torch.eye(8)[None], "2.weight": torch.eye(8)[None]}
+    with pytest.raises(MergeError, match="2 problems") as caught:
+        handle.merge(rounding="faithful", inputs=inputs)
+    assert "0.weight: inputs= of a weight that is rounded as it is stored or read" in str(caught.value)
+    assert "inputs of '2.weight'" in str(caught.value)
+    assert same(bits(model), before)
+    handle.merge(rounding="faithful", inputs={"1.weight": torch.eye(8)[None]})
 
 
 def test_chosen_rows_of_a_fused_weight():

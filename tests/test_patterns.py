@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.patterns import MAX_STATES, Ends, Pattern, literal, whole
 
@@ -133,3 +134,30 @@ def test_layers_as_peft_finds_them(pattern, layers):
         if path.endswith("q") and (layers == [] or index in ([layers] if layers == 0 else layers)):
             expected.add(path)
     assert peft.expected_paths(config, paths) == expected
+
+
+def test_many_states_on_many_paths_are_bounded(monkeypatch):
+    """An expression within all bounds that is in thousands of states after each character, each time in others."""
+    import random
+    import tracemalloc
+
+    from veneer.formats import patterns
+
+    monkeypatch.setattr(patterns, "MAX_WORK", 2_000_000)
+    chance = random.Random(0)
+    pattern = Pattern("|".join(f".*[{''.join(chance.sample('abcdefgh', 4))}].{{440}}" for _ in range(10)), whole=True)
+    paths = ("".join(chance.choices("abcdefgh", k=511)) + "." for _ in range(1000))
+    tracemalloc.start()
+    with pytest.raises(AdapterError, match="longer than any"):
+        for path in paths:
+            pattern.matches(path)
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+
+
+def test_what_people_write_is_far_from_the_bounds():
+    pattern = Pattern(r"(.*\.)?layers\.(\d+)\..*(q|k|v|o|up|down|gate)_proj", whole=True)
+    for layer in range(2000):
+        assert pattern.matches(f"model.layers.{layer}.self_attn.q_proj")
+        assert not pattern.matches(f"model.layers.{layer}.norm")
+    assert pattern._work < 2_000_000

@@ -14,6 +14,7 @@ from torch import nn
 
 import hub
 import veneer
+from test_headers import stripped
 from toys import randomise
 from veneer.artefact import content_hash
 from veneer.errors import AdapterError, OutputExistsError, RemoteError
@@ -94,6 +95,38 @@ def test_what_comes_back_is_what_went(store, adapters, cache):
 def test_pushing_twice_is_pushing_once(store, adapters, cache):
     assert push(adapters[0], store) == push(adapters[0], store)
     assert contents(pull(store)) == contents(adapters[0])
+
+
+def test_pushing_again_is_seen_by_no_reader(tmp_path, adapters, cache, monkeypatch):
+    """Whoever pulls while the same adapter is pushed once more gets all of it."""
+    store = f"file://{tmp_path}/store"
+    place, copy, pulled = push(adapters[0], store), shutil.copyfile, []
+
+    def halfway(source, target, **options):
+        if str(source).startswith(str(adapters[0])):
+            Path(target).write_bytes(Path(source).read_bytes()[:10])
+            monkeypatch.setattr(shutil, "copyfile", copy)
+            pulled.append(contents(pull(place, cache=tmp_path / f"cache-{len(pulled)}")))
+            monkeypatch.setattr(shutil, "copyfile", halfway)
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", halfway)
+    assert push(adapters[0], store) == place
+    assert pulled == [contents(adapters[0])] * len(contents(adapters[0]))
+
+
+@stores
+def test_what_was_altered_in_the_cache_is_fetched_again(store, adapters, cache, tmp_path):
+    """An adapter of another library has no hashes of its own that would tell: the revision is one."""
+    path = stripped(shutil.copytree(adapters[0], tmp_path / "theirs"))
+    found = pull(push(path, store))
+    with (found / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    veneer.adapter.read(found)  # nothing in the folder tells
+    assert contents(pull(store)) == contents(path)
+    (found / "README.md").write_text("altered")
+    assert contents(pull(f"{store}@{content_hash(path)}")) == contents(path)
 
 
 @stores

@@ -365,6 +365,18 @@ def test_rows_of_A_that_depend_on_each_other():
     assert same_bits(folded.weight[1], weight[1])
 
 
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
+    """Widths that are no multiple of a chunk, where the last chunk of a stack lies apart in its buffers."""
+    weight, low = made((3, 45, 50))
+    expected = fold(weight, low, rounding="faithful", side=side)
+    folded = fold(weight.to(source), low, dtype=torch.bfloat16, rounding="faithful", side=side)
+    assert folded.rounding == "faithful"
+    assert same_bits(folded.weight, expected.weight)
+    assert abs(folded.retention - 1) < 0.05
+
+
 def test_inputs_are_protected():
     weight, low = made((1, 200, 150), 1e-3)
     directions = torch.linalg.qr(torch.randn(150, 5, dtype=torch.float64))[0]
@@ -456,3 +468,34 @@ def test_the_first_failure_is_raised(threads):
         spread(range(1000), list, work, threads)
     assert len(done) < 100
     assert threading.active_count() == before
+
+
+def test_a_thread_that_cannot_start_leaves_none_behind(monkeypatch):
+    """The others would wait for it, and torch would give every later thread of the process one core."""
+    before, alive, start = torch.get_num_threads(), threading.active_count(), threading.Thread.start
+    started = itertools.count()
+
+    def few(self):
+        if next(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    torch.set_num_threads(4)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", few)
+            with pytest.raises(RuntimeError, match="can't start"):
+                spread(range(9), lambda: None, lambda item, _: item, 4)
+        for _ in range(100):
+            if threading.active_count() == alive:
+                break
+            time.sleep(0.05)
+        assert threading.active_count() == alive
+        seen: list[int] = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [4]
+        assert spread(range(9), lambda: None, lambda item, _: item, 4) == list(range(9))
+    finally:
+        torch.set_num_threads(before)

@@ -285,19 +285,44 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path):
 def test_proving_finds_one_flipped_bit_and_a_changed_file(tmp_path):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
-    merge_checkpoint(base, [adapter], tmp_path / "out")
-    assert prove(base, [adapter], tmp_path / "out") == len(open_checkpoint(base).where)
+    merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
+    assert prove(base, [adapter], tmp_path / "out", model=model) == len(open_checkpoint(base).where)
     checkpoint = open_checkpoint(tmp_path / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         path, start = tmp_path / "out" / checkpoint.where[name], checkpoint.start(name)
         whole = path.read_bytes()
         path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
         with pytest.raises(MergeError, match=name):
-            prove(base, [adapter], tmp_path / "out")
+            prove(base, [adapter], tmp_path / "out", model=model)
         path.write_bytes(whole)
-    (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    with pytest.raises(MergeError, match=r"tokenizer\.json"):
-        prove(base, [adapter], tmp_path / "out")
+    for name in ("tokenizer.json", "config.json"):
+        whole = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(MergeError, match=name):
+            prove(base, [adapter], tmp_path / "out", model=model)
+        (tmp_path / "out" / name).unlink()
+        with pytest.raises(MergeError, match=f"{name} is not there"):
+            prove(base, [adapter], tmp_path / "out", model=model)
+        (tmp_path / "out" / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
+    copied = ("templates/tool.jinja", "templates/deep/x.txt")
+    for name in (*copied, ".cache/x.txt", "onnx/model.onnx", "o/t.bin"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(name)
+    done = merge_checkpoint(base, [adapter], tmp_path / "out", dtype=dtype, model=model)
+    assert done.left_out == (".cache", "o", "onnx")
+    for name in copied:
+        assert (tmp_path / "out" / name).read_text() == name
+    assert not {".cache", "o", "onnx"} & {path.name for path in (tmp_path / "out").iterdir()}
+    prove(base, [adapter], tmp_path / "out", dtype=dtype, model=model)
+    (tmp_path / "out" / "templates" / "deep" / "x.txt").unlink()
+    with pytest.raises(MergeError, match=r"x\.txt is not there"):
+        prove(base, [adapter], tmp_path / "out", dtype=dtype, model=model)
 
 
 # ------------------------------------------------------------------------------------------------ kills
@@ -395,6 +420,17 @@ def test_two_processes_do_not_write_one_result(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
+    """The child that knows the names is Python too, which would look for modules where the user happens to be."""
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    for name in ("pickle", "torch", "veneer", "transformers"):
+        (adapter / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)")
+    monkeypatch.chdir(adapter)
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):

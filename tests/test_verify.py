@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 
@@ -14,13 +15,17 @@ from torch import nn
 
 import veneer
 from models import IDS, TinyLM
+from real_models import REAL
 from test_adapter import CONFIG, RECORD, TENSORS, forge, put, small, small_adapter
 from test_headers import Runs, stripped
 from toys import randomise
 from veneer.artefact import NUMBERS
-from veneer.errors import AdapterError, ConfigError
+from veneer.checkpoint import Checkpoint
+from veneer.errors import AdapterError, CheckpointError
 from veneer.variants import VARIANTS
-from veneer.verify import INDEX, Finding, Report, verify, weights_of
+from veneer.verify import Finding, Report, verify, weights_of
+
+INDEX = "model.safetensors.index.json"
 
 
 def language_model(tied=False, seed=7):
@@ -150,24 +155,10 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path, adapter, monkeypatch):
     """The base is read by name, each tensor once, and nothing that the adapter does not change."""
     read = []
 
-    class Counted:
-        def __init__(self, *args, **kwargs):
-            self.opened = safe_open(*args, **kwargs)
-
-        def __enter__(self):
-            self.opened = self.opened.__enter__()
-            return self
-
-        def __exit__(self, *args):
-            return self.opened.__exit__(*args)
-
-        def get_tensor(self, name):
-            read.append(name)
-            return self.opened.get_tensor(name)
-
-    from safetensors import safe_open
-
-    monkeypatch.setattr("veneer.verify.safe_open", Counted)
+    whole = Checkpoint.read
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, name, rows=None: (read.append(name), whole(self, name, rows))[1]
+    )
     base = checkpoint(tmp_path / "base", language_model())
     assert verify(adapter, base).ok
     expected = veneer.adapter.read(adapter).metadata["base"]["weights"]
@@ -176,17 +167,46 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path, adapter, monkeypatch):
 
 
 def test_what_is_no_base(tmp_path, adapter):
-    with pytest.raises(ConfigError, match=r"no model.safetensors and no model.safetensors.index.json in the base"):
+    with pytest.raises(CheckpointError, match=r"no folder .*nothing"):
         verify(adapter, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file in"):
+        verify(adapter, tmp_path / "empty")
     folder = checkpoint(tmp_path / "base", language_model(), shards=2)
     index = json.loads((folder / INDEX).read_text())
     for file in ("../adapter/adapter_model.safetensors", "nothing.safetensors", 3):
         (folder / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "x": file}}))
-        with pytest.raises(ConfigError, match="but not in the folder"):
+        with pytest.raises(CheckpointError, match=r"names of \.safetensors files beside it|no nothing|no weight_map"):
             verify(adapter, folder)
     (folder / INDEX).write_text("{}")
-    with pytest.raises(ConfigError):
+    with pytest.raises(CheckpointError, match="no weight_map"):
         verify(adapter, folder)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama-tied-biased", "swin"])
+def test_weights_are_found_as_transformers_loads_them(tmp_path, name):
+    """A stack of experts that the files hold one by one, a head that is the embedding: as a live model has them."""
+    model = REAL[name].build()[0]
+    model.save_pretrained(tmp_path / "base")
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle, 0.02)
+    path, count = handle.save(tmp_path / "adapter"), len(handle.changes)
+    changed = "model.embed_tokens.weight" if name == "llama-tied-biased" else next(reversed(handle.changes))
+    report = verify(path, tmp_path / "base")
+    assert not said(report, "error", "base") + said(report, "warning", "base")
+    assert said(report, "ok", "base") == f"{count} weights have the fingerprints of the record"
+    handle.detach()
+    with torch.no_grad():
+        model.get_parameter(changed).view(-1)[-1] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert f"other numbers in 1 of {count} weights" in said(verify(path, tmp_path / "other"), "error", "base")
+
+
+def test_a_config_that_nobody_knows_leaves_the_names(tmp_path, adapter):
+    base = checkpoint(tmp_path / "base", language_model())
+    (base / "config.json").write_text('{"model_type": "of my own", "architectures": ["Mine"]}')
+    assert verify(adapter, base).ok
+    assert not verify(adapter, checkpoint(tmp_path / "other", language_model(seed=9))).ok
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -233,6 +253,32 @@ def test_files_that_have_no_business_there(tmp_path, name, content, words):
     assert report.ok  # Veneer opens none of them
     assert words in said(report, "warning", "files")
     assert bool(report.warnings) == bool(words)
+
+
+def test_a_file_that_is_a_link_elsewhere_is_told(tmp_path):
+    path = small_adapter(tmp_path / "adapter")
+    (path / "notes.txt").symlink_to("adapter_config.json")
+    assert not verify(path).warnings
+    (path / "setup.py").symlink_to(tmp_path / "x.py")
+    (path / "more").symlink_to("/")
+    os.mkfifo(path / "pipe")
+    found = said(verify(path), "warning", "files")
+    for name in ("setup.py", "more", "pipe"):
+        assert f"{name} is a link that leads elsewhere, or no regular file" in found
+
+
+def test_what_is_printed_cannot_look_like_another_finding(tmp_path):
+    """Names come from the folder: no colours, nothing that moves the cursor, and no line of its own."""
+    path = small_adapter(tmp_path / "adapter")
+    (path / "a\nok       files    all is well\x1b[32m.py").write_text("")
+    (path / os.fsdecode(b"\xff.py")).write_text("")
+    text = str(verify(path))
+    assert text.encode()
+    assert r"\x1b[32m.py is a program" in text
+    assert r"\udcff.py is a program" in text
+    assert "\x1b" not in text
+    assert not any(line.startswith("ok       files    all") for line in text.splitlines())
+    assert sum(line.startswith("warning  files") for line in text.splitlines()) == 2
 
 
 def test_what_is_not_there():

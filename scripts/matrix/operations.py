@@ -6,6 +6,8 @@ import copy
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -46,6 +48,9 @@ from .definitions import meaning
 PATHS = (None, "factored", "materialised")
 FORWARD, GRADIENT, PEFT = 1e-10, 1e-9, 1e-5
 CYCLES = 10
+
+#: what selects an adapter (None: none) for each row
+Select = Callable[[Sequence[str | None]], AbstractContextManager[Any]]
 
 # The definition: the module's own forward on gain ⊙ (W + ΔW), in float64.
 
@@ -189,17 +194,32 @@ def save_load(case: Case) -> Found:
 
 
 def mixed_batch(case: Case) -> Found:
+    return _of_rows(case, lambda names: veneer.use(case.model, names), case.model)
+
+
+def bank(case: Case) -> Found:
+    """From the folders of both adapters, on a base of its own."""
+    model = copy.deepcopy(case.base)
+    with tempfile.TemporaryDirectory() as folder:
+        own = veneer.Bank(model)
+        for name in (case.name, case.other):
+            veneer.save(case.model, Path(folder) / name, name=name)
+            own.add(Path(folder) / name)
+        return _of_rows(case, own.rows, model)
+
+
+def _of_rows(case: Case, select: Select, model: Side) -> Found:
     found: Found = {}
     for example, args in case.inputs.items():
         count = case.rows[example]
         try:
-            found[example] = LEFT_OUT if count is None else _mixed(case, example, args, count)
+            found[example] = LEFT_OUT if count is None else _mixed(case, example, args, count, select, model)
         except Exception as own:
             found[example] = reason(own)
     return found
 
 
-def _mixed(case: Case, example: str, args: tuple, count: int) -> str:
+def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, model: Side) -> str:
     """Rows in such an order that they must be brought back into it, as those of one adapter run together. Fewer than
     four are repeated: two would have one order alone."""
     choices = (case.name, case.other, None)
@@ -215,8 +235,8 @@ def _mixed(case: Case, example: str, args: tuple, count: int) -> str:
                 whole.append(case.model({example: args})[example])
         for pattern in ((case.name, case.other, case.name, None), (None, case.name, case.name, case.other)):
             names = [pattern[row % 4] for row in range(count)]
-            with veneer.use(case.model, names):
-                mixed = case.model({example: args})[example]
+            with select(names):
+                mixed = model({example: args})[example]
             # row i of the outputs of the whole batch under its own adapter
             order = torch.tensor([choices.index(name) * count + row for row, name in enumerate(names)])
             expected = case.kind.put(getattr(case.model, example), whole, order)
@@ -303,6 +323,7 @@ OPERATIONS: dict[str, Callable[[Case], Found]] = {
     "unmerge": unmerge,
     "save/load": save_load,
     "mixed batch": mixed_batch,
+    "bank": bank,
     "compile": compiled,
     "PEFT round trip": peft_round_trip,
 }

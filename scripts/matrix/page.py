@@ -81,6 +81,7 @@ MEANINGS = {
     "save/load": "on a fresh base, the same config, the same trained numbers and the same bits of output",
     "mixed batch": "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows of "
     "whole batches",
+    "bank": "the same of a `veneer.Bank` that holds the adapters from their folders, on a base of its own",
     "compile": "`torch.compile` into one graph, switched between two adapters, is within 1e-10 of eager",
     "PEFT round trip": "what PEFT loads and computes from our folder, and what we load from the folder that PEFT then "
     "writes, within 1e-5",
@@ -89,8 +90,8 @@ MEANINGS = {
 NOTES = """
 A footnote says why a cell is not exact, and of which examples: each goes by what makes it different from the plainest
 one. Where PEFT would compute something else from our folder, the folder makes PEFT refuse it, and says why; Veneer
-reads it all the same. A mixed batch is asked of examples whose inputs hold rows: the base gives the same outputs when
-it runs on them one by one.
+reads it all the same. A mixed batch, and a bank, is asked of examples whose inputs hold rows: the base gives the same
+outputs when it runs on them one by one.
 
 ## Layers × variants
 """

@@ -54,7 +54,7 @@ from veneer.hashing import fingerprint
 from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
-from veneer.merge import kept_bits
+from veneer.merge import kept_bits, unkept
 from veneer.overlap import overlaps
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
@@ -91,7 +91,8 @@ def save(
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
-        AdapterError: a trained number is not finite, or the variant has no form in such a folder.
+        AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
+            are not known any more (merged with ``keep=False``).
     """
     model = unwrap(model)
     name = only_name(model, name)
@@ -107,6 +108,11 @@ def save(
         parameter_path(at, weight): (weight_of(module, weight), change)
         for at, module, weight, change in changes(model, name)
     }
+    gone = unkept(model) if fingerprints is None else ()
+    lost = [at for at, (held, _) in weights.items() if id(held) in gone]
+    if lost:
+        found = f"{listing(lost)}, merged with keep=False, of which nobody knows what the base was"
+        raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
     exact, kept = {id(entry.change): entry.exact for entry in filed}, kept_bits(model)
 
     def print_of(at: str, weight: Any, change: Change) -> str:

@@ -28,6 +28,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -139,7 +140,8 @@ def write(
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
-        AdapterError: a tensor is not finite or absurdly large, or the provenance is not JSON, or more than is read.
+        AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is absurdly large, names
+            that no file may hold, a provenance that is not JSON or too long.
     """
     raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **numbers}, "train it again")))
     record = None
@@ -148,6 +150,10 @@ def write(
         record = _sealed(record, tensors, peft_config, provenance, numbers)
     elif numbers:
         raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+    with _could_be_read(path):
+        peft.check_config(peft_config, ours=record is not None)
+        raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
+        assemble(path, peft_config, record, tensors, numbers)
     texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
@@ -162,6 +168,9 @@ def write(
             save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
         header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
+        with _could_be_read(path):
+            for file in (peft.TENSORS, *((NUMBERS,) if numbers else ())):
+                read_header(folder / file)
 
 
 def _sealed(
@@ -233,6 +242,15 @@ def _must_be_readable(file: str, text: str) -> None:
     if len(text) > MAX_JSON:
         found = f"a {file} of {len(text):,} bytes"
         raise AdapterError(sentence(found, f"{MAX_JSON:,} at most", "give less provenance"))
+
+
+@contextmanager
+def _could_be_read(path: Path) -> Iterator[None]:
+    """What ``read`` would refuse is not written: an adapter that nobody can load is a lost training."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{path} was not written, as it could not be read again. {error}") from error
 
 
 def read(path: str | Path) -> Artefact:

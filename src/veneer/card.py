@@ -187,8 +187,10 @@ def _what(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     for path in paths:
         kind = ".".join(path.split(".")[-2:]).removesuffix(".weight")
         kinds[kind] = kinds.get(kind, 0) + 1
+    ranks = sorted({peft_config["r"], *(peft_config.get("rank_pattern") or {}).values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     text = (
-        f"A low-rank adapter: variant {_code(variant)}, rank {peft_config['r']}, alpha {peft_config['lora_alpha']:g}. "
+        f"A low-rank adapter: variant {_code(variant)}, {rank}, alpha {peft_config['lora_alpha']:g}. "
         "It holds the change of some weights of its base, and is of no use without it."
     )
     if kinds:
@@ -262,7 +264,7 @@ def _use(
     if reasons:
         yield f"vLLM cannot serve it: {'; '.join(reasons)}."
         return
-    rank = next(rank for rank in vllm.RANKS if rank >= peft_config["r"])
+    rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(peft_config))
     options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
     yield f"```console\nvllm serve {shlex.quote(plain or 'BASE')} {options}\n```"
     yield "vLLM decides by the architecture of the base which of its layers may have adapters."

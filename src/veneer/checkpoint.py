@@ -106,6 +106,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     indices = sorted(path.name for path in folder.iterdir() if path.name.endswith(INDEX))
     if len(indices) > 1:
         raise CheckpointError(sentence(f"{listing(indices)} in {folder}", "one index", "keep the files of one model"))
+    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", misplaced(folder, indices))
     if indices:
         index = _checked(read_json, folder / indices[0])
         names = _named(folder / indices[0], index)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.artefact import Artefact, write
-from veneer.errors import AdapterError, BaseMismatchError, listing, sentence
+from veneer.artefact import Artefact, odd_changes, write
+from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.formats import peft
 
 
@@ -44,12 +44,13 @@ def derive(
 
     Raises:
         BaseMismatchError: the sources were made for different bases.
-        AdapterError: a number is not finite, or nothing is left.
+        AdapterError: a number is not finite or a change absurdly large, or nothing is left.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError(sentence("no change at all", "at least one", "check what was left out"))
+    raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))  # ``read`` would refuse it
     tensors = {
         peft.key(at, suffix): tensor.detach().cpu().contiguous().clone()
         for at, layer in low.items()

@@ -54,7 +54,7 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield folder / path.name
-            _flush(folder, 0o666 & ~_umask())
+            _flush(folder, _mode(folder) & 0o666)
             (folder / path.name).replace(path)
         finally:
             _remove(folder)
@@ -80,8 +80,9 @@ def _filled(path: Path) -> Iterator[Path]:
 def publish(temporary: Path, path: Path) -> None:
     """Let a folder that is whole take the place of ``path``, beside which it stands: flushed to disk first, then
     renamed in one step. What was there before then has the name of ``temporary``, or is gone."""
-    temporary.chmod(0o777 & ~_umask())
-    _flush(temporary, 0o666 & ~_umask())
+    mode = _mode(temporary)
+    temporary.chmod(mode)
+    _flush(temporary, mode & 0o666)
     _put(temporary, path)
     _flush_folder(path.parent)
 
@@ -151,7 +152,12 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode(folder: Path) -> int:
+    """The mode that a new folder gets in ``folder``. Asking the umask itself means setting it, for all threads: files
+    that others make meanwhile would be anybody's, and of two that ask at once one would leave it so."""
+    probe = folder / ".mode"
+    probe.mkdir(exist_ok=True)  # a run that was killed may have left one
+    try:
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.rmdir()

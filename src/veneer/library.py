@@ -139,7 +139,8 @@ class Library:
                 found = f"an adapter {name!r} in {self.folder}"
                 raise OutputExistsError(sentence(found, "a new name", "choose another, or allow overwriting"))
             self._store(path, key)
-            self._retire(names.get(name))
+            if name in names:
+                self._retire(names[name].object)
             names[name] = entry
         return entry
 
@@ -148,7 +149,7 @@ class Library:
         stands for them."""
         with self._change() as names:
             entry = self._need(names, name)
-            self._retire(entry)
+            self._retire(entry.object)
             del names[name]
         return entry
 
@@ -195,7 +196,7 @@ class Library:
 
         Where the index itself can be read, names whose object is gone or altered are taken out. Where it cannot, the
         copy counts, which is at most one change behind; objects that it does not know are named "recovered-…" and
-        tagged "recovered".
+        tagged "recovered". The files of what is lost stay for the grace period from now.
         """
         with self._locked():
             names, whole = self._readable()
@@ -204,12 +205,16 @@ class Library:
             lost, recovered = sorted(names.keys() - kept.keys()), {}
             unknown = intact - {entry.object for entry in kept.values()}
             for key in () if whole else sorted(unknown):
-                name = f"recovered-{key[:12]}"
+                name = f"recovered-{key[:12]}" if f"recovered-{key[:12]}" not in kept else f"recovered-{key}"
                 try:
                     recovered[name] = _entry(self._object(key), name, key, ("recovered",))
-                except AdapterError:  # of a variant that this installation lacks, say: its files stay
+                except AdapterError:  # of a variant that this installation lacks, say: its files stay for the period
                     lost.append(key)
-            self._write({**kept, **recovered})
+            after = {**kept, **recovered}
+            unnamed = {path.name for path in self._objects()} if not whole else {names[name].object for name in lost}
+            for key in unnamed - {entry.object for entry in after.values()}:
+                self._retire(key)  # somebody may want the files of what is lost
+            self._write(after)
         return Rebuilt(tuple(sorted(kept)), tuple(recovered), tuple(lost))
 
     # ------------------------------------------------------------------------------------------ objects
@@ -232,10 +237,10 @@ class Library:
                 found = f"files in {path} that changed while they were copied"
                 raise AdapterError(sentence(found, "files at rest", "add it again when they are written"))
 
-    def _retire(self, entry: Entry | None) -> None:
-        """Start the grace period of an object anew: this name is about to go."""
-        if entry is not None and self._object(entry.object).is_dir():
-            os.utime(self._object(entry.object))
+    def _retire(self, key: str) -> None:
+        """Start the grace period of an object anew: a name of it is about to go."""
+        if self._object(key).is_dir():
+            os.utime(self._object(key))
 
     # ------------------------------------------------------------------------------------------ the index
 
@@ -320,8 +325,10 @@ def _parse(file: Path) -> dict[str, Entry]:
     names = {}
     for name, fields in content["names"].items():
         entry = Entry(**{**fields, "tags": tuple(fields["tags"])})
+        texts = entry.added, entry.variant, entry.base or "", *entry.tags
+        sound = all(isinstance(text, str) for text in texts) and type(entry.size) is type(entry.rank) is int
         # an index from elsewhere must not lead out of the folder either
-        if entry.name != name or not _NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
+        if not sound or entry.name != name or not _NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
             raise ValueError(f"the entry of {name!r} is none")
         names[name] = entry
     return names

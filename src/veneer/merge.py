@@ -168,7 +168,7 @@ def merge(
     problems = list(_untied(model, name))
     with torch.no_grad():
         for part in _parts(model, name):
-            moment = moments.pop(part.slot.where, None)
+            moment = moments.pop(part.slot.where, None) if isinstance(part, _Low) else None
             writes += _written(part, rounding, moment, problems)
     problems += [
         sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
@@ -237,6 +237,13 @@ def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
     return {id(slot.target): _kept(slot) for slot in slots if "backup" in slot.keeper._modules}
 
 
+def unkept(model: nn.Module) -> frozenset[int]:
+    """The identities of merged weights of which nobody has what they held before (``keep=False``)."""
+    group = need_group(model)
+    slots = [] if group.merged is None else [part.slot for part in _parts(model, group.merged)]
+    return frozenset(id(slot.target) for slot in slots if "backup" not in slot.keeper._modules)
+
+
 def _parts(model: nn.Module, name: str) -> Iterator[_Low | _Full]:
     """All that an adapter changes."""
     for path, module, weight, change in changes(model, name):
@@ -296,13 +303,17 @@ def _folded(part: _Low, rounding: str, moment: Tensor | None, problems: list[str
     dense, name = slot.storage.dense(slot.target).detach(), slot.storage.dense_name
     ours = type(dense) in (Tensor, nn.Parameter)  # not one that is spread over processes
     if name is None or not ours or change.layer.settle(slot.module, dense) is not dense:
+        if moment is not None:
+            found = f"{slot.where}: inputs= of a weight that is rounded as it is stored or read"
+            problems.append(sentence(found, "none: it has no faithful rounding", "leave it out"))
         exact = change.changed(slot.target, low, gain, torch.float64)
         yield from _encoded(slot, change.layer.settle(slot.module, exact), problems)
         return
     weight = change.layer.unfold(dense, change.dims)
-    if moment is not None and moment.shape != (len(weight), *[weight.shape[2]] * 2):
-        found = f"{slot.where}: inputs= of shape {tuple(moment.shape)}"
-        expected = f"Σ xᵀx of shape {(len(weight), *[weight.shape[2]] * 2)}"
+    square = len(weight), *[weight.shape[2]] * 2
+    if moment is not None and (moment.shape != square or not moment.isfinite().all()):
+        what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
+        found, expected = f"{slot.where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
         problems.append(sentence(found, expected, "give that of the inputs of this weight"))
         return
     folded = fold_change(change, weight, low, gain, rounding=rounding, inputs=moment)

@@ -281,6 +281,13 @@ def folder_of(source: str | Path) -> Path:
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*", "onnx/*")
 
 
+def _is_model(found: Any) -> bool:
+    """Whether it is a class of models: the name of it may come from a file, and transformers has other classes too."""
+    from transformers import PreTrainedModel
+
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
+
+
 def hollow(folder: str | Path, architecture: str | None = None) -> PreTrainedModel:
     """The model of a folder in all but its weights: every module, name, shape and tie, with zeros that take no memory.
 
@@ -297,10 +304,10 @@ def hollow(folder: str | Path, architecture: str | None = None) -> PreTrainedMod
 
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(str(folder))
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             named = [architecture, *(getattr(config, "architectures", None) or ())]
             known = (getattr(transformers, name, None) for name in named if name)
-            class_: Any = next((found for found in known if isinstance(found, type)), None)
+            class_: Any = next((found for found in known if _is_model(found)), None)
             if class_ is None:
                 found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
                 raise ConfigError(sentence(found, "a class of transformers", "give the model itself (model=…)"))

@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ from typing import Any
 
 from veneer.artefact import FILES, content_hash, copy_files, read
 from veneer.errors import AdapterError, RemoteError, VeneerError, sentence
-from veneer.files import new_folder, write_whole
+from veneer.files import new_file, new_folder, write_whole
 from veneer.models import cache_dir
 
 HUB = "hf://"
@@ -158,9 +159,10 @@ def _package(name: str) -> Any:
         raise RemoteError(sentence(found, "it installed", "pip install 'veneer[remote]'")) from error
 
 
-def _kept(target: Path, place: str, fetch: Callable[[Path], None]) -> Path:
-    """The folder ``target`` of the cache: what is there if it is intact, else what ``fetch`` fills a new one with."""
-    if _intact(target):
+def _kept(target: Path, place: str, fetch: Callable[[Path], None], good: Callable[[Path], bool] | None = None) -> Path:
+    """The folder ``target`` of the cache: what is there if it is ``good`` (None: an intact adapter), else what
+    ``fetch`` fills a new one with."""
+    if (good or _intact)(target):
         return target
     with new_folder(target, overwrite=True) as folder:
         fetch(folder)
@@ -173,6 +175,11 @@ def _kept(target: Path, place: str, fetch: Callable[[Path], None]) -> Path:
 
 def _intact(folder: Path) -> bool:
     return folder.is_dir() and _problem(folder) is None
+
+
+def _holds(folder: Path, key: str) -> bool:
+    """Whether it is the very adapter of this hash: many have no hashes of their own that would tell."""
+    return _intact(folder) and content_hash(folder) == key
 
 
 def _problem(folder: Path) -> AdapterError | None:
@@ -289,10 +296,14 @@ def _push_store(path: Path, target: _Place) -> str:
     with _store_errors(target, "write to"):
         system, root = _store(target)
         system.makedirs(f"{root}/{key}", exist_ok=True)
+        steps = getattr(system, "local_file", False)  # where writing a file is no single step
         for name in FILES:
-            if (path / name).is_file():
+            if (path / name).is_file() and steps:  # somebody may read what an earlier push has put there
+                with new_file(Path(root) / key / name, overwrite=True) as file:
+                    system.put_file(str(path / name), str(file))
+            elif (path / name).is_file():
                 system.put_file(str(path / name), f"{root}/{key}/{name}")
-        if getattr(system, "local_file", False):  # where writing a file is no single step
+        if steps:
             write_whole(Path(root) / LATEST, key)
         else:
             system.pipe_file(f"{root}/{LATEST}", key.encode())
@@ -306,7 +317,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
         raise RemoteError(
             sentence(found, "what `push` returned after the '@'", "give that, or leave it out for the newest")
         )
-    if key is not None and _intact(keep / key):
+    if key is not None and _holds(keep / key, key):
         return keep / key  # without a network
     with _store_errors(source, "read"):
         system, root = _store(source)
@@ -329,7 +340,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
 
     if key is None:
         return _plain(source, keep, fetch)
-    return _kept(keep / key, f"{source.where}@{key}", fetch)
+    return _kept(keep / key, f"{source.where}@{key}", fetch, partial(_holds, key=key))
 
 
 def _plain(source: _Place, keep: Path, fetch: Callable[[Path], None]) -> Path:
@@ -337,7 +348,8 @@ def _plain(source: _Place, keep: Path, fetch: Callable[[Path], None]) -> Path:
     with TemporaryDirectory() as name:
         fetched = Path(name)
         fetch(fetched)
-        return _kept(keep / content_hash(fetched), source.where, lambda folder: copy_files(fetched, folder))
+        key = content_hash(fetched)
+        return _kept(keep / key, source.where, lambda folder: copy_files(fetched, folder), partial(_holds, key=key))
 
 
 @contextmanager

@@ -12,8 +12,9 @@ Norms are compared with those of the adapter's own layers of the same shape: d =
 of all d (MAD), since means and deviations would be moved by the very layer that is looked for (Leys et al. 2013,
 "Detecting outliers"). A layer is odd where d > 6 · 1.4826 · MAD and its norm is also ten times off.
 
-Rejected: one call of ``load`` on the base. It needs the model's code and all of its weights in memory; here the weights
-are read from the checkpoint one at a time.
+Rejected: one call of ``load`` on the base. It needs all of its weights in memory; here they are read from the files one
+at a time. Which tensors of the files are which weight is asked of the hollow model that their config means
+(``models.hollow``), as merging does; of files without such a config the names alone tell.
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from veneer.adapted import weight_of
 from veneer.artefact import (
     CORE,
     FILES,
@@ -49,20 +48,20 @@ from veneer.artefact import (
     record_in,
 )
 from veneer.attach import unwrap
-from veneer.bases import storage_of
-from veneer.errors import AdapterError, ConfigError, listing, sentence
+from veneer.checkpoint import open_checkpoint
+from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
 from veneer.formats import peft
 from veneer.hashing import fingerprint
-from veneer.headers import misplaced, read_header, read_json, what_it_is
+from veneer.headers import misplaced, read_json, what_it_is
 from veneer.lowrank import LowRank
-from veneer.targets import Names
+from veneer.models import hollow
+from veneer.weights import Value, of_folder, of_module
 
 T = TypeVar("T")
 Level = Literal["ok", "warning", "error"]
 #: the tensor of a base by the path of the parameter, or None where it has none
 Weights = Callable[[str], Tensor | None]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: names of which a checkpoint holds one where the model ties them
 TIED = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight",
@@ -82,7 +81,10 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.level:<8} {self.check:<8} {self.message}"
+        """One line, or more that are indented: names in an adapter may hold what would look like another finding, or
+        what steers a terminal."""
+        shown = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in self.message)
+        return f"{self.level:<8} {self.check:<8} {shown}".replace("\n", "\n" + " " * 18)
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,15 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
     (or, where another library wrote the adapter, by name and shape alone), one weight in memory at a time.
 
     Args:
-        base: a model folder with ``model.safetensors`` or its shards, or a model. Names may differ by a prefix, and
-            either name of a tied embedding will do.
+        base: a folder with safetensors, or a model. Of a folder whose config transformers knows, weights are found
+            as transformers loads them, fused, stacked and tied ones too. Else by name, which may differ by a prefix,
+            and either name of a tied embedding will do.
 
     Returns:
         a report; what is wrong with the adapter is in it and is never raised.
 
     Raises:
-        ConfigError: ``base`` is a path without such files.
+        CheckpointError: ``base`` is a path without such files, or they are damaged.
     """
     path = Path(path)
     weights = None if base is None else weights_of(base)
@@ -184,7 +187,7 @@ def _changes(artefact: Artefact, weights: Weights | None) -> Findings:
     if weights is not None:
         try:
             yield from _against(artefact, products, norms, weights)
-        except AdapterError as error:  # a damaged shard
+        except CheckpointError as error:  # a file that became shorter meanwhile
             yield Finding("error", "base", str(error))
 
 
@@ -217,7 +220,10 @@ def _tried(check: str, step: Callable[[], T]) -> Generator[Finding, None, T | No
 def _strangers(path: Path) -> Findings:
     """Files that an adapter has no need of and that could do harm."""
     for file in sorted(path.iterdir()):
-        if file.name in FILES or not file.is_file() or misplaced(path, [file.name]):
+        if file.name in FILES or (file.is_dir() and not file.is_symlink()):
+            continue
+        if misplaced(path, [file.name]) or not file.is_file():
+            yield Finding("warning", "files", f"{file.name} is a link that leads elsewhere, or no regular file")
             continue
         with file.open("rb") as stream:
             head = stream.read(16)
@@ -357,7 +363,8 @@ def _fits(low: LowRank, shape: torch.Size) -> bool:
 
 def _in_full(artefact: Artefact, weights: Weights) -> Findings:
     new, shapes, other = [], [], []
-    for path, tensors in artefact.full.items():
+    for file_path, tensors in artefact.full.items():
+        path, _ = peft.unnested(file_path)
         for name, tensor in tensors.items():
             at = f"{path}.{name}".lstrip(".")
             weight = weights(at)
@@ -381,64 +388,43 @@ def weights_of(base: str | Path | nn.Module) -> Weights:
     """The weights of a base by the path of the parameter, read one at a time.
 
     Raises:
-        ConfigError: no such folder, or no safetensors in it.
+        CheckpointError: no such folder, no safetensors in it, or damaged ones.
     """
-    return _of_model(base) if isinstance(base, nn.Module) else _of_folder(Path(base))
-
-
-def _of_model(model: nn.Module) -> Weights:
-    names = Names(unwrap(model))
-
-    def weight(at: str) -> Tensor | None:
-        above, _, name = at.rpartition(".")
-        module = names.modules.get(names.canonical.get(above, ""))
-        if module is None or above not in names.canonical:
-            return None
-        held: Any = module._buffers.get(name) if name in module._buffers else weight_of(module, name)
-        storage = storage_of(held) if held is not None else None
-        return held if storage is None else storage.dense(held)
-
-    return weight
+    if not isinstance(base, nn.Module):
+        return _of_folder(Path(base))
+    held = of_module(unwrap(base)).values
+    return lambda at: held[at].read(None) if at in held else None
 
 
 def _of_folder(folder: Path) -> Weights:
-    file_of = _files_by_tensor(folder)
+    checkpoint = open_checkpoint(folder)
+    known = _by_config(folder)
 
     def weight(at: str) -> Tensor | None:
-        name = _name_in(file_of, at)
-        if name is None:
-            return None
-        try:
-            with safe_open(folder / file_of[name], framework="pt") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise AdapterError(
-                sentence(f"{folder / file_of[name]} cannot be read ({error})", "a whole file", "get it again")
-            ) from error
+        name = _name_in(known, at)
+        if name is not None:
+            return known[name].read(None)
+        name = _name_in(checkpoint.where, at)
+        return None if name is None else checkpoint.read(name)
 
     return weight
 
 
-def _files_by_tensor(folder: Path) -> dict[str, str]:
-    """Which file of a model folder holds each tensor, from the headers alone."""
-    if (folder / INDEX).is_file():
-        named = read_json(folder / INDEX).get("weight_map")
-        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-    else:
-        files = [SINGLE] if (folder / SINGLE).is_file() else []
-    if not files:
-        found = f"no {SINGLE} and no {INDEX} in the base {folder}"
-        raise ConfigError(sentence(found, "a model folder with its weights as safetensors", "name that folder"))
-    strange = [file for file in files if Path(file).name != file or not (folder / file).is_file()]
-    if strange:
-        found = f"{listing(strange)} in {folder / INDEX}, but not in the folder"
-        raise ConfigError(sentence(found, "all of its files", "get the base again"))
-    return {name: file for file in files for name in read_header(folder / file).tensors}
+def _by_config(folder: Path) -> Mapping[str, Value]:
+    """The weights of the model that a folder's config means, by their paths there; none if it means no model that
+    transformers has."""
+    if not (folder / "config.json").is_file():
+        return {}
+    try:
+        model = hollow(folder)
+    except ConfigError:
+        return {}
+    return of_folder(model, folder).values
 
 
 def _name_in(names: Mapping[str, Any], at: str) -> str | None:
-    """What a checkpoint calls the parameter at a path: the same, with or without what stands in front ("model."), or
-    the other name of a tied embedding."""
+    """What a base calls the parameter at a path: the same, with or without what stands in front ("model."), or the
+    other name of a tied embedding."""
     if at in names:
         return at
     parts = at.split(".")

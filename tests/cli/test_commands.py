@@ -155,7 +155,23 @@ def test_verify_refuses_what_is_wrong(veneer: Case, base: Path, adapter: Path, t
     assert "error    base" in found.out
     missing = veneer("verify", adapter, tmp_path / "nothing")
     assert missing.code == 2
-    assert "no model.safetensors" in missing.err
+    assert "no base model at" in missing.err
+
+
+def test_verify_takes_what_other_commands_take(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "library"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert veneer("add", adapter, "x").code == 0
+    found = veneer("verify", "library:x", base)
+    assert found.code == 0, found.err
+    assert "weights have the fingerprints of the record" in found.out
+    assert veneer("push", adapter, f"file://{tmp_path}/store").code == 0
+    assert veneer("verify", f"file://{tmp_path}/store").code == 0
+    named = tmp_path / "of:x:y"
+    shutil.copytree(adapter, named)
+    assert f"{named}: good" in veneer("verify", named).out, "no picture in the place of :x:"
 
 
 def test_inspect_shows_everything(veneer: Case, adapter: Path) -> None:
@@ -262,3 +278,22 @@ def test_compose_with_a_base(veneer: Case, base: Path, tmp_path: Path) -> None:
     for method in ("ties", "dare"):
         options = ("--method", method, "--density", 0.5, "--seed", 1, "--base", base)
         assert veneer("compose", tmp_path / method, f"{tmp_path / 'a'}=2", *options).code == 0
+
+
+def test_composing_reads_of_the_base_what_it_needs(
+    veneer: Case, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import veneer as library
+    from veneer import models
+    from veneer.compose import compose
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    library.attach(model, library.LoraConfig(rank=2, variant="dora", targets=["q_proj"])).save(tmp_path / "a")
+    library.detach(model)
+    expected = compose([tmp_path / "a"], tmp_path / "expected", weights=[2], base=model).path
+    monkeypatch.setattr(models, "load_base", lambda *args, **options: pytest.fail("the whole model was loaded"))
+    found = veneer("compose", tmp_path / "b", f"{tmp_path / 'a'}=2", "--base", base)
+    assert found.code == 0, found.err
+    held = [load_file(folder / "adapter_model.safetensors") for folder in (expected, tmp_path / "b")]
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(held[0][key], held[1][key]) for key in held[0])

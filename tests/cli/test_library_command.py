@@ -129,3 +129,12 @@ def test_training_writes_a_card_of_the_run(adapter: Path) -> None:
     for part in ("sums.jsonl", "learning_rate", "last_loss", "finished", "LlamaForCausalLM"):
         assert part in text
     assert "/sums.jsonl" not in text, "no path of the data"
+
+
+def test_what_compares_and_converts_takes_names_too(veneer: Case, adapter: Path, tmp_path: Path) -> None:
+    assert veneer("add", adapter, "french").code == 0
+    assert "identical" in veneer("diff", "library:french", adapter, "--exit-code").out
+    found = veneer("convert", "library:french", tmp_path / "plain", "--to", "peft")
+    assert found.code == 0, found.err
+    assert veneer("diff", tmp_path / "plain", "library:french").code == 0
+    refused(veneer("diff", adapter, "library:german"), "german")

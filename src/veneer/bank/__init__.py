@@ -466,7 +466,7 @@ class Bank:
             deck.rest()
             with self._changed:
                 alive = {entry.held.uid for entry in self._entries.values() if entry.held is not None}
-                for uid in [uid for uid in deck.taken if uid not in alive]:
+                for uid in deck.uids - alive:
                     deck.forget(uid)
                 self._decks.append(deck)
 

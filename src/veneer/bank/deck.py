@@ -1,35 +1,40 @@
 """The adapters of one call, laid out for ``kernels/batched.py``.
 
-A deck has a number of *lanes*: rows of A and B of each layer. An adapter that is used takes as many lanes as its rank,
-the same ones in every layer, and keeps them until others need them. So who uses the same adapters again finds them laid
-out, and one that comes copies its own numbers alone. A layer that an adapter leaves alone, or changes at a smaller
-rank, has zeros there.
+    deck ─ racks, one for each size of adapter     slots, and which adapter has which
+         ─ layers                                  A [slots, r, in] and B [slots, r, out] of each rack
+         ─ lineups                                 what the rows of a call use: groups, runs, gains and biases
 
-    lineup   what the rows of a call use: a mask over lanes, runs of equal rows, and who is called in a layer's place
+An adapter that is used takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the
+same adapters again finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves
+alone, or changes at a smaller rank, has zeros there.
 
-One call at a time has a deck: no lane changes under it. Lanes belong to a ``Held`` by its ``uid``, which is never used
+One call at a time has a deck: nothing moves under it. Slots belong to a ``Held`` by its ``uid``, which is never used
 again, so an adapter that was removed cannot be met under its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import BASE, Selected, Site
+from veneer.adapted import BASE, Selected, Site, at_least_float32
 from veneer.bank.blend import table_of
 from veneer.bank.held import Held, Thin
 from veneer.kernels import batched, fused
-from veneer.kernels.batched import Run
+from veneer.kernels.batched import Grouping
 from veneer.rows import Parts
 
-#: lanes are a multiple of this
-STEP = 8
+#: ranks are rounded up to powers of two from this on: adapters that come to the same share a rack
+SMALLEST = 8
+#: calls in a row that need at most half of a rack's slots before the others are given up
+PATIENCE = 8
 #: how many lineups are kept: a server's, for the rows that decode and those that begin
 KEPT = 4
+#: tokens a row up to which rows are grouped
+FEW = 4
 
 #: what a row uses: adapters and their weights; nothing is the base alone
 Uses = tuple[tuple[Held, float], ...]
@@ -45,37 +50,55 @@ class Frame:
         self.mates: dict[Any, tuple[Any, ...]] = {}
 
 
-class Layer:
-    """One layer in a deck: the factors of all lanes, A [H, in] and B [H, out].
+class Rack:
+    """Slots for adapters of about one rank."""
 
-    ``mates`` are the layers that read the same input; their A lie below each other in ``joined``, this one's as
-    number ``place``.
-    """
+    def __init__(self, rank: int) -> None:
+        self.rank, self.slots, self.slack = rank, 0, 0
+        self.taken: dict[int, int] = {}  # the longest unused first
+
+    def free(self) -> int | None:
+        return next((slot for slot in range(self.slots) if slot not in self.taken.values()), None)
+
+
+class Block:
+    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]. The A of layers that read the same input lie
+    side by side in ``joined`` [slots, layers · r, in], this one's as number ``place``."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B, self.joined, self.place = A, B, A, 0
+
+    def put(self, slot: int, thin: Thin | None) -> None:
+        rank = 0 if thin is None else len(thin.A)
+        if thin is not None:
+            self.A[slot, :rank] = thin.A
+            self.B[slot, :rank] = thin.B
+        self.B[slot, rank:] = 0  # whoever had this slot before
+
+
+class Layer:
+    """One layer in a deck. ``mates`` are the layers that read the same input, itself among them."""
 
     def __init__(self, deck: Deck, key: Any, thin: Thin) -> None:
         self.deck, self.key, self.name = deck, key, thin.name
-        own: Any = deck.frame.modules[key]._parameters
+        own: Any = deck.frame.modules[key]._parameters[thin.name]
         self.flipped = thin.layer.out_axis == 1
         self.in_, self.out = thin.A.shape[1], thin.B.shape[1]
-        self.like: Tensor = own[self.name]
-        self.A, self.B = self.like.new_zeros(deck.size, self.in_), self.like.new_zeros(deck.size, self.out)
+        self.device, self.dtype = own.device, at_least_float32(own.dtype)
+        self.blocks: dict[int, Block] = {}
         self.mates: tuple[Layer, ...] = (self,)
-        self.joined, self.place = self.A, 0
 
-    def put(self, lanes: slice, thin: Thin | None) -> None:
-        rank = 0 if thin is None else len(thin.A)
-        if thin is not None:
-            self.A[lanes.start : lanes.start + rank] = thin.A
-            self.B[lanes.start : lanes.start + rank] = thin.B
-        self.B[lanes.start + rank : lanes.stop] = 0  # whoever had these lanes before
-
-    def resize(self, size: int) -> None:
-        """Another number of lanes; those that both have keep what they hold."""
-        kept = min(size, len(self.B))
-        before, self.B = self.B, self.like.new_zeros(size, self.out)
-        self.B[:kept] = before[:kept]
-        before, self.A = self.A, self.like.new_zeros(size, self.in_)
-        self.A[:kept] = before[:kept]
+    def room(self, rack: Rack) -> None:
+        """Zeros for all slots of a rack."""
+        A, B = (
+            torch.zeros(rack.slots, rack.rank, width, dtype=self.dtype, device=self.device)
+            for width in (self.in_, self.out)
+        )
+        before = self.blocks.get(rack.rank)
+        self.blocks[rack.rank] = Block(A, B)
+        if before is not None:
+            kept = min(rack.slots, len(before.A))
+            A[:kept], B[:kept] = before.A[:kept], before.B[:kept]
 
     def seen(self, method: str = "forward") -> Iterator[int]:
         for held in self.deck.lineup.members:
@@ -100,7 +123,11 @@ class Layer:
                 weight = weight.mT if self.flipped else weight
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
-                delta = self.delta(x, flat, lineup)
+                tokens = len(flat) // lineup.count
+                if tokens > FEW:
+                    delta = batched.by_runs(flat, self.out, lineup.runs(self), tokens)
+                else:
+                    delta = self.grouped(x, flat, tokens, lineup)
                 if self.key in lineup.bent:
                     y = self.bent(delta, flat, weight, bias, lineup)
                 else:
@@ -108,23 +135,29 @@ class Layer:
                 return y.view(*x.shape[:-1], self.out)
         return lineup.apart[self.key].run(module, base, site, args, kwargs, now, method=method)
 
-    def delta(self, x: Tensor, flat: Tensor, lineup: Lineup) -> Tensor:
-        """Each row's x ΔWᵀ, [N, out]."""
-        if len(flat) > lineup.most(self):
-            return batched.by_runs(flat, self.A, self.B, lineup.runs, len(flat) // lineup.count)
-        return self.lanes(x, flat, lineup) @ self.B
-
-    def lanes(self, x: Tensor, flat: Tensor, lineup: Lineup) -> Tensor:
-        """What is in the lanes [N, H]: made for all layers that read this x by the first of them."""
-        mask = lineup.mask(flat)
-        if len(self.mates) == 1 or x.is_inference():  # an inference tensor's changes are counted by nobody
-            return batched.lanes(flat, self.A, mask)
-        deck, version = self.deck, x._version
-        known = deck.shared
-        if known is None or known[0] is not x or known[1] != version or known[2] is not self.mates:
-            known = deck.shared = x, version, self.mates, batched.lanes(flat, self.joined, mask)
-        size = len(self.A)
-        return known[3].narrow(1, self.place * size, size)
+    def grouped(self, x: Tensor, flat: Tensor, tokens: int, lineup: Lineup) -> Tensor:
+        """Δ [N, out]. What layers that read one input have in common is made by the first of them that is called; of an
+        inference tensor nobody counts the changes, so there each makes its own."""
+        deck, alone = self.deck, len(self.mates) == 1 or x.is_inference()
+        known = None if alone else deck.shared
+        if known is None or known[0] is not x or known[1] != x._version or known[2] is not self.mates:
+            wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
+            narrow = {}
+            for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
+                block = self.blocks[rank]
+                A = block.A if alone else block.joined
+                narrow[rank] = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
+            known = x, -1 if alone else x._version, self.mates, narrow
+            if not alone:
+                deck.shared = known
+        delta = None
+        for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
+            block, h = self.blocks[rank], known[3][rank]
+            h = h if alone else h.narrow(1, block.place * rank, rank)
+            delta = batched.widened(h, block.B, grouping, delta)
+        if delta is None:
+            return flat.new_zeros(len(flat), self.out)
+        return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
 
     def bent(self, delta: Tensor, flat: Tensor, weight: Tensor, bias: Tensor | None, lineup: Lineup) -> Tensor:
         """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
@@ -146,10 +179,9 @@ class Lineup:
 
     def __init__(self, deck: Deck, rows: tuple[Uses, ...]) -> None:
         self.deck, self.rows, self.count = deck, rows, len(rows)
-        self.members = {held: None for uses in rows for held, _ in uses}
-        self.runs = _runs(rows, deck.taken)
-        self.masks: dict[Any, Tensor] = {}
-        self.limits: dict[Any, float] = {}
+        self.members = list({held: None for uses in rows for held, _ in uses})
+        self.plans: dict[Any, list[tuple[int, Grouping]]] = {}
+        self.made: dict[Any, list[batched.Run]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         distinct = dict.fromkeys(rows)
         selections = [Selected("a blend", table_of(uses)) if uses else BASE for uses in distinct]
@@ -163,24 +195,30 @@ class Lineup:
             if isinstance(part, Thin) and (part.gain is not None or part.bias is not None)
         }  # fmt: skip
 
-    def most(self, layer: Layer) -> float:
-        size = layer.out, layer.in_
-        if size not in self.limits:
-            self.limits[size] = batched.most(self.deck.size, self.runs, *size)
-        return self.limits[size]
+    def runs(self, layer: Layer) -> list[batched.Run]:
+        """Neighbouring rows that use the same, with their factors of a layer."""
+        if layer.key not in self.made:
+            runs: list[batched.Run] = []
+            first = 0
+            for row in range(1, self.count + 1):
+                if row == self.count or self.rows[row] != self.rows[first]:
+                    parts = ((held.parts.get(layer.key), weight) for held, weight in self.rows[first])
+                    runs.append((first, row, [(part.A, part.B, weight) for part, weight in parts if part is not None]))
+                    first = row
+            self.made[layer.key] = runs
+        return self.made[layer.key]
 
-    def mask(self, flat: Tensor) -> Tensor | None:
-        """M [N, H] for N rows of x, like x."""
-        key = flat.dtype, flat.device, len(flat)
-        mask = self.masks.get(key)
-        if mask is None:
-            mask = torch.zeros(self.count, self.deck.size, dtype=torch.float64, device="cpu")
-            for row, uses in enumerate(self.rows):
-                for held, weight in uses:
-                    mask[row, self.deck.taken[held.uid]] += weight
-            mask = mask.repeat_interleave(len(flat) // self.count, 0).to(flat.device, flat.dtype)
-            self.masks[key] = mask
-        return mask
+    def groupings(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[tuple[int, Grouping]]:
+        """How rows of so many tokens are grouped in each rack that they use."""
+        key = tokens, device, dtype
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = [
+                (rack.rank, _grouping(self.rows, rack, tokens, device, dtype))
+                for rack in self.deck.racks.values()
+                if any(held.uid in rack.taken for held in self.members)
+            ]
+        return found
 
     def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
@@ -189,61 +227,88 @@ class Lineup:
             gains = any(one is not None and one.gain is not None for one in thin.values())
             biases = any(one is not None and one.bias is not None for one in thin.values())
             shape = self.count, layer.out
-            gain = torch.ones(shape, dtype=torch.float32, device=like.device) if gains else None
-            own = None
-            if biases and bias is not None:
-                own = bias.float().expand(shape).clone()
+            gain = torch.ones(shape, dtype=layer.dtype, device=like.device) if gains else None
+            own = bias.to(layer.dtype).expand(shape).clone() if biases and bias is not None else None
             for row, uses in enumerate(self.rows):
                 for held, weight in uses:
                     part = thin[held]
                     if part is not None and part.gain is not None and gain is not None:
-                        gain[row] += weight * (part.gain.float() - 1)
+                        gain[row] += weight * (part.gain.to(layer.dtype) - 1)
                     if part is not None and part.bias is not None and own is not None and bias is not None:
-                        own[row] += weight * (part.bias.float() - bias.float())
+                        own[row] += weight * (part.bias.to(layer.dtype) - bias.to(layer.dtype))
             both = (None if one is None else one.to(like.dtype) for one in (gain, own))
             self.extras[layer.key] = tuple(both)  # pyright: ignore[reportArgumentType]
         return self.extras[layer.key]
 
 
-def _runs(rows: Sequence[Uses], taken: Mapping[int, slice]) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    first = 0
-    for row in range(1, len(rows) + 1):
-        if row == len(rows) or rows[row] != rows[first]:
-            uses = tuple((taken[held.uid], weight) for held, weight in rows[first] if held.rank)
-            runs.append((first, row, uses))
-            first = row
-    return tuple(runs)
+def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.device, dtype: torch.dtype) -> Grouping:
+    """The rows that use adapters of a rack, by their slots."""
+    places: list[list[tuple[int, float]]] = [[] for _ in range(rack.slots)]
+    mine: list[list[tuple[int, int]]] = []  # for each row, (slot, number within its group)
+    for row, uses in enumerate(rows):
+        mine.append([])
+        for held, weight in uses:
+            if held.uid in rack.taken:
+                slot = rack.taken[held.uid]
+                mine[row].append((slot, len(places[slot])))
+                places[slot].append((row, weight))
+    size = max(map(len, places))
+    padded = [place + [(0, 0.0)] * (size - len(place)) for place in places]
+
+    def of_tokens(indices: Sequence[int]) -> Tensor | None:
+        """Indices of rows or places as those of their tokens; None where these are 0, 1, 2, …"""
+        wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
+        flat = wide.flatten()
+        same = len(flat) == rack.slots * size * tokens == len(rows) * tokens
+        return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
+
+    order = of_tokens([row for place in padded for row, _ in place])
+    strength = torch.tensor([[weight for _, weight in place] for place in padded], dtype=dtype, device=device)
+    plain = all(weight in (0.0, 1.0) for place in padded for _, weight in place)
+    weights = None if plain else strength.repeat_interleave(tokens, 1)[:, None]
+    back = []
+    for number in range(max(map(len, mine))):
+        has = [len(own) > number for own in mine]
+        own = [place[number] if some else (0, 0) for place, some in zip(mine, has, strict=True)]
+        index = of_tokens([slot * size + within for slot, within in own])
+        kept = None
+        if not all(has):
+            kept = torch.tensor(has, device=device, dtype=dtype).repeat_interleave(tokens)[:, None]
+        back.append((index, kept))
+    return Grouping(rack.slots, order, weights, tuple(back))
 
 
 class Deck:
-    """Lanes, who has which, and the layers that they belong to."""
+    """Racks, layers, and what the running call uses."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
-        self.size = 0
-        self.taken: dict[int, slice] = {}  # the longest unused first
+        self.racks: dict[int, Rack] = {}
         self.layers: dict[Any, Layer] = {}
         self.lineups: dict[Any, Lineup] = {}
         self.lineup: Any = None  # a ``Lineup`` while a call runs
-        self.shared: tuple[Tensor, int, tuple[Layer, ...], Tensor] | None = None
+        self.shared: Any = None
 
     @property
-    def nbytes(self) -> int:
-        return sum(one.A.nbytes + one.B.nbytes for one in self.layers.values())
+    def uids(self) -> set[int]:
+        """Whose numbers are laid out."""
+        return {uid for rack in self.racks.values() for uid in rack.taken}
 
     def use(self, rows: tuple[Uses, ...]) -> Lineup:
         """Lay out what the rows use, and make it what calls of the deck's layers mean."""
+        members = list({held: None for uses in rows for held, _ in uses})
         key = tuple(tuple((held.uid, weight) for held, weight in uses) for uses in rows)
+        self._give_up(members)
         if key not in self.lineups:
-            self._lay_out(list({held: None for uses in rows for held, _ in uses}))
+            self._lay_out(members)
             while len(self.lineups) >= KEPT:
                 del self.lineups[next(iter(self.lineups))]
         lineup = self.lineups.pop(key, None) or Lineup(self, rows)
         self.lineups[key] = lineup
-        for held in lineup.members:
-            if held.uid in self.taken:
-                self.taken[held.uid] = self.taken.pop(held.uid)
+        for held in members:
+            if held.rank:
+                rack = self.racks[_size(held)]
+                rack.taken[held.uid] = rack.taken.pop(held.uid)
         self.lineup = lineup
         return lineup
 
@@ -252,64 +317,73 @@ class Deck:
         self.shared = self.lineup = None
 
     def forget(self, uid: int) -> None:
-        """An adapter is no longer in memory: its lanes are free, and nothing here holds it."""
-        if uid in self.taken:
-            del self.taken[uid]
+        """An adapter is no longer in memory: its slot is free, and nothing here holds it."""
+        for rack in self.racks.values():
+            rack.taken.pop(uid, None)
         self.lineups = {key: one for key, one in self.lineups.items() if all(held.uid != uid for held in one.members)}
+
+    def _give_up(self, members: Sequence[Held]) -> None:
+        """Slots that have long been more than twice of what is needed."""
+        for rack in self.racks.values():
+            needed = sum(bool(held.rank) and _size(held) == rack.rank for held in members)
+            rack.slack = rack.slack + 1 if needed and 2 * needed <= rack.slots else 0
+            if rack.slack > PATIENCE:
+                rack.taken, rack.slack = {}, 0
+                self._resize(rack, 0)
 
     def _lay_out(self, members: Sequence[Held]) -> None:
         wanted = {held.uid for held in members}
-        for held in members:
-            if held.rank and held.uid not in self.taken:
-                lanes = self._room(held.rank, wanted)
-                self._put(held, lanes)
-                self.taken[held.uid] = lanes
-            elif not held.rank:
-                self.taken.setdefault(held.uid, slice(0, 0))
+        for size in dict.fromkeys(_size(held) for held in members if held.rank):
+            rack = self.racks.setdefault(size, Rack(size))
+            new = [held for held in members if held.rank and _size(held) == size and held.uid not in rack.taken]
+            kept = [uid for uid in rack.taken if uid in wanted]
+            if len(new) + len(kept) > rack.slots:
+                self._resize(rack, len(new) + len(kept))
+            for held in new:
+                slot = rack.free()
+                if slot is None:
+                    idle = next(uid for uid in rack.taken if uid not in wanted)
+                    slot = rack.taken[idle]
+                    self.forget(idle)
+                rack.taken[held.uid] = slot
+                self._put(held, rack, slot)
 
-    def _room(self, rank: int, wanted: set[int]) -> slice:
-        """Lanes side by side, free or taken by the adapters that were not used for longest."""
-        while (gap := self._gap(rank)) is None:
-            idle = next((uid for uid in self.taken if uid not in wanted), None)
-            if idle is not None:
-                self.forget(idle)
-                continue
-            size = max((at.stop for at in self.taken.values()), default=0) + rank
-            self._resize(-(-size // STEP) * STEP)
-        return gap
-
-    def _gap(self, rank: int) -> slice | None:
-        start = 0
-        for at in sorted(self.taken.values(), key=lambda at: at.start):
-            if at.start - start >= rank:
-                break
-            start = max(start, at.stop)
-        return slice(start, start + rank) if start + rank <= self.size else None
-
-    def _resize(self, size: int) -> None:
-        self.size, self.lineups, self.shared = size, {}, None
+    @torch.no_grad()
+    def _resize(self, rack: Rack, slots: int) -> None:
+        rack.slots, self.lineups, self.shared = slots, {}, None
         for layer in self.layers.values():
-            layer.resize(size)
-        self._join()
+            layer.room(rack)
+        self._join(rack)
 
-    def _put(self, held: Held, lanes: slice) -> None:
-        with torch.no_grad():
-            new = [(key, part) for key, part in held.parts.items() if isinstance(part, Thin) and key not in self.layers]
-            for key, part in new:
-                self.layers[key] = Layer(self, key, part)
-            if new:
-                self._join()
-            for key, layer in self.layers.items():
-                part = held.parts.get(key)
-                layer.put(lanes, part if isinstance(part, Thin) else None)
+    @torch.no_grad()
+    def _put(self, held: Held, rack: Rack, slot: int) -> None:
+        new = [(key, part) for key, part in held.parts.items() if isinstance(part, Thin) and key not in self.layers]
+        for key, part in new:
+            self.layers[key] = Layer(self, key, part)
+            for each in self.racks.values():
+                self.layers[key].room(each)
+        if new:
+            for each in self.racks.values():
+                self._join(each)
+        for key, layer in self.layers.items():
+            part = held.parts.get(key)
+            layer.blocks[rack.rank].put(slot, part if isinstance(part, Thin) else None)
 
-    def _join(self) -> None:
-        """Let the A of layers that read one input lie below each other."""
+    def _join(self, rack: Rack) -> None:
+        """Let the A of layers that read one input lie side by side."""
         for keys in dict.fromkeys(self.frame.mates.values()):
             mates = tuple(self.layers[key] for key in keys if key in self.layers)
-            if len({(layer.in_, layer.like.dtype, layer.like.device) for layer in mates}) != 1 or len(mates) < 2:
+            if len(mates) < 2 or len({(layer.in_, layer.dtype, layer.device) for layer in mates}) != 1:
                 continue
-            joined = torch.cat([layer.A for layer in mates])
-            for place, layer in enumerate(mates):
-                layer.mates, layer.joined, layer.place = mates, joined, place
-                layer.A = joined[place * self.size : (place + 1) * self.size]
+            mates = mates[0].mates if mates[0].mates == mates else mates
+            blocks = [layer.blocks[rack.rank] for layer in mates]
+            joined = torch.cat([block.A for block in blocks], 1)
+            for place, (layer, block) in enumerate(zip(mates, blocks, strict=True)):
+                layer.mates = mates
+                block.joined, block.place = joined, place
+                block.A = joined[:, place * rack.rank : (place + 1) * rack.rank]
+
+
+def _size(held: Held) -> int:
+    """The rank of the rack for an adapter."""
+    return max(SMALLEST, 1 << (held.rank - 1).bit_length())

@@ -59,7 +59,7 @@ def compose(
     with err.status("Composing …"):
         report = combine(
             paths, output, weights=weights, method=method, rank=rank, energy=energy, density=density, layers=factors,
-            base=None if base is None else _base(base), seed=seed, overwrite=overwrite,
+            seed=seed, overwrite=overwrite, **({} if base is None else _base(base, paths[0])),
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(_facts(report), indent=2))
@@ -77,12 +77,22 @@ def _factor(text: str) -> tuple[str, float]:
     return pattern, number_in(factor, text)
 
 
-def _base(base: str) -> Any:
+def _base(base: str, adapter: str) -> dict[str, Any]:
+    """What ``compose`` asks for of a base. Of a folder it reads the weights that it needs; what is packed in the files,
+    or no safetensors, only the model itself can tell."""
+    from veneer import models
+    from veneer.artefact import read
     from veneer.cli.console import setup_logging
-    from veneer.models import load_base
+    from veneer.extract.weights import of_folder
+    from veneer.headers import read_json
 
     setup_logging()
-    return load_base(base, precision="stored", device="cpu").model
+    folder = models.folder_of(base)
+    if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
+        return {"base": models.load_base(base, precision="stored", device="cpu").model}
+    shell = models.hollow(folder, read(adapter).metadata.get("base", {}).get("architecture"))
+    values = of_folder(shell, folder).values
+    return {"base": lambda path: values[path].read(None), "model": shell}
 
 
 def _facts(report: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from veneer.library import Library
     from veneer.models import Base
 
-# What is printed may hold brackets and numbers of the user's: no markup, no colours on them.
-out = Console(markup=False, highlight=False)
-err = Console(stderr=True, markup=False, highlight=False)
+# What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no pictures for them.
+out = Console(markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
 LIBRARY_HELP = "Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."

@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from veneer.cli.console import ADAPTER_HELP
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def convert(
     adapter: Annotated[
-        Path, typer.Argument(metavar="IN", help="Adapter folder, .safetensors or .gguf file.", show_default=False)
+        str,
+        typer.Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.", show_default=False),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)],
     to: Annotated[
@@ -55,10 +58,11 @@ def convert(
     """
     from veneer.cli.console import out, setup_logging
     from veneer.convert import conversion
+    from veneer.library import resolve
 
     setup_logging()
     done = conversion(
-        adapter, output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
+        resolve(adapter), output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
         overwrite=overwrite, verify_base=verify,
     )  # fmt: skip
     if as_json:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from veneer.cli.console import ADAPTER_HELP
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Adapter folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Adapter folder.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help=ADAPTER_HELP, show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help=ADAPTER_HELP, show_default=False)],
     layers: Annotated[int, typer.Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with code 1 if they differ.")] = False,
@@ -33,8 +34,9 @@ def diff(
     """
     from veneer.cli.console import out
     from veneer.compare import compare
+    from veneer.library import resolve
 
-    found = compare(a, b)
+    found = compare(resolve(a), resolve(b))
     if as_json:
         typer.echo(json.dumps(_plain(_facts(found)), indent=2))
     else:

@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.console import ADAPTER_HELP
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def verify(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)],
     base: Annotated[
-        Path | None, typer.Argument(help="Folder of the base model, with its safetensors.", show_default=False)
+        str | None,
+        typer.Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse an adapter with warnings too.")] = False,
@@ -31,12 +34,22 @@ def verify(
       veneer verify run/adapter path/to/base --strict
     """
     from veneer.cli.console import out
+    from veneer.library import resolve
     from veneer.verify import verify as check
 
-    report = check(adapter, base)
+    report = check(resolve(adapter), None if base is None else _folder(base))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         out.print(str(report), soft_wrap=True)
     if not report.ok or (strict and report.warnings):
         raise typer.Exit(2)
+
+
+def _folder(base: str) -> Path:
+    """The folder of a base's files, which needs no config where it holds safetensors."""
+    from veneer.checkpoint import ENDING
+    from veneer.models import folder_of
+
+    folder = Path(base).expanduser()
+    return folder if folder.is_dir() and any(folder.glob(f"*{ENDING}")) else folder_of(base)

@@ -135,6 +135,9 @@ def compose(
         BaseMismatchError: the adapters are of different bases, or ``base`` is another one.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
+    if isinstance(base, str | Path):
+        found, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
+        raise ConfigError(sentence(found, "a model, or its weights by path", do))
     adapters = [adapters] if isinstance(adapters, str | Path | Artefact) else list(adapters)
     given = [1.0] * len(adapters) if weights is None else list(weights)
     how = _options(len(adapters), given, method, rank, energy, density, layers or {}, seed)

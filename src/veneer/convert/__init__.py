@@ -140,7 +140,8 @@ def conversion(
         to: "veneer", "peft", "kohya", "diffusers", "gguf" or "dense".
         base: the model (for names and shapes it may be on the meta device), or what ``models.load_base`` takes; for
             names also the folder of a diffusers pipeline. It is not changed.
-        dtype: "fp32", "bf16" or "fp16" for the numbers in ``out``; None keeps them as they are.
+        dtype: "fp32", "bf16" or "fp16" for the numbers in ``out``; None keeps them as they are, but for "veneer", which
+            holds 16-bit factors in float32, as it trains them.
         part: the model of an image pipeline that the adapter is of, where paths do not say it: "unet", "transformer",
             "text_encoder", "text_encoder_2", "text_encoder_3", or "model" for names of LyCORIS.
         rank, energy, whole: what a dense change becomes: a product of this rank, or of the least one that keeps this
@@ -155,7 +156,7 @@ def conversion(
     """
     source, out = Path(source), Path(out)
     format_, from_ = FORMATS[to], detect(source)
-    options = _options(dtype, part, rank, energy, whole, from_)
+    options = _options(dtype, part, rank, energy, whole, from_, to)
     must_not_exist(out, overwrite)
     if from_ == to:
         found = f"{source}, which is of the format {to!r} already"
@@ -192,13 +193,20 @@ def conversion(
 
 
 def _options(
-    dtype: str | None, part: str | None, rank: int | None, energy: float | None, whole: bool, from_: str
+    dtype: str | None, part: str | None, rank: int | None, energy: float | None, whole: bool, from_: str, to: str
 ) -> Options:
+    """The options, where the two formats have a use for them."""
     problems = []
     if dtype is not None and dtype not in DTYPES:
         problems.append(sentence(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"))
     if part is not None and part not in PARTS:
         problems.append(sentence(f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"))
+    if part is not None and not (FORMATS[from_].parts or FORMATS[to].parts):
+        known = listing(name for name in FORMATS.names() if FORMATS[name].parts)
+        problems.append(sentence(f"a part, from {from_} to {to}", f"one for {known} alone", "leave it out"))
+    if dtype is not None and to == "veneer":
+        found = f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train"
+        problems.append(sentence(found, "none", 'leave it out, or choose "peft"'))
     if from_ != "dense" and (rank is not None or energy is not None or whole):
         found = f"rank, energy or whole for a {from_} adapter"
         problems.append(sentence(found, "them for dense changes alone", "leave them out"))

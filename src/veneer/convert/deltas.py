@@ -193,8 +193,8 @@ def check_choice(rank: int | None, energy: float | None, whole: bool) -> None:
     problems = []
     if len(given) > 1:
         problems.append(sentence(listing(given), "one of them", "leave the others out"))
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and (type(rank) is not int or rank < 1):
         problems.append(sentence(f"rank={rank!r}", "a number of at least 1", "choose one"))
-    if energy is not None and not 0 < energy <= 1:
+    if energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1):
         problems.append(sentence(f"energy={energy!r}", "a share in (0, 1]", "choose one"))
     raise_all(AdapterError, "This cannot be made a product", problems)

@@ -3,19 +3,18 @@ numbers are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name")  ->  Opened(facts, module)
 
-A folder of safetensors is read by its headers, and so is that of a diffusers pipeline, part by part. Everything else is
-loaded.
+A folder that transformers knows is asked as a model without weights, since its files may name them otherwise (without
+the model's prefix, an expert each). Another folder of safetensors is read by its headers, and so is that of a diffusers
+pipeline, part by part. Everything else is loaded.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from veneer.adapted import weight_of
@@ -25,6 +24,7 @@ from veneer.errors import AdapterError, ConfigError, listing, sentence
 from veneer.filing import all_slots
 from veneer.formats._base import Base
 from veneer.formats.parts import PARTS
+from veneer.headers import read_header, read_json
 from veneer.targets import Names
 
 
@@ -37,7 +37,7 @@ class Opened:
 
 
 def open_base(base: nn.Module | str | Path) -> Opened:
-    """What a base says of itself. A folder is read by its headers; the model is loaded when it is asked for."""
+    """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
     if isinstance(base, nn.Module):
         return Opened(_facts_of(base), lambda: _numbered(base))
     path = Path(base)
@@ -73,33 +73,32 @@ def _facts_of(model: nn.Module, name: str | None = None) -> Base:
 
 
 def _facts_in(path: Path) -> Base:
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if config.get("model_type") and config.get("architectures"):
+        from veneer.models import hollow
+
+        try:
+            return _facts_of(hollow(path), str(path))
+        except ConfigError:  # a class that transformers does not have: the names of its files are all there is
+            pass
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(path.glob("*.safetensors")):
         shapes |= _shapes(file, "")
     for part in PARTS:
         for file in sorted((path / part).glob("*.safetensors")):
             shapes |= _shapes(file, f"{part}.")
-    try:
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-    except json.JSONDecodeError as error:
-        found = f"{path / 'config.json'}, which is not JSON ({error})"
-        raise ConfigError(sentence(found, "a model's config", "get the file again")) from error
     return Base(shapes, config.get("text_config") or config, str(path))
 
 
 def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:
-    header_of(file)  # one clear error for a damaged file
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()  # a list: safe_open is no mapping
-        return {f"{start}{name}": tuple(opened.get_slice(name).get_shape()) for name in names}
+    return {f"{start}{name}": entry.shape for name, entry in read_header(file).tensors.items()}
 
 
 def header_of(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The keys and the header of a safetensors file, without its tensors."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return tuple(opened.keys()), opened.metadata() or {}
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        found = f"{path}, which cannot be read ({error})"
-        do = "get the file again; it may be cut short"
-        raise AdapterError(sentence(found, "a whole safetensors file", do)) from error
+    """The keys and the header of a safetensors file, without its tensors.
+
+    Raises:
+        AdapterError: no such file, or one that its own size contradicts.
+    """
+    header = read_header(path)
+    return tuple(header.tensors), dict(header.metadata)

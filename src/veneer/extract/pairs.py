@@ -22,11 +22,11 @@ from veneer.adapted import own_class, weight_of
 from veneer.attach import group_of, unwrap
 from veneer.bases import storage_of
 from veneer.errors import ExtractError, listing, raise_all, sentence
-from veneer.extract.weights import Named, Read, Value, Weights, named, of_folder, of_module, of_state
 from veneer.filing import kind_for
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL
 from veneer.targets import Names
+from veneer.weights import Named, Read, Value, Weights, named, of_folder, of_module, of_state
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 

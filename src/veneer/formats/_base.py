@@ -30,6 +30,7 @@ from veneer.registry import Registry
 PAIR = ("lora_A.weight", "lora_B.weight")
 MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Format:
         suffix: the ending of its file; "" for a folder.
         recognises: (the file, its first bytes, the keys of its tensors, its header if it is safetensors) -> whether
             the file is one, from what it holds.
+        parts: its names may say which model of a pipeline a layer is of.
         peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other formats mean weights.
         read, write: see the top; None where ``convert`` itself does it.
     """
@@ -134,6 +136,7 @@ class Format:
     lacks: str
     suffix: str
     recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool]
+    parts: bool = False
     peft: bool = False
     read: Callable[[Path, Base, Options], Contents] | None = None
     write: Callable[[Adapter, Path, Base, Options], list[str]] | None = None
@@ -184,7 +187,10 @@ def layer_of(
     Raises:
         AdapterError: the shapes do not fit each other, or not the weight.
     """
-    rank = A.shape[0]
+    rank = A.shape[0] if A.dim() > 1 else 0
+    if not rank:
+        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+        raise AdapterError(sentence(found, "A [rank, in, …] of at least rank 1", "get the whole file again"))
     if shape is not None and suffixes == PAIR:
         inner = torch.Size(shape[1:]).numel()
         if A.numel() != rank * inner or B.numel() != shape[0] * rank:
@@ -233,8 +239,24 @@ def exact_scalar(value: float) -> Tensor:
     return short if short.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
+def scalar(tensor: Tensor, key: str) -> float:
+    """The one real number that a tensor holds.
+
+    Raises:
+        AdapterError: it holds another count of numbers, or complex ones.
+    """
+    if tensor.numel() != 1 or tensor.is_complex():
+        found = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
+        raise AdapterError(sentence(found, "one number", "get the file again"))
+    return float(tensor.item())
+
+
 def finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise AdapterError where a file holds NaN or infinity."""
+    """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
+    small = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in FLOATS]
+    if small:
+        found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
+        raise AdapterError(sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"))
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         found = f"numbers that are not finite in {listing(broken, 3)} of {path}"

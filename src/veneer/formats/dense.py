@@ -15,11 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats._base import Adapter, Base, Contents, Format, Options, cast, read_tensors, register
+from veneer.headers import parse
 
 HEADER = "veneer_dense"
 FORMAT = 1
@@ -32,15 +34,27 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 def read(path: Path, base: Base, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     try:
-        said = json.loads(header[HEADER])
-        full, of, number = frozenset(said.get("full", ())), dict(said.get("base") or {}), said["format"]
+        said = parse(header[HEADER])
+        full, of, number = said.get("full", []), said.get("base") or {}, said["format"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"a damaged header {HEADER} in {path}"
         raise AdapterError(sentence(found, "what the file is", "get the file again")) from error
+    if not _well_formed(full, of, number):
+        found = f"fields of other types in the header {HEADER} of {path}"
+        raise AdapterError(sentence(found, "what the file is", "get the file again"))
     if number != FORMAT:
         raise AdapterError(sentence(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer"))
     about = {"header": {HEADER: header[HEADER]}, "base": of}
-    return Contents(deltas=tensors, full=full, base_name=of.get("name"), about=about)
+    return Contents(deltas=tensors, full=frozenset(full), base_name=of.get("name"), about=about)
+
+
+def _well_formed(full: Any, base: Any, number: Any) -> bool:
+    """Whether the fields of the header have their types: names in a list, a base as Veneer's record has it."""
+    texts = isinstance(full, list) and all(isinstance(name, str) for name in full)
+    prints = (isinstance(base, dict) and base.get("weights")) or {}
+    hashes = isinstance(prints, dict) and all(isinstance(value, str) for value in prints.values())
+    named = isinstance(base, dict) and isinstance(base.get("name"), str | None)
+    return texts and hashes and named and type(number) is int
 
 
 def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:

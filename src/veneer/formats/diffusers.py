@@ -23,9 +23,22 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import parts, peft
-from veneer.formats._base import MAGNITUDE, PAIR, Adapter, Base, Contents, Format, Options, cast, layer_of, read_tensors
+from veneer.formats._base import (
+    MAGNITUDE,
+    PAIR,
+    Adapter,
+    Base,
+    Contents,
+    Format,
+    Options,
+    cast,
+    layer_of,
+    read_tensors,
+    scalar,
+)
 from veneer.formats._base import register as register_format
 from veneer.formats.kohya import alpha_of
+from veneer.headers import parse
 
 HEADER = "lora_adapter_metadata"
 _SIDES = {
@@ -60,6 +73,7 @@ def read(path: Path, base: Base, options: Options) -> Contents:
         counts[part] = counts.get(part, 0) + 1
     before, left_out = parts.chosen(counts, base if base.shapes else None, options.part)
     config = _header_of(path, header)
+    configs = {part: _config_of(config, part) for part in before}
     low: dict[str, peft.PeftLayer] = {}
     for at, group in groups.items():
         part = parts.part_of(at) or "model"
@@ -70,13 +84,11 @@ def read(path: Path, base: Base, options: Options) -> Contents:
         shape = base.shapes.get(f"{where}.weight")
         problem = _problem(at, where, group, base)
         if problem is None:
-            alpha = group["alpha"].item() if "alpha" in group else None
-            own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
-            own = own or (config if part == "model" else {})
-            if alpha is None and own.get("r"):
-                rank, _, scale = peft.strength({"lora_alpha": own["r"], **own}, inside)
-                alpha = scale * rank
             try:
+                alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
+                if alpha is None and configs[part]:
+                    rank, _, scale = peft.strength(configs[part], inside)
+                    alpha = scale * rank
                 args = group["A"], group["B"], alpha
                 low[where] = layer_of(where, *args, shape=shape, magnitude=group.get("magnitude"))
             except AdapterError as error:
@@ -107,11 +119,29 @@ def _problem(at: str, where: str, group: Mapping[str, Tensor], base: Base) -> st
 
 def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
-        config = json.loads(header.get(HEADER, "{}"))
-    except json.JSONDecodeError as error:
+        config = parse(header.get(HEADER, "{}"))
+    except ValueError as error:
         found = f"{HEADER} in {path}, which is not JSON ({error})"
         raise AdapterError(sentence(found, "the config of the adapter", "get the file again")) from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        found = f"{HEADER} in {path}, a JSON {type(config).__name__}"
+        raise AdapterError(sentence(found, "the config of the adapter", "get the file again"))
+    return config
+
+
+def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """PEFT's fields for one part of a pipeline; nothing where the header has none.
+
+    Raises:
+        AdapterError: a field that would change the arithmetic in a way that we do not do, or of another type.
+    """
+    own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+    own = own or (dict(config) if part == "model" else {})
+    if own.get("r") is None:
+        return {}
+    own = {"peft_type": "LORA", "target_modules": [], "lora_alpha": own["r"], **own}
+    peft.check_config(own)
+    return own
 
 
 def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
@@ -165,6 +195,7 @@ DIFFUSERS = register_format(
         lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
         suffix=".safetensors",
         recognises=recognises,
+        parts=True,
         peft=True,
         read=read,
         write=write,

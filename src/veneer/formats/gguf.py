@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
+from veneer.formats import gguf_claims
 from veneer.formats._base import (
     EMBEDDING,
     Adapter,
@@ -226,6 +227,7 @@ def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> N
 
 def read(path: Path, base: Base, options: Options) -> Contents:
     library = _library()
+    gguf_claims.check(path)
     try:
         file = library.GGUFReader(path)
         said = {key: _value(field) for key, field in file.fields.items()}
@@ -254,7 +256,7 @@ def read(path: Path, base: Base, options: Options) -> Contents:
             problems.append(sentence(f"half a pair at {name!r}", "lora_a and lora_b", "get the whole file again"))
         elif weight is None:
             problems.append(sentence(f"{name!r}, which this base lacks", "one of its tensors", "give its own base"))
-        elif A.dim() == 3:
+        elif A.dim() == 3 or B.dim() == 3:
             stacks.setdefault(weight, {})[name] = A, B
         else:
             try:
@@ -271,18 +273,16 @@ def read(path: Path, base: Base, options: Options) -> Contents:
 
 def _layer(weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, names: _Names, base: Base) -> PeftLayer:
     at, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
-    if name == _EMBEDDING:
-        layer = layer_of(at, A.mT.contiguous(), B, alpha, suffixes=EMBEDDING)
-        fits = (layer.A.shape[1], B.shape[0]) == shape
-    else:
-        order = names.order(weight, B.shape[0])
-        B = B if order is None else B[torch.argsort(order)]
-        layer = layer_of(at, A, B, alpha)
-        fits = (B.shape[0], A.shape[1]) == (shape[::-1] if names.family.name == "GPT2" and name != _HEAD else shape)
-    if not fits:
+    embeds, lies = name == _EMBEDDING, names.family.name == "GPT2" and name not in (_EMBEDDING, _HEAD)
+    across = A.mT if embeds and A.dim() == 2 else A  # [r, in]
+    sizes = (*B.shape[:1], *across.shape[1:])  # (out, in)
+    if A.dim() != 2 or B.dim() != 2 or sizes != (shape[::-1] if embeds or lies else shape):
         found = f"{name!r} with a {tuple(A.shape)} and b {tuple(B.shape)} for a weight {shape}"
         raise AdapterError(sentence(found, "shapes that fit", "give the base that it was made for"))
-    return layer
+    if embeds:
+        return layer_of(at, across.contiguous(), B, alpha, suffixes=EMBEDDING)
+    order = names.order(weight, B.shape[0])
+    return layer_of(at, A, B if order is None else B[torch.argsort(order)], alpha)
 
 
 def _stacked(
@@ -312,7 +312,7 @@ def _joined(
     given = [part for part in parts if part is not None]
     A = given[0][0]
     out = shape[1] // len(parts)
-    if any(B.shape[1] != out or a.shape[::2] != (shape[0], shape[2]) for a, B in given):
+    if len(shape) != 3 or not all(_fit(a, B, (shape[0], out, shape[2])) for a, B in given):
         found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
         raise AdapterError(sentence(found, "those of its base", "give the base that it was made for"))
     if len(given) == len(parts) and all(torch.equal(other, A) for other, _ in given):
@@ -327,6 +327,14 @@ def _joined(
             widths[place] = part[1] * (whole / part[0].shape[1] if alpha else 1.0)
         blocks.append(torch.cat(widths, 2))
     return torch.cat([a for a, _ in given], 1), torch.cat(blocks, 1)
+
+
+def _fit(A: Tensor, B: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether A [E, r, in] and B [E, out, r] change a stack of this shape [E, out, in]."""
+    if A.dim() != 3 or not A.shape[1]:
+        return False
+    rank = A.shape[1]
+    return A.shape == (shape[0], rank, shape[2]) and B.shape == (shape[0], shape[1], rank)
 
 
 def _value(field: Any) -> Any:

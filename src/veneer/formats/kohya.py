@@ -43,6 +43,7 @@ from veneer.formats._base import (
     least,
     read_tensors,
     register,
+    scalar,
 )
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
@@ -163,7 +164,7 @@ def _layer(
         magnitude = _magnitude(name, group.get("dora_scale"), shape, problems)
         A, B, alpha = low
         return layer_of(at, A, B, alpha, shape=shape, magnitude=magnitude)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         if isinstance(error, AdapterError):
             problems.append(str(error))
         else:
@@ -187,7 +188,7 @@ def _magnitude(name: str, scale: Tensor | None, shape: tuple[int, ...], problems
 def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
     """(A, B, alpha) of one change, or None where a factor is missing."""
     keys = set(group)
-    alpha = group["alpha"].item() if "alpha" in group else None
+    alpha = scalar(group["alpha"], "alpha") if "alpha" in group else None
     alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
     if keys >= _LORA:
         A, B = group["lora_down.weight"], group["lora_up.weight"]
@@ -316,6 +317,7 @@ KOHYA = register(
         lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
         suffix=".safetensors",
         recognises=recognises,
+        parts=True,
         read=read,
         write=write,
     )

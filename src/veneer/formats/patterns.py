@@ -22,8 +22,12 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
+from veneer.errors import AdapterError, sentence
+
 #: characters of one expression, and states of all expressions of a config together
 MAX_LENGTH, MAX_STATES = 4096, 5000
+#: states that one expression may go through in all (some seconds), and that are kept (some tens of MB)
+MAX_WORK, MAX_KEPT = 20_000_000, 500_000
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
     op.CATEGORY_DIGIT: str.isdecimal,
@@ -55,6 +59,7 @@ class Pattern:
 
     Raises:
         ValueError: it is no regular expression, or one that states cannot express.
+        AdapterError: of ``matches``: many states on many paths, which together would take minutes.
     """
 
     def __init__(self, source: str, whole: bool = False) -> None:
@@ -76,6 +81,7 @@ class Pattern:
         except RecursionError as error:
             raise ValueError("an expression that is nested too deeply") from error
         self._steps: dict[tuple[frozenset[int], str, str], tuple[frozenset[int], bool]] = {}
+        self._work = self._kept = 0
 
     @property
     def size(self) -> int:
@@ -86,9 +92,11 @@ class Pattern:
         for character in (*text, ""):
             key = (current, before, character)
             if key not in self._steps:
-                if len(self._steps) > 20_000:  # as much memory as is worth keeping
+                if self._kept > MAX_KEPT:
                     self._steps.clear()
+                    self._kept = 0
                 self._steps[key] = self._step(*key)
+                self._kept += 1 + len(self._steps[key][0])
             current, ended = self._steps[key]
             if ended and (not self._whole or not character):
                 return True
@@ -98,6 +106,11 @@ class Pattern:
     def _step(self, current: frozenset[int], before: str, character: str) -> tuple[frozenset[int], bool]:
         """(the states after one more character, whether the expression has matched before it)."""
         waiting, seen, after = list(current), set(current), set()
+        if self._work > MAX_WORK:
+            found = (
+                f"an expression of {self.size:,} states, and paths on which it takes longer than any that people use"
+            )
+            raise AdapterError(sentence(found, "a plain regular expression", "name the modules by their ends"))
         while waiting:
             test, anchor, following = self._states[waiting.pop()]
             if test is not None:
@@ -106,6 +119,7 @@ class Pattern:
             elif anchor is None or anchor(before, character):
                 waiting += [state for state in following if state not in seen]
                 seen.update(following)
+        self._work += len(seen)
         return frozenset(after), self._end in seen
 
     def _add(self, test: Any, anchor: Any, following: list[int]) -> int:

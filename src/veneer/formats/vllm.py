@@ -51,7 +51,7 @@ def problems(
         found.append(f"its peft_type is {config.get('peft_type')!r}")
     if not isinstance(config.get("target_modules"), list | str):
         found.append("it names no target modules")
-    rank = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    rank = largest_rank(config)
     limit = RANKS[-1] if max_rank is None else max_rank
     if rank > limit:
         found.append(f"its rank is {rank}, above max_lora_rank {limit}")
@@ -67,6 +67,11 @@ def problems(
     if deep:
         found.append(f"it changes convolutions ({listing(sorted({n.removeprefix(peft.PREFIX) for n in deep}), 2)})")
     return found
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """The rank that a server must have room for: that of the layer with the most."""
+    return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
 
 
 def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:

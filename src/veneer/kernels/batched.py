@@ -1,71 +1,95 @@
-"""Many adapters in one batch of a linear layer.
+"""Many adapters in one batch of linear layers: each row's x ΔWᵀ, [N, out].
 
-    y = x Wᵀ + bias + ((x Aᵀ) ⊙ M) B
-    x: [N, in]   W: [out, in]   A: [H, in]   B: [H, out]   M: [N, H]
+**Few tokens** (decoding): rows are put into groups by their adapter, each as large as the largest, and all groups are
+two batched products:
 
-The adapters lie below each other in A and B: each has some of the H *lanes*, as many as its rank, and a row's M is its
-weight there and 0 elsewhere. So ranks may differ, a row may blend several adapters or use none, and a batch costs two
-products and one multiplication, however its rows are mixed. Each adapter's numbers are read once: at few tokens, where
-reading is what a layer costs, that is all that any method must do.
+    h = A xᵀ            A: [S, r, in]   x, grouped: [S, n, in]   h: [S, r, n]
+    Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
-With many tokens the zeros cost more than the calls that they save. There each run of equal rows is multiplied with its
-own lanes alone. ``most`` says where one becomes dearer than the other.
+Each adapter's numbers are read once, and a group's place that no row fills costs no memory. They are float32 whatever
+the base is: a processor's batched products of thin matrices take several times as long in 16 bits. A row that blends k
+adapters stands in k groups.
 
-ΔW's part comes first and x Wᵀ is added to it within its own product, as in ``fused.py``, so that 16-bit outputs are
-rounded with the change in them.
+**Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with theirs.
 
-Rejected: a batched product of gathered factors, [N, r, in] (Chen et al. 2023, "Punica", arXiv:2310.18547, gathers in
-a kernel of its own): on a CPU it copies each adapter once a row, and ``bmm`` in bfloat16 takes several times as long as
-one product of the same size.
+x Wᵀ is added to Δ within its own product (``fused.added``), so that 16-bit outputs are rounded with the change in them.
+
+Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, the layer itself taking
+246 µs in float32: all adapters side by side in one matrix and a mask over the ranks (48 µs, and 106 for 16 adapters:
+it multiplies every row with every adapter; the groups take 15 and 31), a product an adapter (a call costs 3 to 5 µs),
+gathering each row's factors (copies every adapter once a row; Chen et al. 2023, "Punica", arXiv:2310.18547, gathers
+in a kernel of its own).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from veneer.kernels import fused
 
-#: (first row, the row after the last, ((lanes, their weight), …)): rows that use the same
-Run = tuple[int, int, tuple[tuple[slice, float], ...]]
 
-#: what a product of its own costs, in multiply-adds of a large one: the call, and that it is thin
-CALL = 2e6
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """How the rows of a call are put into groups, and back.
+
+    Fields:
+        order: [S · n] the row of each place; None where rows lie in their places already.
+        weights: [S, 1, n] of a place, 0 where no row is meant; None for all 1.
+        back: for each row the place of its result, [N] (None: as they lie), and which rows have one, [N, 1] (None: all
+            have); several such, of which a row's result is the sum.
+    """
+
+    groups: int
+    order: Tensor | None
+    weights: Tensor | None
+    back: tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
-def lanes(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """(x Aᵀ) ⊙ M, [N, H]. A may be those of several layers, [L · H, in]; then [N, L · H]."""
-    h = x @ A.mT
-    if mask is None:
-        return h
-    if h.shape[1] == mask.shape[1]:
-        return h.mul_(mask)
-    return h.view(len(h), -1, mask.shape[1]).mul_(mask[:, None]).view(h.shape)
+def gathered(x: Tensor, grouping: Grouping) -> Tensor:
+    """x [N, in] in groups, [S, n, in]."""
+    x = x if grouping.order is None else x.index_select(0, grouping.order)
+    return x.view(grouping.groups, -1, x.shape[1])
 
 
-def by_runs(x: Tensor, A: Tensor, B: Tensor, runs: Sequence[Run], tokens: int) -> Tensor:
-    """((x Aᵀ) ⊙ M) B [N, out], of rows that are ``tokens`` long each: N = rows · tokens."""
-    part = x.new_empty(x.shape[0], B.shape[1])
+def narrowed(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
+    """h [S, r, n] of x in groups [S, n, in]."""
+    h = torch.bmm(A, x.mT)
+    return h if grouping.weights is None else h.mul_(grouping.weights)
+
+
+def widened(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None) -> Tensor:
+    """Each row's hᵀ B, [N, out], added ``onto`` what another grouping gave."""
+    found = torch.bmm(h.mT, B).view(-1, B.shape[2])
+    for index, has in grouping.back:
+        part = found if index is None else found.index_select(0, index)
+        if has is not None:
+            part = part * has
+        onto = part if onto is None else onto.add_(part)
+    assert onto is not None
+    return onto
+
+
+#: rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out], weight), …))
+Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
+
+
+def by_runs(x: Tensor, out: int, runs: Sequence[Run], tokens: int) -> Tensor:
+    """Δ [N, out] of rows of ``tokens`` each."""
+    part = x.new_empty(x.shape[0], out)
     for first, after, uses in runs:
         own, into = x[first * tokens : after * tokens], part[first * tokens : after * tokens]
         if not uses:
             into.zero_()
-        for number, (at, strength) in enumerate(uses):
-            h = fused.thin(A[at], own)  # [r, T]
-            if strength != 1:
-                h *= strength
+        for number, (A, B, weight) in enumerate(uses):
+            h = fused.thin(A, own)  # [r, T]
+            if weight != 1:
+                h *= weight
             if number:
-                into.addmm_(h.mT, B[at])
+                into.addmm_(h.mT, B)
             else:
-                torch.mm(h.mT, B[at], out=into)
+                torch.mm(h.mT, B, out=into)
     return part
-
-
-def most(lanes: int, runs: Sequence[Run], out: int, in_: int) -> float:
-    """The number of rows of x up to which the mask is the faster."""
-    calls = sum(2 * len(uses) for _, _, uses in runs)
-    rows = sum(after - first for first, after, _ in runs)
-    used = sum((after - first) * (at.stop - at.start) for first, after, uses in runs for at, _ in uses) / rows
-    return calls * CALL / max((lanes - used) * (out + in_), 1)

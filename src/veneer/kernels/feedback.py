@@ -213,7 +213,7 @@ class _Rows:
                 tilt[:, last:].baddbmm_(ahead[:, last:, first:last], half[:, first:last])
         error = mid.sub_(half)
         self.residual.baddbmm_(F, error)
-        self.kept.index_copy_(0, self._places(columns), value.add_(error).to(self.kept.dtype).view(-1, self.rows))
+        self.kept.index_copy_(0, self._places(columns), value.add_(error).to(self.kept.dtype).reshape(-1, self.rows))
 
     def _block(self, first: int, ahead: Tensor, tilt: Tensor) -> None:
         """Choose a few columns, one after the other: their ``halves`` get the sign by which e = mid - half."""

@@ -48,8 +48,8 @@ def spread(
     def run() -> None:
         torch.get_num_threads()  # the first use in a thread takes over the last setting: before ours, not after
         torch.set_num_threads(1)
-        ready.wait()
         try:
+            ready.wait()
             with torch.inference_mode(inference), torch.no_grad():
                 own = state()
                 for index in order:  # `next` of a count is one step for all threads
@@ -61,10 +61,15 @@ def spread(
 
     workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
     before = torch.get_num_threads()
-    for worker in workers:
-        worker.start()
-    ready.wait()
-    torch.set_num_threads(before)
+    try:
+        for worker in workers:
+            worker.start()
+        ready.wait()
+    except BaseException:  # the system gives no more threads, or an interrupt: let those that wait go
+        ready.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)
     try:
         for worker in workers:
             worker.join()

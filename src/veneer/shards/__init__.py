@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.artefact import content_hash, read
-from veneer.checkpoint import DTYPES, INDEX, NAMES, Checkpoint, in_order, open_checkpoint, read_tensor
+from veneer.checkpoint import DTYPES, NAMES, Checkpoint, in_order, open_checkpoint, read_tensor
 from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
 from veneer.files import disk_errors, must_not_exist, publish
 from veneer.hashing import hash_json
@@ -46,13 +46,13 @@ from veneer.headers import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
+from veneer.shards import beside
+from veneer.shards.beside import RECORD
 from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe_for, refuse, replaced
 
-JOURNAL, RECORD = "journal.jsonl", "veneer_merge.json"
+JOURNAL = "journal.jsonl"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
-#: files beside the weights that hold the same weights again for others, and would be those of the base
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".safetensors")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[int, int, str], None]
@@ -62,8 +62,8 @@ Progress = Callable[[int, int, str], None]
 class CheckpointMerge:
     """What a merge of a checkpoint did.
 
-    ``report`` is what ``veneer.merge`` says too, by tensor; ``left_out`` names files of the base that were not copied,
-    as they hold its weights in another format; ``resumed`` how many tensors an earlier, killed run had finished.
+    ``report`` is what ``veneer.merge`` says too, by tensor; ``left_out`` names what of the base's folder was not copied
+    (``beside.py``); ``resumed`` how many tensors an earlier, killed run had finished.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class CheckpointMerge:
     def __str__(self) -> str:
         lines = [str(self.report), f"written to {self.path}"]
         lines += (
-            [f"not copied, as they hold the weights of the base: {listing(self.left_out)}"] if self.left_out else []
+            [f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"] if self.left_out else []
         )
         lines += [f"{self.resumed} tensors were there from a run that was interrupted"] if self.resumed else []
         return "\n".join([*lines, *self.notes])
@@ -216,12 +216,7 @@ def prove(
         done += plan.checkpoint.bytes(name)
         if progress is not None:
             progress(done, total, name)
-    for path in plan.checkpoint.folder.iterdir():
-        copied = (
-            path.is_file() and not path.name.endswith((*OTHERS, INDEX)) and path.name not in ("config.json", RECORD)
-        )
-        if copied and (Path(out) / path.name).read_bytes() != path.read_bytes():
-            problems.append(f"{path.name} is another file than the base's")
+    problems += beside.differing(plan.checkpoint, dtype, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
     return len(merged.where)
 
@@ -584,14 +579,7 @@ def _written(header: Header, dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, 
 
 def _beside(plan: _Plan, folder: Path) -> list[str]:
     """Write what belongs to the result besides its weights; the names of what was left out."""
-    checkpoint, left_out = plan.checkpoint, []
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name in checkpoint.files or path.name == checkpoint.index_name or path.name == RECORD:
-            continue
-        if path.is_dir() or path.name.endswith(OTHERS):
-            left_out.append(path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
+    checkpoint, left_out = plan.checkpoint, beside.put(plan.checkpoint, plan.dtype, folder)
     if checkpoint.index is not None:
         total = sum(plan.layout(file)[2] - len(plan.layout(file)[0]) for file in checkpoint.files)
         metadata = checkpoint.index.get("metadata") or {}
@@ -600,18 +588,7 @@ def _beside(plan: _Plan, folder: Path) -> list[str]:
             shutil.copyfile(checkpoint.folder / str(checkpoint.index_name), folder / str(checkpoint.index_name))
         else:
             (folder / str(checkpoint.index_name)).write_text(json.dumps(index, indent=2) + "\n")
-    config = folder / "config.json"
-    if plan.dtype is not None and config.is_file():
-        said = json.loads(config.read_text())
-        config.write_text(json.dumps(_retyped(said, str(plan.dtype).removeprefix("torch.")), indent=2) + "\n")
     return left_out
-
-
-def _retyped(said: Any, dtype: str) -> Any:
-    """A configuration that names another dtype, wherever it names one."""
-    if isinstance(said, dict):
-        return {k: dtype if k in ("dtype", "torch_dtype") and v else _retyped(v, dtype) for k, v in said.items()}
-    return [_retyped(each, dtype) for each in said] if isinstance(said, list) else said
 
 
 def _record(plan: _Plan, base: str | Path, report: MergeReport) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | Non
         return _recipe(folder, adapters, model)
     code = "import sys; from veneer.shards.recipe import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"
     question = pickle.dumps((folder, [tuple(adapter) for adapter in adapters]))
-    done = subprocess.run([sys.executable, "-c", code], input=question, stdout=subprocess.PIPE, check=False)
+    # -P: no code from the folder that the user happens to be in, which may be one that was downloaded
+    done = subprocess.run([sys.executable, "-P", "-c", code], input=question, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise RuntimeError(f"the process that reads the model's names ended with {done.returncode}")
     found = pickle.loads(done.stdout)

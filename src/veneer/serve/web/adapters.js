@@ -13,8 +13,8 @@ export function facts({ resident, bytes: size, pinned, users, rank, variant }) {
 
 export class Shelf {
   /**
-   * `page`: {compare(name), changed(), resident(bytes | null), refused(error)}, what the page does for it; changed() when
-   * an adapter came or went by a button.
+   * `page`: {compare(name), changed(), resident(bytes | null), refused(error)}, what the page does for it; changed()
+   * when an adapter came or went by a button.
    */
   constructor(root, page) {
     this.page = page;
@@ -72,7 +72,8 @@ export class Shelf {
     for (const [name, row] of this.rows) if (!names.has(name)) this.drop(name, row);
     shown.forEach((status, i) => {
       const row = this.rows.get(status.name) ?? this.make(status.name);
-      if (this.at("adapters").children[i] !== row) this.at("adapters").insertBefore(row, this.at("adapters").children[i] ?? null);
+      const there = this.at("adapters").children[i] ?? null;
+      if (there !== row) this.at("adapters").insertBefore(row, there);
       row.querySelector(".facts").textContent = facts(status);
       row.dataset.resident = String(Boolean(status.resident));
       row.querySelector(".pin").setAttribute("aria-pressed", String(Boolean(status.pinned)));

@@ -27,7 +27,7 @@ function offer(select, entries) {
   if (chosen) select.value = chosen;
 }
 
-/** One event of the stream: {text, finish, tokens}; tokens is null where the event has no usage. Throws what it says went wrong. */
+/** One event of the stream: {text, finish, tokens}; tokens is null without usage. Throws what it says went wrong. */
 function chunk(data) {
   let value;
   try {
@@ -111,7 +111,8 @@ export class Column {
     this.begin(question);
     let finish = null;
     try {
-      const response = await ask(`v1/${question.chat ? "chat/" : ""}completions`, { body: this.body(question), signal });
+      const path = question.chat ? "v1/chat/completions" : "v1/completions";
+      const response = await ask(path, { body: this.body(question), signal });
       let done = false;
       for await (const data of events(response.body)) {
         done = data === "[DONE]";

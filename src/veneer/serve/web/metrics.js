@@ -44,7 +44,8 @@ export function panel(root) {
 
   function draw() {
     const top = Math.max(...rates, 1);
-    const points = rates.map((value, i) => [120 - (rates.length - 1 - i) * (120 / (KEPT - 1)), 30 - (value / top) * 27]);
+    const right = (i) => 120 - (rates.length - 1 - i) * (120 / (KEPT - 1));
+    const points = rates.map((value, i) => [right(i), 30 - (value / top) * 27]);
     const line = points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L");
     at("spark").querySelector(".line").setAttribute("d", `M${line}`);
     at("spark").querySelector(".area").setAttribute("d", `M${points[0][0].toFixed(1)} 32L${line}L120 32Z`);
@@ -58,7 +59,8 @@ export function panel(root) {
       for (const [id, name] of [["running", "veneer_running"], ["waiting", "veneer_waiting"]]) {
         at(id).textContent = sums.has(name) ? String(sums.get(name)) : "–";
       }
-      const value = sums.has("veneer_generated_tokens_total") ? speed(sums.get("veneer_generated_tokens_total"), now) : null;
+      const tokens = sums.get("veneer_generated_tokens_total");
+      const value = tokens === undefined ? null : speed(tokens, now);
       at("rate").textContent = value === null ? "–" : rate(value);
       if (value !== null) {
         rates.push(value);

@@ -233,7 +233,8 @@ async function ready() {
     await (await ask("ready", { signal: AbortSignal.timeout(10_000) })).text();
     showState("ready", "Ready");
   } catch (error) {
-    if (error.status !== 503) throw error instanceof Refusal ? error : new Refusal("The server has not answered for 10 s.");
+    if (!(error instanceof Refusal)) throw new Refusal("The server has not answered for 10 s.");
+    if (error.status !== 503) throw error;
     showState("draining", "Takes no requests now");
   }
 }

@@ -16,8 +16,8 @@ async function read(reader) {
  * The data of each event of a response's body, in order.
  *
  * Bytes come in chunks that end anywhere: within a character (the decoder keeps its first bytes), within a line (`rest`
- * does), or between the two characters of a CRLF (a CR at the very end waits for what follows it). Whoever stops reading
- * early closes the connection.
+ * does), or between the two characters of a CRLF (a CR at the very end waits for what follows it). Whoever stops
+ * reading early closes the connection.
  */
 export async function* events(body) {
   const reader = body.getReader();

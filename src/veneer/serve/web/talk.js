@@ -8,7 +8,7 @@ try {
   // storage is switched off in this browser: the key lives as long as the page
 }
 
-/** What the server refused, or how it could not be reached. `message` is for people; `status` is 0 without an answer. */
+/** What the server refused, or that it cannot be reached. `message` is for people; `status` is 0 without an answer. */
 export class Refusal extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -18,7 +18,7 @@ export class Refusal extends Error {
 
 export const hasKey = () => key !== "";
 
-/** Keep a key for this tab (the empty one forgets it); the key before. Throws a Refusal for what no header can carry. */
+/** Keep a key for this tab (the empty one forgets it); the key before. Throws a Refusal if no header can carry it. */
 export function setKey(value) {
   if (!/^[\x21-\x7e]*$/.test(value)) throw new Refusal("A key has no spaces, accents or line breaks. Copy it again.");
   const before = key;
