@@ -86,6 +86,7 @@ bench: setup
 	$(BENCH)/import_time.py
 	$(BENCH)/attach.py
 	$(BENCH)/forward.py
+	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
 	$(BENCH)/train_step.py
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 \

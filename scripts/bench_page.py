@@ -17,8 +17,8 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
-    "merge_fidelity": "merge_fidelity", "merge": "merge", "serve": "serve", "serve_cold": "serve",
-    "serve_vanish": "serve",
+    "merge_fidelity": "merge_fidelity", "merge": "merge", "engine": "engine", "serve": "serve",
+    "serve_cold": "serve", "serve_vanish": "serve",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 #: rows of the README's first table, and how they are called there

@@ -27,11 +27,12 @@ import openai
 from tiny import tiny_tokenizer
 from veneer.errors import AdapterError, SelectionError
 from veneer.serve.access import Keyring
-from veneer.serve.api import Service, create
+from veneer.serve.api import create
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.listen import bind, make
 from veneer.serve.metrics import Metrics
 from veneer.serve.requests import Busy, Piece, Request, Token
+from veneer.serve.service import Service
 
 BASE = "tiny"
 
@@ -133,11 +134,12 @@ class FakeBank:
             raise AdapterError(f"Found: no tensors in {path}.")
         self.paths[name] = path
 
-    def add(self, path: Path, name: str, *, pin: bool = False) -> str:
-        self.register(name, path)
+    def add(self, path: Path, name: str, *, replace: bool = False) -> str:
         if json.loads((path / "adapter_config.json").read_text()).get("broken"):
-            del self.paths[name]
             raise AdapterError(f"Found: a damaged adapter {path.name}.")
+        if replace:
+            self.paths.pop(name, None)
+        self.register(name, path)
         self.loads += 1
         self.resident.add(name)
         return name
@@ -186,9 +188,13 @@ class Served:
     bank: FakeBank
     folder: Path
     server: Any
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
 
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20, **options)
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """One for each key, open as long as the server is."""
+        if key not in self.clients:
+            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return self.clients[key]
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -235,7 +241,10 @@ def serving(folder: Path, *names: str, keys: Keyring | None = None, grace: float
     """A running server with fakes behind it."""
     service = fake_service(folder, *names, keys=keys, **engine)
     with listening(service, grace) as (url, server):
-        yield Served(url, service, service.engine, service.bank, folder, server)
+        served = Served(url, service, service.engine, service.bank, folder, server)
+        yield served
+        for client in served.clients.values():
+            client.close()
 
 
 def until(condition: Any, seconds: float = 10.0) -> None:

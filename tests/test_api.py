@@ -377,6 +377,18 @@ def test_a_client_that_goes_away_cancels_its_answer(it, engine, stream, after):
         it.engine.words = 8
 
 
+def test_an_engine_that_does_not_run_is_not_ready(it, engine):
+    with it.http() as http:
+        assert http.get("/ready").status_code == 200
+        engine.ready = False
+        try:
+            answer = http.get("/ready")
+            assert (answer.status_code, http.get("/health").status_code) == (503, 200)
+            assert "engine" in answer.json()["error"]["message"]
+        finally:
+            engine.ready = True
+
+
 def test_no_thread_stays(it, client, engine):
     before = threading.active_count()
     for _ in range(20):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from serving import MODELS, OTHERS, Client, Recorder, alone, asked, make, prompts
 from tiny import tiny_tokenizer
-from veneer.errors import ConfigError
+from veneer import errors
+from veneer.errors import ConfigError, VeneerError
 from veneer.serve.engine import Engine
 from veneer.serve.requests import Busy, RequestError
 
@@ -206,6 +208,35 @@ def test_an_adapter_that_cannot_be_had_is_an_error_of_its_request_alone(opened):
     assert gone.error == "no adapter 'gone'"
     assert other.wait().finish in ("length", "stop")
     assert not bank.held
+
+
+def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_back(opened, monkeypatch):
+    class FullError(VeneerError):
+        pass
+
+    monkeypatch.setattr(errors, "BankFullError", FullError, raising=False)
+
+    class Small(Recorder):
+        """Holds one mix at a time."""
+
+        def acquire(self, mix):
+            if any(lease.mix != mix for lease in self.held):
+                future = Future()
+                future.set_exception(FullError("no memory"))
+                return future
+            return super().acquire(mix)
+
+    bank = Small(failing={"huge": FullError("larger than all memory")})
+    engine = opened(start=False, bank=bank, rows=2)
+    clients = [Client(engine, asked((5, 6), 6, mix={name: 1.0}, ignore_eos=True)) for name in "aabbacab"]
+    huge = Client(engine, asked((5, 6), 6, mix={"huge": 1.0}))
+    engine.start()
+    assert [client.wait().finish for client in clients] == ["length"] * 8
+    assert huge.wait().finish == "error"  # once nobody else holds anything
+    assert huge.error == "larger than all memory"
+    assert not bank.held
+    for call in bank.calls:
+        assert len({str(mix) for mix in call}) == 1
 
 
 def test_an_adapter_with_many_requests_does_not_starve_another(opened):

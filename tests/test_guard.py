@@ -313,14 +313,12 @@ def stream(url, into):
     """Read a stream of 20 words in a thread."""
 
     def read():
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         try:
-            for chunk in client.completions.create(model=BASE, prompt="a", max_tokens=20, stream=True):
-                into.append(chunk.choices[0].text)
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                for chunk in client.completions.create(model=BASE, prompt="a", max_tokens=20, stream=True):
+                    into.append(chunk.choices[0].text)
             into.append("end")
-        except openai.APIError as error:
-            into.append(error)
-        except httpx.HTTPError as error:
+        except (openai.APIError, httpx.HTTPError) as error:
             into.append(error)
 
     thread = threading.Thread(target=read)

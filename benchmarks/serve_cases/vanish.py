@@ -1,8 +1,8 @@
 """What clients that go away in the middle of an answer leave behind: memory, threads, files, rows, leases.
 
 Each client asks, reads for a while that is drawn anew each time (it may be over before the first token, or before the
-request has left the queue), and closes its connection. What the server holds is read when it is idle: after a short
-storm, which grows what grows once, and after a long one.
+request has left the queue), and closes its connection. What the server holds is read when it is idle: after all rows
+were full and a short storm, which grow what grows once, and after a long storm.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ async def storm(url: str, adapters: Sequence[str], seconds: float, options: argp
 
         await asyncio.gather(*(one(number) for number in range(options.vanishing)))
     return counts
+
+
+async def fill(url: str, adapters: Sequence[str], options: argparse.Namespace) -> None:
+    """Let every row be as long as one can be in the storm: the memory of keys and values grows once and stays."""
+    length = options.longest + options.answer - 2
+    await client.together(
+        lambda adapter: url, adapters, clients=options.rows, turns=1, tokens=2, lengths=(length, length),
+        vocabulary=options.vocabulary,
+    )  # fmt: skip
 
 
 async def _listen(http: httpx.AsyncClient, url: str, request: dict[str, Any]) -> str:
@@ -110,6 +119,7 @@ def run(place: Path, adapters: Sequence[str], options: argparse.Namespace) -> di
             return asyncio.run(one()).words
 
         words = asked()
+        asyncio.run(fill(server.url, adapters, options))
         asyncio.run(storm(server.url, adapters, options.warmup, options))
         before = holds(server)
         print(f"  before: {before}", flush=True)

@@ -101,7 +101,15 @@ def _become_vllm(
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError(sentence("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do))
     found = {} if adapters is None else folders(adapters)
-    line = vllm.command(base, found, name=name, host=host, port=port, length=length, rows=rows)
+    place = base
+    if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
+        from veneer.models import folder_of
+
+        place, name = str(folder_of(base)), name or called_by_default(base)
+    line = vllm.command(
+        place, found, name=name, host=host, port=port,
+        length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
+    )  # fmt: skip
     vllm.run(line)
 
 
@@ -113,11 +121,11 @@ def _service(
     from veneer import models
     from veneer.bank import Bank
     from veneer.cli.console import err
-    from veneer.serve.api import Service
     from veneer.serve.catalogue import Catalogue
     from veneer.serve.embed import Embedder
     from veneer.serve.engine import Engine
     from veneer.serve.metrics import Metrics
+    from veneer.serve.service import Service
 
     causal = models.is_causal(base)
     with err.status(f"Loading {base} …"):
@@ -135,6 +143,7 @@ def _service(
     if causal:
         engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=queue, observer=metrics)
         engine.start()
+        length = engine.length
     else:
         pad = tokenizer.pad_token_id or 0
         embedder = Embedder(
@@ -150,11 +159,13 @@ def _service(
 
 def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
     """Serve until a signal says to stop."""
+    from veneer.serve import page
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
     try:
-        make(create(service), service.drain, grace, lambda: _announce(service, host, port, budget)).run([listening])
+        app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
+        make(app, service.drain, grace, started).run([listening])
     finally:
         service.close()
 

@@ -25,14 +25,14 @@ DONE = b"data: [DONE]\n\n"
 class Answers:
     """The answers to some requests, all of which were submitted or none."""
 
-    def __init__(self, engine: Any, requests: Sequence[Request]) -> None:
-        """Submit them from the event loop.
+    def __init__(self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
+        """Submit them, from any thread; pieces are read in ``loop``.
 
         Raises:
             Busy: the queue is full.
             RequestError: one of them can never be answered.
         """
-        self._loop, self._open = asyncio.get_running_loop(), len(requests)
+        self._loop, self._open = loop, len(requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
         try:
@@ -58,6 +58,7 @@ class Answers:
                 index, piece = await self._queue.get()
                 self._open -= piece.finish is not None
                 yield index, piece
+                await asyncio.sleep(0)  # a full queue never waits, and others (and a client's leaving) need a turn
         finally:
             self.cancel()
 

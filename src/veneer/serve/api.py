@@ -13,29 +13,22 @@ adapters are loaded in another, the model in the engine's.
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from veneer.errors import VeneerError, sentence
-from veneer.headers import parse
+from veneer.errors import AdapterError, VeneerError, sentence
 from veneer.serve import limits, prompts, refusal
-from veneer.serve.access import Key, Keyring
+from veneer.serve.access import Key
 from veneer.serve.answers import Answers, Form, events, failure, whole
-from veneer.serve.catalogue import Catalogue
-from veneer.serve.embed import Embedder, as_base64
-from veneer.serve.guard import Guard, no_key
-from veneer.serve.metrics import Metrics
+from veneer.serve.embed import as_base64
+from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Piece
 from veneer.serve.requests import Request as Job
 from veneer.serve.schemas import (
     Asked,
@@ -45,86 +38,9 @@ from veneer.serve.schemas import (
     LoadRequest,
     UnloadRequest,
 )
+from veneer.serve.service import Admin, Asker, Route, Service, Serving, chosen, in_text_thread, unless_gone
 
-T = TypeVar("T")
-
-
-@dataclass
-class Service:
-    """What is served, and how.
-
-    Args:
-        base: the name by which clients ask for the base; ``source`` is what it was loaded from.
-        engine: answers completions; None for an encoder.
-        embedder: answers embeddings; None for a causal model.
-        length: tokens of the context, prompt and answer together.
-        vocabulary: tokens that the base knows.
-        timeout: seconds that an answer may take.
-    """
-
-    base: str
-    source: str
-    tokenizer: Any
-    bank: Any
-    catalogue: Catalogue
-    keys: Keyring
-    metrics: Metrics
-    length: int
-    vocabulary: int
-    engine: Any = None
-    embedder: Embedder | None = None
-    timeout: float = 600.0
-    hosts: tuple[str, ...] | None = None
-    draining: bool = False
-    started: int = field(default_factory=lambda: int(time.time()))
-    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
-    admin: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-admin"))
-
-    @property
-    def ready(self) -> bool:
-        return not self.draining and (self.engine is None or self.engine.ready)
-
-    def drain(self, seconds: float) -> None:
-        """Refuse what is new and wait until nothing runs, at most ``seconds``."""
-        self.draining = True
-        for worker in (self.engine, self.embedder):
-            if worker is not None:
-                worker.drain(seconds)
-
-    def close(self) -> None:
-        """Stop every thread of it."""
-        for worker in (self.engine, self.embedder):
-            if worker is not None:
-                worker.close()
-        self.texts.shutdown(wait=False, cancel_futures=True)
-        self.admin.shutdown(wait=False, cancel_futures=True)
-
-
-class _Strict(Request):
-    """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair, bounded depth."""
-
-    async def json(self) -> Any:
-        try:
-            return parse(await self.body())
-        except ValueError as error:
-            # the one kind of exception that FastAPI lets through here
-            raise HTTPException(400, sentence(f"no JSON ({error})", "a JSON object", "check the body")) from error
-
-
-class _Route(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            try:
-                return await handle(_Strict(request.scope, request.receive))
-            except VeneerError as error:
-                return refusal.of(error).response()
-
-        return strict
-
-
-router = APIRouter(route_class=_Route)
+router = APIRouter(route_class=Route)
 
 
 def create(service: Service, *routers: Any) -> FastAPI:
@@ -184,57 +100,6 @@ def _bug(request: Request, error: Exception) -> Response:
     return Refusal(500, sentence("a bug in the server", "an answer", "tell whoever runs it"), code="bug").response()
 
 
-# ---------------------------------------------------------------------------------------------- who, and what
-
-
-def _service(request: Request) -> Service:
-    return request.app.state.service
-
-
-def _key(request: Request) -> Key:
-    key = getattr(request.state, "key", None)
-    if key is None:
-        raise no_key(request.headers)
-    return key
-
-
-def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
-    if not key.admin:
-        message = sentence(f"key {key.name!r}, which is no admin key", "one with admin = true", "use another")
-        raise Refusal(403, message, code="admin_only")
-    return key
-
-
-Serving = Annotated[Service, Depends(_service)]
-Asker = Annotated[Key, Depends(_key)]
-Admin = Annotated[Key, Depends(_admin)]
-
-
-async def chosen(service: Service, key: Key, model: str, blend: dict[str, float] | None) -> dict[str, float]:
-    """The adapters that a call means: {name: weight}, {} for the base.
-
-    Raises:
-        Refusal: 404 for a name that is not there and for one that the key may not use, in the same words.
-    """
-    if blend is not None:
-        if model != service.base:
-            found = f"adapters beside the model {model[:120]!r}"
-            message = sentence(found, f"model {service.base!r}", "name the base, and each adapter in adapters")
-            raise Refusal(400, message, param="adapters")
-        names = tuple(blend)
-    else:
-        own = model.removeprefix(f"{service.base}:")
-        names = () if model == service.base else (own,)
-    if not key.may_use(names):
-        raise refusal.no_such_model(names[0] if len(names) == 1 else model)
-    if not all(map(service.catalogue.known, names)):
-        await asyncio.to_thread(service.catalogue.refresh, force=False)
-        for name in names:
-            if not service.catalogue.known(name):
-                raise refusal.no_such_model(name)
-    return dict.fromkeys(names, 1.0) if blend is None else blend
-
-
 # ---------------------------------------------------------------------------------------------- the operator's
 
 
@@ -245,8 +110,10 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(service: Serving) -> Response:
-    if not service.ready:
+    if service.draining:
         raise refusal.draining()
+    if not service.ready:
+        raise Refusal(503, sentence("an engine that does not run", "one that does", "look at the log, start it again"))
     return JSONResponse({"status": "ready"})
 
 
@@ -309,7 +176,7 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
     mix = await _may_generate(service, key, body)
-    prompt = await _in_text_thread(service, lambda: prompts.chat(service.tokenizer, body.messages))
+    prompt = await in_text_thread(service, lambda: prompts.chat(service.tokenizer, body.messages))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
@@ -333,7 +200,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in sent if body.echo]
         return tokens, texts
 
-    tokens, texts = await _in_text_thread(service, read)
+    tokens, texts = await in_text_thread(service, read)
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
@@ -347,11 +214,6 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
         raise Refusal(400, message, param="model", code="not_generative")
     prompts.check_schema(body.schema_of_answer())
     return mix
-
-
-def _in_text_thread(service: Service, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all."""
-    return asyncio.get_running_loop().run_in_executor(service.texts, work)
 
 
 def _form(
@@ -385,7 +247,7 @@ async def _answer(
         for number, prompt in enumerate(prompts_)
         for choice in range(body.n)
     ]
-    answers = Answers(service.engine, jobs)
+    answers = await _submitted(service, jobs)
     if not body.stream:
         content = await unless_gone(request, whole(answers, form))
         return Response(status_code=499) if content is None else JSONResponse(content)
@@ -403,6 +265,19 @@ async def _answer(
     return _Stream(answers, events(answers, form, first, pieces))
 
 
+async def _submitted(service: Service, jobs: list[Job]) -> Answers:
+    """The answers to some jobs. A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
+    if jobs[0].sampling.schema is None:
+        return Answers(service.engine, jobs, asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    made = in_text_thread(service, lambda: Answers(service.engine, jobs, loop))
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(lambda done: done.exception() or done.result().cancel())
+        raise
+
+
 class _Stream(StreamingResponse):
     """Server-sent events, which take their answers with them when the client goes away at any moment."""
 
@@ -415,24 +290,6 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answers.cancel()  # also where the iterator was never entered
-
-
-async def unless_gone(request: Request, work: Any) -> Any:
-    """What ``work`` gives; None, and it is cancelled, if the client goes away first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 # ---------------------------------------------------------------------------------------------- embeddings
@@ -452,12 +309,15 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
     def read() -> list[tuple[int, ...]]:
         return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in body.inputs()]
 
-    tokens = await _in_text_thread(service, read)
+    tokens = await in_text_thread(service, read)
     if max(map(len, tokens)) > service.length:
         found = f"an input of {max(map(len, tokens))} tokens"
         message = sentence(found, f"at most {service.length}", "shorten it")
         raise Refusal(400, message, param="input", code="context_length_exceeded")
-    vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
+    try:
+        vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
+    except AdapterError as error:  # as the engine has it
+        raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
     if vectors is None:
         return Response(status_code=499)
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()

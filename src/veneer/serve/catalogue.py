@@ -177,14 +177,7 @@ class Catalogue:
 
     def _bring(self, name: str, path: Path, old: Path | None) -> None:
         """Load ``path`` under a name; what stood there before stays if that fails."""
-        if old is not None:
-            self._bank.remove(name)
-        try:
-            self._bank.add(path, name=name)
-        except BaseException:
-            if old is not None:
-                self._bank.register(name, old)
-            raise
+        self._bank.add(path, name=name, replace=old is not None)
         self._paths[name] = path
 
     def _note(self, name: str, where: str | None, pin: bool | None) -> None:

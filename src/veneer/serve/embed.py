@@ -191,6 +191,8 @@ class Embedder:
             if len(batch) == self.rows or (batch and length * (len(batch) + 1) > self.tokens):
                 break
             longest = length
+            if not call.next and self.observer is not None:
+                self.observer.started(call.mix, time.monotonic() - call.began)
             batch.append((call, call.next))
             call.next += 1
             self._calls.popleft()

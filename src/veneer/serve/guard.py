@@ -70,7 +70,10 @@ class Guard:
         finally:
             who = scope.get("state", {}).get("key")
             path, seconds = ascii(scope["path"][:200])[1:-1], time.monotonic() - began
-            log.info("%s %s %s %s %.3fs", getattr(who, "name", "-"), scope["method"], path, status or "gone", seconds)
+            # what asks every few seconds is of interest when it fails
+            level = logging.DEBUG if status == 200 and scope["path"] in ALWAYS else logging.INFO
+            line = (getattr(who, "name", "-"), scope["method"], path, status or "gone", seconds)
+            log.log(level, "%s %s %s %s %.3fs", *line)
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)

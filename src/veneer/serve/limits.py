@@ -9,7 +9,7 @@ from __future__ import annotations
 #: bytes of the names and values of all headers
 HEADERS = 16 * 2**10
 #: bytes of a body: some times the text of the longest context that is served
-BODY = 4 * 2**20
+BODY = 2**20
 #: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time

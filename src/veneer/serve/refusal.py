@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from veneer.errors import AdapterError, LibraryError, SelectionError, VeneerError, sentence
+from veneer.errors import AdapterError, BankFullError, LibraryError, SelectionError, VeneerError, sentence
 from veneer.serve.requests import Busy, RequestError
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -72,7 +72,7 @@ def of(error: VeneerError) -> Refusal:
             return Refusal(404, str(error), param="model", code="model_not_found")
         case AdapterError() | LibraryError():
             return Refusal(400, str(error), param="lora_path", code="bad_adapter")
-        case _ if type(error).__name__ == "BankFullError":
+        case BankFullError():
             return Refusal(503, str(error), code="out_of_memory", headers={RETRY: "5"})
         case _:
             return Refusal(400, str(error))
