@@ -253,13 +253,14 @@ class Bank:
         """
         done: Future[Lease] = Future()
         with self._changed:
-            entries = self._taken(mix)
-            if all(entry.held is not None for entry in entries):
-                done.set_result(self._lease(mix, entries))
+            _finite(mix)
+            if all(self._need(name).held is not None for name in mix):
+                done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank")
-            return self._loader.submit(self._loaded, mix, entries)
+            # It holds nothing while it waits for its turn: what is loaded before it may need the room.
+            return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
         """Load an adapter in the background, and keep it no more than any other."""
@@ -362,10 +363,7 @@ class Bank:
 
     def _taken(self, mix: Mapping[str, float]) -> list[_Entry]:
         """The entries of a blend, each with one user more: from now on none of them is evicted."""
-        for name, weight in mix.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                found = f"weight {weight!r} of {name!r}"
-                raise SelectionError(sentence(found, "a finite number", "correct it"))
+        _finite(mix)
         entries = [self._need(name) for name in mix]
         self._clock += 1
         for entry in entries:
@@ -502,12 +500,16 @@ def _mix(choice: Any) -> dict[str, float]:
     if isinstance(choice, str):
         return {choice: 1.0}
     if isinstance(choice, Mapping):
-        for name, weight in choice.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+        _finite(choice)
         return dict(choice)
     found = f"{choice!r} for a row"
     raise SelectionError(sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these"))
+
+
+def _finite(mix: Mapping[str, float]) -> None:
+    for name, weight in mix.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
 
 
 def _expected(path: Path) -> int:
