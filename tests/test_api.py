@@ -8,8 +8,10 @@ import threading
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from api_server import BASE, adapter_at, serving, until
+from veneer.serve.schemas import CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +276,33 @@ def test_bodies_that_are_no_json(it, route, body):
         answer = http.post(f"/v1/{route}", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+MANY = 200_000
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": [{}] * MANY}, {"prompt": [""] * MANY}, {"prompt": [[]] * MANY}, {"prompt": [[{}] * MANY]},
+        {"stop": [{}] * MANY}, {"adapters": dict.fromkeys(map(str, range(60_000)), "")},
+        dict.fromkeys(map(str, range(60_000)), 1), {"response_format": {"type": "x" * 900_000}},
+    ],
+    ids=["objects", "texts", "lists", "inner", "stops", "blend", "fields", "tag"],
+)  # fmt: skip
+def test_a_body_full_of_errors_costs_no_more_than_its_first_one(field):
+    """An error object for each of them took seconds, in the loop that serves everybody."""
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"model": BASE, "prompt": "a", **field})
+    assert caught.value.error_count() <= 12
+
+
+def test_the_answer_to_a_wrong_body_is_short(it):
+    body = {"model": BASE, "prompt": "a", "response_format": {"type": "x" * 900_000}}
+    with it.http() as http:
+        answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert len(answer.content) < 1000
 
 
 def test_a_body_of_another_type_is_refused(it):

@@ -79,7 +79,7 @@ def _invalid(request: Request, error: Any) -> Response:
     elif first["type"] in ("missing", "model_attributes_type") and not where:
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
     else:
-        message = sentence(f"{path}: {first['msg']}", "what the API's reference says", "change it")
+        message = sentence(f"{path}: {first['msg'][:300]}", "what the API's reference says", "change it")
     return Refusal(400, message, param=param and param[:200], code=first["type"]).response()
 
 
