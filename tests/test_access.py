@@ -192,3 +192,25 @@ def test_an_error_inside_is_for_the_operator_to_read(it):
             assert ("/secret/path" in str(caught.value)) is shown
     finally:
         it.engine.fails = ""
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "hidden"),
+    [
+        ("bad_adapter", 400, True),
+        ("model_not_found", 404, True),
+        ("out_of_memory", 503, False),
+        ("bad_request", 400, False),
+    ],
+)
+def test_a_cause_has_its_status_and_its_words_are_for_whom_they_concern(it, cause, status, hidden):
+    it.engine.fails, it.engine.cause = "Found: /secret/path.", cause
+    try:
+        for key, shown in (("alice", not hidden), ("operator", True)):
+            for stream in (False, True):
+                with pytest.raises(openai.APIStatusError) as caught:
+                    it.client(key).completions.create(model="french", prompt="a", stream=stream)
+                assert caught.value.status_code == status
+                assert ("/secret/path" in str(caught.value)) is shown
+    finally:
+        it.engine.fails, it.engine.cause = "", None

@@ -176,7 +176,7 @@ def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
 def test_a_token_that_the_schema_refuses_is_an_error():
     pytest.importorskip("llguidance")
     row = chooser(Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
-    with pytest.raises(RuntimeError, match="refuses token"):
+    with pytest.raises(RequestError, match="cannot follow"):
         row.accept(tiny_tokenizer().convert_tokens_to_ids("x"))
 
 

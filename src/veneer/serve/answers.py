@@ -130,11 +130,30 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
             message = sentence("an answer that was cancelled", "one that ends", "send the request again")
             return Refusal(503, message, code="cancelled", headers={"Retry-After": "5"})
         case "error":
-            why = piece.error or "no reason given"
-            message = why if candid else sentence("an error in the server", "an answer", "tell whoever runs it")
-            return Refusal(500, message, code="engine_error")
+            return _error(piece, candid)
         case _:
             return None
+
+
+def _error(piece: Piece, candid: bool) -> Refusal:
+    """The same statuses as where the cause is found before an answer begins (``refusal.of``)."""
+    why = piece.error or "no reason given"
+    match piece.cause:
+        case "bad_request":
+            return Refusal(400, why, param="response_format")
+        case "bad_adapter":
+            said = sentence(
+                "an adapter that cannot be loaded", "a whole one of this base", "tell whoever runs the server"
+            )
+            return Refusal(400, why if candid else said, param="model", code="bad_adapter")
+        case "model_not_found":
+            said = sentence("an adapter that is served no more", "one that is", "GET /v1/models lists yours")
+            return Refusal(404, why if candid else said, param="model", code="model_not_found")
+        case "out_of_memory":
+            return Refusal(503, why, code="out_of_memory", headers={"Retry-After": "5"})
+        case _:
+            said = sentence("an error in the server", "an answer", "tell whoever runs it")
+            return Refusal(500, why if candid else said, code="engine_error")
 
 
 async def whole(answers: Answers, form: Form) -> dict[str, Any]:

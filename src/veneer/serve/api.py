@@ -21,14 +21,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from veneer.errors import AdapterError, VeneerError, sentence
+from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
 from veneer.serve import limits, prompts, refusal
 from veneer.serve.access import Key
 from veneer.serve.answers import Answers, Form, events, failure, whole
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Piece
+from veneer.serve.requests import Piece, cause_of
 from veneer.serve.requests import Request as Job
 from veneer.serve.schemas import (
     Asked,
@@ -316,8 +316,9 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
         vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
-    except AdapterError as error:  # as the engine has it
-        raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
+    except (AdapterError, SelectionError) as error:  # as the engine has it
+        piece = Piece("", finish="error", error=str(error), cause=cause_of(error))
+        raise failure(piece, key.admin) or error from error
     if vectors is None:
         return Response(status_code=499)
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()

@@ -49,12 +49,17 @@ class Chooser:
         """Go on behind ``token``; whether the schema ends there.
 
         Raises:
-            RuntimeError: the token is none that the schema's mask allowed.
+            RequestError: the grammar goes no further: the schema is more than llguidance's limits allow, or no value
+                fits it.
         """
         if self.matcher is None:
             return False
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            raise RuntimeError(f"the schema's grammar refuses token {token}: {self.matcher.get_error()}")
+            why = self.matcher.get_error().partition("\n")[0][:300]
+            raise RequestError(
+                f"Found: a schema that an answer cannot follow ({why}). Expected: a JSON schema of what llguidance "
+                "supports. Do: simplify it."
+            )
         return self.matcher.is_stopped()
 
 
