@@ -110,10 +110,8 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(service: Serving) -> Response:
-    if service.draining:
-        raise refusal.draining()
     if not service.ready:
-        raise Refusal(503, sentence("an engine that does not run", "one that does", "look at the log, start it again"))
+        raise service.unready()
     return JSONResponse({"status": "ready"})
 
 

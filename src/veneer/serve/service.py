@@ -23,6 +23,7 @@ from veneer.serve.embed import Embedder
 from veneer.serve.guard import no_key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Busy
 
 T = TypeVar("T")
 
@@ -62,6 +63,13 @@ class Service:
     def ready(self) -> bool:
         return not self.draining and (self.engine is None or self.engine.ready)
 
+    def unready(self) -> Refusal:
+        """Why it takes no requests."""
+        if self.draining:
+            return refusal.draining()
+        message = sentence("an engine that does not run", "one that does", "look at the log, start it again")
+        return Refusal(503, message, code="engine_stopped")
+
     def drain(self, seconds: float) -> None:
         """Refuse what is new and wait until nothing runs, at most ``seconds``."""
         self.draining = True
@@ -96,6 +104,9 @@ class Route(APIRoute):
         async def strict(request: Request) -> Response:
             try:
                 return await handle(_Strict(request.scope, request.receive))
+            except Busy as error:  # also what ended while its prompt was read, and what an engine that died refuses
+                service: Service = request.app.state.service
+                return (refusal.of(error) if service.ready else service.unready()).response()
             except VeneerError as error:
                 return refusal.of(error).response()
 
