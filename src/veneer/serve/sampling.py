@@ -25,6 +25,11 @@ from veneer.serve.requests import RequestError, Sampling
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
 
+#: What a schema allows between two parts of a JSON text: nothing, a space, or a line break with its indentation.
+#: llguidance's default is any amount, and a small model that has nothing else to say fills its answer with it. None at
+#: all would forbid the ", " and the line breaks that models were trained to write.
+LAYOUT = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -225,7 +230,7 @@ class Schemas:
                 ) from error
             self._known = known
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
         except (TypeError, ValueError) as error:
             raise _not_understood(error) from error
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
