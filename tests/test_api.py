@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import httpx
 import openai
@@ -95,6 +96,22 @@ def test_chat_stream(client):
     assert chunks[-1].usage.completion_tokens == 8
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_no_text_of_a_model_ends_an_event(it, monkeypatch):
+    """Read with httpx, whose lines end at each of these."""
+    said = "a\u2028data: [DONE]\u2029b\x85c\r\nd\x1ce\n\ndata: f"
+    tokens = it.engine._write
+
+    def write(ticket, deliver):
+        tokens(ticket, lambda piece: deliver(replace(piece, text=said if piece.text else "")))
+
+    monkeypatch.setattr(it.engine, "_write", write)
+    body = {"model": BASE, "prompt": "a", "max_tokens": 2, "stream": True}
+    with it.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == said * 2
 
 
 def test_chat_stream_of_several_answers(client):

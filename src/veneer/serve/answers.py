@@ -20,6 +20,9 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Piece, Request, Token
 
 DONE = b"data: [DONE]\n\n"
+#: what JSON leaves as it is and some readers of lines (httpx's, and whatever uses str.splitlines) take for their end: a
+#: model could break an event with it, or write one of its own
+LINE_ENDS = tuple((chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029))
 
 
 class Answers:
@@ -236,7 +239,10 @@ def _event(form: Form, index: int, said: dict[str, Any], shown: Any = None, fini
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    for end, escaped in LINE_ENDS:
+        text = text.replace(end, escaped)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
