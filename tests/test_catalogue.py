@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,24 @@ def test_a_folder_that_is_not_whole_is_served_when_it_is(folder, caplog):
     assert caplog.text.count("Not served") <= 1
     (folder / "new" / "adapter_model.safetensors").touch()
     assert "new" in catalogue.refresh(force=True)
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other(folder, monkeypatch):
+    """Root may read everything, so the system's answer is given here."""
+    adapter_at(folder / "locked")
+    is_file = Path.is_file
+
+    def refuses(path):
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuses)
+    catalogue = opened(folder)
+    assert catalogue.refresh() == ("french", "german")
+    with pytest.raises(Refusal) as caught:
+        catalogue.load("mine", "locked")
+    assert caught.value.status == 404
 
 
 def test_no_folder(tmp_path):
@@ -159,6 +178,22 @@ def test_a_loaded_name_is_there_after_a_restart(folder):
     assert again._bank.paths["fr"] == folder.resolve() / "runs/7/adapter"
 
 
+def test_a_pinned_adapter_that_is_damaged_later_stops_no_start(folder, monkeypatch, caplog):
+    opened(folder).load("french", None, pin=True)
+    opened(folder).load("german", None, pin=True)
+    again, pin = opened(folder), FakeBank.pin
+
+    def refuses(bank, name):
+        if name == "french":
+            raise AdapterError("Found: a damaged adapter.")
+        pin(bank, name)
+
+    monkeypatch.setattr(FakeBank, "pin", refuses)
+    again.restore_pins()
+    assert again._bank.pinned == {"german"}
+    assert "'french' was pinned" in caplog.text
+
+
 def test_an_unloaded_name_stays_away_until_it_is_loaded(folder):
     catalogue = opened(folder)
     catalogue.load("fr", "runs/7/adapter")
@@ -230,6 +265,8 @@ def test_a_memory_that_is_damaged_later_stops_nothing(folder, caplog):
     (folder / MEMORY).write_text("{")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert "damaged" in caplog.text
+    catalogue.refresh()
+    assert caplog.text.count("cannot be read") == 1  # whoever asks for a name that is not there
     with pytest.raises(ConfigError):
         catalogue.unload("french")
     assert catalogue.known("french")

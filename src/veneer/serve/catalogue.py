@@ -89,6 +89,15 @@ class Catalogue:
         """What was pinned through the API, and is there."""
         return () if self.folder is None else tuple(sorted(self._memory.pinned & self._paths.keys()))
 
+    def restore_pins(self) -> None:
+        """Load what was pinned through the API. What is damaged by now, or has no room, is named in the log: a server
+        that would not start for it would serve nobody."""
+        for name in self.pinned:
+            try:
+                self._bank.pin(name)
+            except (VeneerError, OSError) as error:
+                log.warning("Adapter %r was pinned and cannot be loaded: %s", name, error)
+
     # ------------------------------------------------------------------------------------------ reading
 
     def known(self, name: str) -> bool:
@@ -109,6 +118,7 @@ class Catalogue:
                 self._sync()
             except (OSError, VeneerError) as error:  # what is registered goes on being served
                 log.warning("The adapter folder cannot be read: %s", error)
+                self._looked = time.monotonic()  # what fails is not tried more often than what succeeds
             finally:
                 self._lock.release()
         return tuple(sorted(self._paths))
@@ -221,7 +231,7 @@ class Catalogue:
         """Register what lies at ``path``; a folder that is no whole adapter (yet) is left out."""
         try:
             self._bank.register(name, path)
-        except AdapterError as error:
+        except (AdapterError, OSError) as error:
             if self._broken.get(name) != str(error):
                 self._broken[name] = str(error)
                 log.warning("Not served: %s", error)
@@ -242,7 +252,7 @@ class Catalogue:
                 if not _NAME.fullmatch(entry.name) or entry.name == self.base:
                     continue
                 path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
-                if path is not None and (path / peft.CONFIG).is_file():
+                if path is not None and _is_adapter(path):
                     found[entry.name] = path
         return found
 
@@ -273,7 +283,7 @@ class Catalogue:
             message = sentence(f"lora_path {where[:200]!r}", expected, "name a folder in the adapter folder")
             raise Refusal(400, message, param="lora_path", code="bad_path")
         path = _within(top, where)
-        if path is None or not (path / peft.CONFIG).is_file():  # what lies outside looks like what is not there
+        if path is None or not _is_adapter(path):  # what lies outside looks like what is not there
             message = sentence(
                 f"no adapter at {where[:200]!r} in the adapter folder", f"a folder with {peft.CONFIG}", "check the path"
             )
@@ -341,6 +351,14 @@ def _within(top: Path, where: str) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # not there, a name too long, a loop of links
         return None
     return path if path.is_relative_to(top) and path != top else None
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether an adapter's configuration lies there; a folder that may not be read is none, and hides no other."""
+    try:
+        return (path / peft.CONFIG).is_file()
+    except OSError:
+        return False
 
 
 def _check_name(name: str, base: str) -> None:
