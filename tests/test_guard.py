@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -335,6 +336,26 @@ def test_the_page_still_loads_while_the_server_drains(tmp_path):
         assert http.get(f"/web/{page.DIGEST}/page.js").status_code == 200
         assert http.get("/web/%2e%2e/v1/models").status_code == 404
         assert http.get("/v1/models").status_code == 503
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
+    """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429 at once."""
+    text, begun, go = "a" * 900_000, threading.Event(), threading.Event()
+    it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+    assert begun.wait(10)
+    said = {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    body, url = {"model": BASE, **said}, f"{it.url}/v1/{route}"
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(8)]
+        refused = next(as_completed(waiting, 20)).result()
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        go.set()
+        found = sorted(answer.result().status_code for answer in waiting)
+    assert found == [400] * 4 + [429] * 4
+    assert it.client().completions.create(model=BASE, prompt="a").choices
+    assert it.service.reading == 0
 
 
 def test_a_request_that_meets_the_end_of_the_engine_gets_503(tmp_path):

@@ -174,7 +174,8 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
     mix = await _may_generate(service, key, body)
-    prompt = await in_text_thread(service, lambda: prompts.chat(service.tokenizer, body.messages))
+    size = sum(message.size for message in body.messages)
+    prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
@@ -198,7 +199,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in sent if body.echo]
         return tokens, texts
 
-    tokens, texts = await in_text_thread(service, read)
+    tokens, texts = await in_text_thread(service, sum(map(len, sent)), read)
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
@@ -268,7 +269,7 @@ async def _submitted(service: Service, jobs: list[Job]) -> Answers:
     if jobs[0].sampling.schema is None:
         return Answers(service.engine, jobs, asyncio.get_running_loop())
     loop = asyncio.get_running_loop()
-    made = in_text_thread(service, lambda: Answers(service.engine, jobs, loop))
+    made = in_text_thread(service, limits.READING_SCHEMA, lambda: Answers(service.engine, jobs, loop))
     try:
         return await asyncio.shield(made)
     except asyncio.CancelledError:
@@ -304,10 +305,12 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
         raise Refusal(400, message, param="dimensions")
 
-    def read() -> list[tuple[int, ...]]:
-        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in body.inputs()]
+    sent = body.inputs()
 
-    tokens = await in_text_thread(service, read)
+    def read() -> list[tuple[int, ...]]:
+        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in sent]
+
+    tokens = await in_text_thread(service, sum(map(len, sent)), read)
     if max(map(len, tokens)) > service.length:
         found = f"an input of {max(map(len, tokens))} tokens"
         message = sentence(found, f"at most {service.length}", "shorten it")

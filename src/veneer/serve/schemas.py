@@ -86,6 +86,11 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
     name: Annotated[str, Field(max_length=limits.NAME)] | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters of its text."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

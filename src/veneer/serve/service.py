@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError, sentence
 from veneer.headers import parse
-from veneer.serve import refusal
+from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
@@ -55,6 +55,7 @@ class Service:
     timeout: float = 600.0
     hosts: tuple[str, ...] | None = None
     draining: bool = False
+    reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
     admin: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-admin"))
@@ -164,9 +165,24 @@ async def chosen(service: Service, key: Key, model: str, blend: dict[str, float]
     return dict.fromkeys(names, 1.0) if blend is None else blend
 
 
-def in_text_thread(service: Service, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all."""
-    return asyncio.get_running_loop().run_in_executor(service.texts, work)
+def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
+    """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits for it is bounded
+    by its size, in characters: a large text takes a second, and a short one behind forty of them would seem to hang.
+
+    Raises:
+        Busy: too much waits already.
+    """
+    if service.reading and service.reading + size > limits.READING:
+        found = f"{service.reading:,} characters that wait to be read"
+        raise Busy(sentence(found, f"at most {limits.READING:,}", "send it again later"), 2.0)
+
+    def read(_: Any) -> None:
+        service.reading -= size
+
+    service.reading += size
+    reading = asyncio.get_running_loop().run_in_executor(service.texts, work)
+    reading.add_done_callback(read)
+    return reading
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
