@@ -167,6 +167,8 @@ def test_a_blend_needs_leave_for_all_of_it(it):
 def test_a_key_without_the_base(it):
     with pytest.raises(openai.NotFoundError):
         ask(it.client("bob"), BASE)
+    with pytest.raises(openai.NotFoundError):
+        ask(it.client("bob"), BASE, adapters={"german": 0.0})
     ask(it.client("bob"), f"{BASE}:german")
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,20 @@ def test_a_pinned_adapter_that_is_damaged_later_stops_no_start(folder, monkeypat
     again.restore_pins()
     assert again._bank.pinned == {"german"}
     assert "'french' was pinned" in caplog.text
+
+
+def test_two_servers_of_one_folder_forget_nothing_of_each_other(folder):
+    """Each writes what it read a moment ago, with what is new; in between the other one may not."""
+    servers = [opened(folder), opened(folder)]
+    with ThreadPoolExecutor(2) as pool:
+        done = [
+            pool.submit(lambda s=server, n=number: [s.load(f"s{n}-{i}", "runs/7/adapter") for i in range(25)])
+            for number, server in enumerate(servers)
+        ]
+        for one in done:
+            one.result(60)
+    assert len(json.loads((folder / MEMORY).read_text())["names"]) == 50
+    assert len(servers[0].refresh(force=True)) == 52
 
 
 def test_an_unloaded_name_stays_away_until_it_is_loaded(folder):

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,11 @@ class Catalogue:
             if name not in self._paths:
                 message = f"The lora adapter {name[:128]!r} cannot be found{nearest(name, self._paths)}."
                 raise Refusal(404, message, param="lora_name", code="model_not_found", kind="NotFoundError")
-            memory = self._recall()
-            names = {other: path for other, path in memory.names.items() if other != name}
-            hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
-            self._remember(Memory(names, memory.pinned - {name}, hidden))
+            with _alone(self._top()):
+                memory = self._recall()
+                names = {other: path for other, path in memory.names.items() if other != name}
+                hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
+                self._remember(Memory(names, memory.pinned - {name}, hidden), memory)
             self._drop(name)
         log.info("Unloaded adapter %r", name)
 
@@ -191,14 +192,15 @@ class Catalogue:
 
     def _note(self, name: str, where: str | None, pin: bool | None) -> None:
         """Remember a loaded name."""
-        memory = self._recall()
-        own, names = self._scan().get(name), dict(memory.names)
-        if own == self._paths[name]:
-            names.pop(name, None)
-        elif where is not None:
-            names[name] = where
-        pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
-        self._remember(Memory(names, pinned, memory.hidden - {name}))
+        with _alone(self._top()):
+            memory = self._recall()
+            own, names = self._scan().get(name), dict(memory.names)
+            if own == self._paths[name]:
+                names.pop(name, None)
+            elif where is not None:
+                names[name] = where
+            pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
+            self._remember(Memory(names, pinned, memory.hidden - {name}), memory)
 
     # ------------------------------------------------------------------------------------------ the folder
 
@@ -311,8 +313,8 @@ class Catalogue:
             found = f"{file}, which is damaged ({error})"
             raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
 
-    def _remember(self, memory: Memory) -> None:
-        if memory != self._memory:
+    def _remember(self, memory: Memory, before: Memory) -> None:
+        if memory != before:
             write_whole(self._top() / MEMORY, memory.text())
         self._memory = memory
 
@@ -332,6 +334,26 @@ class _Nobody:
 
     def register(self, name: str, path: Path) -> None: ...
     def remove(self, name: str) -> None: ...
+
+
+@contextmanager
+def _alone(top: Path) -> Iterator[None]:
+    """No other server of this folder changes ``served.json`` meanwhile. The folder itself is locked, since one that is
+    mounted to be read only can hold no file for it. Where the system locks no folders, one server is all there is."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(top, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:  # closing is not enough: a process that was forked meanwhile holds the folder open too
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        os.close(folder)
 
 
 @contextmanager

@@ -155,7 +155,8 @@ async def chosen(service: Service, key: Key, model: str, blend: dict[str, float]
     else:
         own = model.removeprefix(f"{service.base}:")
         names = () if model == service.base else (own,)
-    if not key.may_use(names):
+    nothing = blend is not None and not any(blend.values())  # which is the base alone
+    if not key.may_use(names) or (nothing and not key.base):
         raise refusal.no_such_model(names[0] if len(names) == 1 else model)
     if not all(map(service.catalogue.known, names)):
         await asyncio.to_thread(service.catalogue.refresh, force=False)
