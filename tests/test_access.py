@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from concurrent.futures import Future
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from api_server import BASE, serving
 from veneer.errors import ConfigError
 from veneer.serve.access import ANYONE, Key, Keyring, generate, hash_of, read_keys
+from veneer.serve.refusal import Refusal
 
 
 def ring(**keys):
@@ -194,6 +196,22 @@ def test_an_error_inside_is_for_the_operator_to_read(it):
             assert ("/secret/path" in str(caught.value)) is shown
     finally:
         it.engine.fails = ""
+
+
+def test_so_is_one_of_embeddings(it, monkeypatch):
+    class Fails:
+        width = 3
+
+        def submit(self, texts, mix, timeout):
+            future = Future()
+            future.set_exception(Refusal(500, "Found: /secret/path.", code="engine_error"))
+            return future
+
+    monkeypatch.setattr(it.service, "embedder", Fails())
+    for key, shown in (("alice", False), ("operator", True)):
+        with pytest.raises(openai.InternalServerError) as caught:
+            it.client(key).embeddings.create(model="french", input="a")
+        assert ("/secret/path" in str(caught.value)) is shown
 
 
 @pytest.mark.parametrize(

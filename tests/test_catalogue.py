@@ -293,6 +293,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
 
     monkeypatch.setattr("veneer.serve.catalogue.write_whole", refuses)
     catalogue = opened(folder)
+    catalogue._bank.pin("french")
     for name in ("fr", "french"):
         with pytest.raises(Refusal, match="nothing was changed") as caught:
             catalogue.load(name, "runs/7/adapter", inplace=True)
@@ -301,6 +302,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
         catalogue.unload("french")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert catalogue._bank.paths["french"] == folder.resolve() / "french"
+    assert catalogue._bank.pinned == {"french"}
 
 
 # ---------------------------------------------------------------------------------------------- a library

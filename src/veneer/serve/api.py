@@ -320,6 +320,10 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
     except (AdapterError, SelectionError) as error:  # as the engine has it
         piece = Piece("", finish="error", error=str(error), cause=cause_of(error))
         raise failure(piece, key.admin) or error from error
+    except Refusal as error:
+        if error.code != "engine_error":
+            raise
+        raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
     if vectors is None:
         return Response(status_code=499)
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()

@@ -143,7 +143,9 @@ class Catalogue:
             self._sync()
             old = self._paths.get(name)
             path = self._path(name, where)
-            resident = {entry.name for entry in self._bank.status() if entry.resident}
+            status = self._bank.status()
+            resident = {entry.name for entry in status if entry.resident}
+            pinned = {entry.name for entry in status if entry.pinned}
             if old is not None and not inplace and (path != old or (name in resident and pin is None)):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
@@ -156,6 +158,8 @@ class Catalogue:
                 self._drop(name)
                 if old is not None:
                     self._enter(name, old)
+                    if name in pinned:
+                        self._bank.pin(name)
                 raise
             if pin is not None:
                 (self._bank.pin if pin else self._bank.unpin)(name)
