@@ -188,6 +188,19 @@ def test_a_template_that_is_not_there_or_refuses(it, client, monkeypatch, templa
 # ---------------------------------------------------------------------------------------------- completions
 
 
+def test_probabilities_are_written_out_beside_the_loop(client, monkeypatch):
+    """The largest answer has 640,000 of them: seconds in which nobody else's stream would go on."""
+    from veneer.serve import answers
+
+    threads, made = [], answers._choice
+    monkeypatch.setattr(
+        answers, "_choice", lambda *args: threads.append(threading.current_thread().name) or made(*args)
+    )
+    client.chat.completions.create(model=BASE, messages=HELLO, logprobs=True, n=2)
+    assert len(threads) == 2
+    assert all(name.startswith("asyncio") for name in threads)
+
+
 def test_completion(it, client):
     answer = client.completions.create(model="german", prompt="abc")
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (TEXT, "stop")

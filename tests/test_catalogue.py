@@ -269,10 +269,28 @@ def test_a_damaged_memory(folder):
         "[]",
         '{"format": 2}',
         '{"format": 1, "names": {"../x": {"path": "a"}}, "pinned": [], "hidden": []}',
+        '{"format": 1, "names": {}, "pinned": "french", "hidden": []}',
+        '{"format": 1, "names": {}, "pinned": [], "hidden": {"french": 1}}',
     ):
         (folder / MEMORY).write_text(text)
         with pytest.raises(ConfigError, match="damaged"):
             opened(folder)
+
+
+@pytest.mark.timeout(20)
+def test_a_memory_that_never_ends(folder):
+    for make in (lambda file: file.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir):
+        make(folder / MEMORY)
+        with pytest.raises(ConfigError, match="no regular file"):
+            opened(folder)
+        (folder / MEMORY).rmdir() if (folder / MEMORY).is_dir() else (folder / MEMORY).unlink()
+
+
+def test_a_name_that_is_the_bases_now_is_not_served_twice(folder):
+    """The server was started with another --name when it was loaded."""
+    Catalogue(folder, FakeBank(), "other").load(BASE, "runs/7/adapter")
+    assert opened(folder).refresh() == ("french", "german")
+    assert Catalogue(folder, FakeBank(), "other").refresh() == ("french", "german", BASE)
 
 
 def test_a_memory_that_is_damaged_later_stops_nothing(folder, caplog):

@@ -249,7 +249,9 @@ async def _answer(
     answers = await _submitted(service, jobs)
     if not body.stream:
         content = await unless_gone(request, whole(answers, form))
-        return Response(status_code=499) if content is None else JSONResponse(content)
+        if content is None:
+            return Response(status_code=499)
+        return await asyncio.to_thread(JSONResponse, content) if form.logprobs else JSONResponse(content)
     pieces = answers.pieces()
     try:
         first = await unless_gone(request, anext(pieces))  # an answer that never starts gets a status of its own

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -220,6 +221,8 @@ class Catalogue:
         memory = self._memory = self._recall()
         wanted = {name: path for name, path in found.items() if name not in memory.hidden}
         for name, where in memory.names.items():
+            if name == self.base:  # the base was called otherwise when this was loaded
+                continue
             try:
                 wanted[name] = self.inside(where)
             except (Refusal, AdapterError, LibraryError):
@@ -301,12 +304,17 @@ class Catalogue:
     def _recall(self) -> Memory:
         file = self._top() / MEMORY
         try:
-            if file.stat().st_size > MAX_MEMORY:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and a device never ends
+                raise ValueError("no regular file")
+            if status.st_size > MAX_MEMORY:
                 raise ValueError(f"more than {MAX_MEMORY:,} bytes")
             content = parse(file.read_bytes())
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             names = {name: entry["path"] for name, entry in content["names"].items()}
+            if not isinstance(content["pinned"], list) or not isinstance(content["hidden"], list):
+                raise ValueError("no lists of names")
             words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
             if not all(isinstance(word, str) for word in words) or not all(map(_NAME.fullmatch, names)):
                 raise ValueError("names that are none")
