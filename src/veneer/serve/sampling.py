@@ -28,7 +28,7 @@ CANDIDATES = 1024
 #: What a schema allows between two parts of a JSON text: nothing, a space, or a line break with its indentation.
 #: llguidance's default is any amount, and a small model that has nothing else to say fills its answer with it. None at
 #: all would forbid the ", " and the line breaks that models were trained to write.
-LAYOUT = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
+LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
 
 
 @dataclass(frozen=True)
