@@ -436,7 +436,7 @@ def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("vocabulary", "blocks", "compiled"), [(12288, 12, False), (65536, 3, True)])
 def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, tmp_path):
-    """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The second leaves enough for
+    """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The second has room for
     numba's own code."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
