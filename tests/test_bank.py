@@ -322,6 +322,24 @@ def test_a_budget_of_bytes_decides_what_stays(tmp_path):
     assert "d" in resident()
 
 
+def test_what_waits_to_be_loaded_holds_nothing(tmp_path):
+    """A blend that waits behind a load must not keep in memory what that load has to evict."""
+    model = saved(Linears(), tmp_path, *"abc")
+    size = veneer.Bank(model)
+    one = size.add(tmp_path / "a") and size.nbytes
+    size.close()
+    bank = veneer.Bank(model, capacity_bytes=2 * one)
+    for name in "abc":
+        bank.register(name, tmp_path / name)
+    lease = bank.acquire({"a": 1.0}).result(10)
+    with bank._loading:  # a load that takes long
+        first, second = bank.acquire({"b": 1.0}), bank.acquire({"a": 0.5, "c": 0.5})
+        lease.release()
+    first.result(10).release()
+    second.result(10).release()
+    bank.close()
+
+
 def test_a_name_that_comes_again_is_another_adapter(tmp_path):
     model = saved(Linears(), tmp_path, "a", "b")
     expected = {name: alone(model, tmp_path, name, torch.ones(1, 12)) for name in "ab"}

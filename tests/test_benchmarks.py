@@ -14,6 +14,7 @@ from scripts import bench_page
 
 import candidates
 import compose
+import engine
 import forward
 import frozen
 import import_time
@@ -53,6 +54,7 @@ def recorded(base, tmp_path_factory) -> Path:
         train_step.main([*few, *out, "--rank", "4", "--runs", "1"])
         train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
+        engine.main([*SHAPE, *out, "--runs", "1", "--dtype", "float32"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
         planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
         compose.main(["--quick", *out, "--runs", "1"])
@@ -221,6 +223,17 @@ def test_forward(recorded):
     assert result["calls"].keys() == {"bare", "veneer", "peft"}
 
 
+def test_engine(recorded):
+    """The engine, `generate` and `generate_batch` answer the same requests."""
+    cases = written(recorded, "engine")["cases"]
+    assert [case["setting"]["phase"] for case in cases] == ["prefill", "decode"]
+    for case in cases:
+        assert list(case["rows"]) == ["transformers, generate", "transformers, continuous batching", "veneer"]
+        for row in case["rows"].values():
+            check(row)
+            assert row["rate"] > 0
+
+
 def test_compose(recorded):
     """PEFT's adapter is Veneer's, which the program measures too."""
     case = written(recorded, "compose")
@@ -287,7 +300,8 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     assert bench_page.readme() == ""
     monkeypatch.setattr(bench_page, "RESULTS", recorded)
     page, readme = bench_page.page(), bench_page.readme()
-    for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
+    elsewhere = {"train_step_tuned", "train_step_grid", "attach", "serve", "serve_cold", "serve_vanish"}
+    for name in bench_page.PROGRAMS.keys() - elsewhere:
         assert f"## {name}\n" in page
     assert page.count("> Predicted") == 11
     assert "| veneer, dropout |" in page

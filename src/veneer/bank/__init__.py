@@ -157,13 +157,17 @@ class Bank:
                 raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
             self._entries[name] = _Entry(name, path)
 
-    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False) -> str:
-        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now.
+    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False) -> str:
+        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now. ``replace`` lets
+        it take the place of what has the name already, at the moment when it is loaded; both are in memory until then.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
         """
         name = Path(path).name if name is None else name
+        if replace and name in self:
+            self._replace(name, Path(path), pin)
+            return name
         self.register(name, path)
         try:
             self._acquire({name: 1.0}).release()
@@ -174,6 +178,23 @@ class Bank:
         if pin:
             self.pin(name)
         return name
+
+    def _replace(self, name: str, path: Path, pin: bool) -> None:
+        """Load an adapter beside the one of its name, and then let the name mean the new one."""
+        raise_all(AdapterError, f"{name!r} cannot be replaced", missing(path))
+        with self._changed:
+            self._open()
+            new = _Entry(name, path, users=1)
+            self._clock += 1
+            new.used = self._clock
+        lease = self._loaded({name: 1.0}, [new])
+        with self._changed:
+            old = self._entries.get(name)
+            self._entries[name] = new
+            new.pinned = pin or (old is not None and old.pinned)
+            if old is not None and not old.users:
+                self._drop(old)
+        lease.release()
 
     def remove(self, name: str) -> None:
         """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""
@@ -232,13 +253,14 @@ class Bank:
         """
         done: Future[Lease] = Future()
         with self._changed:
-            entries = self._taken(mix)
-            if all(entry.held is not None for entry in entries):
-                done.set_result(self._lease(mix, entries))
+            _finite(mix)
+            if all(self._need(name).held is not None for name in mix):
+                done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank")
-            return self._loader.submit(self._loaded, mix, entries)
+            # It holds nothing while it waits for its turn: what is loaded before it may need the room.
+            return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
         """Load an adapter in the background, and keep it no more than any other."""
@@ -341,10 +363,7 @@ class Bank:
 
     def _taken(self, mix: Mapping[str, float]) -> list[_Entry]:
         """The entries of a blend, each with one user more: from now on none of them is evicted."""
-        for name, weight in mix.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                found = f"weight {weight!r} of {name!r}"
-                raise SelectionError(sentence(found, "a finite number", "correct it"))
+        _finite(mix)
         entries = [self._need(name) for name in mix]
         self._clock += 1
         for entry in entries:
@@ -481,12 +500,16 @@ def _mix(choice: Any) -> dict[str, float]:
     if isinstance(choice, str):
         return {choice: 1.0}
     if isinstance(choice, Mapping):
-        for name, weight in choice.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+        _finite(choice)
         return dict(choice)
     found = f"{choice!r} for a row"
     raise SelectionError(sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these"))
+
+
+def _finite(mix: Mapping[str, float]) -> None:
+    for name, weight in mix.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
 
 
 def _expected(path: Path) -> int:

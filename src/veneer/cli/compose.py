@@ -83,8 +83,8 @@ def _base(base: str, adapter: str) -> dict[str, Any]:
     from veneer import models
     from veneer.artefact import read
     from veneer.cli.console import setup_logging
-    from veneer.extract.weights import of_folder
     from veneer.headers import read_json
+    from veneer.weights import of_folder
 
     setup_logging()
     folder = models.folder_of(base)

@@ -1,0 +1,228 @@
+"""A causal language model of transformers, called on slots.
+
+    logits = forward.fill(slots, …) | forward.decode(slots, …)      [rows, vocabulary], of each row's last token
+
+The model is changed in two ways while a Forward is open: its attention is taken from the slots in calls of the engine
+(and is what it was in all others), and in these calls the output head is given the last hidden state of each row
+alone. Whether the architecture can be served so is not believed but tried, once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from veneer.errors import ConfigError, sentence
+from veneer.serve import slots as slots_
+from veneer.serve.slots import NOW, Slots
+
+PREFIX = "veneer_slots_"
+
+Rows = Callable[[int], AbstractContextManager[Any]]
+
+
+class Forward:
+    """Calls of one model; ``close`` gives it back as it was.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+
+    Attributes:
+        logits: how many a token has.
+
+    Raises:
+        ConfigError: an architecture that cannot be called on slots.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if model.training:
+            raise ConfigError(sentence("a model in training mode", "one in eval mode", "call model.eval()"))
+        self.model, self.device = model, next(model.parameters()).device
+        self.attention = model.config._attn_implementation
+        parameters = inspect.signature(type(model).forward).parameters
+        self.cache = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        if self.cache is None or "position_ids" not in parameters:
+            raise self._refusal("its forward takes no cache and position_ids")
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise self._refusal(f"layers of {', '.join(sorted(kinds))}")
+        if getattr(model.config.get_text_config(), "kv_sharing_modes", None) is not None:
+            raise self._refusal("layers that share keys and values")
+        self._calls = 0
+        self._install()
+        head = model.get_output_embeddings()
+        self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
+        self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
+
+    def _refusal(self, found: str) -> ConfigError:
+        return ConfigError(
+            sentence(
+                f"{type(self.model).__name__}, {found}",
+                "an architecture whose attention goes through transformers' attention functions, causal, over all "
+                "tokens or a sliding window",
+                "serve it with --engine vllm",
+            )
+        )
+
+    def _install(self) -> None:
+        """Give the model an attention function that is the slots' within the engine's calls."""
+        if self.attention.startswith(PREFIX):
+            raise ConfigError(
+                sentence("a model that an engine serves", "one that none does", "close that engine first")
+            )
+        name = PREFIX + self.attention
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
+        try:
+            self.model.set_attn_implementation(name)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
+        if not self.model.config._attn_implementation.startswith(PREFIX):
+            raise self._refusal("an attention of its own")
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self.model.set_attn_implementation(self.attention)
+
+    # ------------------------------------------------------------------------------------------ calls
+
+    def fill(self, slots: Slots, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> Tensor:
+        """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1, … hold from column
+        ``start`` on."""
+        width = max(map(len, prompts))
+        # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
+        ids = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
+        positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
+        last = None
+        if width > 1:
+            last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
+        with slots.fill(first, len(prompts), width, start):
+            return self._logits(slots, ids, positions, last)
+
+    def decode(self, slots: Slots, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Logits [rows, vocabulary] behind one more token for each running row, of which it has ``lengths``."""
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        positions = torch.tensor(lengths, device=self.device)
+        with slots.decode(lengths, positions):
+            return self._logits(slots, ids, positions[:, None], None)
+
+    def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
+        NOW.last = last
+        try:
+            more: Any = {self.cache: slots}
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **more).logits
+        finally:
+            NOW.last = None
+        if logits.shape[1] > 1 and last is not None:  # a head that is no module
+            logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
+        return logits[:, -1]
+
+    # ------------------------------------------------------------------------------------------ the trial
+
+    def prove(self, length: int, rows: Rows = lambda count: nullcontext()) -> None:
+        """Try the calls on a few tokens, beside the model's own forward.
+
+        Raises:
+            ConfigError: the slots' logits are not the model's.
+        """
+        steps = min(9, length)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = [(37 * i + 11) % vocabulary for i in range(steps)]
+        with torch.inference_mode():
+            with rows(1):
+                wanted = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+            try:
+                found = dict(self._trial(ids, rows))
+            except (NotImplementedError, AttributeError, TypeError, RuntimeError, KeyError) as error:
+                raise self._refusal(f"which failed in a trial ({type(error).__name__}: {error})") from error
+        size = wanted.abs().amax().clamp_min(1e-3)
+        allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
+        for column, logits in found.items():
+            off = float((logits - wanted[column]).abs().amax() / size)
+            if not off < allowed:
+                raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
+
+    def _trial(self, ids: Sequence[int], rows: Rows) -> Any:
+        """Logits by column: of two rows that are filled and decode together, and of one that is extended."""
+        whole, half = len(ids), (len(ids) + 1) // 2
+        slots = Slots(2, whole, self.device)
+        with rows(2):
+            first = self.fill(slots, 0, [ids[: half - 1], ids[:half]] if half > 1 else [ids[:1], ids[:1]])
+        yield half - 1, first[1]
+        lengths = [max(1, half - 1), half]
+        while lengths[1] < whole:
+            with rows(2):
+                logits = self.decode(slots, [ids[n] for n in lengths], lengths)
+            yield lengths[1], logits[1]
+            lengths = [n + 1 for n in lengths]
+        one = Slots(1, whole, self.device)
+        with rows(1):
+            self.fill(one, 0, [ids[:half]])
+        if half < whole:
+            with rows(1):
+                yield whole - 1, self.fill(one, 0, [ids[half:]], start=half)[0]
+
+
+def context(config: Any) -> int | None:
+    """Positions that a row may have; None where the architecture sets no limit.
+
+    Rotary frequencies that change beyond a length are chosen for all rows of a call by its longest one. So rows end
+    before that length: no row's numbers may follow from its neighbours.
+    """
+    config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *(one for one in parameters.values() if isinstance(one, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rope.get("original_max_position_embeddings") or limits[0])
+            limits.append(getattr(config, "original_max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the head to read."""
+    last = getattr(NOW, "last", None)
+    if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
+        return None
+    hidden = inputs[0]
+    return (hidden[torch.arange(len(last), device=hidden.device), last][:, None], *inputs[1:])
+
+
+def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function under which slots and, outside of the engine's calls, the model's ``own`` are found."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any,
+        scaling: float | None = None, **further: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        if getattr(NOW, "slots", None) is not None:
+            return slots_.attend(query, key, value, scaling, further), None
+        if own == "eager":  # transformers keeps it beside each model
+            function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[own]
+        return function(module, query, key, value, attention_mask, *args, scaling=scaling, **further)
+
+    return attention
+
+
+def _mask(own: str) -> Callable[..., Any]:
+    """No mask in calls of the engine, the one of ``own`` in all others."""
+
+    def mask(*args: Any, **options: Any) -> Any:
+        if getattr(NOW, "slots", None) is not None:
+            return None
+        return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **options)
+
+    return mask

@@ -1,0 +1,94 @@
+"""What passes between the API and the engine: values, and the errors of handing one in.
+
+Request  →  Engine.submit  →  Piece, Piece, …, Piece(finish="stop")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from veneer.errors import VeneerError
+
+#: why a request ended: a stop string or the end-of-text token, its limit of tokens, its client, its time, a failure
+Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_tokens: at most so many; the engine's ``length`` may end the answer before.
+        temperature: logits are divided by it; 0 takes the most likely token each time.
+        top_p: from the smallest set of tokens with this much probability (after ``top_k``).
+        top_k: from so many most likely tokens; 0 is off.
+        seed: the same seed gives the same tokens, whoever else is in the batch; None draws one.
+        stop: strings that end the answer and are not part of it.
+        logprobs: how many alternatives are told beside the chosen token; None tells no probabilities at all. They
+            are those of the model, before temperature, top_k, top_p and schema.
+        schema: a JSON schema that the answer follows.
+        ignore_eos: go on after the end-of-text token.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is asked for.
+
+    Attributes:
+        prompt: token ids, at least one.
+        mix: adapters by name with their weights; empty is the base alone.
+        timeout: seconds from submit to the last token.
+        id: a name for logs.
+    """
+
+    prompt: tuple[int, ...]
+    mix: Mapping[str, float]
+    sampling: Sampling
+    timeout: float
+    id: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """A chosen token. ``logprob`` and ``top`` (id, text, logprob; the most likely first) where they were asked for."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain of an answer since the piece before: its text and its tokens. Texts joined are the answer's
+    text, without a stop string; tokens joined are all that were generated. The last piece alone has ``finish``."""
+
+    text: str
+    tokens: tuple[Token, ...] = field(default=())
+    finish: Finish | None = None
+    error: str | None = None
+
+
+class RequestError(VeneerError, ValueError):
+    """A request that cannot be answered as it is: a prompt that does not fit, a schema that is not understood."""
+
+
+class Busy(VeneerError, RuntimeError):  # noqa: N818
+    """The queue is full, or the engine is draining. ``retry_after``: seconds after which there may be room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,0 +1,236 @@
+"""Logits → the next token of each row.
+
+    schema's mask  →  temperature  →  top_k  →  top_p  →  one uniform number of the row's own generator  →  token
+
+A row draws from a generator of its own, one number a token: so the same seed gives the same tokens, whoever else is in
+the batch. (Logits themselves may differ in their last bits between batches of different sizes.)
+
+The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs more
+of them is sorted alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.serve.requests import RequestError, Sampling
+
+#: tokens that are sorted at first where top_p asks for an order
+CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row's next token, with what ``Sampling.logprobs`` asked for: its log-probability, and (id, log-probability) of
+    the most likely ones. ``token`` is None where the row's logits are not numbers."""
+
+    token: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Chooser:
+    """What chooses a row's tokens: how, the generator that it draws from, and where it is in its schema."""
+
+    __slots__ = ("matcher", "random", "sampling")
+
+    def __init__(self, sampling: Sampling, matcher: Any = None) -> None:
+        self.sampling, self.matcher = sampling, matcher
+        self.random = random.Random(sampling.seed)  # seeded by the system where it is None
+
+    def accept(self, token: int) -> bool:
+        """Go on behind ``token``; whether the schema ends there.
+
+        Raises:
+            RuntimeError: the token is none that the schema's mask allowed.
+        """
+        if self.matcher is None:
+            return False
+        if not self.matcher.consume_token(token) or self.matcher.is_error():
+            raise RuntimeError(f"the schema's grammar refuses token {token}: {self.matcher.get_error()}")
+        return self.matcher.is_stopped()
+
+
+def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
+    """The next token of each row.
+
+    Args:
+        logits: [rows, vocabulary].
+        rows: who chooses, in the order of ``logits``.
+    """
+    free = logits
+    masked = [i for i, row in enumerate(rows) if row.matcher is not None]
+    if masked:
+        free = logits.clone()
+        for i in masked:
+            free[i].masked_fill_(~_allowed(rows[i].matcher, logits), -torch.inf)
+    best, tokens = free.max(dim=-1)
+    finite, chosen = torch.isfinite(best).tolist(), tokens.tolist()
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    if drawn:
+        some = free if len(drawn) == len(rows) else free[drawn]
+        for i, token in zip(drawn, _draw(some.float(), [rows[i] for i in drawn]), strict=True):
+            chosen[i] = token
+    told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
+    if not told and all(finite):
+        return [Choice(token) for token in chosen]
+    tale = dict(zip(told, _tell(logits, told, chosen, rows), strict=True)) if told else {}
+    nothing: tuple[None, tuple[()]] = (None, ())
+    return [Choice(token if finite[i] else None, *tale.get(i, nothing)) for i, token in enumerate(chosen)]
+
+
+def _draw(logits: Tensor, rows: Sequence[Chooser]) -> list[int]:
+    """A token for each row, [rows, vocabulary] in fp32, by the inverse of the distribution function."""
+    settings = [row.sampling for row in rows]
+    numbers = [row.random.random() for row in rows]
+    # below this temperature logits overflow; the most likely token has all of the probability long before
+    warm = torch.tensor([max(one.temperature, 1e-5) for one in settings], device=logits.device)[:, None]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / warm
+    tokens = [0] * len(rows)
+    whole = [i for i, one in enumerate(settings) if not one.top_k and one.top_p >= 1]
+    if whole:
+        some = scaled if len(whole) == len(rows) else scaled[whole]
+        for i, place in zip(whole, _inverse(torch.softmax(some, -1), [numbers[i] for i in whole]), strict=True):
+            tokens[i] = place
+    cut = [i for i, one in enumerate(settings) if one.top_k or one.top_p < 1]
+    if cut:
+        found = _nucleus(scaled[cut], [settings[i] for i in cut], [numbers[i] for i in cut])
+        for i, token in zip(cut, found, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _nucleus(scaled: Tensor, settings: Sequence[Sampling], numbers: Sequence[float]) -> list[int]:
+    """Of rows with top_k or top_p: a token each."""
+    vocabulary = scaled.shape[-1]
+    most = min(vocabulary, max(CANDIDATES, *(one.top_k for one in settings)))
+    values, ids = scaled.topk(most)
+    # mass of the whole vocabulary where top_k is off, of the k most likely where it is on
+    total = scaled.logsumexp(-1)
+    limits = torch.tensor([min(one.top_k or most, most) for one in settings], device=scaled.device)[:, None]
+    within = torch.arange(most, device=scaled.device) < limits
+    values = values.masked_fill(~within, -torch.inf)
+    some = torch.tensor([bool(one.top_k) for one in settings], device=scaled.device)
+    total = torch.where(some, values.logsumexp(-1), total)
+    chances = (values - total[:, None]).exp()
+    top_p = torch.tensor([one.top_p for one in settings], device=scaled.device)[:, None]
+    kept = _kept(chances, top_p)
+    tokens = ids.gather(-1, torch.tensor(_inverse(kept, numbers), device=scaled.device)[:, None])[:, 0].tolist()
+    short = (chances.sum(-1, keepdim=True) < top_p)[:, 0].tolist()
+    for i, one in enumerate(settings):
+        if short[i] and not one.top_k and most < vocabulary:  # the nucleus is larger than what was sorted
+            order = scaled[i : i + 1].sort(descending=True)
+            kept = _kept(torch.softmax(order.values, -1), top_p[i : i + 1])
+            tokens[i] = int(order.indices[0, _inverse(kept, [numbers[i]])[0]])
+    return tokens
+
+
+def _kept(chances: Tensor, top_p: Tensor) -> Tensor:
+    """Sorted probabilities [rows, n] with zeros behind the first that reach ``top_p``; the first one always stays."""
+    before = chances.cumsum(-1) - chances
+    kept = torch.where(before < top_p, chances, 0.0)
+    kept[:, 0] = chances[:, 0]
+    return kept
+
+
+def _inverse(chances: Tensor, numbers: Sequence[float]) -> list[int]:
+    """For each row of (unnormalised) probabilities, the place at which their sum passes number · total."""
+    sums = chances.cumsum(-1, dtype=torch.float64)
+    goals = torch.tensor(numbers, dtype=torch.float64, device=chances.device)[:, None] * sums[:, -1:]
+    places = torch.searchsorted(sums, goals, right=True)[:, 0]
+    # the last place with any probability, where rounding put the goal at the very end
+    last = (sums < sums[:, -1:]).sum(-1)
+    return torch.minimum(places, last).tolist()
+
+
+def _tell(
+    logits: Tensor, told: Sequence[int], chosen: Sequence[int], rows: Sequence[Chooser]
+) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
+    """Log-probabilities of the chosen token and of the most likely ones, for the rows that ask."""
+    counts = [rows[i].sampling.logprobs or 0 for i in told]
+    some = logits[list(told)].float()
+    total = some.logsumexp(-1, keepdim=True)
+    ids = torch.tensor([chosen[i] for i in told], device=logits.device)[:, None]
+    own = (some.gather(-1, ids) - total)[:, 0].tolist()
+    top = (some - total).topk(min(max(*counts, 1), some.shape[-1]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        (own[n], tuple(zip(indices[: counts[n]], values[: counts[n]], strict=True)))
+        for n, (indices, values) in enumerate(pairs)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- schemas
+
+
+def _allowed(matcher: Any, logits: Tensor) -> Tensor:
+    """Which tokens a schema allows next, [vocabulary] of bool."""
+    bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8)
+    allowed = ((bits[:, None] >> places) & 1).bool().view(-1)[: logits.shape[-1]]
+    if len(allowed) < logits.shape[-1]:  # logits of no token
+        allowed = torch.cat([allowed, torch.zeros(logits.shape[-1] - len(allowed), dtype=torch.bool)])
+    return allowed.to(logits.device)
+
+
+class Schemas:
+    """Matchers of JSON schemas for one tokenizer, by llguidance.
+
+    Args:
+        vocabulary: the number of logits.
+        eos: the tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
+        self._tokenizer, self._vocabulary, self._eos, self._known = tokenizer, vocabulary, list(eos), None
+
+    def matcher(self, schema: Mapping[str, Any]) -> Any:
+        """A new matcher, which takes some milliseconds, and about a second for the first one.
+
+        Raises:
+            RequestError: a schema that is not understood, a tokenizer of another kind, or llguidance is not installed.
+        """
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError as error:
+            raise RequestError(
+                "Found: a schema, and no llguidance. Expected: the library that keeps answers to schemas. "
+                "Do: pip install 'veneer[serve]'."
+            ) from error
+        if self._known is None:
+            if not self._eos:
+                raise RequestError(
+                    "Found: a base without an end-of-text token. Expected: one, to end what a schema describes. "
+                    "Do: ask without a schema."
+                )
+            try:
+                known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos)
+            except Exception as error:
+                raise RequestError(
+                    f"Found: a {type(self._tokenizer).__name__} that llguidance does not read ({error}). Expected: a "
+                    "fast tokenizer. Do: ask without a schema."
+                ) from error
+            self._known = known
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        except (TypeError, ValueError) as error:
+            raise _not_understood(error) from error
+        matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
+        if matcher.is_error():
+            raise _not_understood(matcher.get_error())
+        return matcher
+
+
+def _not_understood(why: Any) -> RequestError:
+    return RequestError(
+        f"Found: a schema that is not understood ({str(why)[:500]}). Expected: a JSON schema of what llguidance "
+        "supports. Do: simplify it."
+    )

@@ -1,0 +1,314 @@
+"""Keys and values of the running rows: a transformers Cache, and the attention function that reads it.
+
+    keys, values of a layer   [rows, kv heads, columns, head dim]     row r holds its tokens in columns 0 … length − 1
+
+The running rows are a dense prefix of the first axis, so a decode step reads views: nothing is concatenated, no
+key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one. (transformers'
+growing cache copies all keys and values for each token.)
+
+Three ways to call the model, each of which says where the tokens of its rows lie:
+
+    fill      new rows, right-padded, from column 0: attention is causal within the call
+    extend    one row goes on from a column: for prompts longer than a call
+    decode    one token for each running row, each at its own column
+
+Columns of a row at and behind its length are never seen, and are zero again once the row has left: masked numbers are
+multiplied by 0, which an infinity of another row would survive. Rotary positions are in the keys already, so a row
+may be moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+#: columns are shown in multiples of this: views are made anew so rarely, and a mask has the alignment that GPUs want
+BLOCK = 16
+
+#: what the attention function reads: the Slots whose call runs in this thread
+NOW = threading.local()
+
+
+class Layer:
+    """Keys and values of one layer, and the views of them that the running rows need."""
+
+    __slots__ = ("flat", "keys", "shown", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.place(keys, values)
+
+    def place(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values  # [rows, kv, columns, d], [rows, kv, columns, e]
+        self.flat = (keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]))  # a row of memory each
+        self.shown: tuple[Any, ...] = (None,)
+
+    def show(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Views [rows, kv, columns, ·], the same ones while the numbers stay."""
+        if self.shown[0] != (rows, columns):
+            self.shown = ((rows, columns), self.keys[:rows, :, :columns], self.values[:rows, :, :columns])
+        return self.shown[1], self.shown[2]
+
+
+class Slots(Cache):
+    """Room for ``rows`` rows of ``length`` tokens, taken as it is needed.
+
+    Attributes:
+        allocated: rows and columns for which there is memory.
+    """
+
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
+        self.kept: list[Layer] = []
+        super().__init__(layers=self.kept)  # pyright: ignore[reportArgumentType]
+        self.rows, self.length, self.device = rows, length, device
+        self.allocated = (0, 0)
+        self.touched = [0] * rows  # columns of a row that may hold anything but zeros
+        self.call: _Fill | _Decode | None = None
+
+    # ------------------------------------------------------------------------------------------ the calls
+
+    @contextlib.contextmanager
+    def fill(self, first: int, count: int, width: int, start: int = 0) -> Iterator[None]:
+        """The call in here computes ``width`` tokens of rows first … first + count − 1, from column ``start`` on. A
+        start beyond 0 is for one row alone."""
+        self.reserve(first + count, start + width)
+        for row in range(first, first + count):
+            self.touched[row] = max(self.touched[row], start + width)
+        with self._now(_Fill(self, first, count, width, start)):
+            yield
+
+    @contextlib.contextmanager
+    def decode(self, lengths: Sequence[int], positions: Tensor) -> Iterator[None]:
+        """The call in here computes one token for each of the first rows, behind the ``lengths`` tokens that it has.
+        ``positions`` are these numbers as a tensor [n]."""
+        longest = max(lengths) + 1
+        self.reserve(len(lengths), longest)
+        for row, length in enumerate(lengths):
+            if self.touched[row] <= length:
+                self.touched[row] = length + 1
+        with self._now(_Decode(self, positions, min(_ceil(longest, BLOCK), self.allocated[1]))):
+            yield
+
+    @contextlib.contextmanager
+    def _now(self, call: _Fill | _Decode) -> Iterator[None]:
+        self.call, NOW.slots = call, self
+        try:
+            yield
+        finally:
+            self.call = NOW.slots = None
+        if call.kept != call.attended:
+            raise RuntimeError(
+                f"{call.kept} layers kept keys and {call.attended} asked for attention: the model's attention is not "
+                "the slots' any more"
+            )
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Have memory for so many rows and columns. Both grow geometrically, a layer at a time."""
+        old_rows, old_columns = self.allocated
+        if rows <= old_rows and columns <= old_columns:
+            return
+        if rows > old_rows:
+            rows = min(max(rows, 2 * old_rows), self.rows)
+        if columns > old_columns:
+            columns = min(_ceil(max(columns, old_columns * 3 // 2), 8 * BLOCK), _ceil(self.length, BLOCK))
+        rows, columns = max(rows, old_rows), max(columns, old_columns)
+        for layer in self.kept:
+            grown = []
+            for old in (layer.keys, layer.values):
+                new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+                new[:old_rows, :, :old_columns] = old
+                grown.append(new)
+            layer.place(*grown)
+            del grown
+        self.allocated = (rows, columns)
+
+    def leave(self, row: int, last: int) -> None:
+        """Row ``row`` is over; row ``last`` takes its place, if that is another. No number of it stays."""
+        columns = max(self.touched[row], self.touched[last])
+        for layer in self.kept:
+            for whole in (layer.keys, layer.values):
+                if row != last:
+                    whole[row, :, :columns] = whole[last, :, :columns]
+                whole[last, :, : self.touched[last]] = 0
+        self.touched[row] = self.touched[last]
+        self.touched[last] = 0
+
+    def clear(self, first: int, count: int) -> None:
+        """Rows first … first + count − 1 are zero again, whatever a call that failed has left in them."""
+        for row in range(first, min(first + count, self.allocated[0])):
+            self.leave(row, row)
+
+    def adopt(self, row: int, other: Slots, columns: int) -> None:
+        """Row ``row`` becomes what row 0 of ``other`` is, in ``columns`` columns; that one is over."""
+        self.reserve(row + 1, columns)
+        for index, theirs in enumerate(other.kept):
+            mine = self._layer(index, theirs.keys, theirs.values)
+            mine.keys[row, :, :columns] = theirs.keys[0, :, :columns]
+            mine.values[row, :, :columns] = theirs.values[0, :, :columns]
+        self.touched[row] = columns
+        other.leave(0, 0)
+
+    def _layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
+        """The layer's memory, which the first keys and values give its form."""
+        while len(self.kept) <= index:
+            shapes = ((*self.allocated, one.shape[1], one.shape[3]) for one in (key, value))
+            made = (key.new_zeros(rows, heads, columns, width) for rows, columns, heads, width in shapes)
+            self.kept.append(Layer(*made))
+        return self.kept[index]
+
+    # ------------------------------------------------------------------------------------------ what transformers asks
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values [b, kv, s, d]; returns those that the call's attention reads."""
+        if self.call is None:
+            raise RuntimeError("Slots hold the rows of an engine: call the model within fill, extend or decode")
+        layer = self._layer(layer_idx, key_states, value_states)
+        return self.call.keep(layer, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are given with each call, as they differ from row to row."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.length
+
+
+def _ceil(number: int, block: int) -> int:
+    return -(-number // block) * block
+
+
+class _Fill:
+    """New tokens of rows side by side, [count, kv, width, d] from column ``start``."""
+
+    def __init__(self, slots: Slots, first: int, count: int, width: int, start: int) -> None:
+        self.rows, self.columns, self.start = slice(first, first + count), slice(start, start + width), start
+        self.masks: dict[int | None, Tensor | None] = {}
+        self.kept = self.attended = 0  # layers
+
+    def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept += 1
+        layer.keys[self.rows, :, self.columns] = key
+        layer.values[self.rows, :, self.columns] = value
+        if not self.start:
+            return key, value
+        return layer.keys[self.rows, :, : self.columns.stop], layer.values[self.rows, :, : self.columns.stop]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
+        self.attended += 1
+        mask = self._mask(more.window, query.device)
+        grouped = query.shape[1] != key.shape[1]
+        if more.cap is not None:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            return _capped(query, key, value, seen.tril_(self.start) if mask is None else mask, scale, more.cap)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+    def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """True where a token sees a column, [width, columns]; None is "causal"."""
+        stop = self.columns.stop
+        if window is not None and stop <= window:
+            window = None
+        if not self.start and window is None:
+            return None
+        if window not in self.masks:
+            columns = torch.arange(stop, device=device)
+            behind = columns[self.start :, None] - columns  # how far a column lies behind the token
+            mask = behind >= 0
+            self.masks[window] = mask if window is None else mask & (behind < window)
+        return self.masks[window]
+
+
+class _Decode:
+    """One token for each of the first n rows."""
+
+    def __init__(self, slots: Slots, positions: Tensor, columns: int) -> None:
+        self.positions, self.n, self.columns, self.wide = positions, len(positions), columns, slots.allocated[1]
+        self.places: dict[int, Tensor] = {}
+        self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self.kept = self.attended = 0  # layers
+
+    def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept += 1
+        heads = key.shape[1]
+        place = self.places.get(heads)
+        if place is None:
+            starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * self.wide
+            place = self.places[heads] = (starts + self.positions[:, None]).view(-1)
+        keys, values = layer.flat
+        keys.index_copy_(0, place, key.reshape(-1, keys.shape[1]))
+        values.index_copy_(0, place, value.reshape(-1, values.shape[1]))
+        return layer.show(self.n, self.columns)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
+        self.attended += 1
+        n, h, _, d = query.shape
+        heads = key.shape[1]
+        mask = self._mask(more.window, query)
+        grouped = query.reshape(n, heads, h // heads, d)  # the queries of a key-value head are its rows
+        if more.cap is not None:
+            return _capped(grouped, key, value, mask == 0, scale, more.cap).transpose(1, 2).reshape(n, 1, h, -1)
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+        return out.reshape(n, 1, h, -1)
+
+    def _mask(self, window: int | None, query: Tensor) -> Tensor:
+        """What is added to the scores, [n, 1, 1, columns]."""
+        mask = self.masks.get((window, query.dtype))
+        if mask is None:
+            columns, now = torch.arange(self.columns, device=query.device), self.positions[:, None]
+            unseen = columns > now
+            if window is not None:
+                unseen |= columns <= now - window
+            flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
+            mask = self.masks[(window, query.dtype)] = flat[:, None, None]
+        return mask
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, cap: float) -> Tensor:
+    """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for -> [b, s, h, e]."""
+    b, h, s, d = query.shape
+    heads = key.shape[1]
+    grouped = query.reshape(b, heads, h // heads, s, d)
+    scores = torch.matmul(grouped, key.unsqueeze(2).mT) * (d**-0.5 if scale is None else scale)
+    scores = torch.tanh(scores / cap) * cap
+    seen = seen.unsqueeze(1) if seen.dim() == 4 else seen  # [n, 1, 1, 1, columns] or [s, columns]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
+
+
+class _More:
+    """What a model's attention adds to the plain one."""
+
+    __slots__ = ("cap", "window")
+
+    def __init__(self, window: int | None, cap: float | None) -> None:
+        self.window, self.cap = window, cap
+
+
+#: further arguments of an attention that the slots do not know how to honour
+UNKNOWN = ("position_bias", "s_aux", "head_mask")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
+    """Attention of the running call -> [b, s, h, e]."""
+    for name in UNKNOWN:
+        if further.get(name) is not None:
+            raise NotImplementedError(f"attention with {name}")
+    return NOW.slots.call.attend(
+        query, key, value, scaling, _More(further.get("sliding_window"), further.get("softcap"))
+    )

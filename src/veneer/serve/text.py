@@ -1,0 +1,112 @@
+"""Tokens → text, as it becomes certain: no half character, and nothing that may turn out to be a stop string.
+
+A token is a few bytes, and a character may take several tokens: until they are there, decoding shows the replacement
+character U+FFFD at the end. And a text that ends in the first letters of a stop string waits for the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+#: what decoding shows for bytes that are no character (yet); at most three bytes of one can be waiting for the rest
+UNKNOWN, MOST = "\ufffd", 3
+
+#: tokens of the prompt before which the answer is decoded: some tokenizers drop a space at the very beginning
+BEFORE = 6
+
+
+class Words:
+    """Decoding with one tokenizer; the texts of single tokens are remembered."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode: Callable[[Sequence[int]], str]
+        if backend is None:
+            self._decode = lambda ids: tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        else:  # a fast tokenizer, without the layers of Python around it
+            self._decode = lambda ids: backend.decode(list(ids), skip_special_tokens=True)
+        self._named: Callable[[int], str] = lambda id: tokenizer.decode(
+            [id], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        self._texts: dict[int, str] = {}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return self._decode(ids)
+
+    def text(self, token: int) -> str:
+        """The text of one token, special tokens by name; U+FFFD for a part of a character."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._named(token)
+        return text
+
+
+class Text:
+    """The text of one answer.
+
+    Args:
+        prompt: the token ids before it.
+        stop: strings that end it.
+    """
+
+    __slots__ = ("_context", "_held", "_ids", "_shown", "_stop", "_words")
+
+    def __init__(self, words: Words, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._words, self._stop = words, tuple(word for word in stop if word)
+        self._ids = list(prompt[-BEFORE:])  # what is decoded with each new token: a few tokens of context, then news
+        self._context = len(self._ids)
+        self._shown = words.decode(self._ids)  # the part of their text that is out
+        self._held = ""  # text that is decoded, and may be a part of a stop string
+        if self._shown.endswith(UNKNOWN):  # the prompt ends within a character: the answer does not begin with its rest
+            self._ids, self._context, self._shown = [], 0, ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop string ends it."""
+        self._ids.append(token)
+        return self._give(self._decoded(final=False), final=False)
+
+    def end(self) -> str:
+        """What is left when no token follows: also bytes that are no character, and beginnings of stop strings."""
+        return self._give(self._decoded(final=True), final=True)[0]
+
+    def _decoded(self, *, final: bool) -> str:
+        """The text of the tokens at hand that is not out yet, without the beginning of a character at its end."""
+        whole, shown = self._words.decode(self._ids), self._shown
+        if whole.startswith(shown):
+            out = len(shown)
+        else:  # bytes that had been no character read otherwise with those that follow
+            out = next((i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b), len(whole))
+        new = whole[out:]
+        waiting = 0 if final else min(len(new) - len(new.rstrip(UNKNOWN)), MOST)
+        if new and not waiting:  # these tokens are the context of the next ones
+            del self._ids[: self._context]
+            self._context = len(self._ids)
+            self._shown = self._words.decode(self._ids)
+            return new
+        self._shown = whole[: len(whole) - waiting]
+        return new[: len(new) - waiting]
+
+    def _give(self, new: str, *, final: bool) -> tuple[str, bool]:
+        """What of the held text and the new one can be given away."""
+        if not self._stop:
+            return new, False
+        text = self._held + new
+        found = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
+        if found >= 0:
+            self._held = ""
+            return text[:found], True
+        keep = 0 if final else max(_overlap(text, word) for word in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+
+def _overlap(text: str, word: str) -> int:
+    """Letters at the end of ``text`` with which ``word`` begins."""
+    for length in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:length]):
+            return length
+    return 0

@@ -1,0 +1,176 @@
+"""What the tests of the engine share: tiny models of several architectures, a bank that only records, a client."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+import threading
+from concurrent.futures import Future
+
+import torch
+import transformers
+
+from veneer.serve.requests import Piece, Request, Sampling
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 259, "max_position_embeddings": 256, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 2,
+}  # fmt: skip
+
+SLIDING = {**SHAPE, "head_dim": 16, "sliding_window": 6}
+
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SLIDING, use_sliding_window=True, max_window_layers=1)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=259, n_positions=256, bos_token_id=2, eos_token_id=2
+        )
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SLIDING)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SLIDING)),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**{**SHAPE, "sliding_window": 6, "num_key_value_heads": 4})
+    ),
+}  # fmt: skip
+
+#: with an attention, or a way to be called, that slots do not know
+OTHERS = {
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SLIDING, num_local_experts=2, num_experts_per_tok=1)
+    ),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259)
+    ),
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=259, pad_token_id=0)
+    ),
+    "llama4": lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SHAPE, head_dim=16)),
+}
+
+
+def make(name: str, seed: int = 0):
+    """A model of an architecture with random weights, large enough that its answers differ from prompt to prompt."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = {**MODELS, **OTHERS}[name]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.3)
+        return model.eval()
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Token ids of differing lengths."""
+    draw = random.Random(seed)
+    return [tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, longest))) for _ in range(count)]
+
+
+def alone(model, prompt, tokens: int) -> list[int]:
+    """The greedy tokens of transformers' own generate, for one prompt."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def asked(prompt, tokens: int = 8, *, mix=None, timeout: float = 60, id: str = "", **sampling) -> Request:
+    return Request(tuple(prompt), mix or {}, Sampling(tokens, **{"temperature": 0.0, **sampling}), timeout, id)
+
+
+class Client:
+    """Collects the pieces of one request."""
+
+    def __init__(self, engine, request: Request, on_piece=None) -> None:
+        self.pieces: list[Piece] = []
+        self.over = threading.Event()
+        self.first = threading.Event()
+        self.on_piece = on_piece
+        self.ticket = engine.submit(request, self._take)
+
+    def _take(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        if self.on_piece is not None:
+            self.on_piece(piece)
+        self.first.set()
+        if piece.finish is not None:
+            self.over.set()
+
+    def wait(self, seconds: float = 60) -> Client:
+        assert self.over.wait(seconds), "no finishing piece"
+        finishes = [piece.finish for piece in self.pieces]
+        assert finishes[-1] is not None
+        assert not any(finishes[:-1]), finishes
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token.id for piece in self.pieces for token in piece.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish(self):
+        return self.pieces[-1].finish
+
+    @property
+    def error(self):
+        return self.pieces[-1].error
+
+
+class Lease:
+    def __init__(self, bank: Recorder, mix) -> None:
+        self.bank, self.mix = bank, dict(mix)
+
+    def release(self) -> None:
+        self.bank.held.remove(self)
+
+
+class Recorder:
+    """A stand-in for the bank: it holds no adapters and notes who asks for which, and what each call runs with.
+
+    ``slow`` mixes arrive when ``arrive`` is called; ``failing`` maps a name to its error.
+    """
+
+    def __init__(self, slow=(), failing=None) -> None:
+        self.slow, self.failing = set(slow), dict(failing or {})
+        self.held: list[Lease] = []
+        self.calls: list[list[object]] = []
+        self.pending: queue.Queue[tuple[Future, dict]] = queue.Queue()
+
+    def acquire(self, mix) -> Future:
+        future: Future = Future()
+        error = next((self.failing[name] for name in mix if name in self.failing), None)
+        if error is not None:
+            future.set_exception(error)
+        elif self.slow & set(mix):
+            self.pending.put((future, mix))
+        else:
+            future.set_result(self._lease(mix))
+        return future
+
+    def _lease(self, mix) -> Lease:
+        self.held.append(Lease(self, mix))
+        return self.held[-1]
+
+    def arrive(self) -> None:
+        """One of the slow mixes is there."""
+        future, mix = self.pending.get(timeout=30)
+        self.slow -= set(mix)
+        future.set_result(self._lease(mix))
+
+    @contextlib.contextmanager
+    def rows(self, entries):
+        for entry in entries:
+            assert entry is None or entry in self.held
+        self.calls.append([None if entry is None else entry.mix for entry in entries])
+        yield
