@@ -235,7 +235,7 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     if not plain or part.hosted or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
         return None
     ((name, change),) = part.changes.items()
-    weight = weight_of(module, name)
+    weight: Any = weight_of(module, name)
     low, gain = change.resolve(weight)
     if (site.transposed and gain is not None) or len(low.A) > 1:
         return None
