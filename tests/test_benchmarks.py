@@ -300,7 +300,8 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     assert bench_page.readme() == ""
     monkeypatch.setattr(bench_page, "RESULTS", recorded)
     page, readme = bench_page.page(), bench_page.readme()
-    for name in bench_page.PROGRAMS.keys() - {"train_step_tuned", "train_step_grid", "attach"}:
+    elsewhere = {"train_step_tuned", "train_step_grid", "attach", "serve", "serve_cold", "serve_vanish"}
+    for name in bench_page.PROGRAMS.keys() - elsewhere:
         assert f"## {name}\n" in page
     assert page.count("> Predicted") == 11
     assert "| veneer, dropout |" in page

@@ -82,7 +82,7 @@ def python(code: str) -> str:
 
 
 def test_the_core_imports_nothing_heavy():
-    heavy = "transformers peft trl datasets accelerate triton bitsandbytes ray fastapi matplotlib plotly"
+    heavy = "transformers peft trl datasets accelerate triton bitsandbytes ray fastapi matplotlib plotly numba"
     code = f"import sys, veneer; print([name for name in '{heavy}'.split() if name in sys.modules])"
     assert python(code).strip() == "[]"
 

@@ -75,14 +75,16 @@ class Checkpoint:
             return read_tensor(stream.fileno(), self, name, rows)
 
 
-def read_tensor(descriptor: int, checkpoint: Checkpoint, name: str, rows: slice | None = None) -> Tensor:
-    """``Checkpoint.read`` from a file that is open already."""
+def read_tensor(
+    descriptor: int, checkpoint: Checkpoint, name: str, rows: slice | None = None, into: Tensor | None = None
+) -> Tensor:
+    """``Checkpoint.read`` from a file that is open already; ``into`` is the memory for it, as bytes."""
     shape, size, start = checkpoint.shape(name), checkpoint.bytes(name), checkpoint.start(name)
     if rows is not None:
         first, last, _ = rows.indices(shape[0])
         row = size // shape[0] if shape[0] else 0
         shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
-    flat = torch.empty(size, dtype=torch.uint8)
+    flat = torch.empty(size, dtype=torch.uint8) if into is None else into
     view, done = memoryview(flat.numpy().data), 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)

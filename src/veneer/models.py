@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.errors import ConfigError, sentence
 from veneer.files import new_folder
+from veneer.headers import parse
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,96 @@ def load_base(
         if attention == "products" or (attention == "auto" and slow):
             use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
+
+
+class Encoder(NamedTuple):
+    """A loaded encoder, and how its tokens become one vector.
+
+    ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1, ``length`` the most
+    tokens of a text.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    pooling: str
+    normal: bool
+    length: int
+
+
+def is_causal(source: str | Path) -> bool:
+    """Whether a base is a causal language model, rather than an encoder. Reads its config alone.
+
+    Raises:
+        ConfigError: as ``load_base``.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    place = _find(str(source))
+    if (Path(place) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
+        return False
+    with quiet():
+        try:
+            named = getattr(AutoConfig.from_pretrained(place), "architectures", None) or ()
+        except Exception as error:
+            raise _explained(str(source), error) from error
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = {name for value in known for name in ((value,) if isinstance(value, str) else value)}
+    return not named or any(name in causal for name in named)
+
+
+def load_encoder(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> Encoder:
+    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean of its tokens,
+    normalised, where it has none.
+
+    Raises:
+        ConfigError: as ``load_base``, or a pooling that is not known here.
+    """
+    import torch
+    from transformers import AutoModel
+
+    name = str(source)
+    place = _find(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    pooling, normal, longest = _pooling(Path(place))
+    with quiet():
+        try:
+            model: Any = AutoModel.from_pretrained(place, dtype=dtype)
+        except Exception as error:
+            raise _explained(name, error) from error
+        tokenizer = _load_tokenizer(place, name)
+    limits = (longest, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    length = min(int(limit) for limit in limits if limit)
+    return Encoder(model.to(device).eval(), tokenizer, name, pooling, normal, length)
+
+
+def _pooling(folder: Path) -> tuple[str, bool, int | None]:
+    """What sentence-transformers' files say: how to pool, whether to normalise, and how many tokens at most."""
+
+    def read(file: Path) -> Any:
+        try:
+            return parse(file.read_bytes()) if file.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(sentence(f"{file}, which is no JSON ({error})", "JSON", "get it again")) from error
+
+    modules = read(folder / "modules.json")
+    if not modules:
+        return "mean", True, None
+    kinds = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in modules}
+    unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
+    config = read(kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
+    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+    if unknown or len(chosen) != 1 or chosen[0] not in names:
+        found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
+        raise ConfigError(
+            sentence(found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another")
+        )
+    longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
+    return names[chosen[0]], "Normalize" in kinds, longest
 
 
 def use_products(model: PreTrainedModel) -> None:

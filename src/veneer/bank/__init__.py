@@ -157,13 +157,17 @@ class Bank:
                 raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
             self._entries[name] = _Entry(name, path)
 
-    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False) -> str:
-        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now.
+    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False) -> str:
+        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now. ``replace`` lets
+        it take the place of what has the name already, at the moment when it is loaded; both are in memory until then.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
         """
         name = Path(path).name if name is None else name
+        if replace and name in self:
+            self._replace(name, Path(path), pin)
+            return name
         self.register(name, path)
         try:
             self._acquire({name: 1.0}).release()
@@ -174,6 +178,23 @@ class Bank:
         if pin:
             self.pin(name)
         return name
+
+    def _replace(self, name: str, path: Path, pin: bool) -> None:
+        """Load an adapter beside the one of its name, and then let the name mean the new one."""
+        raise_all(AdapterError, f"{name!r} cannot be replaced", missing(path))
+        with self._changed:
+            self._open()
+            new = _Entry(name, path, users=1)
+            self._clock += 1
+            new.used = self._clock
+        lease = self._loaded({name: 1.0}, [new])
+        with self._changed:
+            old = self._entries.get(name)
+            self._entries[name] = new
+            new.pinned = pin or (old is not None and old.pinned)
+            if old is not None and not old.users:
+                self._drop(old)
+        lease.release()
 
     def remove(self, name: str) -> None:
         """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""

@@ -40,6 +40,8 @@ COMMANDS = {
     "push": "Put an adapter at a remote place.",
     "pull": "Fetch an adapter from a remote place.",
     "verify": "Check everything about an adapter, and that it was made for a base.",
+    "serve": "Serve a base and its adapters: OpenAI's API, and a page.",
+    "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
 MENDABLE = {

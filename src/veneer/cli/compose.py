@@ -83,7 +83,7 @@ def _base(base: str, adapter: str) -> dict[str, Any]:
     from veneer import models
     from veneer.artefact import read
     from veneer.cli.console import setup_logging
-    from veneer.extract.weights import of_folder
+    from veneer.weights import of_folder
     from veneer.headers import read_json
 
     setup_logging()

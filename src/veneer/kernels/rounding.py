@@ -14,13 +14,16 @@ overflow and cancellation without a case of its own.
 The second term: r products and their sums, in any order, and the roundings of scale · B and of A to float32. An end of
 the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
 
-**In tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
+**In one loop** over the numbers where numba is installed and a weight is large (``kernels.streaming``), else **in
+tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
 float64 on whole tensors (eight times the weight in temporaries, and many times the time); comparing the low bits of v
 with those of a tie, one pass less (v's own last bit says nothing about its error after a cancellation).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -45,6 +48,8 @@ LINE = 256
 LANES = 16
 WORDS = 4 * LANES
 WORKERS = 8
+#: numbers in a weight for which numba is loaded
+WORTH = 1 << 20
 #: products of an element of B with one of A that are formed at once where numbers are computed again
 AGAIN = 1 << 18
 ROUNDINGS = ("auto", "nearest", "faithful")
@@ -106,6 +111,7 @@ def fold(
     side: str = "inputs",
     inputs: Float[Tensor, "g n n"] | None = None,
     out: Float[Tensor, "g out in_"] | None = None,
+    compiled: bool = True,
 ) -> Folded:
     """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
 
@@ -119,9 +125,10 @@ def fold(
         inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
         out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
             that lies in memory as ``weight`` does.
+        compiled: whether numba may be used (``kernels.streaming``): the same bits sooner, and 100 MiB for its code.
 
-    Beside the result and float64 copies of A and B it needs less than 32 MiB. The bits of the result depend on neither
-    strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB. The bits of the result depend
+    on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -135,7 +142,7 @@ def fold(
         spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
         if side == "outputs":
             old, new, exact, spread = old.mT, new.mT, exact.T, None if spread is None else spread.mT
-        sums, finite = _nearest(old, exact, spread, new)
+        sums, finite = _nearest(old, exact, spread, new, compiled)
         retention, done = sums.retention, "nearest"
         able = dtype in HALF and finite and sums.size > 0
         if able and (rounding == "faithful" or (rounding == "auto" and wanting(sums))):
@@ -162,12 +169,15 @@ def wanting(sums: Sums) -> bool:
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
-def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor) -> tuple[Sums, bool]:
+def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool) -> tuple[Sums, bool]:
     old, new, factors, spread = weight, out, low, gain
     if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
         old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
     bound = _bound(old, factors, new.dtype) if gain is None else None
-    sums = _in_float64(old, factors, spread, new) if bound is None else _in_float32(old, factors, bound, new)
+    if bound is None:
+        sums = _in_float64(old, factors, spread, new)
+    else:
+        sums = _in_float32(old, factors, bound, new, _loop(old, new) if compiled else None)
     ordinary = math.isfinite(sums.realised)
     finite = ordinary or _finite(new)
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
@@ -264,8 +274,16 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     return torch.where(reach > 0, 1.01 * ((low.rank + 6) * UNIT * reach + underflow), reach).float()
 
 
-def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
+def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
+    threads = threads_for(old, WORKERS)
+    if loop is not None:
+        A, B = loop.padded(A, 1), loop.padded(B, 2)
+
+    def in_one_loop(place: tuple[slice, slice], bench: Any) -> tuple[Tensor, Tensor]:
+        groups, rows = place
+        sums, doubtful = bench.fold(old[place], B[place].contiguous(), A[groups], bound[place], new[place])
+        return sums, doubtful + (groups.start * old.shape[1] + rows.start) * old.shape[2]
 
     def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:
         """(sums of products, positions in the whole that are in doubt) of a slab."""
@@ -280,12 +298,33 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor) -> Sums:
         first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
         return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
 
-    done = spread(
-        list(_slabs(old.shape)), lambda: _Room(old.shape, new.dtype), of_slab, threads=threads_for(old, WORKERS)
-    )
+    slabs = list(_slabs(old.shape))
+    if loop is not None:
+        done = spread(slabs, lambda: loop.Loop(_largest(old.shape)), in_one_loop, threads)
+    else:
+        done = spread(slabs, lambda: _Room(old.shape, new.dtype), of_slab, threads)
     more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
     realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
+
+
+def _loop(old: Tensor, new: Tensor) -> Any:
+    """``kernels.streaming``, if numba is there and it is for these; else None. What one may do, both may."""
+    if old.numel() < WORTH or not _numba():
+        return None
+    from veneer.kernels import streaming
+
+    return streaming if streaming.able(old, new) else None
+
+
+@functools.cache
+def _numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _largest(shape: torch.Size) -> int:
+    """Numbers in a slab at most."""
+    return min(shape.numel(), max(SLAB, shape[2]))
 
 
 class _Room:
@@ -293,7 +332,7 @@ class _Room:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         tile = -(-min(shape.numel(), TILE) // LINE) * LINE
-        slab = min(shape.numel(), max(SLAB, shape[2])) + WORDS
+        slab = _largest(shape) + WORDS
         self.wide = torch.empty(4, tile, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
         self.half = torch.empty(tile, dtype=dtype, device="cpu")
         self.marks = torch.empty(slab, dtype=torch.int16, device="cpu")

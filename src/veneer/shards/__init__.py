@@ -4,9 +4,9 @@
     tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
             └─────► fingerprint of the base
 
-Three threads (and one that flushes to the disk), and at most twice the largest tensor between them. What no adapter
-changes is copied by the system. The result stands in a folder beside OUT until it is whole, then takes its name in one
-step.
+Three threads (and one that flushes to the disk), and at most twice the largest tensor between them (``memory``). What
+no adapter changes is copied. The result is written past the system's cache (``stream``). It stands in a folder beside
+OUT until it is whole, then takes its name in one step.
 
 **A killed merge goes on where it was.** The folder's name follows from OUT's, and its journal says which tensors are on
 the disk: a line is written only after what it speaks of was flushed. A journal of another merge (other files, adapters,
@@ -19,7 +19,6 @@ Each weight is what ``veneer.merge`` would write into the live model, bit for bi
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import queue
@@ -48,11 +47,16 @@ from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.merge import LayerMerge, MergeReport
 from veneer.shards import beside
 from veneer.shards.beside import RECORD
-from veneer.shards.recipe import Adapter, Recipe, Work, apply, mismatched, recipe_for, refuse, replaced
+from veneer.shards.memory import Lease, Memory
+from veneer.shards.prints import Known, ahead, printed
+from veneer.shards.recipe import Adapter, Recipe, Work, apply, lies_in, mismatched, recipe_for, refuse, replaced
+from veneer.shards.stream import Stream
 
 JOURNAL = "journal.jsonl"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
+#: bytes that numba takes beyond the 300 MiB that are promised beside the tensors
+NUMBA = 104 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[int, int, str], None]
@@ -91,6 +95,8 @@ class _Plan:
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
+    #: fingerprints of tensors that are known already
+    known: Known
     #: how a parameter that several tensors hold is rounded, found when the first of them is there
     decided: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +107,23 @@ class _Plan:
 
     def copied(self, name: str) -> bool:
         return name not in self.recipe.works and self.target(name) == self.checkpoint.dtype(name)
+
+    def both(self, name: str) -> int:
+        """Bytes of a tensor as it was and as it will be."""
+        return self.checkpoint.bytes(name) + self.written(name)
+
+    def written(self, name: str) -> int:
+        """Bytes of a tensor in the result."""
+        own = self.checkpoint.bytes(name)
+        return own // self.checkpoint.dtype(name).itemsize * self.target(name).itemsize
+
+    def room(self) -> tuple[int, bool]:
+        """Bytes for what is between reading and writing, and whether that leaves enough for numba: twice the largest
+        tensor is promised, and the largest is often one that no adapter changes."""
+        limit = max(map(self.both, self.checkpoint.where), default=0)
+        needed = max((self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0)
+        compiled = limit - NUMBA >= needed
+        return (limit - NUMBA if compiled else limit), compiled
 
     def identity(self) -> str:
         """What must be the same for a run to go on where another one stopped."""
@@ -206,11 +229,12 @@ def prove(
     merged = open_checkpoint(out)
     problems = [f"{name!r} is in one of them only" for name in merged.where.keys() ^ plan.checkpoint.where.keys()]
     total, done = sum(map(plan.checkpoint.bytes, plan.checkpoint.where)), 0
+    _, compiled = plan.room()
     for name in plan.checkpoint.where.keys() & merged.where.keys():
         if merged.dtype(name) != plan.target(name) or merged.shape(name) != plan.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = _computed(plan, name, plan.checkpoint.read(name))
+        expected, _ = _computed(plan, name, plan.checkpoint.read(name), compiled, [])
         if not _same(expected, merged.read(name)):
             problems.append(f"{name!r} holds other numbers")
         done += plan.checkpoint.bytes(name)
@@ -234,26 +258,32 @@ def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: b
     ]
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
-    for path, _ in given:
-        read(path)
-    return _Plan(checkpoint, recipe_for(folder, given, model), tuple(given), dtype, rounding, verify_base)
+    speak_of = {name for path, _ in given for name in read(path).metadata.get("base", {}).get("weights", {})}
+    with ahead(checkpoint, speak_of if verify_base else ()) as known:
+        recipe = recipe_for(folder, given, model)
+    return _Plan(checkpoint, recipe, tuple(given), dtype, rounding, verify_base, known)
 
 
 # ---------------------------------------------------------------------------------------------- one tensor
 
 
-def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it."""
+def _computed(
+    plan: _Plan, name: str, tensor: Tensor, compiled: bool, lent: list[Tensor]
+) -> tuple[Tensor, list[LayerMerge]]:
+    """A tensor of the result, and what the merge did to it. ``lent`` is memory for it, as ``apply`` takes it."""
     dtype, layers = plan.target(name), []
     result = None
     for work in plan.recipe.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(work, part, dtype, _rounding(plan, work, dtype))
+            if work.place.within:
+                lent.clear()
+            folded = apply(work, part, dtype, _rounding(plan, work, dtype, compiled), compiled, lent)
             value = folded.weight
             layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
             finite = folded.finite
         else:
+            lent.clear()
             value = replaced(work, part, dtype)
             finite = not value.is_floating_point() or bool(value.isfinite().all())
         if not finite:
@@ -267,7 +297,7 @@ def _computed(plan: _Plan, name: str, tensor: Tensor) -> tuple[Tensor, list[Laye
     return _cast(name, tensor, dtype) if result is None else result, layers
 
 
-def _rounding(plan: _Plan, work: Work, dtype: torch.dtype) -> str:
+def _rounding(plan: _Plan, work: Work, dtype: torch.dtype, compiled: bool) -> str:
     """How to round a part of a parameter: as all of it, of which "auto" decides at once."""
     tensors = plan.recipe.parts.get(work.path)
     if tensors is None or plan.rounding != "auto" or dtype not in HALF:
@@ -276,7 +306,8 @@ def _rounding(plan: _Plan, work: Work, dtype: torch.dtype) -> str:
         whole = Sums(0.0, 0.0, 0.0, 0.0)
         for name in tensors:
             own = next(other for other in plan.recipe.works[name] if other.path == work.path)
-            whole += apply(own, plan.checkpoint.read(name)[own.place.within], dtype, "nearest").sums
+            part = plan.checkpoint.read(name)[own.place.within]
+            whole += apply(own, part, dtype, "nearest", compiled, []).sums
         plan.decided[work.path] = "faithful" if wanting(whole) else "nearest"
     return plan.decided[work.path]
 
@@ -291,44 +322,15 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _bytes(one: Tensor) -> Tensor:
+    return one.contiguous().reshape(-1).view(torch.uint8)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    flat = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return torch.equal(*flat)
-
-
-def _printed(plan: _Plan, path: str, descriptors: Callable[[str], int], loaded: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a base weight (``hashing.fingerprint``), tensor by tensor where several hold it."""
-    tensors, shape, _ = plan.recipe.prints[path]
-    whole = hashlib.sha256(str(tuple(shape)).encode())
-    for name in tensors:
-        tensor = loaded.get(name)
-        tensor = read_tensor(descriptors(name), plan.checkpoint, name) if tensor is None else tensor
-        within = next(work.place.within for work in plan.recipe.works[name] if work.path == path)
-        part = tensor[within].to(torch.bfloat16).contiguous()
-        whole.update(part.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()[:32]
+    return torch.equal(_bytes(one), _bytes(other))
 
 
 # ---------------------------------------------------------------------------------------------- all of them
-
-
-class _Budget:
-    """Bytes that may be in memory between reading and writing; who wants more waits."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.changed = limit, 0, threading.Condition()
-
-    def take(self, count: int, stopped: threading.Event) -> None:
-        with self.changed:
-            # what is larger than the whole budget goes alone
-            while self.used and self.used + count > self.limit and not stopped.is_set():
-                self.changed.wait(0.1)
-            self.used += count
-
-    def give(self, count: int) -> None:
-        with self.changed:
-            self.used -= count
-            self.changed.notify_all()
 
 
 class _Run:
@@ -340,21 +342,12 @@ class _Run:
         self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
         self.resumed = sum(self.done.values())
         self.total = sum(map(plan.checkpoint.bytes, plan.checkpoint.where))
-        largest = max(map(self._both, plan.checkpoint.where), default=0)
-        self.budget = _Budget(largest)
+        limit, self.compiled = plan.room()
+        self.memory = Memory(limit)
         self.read: queue.Queue[Any] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self.stopped, self.failed = threading.Event(), []
         self.sources: dict[str, int] = {}
-
-    def _both(self, name: str) -> int:
-        """Bytes of a tensor as it was and as it will be."""
-        own = self.plan.checkpoint.bytes(name)
-        return own + own // self.plan.checkpoint.dtype(name).itemsize * self.plan.target(name).itemsize
-
-    def _memory(self, name: str) -> int:
-        """Bytes that a tensor takes between reading and writing."""
-        return 0 if self.plan.copied(name) else self._both(name)
 
     def whole(self) -> None:
         """Everything that is left to do."""
@@ -363,13 +356,8 @@ class _Run:
             thread.start()
         try:
             while (job := self._next(self.read)) is not None:
-                file, name, tensor = job
-                result, layers = (None, []) if tensor is None else _computed(self.plan, name, tensor)
-                if result is not None and result is not tensor:
-                    self.budget.give(self.plan.checkpoint.bytes(name))
-                job = tensor = None
-                self.ready.put((file, name, result, layers))
-                result = None
+                self.ready.put(self._done(*job))
+                job = None
             self.ready.put(None)
         except BaseException:
             self.stopped.set()
@@ -381,6 +369,18 @@ class _Run:
                 os.close(descriptor)
         if self.failed:
             raise self.failed[0]
+
+    def _done(
+        self, name: str, tensor: Tensor | None, old: Lease | None, new: Lease | None
+    ) -> tuple[Tensor | None, Lease | None, list[LayerMerge]]:
+        """A tensor of the result, the memory that is left to it, and what the merge did; None for one that is
+        copied."""
+        if tensor is None or old is None or new is None:
+            return None, None, []
+        result, layers = _computed(self.plan, name, tensor, self.compiled, new.lent)
+        spare, kept = (new, old) if lies_in(result, tensor) else (old, new)
+        self.memory.give(spare, tensor if spare is old else None)
+        return result, kept, layers
 
     def _guarded(self, part: Callable[[], None]) -> None:
         try:
@@ -411,21 +411,23 @@ class _Run:
         return self.sources[file]
 
     def _reading(self) -> None:
-        last = self._last_of_each()
-        for file, name in self._left():
+        last, recipe, checkpoint = self._last_of_each(), self.plan.recipe, self.plan.checkpoint
+        for _, name in self._left():
             if self.stopped.is_set():
                 return
-            tensor = None
+            tensor = old = new = None
             if not self.plan.copied(name):
-                self.budget.take(self._memory(name), self.stopped)
-                tensor = read_tensor(self._source(name), self.plan.checkpoint, name)
+                size = checkpoint.bytes(name)
+                old, new = self.memory.take((size, self.plan.written(name)), self.stopped)
+                tensor = read_tensor(self._source(name), checkpoint, name, into=old.lent.pop()[:size])
             loaded = {} if tensor is None else {name: tensor}
             found = [
-                mismatched(self.plan.recipe, path, _printed(self.plan, path, self._source, loaded))
+                mismatched(recipe, path, printed(recipe, checkpoint, path, self._source, loaded, self.plan.known))
                 for path in last.get(name, ())
             ]
             refuse([one for one in found if one], self.plan.checkpoint.folder)
-            self.read.put((file, name, tensor))
+            self.read.put((name, tensor, old, new))
+            tensor = loaded = None  # nobody holds on to memory that others wait for
         self.read.put(None)
 
     def _last_of_each(self) -> dict[str, list[str]]:
@@ -449,39 +451,46 @@ class _Run:
                 done, layers, since = self.done.get(file, 0), [], 0
                 if done == len(names) and names:
                     continue
-                target = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o666)
+                target = Stream(self.folder / file, starts[names[done]] if done else 0)
                 try:
-                    os.ftruncate(target, starts[names[done]] if done else 0)
-                    _put(target, 0, memoryview(head))
+                    if not done:
+                        target.write(memoryview(head))
                     for count, name in enumerate(names[done:], done + 1):
                         job = self._next(self.ready)
                         if job is None:
                             return
-                        _, _, result, more = job
-                        self._store(target, starts[name], name, result)
+                        result, lease, more = job
+                        self._store(target, name, result, lease)
+                        job = result = None
                         layers += more
                         since += self.plan.checkpoint.bytes(name)
                         passed += self.plan.checkpoint.bytes(name)
                         if since >= STEP or count == len(names):
+                            target.flush()
+                            if count == len(names):
+                                os.ftruncate(target.descriptor, size)
                             line = {"file": file, "tensors": count - done, "layers": [astuple(one) for one in layers]}
-                            flushed.append(flushing.submit(_flushed, os.dup(target), journal, json.dumps(line)))
+                            own = os.dup(target.descriptor)
+                            flushed.append(flushing.submit(_flushed, own, journal, json.dumps(line)))
                             self.layers += layers
                             done, since, layers = count, 0, []
                             _raise_of(flushed)
                         if self.progress is not None:
                             self.progress(passed, self.total, name)
-                    os.ftruncate(target, size)
+                    if not names:
+                        target.flush()
+                        os.ftruncate(target.descriptor, size)
                 finally:
-                    os.close(target)
+                    target.close()
             wait(flushed)
             _raise_of(flushed)
 
-    def _store(self, target: int, start: int, name: str, result: Tensor | None) -> None:
-        if result is None:
-            _copy(self._source(name), self.plan.checkpoint.start(name), target, start, self.plan.checkpoint.bytes(name))
+    def _store(self, target: Stream, name: str, result: Tensor | None, lease: Lease | None) -> None:
+        if result is None or lease is None:
+            target.copy(self._source(name), self.plan.checkpoint.start(name), self.plan.checkpoint.bytes(name))
             return
-        _put(target, start, memoryview(result.contiguous().reshape(-1).view(torch.uint8).numpy().data))
-        self.budget.give(result.numel() * result.element_size())
+        target.write(memoryview(_bytes(result).numpy().data))
+        self.memory.give(lease, result)
 
 
 def _flushed(target: int, journal: Any, line: str) -> None:
@@ -500,25 +509,6 @@ def _raise_of(flushed: Sequence[Future[None]]) -> None:
     for one in flushed:
         if one.done():
             one.result()
-
-
-def _put(target: int, start: int, data: memoryview) -> None:
-    while len(data):
-        count = os.pwrite(target, data[: 1 << 27], start)
-        data, start = data[count:], start + count
-
-
-def _copy(source: int, start: int, target: int, at: int, count: int) -> None:
-    """Bytes from file to file, by the system where it can."""
-    while count:
-        try:
-            moved = os.copy_file_range(source, target, min(count, 1 << 27), start, at)
-        except (AttributeError, OSError):  # not offered here, or not between these file systems
-            moved = os.pwrite(target, os.pread(source, min(count, 1 << 24), start), at)
-        if not moved:
-            found = "a file that became shorter while it was read"
-            raise CheckpointError(sentence(found, "the base as it was", "let nobody write to it meanwhile"))
-        count, start, at = count - moved, start + moved, at + moved
 
 
 # ---------------------------------------------------------------------------------------------- the folder

@@ -271,20 +271,39 @@ class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
     """A variant asks for the frozen weight."""
 
 
-def apply(work: Work, weight: Tensor, dtype: torch.dtype, rounding: str) -> Folded:
+def apply(
+    work: Work,
+    weight: Tensor,
+    dtype: torch.dtype,
+    rounding: str,
+    compiled: bool,
+    lent: list[Tensor],
+) -> Folded:
     """The merged part of a tensor: what ``veneer.merge`` writes into a live model, bit for bit.
 
     Args:
         weight: the part of the tensor that ``work`` is about; not changed.
         rounding: as ``veneer.merge`` takes it.
+        compiled: False leaves numba alone.
+        lent: at most one buffer of bytes, large enough for the result. It is taken out, and the result lies there
+            unless the layer cannot have it so.
     """
     shape = _part(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
     low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding)
+    out, buffer = None, lent.pop() if lent else None
+    if buffer is not None and dense.is_contiguous() and lies_in(held, dense):
+        out = lead.layer.unfold(buffer[: dense.numel() * dtype.itemsize].view(dtype).view(shape), dims)
+    buffer = None
+    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled)
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
+
+
+def lies_in(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is a view of the memory of another one, or of what that is a view of."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _resolved(change: Change, work: Work, held: Tensor) -> tuple[LowRank, Tensor | None]:

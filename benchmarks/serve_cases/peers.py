@@ -1,0 +1,320 @@
+"""The ways to serve many adapters that Veneer is compared with, as engines behind Veneer's own front.
+
+Mixed: PEFT's ``generate(adapter_names=[…])`` on a batch of what waits. What its API allows at best: a batch is as large
+as `rows`, or as what waits when the one before is done; of more than fit, the oldest is taken with those that are
+closest to it in length, so that little is padded; adapters are in the weights' own type; each token is delivered when
+it is there. A batch cannot be joined or left while it runs: `generate` has no way to.
+
+Turns: merged models take turns in one process: Veneer's engine without a bank, whose weights are overwritten with
+those of the merged checkpoint that is asked for. They are copied from the kernel's file cache (nothing is read from
+the disk, and that cache is not counted as the process's memory). The adapter whose oldest request has waited longest
+is next, with all of its requests that wait.
+
+    python benchmarks/serve.py --peer mixed PLACE --port 8000 --rows 16
+    python benchmarks/serve.py --peer turns PLACE --port 8000 --rows 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.serve.requests import Piece, Request, Token
+
+log = logging.getLogger("serve_cases.peers")
+
+#: seconds without a new request after which a batch starts, and the most that one waits for company: clients that got
+#: their last token together send their next request together
+QUIET, PATIENCE = 0.02, 0.2
+
+Deliver = Callable[[Piece], None]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request, whoever wants to hear of it, and what became of it."""
+
+    request: Request
+    deliver: Deliver
+    since: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    done: bool = False
+    count: int = 0
+
+    @property
+    def adapter(self) -> str | None:
+        """Its one adapter; None is the base."""
+        return next(iter(self.request.mix), None)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def end(self, finish: Any, text: str = "", tokens: tuple[Token, ...] = (), error: str | None = None) -> None:
+        if not self.done:
+            self.done = True
+            self.deliver(Piece(text, tokens, finish, error))
+
+
+class Batches:
+    """A queue, and a thread that takes some of it and works them off with `work` before it takes more.
+
+    `choose` says which of those that wait are next. It has what the API asks of an engine.
+    """
+
+    def __init__(self, choose: Callable[[Sequence[Job]], list[Job]], work: Callable[[list[Job]], None]) -> None:
+        self._choose, self._work = choose, work
+        self._queue: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closed = self._draining = False
+        self._thread = threading.Thread(target=self._loop, name="batches", daemon=True)
+
+    @property
+    def running(self) -> int:
+        return sum(not job.done for job in self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def ready(self) -> bool:
+        return self._thread.is_alive() and not self._draining
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request, deliver: Deliver) -> Job:
+        job = Job(request, deliver)
+        with self._changed:
+            self._queue.append(job)
+            self._changed.notify()
+        return job
+
+    def drain(self, seconds: float) -> None:
+        self._draining = True
+        until = time.monotonic() + seconds
+        while (self.running or self.waiting) and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _gather(self) -> list[Job]:
+        """The next batch: waits until one is there, and until nobody has joined it for a moment."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            until = time.monotonic() + PATIENCE
+            while not self._closed and time.monotonic() < until and self._changed.wait(QUIET):
+                pass
+            for job in [job for job in self._queue if job.cancelled]:
+                self._queue.remove(job)
+                job.end("cancelled")
+            self._running = self._choose(tuple(self._queue)) if self._queue and not self._closed else []
+            for job in self._running:
+                self._queue.remove(job)
+            return self._running
+
+    def _loop(self) -> None:
+        while not self._closed:
+            batch = self._gather()
+            try:
+                if batch:
+                    self._work(batch)
+            except Exception as error:
+                log.exception("a batch failed")
+                for job in batch:
+                    job.end("error", error=str(error))
+        for job in self._queue:
+            job.end("cancelled")
+
+
+def closest(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
+    """The oldest, and those whose prompts are nearest to its own in length."""
+
+    def choose(waiting: Sequence[Job]) -> list[Job]:
+        length = len(waiting[0].request.prompt)
+        return sorted(waiting, key=lambda job: abs(len(job.request.prompt) - length))[:rows]
+
+    return choose
+
+
+def same(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
+    """The oldest, and those that want the same adapter."""
+
+    def choose(waiting: Sequence[Job]) -> list[Job]:
+        return [job for job in waiting if job.adapter == waiting[0].adapter][:rows]
+
+    return choose
+
+
+# ------------------------------------------------------------------------------------------ PEFT, mixed batches
+
+
+def mixed(place: Path, rows: int) -> tuple[Batches, Any, Any]:
+    """(engine, model, tokenizer): PEFT with every adapter of the place."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "base", padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(place / "base", dtype="auto")
+    folders = sorted((place / "adapters").iterdir())
+    # in bf16 PEFT's adapters are in fp32 unless told otherwise, which is slower
+    model = PeftModel.from_pretrained(model, folders[0], adapter_name=folders[0].name, autocast_adapter_dtype=False)
+    for folder in folders[1:]:
+        model.load_adapter(folder, folder.name, autocast_adapter_dtype=False)
+    model.eval()
+
+    def work(batch: list[Job]) -> None:
+        class Tell(BaseStreamer):
+            """Called by `generate` with the prompts, then with a token for each row."""
+
+            prompts = True
+
+            def put(self, value: torch.Tensor) -> None:
+                if not self.prompts:
+                    for job, token in zip(batch, value.tolist(), strict=True):
+                        say(job, token, tokenizer)
+                self.prompts = False
+
+            def end(self) -> None:
+                pass
+
+        class Left(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                return torch.tensor([job.done or job.cancelled for job in batch])
+
+        ids = [{"input_ids": list(job.request.prompt)} for job in batch]
+        with torch.inference_mode():
+            model.generate(
+                **tokenizer.pad(ids, return_tensors="pt"), adapter_names=[job.adapter or "__base__" for job in batch],
+                max_new_tokens=max(job.request.sampling.max_tokens for job in batch), do_sample=False,
+                eos_token_id=None, streamer=Tell(), stopping_criteria=StoppingCriteriaList([Left()]),
+            )  # fmt: skip
+        for job in batch:
+            job.end("cancelled" if job.cancelled else "length")
+
+    return Batches(closest(rows), work), model, tokenizer
+
+
+def say(job: Job, token: int, tokenizer: Any) -> None:
+    """Deliver one token. A token is a word (see `place`): its text needs no neighbours."""
+    if job.done or job.cancelled:
+        return
+    job.count += 1
+    text = (" " if job.count > 1 else "") + tokenizer.convert_ids_to_tokens(token)
+    tokens = (Token(token, text),)
+    if job.count == job.request.sampling.max_tokens:
+        job.end("length", text, tokens)
+    else:
+        job.deliver(Piece(text, tokens))
+
+
+# ------------------------------------------------------------------------------------------ merged models, in turns
+
+
+def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
+    """(engine, model, tokenizer): Veneer's engine on merged weights, one adapter's at a time."""
+    from safetensors import safe_open
+
+    from veneer.models import load_base
+    from veneer.serve.engine import Engine
+
+    base = load_base(place / "base", precision="stored")
+    model, tokenizer = base.model, base.tokenizer
+    engine = Engine(model, tokenizer, None, rows=rows, length=length)
+    weights = dict(model.named_parameters())
+    current: list[str | None] = [None]
+
+    def become(adapter: str | None) -> None:
+        folder = place / "base" if adapter is None else place / "merged" / adapter
+        with safe_open(folder / "model.safetensors", "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 - a file, not a dict
+                weights[name].copy_(file.get_tensor(name))
+        current[0] = adapter
+
+    def work(batch: list[Job]) -> None:
+        if current[0] != batch[0].adapter:
+            become(batch[0].adapter)
+        left = threading.Semaphore(0)
+
+        def hear(job: Job) -> Deliver:
+            def deliver(piece: Piece) -> None:
+                if piece.finish is None:
+                    job.deliver(piece)
+                else:
+                    job.end(piece.finish, piece.text, piece.tokens, piece.error)
+                    left.release()
+
+            return deliver
+
+        tickets = [engine.submit(replace(job.request, mix={}), hear(job)) for job in batch]
+        for _ in batch:
+            while not left.acquire(timeout=0.2):
+                for job, ticket in zip(batch, tickets, strict=True):
+                    if job.cancelled and not job.done:
+                        ticket.cancel()
+
+    engine.start()
+    return Batches(same(rows), work), model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------ the front
+
+
+class Names:
+    """What the front asks of a bank, for engines that hold their adapters themselves: which names there are."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Path] = {}
+
+    def register(self, name: str, path: Path) -> None:
+        self.names[name] = path
+
+    def remove(self, name: str) -> None:
+        del self.names[name]
+
+    def status(self) -> list[Any]:
+        return []
+
+
+def main(options: argparse.Namespace) -> None:
+    """Serve until a signal says to stop."""
+    from veneer.serve.access import Keyring
+    from veneer.serve.api import Service, create
+    from veneer.serve.catalogue import Catalogue
+    from veneer.serve.listen import bind, make
+    from veneer.serve.metrics import Metrics
+
+    logging.basicConfig(level=logging.INFO)
+    name, place = options.peer[0], Path(options.peer[1])
+    engine, model, tokenizer = (
+        mixed(place, options.rows) if name == "mixed" else turns(place, options.rows, options.length)
+    )
+    bank = Names()
+    metrics = Metrics()
+    metrics.watch(engine, bank)
+    service = Service(
+        base="base", source=str(place / "base"), tokenizer=tokenizer, bank=bank,
+        catalogue=Catalogue(place / "adapters", bank, "base"), keys=Keyring(), metrics=metrics, engine=engine,
+        length=options.length, vocabulary=model.config.vocab_size,
+    )  # fmt: skip
+    listening = bind("127.0.0.1", options.port)
+    engine.start()
+    try:
+        make(create(service), service.drain, 5).run([listening])
+    finally:
+        service.close()

@@ -1,0 +1,86 @@
+"""What the servers serve: a base, adapters for it, and the same adapters merged, as folders.
+
+    PLACE/base                a model of SmolLM2-135M's shape with random weights, and a tokenizer
+    PLACE/adapters/a0 … a7    rank 8 on all linear layers, saved by Veneer
+    PLACE/merged/a0 … a7      base and adapter as one
+
+The tokenizer has one plain word for each token, so that a client that receives text knows how many tokens it got: no
+server has to hold back half a character.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import veneer
+from candidates import DTYPES, llama
+from veneer.models import hollow, quiet
+from veneer.shards import merge_checkpoint
+
+RANK = 8
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+def make(
+    place: Path, dtype: str, adapters: int, *, tiny: bool = False, merged: bool = True, rank: int = RANK
+) -> list[str]:
+    """Write all of it, with seeded random numbers; returns the names of the adapters.
+
+    ‖ΔW‖ is about a fifth of ‖W‖: the answers of an adapter are not the base's.
+    """
+    torch.manual_seed(0)
+    model = llama(2 if tiny else 30, 2048, tiny, use_cache=True, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    model.to(DTYPES[dtype]).eval()
+    with quiet():
+        model.save_pretrained(place / "base")
+        _tokenizer(model.config.vocab_size).save_pretrained(place / "base")
+    handle = veneer.attach(model, veneer.LoraConfig(rank=rank, targets="all-linear"))
+    names = [f"a{number}" for number in range(adapters)]
+    generator = torch.Generator().manual_seed(1)
+    plain = hollow(place / "base") if merged else None
+    for name in names:
+        for change in handle.changes.values():
+            for value in change.parameters():
+                value.data.normal_(0, 0.02, generator=generator)
+        handle.save(place / "adapters" / name)
+        if merged:
+            folder = place / "merged" / name
+            merge_checkpoint(place / "base", [place / "adapters" / name], folder, rounding="nearest", model=plain)
+    return names
+
+
+def copies(place: Path, names: list[str], count: int) -> list[str]:
+    """Copy the adapters until there are `count`; what the kernel holds of the copies in memory is dropped."""
+    more = [f"c{number:04d}" for number in range(count - len(names))]
+    for number, name in enumerate(more):
+        folder = place / "adapters" / name
+        shutil.copytree(place / "adapters" / names[number % len(names)], folder)
+        for file in folder.iterdir():
+            forget(file)
+    return [*names, *more]
+
+
+def forget(file: Path) -> None:
+    """Let the next read of `file` come from the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _tokenizer(size: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(SPECIAL)}
+    words |= {f"w{number}": number for number in range(len(SPECIAL), size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=2048,
+    )  # fmt: skip

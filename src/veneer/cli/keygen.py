@@ -1,0 +1,36 @@
+"""`veneer keygen`: a key for `veneer serve --keys`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def keygen(
+    name: Annotated[str, typer.Argument(help="Whose key it is: a word for the log.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", "-a", help="Adapters that it may use, by name or pattern; may be given several times."
+        ),
+    ] = None,
+    base: Annotated[bool, typer.Option(help="Whether it may use the base without an adapter.")] = True,
+    admin: Annotated[bool, typer.Option("--admin", help="It may load and unload adapters and read metrics.")] = False,
+) -> None:
+    """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a hash, to stdout.
+
+    \b
+    Examples:
+      veneer keygen alice --adapter 'french-*' --no-base >> keys.toml
+      veneer keygen operator --adapter '*' --admin >> keys.toml
+    """
+    from veneer.cli.console import err
+    from veneer.serve.access import generate
+
+    key, entry = generate(name, adapters=adapter or (), base=base, admin=admin)
+    typer.echo(entry)
+    err.print(f"The key of {name}, which is shown this once: {key}", soft_wrap=True)

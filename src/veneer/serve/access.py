@@ -1,0 +1,157 @@
+"""Who may do what: named keys, of which the server knows the hashes alone.
+
+    [[keys]]                          a TOML file, one table a key
+    name = "alice"
+    sha256 = "2c26b4…"                of the key that the client sends
+    adapters = ["french-*", "chat"]   patterns of names; none by default
+    base = true                       the base without an adapter; true by default
+    admin = false                     load and unload adapters, metrics; false by default
+
+A key is 256 random bits, so its plain hash cannot be searched, and no salt or slow hash would add anything. All hashes
+are compared with each key that is sent, each in constant time, so that the time tells nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, raise_all, sentence
+
+PREFIX = "vnr-"
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
+#: bytes of a key file, and characters of a key that is sent
+MAX_FILE, MAX_KEY = 4 * 2**20, 512
+
+
+@dataclass(frozen=True)
+class Key:
+    """Who asks, and what they may use."""
+
+    name: str
+    sha256: str
+    adapters: tuple[str, ...] = ()
+    base: bool = True
+    admin: bool = False
+
+    def may_use(self, names: Iterable[str]) -> bool:
+        """Whether it may use all of these adapters; of none, the base."""
+        names = tuple(names)
+        return all(map(self.sees, names)) if names else self.base
+
+    def sees(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.adapters)
+
+
+#: who asks a server without keys
+ANYONE = Key("anyone", "", ("*",), base=True, admin=True)
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The keys of a server; None of them: everybody may do everything."""
+
+    keys: tuple[Key, ...] | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.keys is None
+
+    def find(self, authorization: str | None) -> Key | None:
+        """The key in an Authorization header ("Bearer …"), or None for a missing or a wrong one."""
+        if self.keys is None:
+            return ANYONE
+        scheme, _, sent = (authorization or "").partition(" ")
+        sent = sent.strip()
+        if scheme.lower() != "bearer" or not sent or len(sent) > MAX_KEY:
+            return None
+        digest, found = hash_of(sent), None
+        for key in self.keys:  # all of them: a loop that stops early tells how far it got
+            if hmac.compare_digest(digest, key.sha256):
+                found = key
+        return found
+
+
+def hash_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: str | Path) -> Keyring:
+    """The keys of a file.
+
+    Raises:
+        ConfigError: says every entry that is wrong. A file without a key is wrong too: it would lock everybody out.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ConfigError(
+                sentence(f"a key file {path} of more than {MAX_FILE:,} bytes", "a list of keys", "check it")
+            )
+        entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            sentence(f"a key file {path} that cannot be read ({error})", "TOML", "see `veneer keygen --help`")
+        ) from error
+    found = entries.get("keys") if entries.keys() <= {"keys"} else None
+    if not isinstance(found, list) or not found:
+        raise ConfigError(sentence(f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"))
+    keys, problems = [], []
+    for number, entry in enumerate(found, 1):
+        reasons = list(_wrong(entry))
+        if reasons:
+            problems += [f"Key {number}: {reason}" for reason in reasons]
+        else:
+            keys.append(Key(**{**entry, "adapters": tuple(entry.get("adapters", ()))}))
+    for field in ("name", "sha256"):
+        seen = [getattr(key, field) for key in keys]
+        twice = sorted({value for value in seen if seen.count(value) > 1})
+        problems += [sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in twice]
+    raise_all(ConfigError, f"The key file {path} was not taken", problems)
+    return Keyring(tuple(keys))
+
+
+def _wrong(entry: Any) -> Iterable[str]:
+    if not isinstance(entry, dict):
+        yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
+        return
+    unknown = sorted(entry.keys() - {"name", "sha256", "adapters", "base", "admin"})
+    if unknown:
+        yield sentence(f"fields {unknown}", "name, sha256, adapters, base, admin", "check the spelling")
+    if not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
+        yield sentence(f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key")
+    if not isinstance(entry.get("sha256"), str) or not _HASH.fullmatch(entry["sha256"]):
+        yield sentence("no sha256 of 64 small hexadecimal digits", "the hash of the key", "run `veneer keygen NAME`")
+    patterns = entry.get("adapters", [])
+    if not isinstance(patterns, list) or not all(
+        isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
+    ):
+        yield sentence(f"adapters {patterns!r}", "a list of names or patterns", 'write, for instance, ["french-*"]')
+    for field in ("base", "admin"):
+        if not isinstance(entry.get(field, False), bool):
+            yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")
+
+
+def generate(name: str, *, adapters: Iterable[str] = (), base: bool = True, admin: bool = False) -> tuple[str, str]:
+    """A new key, and its entry for the file.
+
+    Raises:
+        ConfigError: a name or a pattern that the file could not hold.
+    """
+    key = PREFIX + secrets.token_urlsafe(32)
+    entry = {"name": name, "sha256": hash_of(key), "adapters": list(adapters), "base": base, "admin": admin}
+    raise_all(ConfigError, "No key was made", list(_wrong(entry)))
+    lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
+    return key, "\n".join(["[[keys]]", *lines, ""])

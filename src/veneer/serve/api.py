@@ -1,0 +1,327 @@
+"""The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes only.
+
+    GET  /health /ready /metrics
+    GET  /v1/models  /v1/models/{id}  /v1/adapters
+    POST /v1/completions  /v1/chat/completions  /v1/embeddings
+    POST /v1/load_lora_adapter  /v1/unload_lora_adapter
+
+A route checks what was sent (schemas), who sent it (access) and which adapters are meant (``chosen``), makes requests
+of it, and hands them to the engine. The event loop computes nothing: tokenizers run in one thread of their own,
+adapters are loaded in another, the model in the engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from veneer.errors import AdapterError, VeneerError, sentence
+from veneer.serve import limits, prompts, refusal
+from veneer.serve.access import Key
+from veneer.serve.answers import Answers, Form, events, failure, whole
+from veneer.serve.embed import as_base64
+from veneer.serve.guard import Guard
+from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Piece
+from veneer.serve.requests import Request as Job
+from veneer.serve.schemas import (
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    LoadRequest,
+    UnloadRequest,
+)
+from veneer.serve.service import Admin, Asker, Route, Service, Serving, chosen, in_text_thread, unless_gone
+
+router = APIRouter(route_class=Route)
+
+
+def create(service: Service, *routers: Any) -> FastAPI:
+    """The application of a service; ``routers`` are added to its own."""
+    app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.state.service = service
+    app.include_router(router)
+    for other in routers:
+        app.include_router(other)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(VeneerError, _veneer)
+    app.add_exception_handler(Exception, _bug)
+    metrics = service.metrics
+    app.add_middleware(
+        Guard,
+        keys=service.keys,
+        is_draining=lambda: service.draining,
+        count=lambda status: metrics.responses.labels(str(status)).inc(),
+        hosts=service.hosts,
+    )
+    return app
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def _invalid(request: Request, error: Any) -> Response:
+    """Which field is wrong, and why; never what was sent."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    param = next((part for part in where), None)
+    path = ".".join(where)[:200] or "the body"
+    if first["type"] == "extra_forbidden":
+        message = sentence(f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out")
+    elif first["type"] in ("missing", "model_attributes_type") and not where:
+        message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
+    else:
+        message = sentence(f"{path}: {first['msg']}", "what the API's reference says", "change it")
+    return Refusal(400, message, param=param and param[:200], code=first["type"]).response()
+
+
+def _http(request: Request, error: Any) -> Response:
+    found = f"{request.method} {request.url.path[:200]}"
+    message = (
+        error.detail if error.status_code == 400 else sentence(found, "a route of this server", "see /openapi.json")
+    )
+    return Refusal(error.status_code, message, headers=error.headers).response()
+
+
+def _veneer(request: Request, error: Any) -> Response:
+    return refusal.of(error).response()
+
+
+def _bug(request: Request, error: Exception) -> Response:
+    """starlette raises it again when this is sent, so that it is in the log."""
+    return Refusal(500, sentence("a bug in the server", "an answer", "tell whoever runs it"), code="bug").response()
+
+
+# ---------------------------------------------------------------------------------------------- the operator's
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(service: Serving) -> Response:
+    if service.draining:
+        raise refusal.draining()
+    if not service.ready:
+        raise Refusal(503, sentence("an engine that does not run", "one that does", "look at the log, start it again"))
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(service: Serving, key: Admin) -> Response:
+    service.metrics.ready.set(service.ready)
+    page = await asyncio.to_thread(service.metrics.page)
+    return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- models and adapters
+
+
+def _card(service: Service, name: str | None) -> dict[str, Any]:
+    common = {"object": "model", "created": service.started, "owned_by": "veneer", "max_model_len": service.length}
+    if name is None:
+        return {"id": service.base, **common, "root": service.source, "parent": None}
+    return {"id": name, **common, "root": service.catalogue.root(name), "parent": service.base}
+
+
+@router.get("/v1/models")
+async def models(service: Serving, key: Asker) -> dict[str, Any]:
+    names = await asyncio.to_thread(service.catalogue.refresh)
+    cards = [_card(service, None)] if key.base else []
+    return {"object": "list", "data": cards + [_card(service, name) for name in names if key.sees(name)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
+    mix = await chosen(service, key, model, None)
+    return _card(service, next(iter(mix), None))
+
+
+@router.get("/v1/adapters")
+async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
+    await asyncio.to_thread(service.catalogue.refresh)
+    fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
+    status = await asyncio.to_thread(service.bank.status)
+    return [{field: getattr(entry, field) for field in fields} for entry in status if key.sees(entry.name)]
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
+    work = lambda: service.catalogue.load(  # noqa: E731
+        body.lora_name, body.lora_path, inplace=body.load_inplace, pin=body.pin
+    )
+    await asyncio.get_running_loop().run_in_executor(service.admin, work)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
+    await asyncio.get_running_loop().run_in_executor(service.admin, service.catalogue.unload, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+# ---------------------------------------------------------------------------------------------- completions
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
+    mix = await _may_generate(service, key, body)
+    prompt = await in_text_thread(service, lambda: prompts.chat(service.tokenizer, body.messages))
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    tokens = prompts.room([prompt], asked, service.length, short=False)
+    form = _form(service, key, body, body.n, [prompt])
+    return await _answer(request, service, body, form, mix, [prompt], tokens)
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request, service: Serving, key: Asker) -> Response:
+    mix = await _may_generate(service, key, body)
+    sent = body.prompts()
+    if body.echo and body.logprobs is not None:
+        message = sentence("echo with logprobs", "one of them", "probabilities of a prompt are not computed here")
+        raise Refusal(400, message, param="echo")
+    if len(sent) * body.n > limits.ANSWERS:
+        found = f"{len(sent)} prompts with n = {body.n}"
+        raise Refusal(400, sentence(found, f"at most {limits.ANSWERS} answers", "send several requests"), param="n")
+    tokenizer = service.tokenizer
+
+    def read() -> tuple[list[tuple[int, ...]], list[str]]:
+        tokens = [prompts.plain(tokenizer, prompt, service.vocabulary) for prompt in sent]
+        texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in sent if body.echo]
+        return tokens, texts
+
+    tokens, texts = await in_text_thread(service, read)
+    most = prompts.room(tokens, body.max_tokens, service.length, short=True)
+    heads = tuple(text for text in texts for _ in range(body.n))
+    form = _form(service, key, body, body.n * len(tokens), tokens, heads)
+    return await _answer(request, service, body, form, mix, tokens, most)
+
+
+async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
+    mix = await chosen(service, key, body.model, body.adapters)
+    if service.engine is None:
+        message = sentence("an encoder", "a causal language model", "use /v1/embeddings, or serve another base")
+        raise Refusal(400, message, param="model", code="not_generative")
+    prompts.check_schema(body.schema_of_answer())
+    return mix
+
+
+def _form(
+    service: Service, key: Key, body: Asked, count: int, tokens: list[tuple[int, ...]], heads: tuple[str, ...] = ()
+) -> Form:
+    chat = isinstance(body, ChatRequest)
+    return Form(
+        id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+        model=body.model,
+        chat=chat,
+        count=count,
+        prompt_tokens=sum(map(len, tokens)),
+        heads=heads,
+        logprobs=body.alternatives() is not None,
+        usage=body.stream_options is not None and body.stream_options.include_usage,
+        candid=key.admin,
+    )
+
+
+async def _answer(
+    request: Request,
+    service: Service,
+    body: Asked,
+    form: Form,
+    mix: dict[str, float],
+    prompts_: list[tuple[int, ...]],
+    tokens: int,
+) -> Response:
+    jobs = [
+        Job(prompt, mix, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}")
+        for number, prompt in enumerate(prompts_)
+        for choice in range(body.n)
+    ]
+    answers = await _submitted(service, jobs)
+    if not body.stream:
+        content = await unless_gone(request, whole(answers, form))
+        return Response(status_code=499) if content is None else JSONResponse(content)
+    pieces = answers.pieces()
+    try:
+        first = await unless_gone(request, anext(pieces))  # an answer that never starts gets a status of its own
+        if first is None:
+            answers.cancel()
+            return Response(status_code=499)
+        if refused := failure(first[1], form.candid):
+            raise refused
+    except BaseException:
+        answers.cancel()
+        raise
+    return _Stream(answers, events(answers, form, first, pieces))
+
+
+async def _submitted(service: Service, jobs: list[Job]) -> Answers:
+    """The answers to some jobs. A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
+    if jobs[0].sampling.schema is None:
+        return Answers(service.engine, jobs, asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    made = in_text_thread(service, lambda: Answers(service.engine, jobs, loop))
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(lambda done: done.exception() or done.result().cancel())
+        raise
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events, which take their answers with them when the client goes away at any moment."""
+
+    def __init__(self, answers: Answers, content: Any) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()  # also where the iterator was never entered
+
+
+# ---------------------------------------------------------------------------------------------- embeddings
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingRequest, request: Request, service: Serving, key: Asker) -> Response:
+    mix = await chosen(service, key, body.model, body.adapters)
+    embedder = service.embedder
+    if embedder is None:
+        message = sentence("a causal language model", "an encoder", "serve one, such as a sentence-transformers model")
+        raise Refusal(400, message, param="model", code="no_embeddings")
+    if body.dimensions not in (None, embedder.width):
+        message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
+        raise Refusal(400, message, param="dimensions")
+
+    def read() -> list[tuple[int, ...]]:
+        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in body.inputs()]
+
+    tokens = await in_text_thread(service, read)
+    if max(map(len, tokens)) > service.length:
+        found = f"an input of {max(map(len, tokens))} tokens"
+        message = sentence(found, f"at most {service.length}", "shorten it")
+        raise Refusal(400, message, param="input", code="context_length_exceeded")
+    try:
+        vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
+    except AdapterError as error:  # as the engine has it
+        raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
+    if vectors is None:
+        return Response(status_code=499)
+    form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
+    data = [{"object": "embedding", "index": i, "embedding": form(vector)} for i, vector in enumerate(vectors)]
+    total = sum(map(len, tokens))
+    usage = {"prompt_tokens": total, "total_tokens": total}
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})

@@ -1,0 +1,350 @@
+"""Which adapters there are: what lies in the adapter folder, and what was said of it through the API.
+
+    DIR/french/adapter_config.json     an adapter "french"; found when it appears, gone when it is deleted
+    DIR/index.json                     or DIR is a library: its names are the adapters
+    DIR/served.json                    {"format": 1, "names": {"fr": {"path": "runs/7/adapter"}}, "pinned": [],
+                                        "hidden": []}
+
+``served.json`` is what ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter`` leave: names that are not the folder's
+own, what is pinned, and folders that are not served although they are there. It is written, in one step, before a
+client hears that its adapter is loaded; so a server that is killed knows after its restart what it knew before.
+
+Nothing that a client says reaches a file outside DIR: a name is a word without separators, a path is relative, has no
+"..", and must lie in DIR when all links are followed. What is inside an adapter folder is ``artefact.read``'s to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError, ConfigError, LibraryError, VeneerError, nearest, sentence
+from veneer.files import write_whole
+from veneer.formats import peft
+from veneer.headers import parse
+from veneer.library import INDEX, OBJECTS, Library
+from veneer.serve.refusal import Refusal
+
+log = logging.getLogger("veneer.serve")
+
+FORMAT, MEMORY = 1, "served.json"
+MAX_MEMORY = 16 * 2**20
+#: seconds between two looks at the folder
+FRESH = 1.0
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What ``served.json`` holds: paths by name, what is pinned, what is not served."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+
+    def text(self) -> str:
+        names = {name: {"path": path} for name, path in sorted(self.names.items())}
+        content = {"format": FORMAT, "names": names, "pinned": sorted(self.pinned), "hidden": sorted(self.hidden)}
+        return json.dumps(content, indent=1) + "\n"
+
+
+class Catalogue:
+    """The adapters of a folder, kept in step with the bank. Its methods block on the disk: call them in a thread, but
+    for ``known`` and ``root``."""
+
+    def __init__(self, folder: str | Path | None, bank: Any, base: str = "") -> None:
+        """Register every adapter of ``folder`` (None: there are none, and none can be loaded) with the bank.
+
+        Raises:
+            ConfigError: no such folder, a damaged ``served.json``.
+            LibraryError: a damaged index.
+        """
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.base, self._bank = base, bank
+        self._lock = threading.Lock()
+        self._paths: dict[str, Path] = {}
+        self._broken: dict[str, str] = {}
+        self._looked = -1e9
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():
+            raise ConfigError(sentence(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check"))
+        self.folder = self.folder.resolve()
+        self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
+        with self._lock:
+            self._memory = self._recall()
+            self._sync()
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """What was pinned through the API, and is there."""
+        return () if self.folder is None else tuple(sorted(self._memory.pinned & self._paths.keys()))
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def known(self, name: str) -> bool:
+        """Whether a name is registered; looks at no disk."""
+        return name in self._paths
+
+    def root(self, name: str) -> str:
+        """What to send as ``lora_path`` for this adapter: its path in the folder, or its name in the library."""
+        path = self._paths.get(name)
+        remembered = self._memory.names.get(name) if self.folder is not None else None
+        return remembered or (name if path is None or self._library is not None else str(path.relative_to(self._top())))
+
+    def refresh(self, *, force: bool = False) -> tuple[str, ...]:
+        """Find what has appeared and drop what has gone; all names. Looks at the disk once a second at most."""
+        stale = self.folder is not None and (force or time.monotonic() - self._looked >= FRESH)
+        if stale and self._lock.acquire(blocking=False):  # an adapter that loads meanwhile holds nobody up
+            try:
+                self._sync()
+            except (OSError, VeneerError) as error:  # what is registered goes on being served
+                log.warning("The adapter folder cannot be read: %s", error)
+            finally:
+                self._lock.release()
+        return tuple(sorted(self._paths))
+
+    # ------------------------------------------------------------------------------------------ changing
+
+    def load(self, name: str, where: str | None, *, inplace: bool = False, pin: bool | None = None) -> None:
+        """Load an adapter now, verified, and remember it.
+
+        Args:
+            where: its path in the folder (its name in a library); None: where the name leads already.
+            inplace: replace what the name stands for. If the new one cannot be loaded, the old one stays.
+            pin: keep it in memory, or no longer; None leaves that as it is.
+
+        Raises:
+            Refusal: a name or a path that cannot be one, an adapter that is loaded already.
+            AdapterError: it is damaged, altered, or made for another base.
+        """
+        with self._lock, _disk():
+            self._top()
+            _check_name(name, self.base)
+            self._sync()
+            old = self._paths.get(name)
+            path = self._path(name, where)
+            resident = {entry.name for entry in self._bank.status() if entry.resident}
+            if old is not None and not inplace and (path != old or (name in resident and pin is None)):
+                do = "If you want to load the adapter in place, set 'load_inplace' to True."
+                message = f"The lora adapter {name!r} has already been loaded. {do}"
+                raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
+            if old is None or path != old or inplace or (name not in resident and pin is not False):
+                self._bring(name, path, old)
+            try:
+                self._note(name, where, pin)
+            except OSError:  # what would be forgotten at a restart is not loaded
+                self._drop(name)
+                if old is not None:
+                    self._enter(name, old)
+                raise
+            if pin is not None:
+                (self._bank.pin if pin else self._bank.unpin)(name)
+        log.info("Loaded adapter %r from %s", name, self.root(name))
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more. Its files stay, and calls that use it end as they began.
+
+        Raises:
+            Refusal: there is no such name.
+        """
+        with self._lock, _disk():
+            self._top()
+            self._sync()
+            if name not in self._paths:
+                message = f"The lora adapter {name[:128]!r} cannot be found{nearest(name, self._paths)}."
+                raise Refusal(404, message, param="lora_name", code="model_not_found", kind="NotFoundError")
+            memory = self._recall()
+            names = {other: path for other, path in memory.names.items() if other != name}
+            hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
+            self._remember(Memory(names, memory.pinned - {name}, hidden))
+            self._drop(name)
+        log.info("Unloaded adapter %r", name)
+
+    def _drop(self, name: str) -> None:
+        del self._paths[name]  # first: what hears of the removal asks `known`
+        self._bank.remove(name)
+
+    def _bring(self, name: str, path: Path, old: Path | None) -> None:
+        """Load ``path`` under a name; what stood there before stays if that fails."""
+        self._bank.add(path, name=name, replace=old is not None)
+        self._paths[name] = path
+
+    def _note(self, name: str, where: str | None, pin: bool | None) -> None:
+        """Remember a loaded name."""
+        memory = self._recall()
+        own, names = self._scan().get(name), dict(memory.names)
+        if own == self._paths[name]:
+            names.pop(name, None)
+        elif where is not None:
+            names[name] = where
+        pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
+        self._remember(Memory(names, pinned, memory.hidden - {name}))
+
+    # ------------------------------------------------------------------------------------------ the folder
+
+    def _top(self) -> Path:
+        if self.folder is None:
+            message = sentence("a server without an adapter folder", "one", "start it with --adapters DIR")
+            raise Refusal(400, message, code="no_adapter_folder")
+        return self.folder
+
+    def _sync(self) -> None:
+        """Bring bank and names in step with the disk."""
+        found = self._scan()
+        memory = self._memory = self._recall()
+        wanted = {name: path for name, path in found.items() if name not in memory.hidden}
+        for name, where in memory.names.items():
+            try:
+                wanted[name] = self.inside(where)
+            except (Refusal, AdapterError, LibraryError):
+                wanted.pop(name, None)  # its folder is gone: so is the name, until it comes back
+        for name in self._paths.keys() - wanted.keys():
+            self._drop(name)
+        for name, path in wanted.items():
+            if self._paths.get(name) != path:
+                if name in self._paths:
+                    self._drop(name)
+                self._enter(name, path)
+        self._looked = time.monotonic()
+
+    def _enter(self, name: str, path: Path) -> None:
+        """Register what lies at ``path``; a folder that is no whole adapter (yet) is left out."""
+        try:
+            self._bank.register(name, path)
+        except AdapterError as error:
+            if self._broken.get(name) != str(error):
+                self._broken[name] = str(error)
+                log.warning("Not served: %s", error)
+            return
+        self._broken.pop(name, None)
+        self._paths[name] = path
+
+    def _scan(self) -> dict[str, Path]:
+        """The folder's own adapters by name: its subfolders, or a library's names."""
+        top = self._top()
+        if self._library is not None:
+            return {
+                entry.name: top / OBJECTS / entry.object for entry in self._library.list() if entry.name != self.base
+            }
+        found = {}
+        with os.scandir(top) as entries:
+            for entry in entries:
+                if not _NAME.fullmatch(entry.name) or entry.name == self.base:
+                    continue
+                path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
+                if path is not None and (path / peft.CONFIG).is_file():
+                    found[entry.name] = path
+        return found
+
+    def _path(self, name: str, where: str | None) -> Path:
+        if where is not None:
+            return self.inside(where)
+        if name in self._paths:
+            return self._paths[name]
+        own = self._scan().get(name)
+        if own is None:
+            message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
+            raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
+        return own
+
+    def inside(self, where: str) -> Path:
+        """The folder that a client's path means, which lies in the adapter folder whatever links do.
+
+        Raises:
+            Refusal: it is not a relative path in the folder, or there is no adapter.
+            LibraryError: the library has no such name.
+        """
+        top = self._top()
+        if self._library is not None:
+            return self._library.get(where)
+        parts = where.split("/")
+        if where.startswith("/") or not where.isprintable() or "\\" in where or {"", ".", ".."} & set(parts):
+            expected = "a path relative to the adapter folder, without '.', '..' or control characters"
+            message = sentence(f"lora_path {where[:200]!r}", expected, "name a folder in the adapter folder")
+            raise Refusal(400, message, param="lora_path", code="bad_path")
+        path = _within(top, where)
+        if path is None or not (path / peft.CONFIG).is_file():  # what lies outside looks like what is not there
+            message = sentence(
+                f"no adapter at {where[:200]!r} in the adapter folder", f"a folder with {peft.CONFIG}", "check the path"
+            )
+            raise Refusal(404, message, param="lora_path", code="not_found", kind="NotFoundError")
+        return path
+
+    # ------------------------------------------------------------------------------------------ what is remembered
+
+    def _recall(self) -> Memory:
+        file = self._top() / MEMORY
+        try:
+            if file.stat().st_size > MAX_MEMORY:
+                raise ValueError(f"more than {MAX_MEMORY:,} bytes")
+            content = parse(file.read_bytes())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']!r}")
+            names = {name: entry["path"] for name, entry in content["names"].items()}
+            words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
+            if not all(isinstance(word, str) for word in words) or not all(map(_NAME.fullmatch, names)):
+                raise ValueError("names that are none")
+            return Memory(names, frozenset(content["pinned"]), frozenset(content["hidden"]))
+        except FileNotFoundError:
+            return Memory()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = f"{file}, which is damaged ({error})"
+            raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
+
+    def _remember(self, memory: Memory) -> None:
+        if memory != self._memory:
+            write_whole(self._top() / MEMORY, memory.text())
+        self._memory = memory
+
+
+def folders(folder: Path) -> dict[str, Path]:
+    """The adapters that would be served from a folder, by name, without a bank.
+
+    Raises:
+        ConfigError, LibraryError: as ``Catalogue``.
+    """
+    catalogue = Catalogue(folder, _Nobody())
+    return {name: catalogue._paths[name] for name in catalogue.refresh()}
+
+
+class _Nobody:
+    """A bank that holds nothing."""
+
+    def register(self, name: str, path: Path) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """What the disk refuses, as an answer."""
+    try:
+        yield
+    except OSError as error:
+        found = f"an adapter folder that cannot be read or written ({error.strerror or type(error).__name__})"
+        raise Refusal(503, sentence(found, "one that can", "see to it; nothing was changed"), code="disk") from error
+
+
+def _within(top: Path, where: str) -> Path | None:
+    """The path that ``where`` means when all links are followed; None unless it is there and below ``top``."""
+    try:
+        path = (top / where).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # not there, a name too long, a loop of links
+        return None
+    return path if path.is_relative_to(top) and path != top else None
+
+
+def _check_name(name: str, base: str) -> None:
+    if not _NAME.fullmatch(name) or name == base:
+        expected = f"1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.', and not the base's {base!r}"
+        message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
+        raise Refusal(400, message, param="lora_name", code="bad_name")

@@ -1,0 +1,251 @@
+"""Embeddings: texts through an encoder, each with its own adapter, many calls in one batch.
+
+    vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
+
+One thread computes. It takes a text of each waiting call in turn until the batch is full, so a call with 256 texts
+holds up a call with one for a batch, and no longer.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import sentence
+from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Busy
+
+log = logging.getLogger("veneer.serve")
+
+
+def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
+    """One vector a row, in float32.
+
+    Args:
+        hidden: [rows, tokens, width].
+        mask: [rows, tokens], 1 where there is a token.
+        how: "mean", "cls" (the first token) or "max".
+
+    Returns:
+        [rows, width].
+    """
+    hidden, there = hidden.float(), mask.bool()[..., None]
+    if how == "cls":
+        vectors = hidden[:, 0]
+    elif how == "max":
+        vectors = hidden.masked_fill(~there, float("-inf")).amax(1)
+    else:
+        vectors = (hidden * there).sum(1) / there.sum(1)
+    return torch.nn.functional.normalize(vectors, dim=-1) if normal else vectors
+
+
+def as_base64(vector: Tensor) -> str:
+    """A vector as little-endian float32 in base64, which OpenAI's client asks for."""
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+
+
+@dataclass(eq=False)
+class _Call:
+    texts: Sequence[tuple[int, ...]]
+    mix: Mapping[str, float]
+    deadline: float
+    began: float
+    done: Future[list[Tensor]] = field(default_factory=Future)
+    lease: Any = None
+    next: int = 0
+    vectors: list[Tensor] = field(default_factory=list)
+
+
+class Embedder:
+    """Answers calls for embeddings in a thread of its own.
+
+    Args:
+        model: an encoder of transformers; ``pad`` is the token that fills short rows.
+        bank: its adapters; None serves the base alone.
+        how, normal: see ``pool``.
+        rows, tokens: the most texts, and tokens with padding, of one batch.
+        queue: the most texts that wait.
+        observer: as the engine's.
+    """
+
+    def __init__(
+        self, model: Any, bank: Any = None, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
+        tokens: int = 8192, queue: int = 1024, observer: Any = None,
+    ) -> None:  # fmt: skip
+        self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
+        self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
+        self.width = int(model.config.hidden_size)
+        self._calls: deque[_Call] = deque()
+        self._open, self._texts, self._closed, self._refuses = 0, 0, False, False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="veneer-embed", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return self._open
+
+    @property
+    def waiting(self) -> int:
+        return self._texts
+
+    def submit(
+        self, texts: Sequence[tuple[int, ...]], mix: Mapping[str, float], timeout: float
+    ) -> Future[list[Tensor]]:
+        """The vectors of some texts, later. To cancel the future drops the call.
+
+        Raises:
+            Busy: too many texts wait.
+        """
+        with self._changed:
+            if self._refuses or (self._texts and self._texts + len(texts) > self.queue):
+                found = f"{self._texts} texts that wait"
+                raise Busy(sentence(found, f"at most {self.queue}", "send it again later"), 1.0)
+            self._open, self._texts = self._open + 1, self._texts + len(texts)
+        now = time.monotonic()
+        call = _Call(texts, mix, now + timeout, now)
+        if self.bank is None:
+            self._ready(call)
+        else:
+            try:
+                held = self.bank.acquire(mix)
+            except BaseException:
+                self._end(call)
+                raise
+            held.add_done_callback(lambda lease: self._loaded(call, lease))
+        return call.done
+
+    def drain(self, seconds: float) -> None:
+        """Refuse what is new, and wait until nothing is open."""
+        with self._changed:
+            self._refuses = True
+            self._changed.wait_for(lambda: not self._open, seconds)
+
+    def close(self) -> None:
+        """End the thread; calls that are open fail."""
+        with self._changed:
+            self._closed = self._refuses = True
+            self._changed.notify_all()
+        self._thread.join(timeout=30)
+
+    # ------------------------------------------------------------------------------------------ the thread
+
+    def _loaded(self, call: _Call, lease: Future[Any]) -> None:
+        try:
+            call.lease = lease.result()
+        except BaseException as error:
+            self._end(call, error)
+        else:
+            self._ready(call)
+
+    def _ready(self, call: _Call) -> None:
+        with self._changed:
+            closed = self._closed
+            if not closed:
+                self._calls.append(call)
+                self._changed.notify_all()
+        if closed:
+            self._end(call, _stopping())
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._closed)
+                if self._closed:
+                    left = list(self._calls)
+                    self._calls.clear()
+                else:
+                    left, batch = [], self._take()
+            if self._closed:
+                for call in left:
+                    self._end(call, _stopping())
+                return
+            if batch:
+                self._compute(batch)
+            del batch  # nothing of a call outlives it while the thread waits
+
+    def _take(self) -> list[tuple[_Call, int]]:
+        """A text of each call in turn, until the batch is full. Calls are taken out and put back by ``_compute``."""
+        batch: list[tuple[_Call, int]] = []
+        longest = 0
+        while self._calls:
+            call = self._calls[0]
+            begun = any(other is call for other, _ in batch)
+            if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
+                self._calls.popleft()
+                late = Refusal(504, sentence("texts that took too long", "an answer in time", "send fewer at once"))
+                self._end(call, late)
+                continue
+            length = max(longest, len(call.texts[call.next]))
+            if len(batch) == self.rows or (batch and length * (len(batch) + 1) > self.tokens):
+                break
+            longest = length
+            if not call.next and self.observer is not None:
+                self.observer.started(call.mix, time.monotonic() - call.began)
+            batch.append((call, call.next))
+            call.next += 1
+            self._calls.popleft()
+            if call.next < len(call.texts):
+                self._calls.append(call)
+        return batch
+
+    def _compute(self, batch: list[tuple[_Call, int]]) -> None:
+        try:
+            vectors = self._vectors(batch)
+        except Exception as error:
+            log.exception("A batch of embeddings failed")
+            for call in {id(call): call for call, _ in batch}.values():
+                with self._changed:
+                    if call in self._calls:
+                        self._calls.remove(call)
+                self._end(call, Refusal(500, f"{type(error).__name__}: {error}", code="engine_error"))
+            return
+        for (call, _), vector in zip(batch, vectors, strict=True):
+            call.vectors.append(vector)
+            if len(call.vectors) == len(call.texts):
+                if self.observer is not None:
+                    self.observer.tokens(call.mix, sum(map(len, call.texts)), 0)
+                self._end(call)
+
+    def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
+        """[texts of the batch, width], on the CPU."""
+        texts = [call.texts[index] for call, index in batch]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[self.pad] * (longest - len(text))] for text in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        rows = nullcontext() if self.bank is None else self.bank.rows([call.lease for call, _ in batch])
+        with torch.inference_mode(), rows:
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            return pool(hidden, mask, self.how, self.normal).cpu()
+
+    def _end(self, call: _Call, error: BaseException | None = None) -> None:
+        """Give the vectors or the error, and let go of the adapter; once."""
+        if call.lease is not None:
+            call.lease.release()
+        with suppress(InvalidStateError):  # cancelled meanwhile
+            if error is None and len(call.vectors) == len(call.texts):
+                call.done.set_result(call.vectors)
+            elif error is not None:
+                call.done.set_exception(error)
+        if self.observer is not None:
+            reason = "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
+            self.observer.finished(call.mix, reason, time.monotonic() - call.began)
+        with self._changed:
+            self._open, self._texts = self._open - 1, self._texts - len(call.texts)
+            self._changed.notify_all()
+
+
+def _stopping() -> Refusal:
+    return Refusal(503, sentence("a server that stops", "one that runs", "send it to another"), code="draining")

@@ -1,0 +1,159 @@
+"""What stands before every route: who asks, whether a body is small and comes in time, and a line in the log.
+
+    limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
+
+A body is read whole before a route runs, against a count and a clock, so no route can forget to. Under /v1 a request
+without a valid key is refused before a byte of its body is read. The log names key, method, path and status, and never
+a query, a header or a body.
+
+A server without keys answers loopback names in the Host header alone: a web page that points a name of its own at
+127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another origin cannot send
+without being asked first, and no answer allows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from veneer.errors import sentence
+from veneer.serve import limits
+from veneer.serve.access import Keyring
+from veneer.serve.refusal import Refusal, draining
+
+log = logging.getLogger("veneer.serve.access")
+
+#: paths that answer while the server drains
+ALWAYS = ("/health", "/ready", "/metrics")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+
+
+class Guard:
+    """ASGI middleware. ``is_draining`` is asked for each request; ``count`` hears each status."""
+
+    def __init__(
+        self,
+        app: Any,
+        keys: Keyring,
+        is_draining: Callable[[], bool],
+        count: Callable[[int], None] = lambda status: None,
+        hosts: tuple[str, ...] | None = None,
+    ) -> None:
+        self.app, self.keys, self.is_draining, self.count, self.hosts = app, keys, is_draining, count, hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":  # there is none: before it is accepted, this is a 403
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+
+        async def reply(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.count(status)
+                private = [(b"cache-control", b"no-store")] if scope["path"].startswith("/v1/") else []
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, reply)
+        finally:
+            who = scope.get("state", {}).get("key")
+            path, seconds = ascii(scope["path"][:200])[1:-1], time.monotonic() - began
+            # what asks every few seconds is of interest when it fails
+            level = logging.DEBUG if status == 200 and scope["path"] in ALWAYS else logging.INFO
+            line = (getattr(who, "name", "-"), scope["method"], path, status or "gone", seconds)
+            log.log(level, "%s %s %s %s %.3fs", *line)
+
+    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = Headers(scope=scope)
+        key = self.keys.find(headers.get("authorization"))
+        scope.setdefault("state", {})["key"] = key
+        try:
+            self._admit(scope, headers, key)
+            body = await _body(headers, receive)
+        except Refusal as refusal:
+            response = refusal.response()
+            response.headers["connection"] = "close"  # what else it sends is not read
+            await response(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
+            message = sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
+            raise Refusal(431, message)
+        host = headers.get("host", "").lower()
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        if self.hosts is not None and name not in self.hosts:
+            expected = f"one of {', '.join(self.hosts)}, as this server has no keys"
+            raise Refusal(403, sentence(f"host {host[:100]!r}", expected, "use that address, or start it with --keys"))
+        if self.is_draining() and scope["path"] not in ALWAYS:
+            raise draining()
+        if key is None and scope["path"].startswith("/v1"):
+            raise no_key(headers)
+
+
+def no_key(headers: Any) -> Refusal:
+    """No key, or one that is not known."""
+    found = "a key that is not known" if headers.get("authorization") else "no key"
+    message = sentence(found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key")
+    return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def _body(headers: Headers, receive: Any) -> bytes | None:
+    """The whole body; None if the client went away.
+
+    Raises:
+        Refusal: it is too large, or too slow.
+    """
+    declared = headers.get("content-length", "0")
+    if not declared.isdecimal() or len(declared) > 18 or int(declared) > limits.BODY:
+        raise _too_large()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > limits.BODY:
+                    raise _too_large()
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        message = sentence(
+            "a body that did not arrive", f"all of it within {limits.BODY_SECONDS:g} s", "send it faster"
+        )
+        raise Refusal(408, message) from None
+
+
+def _too_large() -> Refusal:
+    message = sentence("a body that is too large", f"at most {limits.BODY:,} bytes", "send less at once")
+    return Refusal(413, message, code="body_too_large")
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    """``receive`` as if the body had not been read yet; afterwards it waits for the client to go away."""
+    fresh = True
+
+    async def again() -> Any:
+        nonlocal fresh
+        if fresh:
+            fresh = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return again

@@ -1,0 +1,33 @@
+"""How much one client may send, hold or wait: every bound of the server in one place.
+
+A bound is there for each thing whose size a client decides. What a request costs the engine (tokens, choices) is
+bounded by the context and the queue; these bound what it costs before it gets there.
+"""
+
+from __future__ import annotations
+
+#: bytes of the names and values of all headers
+HEADERS = 16 * 2**10
+#: bytes of a body: some times the text of the longest context that is served
+BODY = 2**20
+#: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
+HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
+#: connections that are open at one time
+CONNECTIONS = 1024
+
+#: characters of a model's or an adapter's name
+NAME = 256
+#: messages of a chat, and parts of the content of one
+MESSAGES, PARTS = 1024, 256
+#: prompts of one call, answers to each, and answers to all of them
+PROMPTS, CHOICES, ANSWERS = 64, 16, 64
+#: texts of one call for embeddings
+INPUTS = 256
+#: stop strings, and characters of one
+STOPS, STOP = 16, 256
+#: alternatives beside a chosen token
+ALTERNATIVES = 20
+#: adapters in a blend, and the size of a weight
+BLEND, WEIGHT = 8, 100.0
+#: bytes of a JSON schema as text, and how deep it may nest
+SCHEMA, SCHEMA_DEPTH = 64 * 2**10, 32

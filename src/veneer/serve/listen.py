@@ -1,0 +1,186 @@
+"""The process: sockets, connections, signals.
+
+    first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
+    second                     exit at once, with 128 + the signal's number
+
+uvicorn closes its sockets as soon as it is told to stop, and then a load balancer sees refused connections before it
+has seen /ready; so signals are handled here, and uvicorn is told when the engine has drained.
+
+uvicorn bounds neither the time for a request's head, nor the time for which a client may not read, nor (politely) the
+number of connections. ``Connection`` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from veneer.errors import ConfigError, sentence
+from veneer.serve import limits
+
+log = logging.getLogger("veneer.serve")
+
+#: seconds for connections to close when nothing runs any more
+CLOSING = 3
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Connection(H11Protocol):
+    """One connection, with bounds on how many there are, and how long each may keep the server waiting."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > limits.CONNECTIONS:
+            transport.write(_FULL)
+            transport.close()
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._timer, self._stall):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(limits.STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # to close would wait for a client that does not read
+
+    def _wait_for_head(self) -> None:
+        """Start the clock when a head is awaited, and stop it when there is one. More bytes do not start it anew."""
+        inside = self.cycle is not None and not self.cycle.response_complete
+        if inside and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not inside and self._timer is None:
+            self._timer = self.loop.call_later(limits.HEAD_SECONDS, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a drain of our own before it stops.
+
+    Args:
+        drain: blocks until nothing runs, at most the seconds that it is given.
+        grace: those seconds.
+        started: called when the server listens.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._draining:
+            os._exit(128 + sig)
+        self._draining = True
+        threading.Thread(target=self.stop, name="veneer-drain", daemon=True).start()
+
+    def stop(self) -> None:
+        """Drain, then let the server end."""
+        log.info("Draining: what runs has %g s, new requests are refused", self._grace)
+        try:
+            self._drain(self._grace)
+        finally:
+            self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address.
+
+    Raises:
+        ConfigError: the port is taken, or the address is not one of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(1024)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        do = "choose another with --host and --port"
+        raise ConfigError(
+            sentence(f"{host}:{port}, {error.strerror or error}", "a free address of this machine", do)
+        ) from error
+    return listening
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    import ipaddress
+
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def make(app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None) -> Server:
+    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``stop``, ends it."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=CLOSING,
+    )
+    return Server(config, drain, grace, started)

@@ -1,0 +1,128 @@
+"""What Prometheus reads at ``/metrics``: per adapter requests, tokens, waiting and loading; of the whole, what is held.
+
+A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones, and when an adapter
+goes its series go with it. (An adapter that is itself called "base" or "blend" has the label "adapter:base".)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+BASE, BLEND, OTHER = "base", "blend", "unloaded"
+WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
+
+
+class Metrics:
+    """An observer of the engine and of the bank. Its methods are cheap and may be called in any thread."""
+
+    def __init__(self, known: Callable[[str], bool] = lambda name: True) -> None:
+        self.registry = CollectorRegistry()
+        self._known = known
+        adapter: Any = ["adapter"]
+        own: Any = {"registry": self.registry}
+        self.requests = Counter("veneer_requests", "Answers that ended, by outcome.", ["adapter", "outcome"], **own)
+        self.prompt_tokens = Counter("veneer_prompt_tokens", "Tokens of prompts that were read.", adapter, **own)
+        self.generated_tokens = Counter("veneer_generated_tokens", "Tokens of answers.", adapter, **own)
+        self.queue = Histogram("veneer_queue_seconds", "From request to start.", adapter, buckets=WAITS, **own)
+        self.first = Histogram("veneer_first_token_seconds", "To the first token.", adapter, buckets=WAITS, **own)
+        self.loads = Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own)
+        self.load_seconds = Histogram("veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own)
+        self.evictions = Counter("veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own)
+        self.failures = Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own)
+        self.responses = Counter("veneer_http_responses", "HTTP answers by status.", ["status"], **own)
+        self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
+        self._labelled = (
+            self.prompt_tokens, self.generated_tokens, self.queue, self.first, self.loads, self.evictions,
+            self.failures,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ what the engine says
+
+    def queued(self, mix: Mapping[str, float]) -> None:
+        """Nothing is counted before a request ends; gauges say what waits."""
+
+    def started(self, mix: Mapping[str, float], waited: float) -> None:
+        self.queue.labels(self.label(mix)).observe(waited)
+
+    def first_token(self, mix: Mapping[str, float], seconds: float) -> None:
+        self.first.labels(self.label(mix)).observe(seconds)
+
+    def tokens(self, mix: Mapping[str, float], prompt: int, generated: int) -> None:
+        label = self.label(mix)
+        if prompt:
+            self.prompt_tokens.labels(label).inc(prompt)
+        if generated:
+            self.generated_tokens.labels(label).inc(generated)
+
+    def finished(self, mix: Mapping[str, float], reason: str, seconds: float) -> None:
+        self.requests.labels(self.label(mix), reason).inc()
+
+    # ------------------------------------------------------------------------------------------ what the bank says
+
+    def event(self, kind: str, name: str, seconds: float) -> None:
+        """``Bank.on_event``."""
+        label = self.label({name: 1.0})
+        match kind:
+            case "load":
+                self.loads.labels(label).inc()
+                self.load_seconds.observe(seconds)
+            case "evict":
+                self.evictions.labels(label).inc()
+            case "fail":
+                self.failures.labels(label).inc()
+            case "remove":
+                self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Drop the series of an adapter that is registered no more."""
+        if self._known(name):
+            return
+        label = _plain(name)
+        for metric in self._labelled:
+            metric.remove_by_labels({"adapter": label})
+        self.requests.remove_by_labels({"adapter": label})
+
+    def label(self, mix: Mapping[str, float]) -> str:
+        if not mix:
+            return BASE
+        if len(mix) > 1:
+            return BLEND
+        (name,) = mix
+        return _plain(name) if self._known(name) else OTHER
+
+    # ------------------------------------------------------------------------------------------ what is read
+
+    def watch(self, engine: Any, bank: Any) -> None:
+        """Add the gauges that are read off engine and bank when somebody asks."""
+        self.registry.register(_Gauges(engine, bank))
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Gauges:
+    def __init__(self, engine: Any, bank: Any) -> None:
+        self.engine, self.bank = engine, bank
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Any:
+        entries = self.bank.status() if self.bank is not None else []
+        resident = [entry for entry in entries if entry.resident]
+        for name, help_, value in (
+            ("veneer_running", "Answers that are being written.", getattr(self.engine, "running", 0)),
+            ("veneer_waiting", "Requests that wait.", getattr(self.engine, "waiting", 0)),
+            ("veneer_registered_adapters", "Adapters that can be used.", len(entries)),
+            ("veneer_resident_adapters", "Adapters in memory.", len(resident)),
+            ("veneer_resident_bytes", "Bytes of the adapters in memory.", sum(entry.bytes for entry in resident)),
+        ):
+            yield GaugeMetricFamily(name, help_, value=value)
+
+
+def _plain(name: str) -> str:
+    return f"adapter:{name}" if name in (BASE, BLEND, OTHER) else name

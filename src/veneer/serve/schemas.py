@@ -1,0 +1,209 @@
+"""What clients send, and nothing else: a field that is not here is refused by name, never ignored.
+
+    null        is the same as absent, everywhere, as OpenAI's clients send it
+    HARMLESS    fields that say who asks or how to file it: dropped
+    NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped at that value
+
+Types are strict ("1" is no number) and every size has a bound (``limits.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from veneer.serve import limits
+from veneer.serve.requests import Sampling
+
+HARMLESS = {
+    "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "parallel_tool_calls", "include_obfuscation", "lora_int_id",
+}  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
+    "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "service_tier": ("auto", "default"),
+    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
+}  # fmt: skip
+
+Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
+Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
+Stops = Annotated[list[Stop], Field(max_length=limits.STOPS)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
+Blend = Annotated[dict[Name, Weight], Field(min_length=1, max_length=limits.BLEND)]
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    if value is None or name in HARMLESS:
+        return True
+    # a bool equals a number, and would pass for one
+    return any(value == at and isinstance(value, bool) == isinstance(at, bool) for at in NEUTRAL.get(name, ()))
+
+
+class Strict(BaseModel):
+    """The rules of the page's top, for one object of a body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if (k in cls.model_fields and v is not None) or not _asks_nothing(k, v)}
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a chat. "developer" is what OpenAI calls "system" now."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=limits.PARTS)]
+    name: Annotated[str, Field(max_length=limits.NAME)] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {"name": self.name} if self.name else {}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named}
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class JsonSchema(Strict):
+    name: Annotated[str, Field(max_length=limits.NAME)] = "answer"
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class Asked(Strict):
+    """What both kinds of completion have in common. ``adapters``, ``top_k`` and ``ignore_eos`` are not OpenAI's."""
+
+    model: Name
+    adapters: Blend | None = None
+    n: Annotated[int, Field(ge=1, le=limits.CHOICES)] = 1
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Stops | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: Format | None = None
+    ignore_eos: bool = False
+
+    def sampling(self, max_tokens: int, choice: int) -> Sampling:
+        """How the ``choice``-th answer is drawn; each has a seed of its own."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=max(self.top_p, 1e-6),
+            top_k=max(self.top_k, 0),
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop=stop,
+            logprobs=self.alternatives(),
+            schema=self.schema_of_answer(),
+            ignore_eos=self.ignore_eos,
+        )
+
+    def alternatives(self) -> int | None:
+        raise NotImplementedError
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        match self.response_format:
+            case SchemaFormat():
+                return self.response_format.json_schema.schema_
+            case ObjectFormat():
+                return {"type": "object"}
+            case _:
+                return None
+
+
+class ChatRequest(Asked):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
+
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(Asked):
+    prompt: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(min_length=1, max_length=limits.PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
+    echo: bool = False
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """As a list, whichever form it was sent in."""
+        return as_list(self.prompt)
+
+
+class EmbeddingRequest(Strict):
+    model: Name
+    adapters: Blend | None = None
+    input: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(min_length=1, max_length=limits.INPUTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    def inputs(self) -> list[str] | list[list[int]]:
+        return as_list(self.input)
+
+
+class LoadRequest(Strict):
+    """As vLLM's, and ``pin``. ``lora_path`` may be left out for a name that is known already."""
+
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    load_inplace: bool = False
+    pin: bool | None = None
+
+
+class UnloadRequest(Strict):
+    lora_name: Name
+
+
+def as_list(value: Any) -> Any:
+    """A text, a list of tokens, or a list of either: as a list of prompts."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else value

@@ -1,0 +1,176 @@
+"""What is served, and what every route begins with: the service, the key that asks, the adapters that are meant."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from veneer.errors import VeneerError, sentence
+from veneer.headers import parse
+from veneer.serve import refusal
+from veneer.serve.access import Key, Keyring
+from veneer.serve.catalogue import Catalogue
+from veneer.serve.embed import Embedder
+from veneer.serve.guard import no_key
+from veneer.serve.metrics import Metrics
+from veneer.serve.refusal import Refusal
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """What is served, and how.
+
+    Args:
+        base: the name by which clients ask for the base; ``source`` is what it was loaded from.
+        engine: answers completions; None for an encoder.
+        embedder: answers embeddings; None for a causal model.
+        length: tokens of the context, prompt and answer together.
+        vocabulary: tokens that the base knows.
+        timeout: seconds that an answer may take.
+    """
+
+    base: str
+    source: str
+    tokenizer: Any
+    bank: Any
+    catalogue: Catalogue
+    keys: Keyring
+    metrics: Metrics
+    length: int
+    vocabulary: int
+    engine: Any = None
+    embedder: Embedder | None = None
+    timeout: float = 600.0
+    hosts: tuple[str, ...] | None = None
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
+    admin: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-admin"))
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and (self.engine is None or self.engine.ready)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse what is new and wait until nothing runs, at most ``seconds``."""
+        self.draining = True
+        for worker in (self.engine, self.embedder):
+            if worker is not None:
+                worker.drain(seconds)
+
+    def close(self) -> None:
+        """Stop every thread of it."""
+        for worker in (self.engine, self.embedder):
+            if worker is not None:
+                worker.close()
+        self.texts.shutdown(wait=False, cancel_futures=True)
+        self.admin.shutdown(wait=False, cancel_futures=True)
+
+
+class _Strict(Request):
+    """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair, bounded depth."""
+
+    async def json(self) -> Any:
+        try:
+            return parse(await self.body())
+        except ValueError as error:
+            # the one kind of exception that FastAPI lets through here
+            raise HTTPException(400, sentence(f"no JSON ({error})", "a JSON object", "check the body")) from error
+
+
+class Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            try:
+                return await handle(_Strict(request.scope, request.receive))
+            except VeneerError as error:
+                return refusal.of(error).response()
+
+        return strict
+
+
+# What is not async, FastAPI runs in a thread of its own: a hop for each of these, for each request.
+
+
+async def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def _key(request: Request) -> Key:
+    key = getattr(request.state, "key", None)
+    if key is None:
+        raise no_key(request.headers)
+    return key
+
+
+async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
+    if not key.admin:
+        message = sentence(f"key {key.name!r}, which is no admin key", "one with admin = true", "use another")
+        raise Refusal(403, message, code="admin_only")
+    return key
+
+
+Serving = Annotated[Service, Depends(_service)]
+Asker = Annotated[Key, Depends(_key)]
+Admin = Annotated[Key, Depends(_admin)]
+
+
+async def chosen(service: Service, key: Key, model: str, blend: dict[str, float] | None) -> dict[str, float]:
+    """The adapters that a call means: {name: weight}, {} for the base.
+
+    Raises:
+        Refusal: 404 for a name that is not there and for one that the key may not use, in the same words.
+    """
+    if blend is not None:
+        if model != service.base:
+            found = f"adapters beside the model {model[:120]!r}"
+            message = sentence(found, f"model {service.base!r}", "name the base, and each adapter in adapters")
+            raise Refusal(400, message, param="adapters")
+        names = tuple(blend)
+    else:
+        own = model.removeprefix(f"{service.base}:")
+        names = () if model == service.base else (own,)
+    if not key.may_use(names):
+        raise refusal.no_such_model(names[0] if len(names) == 1 else model)
+    if not all(map(service.catalogue.known, names)):
+        await asyncio.to_thread(service.catalogue.refresh, force=False)
+        for name in names:
+            if not service.catalogue.known(name):
+                raise refusal.no_such_model(name)
+    return dict.fromkeys(names, 1.0) if blend is None else blend
+
+
+def in_text_thread(service: Service, work: Callable[[], T]) -> asyncio.Future[T]:
+    """Tokenizers of transformers keep state between calls, so one thread runs them all."""
+    return asyncio.get_running_loop().run_in_executor(service.texts, work)
+
+
+async def unless_gone(request: Request, work: Any) -> Any:
+    """What ``work`` gives; None, and it is cancelled, if the client goes away first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

