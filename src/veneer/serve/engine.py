@@ -399,12 +399,13 @@ class Engine:
             self._admitted.remove(entry)
         self._release(entry)
         self._tell_tokens(entry)
-        entry.end(finish, error)
         with self._wake:
             if entry.taken:
                 self._scheduler.ended(entry.key)
             else:
                 self._scheduler.remove(entry)
+        entry.end(finish, error)  # who sees the last piece finds the place free
+        with self._wake:
             self._live -= 1
             self._poked = True  # what it held may be what another waits for
             self._wake.notify_all()
