@@ -265,9 +265,10 @@ def test_threads_and_tasks_mix_nothing_up(tmp_path):
 
     async def task(number):
         for _ in range(10):
-            with bank.rows(choices[number]), torch.no_grad():
+            with bank.rows(choices[number]):
                 await asyncio.sleep(0)
-                assert error(model(x), expected[number]) < 1e-6
+                with torch.no_grad():  # which belongs to the thread, and may not be held while others run
+                    assert error(model(x), expected[number]) < 1e-6
 
     async def all_of_them():
         await asyncio.gather(*map(task, range(8)))
@@ -429,3 +430,21 @@ def test_mixed_batches_in_bfloat16(tmp_path):
 
 def test_kinds_are_all_here():
     assert {kind for kind, _ in ROWS} | {"parameter"} == {kind.name for kind in LAYERS}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "lokr", "eva"])
+def test_a_second_adapter_of_the_same_plan_is_as_exact_as_the_first(variant, tmp_path):
+    model, x = Linears(), torch.randn(2, 12)
+    config = veneer.LoraConfig(rank=2, targets="all", variant=variant)
+    saved(model, tmp_path, *"abc", config=config, **evidence(model, variant, (x,)))
+    bank = veneer.Bank(model)
+    for name in "abc":
+        bank.add(tmp_path / name)
+    for name in "abc":
+        with bank.rows([name, name]), torch.no_grad():
+            assert error(model(x), alone(model, tmp_path, name, x)) < 1e-6
+    with (tmp_path / "c" / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(AdapterError):
+        bank.add(tmp_path / "c", "altered")

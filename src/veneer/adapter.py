@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,29 @@ class Fit:
                 {**part.full._parameters, **part.full._buffers}[key].copy_(value)
 
 
+@dataclass
+class Known:
+    """What was found out about a model that nobody changes meanwhile, so that further adapters of it are verified in a
+    fraction of the time: the fingerprints of its weights, what was planned for the same wishes, and whatever a user of
+    this makes of a plan, by its identity."""
+
+    names: Names
+    prints: dict[str, str] = field(default_factory=dict)
+    plans: dict[Any, tuple[LowPlan, ...]] = field(default_factory=dict)
+    made: dict[int, Any] = field(default_factory=dict)
+
+    def plan(self, wanted: Mapping[Slot, Wish], problems: list[str]) -> tuple[LowPlan, ...]:
+        """As ``plan_low``."""
+        key = tuple((slot, wish.rank, wish.alpha, repr(wish.slices)) for slot, wish in wanted.items())
+        if key not in self.plans:
+            before = len(problems)
+            low = tuple(plan_low(self.names, wanted, problems))
+            if len(problems) > before:
+                return low
+            self.plans[key] = low
+        return self.plans[key]
+
+
 def fitted(
     model: nn.Module,
     path: str | Path,
@@ -182,14 +205,13 @@ def fitted(
     *,
     verify_base: bool = True,
     of_weights: bool = False,
-    prints: dict[str, str] | None = None,
+    known: Known | None = None,
 ) -> Fit:
     """Verify a folder against a model, which stays as it is (see ``install_from``).
 
     Args:
         problems: those that are known already.
-        prints: the fingerprints of base weights that are known already, by path; what is found out is added. For a base
-            that nobody changes meanwhile.
+        known: what is known of the model already; what is found out is added.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
@@ -197,7 +219,8 @@ def fitted(
     """
     artefact = read(path)
     peft_s = artefact.record is None and not of_weights
-    names, config = Names(model), artefact.peft_config
+    known = Known(Names(model)) if known is None else known
+    names, config = known.names, artefact.peft_config
     file_of: dict[Slot, peft.PeftLayer] = {}
     for file_path, entry in artefact.low.items():
         slot = slot_at(names, file_path, config)
@@ -228,12 +251,12 @@ def fitted(
         wanted = {slot: Wish(entry.rank, entry.alpha) for slot, entry in file_of.items()}
     else:
         wanted = _recorded(names, recorded, problems)
-    low = plan_low(names, wanted, problems)
+    low = known.plan(wanted, problems)
     numbers = {entry.slot: _numbers(names, entry, file_of, artefact, problems) for entry in low}
     covered = {slot for entry in low for slot in entry.holders}
     if recorded is not None:
-        known = covered | set(wanted)
-        unknown = [parameter_path(*slot) for slot in file_of if slot not in known]
+        meant = covered | set(wanted)
+        unknown = [parameter_path(*slot) for slot in file_of if slot not in meant]
         unknown += sorted(artefact.numbers.keys() - recorded.keys())
         if unknown:
             found = f"changes that the record does not know: {listing(unknown)}"
@@ -258,7 +281,7 @@ def fitted(
             )
     raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
     if artefact.record is not None and verify_base:
-        _verify_base(names, artefact, {} if prints is None else prints)
+        _verify_base(names, artefact, known.prints)
     elif artefact.record is None:
         warnings.warn(
             f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.adapted import BASE, GROUP, Selected, in_turn, own_class, sites, uninstall
+from veneer.adapter import Known
 from veneer.artefact import missing
 from veneer.attach import enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses
@@ -127,7 +128,7 @@ class Bank:
         self._group = _joined(model)
         self._frame = Frame(self._group.uid, time_first(model))
         self._entries: dict[str, _Entry] = {}
-        self._prints: dict[Any, str] = {}
+        self._known = Known(Names(model))
         self._changed = threading.Condition(threading.RLock())
         self._loading = threading.Lock()
         self._loader: ThreadPoolExecutor | None = None
@@ -398,7 +399,7 @@ class Bank:
         start = time.monotonic()
         try:
             self._room(_expected(entry.path), wanted)
-            held = hold(self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base, prints=self._prints)
+            held = hold(self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base, known=self._known)
             self._room(held.nbytes, wanted)
         except BaseException:
             self._tell("fail", entry.name, time.monotonic() - start)

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapted import Change, LayerAdapter, Site, Way, at_least_float32, site_of, viewed, weight_of
-from veneer.adapter import fitted
-from veneer.attach import build, enlist, place
+from veneer.adapter import Known, fitted
+from veneer.attach import LowPlan, build, enlist, place, trained_dtype
 from veneer.bases import BASES
+from veneer.config import LoraConfig
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
-from veneer.targets import Names
+from veneer.targets import Names, Slot
+from veneer.variants import VARIANTS
 
 #: how much larger than the trained numbers their product may be: a variant that trains little for a large rank stays as
 #: it is
@@ -104,35 +106,93 @@ class Held:
     uid: int = field(default_factory=_COUNT.__next__)
 
 
-def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, prints: dict[Any, str]) -> Held:
+def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: Known) -> Held:
     """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
 
     Args:
         dtype: of the numbers; None takes that of each weight.
-        prints: the fingerprints of base weights that are known already; more are added.
+        known: what is known of the model already; what is found out is added.
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
     """
-    fit = fitted(model, path, [], verify_base=verify_base, prints=prints)
-    names = Names(model)
+    fit, names = fitted(model, path, [], verify_base=verify_base, known=known), known.names
+    config, low = fit.artefact.config, fit.plans.low
+    again = known.made.get(id(low))  # that very tuple is kept in ``known``
+    if again is not None and not fit.full and (again.config == config):
+        tables = again.table(fit.numbers, dtype)
+        return _held(path, config.variant, tables, [], len(tables))
     parts = build(names, fit.plans, trainable=False, numbers=fit.numbers)
     fit.fill(parts)
     table = place(names, enlist(model), fit.plans, parts)
     thin, general = _divided(names, parts, dtype)
     tables = {key: thin.get(id(part), part) for key, part in table.items()}
+    if (
+        not general
+        and len(table) == len(low)
+        and not fit.full
+        and not VARIANTS[config.variant].derived
+        and _ordinary(low, names)
+    ):
+        known.made[id(low)] = _Again(config, low, names, [names.modules[entry.path] for entry in low])
+    return _held(path, config.variant, tables, general, len(parts))
+
+
+@dataclass(frozen=True, eq=False)
+class _Again:
+    """An adapter that was all thin: another one of the same plan is made without the modules that training needs."""
+
+    config: LoraConfig
+    low: tuple[LowPlan, ...]
+    names: Names
+    modules: Sequence[nn.Module]
+
+    @torch.no_grad()
+    def table(self, numbers: Mapping[Slot, Mapping[str, Tensor]], dtype: torch.dtype | None) -> dict[Any, Thin]:
+        variant = VARIANTS[self.config.variant]
+        resolved = []
+        for entry, module in zip(self.low, self.modules, strict=True):
+            weight: Any = weight_of(module, entry.weight)
+            own: Any = numbers[entry.slot]
+            trained = trained_dtype(self.config, weight.dtype)
+            own = {name: value.to(weight.device, trained) for name, value in own.items()}
+            low, gain = variant.resolve(
+                own, variant.scale(entry.alpha, entry.rank),
+                lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
+            )  # fmt: skip
+            resolved.append(_flattened(low, gain, weight.dtype if dtype is None else dtype))
+        flat = _together([value for own in resolved for value in own if value is not None])
+        tables = {}
+        for entry, module, own in zip(self.low, self.modules, resolved, strict=True):
+            A, B, gain = (None if value is None else next(flat) for value in own)
+            site: Any = site_of(module)
+            tables[site.key] = Thin(A, B, gain, None, site.layer, site.layer.weight, entry.dims)  # type: ignore[arg-type]
+        return tables
+
+
+def _ordinary(low: Sequence[LowPlan], names: Names) -> bool:
+    """Whether each change is of all outputs and inputs of its weight, which lies as its layer has it."""
+    modules = [names.modules[entry.path] for entry in low]
+    sites: list[Any] = [site_of(module) for module in modules]
+    pairs = zip(low, modules, strict=True)
+    plain = all(entry.rows is None and entry.layer.still(module) is None for entry, module in pairs)
+    return plain and not any(site is None or site.transposed for site in sites)
+
+
+def _held(path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int) -> Held:
+    thin = {id(one): one for one in tables.values() if isinstance(one, Thin)}.values()
     numbers = {
         id(value): value.numel() * value.element_size()
         for part in general
         for value in (*part.parameters(), *part.buffers())
     }
-    size = sum(one.A.nbytes + one.B.nbytes + _bytes(one.gain) + _bytes(one.bias) for one in thin.values())
+    size = sum(one.A.nbytes + one.B.nbytes + _bytes(one.gain) + _bytes(one.bias) for one in thin)
     return Held(
         path,
-        fit.artefact.config.variant,
+        variant,
         tables,
-        size + sum(numbers.values()) + OVERHEAD * len(parts),
-        max((one.A.shape[0] for one in thin.values()), default=0),
+        size + sum(numbers.values()) + OVERHEAD * parts,
+        max((one.A.shape[0] for one in thin), default=0),
         frozenset(key for key, part in tables.items() if not isinstance(part, Thin)),
     )
 
@@ -175,21 +235,24 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     if not plain or part.hosted or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
         return None
     ((name, change),) = part.changes.items()
-    weight = weight_of(module, name)
+    weight: Any = weight_of(module, name)
     low, gain = change.resolve(weight)
     if (site.transposed and gain is not None) or len(low.A) > 1:
         return None
     trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
+    wanted: torch.dtype = weight.dtype if dtype is None else dtype
+    bias = part.full._parameters.get("bias")
+    return [*_flattened(low.T if site.transposed else low, gain, wanted), None if bias is None else bias.to(wanted)]
+
+
+def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+    """[A, B, gain] as a ``Thin`` has them."""
     if gain is not None:
         low = low.gained(gain.view(1, -1))
-    low = low.T if site.transposed else low
-    dtype = weight.dtype if dtype is None else dtype
-    wide = at_least_float32(low.B.dtype)
-    bias = part.full._parameters.get("bias")
-    B = (low.B[0].to(wide) * low.scale).mT
-    return [one if one is None else one.detach().to(dtype) for one in (low.A[0], B, gain, bias)]
+    B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
+    return [one if one is None else one.detach().to(dtype) for one in (low.A[0], B, gain)]
 
 
 def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
