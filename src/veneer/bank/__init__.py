@@ -138,6 +138,7 @@ class Bank:
         self._bytes = 0
         self._alive: set[int] = set()  # who takes these bytes, by ``Held.uid``
         self._drops = 0
+        self._crowded = 0
         self._closed = False
 
     # ------------------------------------------------------------------------------------------ names
@@ -235,6 +236,11 @@ class Bank:
     def nbytes(self) -> int:
         """Bytes of the adapters in memory."""
         return self._bytes
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a load waits for memory that is in use: the longer, the more leases are taken meanwhile."""
+        return self._crowded > 0
 
     def status(self) -> list[Status]:
         with self._changed:
@@ -461,7 +467,7 @@ class Bank:
                 kept = {id(e): e.held.nbytes for e in (*self._entries.values(), *wanted)
                         if e.held is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
                 waits = sum(kept.values()) + count <= self.capacity
-                if not waits or not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                if not waits or not self._freed(deadline - time.monotonic()):
                     if waits and self._bytes + count <= self.capacity:
                         continue
                     found = (
@@ -470,6 +476,14 @@ class Bank:
                     found += "" if not waits else f", and others in use for {PATIENCE:g} s"
                     do = "give the bank more, unpin adapters, or use fewer at once"
                     raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
+
+    def _freed(self, seconds: float) -> bool:
+        """Wait for a change of who uses what; False if none comes in time."""
+        self._crowded += 1
+        try:
+            return self._changed.wait(max(0.0, seconds))
+        finally:
+            self._crowded -= 1
 
     def _drop(self, entry: _Entry) -> None:
         held, entry.held, entry.pinned = entry.held, None, False

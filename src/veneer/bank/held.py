@@ -254,9 +254,9 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
-    dtype = weight.dtype if dtype is None else dtype
+    kept: torch.dtype = weight.dtype if dtype is None else dtype
     bias = part.full._parameters.get("bias")
-    return [*_flattened(low.T if site.transposed else low, gain, dtype), None if bias is None else bias.to(dtype)]
+    return [*_flattened(low.T if site.transposed else low, gain, kept), None if bias is None else bias.to(kept)]
 
 
 def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
