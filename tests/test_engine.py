@@ -285,6 +285,21 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
 # ---------------------------------------------------------------------------------------------- ends
 
 
+def test_a_schema_whose_mask_fails_ends_its_request_alone(opened, caplog):
+    class Broken:
+        def compute_bitmask(self):
+            raise ValueError("too many items")
+
+    engine = opened(start=False, rows=2)
+    sick = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
+    well = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
+    sick.ticket._entry.chooser.matcher = Broken()
+    engine.start()
+    assert sick.wait().finish == "error"
+    assert sick.error == "ValueError: too many items"
+    assert well.wait().finish == "length"
+
+
 def test_a_text_that_cannot_be_ended_ends_its_request_alone(opened, monkeypatch):
     engine = opened(rows=2)
     sick = Client(engine, asked((5, 6, 7), 400, ignore_eos=True))

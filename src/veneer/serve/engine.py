@@ -370,7 +370,7 @@ class Engine:
     def _accept(self, entry: Entry, choice: Choice) -> None:
         """Deliver a row's next token, and end the row where its answer ends."""
         if choice.token is None:
-            self._end(entry, "error", "the model's logits are no finite numbers")
+            self._end(entry, "error", choice.error)
             return
         if not entry.generated:
             self._tell("first_token", entry.request.mix, time.monotonic() - entry.submitted)
