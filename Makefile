@@ -94,6 +94,7 @@ bench: setup
 	$(BENCH)/import_time.py
 	$(BENCH)/attach.py
 	$(BENCH)/forward.py
+	$(BENCH)/mixed.py
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
 	$(BENCH)/train_step.py

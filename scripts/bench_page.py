@@ -17,7 +17,7 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
-    "merge_fidelity": "merge_fidelity", "merge": "merge", "engine": "engine", "serve": "serve",
+    "merge_fidelity": "merge_fidelity", "merge": "merge", "mixed": "mixed", "engine": "engine", "serve": "serve",
     "serve_cold": "serve", "serve_vanish": "serve",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -69,7 +69,14 @@ def said(setting: Mapping[str, Any]) -> str:
 def readme() -> str:
     """The tables of the README: the step, the way to a target, forward, serving, and a line about the rest."""
     found = results()
-    parts = [_step_table(found), _target_table(found), _forward_table(found), _serve_table(found), _rest(found)]
+    parts = [
+        _step_table(found),
+        _target_table(found),
+        _forward_table(found),
+        _mixed_table(found),
+        _serve_table(found),
+        _rest(found),
+    ]
     return "\n".join(line for part in parts for line in part).rstrip()
 
 
@@ -122,6 +129,18 @@ def _forward_table(found: Mapping[str, Any]) -> list[str]:
     cases = [case for case in found["forward"]["cases"] if case["setting"]["dtype"] == "float32"]
     head = ["forward, fp32", *(_tokens(case["setting"]["tokens"]) for case in cases)]
     labels = {"veneer, merged": "**Veneer**, merged", "veneer": "**Veneer**", "peft": "PEFT"}
+    rows = [[label, *(ratio(case["rows"][key], spread=False) for case in cases)] for key, label in labels.items()]
+    return table(head, rows)
+
+
+def _mixed_table(found: Mapping[str, Any]) -> list[str]:
+    if "mixed" not in found:
+        return []
+    cases = found["mixed"]["cases"]
+    head = ["16 rows, their adapters mixed: time, base 1.00"]
+    head += [f"{case['setting']['call']}, {SHORT[case['setting']['dtype']]}" for case in cases]
+    labels = {"bank, 8": "**Veneer**, 8 adapters", "bank, 16": "**Veneer**, 16 adapters",
+              "bank, 8, DoRA": "**Veneer**, 8 adapters, DoRA", "peft, 8": "PEFT, 8 adapters"}  # fmt: skip
     rows = [[label, *(ratio(case["rows"][key], spread=False) for case in cases)] for key, label in labels.items()]
     return table(head, rows)
 

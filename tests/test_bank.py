@@ -267,7 +267,7 @@ def test_threads_and_tasks_mix_nothing_up(tmp_path):
         for _ in range(10):
             with bank.rows(choices[number]):
                 await asyncio.sleep(0)
-                with torch.no_grad():  # a thread's: tasks that take turns within it would leave it on
+                with torch.no_grad():  # which belongs to the thread, and may not be held while others run
                     assert error(model(x), expected[number]) < 1e-6
 
     async def all_of_them():

@@ -20,6 +20,7 @@ import frozen
 import import_time
 import merge
 import merge_fidelity
+import mixed
 import planner
 import report
 import scaling
@@ -46,7 +47,7 @@ def recorded(base, tmp_path_factory) -> Path:
     """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_memory, time_to_target, merge):
+        for module in (train_memory, time_to_target, merge, mixed):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
         patch.setattr(import_time, "run", lambda name: 1.0)
         patch.setattr(pronounce, "words", functools.cache(pronounce.words))
@@ -55,6 +56,7 @@ def recorded(base, tmp_path_factory) -> Path:
         train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
         engine.main([*SHAPE, *out, "--runs", "1", "--dtype", "float32"])
+        mixed.main([*SHAPE, *out, "--runs", "1", "--length", "4"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
         planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
         compose.main(["--quick", *out, "--runs", "1"])
@@ -232,6 +234,17 @@ def test_engine(recorded):
         for row in case["rows"].values():
             check(row)
             assert row["rate"] > 0
+
+
+def test_mixed(recorded):
+    """Every candidate decodes and fills; a bank's further adapter takes some memory."""
+    result = written(recorded, "mixed")
+    assert len(result["cases"]) == 4
+    for case in result["cases"]:
+        assert list(case["rows"]) == ["base", "bank, idle", "bank, 8", "bank, 16", "bank, 8, DoRA", "peft, 8"]
+        for row in case["rows"].values():
+            check(row)
+    assert result["memory"].keys() == {"float32", "bfloat16"}
 
 
 def test_compose(recorded):

@@ -516,6 +516,22 @@ def test_the_observer_is_told(opened):
     assert told[-1][3] > 0
 
 
+def test_an_engine_without_work_gives_memory_back_once(opened, monkeypatch):
+    from veneer.serve import engine as module
+
+    given = []
+    monkeypatch.setattr(module, "IDLE", 0.05)
+    monkeypatch.setattr(module, "give_back", lambda: given.append(1))
+    engine = opened()
+    for count in (1, 2):
+        Client(engine, asked((5,) * 3, 2)).wait()
+        until = time.monotonic() + 10
+        while len(given) < count and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(given) == count
+
+
 def test_200_requests_that_vanish_leave_nothing(opened):
     bank = Recorder()
     engine = opened(bank=bank, rows=5, prefill=24, queue=300)

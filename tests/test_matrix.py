@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
 
 from veneer import adapter, rows, select
 from veneer.adapted import Change, LayerAdapter
+from veneer.bank.deck import Deck
 from veneer.bases import BASES
 from veneer.formats import peft
 from veneer.kernels import fused
@@ -211,13 +212,13 @@ def first_row_decides(patch):
 
 
 def rows_lose_their_order(patch):
-    original = rows._Parts.__init__
+    original = rows.Parts.__init__
 
     def init(self, *args):
         original(self, *args)
         self.order = torch.arange(self.count)
 
-    patch.setattr(rows._Parts, "__init__", init)
+    patch.setattr(rows.Parts, "__init__", init)
 
 
 def rows_cannot_be_taken(patch):
@@ -226,6 +227,11 @@ def rows_cannot_be_taken(patch):
 
     for name in LAYER_NAMES:
         patch.setattr(type(LAYERS[name]), "take", take)
+
+
+def first_row_decides_for_a_bank(patch):
+    original = Deck.use
+    patch.setattr(Deck, "use", lambda self, uses: original(self, (uses[0],) * len(uses)))
 
 
 def _when_compiled(patch, run):
@@ -278,6 +284,7 @@ MUTATIONS = {
     "unmerge": [unmerge_subtracts, unmerge_loses_a_bit, merge_writes_nothing],
     "save/load": [save_loses_alpha, load_loses_alpha, load_is_off_by_a_bit],
     "mixed batch": [first_row_decides, rows_lose_their_order, rows_cannot_be_taken],
+    "bank": [first_row_decides_for_a_bank],
     "compile": [compiler_sees_no_change, compiler_sees_one_adapter, compiler_breaks_the_graph],
     "PEFT round trip": [peft_key_is_wrong, peft_config_has_another_alpha],
 }

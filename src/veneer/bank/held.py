@@ -247,16 +247,16 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     if not plain or part.hosted or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
         return None
     ((name, change),) = part.changes.items()
-    weight = weight_of(module, name)
+    weight: Any = weight_of(module, name)
     low, gain = change.resolve(weight)
     if (site.transposed and gain is not None) or len(low.A) > 1:
         return None
     trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
-    kept: torch.dtype = weight.dtype if dtype is None else dtype
+    wanted: torch.dtype = weight.dtype if dtype is None else dtype
     bias = part.full._parameters.get("bias")
-    return [*_flattened(low.T if site.transposed else low, gain, kept), None if bias is None else bias.to(kept)]
+    return [*_flattened(low.T if site.transposed else low, gain, wanted), None if bias is None else bias.to(wanted)]
 
 
 def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:

@@ -253,7 +253,7 @@ class _Linear(torch.autograd.Function):
         y = h.mT @ up.mT  # [T, out]
         if wide and bias is not None:
             y += bias
-        y = added(y, tokens, weight, None if wide else bias)
+        y = y.addmm_(tokens, weight.mT) if wide or bias is None else added(y, tokens, weight, bias)
         if ctx is not None:
             ctx.settings, ctx.shape = scale, x.shape
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None
@@ -286,7 +286,7 @@ def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: 
     if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
         part[0].addmv_(weight, tokens[0])
         return part.view(*x.shape[:-1], part.shape[1])
-    y = added(part, tokens, weight, bias)
+    y = part.addmm_(tokens, weight.mT) if bias is None else added(part, tokens, weight, bias)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -13,8 +13,10 @@ Transformers' own continuous batching was measured and not taken: docs/architect
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +40,9 @@ log = logging.getLogger("veneer.serve")
 
 #: requests whose adapters are loaded although no row is free for them yet
 AHEAD = 4
+
+#: seconds without work after which memory that is free is given back to the system
+IDLE = 2.0
 
 #: tokens after which the observer is told of a row's
 TOLD = 16
@@ -91,6 +96,7 @@ class Engine:
         self._long: Entry | None = None  # whose prompt is computed in pieces
         self._running: list[Entry] = []  # row by row
         self._called: list[Entry] = []  # for whom a call is made
+        self._worked = False  # since memory was last given back
         self._without: set[Key] = set()  # mixes for which there is no memory before a lease is given back
 
     # ------------------------------------------------------------------------------------------ for clients
@@ -181,6 +187,7 @@ class Engine:
 
     def step(self) -> None:
         """One turn of the loop; ``start`` has a thread do nothing else."""
+        self._worked = True
         self._dismiss(time.monotonic())
         self._admit()
         self._compute(self._next_prompts(), self._fill)
@@ -205,8 +212,12 @@ class Engine:
                 while not (self._poked or self._closing):
                     waiting = [*self._admitted, *self._scheduler.entries()]
                     until = min((one.deadline for one in waiting), default=math.inf) - time.monotonic()
-                    if until <= 0 or not self._wake.wait(None if until == math.inf else until):
+                    if until <= 0:
                         break
+                    pause = min(until, IDLE if self._worked else math.inf)
+                    if not self._wake.wait(None if pause == math.inf else pause) and self._worked:
+                        self._worked = False
+                        give_back()
             self._poked = False
             return not self._closing
 
@@ -402,12 +413,13 @@ class Engine:
             self._admitted.remove(entry)
         self._release(entry)
         self._tell_tokens(entry)
-        entry.end(finish, error)
         with self._wake:
             if entry.taken:
                 self._scheduler.ended(entry.key)
             else:
                 self._scheduler.remove(entry)
+        entry.end(finish, error)  # who sees the last piece finds the place free
+        with self._wake:
             self._live -= 1
             self._poked = True  # what it held may be what another waits for
             self._wake.notify_all()
@@ -481,6 +493,13 @@ def _at_once(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
+
+
+def give_back() -> None:
+    """Let the C library give memory that nothing uses back to the system, where it can be told to (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

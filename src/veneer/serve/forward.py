@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from veneer.errors import ConfigError, sentence
 from veneer.serve import slots as slots_
-from veneer.serve.slots import NOW, Slots
+from veneer.serve.slots import BLOCK, NOW, Slots
 
 PREFIX = "veneer_slots_"
 
@@ -101,6 +101,8 @@ class Forward:
         """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1, … hold from column
         ``start`` on."""
         width = max(map(len, prompts))
+        if width > BLOCK:  # fewer shapes: a processor's library keeps a kernel for each that it meets
+            width = -(-width // BLOCK) * BLOCK
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
         ids = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
         positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
