@@ -141,6 +141,8 @@ class Recorder:
     ``slow`` mixes arrive when ``arrive`` is called; ``failing`` maps a name to its error.
     """
 
+    crowded = False
+
     def __init__(self, slow=(), failing=None) -> None:
         self.slow, self.failing = set(slow), dict(failing or {})
         self.held: list[Lease] = []

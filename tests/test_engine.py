@@ -17,6 +17,7 @@ from veneer.errors import BankFullError, ConfigError
 from veneer.serve.engine import Engine
 from veneer.serve.forward import context
 from veneer.serve.requests import Busy, RequestError
+from veneer.serve.text import Text
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +283,36 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
 
 
 # ---------------------------------------------------------------------------------------------- ends
+
+
+def test_a_schema_whose_mask_fails_ends_its_request_alone(opened, caplog):
+    class Broken:
+        def compute_bitmask(self):
+            raise ValueError("too many items")
+
+    engine = opened(start=False, rows=2)
+    sick = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
+    well = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
+    sick.ticket._entry.chooser.matcher = Broken()
+    engine.start()
+    assert sick.wait().finish == "error"
+    assert sick.error == "ValueError: too many items"
+    assert well.wait().finish == "length"
+
+
+def test_a_text_that_cannot_be_ended_ends_its_request_alone(opened, monkeypatch):
+    engine = opened(rows=2)
+    sick = Client(engine, asked((5, 6, 7), 400, ignore_eos=True))
+    well = Client(engine, asked((5, 6, 7), 40, ignore_eos=True))
+    assert sick.first.wait(60)
+    text = sick.ticket._entry.text
+    end = Text.end
+    monkeypatch.setattr(Text, "end", lambda self: end(self) if self is not text else 1 / 0)
+    sick.ticket.cancel()
+    assert sick.wait(5).finish == "error"
+    assert "ZeroDivisionError" in sick.error
+    assert well.wait().finish == "length"
+    assert engine.drain(10)
 
 
 @pytest.mark.parametrize("state", ["queued", "loading", "prefilling", "decoding", "over"])

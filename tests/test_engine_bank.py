@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -120,3 +121,37 @@ def test_a_removed_adapter_serves_those_who_have_it_and_its_name_can_be_another(
     same = Client(engine, asked((5, 6, 7), 60, mix={"tall": 1.0}, ignore_eos=True))
     assert other.wait().tokens == same.wait().tokens != running.wait().tokens
     assert running.tokens[:8] == alone(merged(folders, "plain"), (5, 6, 7), 8) or 2 in running.tokens[:8]
+
+
+def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
+    """Two adapters fit, and of each of them a request begins before the one before it has ended."""
+    engine, bank = serving()
+    for name in NAMES:
+        bank.acquire({name: 1.0}).result().release()
+    cold, bank.capacity = NAMES[0], bank.nbytes - 1
+    bank.remove(cold)
+    bank.register(cold, folders[cold])
+    over, busy, ended = threading.Event(), [], []
+
+    def ask(name):
+        follow = [name]
+
+        def note(piece):
+            if follow and not over.is_set() and len(ended) < 300:
+                ask(follow.pop())
+            if piece.finish:
+                ended.append(name)
+
+        busy.append(Client(engine, asked((5, 6, 7), 12, mix={name: 1.0}, ignore_eos=True), note))
+
+    for name in NAMES[1:]:
+        ask(name)
+    assert busy[0].wait().finish == "length"
+    before = len(ended)
+    client = Client(engine, asked((5, 6, 7), 3, mix={cold: 1.0}, ignore_eos=True))
+    assert client.wait().finish == "length"
+    after = len(ended)
+    over.set()
+    for one in busy:
+        one.wait()
+    assert after - before < 60

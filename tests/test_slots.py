@@ -115,3 +115,29 @@ def test_a_call_that_fails_leaves_no_call_behind():
     ids = torch.tensor([[5, 6]])
     with torch.inference_mode():
         assert torch.allclose(forward.model(ids).logits, model(ids).logits)  # its own attention
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_memory_that_runs_out_while_it_grows_leaves_rows_as_they_are(failing, monkeypatch):
+    model, forward = known("llama")
+    slots, tokens = Slots(4, 400, torch.device("cpu")), [7 * i % 250 + 3 for i in range(20)]
+    with torch.inference_mode():
+        forward.fill(slots, 0, [tokens])
+        made, own = [], torch.Tensor.new_zeros
+
+        def new_zeros(self, *sizes, **given):
+            made.append(sizes)
+            if len(made) > failing:
+                raise torch.OutOfMemoryError("on purpose")
+            return own(self, *sizes, **given)
+
+        monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward.fill(slots, 1, [[5] * 200])
+        monkeypatch.undo()
+        logits = forward.decode(slots, [9], [20])
+        assert torch.allclose(logits[0], wanted(model, [*tokens, 9]))
+        forward.fill(slots, 1, [[5] * 200])
+        logits = forward.decode(slots, [10, 11], [21, 200])
+    assert torch.allclose(logits[0], wanted(model, [*tokens, 9, 10]))
+    assert torch.allclose(logits[1], wanted(model, [*[5] * 200, 11]))

@@ -136,6 +136,9 @@ class Bank:
         self._all_decks: list[Deck] = []
         self._clock = 0
         self._bytes = 0
+        self._alive: set[int] = set()  # who takes these bytes, by ``Held.uid``
+        self._drops = 0
+        self._crowded = 0
         self._closed = False
 
     # ------------------------------------------------------------------------------------------ names
@@ -170,11 +173,15 @@ class Bank:
             self._replace(name, Path(path), pin)
             return name
         self.register(name, path)
+        entry = self._entries.get(name)
         try:
             self._acquire({name: 1.0}).release()
         except BaseException:
             with self._changed:
-                self._entries.pop(name, None)
+                if entry is not None and self._entries.get(name) is entry:
+                    del self._entries[name]
+                    if not entry.users:  # a call of another thread may have had more luck with it
+                        self._drop(entry)
             raise
         if pin:
             self.pin(name)
@@ -183,19 +190,20 @@ class Bank:
     def _replace(self, name: str, path: Path, pin: bool) -> None:
         """Load an adapter beside the one of its name, and then let the name mean the new one."""
         raise_all(AdapterError, f"{name!r} cannot be replaced", missing(path))
-        with self._changed:
-            self._open()
-            new = _Entry(name, path, users=1)
-            self._clock += 1
-            new.used = self._clock
-        lease = self._loaded({name: 1.0}, [new])
-        with self._changed:
-            old = self._entries.get(name)
-            self._entries[name] = new
-            new.pinned = pin or (old is not None and old.pinned)
-            if old is not None and not old.users:
-                self._drop(old)
-        lease.release()
+        with self._loading:
+            with self._changed:
+                self._open()
+                new = _Entry(name, path, users=1)
+                self._clock += 1
+                new.used = self._clock
+            lease = self._loaded({name: 1.0}, [new])
+            with self._changed:
+                old = self._entries.get(name)
+                self._entries[name] = new
+                new.pinned = pin or (old is not None and old.pinned)
+                if old is not None and not old.users:
+                    self._drop(old)
+            lease.release()
 
     def remove(self, name: str) -> None:
         """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""
@@ -229,6 +237,11 @@ class Bank:
         """Bytes of the adapters in memory."""
         return self._bytes
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a load waits for memory that is in use: the longer, the more leases are taken meanwhile."""
+        return self._crowded > 0
+
     def status(self) -> list[Status]:
         with self._changed:
             return [
@@ -260,7 +273,6 @@ class Bank:
                 return done
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank")
-            # It holds nothing while it waits for its turn: what is loaded before it may need the room.
             return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -324,8 +336,16 @@ class Bank:
         """Forget all adapters and give the model its classes and ``requires_grad`` back.
 
         Raises:
-            SelectionError: an adapter is in use. Nothing has changed.
+            SelectionError: an adapter is in use or being loaded. Nothing has changed.
         """
+        if not self._loading.acquire(blocking=False):
+            raise SelectionError(sentence("a bank that loads an adapter", "no running load", "let it end first"))
+        try:
+            self._shut()
+        finally:
+            self._loading.release()
+
+    def _shut(self) -> None:
         with self._changed:
             if self._closed:
                 return
@@ -373,22 +393,26 @@ class Bank:
         return entries
 
     def _acquire(self, mix: Mapping[str, float]) -> Lease:
-        """A lease, now; this thread loads what is cold."""
+        """A lease, now; this thread loads what is cold. It holds nothing while it waits for its turn: what is loaded
+        before it may need the room."""
         with self._changed:
-            entries = self._taken(mix)
-        return self._loaded(mix, entries)
+            if all(self._need(name).held is not None for name in mix):
+                return self._lease(mix, self._taken(mix))
+        with self._loading:  # one at a time: it is work for all cores
+            with self._changed:
+                entries = self._taken(mix)
+            return self._loaded(mix, entries)
 
     def _lease(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
         held = [(entry, entry.held) for entry in entries]
         return Lease(self, mix, held)  # pyright: ignore[reportArgumentType]
 
     def _loaded(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
+        """A lease on taken entries; who calls has the turn to load."""
         try:
             for entry in entries:
                 if entry.held is None:
-                    with self._loading:  # one at a time: it is work for all cores
-                        if entry.held is None:
-                            self._load(entry, entries)
+                    self._load(entry, entries)
         except BaseException:
             self._release(entries)
             raise
@@ -408,6 +432,7 @@ class Bank:
             self._learn(held)
             entry.held, entry.seen = held, (held.rank, held.variant)
             self._bytes += held.nbytes
+            self._alive.add(held.uid)
         self._tell("load", entry.name, time.monotonic() - start)
 
     def _learn(self, held: Held) -> None:
@@ -442,7 +467,7 @@ class Bank:
                 kept = {id(e): e.held.nbytes for e in (*self._entries.values(), *wanted)
                         if e.held is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
                 waits = sum(kept.values()) + count <= self.capacity
-                if not waits or not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                if not waits or not self._freed(deadline - time.monotonic()):
                     if waits and self._bytes + count <= self.capacity:
                         continue
                     found = (
@@ -452,10 +477,20 @@ class Bank:
                     do = "give the bank more, unpin adapters, or use fewer at once"
                     raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
 
+    def _freed(self, seconds: float) -> bool:
+        """Wait for a change of who uses what; False if none comes in time."""
+        self._crowded += 1
+        try:
+            return self._changed.wait(max(0.0, seconds))
+        finally:
+            self._crowded -= 1
+
     def _drop(self, entry: _Entry) -> None:
         held, entry.held, entry.pinned = entry.held, None, False
         if held is not None:
             self._bytes -= held.nbytes
+            self._alive.discard(held.uid)
+            self._drops += 1
             for deck in self._decks:  # those that are in use do so as they come back
                 deck.forget(held.uid)
             self._changed.notify_all()
@@ -477,17 +512,22 @@ class Bank:
             if not self._decks:
                 self._decks.append(Deck(self._frame))
                 self._all_decks.append(self._decks[0])
-            deck = self._decks.pop()
+            deck, drops = self._decks.pop(), self._drops
+        selected = None
         try:
-            selected = Selected("a bank's rows", deck.use(uses).table) if any(uses) else BASE
-            with context.changed(selection={**context.current.selection, self._group.uid: selected}):
+            if any(uses):
+                selected = Selected("a bank's rows", deck.use(uses).table)
+            chosen = BASE if selected is None else selected
+            with context.changed(selection={**context.current.selection, self._group.uid: chosen}):
                 yield
         finally:
+            if selected is not None:  # who took this context along must not meet the next call's rows
+                selected.name, selected.parts = "the rows of a bank's block that has ended", None
             deck.rest()
             with self._changed:
-                alive = {entry.held.uid for entry in self._entries.values() if entry.held is not None}
-                for uid in deck.uids - alive:
-                    deck.forget(uid)
+                if drops != self._drops:
+                    for uid in deck.uids - self._alive:
+                        deck.forget(uid)
                 self._decks.append(deck)
 
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:

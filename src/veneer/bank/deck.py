@@ -73,7 +73,7 @@ class Block:
         if thin is not None:
             self.A[slot, :rank] = thin.A
             self.B[slot, :rank] = thin.B
-        self.B[slot, rank:] = 0  # whoever had this slot before
+        self.A[slot, rank:] = self.B[slot, rank:] = 0  # whoever had this slot before; 0 · NaN would be NaN
 
 
 class Layer:
@@ -84,7 +84,8 @@ class Layer:
         own: Any = deck.frame.modules[key]._parameters[thin.name]
         self.flipped = thin.layer.out_axis == 1
         self.in_, self.out = thin.A.shape[1], thin.B.shape[1]
-        self.device, self.dtype = own.device, at_least_float32(own.dtype)
+        self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
+        self.time_first = deck.frame.time_first
         self.blocks: dict[int, Block] = {}
         self.mates: tuple[Layer, ...] = (self,)
 
@@ -119,6 +120,7 @@ class Layer:
                 and x.ndim > 1
                 and x.shape[0] == lineup.count
                 and not (x.requires_grad and torch.is_grad_enabled())
+                and not (self.time_first and x.ndim > 2 and x.shape[1] == lineup.count)
             ):
                 weight = weight.mT if self.flipped else weight
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
@@ -203,7 +205,8 @@ class Lineup:
             for row in range(1, self.count + 1):
                 if row == self.count or self.rows[row] != self.rows[first]:
                     parts = ((held.parts.get(layer.key), weight) for held, weight in self.rows[first])
-                    runs.append((first, row, [(part.A, part.B, weight) for part, weight in parts if part is not None]))
+                    own = [(part.A, part.B, weight) for part, weight in parts if part is not None]
+                    runs.append((first, row, [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in own]))
                     first = row
             self.made[layer.key] = runs
         return self.made[layer.key]
@@ -271,10 +274,10 @@ def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.devic
         has = [len(own) > number for own in mine]
         own = [place[number] if some else (0, 0) for place, some in zip(mine, has, strict=True)]
         index = of_tokens([slot * size + within for slot, within in own])
-        kept = None
+        lacks = None
         if not all(has):
-            kept = torch.tensor(has, device=device, dtype=dtype).repeat_interleave(tokens)[:, None]
-        back.append((index, kept))
+            lacks = ~torch.tensor(has, device=device).repeat_interleave(tokens)[:, None]
+        back.append((index, lacks))
     return Grouping(rack.slots, order, weights, tuple(back))
 
 
@@ -291,19 +294,16 @@ class Deck:
 
     @property
     def uids(self) -> set[int]:
-        """Whose numbers are laid out."""
-        return {uid for rack in self.racks.values() for uid in rack.taken}
+        """Whose numbers are laid out or held."""
+        laid = {uid for rack in self.racks.values() for uid in rack.taken}
+        return laid.union(held.uid for lineup in self.lineups.values() for held in lineup.members)
 
     def use(self, rows: tuple[Uses, ...]) -> Lineup:
         """Lay out what the rows use, and make it what calls of the deck's layers mean."""
         members = list({held: None for uses in rows for held, _ in uses})
         key = tuple(tuple((held.uid, weight) for held, weight in uses) for uses in rows)
         self._give_up(members)
-        if key not in self.lineups:
-            self._lay_out(members)
-            while len(self.lineups) >= KEPT:
-                del self.lineups[next(iter(self.lineups))]
-        lineup = self.lineups.pop(key, None) or Lineup(self, rows)
+        lineup = self.lineups.pop(key, None) or self._new(rows, members)
         self.lineups[key] = lineup
         for held in members:
             if held.rank:
@@ -316,8 +316,23 @@ class Deck:
         """A call has ended: keep nothing of it."""
         self.shared = self.lineup = None
 
+    @torch.inference_mode(False)  # another call, which may be an ordinary one, writes into what is made here
+    def _new(self, rows: tuple[Uses, ...], members: Sequence[Held]) -> Lineup:
+        self._lay_out(members)
+        while len(self.lineups) >= KEPT:
+            del self.lineups[next(iter(self.lineups))]
+        return Lineup(self, rows)
+
     def forget(self, uid: int) -> None:
-        """An adapter is no longer in memory: its slot is free, and nothing here holds it."""
+        """An adapter is no longer in memory: its slot is free, and nothing here holds it. A rack that nobody has a slot
+        of is given up."""
+        self._vacate(uid)
+        for rack in [one for one in self.racks.values() if not one.taken]:
+            del self.racks[rack.rank]
+            for layer in self.layers.values():
+                layer.blocks.pop(rack.rank, None)
+
+    def _vacate(self, uid: int) -> None:
         for rack in self.racks.values():
             rack.taken.pop(uid, None)
         self.lineups = {key: one for key, one in self.lineups.items() if all(held.uid != uid for held in one.members)}
@@ -329,7 +344,8 @@ class Deck:
             rack.slack = rack.slack + 1 if needed and 2 * needed <= rack.slots else 0
             if rack.slack > PATIENCE:
                 rack.taken, rack.slack = {}, 0
-                self._resize(rack, 0)
+                with torch.inference_mode(False):
+                    self._resize(rack, 0)
 
     def _lay_out(self, members: Sequence[Held]) -> None:
         wanted = {held.uid for held in members}
@@ -344,7 +360,7 @@ class Deck:
                 if slot is None:
                     idle = next(uid for uid in rack.taken if uid not in wanted)
                     slot = rack.taken[idle]
-                    self.forget(idle)
+                    self._vacate(idle)
                 rack.taken[held.uid] = slot
                 self._put(held, rack, slot)
 

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter, Site, Way, at_least_float32, site_of, viewed, weight_of
+from veneer.adapted import Change, LayerAdapter, Site, Way, at_least_float32, in_turn, site_of, viewed, weight_of
 from veneer.adapter import Known, fitted
-from veneer.attach import LowPlan, build, enlist, place, trained_dtype
+from veneer.attach import LowPlan, Plans, build, enlist, group_of, place, trained_dtype
 from veneer.bases import BASES
 from veneer.config import LoraConfig
+from veneer.errors import SelectionError, sentence
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
 from veneer.targets import Names, Slot
@@ -106,6 +107,7 @@ class Held:
     uid: int = field(default_factory=_COUNT.__next__)
 
 
+@torch.inference_mode(False)  # calls of any mode use what is made here
 def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: Known) -> Held:
     """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
 
@@ -115,7 +117,12 @@ def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
+        SelectionError: an adapter is merged into the weights, which are not the base's then.
     """
+    group = group_of(model)
+    if group is not None and group.merged is not None:
+        found = f"{group.merged!r} merged into the weights, while an adapter is loaded"
+        raise SelectionError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
     fit, names = fitted(model, path, [], verify_base=verify_base, known=known), known.names
     config, low = fit.artefact.config, fit.plans.low
     again = known.made.get(id(low))  # that very tuple is kept in ``known``
@@ -124,7 +131,7 @@ def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base
         return _held(path, config.variant, tables, [], len(tables))
     parts = build(names, fit.plans, trainable=False, numbers=fit.numbers)
     fit.fill(parts)
-    table = place(names, enlist(model), fit.plans, parts)
+    table = _placed(model, names, fit.plans, parts)
     thin, general = _divided(names, parts, dtype)
     tables = {key: thin.get(id(part), part) for key, part in table.items()}
     if (
@@ -136,6 +143,11 @@ def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base
     ):
         known.made[id(low)] = _Again(config, low, names, [names.modules[entry.path] for entry in low])
     return _held(path, config.variant, tables, general, len(parts))
+
+
+@in_turn
+def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, LayerAdapter]) -> dict[Any, LayerAdapter]:
+    return place(names, enlist(model), plans, parts)
 
 
 @dataclass(frozen=True, eq=False)

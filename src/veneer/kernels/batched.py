@@ -39,8 +39,8 @@ class Grouping:
     Fields:
         order: [S · n] the row of each place; None where rows lie in their places already.
         weights: [S, 1, n] of a place, 0 where no row is meant; None for all 1.
-        back: for each row the place of its result, [N] (None: as they lie), and which rows have one, [N, 1] (None: all
-            have); several such, of which a row's result is the sum.
+        back: for each row the place of its result, [N] (None: as they lie), and which rows have none, [N, 1] of bool
+            (None: all have one); several such, of which a row's result is the sum.
     """
 
     groups: int
@@ -64,10 +64,10 @@ def narrowed(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
 def widened(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None) -> Tensor:
     """Each row's hᵀ B, [N, out], added ``onto`` what another grouping gave."""
     found = torch.bmm(h.mT, B).view(-1, B.shape[2])
-    for index, has in grouping.back:
+    for index, lacks in grouping.back:
         part = found if index is None else found.index_select(0, index)
-        if has is not None:
-            part = part * has
+        if lacks is not None:  # not times 0, which a NaN of another row would survive
+            part = part.masked_fill(lacks, 0.0)
         onto = part if onto is None else onto.add_(part)
     assert onto is not None
     return onto

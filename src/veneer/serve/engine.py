@@ -251,14 +251,17 @@ class Engine:
         """Ask for the adapters of those who are next, and see whose are there.
 
         Of a mix that is being loaded nobody else is admitted: its requests would take the places of others, and hold
-        in memory what the load may be waiting for.
+        in memory what the load may be waiting for. And while a load waits for memory, no mix of adapters is admitted
+        beside those that hold it: their requests would follow one another for ever.
         """
         for entry in [one for one in self._admitted if one.lease is None]:
             self._receive(entry)
         loading = {one.key for one in self._admitted if one.lease is None}
         while len(self._loaded()) < self.rows - self.running + AHEAD and len(loading) < self.rows:
+            crowded = self._bank is not None and self._bank.crowded and (self.running or self._loaded())
             with self._wake:
-                entry = self._scheduler.take(self._without | loading)
+                others = {one.key for one in self._scheduler.entries() if one.key} if crowded else set()
+                entry = self._scheduler.take(self._without | loading | others)
             if entry is None:
                 break
             entry.taken = True
@@ -378,7 +381,7 @@ class Engine:
     def _accept(self, entry: Entry, choice: Choice) -> None:
         """Deliver a row's next token, and end the row where its answer ends."""
         if choice.token is None:
-            self._end(entry, "error", "the model's logits are no finite numbers")
+            self._end(entry, "error", choice.error)
             return
         if not entry.generated:
             self._tell("first_token", entry.request.mix, time.monotonic() - entry.submitted)

@@ -79,7 +79,11 @@ class Entry:
         """Deliver what is left, with ``finish``: once, whatever happens."""
         if not self.done:
             if not self._stopped and finish != "error":
-                self._new += self.text.end()
+                try:
+                    self._new += self.text.end()
+                except Exception as problem:
+                    log.exception("request %s: the end of its text cannot be decoded", self.request.id)
+                    finish, error = "error", f"{type(problem).__name__}: {problem}"
             self._send(finish, error, cause)
 
     def _send(self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None) -> None:

@@ -12,6 +12,7 @@ of them is sorted alone.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from veneer.serve.requests import RequestError, Sampling
+
+log = logging.getLogger("veneer.serve")
 
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
@@ -34,11 +37,15 @@ LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]
 @dataclass(frozen=True)
 class Choice:
     """A row's next token, with what ``Sampling.logprobs`` asked for: its log-probability, and (id, log-probability) of
-    the most likely ones. ``token`` is None where the row's logits are not numbers."""
+    the most likely ones. ``token`` is None where none can be chosen, for the reason that ``error`` says."""
 
     token: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+
+
+NO_NUMBERS = Choice(None, error="the model's logits are no finite numbers")
 
 
 class Chooser:
@@ -77,10 +84,16 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
     """
     free = logits
     masked = [i for i, row in enumerate(rows) if row.matcher is not None]
+    failed: dict[int, Choice] = {}
     if masked:
         free = logits.clone()
         for i in masked:
-            free[i].masked_fill_(~_allowed(rows[i].matcher, logits), -torch.inf)
+            try:
+                free[i].masked_fill_(~_allowed(rows[i].matcher, logits), -torch.inf)
+            except Exception as error:  # a schema is its client's: no other row ends with it
+                log.exception("a schema's mask could not be computed")
+                failed[i] = Choice(None, error=f"{type(error).__name__}: {error}")
+                free[i] = torch.nan
     best, tokens = free.max(dim=-1)
     finite, chosen = torch.isfinite(best).tolist(), tokens.tolist()
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
@@ -93,7 +106,10 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
         return [Choice(token) for token in chosen]
     tale = dict(zip(told, _tell(logits, told, chosen, rows), strict=True)) if told else {}
     nothing: tuple[None, tuple[()]] = (None, ())
-    return [Choice(token if finite[i] else None, *tale.get(i, nothing)) for i, token in enumerate(chosen)]
+    return [
+        Choice(token, *tale.get(i, nothing)) if finite[i] else failed.get(i, NO_NUMBERS)
+        for i, token in enumerate(chosen)
+    ]
 
 
 def _draw(logits: Tensor, rows: Sequence[Chooser]) -> list[int]:

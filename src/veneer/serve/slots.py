@@ -39,13 +39,14 @@ NOW = threading.local()
 class Layer:
     """Keys and values of one layer, and the views of them that the running rows need."""
 
-    __slots__ = ("flat", "keys", "shown", "values")
+    __slots__ = ("flat", "keys", "shown", "values", "wide")
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.place(keys, values)
 
     def place(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values  # [rows, kv, columns, d], [rows, kv, columns, e]
+        self.wide = keys.shape[2]
         self.flat = (keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]))  # a row of memory each
         self.shown: tuple[Any, ...] = (None,)
 
@@ -60,7 +61,8 @@ class Slots(Cache):
     """Room for ``rows`` rows of ``length`` tokens, taken as it is needed.
 
     Attributes:
-        allocated: rows and columns for which there is memory.
+        allocated: rows and columns for which there is memory in each layer; some have more, where memory ran out
+            while it grew.
     """
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
@@ -121,10 +123,12 @@ class Slots(Cache):
             columns = min(_ceil(max(columns, old_columns * 3 // 2), 8 * BLOCK), _ceil(self.length, BLOCK))
         rows, columns = max(rows, old_rows), max(columns, old_columns)
         for layer in self.kept:
+            if layer.keys.shape[0] >= rows and layer.wide >= columns:
+                continue
             grown = []
             for old in (layer.keys, layer.values):
                 new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
-                new[:old_rows, :, :old_columns] = old
+                new[: old.shape[0], :, : old.shape[2]] = old
                 grown.append(new)
             layer.place(*grown)
             del grown
@@ -237,18 +241,18 @@ class _Decode:
     """One token for each of the first n rows."""
 
     def __init__(self, slots: Slots, positions: Tensor, columns: int) -> None:
-        self.positions, self.n, self.columns, self.wide = positions, len(positions), columns, slots.allocated[1]
-        self.places: dict[int, Tensor] = {}
+        self.positions, self.n, self.columns = positions, len(positions), columns
+        self.places: dict[tuple[int, int], Tensor] = {}
         self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.kept += 1
-        heads = key.shape[1]
-        place = self.places.get(heads)
+        form = heads, wide = key.shape[1], layer.wide
+        place = self.places.get(form)
         if place is None:
-            starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * self.wide
-            place = self.places[heads] = (starts + self.positions[:, None]).view(-1)
+            starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * wide
+            place = self.places[form] = (starts + self.positions[:, None]).view(-1)
         keys, values = layer.flat
         keys.index_copy_(0, place, key.reshape(-1, keys.shape[1]))
         values.index_copy_(0, place, value.reshape(-1, values.shape[1]))

@@ -15,6 +15,7 @@ const running = new Map(); // column → AbortController
 const allowed = { metrics: true, adapters: true }; // until the server says that this key may not
 let catalog = null; // {base, alone: whether the base itself may be asked, adapters: [name]}
 let question = null; // what was asked last
+let early = false; // it was sent before the models were known
 let locked = false; // the server wants a key that we do not have
 
 const server = panel(document);
@@ -81,7 +82,9 @@ function unused() {
 // Asking
 
 function askAll() {
-  if (running.size || !catalog) return;
+  if (running.size) return;
+  early = !catalog; // it goes out when the models are known
+  if (early) return;
   if (!at("composer").reportValidity()) return;
   question = {
     chat: document.querySelector("input[name=kind]:checked").value === "chat",
@@ -207,6 +210,7 @@ async function readCatalog() {
   at("base").textContent = catalog.base;
   for (const column of columns) column.offer(catalog);
   if (!columns.length) for (const name of models().slice(0, 3)) add(name);
+  if (early) askAll();
 }
 
 /** One look at everything; a part that this key may not see is not asked for again. */
