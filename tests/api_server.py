@@ -55,6 +55,7 @@ class FakeEngine:
         self.tickets: list[Ticket] = []
         self.threads: list[threading.Thread] = []
         self.ready, self.full, self.fails, self.late, self.refuses = True, False, "", False, False
+        self.cause: Any = None
         self.lock = threading.Lock()
         self.running = self.waiting = 0
 
@@ -102,7 +103,7 @@ class FakeEngine:
             self.observer.first_token(mix, 0.02)
             self.observer.tokens(mix, len(request.prompt), generated)
             self.observer.finished(mix, finish, 0.1)
-        deliver(Piece("", (), finish, self.fails or None))
+        deliver(Piece("", (), finish, self.fails or None, self.cause if self.fails else None))
 
     def drain(self, seconds: float) -> None:
         self.refuses = True

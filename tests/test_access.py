@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from concurrent.futures import Future
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from api_server import BASE, serving
 from veneer.errors import ConfigError
 from veneer.serve.access import ANYONE, Key, Keyring, generate, hash_of, read_keys
+from veneer.serve.refusal import Refusal
 
 
 def ring(**keys):
@@ -167,6 +169,8 @@ def test_a_blend_needs_leave_for_all_of_it(it):
 def test_a_key_without_the_base(it):
     with pytest.raises(openai.NotFoundError):
         ask(it.client("bob"), BASE)
+    with pytest.raises(openai.NotFoundError):
+        ask(it.client("bob"), BASE, adapters={"german": 0.0})
     ask(it.client("bob"), f"{BASE}:german")
 
 
@@ -192,3 +196,41 @@ def test_an_error_inside_is_for_the_operator_to_read(it):
             assert ("/secret/path" in str(caught.value)) is shown
     finally:
         it.engine.fails = ""
+
+
+def test_so_is_one_of_embeddings(it, monkeypatch):
+    class Fails:
+        width = 3
+
+        def submit(self, texts, mix, timeout):
+            future = Future()
+            future.set_exception(Refusal(500, "Found: /secret/path.", code="engine_error"))
+            return future
+
+    monkeypatch.setattr(it.service, "embedder", Fails())
+    for key, shown in (("alice", False), ("operator", True)):
+        with pytest.raises(openai.InternalServerError) as caught:
+            it.client(key).embeddings.create(model="french", input="a")
+        assert ("/secret/path" in str(caught.value)) is shown
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "hidden"),
+    [
+        ("bad_adapter", 400, True),
+        ("model_not_found", 404, True),
+        ("out_of_memory", 503, False),
+        ("bad_request", 400, False),
+    ],
+)
+def test_a_cause_has_its_status_and_its_words_are_for_whom_they_concern(it, cause, status, hidden):
+    it.engine.fails, it.engine.cause = "Found: /secret/path.", cause
+    try:
+        for key, shown in (("alice", not hidden), ("operator", True)):
+            for stream in (False, True):
+                with pytest.raises(openai.APIStatusError) as caught:
+                    it.client(key).completions.create(model="french", prompt="a", stream=stream)
+                assert caught.value.status_code == status
+                assert ("/secret/path" in str(caught.value)) is shown
+    finally:
+        it.engine.fails, it.engine.cause = "", None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from api_server import BASE, adapter_at, serving, until
+from veneer.serve.schemas import CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,22 @@ def test_chat_stream(client):
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_no_text_of_a_model_ends_an_event(it, monkeypatch):
+    """Read with httpx, whose lines end at each of these."""
+    said = "a\u2028data: [DONE]\u2029b\x85c\r\nd\x1ce\n\ndata: f"
+    tokens = it.engine._write
+
+    def write(ticket, deliver):
+        tokens(ticket, lambda piece: deliver(replace(piece, text=said if piece.text else "")))
+
+    monkeypatch.setattr(it.engine, "_write", write)
+    body = {"model": BASE, "prompt": "a", "max_tokens": 2, "stream": True}
+    with it.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == said * 2
+
+
 def test_chat_stream_of_several_answers(client):
     texts = {0: "", 1: "", 2: ""}
     for chunk in client.chat.completions.create(model=BASE, messages=HELLO, n=3, seed=10, stream=True, max_tokens=2):
@@ -167,6 +186,19 @@ def test_a_template_that_is_not_there_or_refuses(it, client, monkeypatch, templa
 
 
 # ---------------------------------------------------------------------------------------------- completions
+
+
+def test_probabilities_are_written_out_beside_the_loop(client, monkeypatch):
+    """The largest answer has 640,000 of them: seconds in which nobody else's stream would go on."""
+    from veneer.serve import answers
+
+    threads, made = [], answers._choice
+    monkeypatch.setattr(
+        answers, "_choice", lambda *args: threads.append(threading.current_thread().name) or made(*args)
+    )
+    client.chat.completions.create(model=BASE, messages=HELLO, logprobs=True, n=2)
+    assert len(threads) == 2
+    assert all(name.startswith("asyncio") for name in threads)
 
 
 def test_completion(it, client):
@@ -274,6 +306,33 @@ def test_bodies_that_are_no_json(it, route, body):
         answer = http.post(f"/v1/{route}", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+MANY = 200_000
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": [{}] * MANY}, {"prompt": [""] * MANY}, {"prompt": [[]] * MANY}, {"prompt": [[{}] * MANY]},
+        {"stop": [{}] * MANY}, {"adapters": dict.fromkeys(map(str, range(60_000)), "")},
+        dict.fromkeys(map(str, range(60_000)), 1), {"response_format": {"type": "x" * 900_000}},
+    ],
+    ids=["objects", "texts", "lists", "inner", "stops", "blend", "fields", "tag"],
+)  # fmt: skip
+def test_a_body_full_of_errors_costs_no_more_than_its_first_one(field):
+    """An error object for each of them took seconds, in the loop that serves everybody."""
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"model": BASE, "prompt": "a", **field})
+    assert caught.value.error_count() <= 12
+
+
+def test_the_answer_to_a_wrong_body_is_short(it):
+    body = {"model": BASE, "prompt": "a", "response_format": {"type": "x" * 900_000}}
+    with it.http() as http:
+        answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert len(answer.content) < 1000
 
 
 def test_a_body_of_another_type_is_refused(it):

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,24 @@ def test_a_folder_that_is_not_whole_is_served_when_it_is(folder, caplog):
     assert caplog.text.count("Not served") <= 1
     (folder / "new" / "adapter_model.safetensors").touch()
     assert "new" in catalogue.refresh(force=True)
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other(folder, monkeypatch):
+    """Root may read everything, so the system's answer is given here."""
+    adapter_at(folder / "locked")
+    is_file = Path.is_file
+
+    def refuses(path):
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuses)
+    catalogue = opened(folder)
+    assert catalogue.refresh() == ("french", "german")
+    with pytest.raises(Refusal) as caught:
+        catalogue.load("mine", "locked")
+    assert caught.value.status == 404
 
 
 def test_no_folder(tmp_path):
@@ -159,6 +179,36 @@ def test_a_loaded_name_is_there_after_a_restart(folder):
     assert again._bank.paths["fr"] == folder.resolve() / "runs/7/adapter"
 
 
+def test_a_pinned_adapter_that_is_damaged_later_stops_no_start(folder, monkeypatch, caplog):
+    opened(folder).load("french", None, pin=True)
+    opened(folder).load("german", None, pin=True)
+    again, pin = opened(folder), FakeBank.pin
+
+    def refuses(bank, name):
+        if name == "french":
+            raise AdapterError("Found: a damaged adapter.")
+        pin(bank, name)
+
+    monkeypatch.setattr(FakeBank, "pin", refuses)
+    again.restore_pins()
+    assert again._bank.pinned == {"german"}
+    assert "'french' was pinned" in caplog.text
+
+
+def test_two_servers_of_one_folder_forget_nothing_of_each_other(folder):
+    """Each writes what it read a moment ago, with what is new; in between the other one may not."""
+    servers = [opened(folder), opened(folder)]
+    with ThreadPoolExecutor(2) as pool:
+        done = [
+            pool.submit(lambda s=server, n=number: [s.load(f"s{n}-{i}", "runs/7/adapter") for i in range(25)])
+            for number, server in enumerate(servers)
+        ]
+        for one in done:
+            one.result(60)
+    assert len(json.loads((folder / MEMORY).read_text())["names"]) == 50
+    assert len(servers[0].refresh(force=True)) == 52
+
+
 def test_an_unloaded_name_stays_away_until_it_is_loaded(folder):
     catalogue = opened(folder)
     catalogue.load("fr", "runs/7/adapter")
@@ -219,10 +269,28 @@ def test_a_damaged_memory(folder):
         "[]",
         '{"format": 2}',
         '{"format": 1, "names": {"../x": {"path": "a"}}, "pinned": [], "hidden": []}',
+        '{"format": 1, "names": {}, "pinned": "french", "hidden": []}',
+        '{"format": 1, "names": {}, "pinned": [], "hidden": {"french": 1}}',
     ):
         (folder / MEMORY).write_text(text)
         with pytest.raises(ConfigError, match="damaged"):
             opened(folder)
+
+
+@pytest.mark.timeout(20)
+def test_a_memory_that_never_ends(folder):
+    for make in (lambda file: file.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir):
+        make(folder / MEMORY)
+        with pytest.raises(ConfigError, match="no regular file"):
+            opened(folder)
+        (folder / MEMORY).rmdir() if (folder / MEMORY).is_dir() else (folder / MEMORY).unlink()
+
+
+def test_a_name_that_is_the_bases_now_is_not_served_twice(folder):
+    """The server was started with another --name when it was loaded."""
+    Catalogue(folder, FakeBank(), "other").load(BASE, "runs/7/adapter")
+    assert opened(folder).refresh() == ("french", "german")
+    assert Catalogue(folder, FakeBank(), "other").refresh() == ("french", "german", BASE)
 
 
 def test_a_memory_that_is_damaged_later_stops_nothing(folder, caplog):
@@ -230,6 +298,8 @@ def test_a_memory_that_is_damaged_later_stops_nothing(folder, caplog):
     (folder / MEMORY).write_text("{")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert "damaged" in caplog.text
+    catalogue.refresh()
+    assert caplog.text.count("cannot be read") == 1  # whoever asks for a name that is not there
     with pytest.raises(ConfigError):
         catalogue.unload("french")
     assert catalogue.known("french")
@@ -241,6 +311,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
 
     monkeypatch.setattr("veneer.serve.catalogue.write_whole", refuses)
     catalogue = opened(folder)
+    catalogue._bank.pin("french")
     for name in ("fr", "french"):
         with pytest.raises(Refusal, match="nothing was changed") as caught:
             catalogue.load(name, "runs/7/adapter", inplace=True)
@@ -249,6 +320,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
         catalogue.unload("french")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert catalogue._bank.paths["french"] == folder.resolve() / "french"
+    assert catalogue._bank.pinned == {"french"}
 
 
 # ---------------------------------------------------------------------------------------------- a library

@@ -163,6 +163,22 @@ def test_a_fault_ends_the_batch_alone(embedder, caplog):
     assert "A batch of embeddings failed" in caplog.text
 
 
+def test_vectors_that_are_no_numbers_end_their_call_alone(embedder, monkeypatch):
+    """JSON has no NaN, and in base64 nobody would notice."""
+    monkeypatch.setattr("veneer.serve.embed.pool", lambda hidden, *_: torch.where(hidden[:, 0] == 7, torch.nan, 1.0))
+    embedder.submit([(1,)], {}, 10)
+    bad = embedder.submit([(1,), (7,), (7,), (2,), (3,), (4,)], {}, 10)
+    good = embedder.submit([(2,)], {}, 10)
+    embedder.model.gate.set()
+    with pytest.raises(Refusal, match="finite") as caught:
+        bad.result(10)
+    assert caught.value.status == 500
+    assert values(good) == [1]
+    embedder.drain(10)
+    assert embedder.bank.held == 0
+    assert embedder.running == embedder.waiting == 0
+
+
 def test_an_adapter_that_does_not_load(embedder):
     embedder.bank.waits = True
     future = embedder.submit([(1,)], {"a": 1.0}, 10)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from api_server import BASE, fake_service, listening, serving, until
 from veneer.errors import ConfigError
-from veneer.serve import limits
+from veneer.serve import limits, page
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.listen import bind, is_loopback
@@ -325,6 +326,54 @@ def stream(url, into):
     thread.start()
     until(lambda: into, 20)
     return thread
+
+
+def test_the_page_still_loads_while_the_server_drains(tmp_path):
+    service = fake_service(tmp_path / "dir")
+    with listening(service, 5.0, page.router) as (url, _), httpx.Client(base_url=url) as http:
+        service.draining = True
+        assert http.get("/").status_code == 200
+        assert http.get(f"/web/{page.DIGEST}/page.js").status_code == 200
+        assert http.get("/web/%2e%2e/v1/models").status_code == 404
+        assert http.get("/v1/models").status_code == 503
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
+    """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429 at once."""
+    text, begun, go = "a" * 900_000, threading.Event(), threading.Event()
+    it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+    assert begun.wait(10)
+    said = {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    body, url = {"model": BASE, **said}, f"{it.url}/v1/{route}"
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(8)]
+        refused = next(as_completed(waiting, 20)).result()
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        go.set()
+        found = sorted(answer.result().status_code for answer in waiting)
+    assert found == [400] * 4 + [429] * 4
+    assert it.client().completions.create(model=BASE, prompt="a").choices
+    assert it.service.reading == 0
+
+
+def test_a_request_that_meets_the_end_of_the_engine_gets_503(tmp_path):
+    """It passed the guard before the drain began, or the engine has died: 429 would have it come again for ever."""
+    with serving(tmp_path / "dir") as it, it.http() as http:
+        it.engine.refuses, it.engine.ready = True, False
+        dead = http.post("/v1/completions", json=BODY)
+        assert (dead.status_code, dead.json()["error"]["code"]) == (503, "engine_stopped")
+        submit = it.engine.submit
+
+        def late(request, deliver):
+            it.service.draining = True
+            return submit(request, deliver)
+
+        it.engine.submit = late
+        answer = http.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert answer.headers["retry-after"]
 
 
 def test_sigterm_lets_streams_finish(tmp_path):

@@ -173,10 +173,39 @@ def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
     assert done >= 6
 
 
+@pytest.mark.parametrize("theirs", [{}, {"x-guidance": {"whitespace_pattern": " +", "whitespace_flexible": True}}])
+@pytest.mark.parametrize("schema", [SCHEMA, {"type": "object"}])
+def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
+    """Whatever it prefers, and whatever the schema says of it, a run of whitespace ends."""
+    pytest.importorskip("llguidance")
+    tokenizer = tiny_tokenizer()
+    row, tokens = chooser(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0), []
+    logits = torch.zeros(1, 259)
+    for text, liking in ((" ", 9.0), ("\t", 8.0), ("\n", 7.0), ('"', 2.0), ("}", 3.0)):
+        logits[0, tokenizer(text)["input_ids"][0]] = liking
+    logits[0, 2] = 9.0  # the end, where it may be
+    for _ in range(200):
+        tokens.append(choose(logits, [row])[0].token)
+        if row.accept(tokens[-1]):
+            break
+    assert row.matcher.is_stopped()
+    json.loads(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": "\t"}], ids=str)
+def test_every_usual_layout_of_json_is_allowed(layout):
+    pytest.importorskip("llguidance")
+    tokenizer = tiny_tokenizer()
+    row = chooser(Schemas(tokenizer, 259, [2]).matcher({"type": "object"}))
+    for token in [*tokenizer(json.dumps({"a": [1, {"b": "c  d"}], "e": {}}, **layout))["input_ids"], 2]:
+        ended = row.accept(token)
+    assert ended
+
+
 def test_a_token_that_the_schema_refuses_is_an_error():
     pytest.importorskip("llguidance")
     row = chooser(Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
-    with pytest.raises(RuntimeError, match="refuses token"):
+    with pytest.raises(RequestError, match="cannot follow"):
         row.accept(tiny_tokenizer().convert_tokens_to_ids("x"))
 
 

@@ -276,9 +276,36 @@ def test_an_adapter_that_cannot_be_trusted_serves_nobody(it, folder, spoil):
     assert "mine" not in it.service.bank.names
     assert not (folder / "served.json").exists()
     it.service.catalogue.refresh(force=True)
-    with pytest.raises((openai.InternalServerError, openai.NotFoundError)):  # refused as it loads, or as it is found
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)):  # refused as it loads, or as it is found
         ask(it, "bad", PROMPT, 1)
     assert {entry.name for entry in it.service.bank.status() if entry.resident} == before
+    assert len(ask(it, "plain", PROMPT, 3).choices[0].text) > 0
+
+
+def test_a_broken_adapter_is_told_in_the_same_way_at_load_and_at_use(it, folder):
+    damaged(folder)
+    it.service.catalogue.refresh(force=True)
+    loaded = post(it, "load", lora_name="mine", lora_path="bad").json()["error"]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            it.client.completions.create(model="bad", prompt=PROMPT, max_tokens=1, stream=stream)
+        assert caught.value.code == loaded["code"] == "bad_adapter"
+        assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"anyOf": [{"type": "object", "properties": {str(i): {"type": "string"}}} for i in range(500)]},
+    ],
+    ids=["no value", "too large"],
+)
+def test_a_schema_that_no_answer_can_follow_is_the_clients_error(it, schema):
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        ask(it, "plain", PROMPT, 20, response_format=form)
     assert len(ask(it, "plain", PROMPT, 3).choices[0].text) > 0
 
 

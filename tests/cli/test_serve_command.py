@@ -83,6 +83,16 @@ def test_what_is_refused_after(veneer, base, tmp_path):
         assert word in run.err
 
 
+def test_every_address_of_this_machine_answers_to_its_own_name(veneer, base, monkeypatch):
+    """127.0.0.2 is loopback as well, and is what a client that is told of it sends as its host."""
+    served = []
+    monkeypatch.setattr("veneer.cli.serve._listen", lambda service, *_: served.append(service))
+    assert veneer("serve", base, "--port", 0, "--host", "127.0.0.2", "--precision", "fp32").code == 0
+    served[0].close()
+    assert "127.0.0.2" in served[0].hosts
+    assert "localhost" in served[0].hosts
+
+
 # ---------------------------------------------------------------------------------------------- vLLM
 
 

@@ -86,7 +86,7 @@ def serve(
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
-            service.hosts = LOOPBACK
+            service.hosts = (*LOOPBACK, host.lower())
         _listen(service, listening, host, port, budget, grace)
     finally:
         listening.close()
@@ -140,8 +140,9 @@ def _service(
     catalogue = Catalogue(adapters, bank, called)
     metrics = Metrics(catalogue.known)
     bank.on_event = metrics.event
-    for adapter in dict.fromkeys((*pins, *catalogue.pinned)):
+    for adapter in dict.fromkeys(pins):
         bank.pin(adapter)
+    catalogue.restore_pins()
     engine = embedder = None
     if causal:
         engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=queue, observer=metrics)

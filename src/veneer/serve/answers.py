@@ -20,6 +20,9 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Piece, Request, Token
 
 DONE = b"data: [DONE]\n\n"
+#: what JSON leaves as it is and some readers of lines (httpx's, and whatever uses str.splitlines) take for their end: a
+#: model could break an event with it, or write one of its own
+LINE_ENDS = tuple((chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029))
 
 
 class Answers:
@@ -130,11 +133,30 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
             message = sentence("an answer that was cancelled", "one that ends", "send the request again")
             return Refusal(503, message, code="cancelled", headers={"Retry-After": "5"})
         case "error":
-            why = piece.error or "no reason given"
-            message = why if candid else sentence("an error in the server", "an answer", "tell whoever runs it")
-            return Refusal(500, message, code="engine_error")
+            return _error(piece, candid)
         case _:
             return None
+
+
+def _error(piece: Piece, candid: bool) -> Refusal:
+    """The same statuses as where the cause is found before an answer begins (``refusal.of``)."""
+    why = piece.error or "no reason given"
+    match piece.cause:
+        case "bad_request":
+            return Refusal(400, why, param="response_format")
+        case "bad_adapter":
+            said = sentence(
+                "an adapter that cannot be loaded", "a whole one of this base", "tell whoever runs the server"
+            )
+            return Refusal(400, why if candid else said, param="model", code="bad_adapter")
+        case "model_not_found":
+            said = sentence("an adapter that is served no more", "one that is", "GET /v1/models lists yours")
+            return Refusal(404, why if candid else said, param="model", code="model_not_found")
+        case "out_of_memory":
+            return Refusal(503, why, code="out_of_memory", headers={"Retry-After": "5"})
+        case _:
+            said = sentence("an error in the server", "an answer", "tell whoever runs it")
+            return Refusal(500, why if candid else said, code="engine_error")
 
 
 async def whole(answers: Answers, form: Form) -> dict[str, Any]:
@@ -154,7 +176,9 @@ async def whole(answers: Answers, form: Form) -> dict[str, Any]:
         await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
     generated = sum(len(answer.tokens) for answer in found)
     kind = "chat.completion" if form.chat else "text_completion"
-    choices = [_choice(form, index, answer) for index, answer in enumerate(found)]
+    make = lambda: [_choice(form, index, answer) for index, answer in enumerate(found)]  # noqa: E731
+    # 16 answers of 2,000 tokens with 20 alternatives each are seconds of work: not the loop's
+    choices = await asyncio.to_thread(make) if form.logprobs else make()
     return form.frame(kind, choices, usage=form.counts(generated))
 
 
@@ -217,7 +241,10 @@ def _event(form: Form, index: int, said: dict[str, Any], shown: Any = None, fini
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    for end, escaped in LINE_ENDS:
+        text = text.replace(end, escaped)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:

@@ -21,14 +21,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from veneer.errors import AdapterError, VeneerError, sentence
+from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
 from veneer.serve import limits, prompts, refusal
 from veneer.serve.access import Key
 from veneer.serve.answers import Answers, Form, events, failure, whole
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Piece
+from veneer.serve.requests import Piece, cause_of
 from veneer.serve.requests import Request as Job
 from veneer.serve.schemas import (
     Asked,
@@ -79,7 +79,7 @@ def _invalid(request: Request, error: Any) -> Response:
     elif first["type"] in ("missing", "model_attributes_type") and not where:
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
     else:
-        message = sentence(f"{path}: {first['msg']}", "what the API's reference says", "change it")
+        message = sentence(f"{path}: {first['msg'][:300]}", "what the API's reference says", "change it")
     return Refusal(400, message, param=param and param[:200], code=first["type"]).response()
 
 
@@ -110,10 +110,8 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(service: Serving) -> Response:
-    if service.draining:
-        raise refusal.draining()
     if not service.ready:
-        raise Refusal(503, sentence("an engine that does not run", "one that does", "look at the log, start it again"))
+        raise service.unready()
     return JSONResponse({"status": "ready"})
 
 
@@ -176,7 +174,8 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
     mix = await _may_generate(service, key, body)
-    prompt = await in_text_thread(service, lambda: prompts.chat(service.tokenizer, body.messages))
+    size = sum(message.size for message in body.messages)
+    prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
@@ -200,7 +199,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in sent if body.echo]
         return tokens, texts
 
-    tokens, texts = await in_text_thread(service, read)
+    tokens, texts = await in_text_thread(service, sum(map(len, sent)), read)
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
@@ -250,7 +249,9 @@ async def _answer(
     answers = await _submitted(service, jobs)
     if not body.stream:
         content = await unless_gone(request, whole(answers, form))
-        return Response(status_code=499) if content is None else JSONResponse(content)
+        if content is None:
+            return Response(status_code=499)
+        return await asyncio.to_thread(JSONResponse, content) if form.logprobs else JSONResponse(content)
     pieces = answers.pieces()
     try:
         first = await unless_gone(request, anext(pieces))  # an answer that never starts gets a status of its own
@@ -270,7 +271,7 @@ async def _submitted(service: Service, jobs: list[Job]) -> Answers:
     if jobs[0].sampling.schema is None:
         return Answers(service.engine, jobs, asyncio.get_running_loop())
     loop = asyncio.get_running_loop()
-    made = in_text_thread(service, lambda: Answers(service.engine, jobs, loop))
+    made = in_text_thread(service, limits.READING_SCHEMA, lambda: Answers(service.engine, jobs, loop))
     try:
         return await asyncio.shield(made)
     except asyncio.CancelledError:
@@ -306,17 +307,24 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
         raise Refusal(400, message, param="dimensions")
 
-    def read() -> list[tuple[int, ...]]:
-        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in body.inputs()]
+    sent = body.inputs()
 
-    tokens = await in_text_thread(service, read)
+    def read() -> list[tuple[int, ...]]:
+        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in sent]
+
+    tokens = await in_text_thread(service, sum(map(len, sent)), read)
     if max(map(len, tokens)) > service.length:
         found = f"an input of {max(map(len, tokens))} tokens"
         message = sentence(found, f"at most {service.length}", "shorten it")
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
         vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
-    except AdapterError as error:  # as the engine has it
+    except (AdapterError, SelectionError) as error:  # as the engine has it
+        piece = Piece("", finish="error", error=str(error), cause=cause_of(error))
+        raise failure(piece, key.admin) or error from error
+    except Refusal as error:
+        if error.code != "engine_error":
+            raise
         raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
     if vectors is None:
         return Response(status_code=499)

@@ -19,10 +19,11 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ class Catalogue:
         """What was pinned through the API, and is there."""
         return () if self.folder is None else tuple(sorted(self._memory.pinned & self._paths.keys()))
 
+    def restore_pins(self) -> None:
+        """Load what was pinned through the API. What is damaged by now, or has no room, is named in the log: a server
+        that would not start for it would serve nobody."""
+        for name in self.pinned:
+            try:
+                self._bank.pin(name)
+            except (VeneerError, OSError) as error:
+                log.warning("Adapter %r was pinned and cannot be loaded: %s", name, error)
+
     # ------------------------------------------------------------------------------------------ reading
 
     def known(self, name: str) -> bool:
@@ -109,6 +119,7 @@ class Catalogue:
                 self._sync()
             except (OSError, VeneerError) as error:  # what is registered goes on being served
                 log.warning("The adapter folder cannot be read: %s", error)
+                self._looked = time.monotonic()  # what fails is not tried more often than what succeeds
             finally:
                 self._lock.release()
         return tuple(sorted(self._paths))
@@ -133,7 +144,9 @@ class Catalogue:
             self._sync()
             old = self._paths.get(name)
             path = self._path(name, where)
-            resident = {entry.name for entry in self._bank.status() if entry.resident}
+            status = self._bank.status()
+            resident = {entry.name for entry in status if entry.resident}
+            pinned = {entry.name for entry in status if entry.pinned}
             if old is not None and not inplace and (path != old or (name in resident and pin is None)):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
@@ -146,6 +159,8 @@ class Catalogue:
                 self._drop(name)
                 if old is not None:
                     self._enter(name, old)
+                    if name in pinned:
+                        self._bank.pin(name)
                 raise
             if pin is not None:
                 (self._bank.pin if pin else self._bank.unpin)(name)
@@ -163,10 +178,11 @@ class Catalogue:
             if name not in self._paths:
                 message = f"The lora adapter {name[:128]!r} cannot be found{nearest(name, self._paths)}."
                 raise Refusal(404, message, param="lora_name", code="model_not_found", kind="NotFoundError")
-            memory = self._recall()
-            names = {other: path for other, path in memory.names.items() if other != name}
-            hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
-            self._remember(Memory(names, memory.pinned - {name}, hidden))
+            with _alone(self._top()):
+                memory = self._recall()
+                names = {other: path for other, path in memory.names.items() if other != name}
+                hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
+                self._remember(Memory(names, memory.pinned - {name}, hidden), memory)
             self._drop(name)
         log.info("Unloaded adapter %r", name)
 
@@ -181,14 +197,15 @@ class Catalogue:
 
     def _note(self, name: str, where: str | None, pin: bool | None) -> None:
         """Remember a loaded name."""
-        memory = self._recall()
-        own, names = self._scan().get(name), dict(memory.names)
-        if own == self._paths[name]:
-            names.pop(name, None)
-        elif where is not None:
-            names[name] = where
-        pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
-        self._remember(Memory(names, pinned, memory.hidden - {name}))
+        with _alone(self._top()):
+            memory = self._recall()
+            own, names = self._scan().get(name), dict(memory.names)
+            if own == self._paths[name]:
+                names.pop(name, None)
+            elif where is not None:
+                names[name] = where
+            pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
+            self._remember(Memory(names, pinned, memory.hidden - {name}), memory)
 
     # ------------------------------------------------------------------------------------------ the folder
 
@@ -204,6 +221,8 @@ class Catalogue:
         memory = self._memory = self._recall()
         wanted = {name: path for name, path in found.items() if name not in memory.hidden}
         for name, where in memory.names.items():
+            if name == self.base:  # the base was called otherwise when this was loaded
+                continue
             try:
                 wanted[name] = self.inside(where)
             except (Refusal, AdapterError, LibraryError):
@@ -221,7 +240,7 @@ class Catalogue:
         """Register what lies at ``path``; a folder that is no whole adapter (yet) is left out."""
         try:
             self._bank.register(name, path)
-        except AdapterError as error:
+        except (AdapterError, OSError) as error:
             if self._broken.get(name) != str(error):
                 self._broken[name] = str(error)
                 log.warning("Not served: %s", error)
@@ -242,7 +261,7 @@ class Catalogue:
                 if not _NAME.fullmatch(entry.name) or entry.name == self.base:
                     continue
                 path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
-                if path is not None and (path / peft.CONFIG).is_file():
+                if path is not None and _is_adapter(path):
                     found[entry.name] = path
         return found
 
@@ -273,7 +292,7 @@ class Catalogue:
             message = sentence(f"lora_path {where[:200]!r}", expected, "name a folder in the adapter folder")
             raise Refusal(400, message, param="lora_path", code="bad_path")
         path = _within(top, where)
-        if path is None or not (path / peft.CONFIG).is_file():  # what lies outside looks like what is not there
+        if path is None or not _is_adapter(path):  # what lies outside looks like what is not there
             message = sentence(
                 f"no adapter at {where[:200]!r} in the adapter folder", f"a folder with {peft.CONFIG}", "check the path"
             )
@@ -285,12 +304,17 @@ class Catalogue:
     def _recall(self) -> Memory:
         file = self._top() / MEMORY
         try:
-            if file.stat().st_size > MAX_MEMORY:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and a device never ends
+                raise ValueError("no regular file")
+            if status.st_size > MAX_MEMORY:
                 raise ValueError(f"more than {MAX_MEMORY:,} bytes")
             content = parse(file.read_bytes())
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             names = {name: entry["path"] for name, entry in content["names"].items()}
+            if not isinstance(content["pinned"], list) or not isinstance(content["hidden"], list):
+                raise ValueError("no lists of names")
             words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
             if not all(isinstance(word, str) for word in words) or not all(map(_NAME.fullmatch, names)):
                 raise ValueError("names that are none")
@@ -301,8 +325,8 @@ class Catalogue:
             found = f"{file}, which is damaged ({error})"
             raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
 
-    def _remember(self, memory: Memory) -> None:
-        if memory != self._memory:
+    def _remember(self, memory: Memory, before: Memory) -> None:
+        if memory != before:
             write_whole(self._top() / MEMORY, memory.text())
         self._memory = memory
 
@@ -325,6 +349,26 @@ class _Nobody:
 
 
 @contextmanager
+def _alone(top: Path) -> Iterator[None]:
+    """No other server of this folder changes ``served.json`` meanwhile. The folder itself is locked, since one that is
+    mounted to be read only can hold no file for it. Where the system locks no folders, one server is all there is."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(top, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:  # closing is not enough: a process that was forked meanwhile holds the folder open too
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        os.close(folder)
+
+
+@contextmanager
 def _disk() -> Iterator[None]:
     """What the disk refuses, as an answer."""
     try:
@@ -341,6 +385,14 @@ def _within(top: Path, where: str) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # not there, a name too long, a loop of links
         return None
     return path if path.is_relative_to(top) and path != top else None
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether an adapter's configuration lies there; a folder that may not be read is none, and hides no other."""
+    try:
+        return (path / peft.CONFIG).is_file()
+    except OSError:
+        return False
 
 
 def _check_name(name: str, base: str) -> None:

@@ -206,17 +206,26 @@ class Embedder:
         except Exception as error:
             log.exception("A batch of embeddings failed")
             for call in {id(call): call for call, _ in batch}.values():
-                with self._changed:
-                    if call in self._calls:
-                        self._calls.remove(call)
-                self._end(call, Refusal(500, f"{type(error).__name__}: {error}", code="engine_error"))
+                self._fail(call, f"{type(error).__name__}: {error}")
             return
+        sound = torch.isfinite(vectors).all(-1).tolist()
+        unsound = {id(call): call for (call, _), right in zip(batch, sound, strict=True) if not right}
+        for call in unsound.values():
+            self._fail(call, "the model's vectors are no finite numbers")
         for (call, _), vector in zip(batch, vectors, strict=True):
+            if id(call) in unsound:
+                continue
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
                 if self.observer is not None:
                     self.observer.tokens(call.mix, sum(map(len, call.texts)), 0)
                 self._end(call)
+
+    def _fail(self, call: _Call, why: str) -> None:
+        with self._changed:
+            if call in self._calls:
+                self._calls.remove(call)
+        self._end(call, Refusal(500, why, code="engine_error"))
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """[texts of the batch, width], on the CPU."""

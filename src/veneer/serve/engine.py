@@ -30,7 +30,7 @@ from torch import Tensor
 from veneer.errors import BankFullError, sentence
 from veneer.serve.entry import Deliver, Entry, Ticket
 from veneer.serve.forward import Forward, context
-from veneer.serve.requests import Busy, Finish, Request, RequestError
+from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import Choice, Chooser, Schemas, choose
 from veneer.serve.scheduler import PROMPT, Key, Scheduler, fitting
 from veneer.serve.slots import Slots
@@ -296,7 +296,7 @@ class Engine:
                 self._scheduler.push_back(entry)
             return
         log.warning("request %s: its adapters cannot be had: %s", entry.request.id, error)
-        self._end(entry, "error", str(error))
+        self._end(entry, "error", str(error), cause_of(error))
 
     def _next_prompts(self) -> list[Entry]:
         """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
@@ -389,6 +389,9 @@ class Engine:
         entry.untold += 1
         try:
             finish = entry.accept(choice, self._eos)
+        except RequestError as error:  # a schema that turns out to be too much
+            self._end(entry, "error", str(error), cause_of(error))
+            return
         except Exception as error:
             log.exception("request %s: a token could not be taken", entry.request.id)
             self._end(entry, "error", f"{type(error).__name__}: {error}")
@@ -400,7 +403,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ ends
 
-    def _end(self, entry: Entry, finish: Finish, error: str | None = None) -> None:
+    def _end(self, entry: Entry, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """An entry is over, wherever it is: its row, its lease and its place are free, and its client knows."""
         if entry.done:
             return
@@ -418,7 +421,7 @@ class Engine:
                 self._scheduler.ended(entry.key)
             else:
                 self._scheduler.remove(entry)
-        entry.end(finish, error)  # who sees the last piece finds the place free
+        entry.end(finish, error, cause)  # who sees the last piece finds the place free
         with self._wake:
             self._live -= 1
             self._poked = True  # what it held may be what another waits for

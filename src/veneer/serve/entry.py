@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from veneer.serve.requests import Finish, Piece, Request, Token
+from veneer.serve.requests import Cause, Finish, Piece, Request, Token
 from veneer.serve.sampling import Choice, Chooser
 from veneer.serve.scheduler import key_of
 from veneer.serve.text import Text, Words
@@ -75,7 +75,7 @@ class Entry:
             self._send()
         return None
 
-    def end(self, finish: Finish, error: str | None = None) -> None:
+    def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """Deliver what is left, with ``finish``: once, whatever happens."""
         if not self.done:
             if not self._stopped and finish != "error":
@@ -84,14 +84,14 @@ class Entry:
                 except Exception as problem:
                     log.exception("request %s: the end of its text cannot be decoded", self.request.id)
                     finish, error = "error", f"{type(problem).__name__}: {problem}"
-            self._send(finish, error)
+            self._send(finish, error, cause)
 
-    def _send(self, finish: Finish | None = None, error: str | None = None) -> None:
+    def _send(self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None) -> None:
         text, self._new = self._new, ""
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
-            self._deliver(Piece(text, tokens, finish, error))
+            self._deliver(Piece(text, tokens, finish, error, cause))
         except Exception:
             log.exception("request %s: its client could not be given a piece; it is cancelled", self.request.id)
             self.cancelled = True

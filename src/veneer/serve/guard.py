@@ -28,8 +28,9 @@ from veneer.serve.refusal import Refusal, draining
 
 log = logging.getLogger("veneer.serve.access")
 
-#: paths that answer while the server drains
+#: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
+PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
@@ -99,7 +100,8 @@ class Guard:
         if self.hosts is not None and name not in self.hosts:
             expected = f"one of {', '.join(self.hosts)}, as this server has no keys"
             raise Refusal(403, sentence(f"host {host[:100]!r}", expected, "use that address, or start it with --keys"))
-        if self.is_draining() and scope["path"] not in ALWAYS:
+        path = scope["path"]
+        if self.is_draining() and path not in ALWAYS and path != "/" and not path.startswith(PAGE):
             raise draining()
         if key is None and scope["path"].startswith("/v1"):
             raise no_key(headers)

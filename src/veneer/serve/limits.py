@@ -15,6 +15,8 @@ HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time
 CONNECTIONS = 1024
 
+#: characters that wait for the tokenizer, of all clients together (one call is always taken), and what a schema counts
+READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256
 #: messages of a chat, and parts of the content of one

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from veneer.errors import VeneerError
+from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
 
 #: why a request ended: a stop string or the end-of-text token, its limit of tokens, its client, its time, a failure
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+#: what kind of failure it was, where it has a cause outside the server: an adapter that cannot be loaded, one that was
+#: unloaded meanwhile, no memory for it, a request that turned out to be none
+Cause = Literal["bad_adapter", "model_not_found", "out_of_memory", "bad_request"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class Token:
 @dataclass(frozen=True)
 class Piece:
     """What became certain of an answer since the piece before: its text and its tokens. Texts joined are the answer's
-    text, without a stop string; tokens joined are all that were generated. The last piece alone has ``finish``."""
+    text, without a stop string; tokens joined are all that were generated. The last piece alone has ``finish``, and one
+    that says "error" has words and, if it is known, a cause."""
 
     text: str
     tokens: tuple[Token, ...] = field(default=())
     finish: Finish | None = None
     error: str | None = None
+    cause: Cause | None = None
 
 
 class RequestError(VeneerError, ValueError):
@@ -92,3 +98,18 @@ class Busy(VeneerError, RuntimeError):  # noqa: N818
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def cause_of(error: BaseException) -> Cause | None:
+    """The cause of a failure; None for one that is the server's own."""
+    match error:
+        case AdapterError():
+            return "bad_adapter"
+        case SelectionError():
+            return "model_not_found"
+        case BankFullError():
+            return "out_of_memory"
+        case RequestError():
+            return "bad_request"
+        case _:
+            return None

@@ -28,6 +28,11 @@ log = logging.getLogger("veneer.serve")
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
 
+#: What a schema allows between two parts of a JSON text: nothing, a space, or a line break with its indentation.
+#: llguidance's default is any amount, and a small model that has nothing else to say fills its answer with it. None at
+#: all would forbid the ", " and the line breaks that models were trained to write.
+LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -56,12 +61,17 @@ class Chooser:
         """Go on behind ``token``; whether the schema ends there.
 
         Raises:
-            RuntimeError: the token is none that the schema's mask allowed.
+            RequestError: the grammar goes no further: the schema is more than llguidance's limits allow, or no value
+                fits it.
         """
         if self.matcher is None:
             return False
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            raise RuntimeError(f"the schema's grammar refuses token {token}: {self.matcher.get_error()}")
+            why = self.matcher.get_error().partition("\n")[0][:300]
+            raise RequestError(
+                f"Found: a schema that an answer cannot follow ({why}). Expected: a JSON schema of what llguidance "
+                "supports. Do: simplify it."
+            )
         return self.matcher.is_stopped()
 
 
@@ -236,7 +246,7 @@ class Schemas:
                 ) from error
             self._known = known
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
         except (TypeError, ValueError) as error:
             raise _not_understood(error) from error
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)

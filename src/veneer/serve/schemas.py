@@ -4,14 +4,16 @@
     HARMLESS    fields that say who asks or how to file it: dropped
     NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped at that value
 
-Types are strict ("1" is no number) and every size has a bound (``limits.py``).
+Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at the first thing that
+is wrong in a list: a body holds hundreds of thousands of them, and an error for each would take seconds of the loop.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from veneer.serve import limits
 from veneer.serve.requests import Sampling
@@ -27,13 +29,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
 }  # fmt: skip
 
+#: unknown fields of one object that are looked at
+UNKNOWN = 8
+
+
+def _few(value: Any) -> Any:
+    """A mapping is counted before anything in it is looked at."""
+    if isinstance(value, dict) and len(value) > limits.BLEND:
+        raise ValueError(f"at most {limits.BLEND} adapters, not {len(value)}")
+    return value
+
+
 Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
-Stops = Annotated[list[Stop], Field(max_length=limits.STOPS)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=limits.STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
-Blend = Annotated[dict[Name, Weight], Field(min_length=1, max_length=limits.BLEND)]
+Blend = Annotated[dict[Name, Weight], BeforeValidator(_few), Field(min_length=1, max_length=limits.BLEND)]
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -53,7 +66,12 @@ class Strict(BaseModel):
     def _drop(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {k: v for k, v in data.items() if (k in cls.model_fields and v is not None) or not _asks_nothing(k, v)}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        own = {name: value for name, value in data.items() if name in known and value is not None}
+        unknown = (
+            (name, value) for name, value in data.items() if name not in known and not _asks_nothing(name, value)
+        )
+        return {**own, **dict(islice(unknown, UNKNOWN))}
 
 
 class TextPart(Strict):
@@ -65,8 +83,13 @@ class Message(Strict):
     """One message of a chat. "developer" is what OpenAI calls "system" now."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=limits.PARTS)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
     name: Annotated[str, Field(max_length=limits.NAME)] | None = None
+
+    @property
+    def size(self) -> int:
+        """Characters of its text."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -148,7 +171,7 @@ class Asked(Strict):
 
 
 class ChatRequest(Asked):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
@@ -161,8 +184,8 @@ class CompletionRequest(Asked):
     prompt: (
         str
         | Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=limits.PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     echo: bool = False
@@ -181,8 +204,8 @@ class EmbeddingRequest(Strict):
     input: (
         str
         | Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=limits.INPUTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.INPUTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None

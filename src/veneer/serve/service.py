@@ -16,13 +16,14 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError, sentence
 from veneer.headers import parse
-from veneer.serve import refusal
+from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.guard import no_key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
+from veneer.serve.requests import Busy
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Service:
     timeout: float = 600.0
     hosts: tuple[str, ...] | None = None
     draining: bool = False
+    reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
     admin: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-admin"))
@@ -61,6 +63,13 @@ class Service:
     @property
     def ready(self) -> bool:
         return not self.draining and (self.engine is None or self.engine.ready)
+
+    def unready(self) -> Refusal:
+        """Why it takes no requests."""
+        if self.draining:
+            return refusal.draining()
+        message = sentence("an engine that does not run", "one that does", "look at the log, start it again")
+        return Refusal(503, message, code="engine_stopped")
 
     def drain(self, seconds: float) -> None:
         """Refuse what is new and wait until nothing runs, at most ``seconds``."""
@@ -96,6 +105,9 @@ class Route(APIRoute):
         async def strict(request: Request) -> Response:
             try:
                 return await handle(_Strict(request.scope, request.receive))
+            except Busy as error:  # also what ended while its prompt was read, and what an engine that died refuses
+                service: Service = request.app.state.service
+                return (refusal.of(error) if service.ready else service.unready()).response()
             except VeneerError as error:
                 return refusal.of(error).response()
 
@@ -143,7 +155,8 @@ async def chosen(service: Service, key: Key, model: str, blend: dict[str, float]
     else:
         own = model.removeprefix(f"{service.base}:")
         names = () if model == service.base else (own,)
-    if not key.may_use(names):
+    nothing = blend is not None and not any(blend.values())  # which is the base alone
+    if not key.may_use(names) or (nothing and not key.base):
         raise refusal.no_such_model(names[0] if len(names) == 1 else model)
     if not all(map(service.catalogue.known, names)):
         await asyncio.to_thread(service.catalogue.refresh, force=False)
@@ -153,9 +166,24 @@ async def chosen(service: Service, key: Key, model: str, blend: dict[str, float]
     return dict.fromkeys(names, 1.0) if blend is None else blend
 
 
-def in_text_thread(service: Service, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all."""
-    return asyncio.get_running_loop().run_in_executor(service.texts, work)
+def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
+    """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits for it is bounded
+    by its size, in characters: a large text takes a second, and a short one behind forty of them would seem to hang.
+
+    Raises:
+        Busy: too much waits already.
+    """
+    if service.reading and service.reading + size > limits.READING:
+        found = f"{service.reading:,} characters that wait to be read"
+        raise Busy(sentence(found, f"at most {limits.READING:,}", "send it again later"), 2.0)
+
+    def read(_: Any) -> None:
+        service.reading -= size
+
+    service.reading += size
+    reading = asyncio.get_running_loop().run_in_executor(service.texts, work)
+    reading.add_done_callback(read)
+    return reading
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
