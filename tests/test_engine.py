@@ -103,6 +103,25 @@ def test_pieces_of_prompts_change_nothing(name, prefill, opened):
     assert clean(engine)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("prefill", [30, 512])
+def test_a_prompt_may_fill_a_length_that_is_no_round_number(name, prefill, opened):
+    model = make(name)
+    limit = context(model.config)
+    length = 80 if limit is None else min(80, limit)
+    engine = opened(model, rows=2, prefill=prefill, length=length)
+    ask = tuple(range(10, 10 + length - 1))
+    assert Client(engine, asked(ask, 5)).wait().tokens == alone(model, ask, 1)
+
+
+def test_padding_stays_within_the_positions_that_a_model_has(opened):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=259, n_positions=75, n_embd=16, n_layer=1, n_head=2)
+    ).eval()
+    ask = tuple(range(10, 84))
+    assert Client(opened(model), asked(ask, 5)).wait().tokens == alone(model, ask, 1)
+
+
 def test_no_call_is_larger_than_prefill_and_two_of_them_have_a_decode_call_between(opened):
     engine = opened(start=False, rows=8, prefill=20)
     sizes = []

@@ -102,7 +102,7 @@ class Forward:
         ``start`` on."""
         width = max(map(len, prompts))
         if width > BLOCK:  # fewer shapes: a processor's library keeps a kernel for each that it meets
-            width = -(-width // BLOCK) * BLOCK
+            width = max(width, min(-(-width // BLOCK) * BLOCK, slots.length - start))
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
         ids = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
         positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
