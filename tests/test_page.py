@@ -120,14 +120,14 @@ def test_two_adapters_and_the_base_answer_side_by_side(show: Open):
 def test_what_is_sent_before_the_models_are_known_goes_out_when_they_are(show: Open):
     page = show(fake("french"))
     held: list[sync_api.Route] = []
-    page.route("**/v1/models", held.append)
+    page.route("**/v1/models", lambda route: held.append(route))
     page.reload()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     send(page)
     expect(page.locator(".column")).to_have_count(0)
     page.wait_for_timeout(50)
-    page.unroute("**/v1/models")
-    held[0].continue_()
+    assert held
+    page.unroute("**/v1/models")  # which lets go of what it held
     ended(page, "done", "done")
 
 
