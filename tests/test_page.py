@@ -120,7 +120,7 @@ def test_two_adapters_and_the_base_answer_side_by_side(show: Open):
 def test_what_is_sent_before_the_models_are_known_goes_out_when_they_are(show: Open):
     page = show(fake("french"))
     held: list[sync_api.Route] = []
-    page.route("**/v1/models", lambda route: held.append(route))
+    page.route("**/v1/models", lambda route: held.append(route))  # noqa: PLW0108 (playwright looks at the handler)
     page.reload()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     send(page)
