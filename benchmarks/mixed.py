@@ -1,6 +1,7 @@
 """Rows of one batch that use different adapters, on SmolLM2-135M's shape: what a bank adds to the base, and PEFT's
 `adapter_names` beside it. 16 sequences; adapters of rank 8 on all linear layers; prefill of 64 tokens a sequence, and
-decoding at 64 tokens of cache. CPU time of one thread, in interleaved rounds.
+decoding behind 64 tokens. CPU time of one thread, in interleaved rounds. Steps of decoding are those of the server
+(`veneer.serve.forward`); PEFT's are transformers' own.
 
     base            the model without a bank (the floor)
     bank, idle      with a bank whose adapters no row uses
@@ -38,6 +39,8 @@ import veneer
 from candidates import ALPHA, DTYPES, llama, sharing
 from candidates import options as options_of
 from report import child, measure, show, write
+from veneer.serve.forward import Forward
+from veneer.serve.slots import Slots
 
 ROWS, PROMPT, RANK = 16, 64, 8
 #: by name: a model, its bank's rows (None: no bank), and further arguments of its calls
@@ -64,11 +67,25 @@ def cycle(names: Sequence[str]) -> list[str]:
 
 
 class Decoding:
-    """A step for each row, at the same place of its cache each time."""
+    """A step of each row behind so many tokens, as the server computes it: on slots (see ``veneer.serve.slots``)."""
+
+    def __init__(self, forward: Forward, length: int) -> None:
+        self.forward, self.length = forward, length
+        self.slots = Slots(ROWS, length + 1, torch.device("cpu"))
+        ids = torch.randint(0, forward.logits, (ROWS, length)).tolist()
+        with torch.inference_mode():
+            forward.fill(self.slots, 0, ids)
+
+    def __call__(self) -> None:
+        self.forward.decode(self.slots, [1] * ROWS, [self.length] * ROWS)
+
+
+class Theirs:
+    """The same with transformers' own cache, which is all that PEFT has."""
 
     def __init__(self, model: nn.Module, length: int) -> None:
         self.model, self.ids = model, torch.randint(0, model.config.vocab_size, (ROWS, length))
-        with torch.no_grad():
+        with torch.inference_mode():
             self.cache = model(self.ids, use_cache=True, logits_to_keep=1).cache
 
     def __call__(self, **names: Any) -> None:
@@ -77,7 +94,7 @@ class Decoding:
 
 
 def timed(run: Callable[[], object], repeats: int) -> float:
-    with torch.no_grad():
+    with torch.inference_mode():
         start = time.process_time()
         for _ in range(repeats):
             run()
@@ -97,26 +114,30 @@ def with_peft(base: nn.Module, folder: Path, names: Sequence[str]) -> nn.Module:
 
 def candidates(base: nn.Module, folder: Path, counts: Sequence[int]) -> Made:
     names, gained = adapters(base, folder, max(counts)), adapters(base, folder, counts[0], "dora")
-    banked = sharing(base)
-    bank = veneer.Bank(banked)
-    for name in (*names, *gained):
-        bank.add(folder / name)
-    theirs = with_peft(base, folder, names[: counts[0]])
-    found: Made = {
-        "base": (base, None, {}),
-        "bank, idle": (banked, None, {}),
-    }
+    found: Made = {"base": (sharing(base), None, {})}
+
+    def banked(own: Sequence[str]) -> veneer.Bank:
+        bank = veneer.Bank(sharing(base))
+        for name in own:
+            bank.add(folder / name)
+        return bank
+
+    idle = banked(names[:1])
+    found["bank, idle"] = idle.model, None, {}
     for count in counts:
-        found[f"bank, {count}"] = banked, (bank, cycle(names[:count])), {}
-    found[f"bank, {counts[0]}, DoRA"] = banked, (bank, cycle(gained)), {}
+        bank = banked(names[:count])
+        found[f"bank, {count}"] = bank.model, (bank, cycle(names[:count])), {}
+    bank = banked(gained)
+    found[f"bank, {counts[0]}, DoRA"] = bank.model, (bank, cycle(gained)), {}
+    theirs = with_peft(base, folder, names[: counts[0]])
     found[f"peft, {counts[0]}"] = theirs, None, {"adapter_names": cycle(names[: counts[0]])}
     return found
 
 
 def calls(made: dict[str, Any], kind: str, length: int, repeats: int) -> dict[str, Callable[[], float]]:
-    def call(model: nn.Module, rows: Any, more: dict[str, Any]) -> Callable[[], float]:
+    def call(name: str, model: Any, rows: Any, more: dict[str, Any]) -> Callable[[], float]:
         if kind == "decode":
-            run: Callable[..., object] = Decoding(model, length)
+            run: Callable[..., object] = Theirs(model, length) if more else Decoding(Forward(model), length)
         else:
             ids = torch.randint(0, model.config.vocab_size, (ROWS, length))
 
@@ -132,7 +153,7 @@ def calls(made: dict[str, Any], kind: str, length: int, repeats: int) -> dict[st
 
         return once
 
-    return {name: call(*one) for name, one in made.items()}
+    return {name: call(name, *one) for name, one in made.items()}
 
 
 def resident() -> int:
@@ -177,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         base = llama(options.layers, 0, options.tiny).to(DTYPES[dtype]).eval()
         with tempfile.TemporaryDirectory() as name:
             made = candidates(base, Path(name), COUNTS)
-            for kind, repeats in (("decode", 4), ("prefill", 1)):
+            for kind, repeats in (("prefill", 1), ("decode", 4)):  # slots change how a model attends
                 setting = {"dtype": dtype, "call": kind, "layers": options.layers}
                 runs = calls(made, kind, options.length, repeats)
                 cases.append(measure(runs, floor="base", runs=options.runs, **setting))

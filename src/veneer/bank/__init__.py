@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapted import BASE, GROUP, Selected, in_turn, own_class, sites, uninstall
+from veneer.adapted import BASE, GROUP, Selected, in_turn, sites, uninstall
 from veneer.adapter import Known
 from veneer.artefact import missing
 from veneer.attach import enlist, group_of, strangers, unwrap
@@ -38,7 +38,6 @@ from veneer.bank.deck import Deck, Frame, Uses
 from veneer.bank.held import Held, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.formats import peft
-from veneer.readers import alike
 from veneer.rows import time_first
 from veneer.targets import Names
 
@@ -436,20 +435,9 @@ class Bank:
         self._tell("load", entry.name, time.monotonic() - start)
 
     def _learn(self, held: Held) -> None:
-        """Note modules that no adapter changed before, and which of them read one input."""
-        if all(key in self._frame.modules for key in held.parts):
-            return
-        names = Names(self.model)
-        keys = {id(module): site.key for _, module, site in sites(self.model)}
-        modules = {site.key: module for _, module, site in sites(self.model)}
-        mates = {}
-        for path, module in names.modules.items():
-            for children in alike(own_class(module)):
-                paths = [names.canonical.get(f"{path}.{child}".lstrip("."), "") for child in children]
-                own = tuple(dict.fromkeys(keys[id(names.modules[p])] for p in paths if id(names.modules[p]) in keys))
-                if len(own) > 1:
-                    mates.update(dict.fromkeys(own, own))
-        self._frame.modules, self._frame.mates = modules, mates
+        """Note modules that no adapter changed before."""
+        if any(key not in self._frame.modules for key in held.parts):
+            self._frame.modules = {site.key: module for _, module, site in sites(self.model)}
 
     def _room(self, count: int, wanted: Sequence[_Entry]) -> None:
         """Evict until ``count`` bytes fit."""

@@ -41,13 +41,12 @@ Uses = tuple[tuple[Held, float], ...]
 
 
 class Frame:
-    """What a bank knows of the model that its adapters are for: its modules by the keys of their sites, which layers
-    read one input, and how its calls are selected."""
+    """What a bank knows of the model that its adapters are for: its modules by the keys of their sites, and how its
+    calls are selected."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
         self.modules: dict[Any, nn.Module] = {}
-        self.mates: dict[Any, tuple[Any, ...]] = {}
 
 
 class Rack:
@@ -62,11 +61,16 @@ class Rack:
 
 
 class Block:
-    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]. The A of layers that read the same input lie
-    side by side in ``joined`` [slots, layers · r, in], this one's as number ``place``."""
+    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]."""
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B, self.joined, self.place = A, B, A, 0
+        self.A, self.B = A, B
+
+    def slots(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Those of so many slots."""
+        if count == len(self.A):
+            return self.A, self.B
+        return self.A.narrow(0, first, count), self.B.narrow(0, first, count)
 
     def put(self, slot: int, thin: Thin | None) -> None:
         rank = 0 if thin is None else len(thin.A)
@@ -77,7 +81,7 @@ class Block:
 
 
 class Layer:
-    """One layer in a deck. ``mates`` are the layers that read the same input, itself among them."""
+    """One layer in a deck."""
 
     def __init__(self, deck: Deck, key: Any, thin: Thin) -> None:
         self.deck, self.key, self.name = deck, key, thin.name
@@ -87,7 +91,6 @@ class Layer:
         self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
         self.time_first = deck.frame.time_first
         self.blocks: dict[int, Block] = {}
-        self.mates: tuple[Layer, ...] = (self,)
 
     def room(self, rack: Rack) -> None:
         """Zeros for all slots of a rack."""
@@ -129,7 +132,7 @@ class Layer:
                 if tokens > FEW:
                     delta = batched.by_runs(flat, self.out, lineup.runs(self), tokens)
                 else:
-                    delta = self.grouped(x, flat, tokens, lineup)
+                    delta = self.grouped(flat, tokens, lineup)
                 if self.key in lineup.bent:
                     y = self.bent(delta, flat, weight, bias, lineup)
                 else:
@@ -137,26 +140,14 @@ class Layer:
                 return y.view(*x.shape[:-1], self.out)
         return lineup.apart[self.key].run(module, base, site, args, kwargs, now, method=method)
 
-    def grouped(self, x: Tensor, flat: Tensor, tokens: int, lineup: Lineup) -> Tensor:
-        """Δ [N, out]. What layers that read one input have in common is made by the first of them that is called; of an
-        inference tensor nobody counts the changes, so there each makes its own."""
-        deck, alone = self.deck, len(self.mates) == 1 or x.is_inference()
-        known = None if alone else deck.shared
-        if known is None or known[0] is not x or known[1] != x._version or known[2] is not self.mates:
-            wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
-            narrow = {}
-            for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
-                block = self.blocks[rank]
-                A = block.A if alone else block.joined
-                narrow[rank] = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
-            known = x, -1 if alone else x._version, self.mates, narrow
-            if not alone:
-                deck.shared = known
+    def grouped(self, flat: Tensor, tokens: int, lineup: Lineup) -> Tensor:
+        """Δ [N, out]."""
+        wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
         for rank, grouping in lineup.groupings(tokens, self.device, self.dtype):
-            block, h = self.blocks[rank], known[3][rank]
-            h = h if alone else h.narrow(1, block.place * rank, rank)
-            delta = batched.widened(h, block.B, grouping, delta)
+            A, B = self.blocks[rank].slots(grouping.first, grouping.groups)
+            h = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
+            delta = batched.widened(h, B, grouping, delta)
         if delta is None:
             return flat.new_zeros(len(flat), self.out)
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
@@ -246,13 +237,15 @@ class Lineup:
 
 def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.device, dtype: torch.dtype) -> Grouping:
     """The rows that use adapters of a rack, by their slots."""
-    places: list[list[tuple[int, float]]] = [[] for _ in range(rack.slots)]
+    used = [rack.taken[held.uid] for uses in rows for held, _ in uses if held.uid in rack.taken]
+    lowest, count = min(used), max(used) - min(used) + 1
+    places: list[list[tuple[int, float]]] = [[] for _ in range(count)]
     mine: list[list[tuple[int, int]]] = []  # for each row, (slot, number within its group)
     for row, uses in enumerate(rows):
         mine.append([])
         for held, weight in uses:
             if held.uid in rack.taken:
-                slot = rack.taken[held.uid]
+                slot = rack.taken[held.uid] - lowest
                 mine[row].append((slot, len(places[slot])))
                 places[slot].append((row, weight))
     size = max(map(len, places))
@@ -262,7 +255,7 @@ def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.devic
         """Indices of rows or places as those of their tokens; None where these are 0, 1, 2, …"""
         wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
         flat = wide.flatten()
-        same = len(flat) == rack.slots * size * tokens == len(rows) * tokens
+        same = len(flat) == count * size * tokens == len(rows) * tokens
         return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
 
     order = of_tokens([row for place in padded for row, _ in place])
@@ -278,7 +271,7 @@ def _grouping(rows: Sequence[Uses], rack: Rack, tokens: int, device: torch.devic
         if not all(has):
             lacks = ~torch.tensor(has, device=device).repeat_interleave(tokens)[:, None]
         back.append((index, lacks))
-    return Grouping(rack.slots, order, weights, tuple(back))
+    return Grouping(lowest, count, order, weights, tuple(back))
 
 
 class Deck:
@@ -290,7 +283,6 @@ class Deck:
         self.layers: dict[Any, Layer] = {}
         self.lineups: dict[Any, Lineup] = {}
         self.lineup: Any = None  # a ``Lineup`` while a call runs
-        self.shared: Any = None
 
     @property
     def uids(self) -> set[int]:
@@ -314,7 +306,7 @@ class Deck:
 
     def rest(self) -> None:
         """A call has ended: keep nothing of it."""
-        self.shared = self.lineup = None
+        self.lineup = None
 
     @torch.inference_mode(False)  # another call, which may be an ordinary one, writes into what is made here
     def _new(self, rows: tuple[Uses, ...], members: Sequence[Held]) -> Lineup:
@@ -366,10 +358,9 @@ class Deck:
 
     @torch.no_grad()
     def _resize(self, rack: Rack, slots: int) -> None:
-        rack.slots, self.lineups, self.shared = slots, {}, None
+        rack.slots, self.lineups = slots, {}
         for layer in self.layers.values():
             layer.room(rack)
-        self._join(rack)
 
     @torch.no_grad()
     def _put(self, held: Held, rack: Rack, slot: int) -> None:
@@ -378,26 +369,9 @@ class Deck:
             self.layers[key] = Layer(self, key, part)
             for each in self.racks.values():
                 self.layers[key].room(each)
-        if new:
-            for each in self.racks.values():
-                self._join(each)
         for key, layer in self.layers.items():
             part = held.parts.get(key)
             layer.blocks[rack.rank].put(slot, part if isinstance(part, Thin) else None)
-
-    def _join(self, rack: Rack) -> None:
-        """Let the A of layers that read one input lie side by side."""
-        for keys in dict.fromkeys(self.frame.mates.values()):
-            mates = tuple(self.layers[key] for key in keys if key in self.layers)
-            if len(mates) < 2 or len({(layer.in_, layer.dtype, layer.device) for layer in mates}) != 1:
-                continue
-            mates = mates[0].mates if mates[0].mates == mates else mates
-            blocks = [layer.blocks[rack.rank] for layer in mates]
-            joined = torch.cat([block.A for block in blocks], 1)
-            for place, (layer, block) in enumerate(zip(mates, blocks, strict=True)):
-                layer.mates = mates
-                block.joined, block.place = joined, place
-                block.A = joined[:, place * rack.rank : (place + 1) * rack.rank]
 
 
 def _size(held: Held) -> int:

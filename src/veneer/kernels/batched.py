@@ -37,12 +37,14 @@ class Grouping:
     """How the rows of a call are put into groups, and back.
 
     Fields:
+        first, groups: the slots that are used, and those between them.
         order: [S · n] the row of each place; None where rows lie in their places already.
         weights: [S, 1, n] of a place, 0 where no row is meant; None for all 1.
         back: for each row the place of its result, [N] (None: as they lie), and which rows have none, [N, 1] of bool
             (None: all have one); several such, of which a row's result is the sum.
     """
 
+    first: int
     groups: int
     order: Tensor | None
     weights: Tensor | None
