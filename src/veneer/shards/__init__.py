@@ -56,7 +56,7 @@ JOURNAL = "journal.jsonl"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
 #: bytes that numba takes, with what it needs to compile
-NUMBA = 160 * 2**20
+NUMBA = 192 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[int, int, str], None]
