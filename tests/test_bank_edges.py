@@ -17,6 +17,7 @@ import veneer.bank
 from test_bank import Linears, alone, saved
 from toys import error, randomise
 from veneer.bank.deck import Deck
+from veneer.bases import BASES
 from veneer.errors import SelectionError
 
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
@@ -206,3 +207,17 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(outcomes) == 2
+
+
+def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):
+    """What ``prepare`` set on a module is undone by the last of banks and adapters, whichever that is."""
+    model = saved(Linears(), tmp_path, "a")
+    released = []
+    monkeypatch.setattr(type(BASES["plain"]), "release", lambda self, module: released.append(module))
+    bank = veneer.Bank(model)
+    bank.add(tmp_path / "a")
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+    veneer.detach(model)
+    assert released == []
+    bank.close()
+    assert {id(module) for module in released} == {id(module) for module in (model.one, model.two, model.last)}

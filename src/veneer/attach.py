@@ -786,19 +786,29 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         raise MergeError(sentence(f"{group.merged!r} is merged into the weights", "an unmerged model", do))
     for adapter in names:
         group.selections[adapter].parts = None  # an error for calls that still select it
-    for _, module, site in list(sites(model)):
+    for _, _, site in sites(model):
         for adapter in names:
-            part: Any = site._modules.get(adapter)
             set_child(site, adapter, None)
-        if not site._modules and not group.banks:
-            uninstall(module)
-            for change in part.low._modules.values() if part is not None else ():
-                change.storage.release(module)
     kept = [key for key in group.configs if key not in names]
     group.set_adapters({key: group.configs[key] for key in kept}, {key: group.selections[key] for key in kept})
     if group.merged in names:
         group.merged = None
-    if not group.configs and not group.banks:
+    abandon(model, group)
+
+
+def abandon(model: nn.Module, group: Group) -> None:
+    """Give modules without an adapter their own class and storage back, and with the last adapter the model its
+    ``requires_grad``: unless a bank needs them."""
+    if group.banks:
+        return
+    for _, module, site in list(sites(model)):
+        if not site._modules:
+            uninstall(module)
+            for name in site.layer.weights(module) if site.layer is not None else ():
+                storage = storage_of(weight_of(module, name))
+                if storage is not None:
+                    storage.release(module)
+    if not group.configs:
         for path, parameter in model.named_parameters():
             parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
         del model.__dict__[GROUP]

@@ -30,19 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapted import BASE, GROUP, Selected, in_turn, sites, uninstall
+from veneer.adapted import BASE, Selected, in_turn, sites
 from veneer.adapter import Known
 from veneer.artefact import missing
-from veneer.attach import enlist, group_of, strangers, unwrap
+from veneer.attach import abandon, enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses
 from veneer.bank.held import Held, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.formats import peft
 from veneer.rows import time_first
 from veneer.targets import Names
-
-#: one row's choice: the base, an adapter, a blend by weights, or what ``acquire`` gave
-Choice = "None | str | Mapping[str, float] | Lease"
 
 #: seconds for which a load waits for memory that others use
 PATIENCE = 60.0
@@ -557,12 +554,5 @@ def _joined(model: nn.Module) -> Any:
 @in_turn
 def _left(model: nn.Module, group: Any) -> None:
     group.banks -= 1
-    if group.banks or group_of(model) is not group:
-        return
-    for _, module, site in list(sites(model)):
-        if not site._modules:
-            uninstall(module)
-    if not group.configs:
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad = group.required_grad.get(path, parameter.requires_grad)
-        del model.__dict__[GROUP]
+    if group_of(model) is group:
+        abandon(model, group)
