@@ -178,13 +178,11 @@ class Fit:
 @dataclass
 class Known:
     """What was found out about a model that nobody changes meanwhile, so that further adapters of it are verified in a
-    fraction of the time: the fingerprints of its weights, what was planned for the same wishes, and whatever a user of
-    this makes of a plan, by its identity."""
+    fraction of the time: the fingerprints of its weights, and what was planned for the same wishes."""
 
     names: Names
     prints: dict[str, str] = field(default_factory=dict)
     plans: dict[Any, tuple[LowPlan, ...]] = field(default_factory=dict)
-    made: dict[int, Any] = field(default_factory=dict)
 
     def plan(self, wanted: Mapping[Slot, Wish], problems: list[str]) -> tuple[LowPlan, ...]:
         """As ``plan_low``."""

@@ -35,7 +35,7 @@ from veneer.adapter import Known
 from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses
-from veneer.bank.held import Held, hold
+from veneer.bank.held import Held, Recipes, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.formats import peft
 from veneer.rows import time_first
@@ -125,11 +125,12 @@ class Bank:
         self._frame = Frame(self._group.uid, time_first(model))
         self._entries: dict[str, _Entry] = {}
         self._known = Known(Names(model))
+        self._recipes: Recipes = {}
         self._changed = threading.Condition(threading.RLock())
         self._loading = threading.Lock()
         self._loader: ThreadPoolExecutor | None = None
-        self._decks: list[Deck] = []
-        self._all_decks: list[Deck] = []
+        self._decks: list[Deck] = []  # that no call uses
+        self._calls = 0
         self._clock = 0
         self._bytes = 0
         self._alive: set[int] = set()  # who takes these bytes, by ``Held.uid``
@@ -346,7 +347,7 @@ class Bank:
             if self._closed:
                 return
             used = [entry.name for entry in self._entries.values() if entry.users]
-            if used or len(self._decks) < len(self._all_decks):
+            if used or self._calls:
                 found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
                 raise SelectionError(sentence(found, "no running call", "let the calls end first"))
             self._closed = True
@@ -354,7 +355,6 @@ class Bank:
                 self._drop(entry)
             self._entries.clear()
             self._decks.clear()
-            self._all_decks.clear()
             if self._loader is not None:
                 self._loader.shutdown(wait=False)
         _left(self.model, self._group)
@@ -380,7 +380,6 @@ class Bank:
 
     def _taken(self, mix: Mapping[str, float]) -> list[_Entry]:
         """The entries of a blend, each with one user more: from now on none of them is evicted."""
-        _finite(mix)
         entries = [self._need(name) for name in mix]
         self._clock += 1
         for entry in entries:
@@ -419,7 +418,10 @@ class Bank:
         start = time.monotonic()
         try:
             self._room(_expected(entry.path), wanted)
-            held = hold(self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base, known=self._known)
+            held = hold(
+                self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
+                known=self._known, recipes=self._recipes,
+            )  # fmt: skip
             self._room(held.nbytes, wanted)
         except BaseException:
             self._tell("fail", entry.name, time.monotonic() - start)
@@ -494,10 +496,8 @@ class Bank:
         """A block of calls whose rows use these."""
         with self._changed:
             self._open()
-            if not self._decks:
-                self._decks.append(Deck(self._frame))
-                self._all_decks.append(self._decks[0])
-            deck, drops = self._decks.pop(), self._drops
+            deck, drops = self._decks.pop() if self._decks else Deck(self._frame), self._drops
+            self._calls += 1
         selected = None
         try:
             if any(uses):
@@ -514,6 +514,7 @@ class Bank:
                     for uid in deck.uids - self._alive:
                         deck.forget(uid)
                 self._decks.append(deck)
+                self._calls -= 1
 
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:

@@ -15,12 +15,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter, Site, Way, at_least_float32, in_turn, site_of, viewed, weight_of
+from veneer.adapted import LayerAdapter, Site, Way, at_least_float32, in_turn, site_of, viewed, weight_of
 from veneer.adapter import Known, fitted
 from veneer.attach import LowPlan, Plans, build, enlist, group_of, place, trained_dtype
 from veneer.bases import BASES
@@ -108,12 +108,14 @@ class Held:
 
 
 @torch.inference_mode(False)  # calls of any mode use what is made here
-def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: Known) -> Held:
+def hold(
+    model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: Known, recipes: Recipes
+) -> Held:
     """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
 
     Args:
         dtype: of the numbers; None takes that of each weight.
-        known: what is known of the model already; what is found out is added.
+        known, recipes: what is known of the model and of such adapters already; what is found out is added.
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
@@ -125,9 +127,9 @@ def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base
         raise SelectionError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
     fit, names = fitted(model, path, [], verify_base=verify_base, known=known), known.names
     config, low = fit.artefact.config, fit.plans.low
-    again = known.made.get(id(low))  # that very tuple is kept in ``known``
-    if again is not None and not fit.full and (again.config == config):
-        tables = again.table(fit.numbers, dtype)
+    recipe = recipes.get(id(low))  # that very tuple is kept in ``known``
+    if recipe is not None and not fit.full and recipe.config == config:
+        tables = recipe.table(fit.numbers, dtype)
         return _held(path, config.variant, tables, [], len(tables))
     parts = build(names, fit.plans, trainable=False, numbers=fit.numbers)
     fit.fill(parts)
@@ -141,7 +143,7 @@ def hold(model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base
         and not VARIANTS[config.variant].derived
         and _ordinary(low, names)
     ):
-        known.made[id(low)] = _Again(config, low, names, [names.modules[entry.path] for entry in low])
+        recipes[id(low)] = Recipe(config, low, [names.modules[entry.path] for entry in low])
     return _held(path, config.variant, tables, general, len(parts))
 
 
@@ -151,12 +153,11 @@ def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, La
 
 
 @dataclass(frozen=True, eq=False)
-class _Again:
+class Recipe:
     """An adapter that was all thin: another one of the same plan is made without the modules that training needs."""
 
     config: LoraConfig
     low: tuple[LowPlan, ...]
-    names: Names
     modules: Sequence[nn.Module]
 
     @torch.no_grad()
@@ -165,21 +166,21 @@ class _Again:
         resolved = []
         for entry, module in zip(self.low, self.modules, strict=True):
             weight: Any = weight_of(module, entry.weight)
-            own: Any = numbers[entry.slot]
             trained = trained_dtype(self.config, weight.dtype)
-            own = {name: value.to(weight.device, trained) for name, value in own.items()}
+            own = {name: value.to(weight.device, trained) for name, value in numbers[entry.slot].items()}
             low, gain = variant.resolve(
                 own, variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
             )  # fmt: skip
-            resolved.append(_flattened(low, gain, weight.dtype if dtype is None else dtype))
-        flat = _together([value for own in resolved for value in own if value is not None])
-        tables = {}
-        for entry, module, own in zip(self.low, self.modules, resolved, strict=True):
-            A, B, gain = (None if value is None else next(flat) for value in own)
-            site: Any = site_of(module)
-            tables[site.key] = Thin(A, B, gain, None, site.layer, site.layer.weight, entry.dims)  # type: ignore[arg-type]
-        return tables
+            wanted = weight.dtype if dtype is None else dtype
+            resolved.append((module, entry.dims, [*_flattened(low, gain, wanted), None]))
+        thin = _thin(resolved)
+        sites: list[Any] = [site_of(module) for module in self.modules]
+        return {site.key: one for site, one in zip(sites, thin, strict=True)}
+
+
+#: by the identity of a plan
+Recipes = dict[int, Recipe]
 
 
 def _ordinary(low: Sequence[LowPlan], names: Names) -> bool:
@@ -217,8 +218,8 @@ def _divided(
     names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, Thin], list[LayerAdapter]]:
     """The thin parts by the identity of what they were made of, and the parts that stay."""
-    resolved: list[tuple[LayerAdapter, nn.Module, Change, list[Tensor | None]]] = []
-    general = []
+    resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
+    split, general = [], []
     below = {
         id(one) for part in parts.values() for table in (part.hosted, *part.entries.values()) for one in table.values()
     }
@@ -229,14 +230,20 @@ def _divided(
             general.append(part)
         else:
             (change,) = part.changes.values()
-            resolved.append((part, module, change, numbers))
+            split.append(id(part))
+            resolved.append((module, change.dims, numbers))
+    return dict(zip(split, _thin(resolved), strict=True)), general
+
+
+def _thin(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -> list[Thin]:
+    """The parts of modules with these dims and [A, B, gain, bias], whose numbers lie together."""
     flat = _together([value for *_, numbers in resolved for value in numbers if value is not None])
-    thin = {}
-    for part, module, change, numbers in resolved:
-        A, B, gain, bias = (None if value is None else next(flat) for value in numbers)
+    made = []
+    for module, dims, numbers in resolved:
+        A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in numbers])
         site: Any = site_of(module)
-        thin[id(part)] = Thin(A, B, gain, bias, site.layer, site.layer.weight, change.dims)  # type: ignore[arg-type]
-    return thin, general
+        made.append(Thin(A, B, gain, bias, site.layer, site.layer.weight, dims))
+    return made
 
 
 @torch.no_grad()
