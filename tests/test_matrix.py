@@ -15,7 +15,7 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
     from scripts.matrix.cases import NOTE
     from scripts.matrix.page import Page
 
-from veneer import adapter, rows, select
+from veneer import adapter, fitting, rows, select
 from veneer.adapted import Change, LayerAdapter
 from veneer.bank.deck import Deck
 from veneer.bases import BASES
@@ -198,13 +198,13 @@ def load_loses_alpha(patch):
 
 
 def load_is_off_by_a_bit(patch):
-    original = adapter._numbers
+    original = fitting._numbers
 
     def numbers(*args):
         found = original(*args)
         return {**found, "A": torch.nextafter(found["A"], found["A"] + 1)}
 
-    patch.setattr(adapter, "_numbers", numbers)
+    patch.setattr(fitting, "_numbers", numbers)
 
 
 def first_row_decides(patch):

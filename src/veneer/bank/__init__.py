@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.adapted import BASE, Selected, in_turn, sites
-from veneer.adapter import Known
 from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses
 from veneer.bank.held import Held, Recipes, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
+from veneer.fitting import Known
 from veneer.formats import peft
 from veneer.rows import time_first
 from veneer.targets import Names

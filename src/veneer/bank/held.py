@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapted import LayerAdapter, Site, Way, at_least_float32, in_turn, site_of, viewed, weight_of
-from veneer.adapter import Known, fitted
 from veneer.attach import LowPlan, Plans, build, enlist, group_of, place, trained_dtype
 from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError, sentence
+from veneer.fitting import Known, fitted
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
 from veneer.targets import Names, Slot
