@@ -88,6 +88,14 @@ def send(page: sync_api.Page, prompt: str = "one two three", tokens: int = 6) ->
     page.get_by_role("button", name="Send").click()
 
 
+def load(page: sync_api.Page, folder: str, name: str | None = None) -> None:
+    """Fill in the form of the shelf, which is open, and send it."""
+    if name is not None:
+        page.get_by_label("Name").fill(name)
+    page.get_by_label("Folder").fill(folder)
+    page.get_by_role("button", name="Load", exact=True).click()
+
+
 def ended(page: sync_api.Page, *states: str) -> None:
     for place, state in enumerate(states):
         expect(column(page, place)).to_have_attribute("data-state", state)
@@ -356,13 +364,10 @@ def test_load_pin_and_unload(show: Open):
     server = fake("french")
     page = show(server)
     page.get_by_text("Load an adapter").click()
-    page.get_by_label("Name").fill("german")
-    page.get_by_label("Folder").fill("missing/german")
-    page.get_by_role("button", name="Load", exact=True).click()
+    load(page, "missing/german", "german")
     expect(page.locator("#load-error")).to_have_text("There is no adapter at 'missing/german'.")
-    page.get_by_label("Folder").fill("team/german")
     page.get_by_label("Pin it").check()
-    page.get_by_role("button", name="Load", exact=True).click()
+    load(page, "team/german")
     expect(page.get_by_text("german is loaded.")).to_be_visible()
     assert server.asked[-1] == {"lora_name": "german", "lora_path": "team/german", "pin": True}
     expect(page.locator("#load-error")).to_be_hidden()

@@ -6,7 +6,7 @@ import pytest
 from playwright import sync_api
 
 from api_server import FakeEngine, adapter_at, fake_service, listening
-from test_page import answer, browser, column, ended, send  # noqa: F401 - a fixture is used by its name
+from test_page import answer, browser, column, ended, load, send  # noqa: F401 - a fixture is used by its name
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
 
@@ -70,12 +70,9 @@ def test_a_full_queue_is_told(show):
 def test_adapters_are_loaded_pinned_and_unloaded(show):
     page, service = show()
     page.get_by_text("Load an adapter").click()
-    page.get_by_label("Name").fill("mine")
-    page.get_by_label("Folder").fill("../out")
-    page.get_by_role("button", name="Load", exact=True).click()
+    load(page, "../out", "mine")
     expect(page.locator("#load-error")).to_contain_text("relative to the adapter folder")
-    page.get_by_label("Folder").fill("runs/7")
-    page.get_by_role("button", name="Load", exact=True).click()
+    load(page, "runs/7")
     expect(page.get_by_text("mine is loaded.")).to_be_visible()
     row = page.get_by_role("listitem").filter(has_text="mine")
     row.get_by_role("button", name="Pin mine").click()

@@ -345,7 +345,7 @@ print("done", flush=True)
 
 def killed_and_resumed(base, adapter, out, kills, seed):
     """Kill merges at random moments; returns how many tensors the last run found done, and how often it was killed."""
-    chance, done = random.Random(seed), 0
+    chance, done, killed = random.Random(seed), 0, 0
     for _ in range(kills):
         child = subprocess.Popen([sys.executable, "-c", CHILD, base, adapter, out], stdout=subprocess.PIPE, text=True)
         assert child.stdout.readline() == "begun\n"
@@ -354,19 +354,20 @@ def killed_and_resumed(base, adapter, out, kills, seed):
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.1))
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        killed += child.wait() == -signal.SIGKILL
         child.stdout.close()
         if out.exists():
             break
         done = journal.read_text().count("\n")
-    return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None
+    return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None, killed
 
 
 def _kills(tmp_path, kills, seed):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter")
     merge_checkpoint(base, [adapter], tmp_path / "expected")
-    resumed = killed_and_resumed(base, adapter, tmp_path / "out", kills, seed)
+    resumed, killed = killed_and_resumed(base, adapter, tmp_path / "out", kills, seed)
+    assert killed > 0
     assert resumed is None or resumed > 0
     for path in (tmp_path / "expected").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -10,6 +10,7 @@ is wrong in a list: a body holds hundreds of thousands of them, and an error for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -125,7 +126,7 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Asked(Strict):
+class Asked(Strict, ABC):
     """What both kinds of completion have in common. ``adapters``, ``top_k`` and ``ignore_eos`` are not OpenAI's."""
 
     model: Name
@@ -157,8 +158,9 @@ class Asked(Strict):
             ignore_eos=self.ignore_eos,
         )
 
+    @abstractmethod
     def alternatives(self) -> int | None:
-        raise NotImplementedError
+        """How many alternatives beside each token are asked for; None for no probabilities at all."""
 
     def schema_of_answer(self) -> dict[str, Any] | None:
         match self.response_format:
