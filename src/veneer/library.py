@@ -46,7 +46,8 @@ FORMAT = 1
 #: seconds for which an object without a name is kept
 GRACE = 3600.0
 SCHEME = "library:"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+#: what may name an adapter, here and to a server
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -328,7 +329,7 @@ def _parse(file: Path) -> dict[str, Entry]:
         texts = entry.added, entry.variant, entry.base or "", *entry.tags
         sound = all(isinstance(text, str) for text in texts) and type(entry.size) is type(entry.rank) is int
         # an index from elsewhere must not lead out of the folder either
-        if not sound or entry.name != name or not _NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
+        if not sound or entry.name != name or not NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
             raise ValueError(f"the entry of {name!r} is none")
         names[name] = entry
     return names
@@ -347,7 +348,7 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
     named = [("name", name), *(("tag", tag) for tag in tags)]
     problems = [
-        sentence(f"{what} {word!r}", expected, "choose another") for what, word in named if not _NAME.fullmatch(word)
+        sentence(f"{what} {word!r}", expected, "choose another") for what, word in named if not NAME.fullmatch(word)
     ]
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 

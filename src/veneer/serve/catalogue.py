@@ -18,12 +18,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from veneer.errors import AdapterError, ConfigError, LibraryError, VeneerError, 
 from veneer.files import write_whole
 from veneer.formats import peft
 from veneer.headers import parse
-from veneer.library import INDEX, OBJECTS, Library
+from veneer.library import INDEX, NAME, OBJECTS, Library
 from veneer.serve.refusal import Refusal
 
 log = logging.getLogger("veneer.serve")
@@ -41,7 +40,6 @@ FORMAT, MEMORY = 1, "served.json"
 MAX_MEMORY = 16 * 2**20
 #: seconds between two looks at the folder
 FRESH = 1.0
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ class Catalogue:
         found = {}
         with os.scandir(top) as entries:
             for entry in entries:
-                if not _NAME.fullmatch(entry.name) or entry.name == self.base:
+                if not NAME.fullmatch(entry.name) or entry.name == self.base:
                     continue
                 path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
                 if path is not None and _is_adapter(path):
@@ -316,7 +314,7 @@ class Catalogue:
             if not isinstance(content["pinned"], list) or not isinstance(content["hidden"], list):
                 raise ValueError("no lists of names")
             words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
-            if not all(isinstance(word, str) for word in words) or not all(map(_NAME.fullmatch, names)):
+            if not all(isinstance(word, str) for word in words) or not all(map(NAME.fullmatch, names)):
                 raise ValueError("names that are none")
             return Memory(names, frozenset(content["pinned"]), frozenset(content["hidden"]))
         except FileNotFoundError:
@@ -357,13 +355,16 @@ def _alone(top: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    folder = os.open(top, os.O_RDONLY)
+    folder, locked = os.open(top, os.O_RDONLY), False
     try:
-        with suppress(OSError):
+        try:
             fcntl.flock(folder, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            log.warning("The adapter folder cannot be locked (%s): let no other server change it", error.strerror)
         yield
-    finally:  # closing is not enough: a process that was forked meanwhile holds the folder open too
-        with suppress(OSError):
+    finally:
+        if locked:  # closing is not enough: a process that was forked meanwhile holds the folder open too
             fcntl.flock(folder, fcntl.LOCK_UN)
         os.close(folder)
 
@@ -396,7 +397,7 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _check_name(name: str, base: str) -> None:
-    if not _NAME.fullmatch(name) or name == base:
+    if not NAME.fullmatch(name) or name == base:
         expected = f"1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.', and not the base's {base!r}"
         message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
         raise Refusal(400, message, param="lora_name", code="bad_name")
