@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 # spins briefly, which is faster on idle cores; and its steps free and take the same large blocks again and again, which the
 # allocator should keep.
 PASSIVE := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
-DEMO_ENV := GOMP_SPINCOUNT=20000 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
+KEEP := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
+DEMO_ENV := GOMP_SPINCOUNT=20000 $(KEEP)
 
 .PHONY: help setup demo record test test-slow chromium check bench docs matrix format clean
 
@@ -94,12 +95,11 @@ bench: setup
 	$(BENCH)/import_time.py
 	$(BENCH)/attach.py
 	$(BENCH)/forward.py
-	$(BENCH)/mixed.py
+	$(KEEP) $(BENCH)/mixed.py
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
 	$(BENCH)/train_step.py
-	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 \
-	  $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
+	$(KEEP) $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py
 	$(BENCH)/frozen.py
 	$(BENCH)/planner.py

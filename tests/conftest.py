@@ -24,6 +24,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["compiled", "tensors"])
+def kernel(request, monkeypatch):
+    """With which arithmetic a bank mixes rows: both are for every adapter."""
+    monkeypatch.setattr("veneer.bank.deck.has_numba", lambda: request.param == "compiled")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny Llama and its tokenizer."""

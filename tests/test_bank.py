@@ -25,7 +25,10 @@ import transformers.pytorch_utils  # noqa: F401  # isort: skip
 
 from test_rows import ROWS, rows_of  # isort: skip
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.usefixtures("kernel"),
+]
 
 STORED = [name for name in VARIANTS.names() if VARIANTS[name].peft is not None]
 

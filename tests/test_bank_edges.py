@@ -20,6 +20,10 @@ from veneer.bank.deck import Deck
 from veneer.bases import BASES
 from veneer.errors import SelectionError
 
+pytestmark = pytest.mark.usefixtures("kernel")
+#: what lays numbers out
+laid_out = pytest.mark.parametrize("kernel", ["tensors"], indirect=True)
+
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
 
 
@@ -40,6 +44,7 @@ def test_a_row_that_is_not_finite_stays_alone(tmp_path):
         assert error(y[row : row + 1], alone(model, tmp_path, name, x[row : row + 1])) < 1e-6
 
 
+@laid_out
 def test_a_slot_keeps_nothing_of_who_had_it(tmp_path):
     model = saved(Linears(), tmp_path, "a")
     bank, x = bank_of(model, tmp_path, "a"), torch.randn(1, 1, 12)
@@ -120,6 +125,7 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
         taken.run(model, x)
 
 
+@laid_out
 def test_an_adapter_removed_in_use_keeps_its_slot_and_leaves_nothing(tmp_path, monkeypatch):
     model = saved(Linears(128), tmp_path, "a", "b")
     bank, x, puts = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []

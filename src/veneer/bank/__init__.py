@@ -6,7 +6,7 @@
         model(x)                                    row i of every input uses entry i
 
     held.py    an adapter in memory
-    deck.py    those that a call uses, laid out for batched products
+    deck.py    those that a call uses, for the kernel that mixes rows
     blend.py   weighted blends where a sum of products does not say it
 
 An adapter is on disk, held in memory, or held and used. What is used or pinned stays; of the rest, what was used
@@ -33,7 +33,7 @@ from veneer import context
 from veneer.adapted import BASE, Selected, in_turn, sites
 from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
-from veneer.bank.deck import Deck, Frame, Uses
+from veneer.bank.deck import Deck, Frame, Uses, prepare
 from veneer.bank.held import Held, Recipes, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fitting import Known
@@ -98,8 +98,8 @@ class Bank:
     Args:
         model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
             are frozen. ``close`` gives both back.
-        capacity_bytes: of the adapters in memory; None for no limit. What the running calls have laid out comes on top:
-            the numbers of the adapters that they use, once more.
+        capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the running calls have laid
+            out comes on top: the numbers of the adapters that they use, once more.
         dtype: of the adapters' numbers in memory; None takes that of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
@@ -119,6 +119,7 @@ class Bank:
         model = unwrap(model)
         if problem := strangers(model):
             raise SelectionError(problem)
+        prepare(model, dtype)
         self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         self._group = _joined(model)

@@ -1,12 +1,14 @@
-"""The adapters of one call, laid out for ``kernels/batched.py``.
+"""The adapters of one call, as ``kernels/mixed.py`` reads them, or laid out for ``kernels/batched.py``.
 
-    deck ─ racks, one for each size of adapter     slots, and which adapter has which
-         ─ layers                                  A [slots, r, in] and B [slots, r, out] of each rack
-         ─ lineups                                 what the rows of a call use: groups, runs, gains and biases
+    deck ─ layers      each changed by one of two kernels
+         ─ lineups     what the rows of a call use: groups, addresses or runs, gains and biases
+         ─ racks       one for each size of adapter: slots, and which adapter has which
 
-An adapter that is used takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the
-same adapters again finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves
-alone, or changes at a smaller rank, has zeros there.
+``mixed`` is compiled and reads the numbers where they are held. It is for float32 and bfloat16 on a processor; where
+numba is missing, on other devices and in other dtypes it is ``batched``, plain tensor code, for which each layer has
+A [slots, r, in] and B [slots, r, out] of each rack. An adapter that is used takes a slot, the same one in every layer,
+and keeps it until another needs it. So who uses the same adapters again finds them laid out, and one that comes copies
+its own numbers alone. A layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
 
 One call at a time has a deck: nothing moves under it. Slots belong to a ``Held`` by its ``uid``, which is never used
 again, so an adapter that was removed cannot be met under its name.
@@ -15,6 +17,7 @@ again, so an adapter that was removed cannot be met under its name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from veneer.adapted import BASE, Selected, Site, at_least_float32
 from veneer.bank.blend import table_of
 from veneer.bank.held import Held, Thin
-from veneer.kernels import batched, fused
+from veneer.kernels import batched, fused, has_numba
 from veneer.kernels.batched import Grouping
 from veneer.rows import Parts
 
@@ -80,6 +83,24 @@ class Block:
         self.A[slot, rank:] = self.B[slot, rank:] = 0  # whoever had this slot before; 0 · NaN would be NaN
 
 
+def compiled(weight: Tensor, factors: torch.dtype) -> Any:
+    """``kernels.mixed`` where it is for such a weight, else None."""
+    if not has_numba() or weight.device.type != "cpu":
+        return None
+    from veneer.kernels import mixed
+
+    return mixed if weight.dtype in mixed.DTYPES and factors in mixed.DTYPES else None
+
+
+def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Compile what calls of the model will need, so that none of them waits for it: seconds, once on a machine."""
+    for weight in {weight.dtype: weight for weight in model.parameters()}.values():
+        factors = weight.dtype if dtype is None else dtype
+        loop = compiled(weight, factors)
+        if loop is not None:
+            loop.change(torch.empty(0, 1, dtype=weight.dtype), 1, loop.rows([([0], [])]), loop.table([]), factors)
+
+
 class Layer:
     """One layer in a deck."""
 
@@ -91,9 +112,13 @@ class Layer:
         self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
         self.time_first = deck.frame.time_first
         self.blocks: dict[int, Block] = {}
+        self.factors = thin.A.dtype
+        self.compiled = compiled(own, self.factors)
 
     def room(self, rack: Rack) -> None:
-        """Zeros for all slots of a rack."""
+        """Zeros for all slots of a rack, where the kernel wants them."""
+        if self.compiled is not None:
+            return
         A, B = (
             torch.zeros(rack.slots, rack.rank, width, dtype=self.dtype, device=self.device)
             for width in (self.in_, self.out)
@@ -129,7 +154,12 @@ class Layer:
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // lineup.count
-                if tokens > FEW:
+                if self.compiled is not None:
+                    flat = flat if flat.is_contiguous() else flat.contiguous()
+                    table = lineup.tables.get(self.key)
+                    table = lineup.table_of(self) if table is None else table
+                    delta = self.compiled.change(flat, self.out, lineup.together, table, self.factors)
+                elif tokens > FEW:
                     delta = batched.by_runs(flat, self.out, lineup.runs(self), tokens)
                 else:
                     delta = self.grouped(flat, tokens, lineup)
@@ -176,9 +206,10 @@ class Lineup:
         self.plans: dict[Any, list[tuple[int, Grouping]]] = {}
         self.made: dict[Any, list[batched.Run]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
-        distinct = dict.fromkeys(rows)
-        selections = [Selected("a blend", table_of(uses)) if uses else BASE for uses in distinct]
-        indices = [torch.tensor([i for i, own in enumerate(rows) if own == uses], device="cpu") for uses in distinct]
+        self.tables: dict[Any, Any] = {}
+        self.distinct = {uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)}
+        selections = [Selected("a blend", table_of(uses)) if uses else BASE for uses in self.distinct]
+        indices = [torch.tensor(own, device="cpu") for own in self.distinct.values()]
         self.apart = Parts(deck.frame.uid, selections, indices, self.count, deck.frame.time_first)
         general = {key for held in self.members for key in held.general}
         keys = dict.fromkeys(key for held in self.members for key in held.parts)
@@ -187,6 +218,19 @@ class Lineup:
             key for held in self.members for key, part in held.parts.items()
             if isinstance(part, Thin) and (part.gain is not None or part.bias is not None)
         }  # fmt: skip
+
+    @cached_property
+    def together(self) -> Any:
+        """The rows as ``kernels.mixed`` has them."""
+        from veneer.kernels import mixed
+
+        return mixed.rows([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
+
+    def table_of(self, layer: Layer) -> Any:
+        """Where the factors of a layer are that is for ``kernels.mixed``; they stay there as long as this lineup."""
+        parts = [held.parts.get(layer.key) for uses in self.distinct for held, _ in uses]
+        self.tables[layer.key] = layer.compiled.table([None if one is None else (one.A, one.B) for one in parts])
+        return self.tables[layer.key]
 
     def runs(self, layer: Layer) -> list[batched.Run]:
         """Neighbouring rows that use the same, with their factors of a layer."""
@@ -298,8 +342,8 @@ class Deck:
         lineup = self.lineups.pop(key, None) or self._new(rows, members)
         self.lineups[key] = lineup
         for held in members:
-            if held.rank:
-                rack = self.racks[_size(held)]
+            rack = self.racks.get(_size(held))
+            if rack is not None and held.uid in rack.taken:
                 rack.taken[held.uid] = rack.taken.pop(held.uid)
         self.lineup = lineup
         return lineup
@@ -339,7 +383,19 @@ class Deck:
                 with torch.inference_mode(False):
                     self._resize(rack, 0)
 
+    def _meet(self, members: Sequence[Held]) -> None:
+        """Make the layers that they change and nobody did before."""
+        parts = (pair for held in members for pair in held.parts.items())
+        for key, part in parts:
+            if isinstance(part, Thin) and key not in self.layers:
+                self.layers[key] = Layer(self, key, part)
+                for rack in self.racks.values():
+                    self.layers[key].room(rack)
+
     def _lay_out(self, members: Sequence[Held]) -> None:
+        self._meet(members)
+        if all(layer.compiled is not None for layer in self.layers.values()):
+            return
         wanted = {held.uid for held in members}
         for size in dict.fromkeys(_size(held) for held in members if held.rank):
             rack = self.racks.setdefault(size, Rack(size))
@@ -364,12 +420,9 @@ class Deck:
 
     @torch.no_grad()
     def _put(self, held: Held, rack: Rack, slot: int) -> None:
-        new = [(key, part) for key, part in held.parts.items() if isinstance(part, Thin) and key not in self.layers]
-        for key, part in new:
-            self.layers[key] = Layer(self, key, part)
-            for each in self.racks.values():
-                self.layers[key].room(each)
         for key, layer in self.layers.items():
+            if layer.compiled is not None:
+                continue
             part = held.parts.get(key)
             layer.blocks[rack.rank].put(slot, part if isinstance(part, Thin) else None)
 

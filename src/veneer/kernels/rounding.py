@@ -22,8 +22,6 @@ with those of a tie, one pass less (v's own last bit says nothing about its erro
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -34,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import ConfigError, sentence
+from veneer.kernels import has_numba
 from veneer.kernels.feedback import directions, faithful
 from veneer.kernels.reference import round_once
 from veneer.kernels.threads import spread, threads_for
@@ -310,16 +309,11 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
 
 def _loop(old: Tensor, new: Tensor) -> Any:
     """``kernels.streaming``, if numba is there and it is for these; else None. What one may do, both may."""
-    if old.numel() < WORTH or not _numba():
+    if old.numel() < WORTH or not has_numba():
         return None
     from veneer.kernels import streaming
 
     return streaming if streaming.able(old, new) else None
-
-
-@functools.cache
-def _numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
 
 
 def _largest(shape: torch.Size) -> int:

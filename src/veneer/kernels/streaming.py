@@ -8,7 +8,7 @@ definition's, whichever of the two paths has run.
 
 What the compiler may do: contract a product and a sum into one operation, which rounds once where the bound allows
 for twice. What it may not: reorder. It would cancel v against the ends of its interval. The sums of the report alone
-are free of order (``_plus``), as they could not run on vectors otherwise.
+are free of order (``plus``), as they could not run on vectors otherwise.
 
 A block of ``WIDE`` columns stays in the nearest cache with its part of A, and the rows pass through it. torch does the
 same in 15 operations on a tile, each a pass through the second cache: 5 to 9 ns of a core for a number at rank 8, where
@@ -27,9 +27,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.extending import intrinsic
 from torch import Tensor
+
+from veneer.kernels.compiled import NAN, SHIFT, as_float, bf16, compiled, plus, wide
 
 #: columns of a block: with 8 rows of A it takes 16 KiB of the nearest cache
 WIDE = 512
@@ -37,49 +37,6 @@ WIDE = 512
 PRODUCTS = 8
 #: 1 + 2⁻²², as ``rounding`` has it
 FARTHER = np.float32(1 + 2.0**-22)
-HALF_STEP, ONE, SHIFT, NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.uint32(0x7FC0)
-
-
-@intrinsic
-def _as_float(context: Any, bits: Any):
-    """32 bits as the float32 that they are."""
-    return numba.float32(numba.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _as_bits(context: Any, value: Any):
-    """A float32 as its 32 bits."""
-    return numba.uint32(numba.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _plus(context: Any, one: Any, other: Any):
-    """A sum in float32 that may be taken in any order."""
-
-    def code(_, builder: Any, __, args: Any):
-        return builder.fadd(*args, flags=("reassoc", "contract"))
-
-    return numba.float32(numba.float32, numba.float32), code
-
-
-@intrinsic
-def _wide(context: Any, stored: Any):
-    """A stored number (float32, or bfloat16 as its bits) as float32."""
-
-    def code(_, builder: Any, __, args: Any):
-        if stored == numba.float32:
-            return args[0]
-        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return numba.float32(stored), code
-
-
-@numba.njit(inline="always")
-def _bf16(value):
-    """The bits of the bfloat16 nearest to a float32, ties to even; what a NaN gives is open."""
-    bits = _as_bits(value)
-    return (bits + HALF_STEP + ((bits >> SHIFT) & ONE)) >> SHIFT
 
 
 @numba.njit(fastmath={"contract"})
@@ -107,16 +64,16 @@ def _round(old, change, bound, new, marks, sums):
     doubt = np.uint32(0)
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
-        W, delta = _wide(old[j]), change[j]
+        W, delta = wide(old[j]), change[j]
         v = W + delta
         end = v * FARTHER + np.float32(np.copysign(bound, v))
-        rounded = _bf16(v - (end - v))
+        rounded = bf16(v - (end - v))
         rounded = np.uint32(rounded if v == v else NAN)
-        differs = _bf16(end) ^ rounded
+        differs = bf16(end) ^ rounded
         new[j], marks[j] = np.uint16(rounded), np.uint16(differs)
         doubt |= differs
-        step = _as_float(rounded << SHIFT) - W
-        realised, moved, base = _plus(realised, delta * step), _plus(moved, step * step), _plus(base, W * W)
+        step = as_float(rounded << SHIFT) - W
+        realised, moved, base = plus(realised, delta * step), plus(moved, step * step), plus(base, W * W)
     sums[0] += realised
     sums[1] += moved
     sums[2] += base
@@ -147,15 +104,7 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, places,
     return found
 
 
-def _compiled() -> Any:
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(_slab)
-    except RuntimeError:  # no folder to keep it in
-        return numba.njit(**options)(_slab)
-
-
-_LOOP = _compiled()
+_LOOP = compiled(_slab)
 
 
 def able(old: Tensor, new: Tensor) -> bool:

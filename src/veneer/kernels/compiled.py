@@ -1,0 +1,97 @@
+"""What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free order, addresses.
+
+Importing this module loads numba (half a second, 100 MiB): only where ``kernels.has_numba()`` and it is worth it.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+HALF_STEP, ONE, SHIFT, NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.uint32(0x7FC0)
+
+
+def compiled(loop: Any) -> Any:
+    """``loop``, compiled once for each machine and kind of arguments; other threads run beside it."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # no folder to keep it in
+        return numba.njit(**options)(loop)
+
+
+@intrinsic
+def as_float(context: Any, bits: Any):
+    """32 bits as the float32 that they are."""
+    return numba.float32(numba.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def as_bits(context: Any, value: Any):
+    """A float32 as its 32 bits."""
+    return numba.uint32(numba.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def plus(context: Any, one: Any, other: Any):
+    """A sum in float32 that may be taken in any order."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.fadd(*args, flags=("reassoc", "contract"))
+
+    return numba.float32(numba.float32, numba.float32), code
+
+
+@intrinsic
+def wide(context: Any, stored: Any):
+    """A stored number (float32, or bfloat16 as its bits) as float32."""
+
+    def code(_, builder: Any, __, args: Any):
+        if stored == numba.float32:
+            return args[0]
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return numba.float32(stored), code
+
+
+@numba.njit(inline="always")
+def bf16(value):
+    """The bits of the bfloat16 nearest to a float32, ties to even; what a NaN gives is open."""
+    bits = as_bits(value)
+    return (bits + HALF_STEP + ((bits >> SHIFT) & ONE)) >> SHIFT
+
+
+@intrinsic
+def at(context: Any, address: Any, like: Any):
+    """A pointer to numbers of the dtype of the array ``like``."""
+    pointer = types.CPointer(like.dtype)
+
+    def code(target: Any, builder: Any, _, args: Any):
+        return builder.inttoptr(args[0], target.get_value_type(pointer))
+
+    return pointer(types.int64, like), code
+
+
+@intrinsic
+def narrow(context: Any, value: Any, like: Any):
+    """A float32 as a number is stored that is ``like`` this one: itself, or the bits of the nearest bfloat16."""
+
+    def code(_, builder: Any, __, args: Any):
+        if like == numba.float32:
+            return args[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(args[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        nearest = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+        number = builder.fcmp_ordered("ord", args[0], args[0])
+        return builder.trunc(builder.select(number, nearest, word(int(NAN))), ir.IntType(16))
+
+    return like(value, like), code

@@ -1,0 +1,98 @@
+"""The compiled loop over mixed rows equals float64 arithmetic, whatever shapes, dtypes and groups it is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import veneer
+import veneer.bank.deck
+from test_bank import Linears, saved
+from toys import error
+
+mixed = pytest.importorskip("veneer.kernels.mixed", reason="numba is not there")
+
+#: relative to the norm of what is expected, by the dtype of the rows
+CLOSE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+@st.composite
+def calls(draw):
+    """x [N · tokens, in], out, and for each group its rows and ((A, B) or None, weight) of what they use."""
+    dtype, factors = draw(st.sampled_from(mixed.DTYPES)), draw(st.sampled_from(mixed.DTYPES))
+    in_, out = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    count, tokens = draw(st.integers(1, 9)), draw(st.integers(0, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    ranks = draw(st.lists(st.integers(1, 13), min_size=1, max_size=4))
+    adapters = [(numbers(rank, in_).to(factors), numbers(rank, out).to(factors)) for rank in ranks]
+    used = st.tuples(st.sampled_from([None, *adapters]), st.sampled_from([1.0, 0.5, -2.0, 0.0]))
+    of_row = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    groups = [
+        ([row for row in range(count) if of_row[row] == g], draw(st.lists(used, max_size=3))) for g in set(of_row)
+    ]
+    return numbers(count * tokens, in_).to(dtype), out, groups, factors
+
+
+def loop(x, out, groups, factors):
+    rows = mixed.rows([(own, [weight for _, weight in uses]) for own, uses in groups])
+    return mixed.change(x, out, rows, mixed.table([pair for _, uses in groups for pair, _ in uses]), factors)
+
+
+@settings(max_examples=200, deadline=None)
+@given(calls())
+def test_the_loop_equals_float64(call):
+    x, out, groups, _ = call
+    count = sum(len(own) for own, _ in groups)
+    by_row, expected = x.double().view(count, -1, x.shape[1]), torch.zeros(count, x.shape[0] // count, out).double()
+    for own, uses in groups:
+        for pair, weight in uses:
+            if pair is not None:
+                expected[own] += weight * (by_row[own] @ pair[0].double().mT @ pair[1].double())
+    found = loop(*call)
+    assert found.dtype is x.dtype
+    assert error(found.double().view_as(expected), expected) < CLOSE[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", mixed.DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_is_not_finite_stays_in_its_token_and_its_adapter(dtype, tokens):
+    x, sound = torch.randn(3 * tokens, 20).to(dtype), (torch.randn(8, 20).to(dtype), torch.randn(8, 9).to(dtype))
+    bad = tuple(torch.full_like(one, torch.inf) for one in sound)
+    x[0] = torch.nan
+    found = loop(x, 9, [([0, 1], [(sound, 1.0)]), ([2], [(bad, 1.0)])], dtype)
+    expected = torch.ones(3 * tokens, dtype=torch.bool)
+    expected[0] = expected[2 * tokens :] = False
+    assert torch.equal(found.isfinite().all(1), expected)
+    assert found[0].isnan().all()
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    """Ties to even, as torch does it."""
+    wide = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, 2.0**-140]])
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    found = loop(x, wide.shape[1], [([0], [((torch.ones(1, 1), wide), 1.0)])], torch.float32)
+    assert torch.equal(found, wide.bfloat16())
+
+
+def test_a_bank_without_numba_gives_the_same(tmp_path, monkeypatch):
+    model = saved(Linears(), tmp_path, "a", "b")
+    x, found, used = torch.randn(4, 7, 12), [], []
+    change = mixed.change
+    monkeypatch.setattr(mixed, "change", lambda *given: (used.append(1), change(*given))[1])
+    for there in (True, False):
+        monkeypatch.setattr(veneer.bank.deck, "has_numba", lambda there=there: there)
+        bank = veneer.Bank(model)
+        for name in ("a", "b"):
+            bank.add(tmp_path / name)
+        before = len(used)
+        with torch.no_grad(), bank.rows(["a", None, {"a": 0.5, "b": 2.0}, "b"]):
+            found.append(model(x))
+        assert (len(used) > before) is there
+        bank.close()
+    assert error(*found) < 1e-6
