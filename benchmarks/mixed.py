@@ -38,7 +38,7 @@ from torch import nn
 import veneer
 from candidates import ALPHA, DTYPES, llama, sharing
 from candidates import options as options_of
-from report import child, measure, show, write
+from report import child, measure, show, untuned, write
 from veneer.serve.forward import Forward
 from veneer.serve.slots import Slots
 
@@ -204,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 cases.append(measure(runs, floor="base", runs=options.runs, **setting))
                 show("mixed", cases[-1])
         more = [*(["--tiny"] if options.tiny else []), "--layers", str(options.layers)]
-        sizes[dtype] = child(str(Path(__file__)), "--memory", dtype, *more)
+        with untuned():  # memory that the allocator keeps is nobody's
+            sizes[dtype] = child(str(Path(__file__)), "--memory", dtype, *more)
         print(
             f"mixed: {dtype}, an adapter takes {sizes[dtype]['bytes'] / sizes[dtype]['file']:.2f} × its file",
             flush=True,

@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def write(name: str, result: Mapping[str, Any], out: Path | None = None) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     return whole
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Processes that are started meanwhile have the allocator as it comes."""
+    kept = {name: os.environ.pop(name) for name in ALLOCATOR if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def compare(

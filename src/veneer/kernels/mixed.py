@@ -140,10 +140,10 @@ def _up_4x4(y, h, B, k, count, weight):
     h30, h31, h32, h33 = weight * h[3, k], weight * h[3, k + 1], weight * h[3, k + 2], weight * h[3, k + 3]
     for j in range(count):
         w0, w1, w2, w3 = wide(b0[j]), wide(b1[j]), wide(b2[j]), wide(b3[j])
-        y0[j] += h00 * w0 + h01 * w1 + h02 * w2 + h03 * w3
-        y1[j] += h10 * w0 + h11 * w1 + h12 * w2 + h13 * w3
-        y2[j] += h20 * w0 + h21 * w1 + h22 * w2 + h23 * w3
-        y3[j] += h30 * w0 + h31 * w1 + h32 * w2 + h33 * w3
+        y0[j] = y0[j] + h00 * w0 + h01 * w1 + h02 * w2 + h03 * w3
+        y1[j] = y1[j] + h10 * w0 + h11 * w1 + h12 * w2 + h13 * w3
+        y2[j] = y2[j] + h20 * w0 + h21 * w1 + h22 * w2 + h23 * w3
+        y3[j] = y3[j] + h30 * w0 + h31 * w1 + h32 * w2 + h33 * w3
 
 
 @numba.njit(fastmath={"contract"})
@@ -163,7 +163,7 @@ def _up_1x4(y, h, B, k, count, weight):
     b0, b1, b2, b3 = B[k], B[k + 1], B[k + 2], B[k + 3]
     h0, h1, h2, h3 = weight * h[k], weight * h[k + 1], weight * h[k + 2], weight * h[k + 3]
     for j in range(count):
-        y[j] += h0 * wide(b0[j]) + h1 * wide(b1[j]) + h2 * wide(b2[j]) + h3 * wide(b3[j])
+        y[j] = y[j] + h0 * wide(b0[j]) + h1 * wide(b1[j]) + h2 * wide(b2[j]) + h3 * wide(b3[j])
 
 
 @numba.njit(fastmath={"contract"})
@@ -171,6 +171,20 @@ def _up_1x1(y, h, B, k, count, weight):
     b, h0 = B[k], weight * h[k]
     for j in range(count):
         y[j] += h0 * wide(b[j])
+
+
+@numba.njit(fastmath={"contract"})
+def _begin(x, y, stored):
+    for j in range(len(x)):
+        x[j] = wide(stored[j])
+    for j in range(len(y)):
+        y[j] = np.float32(0)
+
+
+@numba.njit(fastmath={"contract"})
+def _end(stored, y):
+    for j in range(len(y)):
+        stored[j] = narrow(y[j], stored[j])
 
 
 @numba.njit(fastmath={"contract"})
@@ -212,16 +226,18 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, f
         np.empty((TOKENS, out), np.float32),
         np.empty((TOKENS, rank), np.float32),
     )
+    own = np.empty(TOKENS, np.int64)  # of which tokens x and y are
     for g in range(len(groups)):
-        place, last = groups[g, 0] * tokens, groups[g, 1] * tokens
-        while place < last:
-            count = TOKENS if place + TOKENS <= last else 1
+        place, token, left = groups[g, 0], 0, (groups[g, 1] - groups[g, 0]) * tokens
+        while left:
+            count = TOKENS if left >= TOKENS else 1
+            left -= count
             for i in range(count):
-                token = order[(place + i) // tokens] * tokens + (place + i) % tokens
-                for j in range(in_):
-                    x[i, j] = wide(xs[token, j])
-                for j in range(out):
-                    y[i, j] = np.float32(0)
+                own[i] = order[place] * tokens + token
+                token += 1
+                if token == tokens:
+                    place, token = place + 1, 0
+                _begin(x[i], y[i], xs[own[i]])
             for e in range(groups[g, 2], groups[g, 3]):
                 A = numba.carray(at(table[e, 0], factor), (table[e, 2], in_))
                 B = numba.carray(at(table[e, 1], factor), (table[e, 2], out))
@@ -230,10 +246,7 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, f
                 else:
                     _one(y[0], h[0], x[0], A, B, weights[e])
             for i in range(count):
-                token = order[(place + i) // tokens] * tokens + (place + i) % tokens
-                for j in range(out):
-                    ys[token, j] = narrow(y[i, j], ys[token, j])
-            place += count
+                _end(ys[own[i]], y[i])
 
 
 _LOOP = compiled(_change)
