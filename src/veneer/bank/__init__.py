@@ -17,6 +17,8 @@ base, and a call outside of ``rows`` is the base's own. Threads may use one bank
 from __future__ import annotations
 
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,7 +272,7 @@ class Bank:
                 done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank")
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=_give_way)
             return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -520,6 +522,12 @@ class Bank:
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:
             self.on_event(kind, name, seconds)
+
+
+def _give_way() -> None:
+    """Let this thread have the time that others leave. Where that cannot be said of a thread alone, it has its share."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _mix(choice: Any) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +73,8 @@ def serve(
     setup_logging()
     # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds of MiB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
+    sys.setswitchinterval(1e-4)
     budget, called = bytes_in(memory), name or called_by_default(base)
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
