@@ -49,6 +49,7 @@ from veneer.hashing import digest, hash_json
 from veneer.headers import MAX_JSON, misplaced, parse, pickled, read_header, read_json
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
+from veneer.pace import paced
 from veneer.variants import VARIANTS
 
 RECORD = "veneer.json"
@@ -444,7 +445,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = read_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in header.tensors}, dict(header.metadata)
+            return {key: opened.get_tensor(key) for key in paced(header.tensors)}, dict(header.metadata)
     except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
         found = f"{file} cannot be read ({error})"
         raise AdapterError(
@@ -460,7 +461,7 @@ def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
         yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
     floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
     # one pass over the numbers: the largest is not finite if any is not
-    largest = {key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in floats.items()}
+    largest = {key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in paced(floats.items())}
     broken = [key for key, size in largest.items() if not math.isfinite(size)]
     if broken:
         yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
@@ -471,7 +472,7 @@ def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
 
 def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
     """What is wrong with the numbers of changes: whole ones, and products that would overflow."""
-    for path, entry in low.items():
+    for path, entry in paced(low.items()):
         parts = {"A": entry.A, "B": entry.B, **entry.extras}
         types = {name: part.dtype for name, part in parts.items() if part.dtype not in FLOATS}
         if types:
@@ -496,7 +497,7 @@ def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     whole = hashlib.sha256()
-    for key in sorted(tensors):
+    for key in paced(sorted(tensors)):
         whole.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
     return whole.hexdigest()
 

@@ -48,6 +48,7 @@ from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 from veneer.overlap import overlaps
+from veneer.pace import paced
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
 
@@ -120,7 +121,7 @@ def fitted(
     known = Known(Names(model)) if known is None else known
     names, config = known.names, artefact.peft_config
     file_of: dict[Slot, peft.PeftLayer] = {}
-    for file_path, entry in artefact.low.items():
+    for file_path, entry in paced(artefact.low.items()):
         slot = slot_at(names, file_path, config)
         if slot is None:
             found = f"a change of {entry.at!r}, which this model lacks{nearest(entry.at, names.modules)}"
@@ -150,7 +151,7 @@ def fitted(
     else:
         wanted = _recorded(names, recorded, problems)
     low = known.plan(wanted, problems)
-    numbers = {entry.slot: _numbers(names, entry, file_of, artefact, problems) for entry in low}
+    numbers = {entry.slot: _numbers(names, entry, file_of, artefact, problems) for entry in paced(low)}
     covered = {slot for entry in low for slot in entry.holders}
     if recorded is not None:
         meant = covered | set(wanted)

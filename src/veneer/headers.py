@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError, listing, sentence
+from veneer.pace import paced
 
 #: bits of one number, by the names that the format has
 BITS = {
@@ -97,7 +98,7 @@ def read_header(path: str | Path) -> Header:
         raise AdapterError(_unreadable(path, f"its header is not JSON: {error}")) from error
     metadata = content.pop("__metadata__", {})
     problems = [_metadata_problem(metadata)]
-    tensors = {name: _entry(name, claim, size - 8 - length) for name, claim in content.items()}
+    tensors = {name: _entry(name, claim, size - 8 - length) for name, claim in paced(content.items())}
     wrong = [claim for claim in tensors.values() if isinstance(claim, str)]
     problems += wrong or [_gap(tensors, size - 8 - length)]
     found = [problem for problem in problems if problem]

@@ -17,8 +17,6 @@ base, and a call outside of ``rows`` is the base's own. Threads may use one bank
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +38,14 @@ from veneer.bank.held import Held, Recipes, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fitting import Known
 from veneer.formats import peft
+from veneer.pace import give_way
 from veneer.rows import time_first
 from veneer.targets import Names
 
 #: seconds for which a load waits for memory that others use
 PATIENCE = 60.0
+#: seconds after a call in which the next one is expected
+QUIET = 0.05
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Bank:
         self._loading = threading.Lock()
         self._loader: ThreadPoolExecutor | None = None
         self._decks: list[Deck] = []  # that no call uses
-        self._calls = 0
+        self._calls, self._ended = 0, -QUIET
         self._clock = 0
         self._bytes = 0
         self._alive: set[int] = set()  # who takes these bytes, by ``Held.uid``
@@ -272,7 +273,7 @@ class Bank:
                 done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=_give_way)
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self._give_way)
             return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -367,6 +368,10 @@ class Bank:
     def _open(self) -> None:
         if self._closed:
             raise SelectionError(sentence("a bank that was closed", "an open one", "make another"))
+
+    def _give_way(self) -> None:
+        """Let this thread pause while calls run: one that has just ended is followed by another one."""
+        give_way(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def _need(self, name: str) -> _Entry:
         self._open()
@@ -517,17 +522,11 @@ class Bank:
                     for uid in deck.uids - self._alive:
                         deck.forget(uid)
                 self._decks.append(deck)
-                self._calls -= 1
+                self._calls, self._ended = self._calls - 1, time.monotonic()
 
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:
             self.on_event(kind, name, seconds)
-
-
-def _give_way() -> None:
-    """Let this thread have the time that others leave. Where that cannot be said of a thread alone, it has its share."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _mix(choice: Any) -> dict[str, float]:

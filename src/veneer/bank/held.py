@@ -28,6 +28,7 @@ from veneer.errors import SelectionError, sentence
 from veneer.fitting import Known, fitted
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
+from veneer.pace import paced
 from veneer.targets import Names, Slot
 from veneer.variants import VARIANTS
 
@@ -164,7 +165,7 @@ class Recipe:
     def table(self, numbers: Mapping[Slot, Mapping[str, Tensor]], dtype: torch.dtype | None) -> dict[Any, Thin]:
         variant = VARIANTS[self.config.variant]
         resolved = []
-        for entry, module in zip(self.low, self.modules, strict=True):
+        for entry, module in paced(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             trained = trained_dtype(self.config, weight.dtype)
             own = {name: value.to(weight.device, trained) for name, value in numbers[entry.slot].items()}
@@ -239,7 +240,7 @@ def _thin(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -
     """The parts of modules with these dims and [A, B, gain, bias], whose numbers lie together."""
     flat = _together([value for *_, numbers in resolved for value in numbers if value is not None])
     made = []
-    for module, dims, numbers in resolved:
+    for module, dims, numbers in paced(resolved):
         A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in numbers])
         site: Any = site_of(module)
         made.append(Thin(A, B, gain, bias, site.layer, site.layer.weight, dims))

@@ -30,6 +30,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import patterns
 from veneer.lowrank import LowRank
+from veneer.pace import paced
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -192,7 +193,7 @@ def split(
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, tensor in tensors.items():
+    for name, tensor in paced(tensors.items()):
         bare = name.removeprefix(PREFIX)
         suffix = next((suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None)
         unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])

@@ -1,0 +1,69 @@
+"""A thread that gives way pauses in its loops while others are busy, and in no other case."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+import veneer
+from test_bank import Linears, saved
+from veneer import pace
+
+
+def work(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def run(busy, items=20):
+    """(items that came, pauses that were taken, the thread's niceness) of a thread that gives way while ``busy()``."""
+    came, pauses, nice = [], [], []
+
+    def loop():
+        if busy is not None:
+            pace.give_way(busy)
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        for item in pace.paced(range(items)):
+            came.append(item)
+            work(pace.SLICE / 2)
+
+    before = time.sleep
+    pace.time.sleep = pauses.append
+    try:
+        thread = threading.Thread(target=loop)
+        thread.start()
+        thread.join()
+    finally:
+        pace.time.sleep = before
+    return came, pauses, nice[0]
+
+
+@pytest.mark.parametrize("busy", [None, True, False])
+def test_pauses(busy):
+    came, pauses, nice = run(None if busy is None else lambda: busy)
+    assert came == list(range(20))
+    assert (5 <= len(pauses) <= 10) if busy else not pauses
+    if sys.platform == "linux":
+        assert (nice == 19) is (busy is not None)
+    assert list(pace.paced(range(3))) == [0, 1, 2]  # this thread was not told to
+
+
+def test_a_bank_loads_slowly_beside_calls_and_fast_alone(tmp_path, monkeypatch):
+    model, pauses = saved(Linears(), tmp_path, "a", "b", "c"), []
+    bank = veneer.Bank(model)
+    for name in "abc":
+        bank.register(name, tmp_path / name)
+    monkeypatch.setattr(pace, "SLICE", 0.0)
+    monkeypatch.setattr(pace, "PAUSE", 1e-4)
+    sleep = time.sleep
+    monkeypatch.setattr(pace.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds)))
+    bank.acquire({"a": 1.0}).result(60).release()
+    assert not pauses
+    with bank.rows([None]):
+        bank.acquire({"b": 1.0}).result(60).release()
+    assert len(pauses) > 10
