@@ -1,14 +1,12 @@
 """Long Python work beside somebody who must not wait for it: loops that pause, if their thread was told to give way.
 
 Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another thread computes
-takes about as much from its next step, whatever the system's scheduler does. In slices it takes a little from each of
-many steps.
+takes about as much from its next step. In slices it takes a little from each of many steps. Rejected: the lowest
+priority for the thread on top of that, which made the others' gaps longer, as it keeps Python while it waits for a core.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +15,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 #: seconds of work, and of the pause behind it
-SLICE, PAUSE = 0.001, 0.008
+SLICE, PAUSE = 0.001, 0.012
 
 _THREAD = threading.local()
 
 
 def give_way(busy: Callable[[], bool]) -> None:
-    """From now on this thread has the time that others leave, and pauses in ``paced`` loops while ``busy()``. Where the
-    system's scheduler does not know a single thread, it has its share of the cores."""
+    """From now on this thread pauses in ``paced`` loops while ``busy()``."""
     _THREAD.busy, _THREAD.since = busy, time.thread_time()
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def paced(items: Iterable[Item]) -> Iterable[Item]:
