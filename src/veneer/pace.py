@@ -2,7 +2,7 @@
 
 Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another thread computes
 takes about as much from its next step. In slices it takes a little from each of many steps. Rejected: the lowest
-priority for the thread on top of that, which made the others' gaps longer, as it keeps Python while it waits for a core.
+priority for the thread on top of that. It made the others' gaps longer, as it keeps Python while it waits for a core.
 """
 
 from __future__ import annotations
