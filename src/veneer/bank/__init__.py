@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import context
+from veneer import context, pace
 from veneer.adapted import BASE, Selected, in_turn, sites
 from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
@@ -38,7 +38,6 @@ from veneer.bank.held import Held, Recipes, hold
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fitting import Known
 from veneer.formats import peft
-from veneer.pace import give_way
 from veneer.rows import time_first
 from veneer.targets import Names
 
@@ -273,7 +272,7 @@ class Bank:
                 done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self._give_way)
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.give_way)
             return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -333,6 +332,11 @@ class Bank:
         with self.rows([choice for choice in adapters for _ in range(times)]):
             return model.generate(inputs, **kwargs)
 
+    def give_way(self) -> None:
+        """From now on, let what this thread loads pause while calls run, which then hardly feel it: a load takes a
+        second. A call that has just ended is followed by another one."""
+        pace.give_way(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
+
     def close(self) -> None:
         """Forget all adapters and give the model its classes and ``requires_grad`` back.
 
@@ -368,10 +372,6 @@ class Bank:
     def _open(self) -> None:
         if self._closed:
             raise SelectionError(sentence("a bank that was closed", "an open one", "make another"))
-
-    def _give_way(self) -> None:
-        """Let this thread pause while calls run: one that has just ended is followed by another one."""
-        give_way(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def _need(self, name: str) -> _Entry:
         self._open()

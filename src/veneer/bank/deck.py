@@ -4,11 +4,12 @@
          ─ lineups     what the rows of a call use: groups, addresses or runs, gains and biases
          ─ racks       one for each size of adapter: slots, and which adapter has which
 
-``mixed`` is compiled and reads the numbers where they are held. It is for float32 and bfloat16 on a processor; where
-numba is missing, on other devices and in other dtypes it is ``batched``, plain tensor code, for which each layer has
-A [slots, r, in] and B [slots, r, out] of each rack. An adapter that is used takes a slot, the same one in every layer,
-and keeps it until another needs it. So who uses the same adapters again finds them laid out, and one that comes copies
-its own numbers alone. A layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
+``mixed`` is compiled and reads the numbers where they are held. It is for float32 and bfloat16 on a processor, and of
+prompts on few threads, as it has one. Where numba is missing, on other devices and in other dtypes it is ``batched``,
+plain tensor code, for which each layer has A [slots, r, in] and B [slots, r, out] of each rack. An adapter that is used
+takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the same adapters again
+finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves alone, or changes
+at a smaller rank, has zeros there.
 
 One call at a time has a deck: nothing moves under it. Slots belong to a ``Held`` by its ``uid``, which is never used
 again, so an adapter that was removed cannot be met under its name.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from veneer.adapted import BASE, Selected, Site, at_least_float32
 from veneer.bank.blend import table_of
 from veneer.bank.held import Held, Thin
-from veneer.kernels import batched, fused, has_numba
+from veneer.kernels import THREADS, batched, fused, has_numba
 from veneer.kernels.batched import Grouping
 from veneer.rows import Parts
 
@@ -154,7 +155,7 @@ class Layer:
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // lineup.count
-                if self.compiled is not None:
+                if self.compiled is not None and (tokens <= FEW or torch.get_num_threads() <= THREADS):
                     flat = flat if flat.is_contiguous() else flat.contiguous()
                     table = lineup.tables.get(self.key)
                     table = lineup.table_of(self) if table is None else table

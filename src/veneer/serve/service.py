@@ -58,7 +58,10 @@ class Service:
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
-    admin: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-admin"))
+    admin: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admin = ThreadPoolExecutor(1, "veneer-admin", initializer=self.bank.give_way)
 
     @property
     def ready(self) -> bool:
