@@ -80,13 +80,17 @@ def test_bfloat16_is_rounded_to_nearest():
     assert torch.equal(found, wide.bfloat16())
 
 
-def test_a_bank_without_numba_gives_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("without", ["numba", "few threads"])
+def test_a_bank_without_the_loop_gives_the_same(without, tmp_path, monkeypatch):
     model = saved(Linears(), tmp_path, "a", "b")
     x, found, used = torch.randn(4, 7, 12), [], []
     change = mixed.change
     monkeypatch.setattr(mixed, "change", lambda *given: (used.append(1), change(*given))[1])
     for there in (True, False):
-        monkeypatch.setattr(veneer.bank.deck, "has_numba", lambda there=there: there)
+        if without == "numba":
+            monkeypatch.setattr(veneer.bank.deck, "has_numba", lambda there=there: there)
+        else:
+            monkeypatch.setattr(veneer.bank.deck, "THREADS", 3 if there else 0)
         bank = veneer.Bank(model)
         for name in ("a", "b"):
             bank.add(tmp_path / name)
