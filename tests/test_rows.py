@@ -92,7 +92,7 @@ def encoder():
 @pytest.mark.parametrize("make_model", [TinyLM, lambda: TinyLM(tied=True), Stack, tiny_model, encoder],
                          ids=["lm", "tied", "stack", "llama", "encoder"])  # fmt: skip
 def test_mixed_rows_through_whole_models(make_model):
-    model = make_model().eval()
+    model = make_model().double().eval()  # in float32 a toy's gradients lose four digits on some processors
     exclude = [f"*{kind}_embeddings" for kind in ("position", "token_type") if hasattr(model, "embeddings")]
     adapt(model, "a", "b", config=veneer.LoraConfig(rank=2, targets="all", exclude=exclude))
     ids, names = torch.randint(0, 17, (5, 6)), ["a", None, "b", "b", None]
@@ -104,7 +104,7 @@ def test_mixed_rows_through_whole_models(make_model):
 
     mixed = run(names, ids)
     for row, name in enumerate(names):
-        assert error(mixed[row], run(name, ids[row : row + 1])[0]) < 1e-5
+        assert error(mixed[row], run(name, ids[row : row + 1])[0]) < 1e-10
     model.zero_grad()
     run(["a", None, "a", "a", None], ids).square().mean().backward()
     actual = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
@@ -112,7 +112,7 @@ def test_mixed_rows_through_whole_models(make_model):
     assert all("b" not in key.split(".") for key in actual)
     model.zero_grad()
     (run("a", ids[[0, 2, 3]]).square().sum() / mixed.numel()).backward()
-    assert all(error(actual[key], p.grad) < 1e-4 for key, p in model.named_parameters() if key in actual)
+    assert all(error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in actual)
 
 
 def test_generation_with_an_adapter_for_each_row():
