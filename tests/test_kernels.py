@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toys import error
-from veneer.kernels import dropout, fused
+from veneer.kernels import dropout, fused, plan
 
+skinny = pytest.importorskip("veneer.kernels.skinny", reason="numba is not there")
+
+#: whether thin products in float32 are compiled loops, however few tokens there are
+WAYS = pytest.mark.parametrize("loops", [True, False], ids=["loops", "library"])
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 sizes = st.integers(1, 9)
 
@@ -58,13 +64,35 @@ def gradients(outputs, weights, tensors):
     return torch.autograd.grad(loss, wanted, allow_unused=True)
 
 
+@contextmanager
+def way(least):
+    """Yields the compiled loops that were called, from that many tokens on."""
+    before, called = fused.LOOPED, []
+    fused.LOOPED = least
+    found = {name: getattr(skinny, name) for name in ("down", "up", "down_grown", "up_grown")}
+    for name, loop in found.items():
+        setattr(skinny, name, lambda *given, name=name, loop=loop: (called.append(name), loop(*given))[1])
+    try:
+        yield called
+    finally:
+        fused.LOOPED = before
+        for name, loop in found.items():
+            setattr(skinny, name, loop)
+
+
+@WAYS
 @settings(max_examples=150, deadline=None)
 @given(
     in_=sizes, outs=st.lists(sizes, min_size=1, max_size=3), batch=st.lists(st.integers(0, 3), max_size=3),
     data=st.data(), biases=st.booleans(), dtype=st.sampled_from(list(BOUNDS)), form=st.booleans(),
 )  # fmt: skip
-def test_values_and_gradients(in_, outs, batch, data, biases, dtype, form):
-    ranks = [data.draw(st.integers(1, 3)) for _ in outs]
+def test_values_and_gradients(loops, in_, outs, batch, data, biases, dtype, form):
+    with way(1 if loops else 1 << 60):
+        _values_and_gradients(in_, outs, batch, data, biases, dtype, form)
+
+
+def _values_and_gradients(in_, outs, batch, data, biases, dtype, form):
+    ranks = [data.draw(st.integers(1, 6)) for _ in outs]
     scales = [data.draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in outs]
     form = form and dtype != torch.bfloat16
     tensors = trained(
@@ -181,3 +209,41 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
         assert abs(kept - 1) < (0.15 if bias else 0.05)
     with pytest.raises(ValueError, match="float32"):
         fused.linears(fused.Settings((1.0,), form=True), x, [W], [b], [A], [B])
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 63, 130])
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+def test_the_loops_equal_float64(tokens, rank):
+    x, A = torch.randn(tokens, 37), torch.randn(rank, 37)
+    joined = torch.randn(tokens, rank + 5).mT
+    h = joined[2 : rank + 2]  # one layer's of several
+    wide = {name: one.double() for name, one in (("x", x), ("A", A), ("h", h))}
+    u, grown = skinny.down_grown(A, x, h)
+    part, gradient = skinny.up_grown(h, A, x)
+    for found, exact in (
+        (skinny.down(A, x), wide["A"] @ wide["x"].mT),
+        (u, wide["A"] @ wide["x"].mT),
+        (grown, wide["h"] @ wide["x"]),
+        (skinny.up(h, A), wide["h"].mT @ wide["A"]),
+        (part, wide["h"].mT @ wide["A"]),
+        (gradient, wide["h"] @ wide["x"]),
+    ):
+        assert error(found.double(), exact) < 1e-6
+
+
+@pytest.mark.parametrize(("threads", "loops"), [(1, True), (plan.THREADS + 1, False)])
+def test_a_step_of_many_tokens_is_loops_on_few_threads(threads, loops, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    tensors = trained(make(12, [9, 5], [4, 2], [fused.LOOPED], torch.float32))
+    with way(fused.LOOPED) as called:
+        outputs = run(tensors, [1.0, 2.0])
+        gradients(outputs, [torch.randn(y.shape) for y in outputs], tensors)
+    assert sorted(set(called)) == (["down", "down_grown", "up", "up_grown"] if loops else [])
+    assert plan.looped(torch.float32, torch.device("cpu")) is loops
+    assert not plan.looped(torch.bfloat16, torch.device("cpu"))
+
+
+def test_loops_make_factors_worth_their_while():
+    """Their thin products cost less, so W + ΔW is formed for more tokens only."""
+    one, other = (plan.forms_above(576, 576, 8, torch.float32, loops) for loops in (True, False))
+    assert one > 2 * other

@@ -61,7 +61,7 @@ def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
-    forms = plan.forms_above(out, in_, change.rank, weight.dtype)
+    forms = plan.forms_above(out, in_, change.rank, weight.dtype, plan.looped(weight.dtype, weight.device))
     return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
 
 

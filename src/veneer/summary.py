@@ -108,9 +108,9 @@ def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -
     for path, module, part in adapters(model, only_name(model, name)):
         if part.direct is None:
             continue
-        change, dtype = part.direct.change, module._parameters[part.direct.weight].dtype
+        change, weight = part.direct.change, module._parameters[part.direct.weight]
         size = (change.dims.out, change.dims.in_, change.rank)
-        costs = plan.costs(*size, tokens, dtype, training)
+        costs = plan.costs(*size, tokens, weight.dtype, training, plan.looped(weight.dtype, weight.device))
         rows.setdefault(size, (costs, []))[1].append(path)
         if part.together is not None:
             groups.setdefault(id(part.together), []).append(path)

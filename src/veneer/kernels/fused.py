@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import dropout, reference
+from veneer.kernels import THREADS, dropout, has_numba, reference
 
 _C: Any = torch._C
 
@@ -53,6 +53,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: tokens up to which float32 is the faster dtype of a thin product
 FEW = 32
+#: tokens from which on float32 thin products are compiled loops, on a processor
+LOOPED = 64
 #: numbers in x above which it is worth a look whether it has to be kept
 MANY = 1 << 16
 #: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
@@ -125,6 +127,9 @@ def thin(narrow: Tensor, x: Tensor) -> Tensor:
     five times as long; in 16 bits it is this way which takes longer, so there the result lies transposed."""
     if x.dtype.itemsize < 4:
         return (x @ narrow.mT).mT
+    loops = _loops(x)
+    if loops is not None:
+        return loops.down(narrow.contiguous(), x)
     chunk = _chunk(x)
     if x.shape[0] <= chunk or not x.is_cpu:
         return narrow @ x.mT
@@ -157,7 +162,13 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
-    return added(h.mT @ up.mT, tokens, weight, bias)
+    return added(_widened(h, up), tokens, weight, bias)
+
+
+def _widened(h: Tensor, up: Tensor) -> Tensor:
+    """hᵀ upᵀ [T, out] of h [r, T] and up [out, r]."""
+    loops = _loops(None, h)
+    return h.mT @ up.mT if loops is None else loops.up(h, up.mT.contiguous())
 
 
 def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -250,7 +261,7 @@ class _Linear(torch.autograd.Function):
         few = tokens.shape[0] <= FEW
         h = down @ tokens.mT if wide and few else thin(down, tokens)  # [r, T]
         h *= scale
-        y = h.mT @ up.mT  # [T, out]
+        y = h.mT @ up.mT if few or not wide else _widened(h, up)  # [T, out]
         if wide and bias is not None:
             y += bias
         y = y.addmm_(tokens, weight.mT) if wide or bias is None else added(y, tokens, weight, bias)
@@ -333,10 +344,13 @@ def _gradients(ctx, *gradients):
         dB.append(None)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
-    dx = _carried(dys, weights, A, B, U, joined, settings, dropped).view(ctx.shape) if need_x else None
+    part, grown = _back(U, joined, read, need_x and not settings.form, True in need_A)
+    if part is not None and dropped is not None:
+        part.view(-1).index_fill_(0, dropped, 0)
+    dx = _carried(dys, weights, A, B, part, settings, read).view(ctx.shape) if need_x else None
     dA: list[Any] = [None] * len(A)
-    if True in need_A:
-        parts = _by_layer(U @ read, ups)
+    if grown is not None:
+        parts = _by_layer(grown, ups)
         dA = [None if dy is None else _grown(part, down) for dy, part, down in zip(dys, parts, A, strict=True)]
     dB = [None if part is None else _grown(part.mT, up) for part, up in zip(dB, B, strict=True)]
     return None, dx, *[None] * len(A), *db, *dA, *dB
@@ -345,6 +359,9 @@ def _gradients(ctx, *gradients):
 def _thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
     tokens that is still in the processor's cache."""
+    loops = _loops(dy, h)
+    if loops is not None:
+        return loops.down_grown(narrow.contiguous(), dy, h)
     chunk = _chunk(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), h @ dy
@@ -360,7 +377,7 @@ def _stacked(rows: Sequence[Tensor]) -> Tensor:
     """Each layer's [r_i, T] below each other, laid out as ``thin`` does."""
     if len(rows) == 1:
         return rows[0]
-    return torch.cat(tuple(rows)) if rows[0].dtype.itemsize >= 4 else torch.cat([one.mT for one in rows], 1).mT
+    return torch.cat(tuple(rows)) if rows[0].is_contiguous() else torch.cat([one.mT for one in rows], 1).mT
 
 
 def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -370,18 +387,31 @@ def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient if factor.ndim == 2 else gradient[None]
 
 
-def _carried(dys, weights, A, B, U: Tensor, joined: Tensor, settings: Settings, dropped: Tensor | None) -> Tensor:
-    """The gradient of x [T, in]: dy (W + ΔW) of all layers."""
-    dx = None
-    if not settings.form:
-        dx = U.mT @ joined
-        if dropped is not None:
-            dx.view(-1).index_fill_(0, dropped, 0)
+def _back(U: Tensor, joined: Tensor, x: Tensor, need_x: bool, need_A: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in]; None for what is not needed."""
+    loops = _loops(x, U) if need_x and need_A else None
+    if loops is not None:
+        return loops.up_grown(U, joined.contiguous(), x)
+    return U.mT @ joined if need_x else None, U @ x if need_A else None
+
+
+def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
+    """``kernels.skinny`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
+    tokens = h.shape[1] if x is None else x.shape[0]
+    if tokens < LOOPED or not has_numba() or torch.get_num_threads() > THREADS:
+        return None
+    from veneer.kernels import skinny
+
+    return skinny if skinny.able(x, h) else None
+
+
+def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:
+    """The gradient of x [T, in]: dy W of all layers onto ``dx``, that of the thin products, or dy (W + ΔW)."""
     for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
         if dy is not None:
             through = _formed(weight, down, up, scale) if settings.form else weight
             dx = dy @ through if dx is None else dx.addmm_(dy, through)
-    return joined.new_zeros(U.shape[1], joined.shape[1]) if dx is None else dx
+    return torch.zeros_like(like) if dx is None else dx
 
 
 def _apart(items: Sequence):

@@ -9,6 +9,8 @@
 The cost model counts multiply-adds and numbers moved, and takes one moved number of an activation for as dear as
 ``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does little arithmetic on each number that
 it reads, so its cost is that of reading, and a weight, unlike what the layer before has just written, is in no cache.
+Compiled loops (``skinny``) do a thin product's arithmetic in ``LOOPED`` of a library's time, and read a number for
+``LOOPED_MOVED``.
 """
 
 from __future__ import annotations
@@ -19,11 +21,21 @@ from dataclasses import dataclass
 
 import torch
 
+from veneer.kernels import THREADS, has_numba
+
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
 #: multiply-adds in the time of moving one float32 number of an activation, or of a weight; fitted on a CPU core
 MOVED, FETCHED = 12.0, 50.0
+#: the same of compiled loops: a multiply-add of a thin product, and moving a number
+LOOPED, LOOPED_MOVED = 0.6, 3.3
+
+
+def looped(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the thin products of many tokens are compiled loops, on as many threads as torch has now."""
+    able = dtype is torch.float32 and device.type == "cpu" and has_numba()
+    return able and torch.get_num_threads() <= THREADS
 
 
 def choose(*, gain_fits: bool, forced: str | None) -> str:
@@ -58,11 +70,13 @@ class Costs:
         return f"{', '.join(parts)} of the layer's own cost -> {self.choice}"
 
 
-def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
-    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``."""
+def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool, loops: bool = False) -> Costs:
+    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``; ``loops`` as ``looped``
+    says."""
+    product, moving = (LOOPED, LOOPED_MOVED) if loops else (1.0, MOVED)
 
     def thin(width: int, moved: int = 1) -> float:  # a product with A or B, whose other side is [tokens, width]
-        return tokens * width * (rank + moved * MOVED)
+        return tokens * width * (rank * product + moved * moving)
 
     layer = tokens * in_ * out * (2 if training else 1)
     form = in_ * out * (rank + 2 * FETCHED)  # W is read, W + ΔW written
@@ -75,10 +89,10 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
 
 
 @functools.cache
-def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
+def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype, loops: bool = False) -> float:
     """The number of tokens above which a training step is cheaper with W + ΔW formed: infinity where it never is, or is
     never right. One number for training and inference, so that both round alike."""
-    one, two = (costs(out, in_, rank, tokens, dtype, training=True) for tokens in (1, 2))
+    one, two = (costs(out, in_, rank, tokens, dtype, True, loops) for tokens in (1, 2))
     # both costs are linear in the tokens
     slope = (two.factored - one.factored) - (two.materialised - one.materialised)
     return 1 + (one.materialised - one.factored) / slope if dtype.itemsize >= 4 else math.inf

@@ -1,0 +1,100 @@
+"""The thin products of a training step over a frozen layer, float32 on a processor, by ``blocks``.
+
+    forward     h = A x        part = hᵀ B, onto which x Wᵀ comes          A: [R, in]   x: [T, in]   h: [R, T]
+    backward    u = B dyᵀ      dB = h dy       in one pass over dy         B: [r, out]   dy: [T, out]
+                part = uᵀ A    dA = u x        in one pass over x
+
+h and u lie as [T, R], so that a token's numbers are beside each other. Importing this module loads numba, as
+``kernels.compiled`` says.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.kernels.blocks import BLOCK, add, dots
+from veneer.kernels.compiled import at, compiled
+
+_STORED = np.empty(0, np.float32)
+
+
+def down(A: Tensor, x: Tensor) -> Tensor:
+    """A [R, n] times xᵀ, with x [T, n]: h [R, T]."""
+    h = x.new_empty(x.shape[0], A.shape[0])
+    _DOWN(h.data_ptr(), x.data_ptr(), A.data_ptr(), *x.shape, A.shape[0])
+    return h.mT
+
+
+def up(h: Tensor, B: Tensor) -> Tensor:
+    """hᵀ B [T, n] of h [r, T] and B [r, n]."""
+    y = h.new_empty(h.shape[1], B.shape[1])
+    _UP(y.data_ptr(), h.data_ptr(), h.stride(1), B.data_ptr(), *y.shape, len(B))
+    return y
+
+
+def down_grown(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(u = B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T]."""
+    u, dB = dy.new_empty(dy.shape[0], B.shape[0]), torch.empty_like(B)
+    _DOWN_GROWN(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), h.stride(1), *dy.shape, len(B))
+    return u.mT, dB
+
+
+def up_grown(u: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n]."""
+    part, dA = torch.empty_like(x), torch.empty_like(A)
+    _UP_GROWN(part.data_ptr(), dA.data_ptr(), u.data_ptr(), u.stride(1), A.data_ptr(), x.data_ptr(), *x.shape, len(A))
+    return part, dA
+
+
+def able(x: Tensor | None, h: Tensor | None) -> bool:
+    """Whether the loops are for x [T, n] and h [r, T]: float32, on a processor, each token's numbers together."""
+    whole = x is None or (x.dtype is torch.float32 and x.is_cpu and x.is_contiguous())
+    return whole and (h is None or (h.dtype is torch.float32 and h.is_cpu and h.stride(0) == 1))
+
+
+@numba.njit
+def _matrix(place, rows, columns):
+    return numba.carray(at(place, _STORED), (rows, columns))
+
+
+def _down(h_at, x_at, A_at, tokens, count, rank):
+    h, x, A = _matrix(h_at, tokens, rank), _matrix(x_at, tokens, count), _matrix(A_at, rank, count)
+    dots(h, x, A, 0, tokens)
+
+
+def _up(y_at, h_at, step, B_at, tokens, count, rank):
+    y, h, B = _matrix(y_at, tokens, count), _matrix(h_at, tokens, step), _matrix(B_at, rank, count)
+    for first in range(0, tokens, BLOCK):
+        last = min(first + BLOCK, tokens)
+        y[first:last] = np.float32(0)
+        add(y, h, B, first, last, 0, rank)
+
+
+def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
+    u, dB, dy = _matrix(u_at, tokens, rank), _matrix(dB_at, rank, count), _matrix(dy_at, tokens, count)
+    B, h = _matrix(B_at, rank, count), _matrix(h_at, tokens, step).T
+    dB[:] = np.float32(0)
+    for first in range(0, tokens, BLOCK):
+        last = min(first + BLOCK, tokens)
+        dots(u, dy, B, first, last)
+        add(dB, h, dy, 0, rank, first, last)
+
+
+def _up_grown(part_at, dA_at, u_at, step, A_at, x_at, tokens, count, rank):
+    part, dA, x = _matrix(part_at, tokens, count), _matrix(dA_at, rank, count), _matrix(x_at, tokens, count)
+    A, u = _matrix(A_at, rank, count), _matrix(u_at, tokens, step)
+    by_rank = u.T
+    dA[:] = np.float32(0)
+    for first in range(0, tokens, BLOCK):
+        last = min(first + BLOCK, tokens)
+        part[first:last] = np.float32(0)
+        add(part, u, A, first, last, 0, rank)
+        add(dA, by_rank, x, 0, rank, first, last)
+
+
+_DOWN, _UP, _DOWN_GROWN, _UP_GROWN = map(compiled, (_down, _up, _down_grown, _up_grown))
