@@ -14,8 +14,9 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
   autograd keeps anyway, such as what a gated MLP gives to its last layer, these two;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
-The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code:
-it knows no device.
+The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code,
+which knows no device, but for the thin products of many float32 tokens on a processor: compiled loops do them in half
+the time (``skinny.py``), where numba is installed and torch has few threads.
 """
 
 from __future__ import annotations
