@@ -20,8 +20,9 @@ few = st.integers(1, 4)
 @given(
     b=few, heads=few, group=few, s=st.integers(1, 7), more=st.integers(0, 3), d=few, e=few,
     mask=st.sampled_from(["none", "causal", "boolean", "summand"]), scale=st.sampled_from([None, 0.3]),
+    piece=st.integers(1, 8),
 )  # fmt: skip
-def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale):
+def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, piece):
     k = s + more
     query, key, value = torch.randn(b, heads * group, s, d), torch.randn(b, heads, k, d), torch.randn(b, heads, k, e)
     query, key, value = (one.double().requires_grad_() for one in (query, key, value))
@@ -37,7 +38,10 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale):
     plain = torch.ones(s, k, dtype=torch.bool).tril() if mask == "causal" else given_mask
     wide = [one.repeat_interleave(group, dim=1) for one in (key, value)]
     wanted = F.scaled_dot_product_attention(query, *wide, attn_mask=plain, scale=scale)
-    found = attention.products(query, key, value, bias, scale)
+    alone = mask == "causal" and s == k
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "PIECE", piece)
+        found = attention.products(query, key, value, bias, scale, causal=alone)
     assert error(found, wanted) < 1e-12
     weight = torch.randn(found.shape, dtype=torch.float64)
     inputs = (query, key, value)
@@ -83,7 +87,7 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     wanted = model(ids, attention_mask=rows).logits
     used = []
     products = attention.products
-    monkeypatch.setattr(attention, "products", lambda *args: used.append(args) or products(*args))
+    monkeypatch.setattr(attention, "products", lambda *args, **how: used.append(args) or products(*args, **how))
     monkeypatch.setattr(attention, "pays", lambda query, key: query.shape[2] > 1)
     models.use_products(model)
     found = model(ids, attention_mask=rows).logits

@@ -204,9 +204,10 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bias = attention.bias_of(attention_mask, bool(causal), query, key)
-    return attention.products(query, key, value, bias, scaling, dropout).transpose(1, 2), None
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    bias = attention.bias_of(attention_mask, causal, query, key)
+    alone = causal and attention_mask is None
+    return attention.products(query, key, value, bias, scaling, dropout, causal=alone).transpose(1, 2), None
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
