@@ -221,11 +221,13 @@ def test_the_loops_equal_float64(tokens, rank):
     wide = {name: one.double() for name, one in (("x", x), ("A", A), ("h", h))}
     u, grown = skinny.down_grown(A, x, h)
     part, gradient = skinny.up_grown(h, A, x)
+    bias = torch.randn(37)
     for found, exact in (
         (skinny.down(A, x), wide["A"] @ wide["x"].mT),
         (u, wide["A"] @ wide["x"].mT),
         (grown, wide["h"] @ wide["x"]),
         (skinny.up(h, A), wide["h"].mT @ wide["A"]),
+        (skinny.up(h, A, bias), wide["h"].mT @ wide["A"] + bias.double()),
         (part, wide["h"].mT @ wide["A"]),
         (gradient, wide["h"] @ wide["x"]),
     ):

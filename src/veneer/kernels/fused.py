@@ -163,13 +163,10 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
-    return added(_widened(h, up), tokens, weight, bias)
-
-
-def _widened(h: Tensor, up: Tensor) -> Tensor:
-    """hᵀ upᵀ [T, out] of h [r, T] and up [out, r]."""
     loops = _loops(None, h)
-    return h.mT @ up.mT if loops is None else loops.up(h, up.mT.contiguous())
+    if loops is not None:
+        return loops.up(h, up.mT.contiguous(), bias).addmm_(tokens, weight.mT)
+    return added(h.mT @ up.mT, tokens, weight, bias)
 
 
 def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,10 +259,13 @@ class _Linear(torch.autograd.Function):
         few = tokens.shape[0] <= FEW
         h = down @ tokens.mT if wide and few else thin(down, tokens)  # [r, T]
         h *= scale
-        y = h.mT @ up.mT if few or not wide else _widened(h, up)  # [T, out]
-        if wide and bias is not None:
-            y += bias
-        y = y.addmm_(tokens, weight.mT) if wide or bias is None else added(y, tokens, weight, bias)
+        if wide and few:
+            y = h.mT @ up.mT  # [T, out]
+            if bias is not None:
+                y += bias
+            y = y.addmm_(tokens, weight.mT)
+        else:
+            y = onto(h, up, tokens, weight, bias)
         if ctx is not None:
             ctx.settings, ctx.shape = scale, x.shape
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None

@@ -1,6 +1,6 @@
 """The thin products of a training step over a frozen layer, float32 on a processor, by ``blocks``.
 
-    forward     h = A x        part = hᵀ B, onto which x Wᵀ comes          A: [R, in]   x: [T, in]   h: [R, T]
+    forward     h = A x        part = hᵀ B + bias, onto which x Wᵀ comes   A: [R, in]   x: [T, in]   h: [R, T]
     backward    u = B dyᵀ      dB = h dy       in one pass over dy         B: [r, out]   dy: [T, out]
                 part = uᵀ A    dA = u x        in one pass over x
 
@@ -30,10 +30,10 @@ def down(A: Tensor, x: Tensor) -> Tensor:
     return h.mT
 
 
-def up(h: Tensor, B: Tensor) -> Tensor:
-    """hᵀ B [T, n] of h [r, T] and B [r, n]."""
-    y = h.new_empty(h.shape[1], B.shape[1])
-    _UP(y.data_ptr(), h.data_ptr(), h.stride(1), B.data_ptr(), *y.shape, len(B))
+def up(h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hᵀ B + bias [T, n] of h [r, T], B [r, n] and bias [n]."""
+    y, bias = h.new_empty(h.shape[1], B.shape[1]), h.new_zeros(B.shape[1]) if bias is None else bias.contiguous()
+    _UP(y.data_ptr(), h.data_ptr(), h.stride(1), B.data_ptr(), bias.data_ptr(), *y.shape, len(B))
     return y
 
 
@@ -67,11 +67,12 @@ def _down(h_at, x_at, A_at, tokens, count, rank):
     dots(h, x, A, 0, tokens)
 
 
-def _up(y_at, h_at, step, B_at, tokens, count, rank):
+def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
     y, h, B = _matrix(y_at, tokens, count), _matrix(h_at, tokens, step), _matrix(B_at, rank, count)
+    bias = _matrix(bias_at, 1, count)
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
-        y[first:last] = np.float32(0)
+        y[first:last] = bias
         add(y, h, B, first, last, 0, rank)
 
 
