@@ -33,22 +33,27 @@ def down(A: Tensor, x: Tensor) -> Tensor:
 def up(h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """hᵀ B + bias [T, n] of h [r, T], B [r, n] and bias [n]."""
     y, bias = h.new_empty(h.shape[1], B.shape[1]), h.new_zeros(B.shape[1]) if bias is None else bias.contiguous()
-    _UP(y.data_ptr(), h.data_ptr(), h.stride(1), B.data_ptr(), bias.data_ptr(), *y.shape, len(B))
+    _UP(y.data_ptr(), h.data_ptr(), _step(h), B.data_ptr(), bias.data_ptr(), *y.shape, len(B))
     return y
 
 
 def down_grown(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(u = B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T]."""
     u, dB = dy.new_empty(dy.shape[0], B.shape[0]), torch.empty_like(B)
-    _DOWN_GROWN(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), h.stride(1), *dy.shape, len(B))
+    _DOWN_GROWN(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), _step(h), *dy.shape, len(B))
     return u.mT, dB
 
 
 def up_grown(u: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n]."""
     part, dA = torch.empty_like(x), torch.empty_like(A)
-    _UP_GROWN(part.data_ptr(), dA.data_ptr(), u.data_ptr(), u.stride(1), A.data_ptr(), x.data_ptr(), *x.shape, len(A))
+    _UP_GROWN(part.data_ptr(), dA.data_ptr(), u.data_ptr(), _step(u), A.data_ptr(), x.data_ptr(), *x.shape, len(A))
     return part, dA
+
+
+def _step(h: Tensor) -> int:
+    """Numbers from token to token. Of one token torch may say anything."""
+    return max(h.stride(1), h.shape[0])
 
 
 def able(x: Tensor | None, h: Tensor | None) -> bool:
