@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from toys import error
 
 mixed = pytest.importorskip("veneer.kernels.mixed", reason="numba is not there")
 
+needs_dots = pytest.mark.skipif(not mixed.dot16.able(), reason="the processor has no AVX512-BF16")
 #: relative to the norm of what is expected, by the dtype of the rows
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -22,7 +25,7 @@ CLOSE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 def calls(draw):
     """x [N · tokens, in], out, and for each group its rows and ((A, B) or None, weight) of what they use."""
     dtype, factors = draw(st.sampled_from(mixed.DTYPES)), draw(st.sampled_from(mixed.DTYPES))
-    in_, out = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    in_, out = draw(st.integers(1, 150)), draw(st.integers(1, 150))
     count, tokens = draw(st.integers(1, 9)), draw(st.integers(0, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
 
@@ -44,9 +47,25 @@ def loop(x, out, groups, factors):
     return mixed.change(x, out, rows, mixed.table([pair for _, uses in groups for pair, _ in uses]), factors)
 
 
+@contextmanager
+def dots(there):
+    """Whether the processor's products of pairs of bfloat16 numbers are used."""
+    before = mixed.dot16.able
+    mixed.dot16.able = lambda: there
+    try:
+        yield
+    finally:
+        mixed.dot16.able = before
+
+
+#: with the processor's own bfloat16 products, if it has them, and without
+WAYS = pytest.mark.parametrize("there", [pytest.param(True, marks=needs_dots), False], ids=["dots", "widened"])
+
+
+@WAYS
 @settings(max_examples=200, deadline=None)
 @given(calls())
-def test_the_loop_equals_float64(call):
+def test_the_loop_equals_float64(there, call):
     x, out, groups, _ = call
     count = sum(len(own) for own, _ in groups)
     by_row, expected = x.double().view(count, -1, x.shape[1]), torch.zeros(count, x.shape[0] // count, out).double()
@@ -54,18 +73,21 @@ def test_the_loop_equals_float64(call):
         for pair, weight in uses:
             if pair is not None:
                 expected[own] += weight * (by_row[own] @ pair[0].double().mT @ pair[1].double())
-    found = loop(*call)
+    with dots(there):
+        found = loop(*call)
     assert found.dtype is x.dtype
     assert error(found.double().view_as(expected), expected) < CLOSE[x.dtype]
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", mixed.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_what_is_not_finite_stays_in_its_token_and_its_adapter(dtype, tokens):
+def test_what_is_not_finite_stays_in_its_token_and_its_adapter(dtype, tokens, there):
     x, sound = torch.randn(3 * tokens, 20).to(dtype), (torch.randn(8, 20).to(dtype), torch.randn(8, 9).to(dtype))
     bad = tuple(torch.full_like(one, torch.inf) for one in sound)
     x[0] = torch.nan
-    found = loop(x, 9, [([0, 1], [(sound, 1.0)]), ([2], [(bad, 1.0)])], dtype)
+    with dots(there):
+        found = loop(x, 9, [([0, 1], [(sound, 1.0)]), ([2], [(bad, 1.0)])], dtype)
     expected = torch.ones(3 * tokens, dtype=torch.bool)
     expected[0] = expected[2 * tokens :] = False
     assert torch.equal(found.isfinite().all(1), expected)
