@@ -14,6 +14,7 @@ from toys import error
 from veneer.kernels import dropout, fused, plan
 
 skinny = pytest.importorskip("veneer.kernels.skinny", reason="numba is not there")
+mixed = pytest.importorskip("veneer.kernels.mixed", reason="numba is not there")
 
 #: whether thin products in float32 are compiled loops, however few tokens there are
 WAYS = pytest.mark.parametrize("loops", [True, False], ids=["loops", "library"])
@@ -250,3 +251,19 @@ def test_loops_make_factors_worth_their_while():
     """Their thin products cost less, so W + ΔW is formed for more tokens only."""
     one, other = (plan.forms_above(576, 576, 8, torch.float32, loops) for loops in (True, False))
     assert one > 2 * other
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("threads", [1, plan.THREADS + 1])
+def test_many_bfloat16_tokens_without_a_graph(bias, threads, monkeypatch):
+    """By the processor's own products where it has them: as near to float64 as those of the graph."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, W, b, A, B = make(40, [24], [5], [3, fused.LOOPED], torch.bfloat16, bias)
+    W, calls, change = torch.nn.Parameter(W, requires_grad=False), [], mixed.change
+    monkeypatch.setattr(mixed, "change", lambda *given: (calls.append(1), change(*given))[1])
+    A, B = A.float()[None], 1e-3 * B.float()[None]
+    found, graph = fused.unrecorded(0.5, x, W, b, A, B), fused.linear(0.5, x, W, b, A, B)
+    (exact,) = expected([x, W, b, A[0], B[0]], [0.5])
+    assert bool(calls) is (threads == 1 and mixed.dot16.able())
+    assert found.shape == exact.shape
+    assert error(found, exact) < 1.5 * error(graph, exact) < 1e-2

@@ -286,10 +286,18 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """``linear`` without a graph, to the same bits, but for few tokens of a 16-bit layer with float32 factors: those
-    form B A x in float32, where products so small cost less, and a single one is a vector, for which bfloat16 has a
-    product of its own, twice as fast as that of matrices."""
+    """``linear`` without a graph, to the same bits, but for many tokens of a bfloat16 layer, which take the loop for
+    mixed rows where that has the processor's own products, and for few tokens of a 16-bit layer with float32 factors:
+    those form B A x in float32, where products so small cost less, and a single one is a vector, for which bfloat16
+    has a product of its own, twice as fast as that of matrices."""
     dtype = x.dtype
+    loop = _mixed(x) if dtype is torch.bfloat16 else None
+    if loop is not None:
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        down, up = _matrix(A, dtype).contiguous(), _matrix(B, dtype).mT.contiguous()
+        part = loop.change(tokens, up.shape[1], loop.rows([([0], [scale])]), loop.table([(down, up)]), dtype)
+        y = added(part, tokens, weight, bias)
+        return y.view(*x.shape[:-1], y.shape[1])
     if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * x.shape[-1]:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -404,6 +412,16 @@ def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
     from veneer.kernels import skinny
 
     return skinny if skinny.able(x, h) else None
+
+
+def _mixed(x: Tensor) -> Any:
+    """``kernels.mixed`` where it takes less time than a library's products with bfloat16 x [*, n], else None."""
+    many = x.numel() >= LOOPED * x.shape[-1] > 0
+    if not many or not x.is_cpu or not has_numba() or torch.get_num_threads() > THREADS:
+        return None
+    from veneer.kernels import dot16, mixed
+
+    return mixed if dot16.able() else None
 
 
 def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:
