@@ -128,6 +128,9 @@ class FakeBank:
         self.loads = 0
         self.on_event: Any = None
 
+    def give_way(self) -> None:
+        """Nothing here takes long."""
+
     def register(self, name: str, path: Path) -> None:
         if name in self.paths:
             raise SelectionError(f"Found: {name}, which is taken.")
