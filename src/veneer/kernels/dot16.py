@@ -33,9 +33,10 @@ _LIKE = np.empty(0, np.uint16)
 
 @functools.cache
 def able() -> bool:
-    """Whether this processor has the instructions."""
+    """Whether this processor has the instructions, and LLVM takes their operands as bfloat16 (since 16)."""
     features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16") and features.get("avx512f"))
+    there = features.get("avx512bf16") and features.get("avx512f")
+    return bool(there) and binding.llvm_version_info >= (16,)
 
 
 class _BFloat(ir.Type):
