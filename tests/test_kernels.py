@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toys import error
-from veneer.kernels import dropout, fused, plan
+from veneer.kernels import THREADS, dropout, fused, plan
 
 skinny = pytest.importorskip("veneer.kernels.skinny", reason="numba is not there")
 mixed = pytest.importorskip("veneer.kernels.mixed", reason="numba is not there")
@@ -235,7 +235,7 @@ def test_the_loops_equal_float64(tokens, rank):
         assert error(found.double(), exact) < 1e-6
 
 
-@pytest.mark.parametrize(("threads", "loops"), [(1, True), (plan.THREADS + 1, False)])
+@pytest.mark.parametrize(("threads", "loops"), [(1, True), (THREADS + 1, False)])
 def test_a_step_of_many_tokens_is_loops_on_few_threads(threads, loops, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tensors = trained(make(12, [9, 5], [4, 2], [fused.LOOPED], torch.float32))
@@ -254,7 +254,7 @@ def test_loops_make_factors_worth_their_while():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("threads", [1, plan.THREADS + 1])
+@pytest.mark.parametrize("threads", [1, THREADS + 1])
 def test_many_bfloat16_tokens_without_a_graph(bias, threads, monkeypatch):
     """By the processor's own products where it has them: as near to float64 as those of the graph."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -125,3 +128,29 @@ def test_a_bank_without_the_loop_gives_the_same(without, tmp_path, monkeypatch):
         assert (len(used) > before) is there
         bank.close()
     assert error(*found) < 1e-6
+
+
+LOOPS = """
+import os
+from called import step
+from veneer.kernels import compiled as kernels
+kernels.sources = lambda: os.environ["SOURCES"]
+def loop(x):
+    return step(x)
+print(kernels.compiled(loop)(1))
+"""
+
+
+def test_a_compiled_loop_is_kept_until_what_it_calls_changes(tmp_path):
+    """numba alone looks at the loop's own file."""
+    (tmp_path / "loops.py").write_text(LOOPS)
+    found = []
+    for number in (1, 2):
+        (tmp_path / "called.py").write_text(f"import numba\n@numba.njit\ndef step(x):\n    return x + {number}\n")
+        # without bytecode: two texts of one second and one size are the same to Python
+        command = [sys.executable, "-B", "-c", "import loops"]
+        environment = {**os.environ, "SOURCES": str(number)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())
+    assert found == ["2", "3"]
+    assert len(list(tmp_path.rglob("*loop_*.nbi"))) == 2

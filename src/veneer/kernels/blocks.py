@@ -4,8 +4,7 @@
     add     Y[i] += Σₖ H[i, k] · b_k       H: [T, r]   B: [r, n]    Y: [T, n]
 
 The gradients are the same two: of B, ``add`` of tokens onto ranks, with H transposed. Sums are float32 and of free
-order; A and B may be bfloat16 (``compiled.wide``). On a core with vectors of 512 bits both do 180 multiply-adds and
-more in a nanosecond, where a library's product of 8 rows does 60.
+order; A and B may be bfloat16 (``compiled.wide``).
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -21,7 +20,7 @@ BLOCK = 4
 
 
 @numba.njit(fastmath={"contract"})
-def dots_4x4(h, x, A, k, count):
+def _dots_4x4(h, x, A, k, count):
     """Four tokens' products with four rows of A."""
     s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = np.float32(0)
     s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = np.float32(0)
@@ -41,7 +40,7 @@ def dots_4x4(h, x, A, k, count):
 
 
 @numba.njit(fastmath={"contract"})
-def dots_4x1(h, x, A, k, count):
+def _dots_4x1(h, x, A, k, count):
     s0 = s1 = s2 = s3 = np.float32(0)
     x0, x1, x2, x3, a = x[0], x[1], x[2], x[3], A[k]
     for j in range(count):
@@ -51,7 +50,7 @@ def dots_4x1(h, x, A, k, count):
 
 
 @numba.njit(fastmath={"contract"})
-def dots_1x4(h, x, A, k, count):
+def _dots_1x4(h, x, A, k, count):
     s0 = s1 = s2 = s3 = np.float32(0)
     a0, a1, a2, a3 = A[k], A[k + 1], A[k + 2], A[k + 3]
     for j in range(count):
@@ -62,7 +61,7 @@ def dots_1x4(h, x, A, k, count):
 
 
 @numba.njit(fastmath={"contract"})
-def dots_1x1(h, x, A, k, count):
+def _dots_1x1(h, x, A, k, count):
     s, a = np.float32(0), A[k]
     for j in range(count):
         s = plus(s, x[j] * wide(a[j]))
@@ -70,7 +69,7 @@ def dots_1x1(h, x, A, k, count):
 
 
 @numba.njit(fastmath={"contract"})
-def add_4x4(y, h, B, k, count, weight):
+def _add_4x4(y, h, B, k, count, weight):
     """Add four rows of B, times their h, to four tokens."""
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
     b0, b1, b2, b3 = B[k], B[k + 1], B[k + 2], B[k + 3]
@@ -87,7 +86,7 @@ def add_4x4(y, h, B, k, count, weight):
 
 
 @numba.njit(fastmath={"contract"})
-def add_4x1(y, h, B, k, count, weight):
+def _add_4x1(y, h, B, k, count, weight):
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
     b = B[k]
     h0, h1, h2, h3 = weight * h[0, k], weight * h[1, k], weight * h[2, k], weight * h[3, k]
@@ -100,7 +99,7 @@ def add_4x1(y, h, B, k, count, weight):
 
 
 @numba.njit(fastmath={"contract"})
-def add_1x4(y, h, B, k, count, weight):
+def _add_1x4(y, h, B, k, count, weight):
     b0, b1, b2, b3 = B[k], B[k + 1], B[k + 2], B[k + 3]
     h0, h1, h2, h3 = weight * h[k], weight * h[k + 1], weight * h[k + 2], weight * h[k + 3]
     for j in range(count):
@@ -108,43 +107,79 @@ def add_1x4(y, h, B, k, count, weight):
 
 
 @numba.njit(fastmath={"contract"})
-def add_1x1(y, h, B, k, count, weight):
+def _add_1x1(y, h, B, k, count, weight):
     b, h0 = B[k], weight * h[k]
     for j in range(count):
         y[j] += h0 * wide(b[j])
 
 
 @numba.njit(fastmath={"contract"})
+def dots_four(h, x, A):
+    """Four tokens with all rows of A."""
+    rank, count = A.shape
+    whole = rank - rank % BLOCK
+    for k in range(0, whole, BLOCK):
+        _dots_4x4(h, x, A, k, count)
+    for k in range(whole, rank):
+        _dots_4x1(h, x, A, k, count)
+
+
+@numba.njit(fastmath={"contract"})
+def dots_one(h, x, A):
+    rank, count = A.shape
+    whole = rank - rank % BLOCK
+    for k in range(0, whole, BLOCK):
+        _dots_1x4(h, x, A, k, count)
+    for k in range(whole, rank):
+        _dots_1x1(h, x, A, k, count)
+
+
+@numba.njit(fastmath={"contract"})
+def add_four(y, h, B, start, end, weight):
+    """Rows ``start`` up to ``end`` of B, times their h and ``weight``, onto four rows of y."""
+    count, whole = B.shape[1], end - (end - start) % BLOCK
+    for k in range(start, whole, BLOCK):
+        _add_4x4(y, h, B, k, count, weight)
+    for k in range(whole, end):
+        _add_4x1(y, h, B, k, count, weight)
+
+
+@numba.njit(fastmath={"contract"})
+def add_one(y, h, B, start, end, weight):
+    count, whole = B.shape[1], end - (end - start) % BLOCK
+    for k in range(start, whole, BLOCK):
+        _add_1x4(y, h, B, k, count, weight)
+    for k in range(whole, end):
+        _add_1x1(y, h, B, k, count, weight)
+
+
+@numba.njit(fastmath={"contract"})
 def dots(H, x, A, first, last):
     """H of tokens ``first`` up to ``last`` with all rows of A."""
-    rank, count = A.shape
-    whole, quick = rank - rank % BLOCK, last - (last - first) % BLOCK
+    quick = last - (last - first) % BLOCK
     for i in range(first, quick, BLOCK):
-        four, h = x[i : i + BLOCK], H[i : i + BLOCK]
-        for k in range(0, whole, BLOCK):
-            dots_4x4(h, four, A, k, count)
-        for k in range(whole, rank):
-            dots_4x1(h, four, A, k, count)
+        dots_four(H[i : i + BLOCK], x[i : i + BLOCK], A)
     for i in range(quick, last):
-        for k in range(0, whole, BLOCK):
-            dots_1x4(H[i], x[i], A, k, count)
-        for k in range(whole, rank):
-            dots_1x1(H[i], x[i], A, k, count)
+        dots_one(H[i], x[i], A)
 
 
 @numba.njit(fastmath={"contract"})
 def add(Y, H, B, top, bottom, start, end):
     """Rows ``start`` up to ``end`` of B, times their H, onto rows ``top`` up to ``bottom`` of Y."""
-    count, weight = B.shape[1], np.float32(1)
-    whole, quick = end - (end - start) % BLOCK, bottom - (bottom - top) % BLOCK
+    weight, quick = np.float32(1), bottom - (bottom - top) % BLOCK
     for i in range(top, quick, BLOCK):
-        four, h = Y[i : i + BLOCK], H[i : i + BLOCK]
-        for k in range(start, whole, BLOCK):
-            add_4x4(four, h, B, k, count, weight)
-        for k in range(whole, end):
-            add_4x1(four, h, B, k, count, weight)
+        add_four(Y[i : i + BLOCK], H[i : i + BLOCK], B, start, end, weight)
     for i in range(quick, bottom):
-        for k in range(start, whole, BLOCK):
-            add_1x4(Y[i], H[i], B, k, count, weight)
-        for k in range(whole, end):
-            add_1x1(Y[i], H[i], B, k, count, weight)
+        add_one(Y[i], H[i], B, start, end, weight)
+
+
+@numba.njit
+def take(own, count, order, place, token, tokens):
+    """The next ``count`` tokens of the rows in ``order``, each of so many ``tokens``, into ``own``; returns the place
+    in ``order`` and the token in its row that come then."""
+    for i in range(count):
+        own[i] = order[place] * tokens + token
+        token += 1
+        if token == tokens:
+            place, token = place + 1, 0
+    return place, token

@@ -7,6 +7,8 @@ Importing this module loads numba (half a second, 100 MiB): only where ``kernels
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,8 +20,18 @@ from numba.extending import intrinsic
 HALF_STEP, ONE, SHIFT, NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.uint32(0x7FC0)
 
 
+def sources() -> str:
+    """What the code of all kernels comes to. numba keeps a compiled loop under its name until its own file changes,
+    whatever becomes of the functions that it calls from others; so this is part of the name."""
+    whole = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
 def compiled(loop: Any) -> Any:
     """``loop``, compiled once for each machine and kind of arguments; other threads run beside it."""
+    loop.__qualname__ += f"_{sources()}"
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(loop)

@@ -23,9 +23,9 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from veneer.kernels.blocks import BLOCK, take
 from veneer.kernels.compiled import at, compiled, narrow, wide
 
-BLOCK = 4
 #: columns that one instruction takes of A and x, and makes of y
 PAIRED, MADE = 32, 16
 _LIKE = np.empty(0, np.uint16)
@@ -220,7 +220,7 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
         rank, pairs = max(rank, ranks.max() if len(ranks) else 0), max(pairs, ((ranks + 1) // 2).sum())
     h, halves = np.empty((BLOCK, rank), np.float32), np.zeros((pairs, BLOCK, 2), np.uint16)
     rows, zeros = np.empty((pairs, 2), np.int64), np.zeros(out, np.uint16)
-    x, y = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    own, x, y = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
     for g in range(len(groups)):
         first, after, p = groups[g, 2], groups[g, 3], 0
         for e in range(first, after):
@@ -232,12 +232,9 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
         while left:
             count = BLOCK if left >= BLOCK else 1
             left -= count
+            place, token = take(own, count, order, place, token, tokens)
             for i in range(count):
-                own = order[place] * tokens + token
-                x[i], y[i] = x_at + 2 * own * in_, y_at + 2 * own * out
-                token += 1
-                if token == tokens:
-                    place, token = place + 1, 0
+                x[i], y[i] = x_at + 2 * own[i] * in_, y_at + 2 * own[i] * out
             p = 0
             for e in range(first, after):
                 rank = table[e, 2]

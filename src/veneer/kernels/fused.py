@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import THREADS, dropout, has_numba, reference
+from veneer.kernels import dropout, loops_pay, reference
 
 _C: Any = torch._C
 
@@ -407,7 +407,7 @@ def _back(U: Tensor, joined: Tensor, x: Tensor, need_x: bool, need_A: bool) -> t
 def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
     """``kernels.skinny`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
     tokens = h.shape[1] if x is None else x.shape[0]
-    if tokens < LOOPED or not has_numba() or torch.get_num_threads() > THREADS:
+    if tokens < LOOPED or not loops_pay():
         return None
     from veneer.kernels import skinny
 
@@ -417,7 +417,7 @@ def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
 def _mixed(x: Tensor) -> Any:
     """``kernels.mixed`` where it takes less time than a library's products with bfloat16 x [*, n], else None."""
     many = x.numel() >= LOOPED * x.shape[-1] > 0
-    if not many or not x.is_cpu or not has_numba() or torch.get_num_threads() > THREADS:
+    if not many or not x.is_cpu or not loops_pay():
         return None
     from veneer.kernels import dot16, mixed
 

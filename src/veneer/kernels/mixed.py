@@ -6,10 +6,10 @@ Rows that use the same stand together. Four of their tokens at a time meet each 
 where they lie, by address: nothing is gathered, padded or laid out. Sums are float32, and y is rounded to the dtype of
 x once.
 
-For 16 rows of one token, 8 adapters of rank 8 and a bfloat16 layer of 576 × 576 on one core this takes 10 µs, the
-layer itself 43, and the two batched products of ``kernels.batched`` with what moves rows for them about 100: torch's
-operations take 3 to 5 µs each, whatever they do. Where all is bfloat16 and the processor multiplies it itself,
-``dot16`` takes the place of the loop here. Rejected: numba's own threads, beside those of torch.
+torch's operations take microseconds each, whatever they do, and the grouped products of ``kernels.batched`` need ten;
+beside the base's product in a decoding step that counts (``benchmarks/mixed.py``). Where all is bfloat16 and the
+processor multiplies it itself, ``dot16`` takes the place of the loop here. Rejected: numba's own threads, beside those
+of torch.
 
 Importing this module loads numba, as ``kernels.compiled`` says.
 """
@@ -27,17 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import dot16
-from veneer.kernels.blocks import (
-    BLOCK,
-    add_1x1,
-    add_1x4,
-    add_4x1,
-    add_4x4,
-    dots_1x1,
-    dots_1x4,
-    dots_4x1,
-    dots_4x4,
-)
+from veneer.kernels.blocks import BLOCK, add_four, add_one, dots_four, dots_one, take
 from veneer.kernels.compiled import at, compiled, narrow, wide
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -109,34 +99,6 @@ def _end(stored, y):
         stored[j] = narrow(y[j], stored[j])
 
 
-@numba.njit(fastmath={"contract"})
-def _four(y, h, x, A, B, weight):
-    rank, in_, out = A.shape[0], A.shape[1], B.shape[1]
-    whole = rank - rank % BLOCK
-    for k in range(0, whole, BLOCK):
-        dots_4x4(h, x, A, k, in_)
-    for k in range(whole, rank):
-        dots_4x1(h, x, A, k, in_)
-    for k in range(0, whole, BLOCK):
-        add_4x4(y, h, B, k, out, weight)
-    for k in range(whole, rank):
-        add_4x1(y, h, B, k, out, weight)
-
-
-@numba.njit(fastmath={"contract"})
-def _one(y, h, x, A, B, weight):
-    rank, in_, out = A.shape[0], A.shape[1], B.shape[1]
-    whole = rank - rank % BLOCK
-    for k in range(0, whole, BLOCK):
-        dots_1x4(h, x, A, k, in_)
-    for k in range(whole, rank):
-        dots_1x1(h, x, A, k, in_)
-    for k in range(0, whole, BLOCK):
-        add_1x4(y, h, B, k, out, weight)
-    for k in range(whole, rank):
-        add_1x1(y, h, B, k, out, weight)
-
-
 def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, factor):
     xs = numba.carray(at(x_at, like), (len(order) * tokens, in_))
     ys = numba.carray(at(y_at, like), (len(order) * tokens, out))
@@ -154,19 +116,18 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, f
         while left:
             count = BLOCK if left >= BLOCK else 1
             left -= count
+            place, token = take(own, count, order, place, token, tokens)
             for i in range(count):
-                own[i] = order[place] * tokens + token
-                token += 1
-                if token == tokens:
-                    place, token = place + 1, 0
                 _begin(x[i], y[i], xs[own[i]])
             for e in range(groups[g, 2], groups[g, 3]):
                 A = numba.carray(at(table[e, 0], factor), (table[e, 2], in_))
                 B = numba.carray(at(table[e, 1], factor), (table[e, 2], out))
                 if count == BLOCK:
-                    _four(y, h, x, A, B, weights[e])
+                    dots_four(h, x, A)
+                    add_four(y, h, B, 0, table[e, 2], weights[e])
                 else:
-                    _one(y[0], h[0], x[0], A, B, weights[e])
+                    dots_one(h[0], x[0], A)
+                    add_one(y[0], h[0], B, 0, table[e, 2], weights[e])
             for i in range(count):
                 _end(ys[own[i]], y[i])
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.kernels import THREADS, has_numba
+from veneer.kernels import loops_pay
 
 FACTORED = "factored"
 MATERIALISED = "materialised"
@@ -34,8 +34,7 @@ LOOPED, LOOPED_MOVED = 0.6, 3.3
 
 def looped(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the thin products of many tokens are compiled loops, on as many threads as torch has now."""
-    able = dtype is torch.float32 and device.type == "cpu" and has_numba()
-    return able and torch.get_num_threads() <= THREADS
+    return dtype is torch.float32 and device.type == "cpu" and loops_pay()
 
 
 def choose(*, gain_fits: bool, forced: str | None) -> str:
