@@ -67,6 +67,12 @@ def _matrix(place, rows, columns):
     return numba.carray(at(place, _STORED), (rows, columns))
 
 
+@numba.njit
+def _begin(y, bias):
+    for j in range(len(y)):  # an assignment of slices takes as long as the products
+        y[j] = bias[j]
+
+
 def _down(h_at, x_at, A_at, tokens, count, rank):
     h, x, A = _matrix(h_at, tokens, rank), _matrix(x_at, tokens, count), _matrix(A_at, rank, count)
     dots(h, x, A, 0, tokens)
@@ -74,10 +80,11 @@ def _down(h_at, x_at, A_at, tokens, count, rank):
 
 def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
     y, h, B = _matrix(y_at, tokens, count), _matrix(h_at, tokens, step), _matrix(B_at, rank, count)
-    bias = _matrix(bias_at, 1, count)
+    bias = _matrix(bias_at, 1, count)[0]
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
-        y[first:last] = bias
+        for i in range(first, last):
+            _begin(y[i], bias)
         add(y, h, B, first, last, 0, rank)
 
 
