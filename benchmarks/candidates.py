@@ -177,7 +177,9 @@ def names(architecture: str, dtype: str) -> list[str]:
     if dtype != "float32":
         rows += ["peft, bf16 adapters", "peft, bf16 adapters, dropout"]
     rows += ["loralib", "veneer", "veneer, dropout"]
-    if dtype != "float32" and architecture != "resnet":
+    if architecture == "resnet":
+        rows.append("veneer, model's own layout")
+    elif dtype != "float32":
         rows.append("veneer, model's own attention")
     return [*rows, "veneer, model's own attention and loss"] if architecture == "llama" else rows
 
@@ -203,7 +205,10 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
         return with_peft(model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options)
-    if architecture != "resnet" and not any("attention" in option for option in options):
+    own = any(option.startswith("model's own") for option in options)
+    if architecture == "resnet" and not own:
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif architecture != "resnet" and not any("attention" in option for option in options):
         with_products(model)
     lean = architecture == "llama" and not any("loss" in option for option in options)
     return with_veneer(model, layers, rank, dropout, lean)

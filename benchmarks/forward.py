@@ -1,7 +1,8 @@
 """A forward pass without gradients on SmolLM2-135M's shape: the base (the floor), adapted, merged, and PEFT's adapted;
-and the Python calls in a forward of one adapted `nn.Linear`. CPU time of one thread, in interleaved rounds. In bf16
-torch computes the head of one row over frozen weights on a copy of its whole weight, in every candidate alike, so the
-ratios of 256 and 1,024 tokens are nearer to one than those of the layers below.
+and the Python calls in a forward of one adapted `nn.Linear`. CPU time of one thread, in interleaved rounds. In bf16 the
+adapted model has the attention that `veneer.models.load_base` gives it, and in the row "model's own attention" that of
+the base and of all others; and torch computes the head of one row over frozen weights on a copy of its whole weight, in
+every candidate alike, so the ratios of 256 and 1,024 tokens are nearer to one than those of the layers below.
 
 Calls are the events "call" and "c_call" of `sys.setprofile`, the counting's own two among them: a bare `nn.Linear` has
 9. (PEFT has 56 counted so, and 80 if returns are counted instead of calls into C.)
@@ -9,7 +10,8 @@ Calls are the events "call" and "c_call" of `sys.setprofile`, the counting's own
     python benchmarks/forward.py
     python benchmarks/forward.py --tokens 1 --dtype float32 --out FOLDER
 
-Predicted: merged 1.00; adapted 1.15 for one token, 1.05 for 256 and 1.03 for 1,024; PEFT above both; 20 calls.
+Predicted: merged 1.00; adapted 1.15 for one token, 1.05 for 256 and 1.03 for 1,024; PEFT above both; 20 calls; with
+attention as products 0.9 for 1,024 tokens of bf16.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import peft
 import torch
 
 import veneer
-from candidates import ALPHA, DTYPES, llama, sharing
+from candidates import ALPHA, DTYPES, llama, sharing, with_products
 from candidates import options as options_of
 from report import measure, show, write
 
@@ -41,11 +43,16 @@ def with_peft(model: torch.nn.Module, targets: Any) -> torch.nn.Module:
 def models(layers: int, dtype: torch.dtype, tiny: bool) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     base = llama(layers, 0, tiny).to(dtype).eval()
-    merged, adapted = copy.deepcopy(base), sharing(base)  # merging writes into the weights
-    veneer.attach(merged, veneer.LoraConfig(rank=8, alpha=ALPHA)).merge(keep=False)
-    veneer.attach(adapted, veneer.LoraConfig(rank=8, alpha=ALPHA))
-    theirs = with_peft(sharing(base), "all-linear")
-    return {"base": base, "veneer, merged": merged, "veneer": adapted, "peft": theirs}
+    config = veneer.LoraConfig(rank=8, alpha=ALPHA)
+    merged = copy.deepcopy(base)  # merging writes into the weights
+    veneer.attach(merged, config).merge(keep=False)
+    made = {"base": base, "veneer, merged": merged, "veneer": sharing(base)}
+    veneer.attach(made["veneer"], config)
+    if dtype.itemsize == 2:
+        with_products(made["veneer"])
+        made["veneer, model's own attention"] = sharing(base)
+        veneer.attach(made["veneer, model's own attention"], config)
+    return {**made, "peft": with_peft(sharing(base), "all-linear")}
 
 
 def timed(model: torch.nn.Module, ids: torch.Tensor, repeats: int) -> float:

@@ -30,6 +30,7 @@ README_ROWS = {
     "loralib": "loralib",
     "veneer": "**Veneer**",
     "veneer, dropout": "**Veneer**, dropout 0.05",
+    "veneer, model's own layout": "**Veneer**, with the model's own layout",
     "veneer, model's own attention": "**Veneer**, with the model's own attention",
     "veneer, model's own attention and loss": "**Veneer**, with the model's own attention and loss",
 }

@@ -34,11 +34,11 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, pi
     }[mask]
     if mask == "boolean":
         given_mask[..., 0] = True
-    bias = attention.bias_of(given_mask, mask == "causal", query, key)
+    alone = mask == "causal" and s == k
+    bias = None if alone else attention.bias_of(given_mask, mask == "causal", query, key)
     plain = torch.ones(s, k, dtype=torch.bool).tril() if mask == "causal" else given_mask
     wide = [one.repeat_interleave(group, dim=1) for one in (key, value)]
     wanted = F.scaled_dot_product_attention(query, *wide, attn_mask=plain, scale=scale)
-    alone = mask == "causal" and s == k
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "PIECE", piece)
         found = attention.products(query, key, value, bias, scale, causal=alone)
@@ -88,7 +88,7 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     used = []
     products = attention.products
     monkeypatch.setattr(attention, "products", lambda *args, **how: used.append(args) or products(*args, **how))
-    monkeypatch.setattr(attention, "pays", lambda query, key: query.shape[2] > 1)
+    monkeypatch.setattr(attention, "pays", lambda query, key, causal: query.shape[2] > 1)
     models.use_products(model)
     found = model(ids, attention_mask=rows).logits
     assert len(used) == 2
@@ -104,7 +104,7 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
 def test_packed_rows_do_not_see_each_other(monkeypatch):
     torch.manual_seed(0)
     model = MODELS["llama"]().double().eval()
-    monkeypatch.setattr(attention, "pays", lambda query, key: True)
+    monkeypatch.setattr(attention, "pays", lambda query, key, causal: True)
     models.use_products(model)
     ids = torch.randint(40, (1, 7))
     packed = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False).logits
@@ -113,19 +113,25 @@ def test_packed_rows_do_not_see_each_other(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "keys", "chosen"),
+    ("dtype", "length", "keys", "causal", "kept", "chosen"),
     [
-        (torch.bfloat16, 64, 64, True),
-        (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, False),
-        (torch.bfloat16, 1, 64, False),
-        (torch.bfloat16, 32, 64, False),
-        (torch.float32, 64, 64, False),
+        (torch.bfloat16, 64, 64, False, True, True),
+        (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, True, True, False),
+        (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, False, False, False),
+        (torch.bfloat16, attention.LONGEST_PIECES, attention.LONGEST_PIECES, True, False, True),
+        (torch.bfloat16, attention.LONGEST_PIECES + 1, attention.LONGEST_PIECES + 1, True, False, False),
+        (torch.bfloat16, 1, 64, True, False, False),
+        (torch.bfloat16, 32, 64, True, False, False),
+        (torch.float32, 64, 64, True, False, False),
     ],
 )
-def test_only_where_it_pays(dtype, length, keys, chosen):
+def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen):
     query, key = torch.empty(1, 2, length, 4, dtype=dtype), torch.empty(1, 1, keys, 4, dtype=dtype)
-    assert attention.pays(query, key) is chosen
-    assert not attention.pays(query.to("meta"), key.to("meta"))
+    assert attention.pays(query.requires_grad_(kept), key, causal) is chosen
+    assert not attention.pays(query.to("meta"), key.to("meta"), causal)
+    with torch.no_grad():
+        longer = causal and length == keys == attention.LONGEST + 1
+        assert attention.pays(query, key, causal) is (chosen or longer)
 
 
 @pytest.mark.parametrize(("precision", "chosen"), [("fp32", "sdpa"), ("bf16", models.PRODUCTS)])

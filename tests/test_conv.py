@@ -23,6 +23,7 @@ CASES = {
     "1d, dilated": (lambda: nn.Conv1d(4, 6, 3, padding=2, dilation=2), (3, 4, 11)),
     "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 2)), (2, 4, 2, 4, 5)),
 }
+CASES |= {f"{name}, last": case for name, case in CASES.items() if len(case[1]) in conv.LAST}  # channels, in memory
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +40,25 @@ def formed(request, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The settings of the kernel's calls."""
+    """The settings of the kernel's calls, and of those that it hands on as linear layers."""
     seen = []
-    inner = conv._Conv.apply
-    monkeypatch.setattr(
-        conv._Conv, "apply", lambda settings, *tensors: seen.append(settings) or inner(settings, *tensors)
-    )
+    for where, name in ((conv._Conv, "apply"), (conv.fused, "linears")):
+        inner = getattr(where, name)
+        noted = lambda settings, *tensors, inner=inner: seen.append(settings) or inner(settings, *tensors)  # noqa: E731
+        monkeypatch.setattr(where, name, noted)
     return seen
 
 
 def adapted(name, dtype=torch.float64, **fields):
     make, shape = CASES[name]
     torch.manual_seed(0)
-    model = nn.Sequential(make()).to(dtype)
+    model, memory = nn.Sequential(make()).to(dtype), conv.LAST[len(shape)] if "last" in name else None
+    model = model if memory is None else model.to(memory_format=memory)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], **fields))
     randomise(handle)
     model[0].bias is None or model[0].bias.requires_grad_()
-    return model, handle, torch.randn(shape, dtype=dtype, requires_grad=True)
+    x = torch.randn(shape, dtype=dtype)
+    return model, handle, (x if memory is None else x.contiguous(memory_format=memory)).requires_grad_()
 
 
 def values(model, handle, x, run=None):
@@ -75,6 +78,8 @@ def test_both_ways_are_the_definition(name, formed, calls):
     model, handle, x = adapted(name)
     found = values(model, handle, x)
     assert [one.form for one in calls] == [formed]
+    assert not found[0].is_contiguous() or "last" not in name
+    assert found[1].stride() == x.stride()
     for mine, exact in zip(found, defined(model, handle, x), strict=True):
         assert error(mine, exact) < 1e-12
     assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x, *handle.parameters()))
@@ -90,7 +95,7 @@ def test_in_the_dtype_of_the_layer(name, dtype, calls):
         assert error(mine.double(), expected) < (1e-5 if dtype is torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize("name", ["3x3", "pointwise", "pointwise, strided", "1d, dilated"])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("3x3", "pointwise", "1d")) and "padded" not in n])
 def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     model, handle, x = adapted(name, dropout=0.4)
     monkeypatch.setattr(dropout, "seed", lambda: 7)
@@ -98,9 +103,11 @@ def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     layer, change = model[0], handle.layers["0"].changes["weight"]
     A, B = change._parameters["A"][0], change._parameters["B"][0]
     seen = x * 1
-    steps = layer.stride if name == "pointwise, strided" else (1,) * len(layer.stride)
+    steps = layer.stride if "pointwise, strided" in name else (1,) * len(layer.stride)
     seen = seen[(..., *(slice(None, None, step) for step in steps))]
-    low = dropout.zeroed(seen.contiguous(), 0.4, 7) / 0.6
+    lying = seen.movedim(1, -1) if "last" in name else seen  # entries are drawn in the order of memory
+    low = dropout.zeroed(lying.contiguous(), 0.4, 7) / 0.6
+    low = low.movedim(-1, 1) if "last" in name else low
     options = (layer.padding, layer.dilation, False, [0] * len(steps), 1)
     h = torch.convolution(low, A.view(2, *layer.weight.shape[1:]), None, (1,) * len(steps), *options)
     y = torch.convolution(x * 1, layer.weight, layer.bias, layer.stride, *options)
@@ -168,7 +175,6 @@ class Doubled(nn.Conv2d):
         lambda: nn.Conv2d(4, 6, 3, groups=2),
         lambda: nn.Conv2d(4, 6, 3, padding="same"),
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
-        lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
     ],
 )
 def test_other_convolutions_go_the_general_way(layer, calls):

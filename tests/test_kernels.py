@@ -14,7 +14,7 @@ from toys import error
 from veneer.kernels import THREADS, dropout, fused, plan
 
 skinny = pytest.importorskip("veneer.kernels.skinny", reason="numba is not there")
-mixed = pytest.importorskip("veneer.kernels.mixed", reason="numba is not there")
+alone = pytest.importorskip("veneer.kernels.alone", reason="numba is not there")
 
 #: whether thin products in float32 are compiled loops, however few tokens there are
 WAYS = pytest.mark.parametrize("loops", [True, False], ids=["loops", "library"])
@@ -255,15 +255,41 @@ def test_loops_make_factors_worth_their_while():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("threads", [1, THREADS + 1])
-def test_many_bfloat16_tokens_without_a_graph(bias, threads, monkeypatch):
-    """By the processor's own products where it has them: as near to float64 as those of the graph."""
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, fused.FEW, alone.MANY - 1, alone.MANY])
+def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypatch):
+    """By compiled loops, or torch's products: as near to float64 as those of the graph."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    x, W, b, A, B = make(40, [24], [5], [3, fused.LOOPED], torch.bfloat16, bias)
-    W, calls, change = torch.nn.Parameter(W, requires_grad=False), [], mixed.change
-    monkeypatch.setattr(mixed, "change", lambda *given: (calls.append(1), change(*given))[1])
+    monkeypatch.setattr(fused, "_has_tiles", lambda: tiles)
+    x, W, b, A, B = make(40, [24], [5], [3, tokens // 3] if tokens % 3 == 0 else [tokens], torch.bfloat16, bias)
+    W, calls, change = torch.nn.Parameter(W, requires_grad=False), [], alone.change
+    monkeypatch.setattr(alone, "change", lambda *given: (calls.append(1), change(*given))[1])
     A, B = A.float()[None], 1e-3 * B.float()[None]
     found, graph = fused.unrecorded(0.5, x, W, b, A, B), fused.linear(0.5, x, W, b, A, B)
     (exact,) = expected([x, W, b, A[0], B[0]], [0.5])
-    assert bool(calls) is (threads == 1 and mixed.dot16.able())
+    assert bool(calls) is (threads == 1 and (0 < tokens < alone.MANY or (tokens > 0 and alone.dot16.able())))
     assert found.shape == exact.shape
-    assert error(found, exact) < 1.5 * error(graph, exact) < 1e-2
+    assert not tokens or error(found, exact) < 1.5 * error(graph, exact) < 1e-2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.integers(1, 2 * alone.MANY), in_=st.integers(1, 70), out=st.integers(1, 70), rank=st.integers(1, 17),
+    factors=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 1 << 30), dots=st.booleans(),
+)  # fmt: skip
+def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, factors, seed, dots):
+    generator = torch.Generator().manual_seed(seed)
+    x, A, B = (torch.randn(shape, generator=generator) for shape in ((tokens, in_), (rank, in_), (out, rank)))
+    x, A, B = x.bfloat16(), A.to(factors), B.to(factors)
+    with pytest.MonkeyPatch.context() as patch:
+        if not dots:
+            patch.setattr(alone.dot16, "able", lambda: False)
+        able = alone.able(x, A, B)
+        assert able is (tokens < alone.MANY or alone.dot16.able())
+        if able:
+            found, wide = alone.change(x, A, B, 0.5), [one.double() for one in (x, A, B)]
+            exact, terms = (0.5 * one @ two.mT @ three.mT for one, two, three in (wide, [one.abs() for one in wide]))
+            # h, the factors and the sum are rounded once each
+            assert ((found.double() - exact).abs() <= 4 * 2.0**-8 * terms + 1e-30).all()
+    assert not alone.able(x.double(), A, B)
+    assert not alone.able(x, A, B.half())

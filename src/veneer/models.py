@@ -199,14 +199,13 @@ def _attend(
 
     from veneer.kernels import attention
 
-    heads_alike = attention_mask is None or attention_mask.shape[1] == 1
-    if not attention.pays(query, key) or not heads_alike or kwargs.get("position_bias") is not None:
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    alone, heads_alike = causal and attention_mask is None, attention_mask is None or attention_mask.shape[1] == 1
+    if not attention.pays(query, key, alone) or not heads_alike or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    bias = attention.bias_of(attention_mask, causal, query, key)
-    alone = causal and attention_mask is None
+    bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
     return attention.products(query, key, value, bias, scaling, dropout, causal=alone).transpose(1, 2), None
 
 

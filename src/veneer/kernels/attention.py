@@ -14,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Keys up to which the products are the faster way in bfloat16, measured on cores with and without matrix units.
-LONGEST = 288
+#: Keys up to which the products are the faster way in bfloat16, measured on cores with and without matrix units; and
+#: where nothing is kept for backward and the mask is causal.
+LONGEST, LONGEST_PIECES = 288, 4096
 #: Rows that see the same keys, under a causal mask.
 PIECE = 128
 
 
-def pays(query: Tensor, key: Tensor) -> bool:
-    """Whether the products are the faster way for a call."""
-    length = key.shape[2]
-    return query.device.type == "cpu" and query.element_size() == 2 and 1 < query.shape[2] == length <= LONGEST
+def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
+    """Whether the products are the faster way for a call; ``causal`` as ``products`` has it."""
+    length, kept = key.shape[2], torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    longest = LONGEST_PIECES if causal and not kept else LONGEST
+    return query.device.type == "cpu" and query.element_size() == 2 and 1 < query.shape[2] == length <= longest
 
 
 def products(
@@ -37,7 +39,7 @@ def products(
         bias: [1 or b, 1, s, k] of the dtype of query, or None.
         scale: 1 / √d if None.
         dropout: of the chances.
-        causal: bias is a causal mask and nothing else: row i sees no key behind the i-th.
+        causal: row i sees no key behind the i-th; s = k, and there is no bias.
 
     Returns:
         [b, h, s, e].
@@ -47,22 +49,32 @@ def products(
     group = h // heads
     grouped = (query * (d**-0.5 if scale is None else scale)).reshape(b * heads, group, s, d)
     keys, values = key.reshape(b * heads, length, d).mT, value.reshape(b * heads, length, -1)
+    if not causal:
+        rows, tall = grouped.flatten(1, 2), _tall(bias, b, heads, group)
+        scores = rows @ keys if tall is None else torch.baddbmm(tall, rows, keys)
+        return _output(scores, values, dropout).view(b, h, s, -1)
+    hidden = torch.full((PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu_(1)
     found = []
-    for first in range(0, s, PIECE if causal else s):
-        after = min(first + PIECE, s) if causal else s
-        seen = after if causal else length
-        rows = grouped[:, :, first:after].reshape(b * heads, -1, d)
-        if bias is None:
-            scores = rows @ keys
-        else:
-            tall = bias[:, :, first:after, :seen].repeat(1, 1, group, 1)  # the heads of a group lie below each other
-            tall = tall.expand(b, heads, -1, -1).reshape(b * heads, -1, seen) if len(bias) > 1 else tall[0]
-            scores = torch.baddbmm(tall, rows, keys[:, :, :seen])
-        chances = torch.softmax(scores, dim=-1)
-        if dropout:
-            chances = F.dropout(chances, dropout)
-        found.append((chances @ values[:, :seen]).view(b, heads, group, after - first, -1))
+    for first in range(0, s, PIECE):
+        after = min(first + PIECE, s)
+        scores = grouped[:, :, first:after].flatten(1, 2) @ keys[..., :after]
+        scores[..., first:] += hidden[: after - first, : after - first].repeat(group, 1)
+        part = _output(scores, values[:, :after], dropout)
+        found.append(part.view(b, heads, group, after - first, -1))
     return (found[0] if len(found) == 1 else torch.cat(found, 3)).reshape(b, h, s, -1)
+
+
+def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
+    chances = torch.softmax(scores, dim=-1)
+    return (F.dropout(chances, dropout) if dropout else chances) @ values
+
+
+def _tall(bias: Tensor | None, b: int, heads: int, group: int) -> Tensor | None:
+    """A bias [1 or b, 1, s, k] for the heads of a group below each other: [1 or b · heads, group · s, k]."""
+    if bias is None:
+        return None
+    tall = bias.repeat(1, 1, group, 1)
+    return tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:

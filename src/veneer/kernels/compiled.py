@@ -83,8 +83,8 @@ def bf16(value):
 
 @intrinsic
 def at(context: Any, address: Any, like: Any):
-    """A pointer to numbers of the dtype of the array ``like``."""
-    pointer = types.CPointer(like.dtype)
+    """A pointer to numbers of the kind of ``like``, a number or an array of such."""
+    pointer = types.CPointer(getattr(like, "dtype", like))
 
     def code(target: Any, builder: Any, _, args: Any):
         return builder.inttoptr(args[0], target.get_value_type(pointer))

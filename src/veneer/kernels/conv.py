@@ -10,6 +10,8 @@ What autograd would do with the two convolutions costs more than it must:
 - with few, or in 16 bits, the bottleneck's part is added in place by a batched matrix product;
 - a kernel of one position is a matrix product, and one with strides reads every so many positions of x: those are
   copied once, saved in place of x, and nothing else looks at the others;
+- where channels lie last in memory (``torch.channels_last``), positions are rows of a matrix: a kernel of one position
+  is a linear layer, and goes the way of those (``fused``), and so do the products with B;
 - saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed, from which backward drops the same
   entries again.
 
@@ -23,10 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels import dropout, plan
+from veneer.kernels import dropout, fused, plan
 
 #: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
 SMALL = 1 << 17
+#: how channels lie last, by the number of axes
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
@@ -43,13 +47,22 @@ class Geometry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as ``fused.Settings`` has it."""
+    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as ``fused.Settings`` has it, and
+    ``last`` whether channels lie last."""
 
     geometry: Geometry
     scale: float
     drops: float
     seed: int
     form: bool
+    last: bool
+
+
+def lies(x: Tensor) -> bool | None:
+    """Whether channels lie last in x [n, in, *size]; None where x is laid out neither way."""
+    if x.is_contiguous():
+        return False
+    return True if x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) else None
 
 
 def conv(
@@ -65,31 +78,48 @@ def conv(
     """y [n, out, *positions], in the dtype of x; differentiable in x, bias, A and B.
 
     Args:
-        x: [n, in, *size], contiguous.
-        weight: [out, in, *k] of the dtype of x; it gets no gradient.
+        x: [n, in, *size], contiguous or with its channels last.
+        weight: [out, in, *k] of the dtype of x, laid out one way or the other; it gets no gradient. Where either
+            has its channels last, y has.
         bias: [out] or None, of the dtype of x.
         A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x, gradients in their own.
         drops: probability of dropping an entry of x on the low-rank path.
     """
+    last = bool(lies(x) or lies(weight))
+    x = _laid(x, last)
     if weight[0, 0].numel() == 1 and not any(geometry.padding) and max(geometry.stride) > 1:
-        x = x[(..., *(slice(None, None, step) for step in geometry.stride))].contiguous()
+        read = [slice(None, None, step) for step in geometry.stride]
+        # by the axes as they lie, for the gradient to lie like x
+        x = x.movedim(1, -1)[(slice(None), *read)].movedim(-1, 1) if last else x[(..., *read)]
+        x = _laid(x, last)
         geometry = geometry._replace(stride=(1,) * len(geometry.stride))
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
     tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
-    form = not drops and tokens > plan.forms_above(weight.shape[0], in_, B.shape[1], x.dtype)
-    settings = Settings(geometry, scale / (1 - drops), drops, dropout.seed() if drops else 0, form)
+    product = last and _is_product(geometry, weight)
+    loops = product and plan.looped(x.dtype, x.device)
+    form = not drops and tokens > plan.forms_above(weight.shape[0], in_, B.shape[1], x.dtype, loops)
+    seed = dropout.seed() if drops else 0
+    if product:
+        settings = fused.Settings((scale,), drops, seed, form)
+        y = fused.linears(settings, x.movedim(1, -1), [weight.flatten(1)], [bias], [A], [B])[0]
+        return y.movedim(-1, 1)
+    settings = Settings(geometry, scale / (1 - drops), drops, seed, form, last)
     return _Conv.apply(settings, x, weight, bias, A, B)  # pyright: ignore[reportReturnType]
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, x, weight, bias, A, B) -> Tensor:
-        geometry, down, up = settings.geometry, A.to(x.dtype), B.to(x.dtype)
+        down, up = A.to(x.dtype), B.to(x.dtype)
         if settings.form:
-            h, y = None, _plain(geometry, x, _formed(weight, down, up, settings.scale), bias)
+            h, y = None, _plain(settings, x, _formed(weight, down, up, settings.scale), bias)
         else:
-            h, y = _thin(geometry, _read(settings, x), down, weight), _plain(geometry, x, weight, bias)
-            y.flatten(2).baddbmm_(up.expand(len(x), -1, -1), h.flatten(2), alpha=settings.scale)
+            read = _without(settings, x, _dropped(settings, x))
+            h, y = _thin(settings, read, down, weight), _plain(settings, x, weight, bias)
+            if settings.last:
+                _rows(y).addmm_(_rows(h), up.mT, alpha=settings.scale)
+            else:
+                y.flatten(2).baddbmm_(up.expand(len(x), -1, -1), h.flatten(2), alpha=settings.scale)
         ctx.settings = settings
         ctx.save_for_backward(x, weight, bias, A, B, h)
         return y
@@ -97,31 +127,52 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         settings, (x, weight, bias, A, B, h) = ctx.settings, ctx.saved_tensors
-        needs, geometry, scale = ctx.needs_input_grad[1:], settings.geometry, settings.scale
+        needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *_differentiable(needs, settings, x, weight, bias, A, B, dy)
         need_x, _, need_bias, need_A, need_B = needs
         with torch.autocast(x.device.type, enabled=False):
-            dy, down, up = dy.contiguous(), A.to(x.dtype), B.to(x.dtype)
-            flat = dy.flatten(2)  # [n, out, p]
-            dh = torch.bmm((up * scale).mT.expand(len(x), -1, -1), flat).view(len(x), -1, *dy.shape[2:])
-            dx = dA = dB = None
-            if need_B:
-                h = _thin(geometry, x, down, weight) if h is None else h
-                dB = (torch.bmm(flat, h.flatten(2).mT).sum(0) * scale).to(B.dtype)
+            dy, down, up = _laid(dy, settings.last), A.to(x.dtype), B.to(x.dtype)
+            if need_B and h is None:
+                h = _thin(settings, x, down, weight)
+            dx = dA = None
+            dh, dB = _through_up(settings, dy, up, h if need_B else None)
+            dB = None if dB is None else dB.to(B.dtype)
             if need_A or need_x:
                 dx, dA = _through_thin(settings, x, down, weight, dh, need_x and not settings.form, need_A)
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                through = _formed(weight, down, up, scale) if settings.form else weight
-                dx = _sum(_backward(geometry, dy, x, through, (True, False, False))[0], dx)
+                through = _formed(weight, down, up, settings.scale) if settings.form else weight
+                dx = _sum(_laid(_backward(settings, dy, x, through, (True, False, False))[0], settings.last), dx)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
 
-def _read(settings: Settings, x: Tensor) -> Tensor:
-    """What the low-rank path reads."""
-    return dropout.zeroed(x, settings.drops, settings.seed) if settings.drops else x
+def _laid(x: Tensor, last: bool) -> Tensor:
+    """x with its channels last, or contiguous."""
+    return x.contiguous(memory_format=LAST[x.ndim]) if last else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [n, c, *positions], whose channels lie last, as a matrix [T, c] on the same memory."""
+    return x.movedim(1, -1).view(-1, x.shape[1])
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """A matrix [T, c] as [n, c, *positions], positions of another tensor [n, *, *positions]."""
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
+
+
+def _dropped(settings: Settings, x: Tensor) -> Tensor | None:
+    """The entries of x, in the order of memory, that the low-rank path does not see."""
+    return dropout.indices(x.numel(), settings.drops, settings.seed, x.device) if settings.drops else None
+
+
+def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
+    """x with zeros in these entries."""
+    if dropped is None:
+        return x
+    return dropout.without(x.movedim(1, -1), dropped).movedim(-1, 1) if settings.last else dropout.without(x, dropped)
 
 
 def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -134,25 +185,37 @@ def _is_product(geometry: Geometry, weight: Tensor) -> bool:
     return weight[0, 0].numel() == 1 and max(geometry.stride) == 1 and not any(geometry.padding)
 
 
-def _plain(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _plain(settings: Settings, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    geometry = settings.geometry
     y = torch.convolution(x, weight, bias, *geometry, False, [0] * len(geometry.stride), 1)
-    return y.contiguous()
+    return _laid(y, settings.last)
 
 
-def _thin(geometry: Geometry, x: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+def _thin(settings: Settings, x: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     """conv(x; A): [n, r, *positions]."""
-    if _is_product(geometry, weight):
+    if _is_product(settings.geometry, weight):
         return torch.bmm(down.expand(len(x), -1, -1), x.flatten(2)).view(len(x), -1, *x.shape[2:])
-    return _plain(geometry, x, down.view(-1, *weight.shape[1:]), None)
+    return _plain(settings, x, down.view(-1, *weight.shape[1:]), None)
+
+
+def _through_up(settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(the gradient of h [n, r, *positions], that of B [out, r] if there is h), from that of y."""
+    if settings.last:
+        rows, narrow = _rows(dy), (up * settings.scale).mT
+        if h is None:
+            return _images(fused.thin(narrow, rows).mT.contiguous(), dy), None
+        dh, dB = fused.thin_twice(narrow, rows, _rows(h).mT)
+        return _images(dh.mT.contiguous(), dy), dB.mT * settings.scale
+    flat = dy.flatten(2)  # [n, out, p]
+    dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(len(dy), -1, *dy.shape[2:])
+    return dh, None if h is None else torch.bmm(flat, h.flatten(2).mT).sum(0) * settings.scale
 
 
 def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
     """(the gradient of x that comes through h, that of A [r, in · |k|]), from the gradient of h."""
-    dx = dA = dropped = None
-    read = x
-    if settings.drops:
-        dropped = dropout.indices(x.numel(), settings.drops, settings.seed, x.device)
-        read = dropout.without(x, dropped)
+    dx = dA = None
+    dropped = _dropped(settings, x)
+    read = _without(settings, x, dropped) if need_A else x
     if _is_product(settings.geometry, weight):
         if need_x:
             dx = torch.bmm(down.mT.expand(len(x), -1, -1), dh.flatten(2)).view_as(x)
@@ -160,11 +223,10 @@ def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A:
             dA = torch.bmm(dh.flatten(2), read.flatten(2).mT).sum(0)
     else:
         narrow = down.view(-1, *weight.shape[1:])
-        dx, dA, _ = _backward(settings.geometry, dh, read, narrow, (need_x, need_A, False))
+        dx, dA, _ = _backward(settings, dh, read, narrow, (need_x, need_A, False))
         dA = None if dA is None else dA.reshape(down.shape)
-    if dropped is not None and dx is not None:
-        dx = dx.contiguous()
-        dx.view(-1).index_fill_(0, dropped, 0)
+    if dx is not None:
+        dx = _without(settings, _laid(dx, settings.last), dropped)
     return dx, dA
 
 
@@ -172,9 +234,9 @@ def _sum(one: Tensor, other: Tensor | None) -> Tensor:
     return one if other is None else one.add_(other)
 
 
-def _backward(geometry: Geometry, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:
+def _backward(settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:
     """The gradients of x, of the weight and of a bias, those that are asked for."""
-    none = [0] * len(geometry.stride)
+    none, geometry = [0] * len(settings.geometry.stride), settings.geometry
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)
 
 
@@ -185,9 +247,9 @@ def _differentiable(needs, settings: Settings, x, weight, bias, A, B, dy: Tensor
         raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
     values: list[Any] = [None if one is None else one.view_as(one) for one in (x, weight, bias, A, B)]
     x, weight, bias, A, B = values
-    h = _plain(settings.geometry, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
+    h = _plain(settings, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
     part = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
-    y = _plain(settings.geometry, x, weight, bias)
+    y = _plain(settings, x, weight, bias)
     wanted = [value for value, need in zip(values, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y + part.view_as(y), wanted, dy, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

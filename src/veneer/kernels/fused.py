@@ -21,6 +21,8 @@ the time (``skinny.py``), where numba is installed and torch has few threads.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -286,28 +288,34 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """``linear`` without a graph, to the same bits, but for many tokens of a bfloat16 layer, which take the loop for
-    mixed rows where that has the processor's own products, and for few tokens of a 16-bit layer with float32 factors:
-    those form B A x in float32, where products so small cost less, and a single one is a vector, for which bfloat16
-    has a product of its own, twice as fast as that of matrices."""
+    """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors form B A x in
+    float32, where products so small cost less, and compiled loops take these and many bfloat16 tokens where they can
+    (``alone``)."""
     dtype = x.dtype
-    loop = _mixed(x) if dtype is torch.bfloat16 else None
-    if loop is not None:
-        tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        down, up = _matrix(A, dtype).contiguous(), _matrix(B, dtype).mT.contiguous()
-        part = loop.change(tokens, up.shape[1], loop.rows([([0], [scale])]), loop.table([(down, up)]), dtype)
-        y = added(part, tokens, weight, bias)
-        return y.view(*x.shape[:-1], y.shape[1])
-    if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * x.shape[-1]:
+    if dtype.itemsize >= 4:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
-    part = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
-    if bias is None and dtype is torch.bfloat16 and tokens.shape[0] == 1 and x.is_cpu and weight.stride(1) == 1:
+    few, loop = tokens.shape[0] <= FEW and A.dtype is torch.float32, _alone(tokens, down, up)
+    if loop is not None:
+        part = loop.change(tokens, down, up, scale)
+    elif few:
+        part = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
+    else:
+        return _Linear.forward(None, scale, x, weight, bias, A, B)
+    lone = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
+    if lone and x.is_cpu and weight.stride(1) == 1 and _has_tiles():
         part[0].addmv_(weight, tokens[0])
-        return part.view(*x.shape[:-1], part.shape[1])
-    y = part.addmm_(tokens, weight.mT) if bias is None else added(part, tokens, weight, bias)
-    return y.view(*x.shape[:-1], y.shape[1])
+    else:
+        part = added(part, tokens, weight, bias)
+    return part.view(*x.shape[:-1], part.shape[1])
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether the processor has matrix units (AMX): there, one bfloat16 row is multiplied twice as fast as a vector,
+    and elsewhere half as fast again as a matrix."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _backward(ctx, *gradients):
@@ -344,7 +352,7 @@ def _gradients(ctx, *gradients):
         if dy is None:
             rows.append(torch.zeros_like(part))
         elif need:
-            carried, gradient = _thin_twice(up.mT, dy, part)
+            carried, gradient = thin_twice(up.mT, dy, part)
             rows.append(carried)
             dB.append(gradient)
             continue
@@ -365,7 +373,7 @@ def _gradients(ctx, *gradients):
     return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
-def _thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
     tokens that is still in the processor's cache."""
     loops = _loops(dy, h)
@@ -409,19 +417,22 @@ def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
     tokens = h.shape[1] if x is None else x.shape[0]
     if tokens < LOOPED or not loops_pay():
         return None
-    from veneer.kernels import skinny
-
+    skinny = _compiled("skinny")
     return skinny if skinny.able(x, h) else None
 
 
-def _mixed(x: Tensor) -> Any:
-    """``kernels.mixed`` where it takes less time than a library's products with bfloat16 x [*, n], else None."""
-    many = x.numel() >= LOOPED * x.shape[-1] > 0
-    if not many or not x.is_cpu or not loops_pay():
+def _alone(x: Tensor, A: Tensor, B: Tensor) -> Any:
+    """``kernels.alone`` where it takes less time than a library's products with bfloat16 x [T, n], else None."""
+    if x.dtype is not torch.bfloat16 or not x.shape[0] or not loops_pay():
         return None
-    from veneer.kernels import dot16, mixed
+    alone = _compiled("alone")
+    return alone if alone.able(x, A, B) else None
 
-    return mixed if dot16.able() else None
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    """A module of compiled loops, loaded when it is first of use: an import in each call takes as long as one token."""
+    return importlib.import_module(f"veneer.kernels.{name}")
 
 
 def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:

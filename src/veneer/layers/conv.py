@@ -46,8 +46,8 @@ class _Conv(Layer):
         self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
     ) -> Tensor | None:
         plain = x.numel() > conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
-        rows = x.dim() == self.spatial + 2 and x.is_contiguous() and weight.is_contiguous()
-        if not (plain and rows) or isinstance(module.padding, str):
+        whole = x.dim() == self.spatial + 2 and conv.lies(x) is not None and conv.lies(weight) is not None
+        if not (plain and whole) or isinstance(module.padding, str):
             return None
         geometry = conv.Geometry(module.stride, module.padding, module.dilation)
         return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
