@@ -195,12 +195,16 @@ def test_the_result_goes_where_the_caller_says():
 
 MEMORY = """
 import resource, torch
+from veneer.kernels import has_numba
 from veneer.kernels.rounding import fold
 from veneer.kernels.threads import spread
 from veneer.lowrank import LowRank
 weight = (torch.randn(1, {out}, {in_}) * 0.02).{dtype}()
 low = LowRank(torch.randn(1, 8, {in_}) * 1e-4, torch.randn(1, {out}, 8), 1.0)
 made = torch.zeros_like(weight)
+if has_numba():  # whose own memory is another matter
+    from veneer.kernels import streaming
+    streaming.prepare()
 for part in (fold(weight[:, :64, :64], low.__class__(low.A[:, :, :64], low.B[:, :64], 1.0), rounding="{rounding}"),):
     pass
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

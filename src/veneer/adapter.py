@@ -130,7 +130,12 @@ def install_from(
 
 def _described(change: Change) -> dict[str, Any]:
     rows = None if change.rows is None else change.rows.tolist()
-    return {"rank": change.rank, "alpha": change.alpha, **({} if rows is None else {"rows": _ranges(rows)})}
+    return {
+        "kind": change.layer.name,
+        "rank": change.rank,
+        "alpha": change.alpha,
+        **({} if rows is None else {"rows": _ranges(rows)}),
+    }
 
 
 def _ranges(rows: list[int]) -> list[list[int]]:

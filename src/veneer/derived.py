@@ -112,6 +112,8 @@ def _changes(sources: Sequence[Artefact], low: Mapping[str, peft.PeftLayer]) -> 
                 continue
             known = changes.get(weight)
             described = {"rank": layer.rank, "alpha": layer.alpha}
+            if "kind" in said and (known is None or known.get("kind") == said["kind"]):
+                described = {"kind": said["kind"], **described}
             if "rows" in said and (known is None or known.get("rows") == said["rows"]):
                 described["rows"] = said["rows"]
             changes[weight] = described

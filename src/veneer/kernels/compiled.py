@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-HALF_STEP, ONE, SHIFT, NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.uint32(0x7FC0)
+NAN = np.uint32(0x7FC0)
 
 
 def sources() -> str:
@@ -72,13 +72,6 @@ def wide(context: Any, stored: Any):
         return builder.bitcast(bits, ir.FloatType())
 
     return numba.float32(stored), code
-
-
-@numba.njit(inline="always")
-def bf16(value):
-    """The bits of the bfloat16 nearest to a float32, ties to even; what a NaN gives is open."""
-    bits = as_bits(value)
-    return (bits + HALF_STEP + ((bits >> SHIFT) & ONE)) >> SHIFT
 
 
 @intrinsic

@@ -49,8 +49,8 @@ WORDS = 4 * LANES
 WORKERS = 8
 #: numbers in a weight for which numba is loaded
 WORTH = 1 << 20
-#: products of an element of B with one of A that are formed at once where numbers are computed again
-AGAIN = 1 << 18
+#: numbers that are computed again at once
+AGAIN = 1 << 15
 ROUNDINGS = ("auto", "nearest", "faithful")
 HALF = (torch.bfloat16, torch.float16)
 UNIT, TINY = 2.0**-24, 2.0**-126
@@ -177,7 +177,7 @@ def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, com
         sums = _in_float64(old, factors, spread, new)
     else:
         sums = _in_float32(old, factors, bound, new, _loop(old, new) if compiled else None)
-    ordinary = math.isfinite(sums.realised)
+    ordinary = all(map(math.isfinite, (sums.realised, sums.moved, sums.base)))
     finite = ordinary or _finite(new)
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
@@ -279,10 +279,10 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
     if loop is not None:
         A, B = loop.padded(A, 1), loop.padded(B, 2)
 
-    def in_one_loop(place: tuple[slice, slice], bench: Any) -> tuple[Tensor, Tensor]:
-        groups, rows = place
-        sums, doubtful = bench.fold(old[place], B[place].contiguous(), A[groups], bound[place], new[place])
-        return sums, doubtful + (groups.start * old.shape[1] + rows.start) * old.shape[2]
+    def in_one_loop(place: tuple[slice, slice], _: None) -> Tensor:
+        groups, _rows = place
+        own = (B[place], A[groups], bound[place], low.B[place], low.A[groups], low.scale)
+        return loop.rounded(old[place], *own, new[place])
 
     def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:
         """(sums of products, positions in the whole that are in doubt) of a slab."""
@@ -297,13 +297,14 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
         first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
         return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
 
-    slabs = list(_slabs(old.shape))
+    slabs, more = list(_slabs(old.shape)), 0.0
     if loop is not None:
-        done = spread(slabs, lambda: loop.Loop(_largest(old.shape)), in_one_loop, threads)
+        done = spread(slabs, lambda: None, in_one_loop, threads)
     else:
-        done = spread(slabs, lambda: _Room(old.shape, new.dtype), of_slab, threads)
-    more = _again(torch.cat([doubtful for _, doubtful in done]), old, low, new)
-    realised, moved, base = torch.stack([sums for sums, _ in done]).sum(0).tolist()
+        found = spread(slabs, lambda: _Room(old.shape, new.dtype), of_slab, threads)
+        more = _again(torch.cat([doubtful for _, doubtful in found]), old, low, new)
+        done = [sums for sums, _ in found]
+    realised, moved, base = torch.stack(done).sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
 
 
@@ -386,9 +387,12 @@ def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
     """Compute these numbers in float64; returns what that adds to ⟨ΔW, W' - W⟩."""
     _, out, in_ = old.shape
     more = 0.0
-    for each in places.split(max(1, AGAIN // low.rank)):
+    for each in places.split(AGAIN):
         at = each // (out * in_), each // in_ % out, each % in_
-        change = (low.B[at[0], at[1]] * low.A[at[0], :, at[2]]).sum(1) * low.scale
+        change = torch.zeros(len(each), dtype=torch.float64, device=each.device)
+        for k in range(low.rank):  # one after the other, as the compiled loop does: the bits are to be the same
+            change += low.B[at[0], at[1], k] * low.A[at[0], k, at[2]]
+        change *= low.scale
         rounded = round_once(old[at].double() + change, new.dtype)
         more += float((change * (rounded.double() - new[at].double())).sum())
         new[at] = rounded

@@ -3,17 +3,17 @@
     Δ = Σₖ (scale · B)[row, k] · A[k, column]        v = W + Δ        W' = bf16(either end of the interval around v)
 
 Arithmetic and proof are those of ``kernels.rounding``: float32, and an interval around v whose two ends must round
-alike. Where they do not, the place is noted for the caller, who computes it in float64. So the bits are the
-definition's, whichever of the two paths has run.
+alike. In a block where they do not all, the numbers in doubt are found and computed in float64 at once. So the bits are
+the definition's, whichever of the two paths has run.
 
 What the compiler may do: contract a product and a sum into one operation, which rounds once where the bound allows
 for twice. What it may not: reorder. It would cancel v against the ends of its interval. The sums of the report alone
-are free of order (``plus``), as they could not run on vectors otherwise.
+are free of order (``plus``), as they could not run on vectors otherwise. Integers are words of 32 bits in LLVM's own
+terms, as numba makes 64 of each sum of them, and vectors of half as many numbers.
 
-A block of ``WIDE`` columns stays in the nearest cache with its part of A, and the rows pass through it. torch does the
-same in 15 operations on a tile, each a pass through the second cache: 5 to 9 ns of a core for a number at rank 8, where
-this takes 1.3. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it
-runs.
+Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. torch does the same in
+15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
+0.6. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
 
 Importing this module loads numba (half a second, 100 MiB); only ``rounding`` does, for weights that are worth it.
 """
@@ -27,25 +27,74 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
-from veneer.kernels.compiled import NAN, SHIFT, as_float, bf16, compiled, plus, wide
+from veneer.kernels.compiled import as_bits, as_float, compiled, plus, wide
 
-#: columns of a block: with 8 rows of A it takes 16 KiB of the nearest cache
-WIDE = 512
+#: columns of a block, and words of marks that are looked at as one
+WIDE, LOOK = 512, 4
 #: products that are added to a number at once; ranks are filled up to a multiple of it, by zeros
 PRODUCTS = 8
-#: 1 + 2⁻²², as ``rounding`` has it
-FARTHER = np.float32(1 + 2.0**-22)
+#: 4 · 2⁻²⁴, as ``rounding`` has it
+FARTHER = np.float32(2.0**-22)
+NAN = np.uint16(0x7FC0)
+_WORD = ir.IntType(32)
+
+
+@intrinsic
+def _raised(context: Any, value: Any):
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
+
+    def code(_, builder: Any, __, args: Any):
+        bits = builder.bitcast(args[0], _WORD)
+        odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
+        return builder.add(builder.add(bits, _WORD(0x7FFF)), odd)
+
+    return types.uint32(types.float32), code
+
+
+@intrinsic
+def _differs(context: Any, one: Any, other: Any):
+    """The bits in which these differ."""
+    return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
+
+
+@intrinsic
+def _either(context: Any, one: Any, other: Any):
+    """The bits that are in one of these."""
+    return one(one, one), lambda _, builder, __, args: builder.or_(*args)
+
+
+@intrinsic
+def _upper(context: Any, bits: Any):
+    """The upper half of 32 bits."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.trunc(builder.lshr(args[0], _WORD(16)), ir.IntType(16))
+
+    return types.uint16(types.uint32), code
+
+
+@intrinsic
+def _rounded(context: Any, bits: Any):
+    """The number whose upper half these bits have, with nothing below."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.bitcast(builder.and_(args[0], _WORD(0xFFFF0000)), ir.FloatType())
+
+    return types.float32(types.uint32), code
 
 
 @numba.njit(fastmath={"contract"})
 def _change(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count]"""
+    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last ``PRODUCTS``."""
     last = first + count
     for j in range(count):
-        into[j] = np.float32(0)  # not the first product: that may be -0
-    for k in range(0, B.shape[1], PRODUCTS):
+        into[j] = np.float32(0)
+    for k in range(0, B.shape[1] - PRODUCTS, PRODUCTS):
         b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
         b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
         a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
@@ -58,53 +107,114 @@ def _change(into, B, A, row, first, count):
 
 
 @numba.njit(fastmath={"contract"})
-def _round(old, change, bound, new, marks, sums):
-    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether any is. ``sums``
-    gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
+def _round(old, change, B, A, row, first, bound, new, marks, sums):
+    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether any is. ``change``
+    has all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
+    k, last = B.shape[1] - PRODUCTS, first + len(old)
+    b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
+    b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
+    a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
+    a4, a5, a6, a7 = A[k + 4, first:last], A[k + 5, first:last], A[k + 6, first:last], A[k + 7, first:last]
     doubt = np.uint32(0)
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
-        W, delta = wide(old[j]), change[j]
+        W = wide(old[j])
+        delta = (  # from a zero on, not from the first product: that may be -0
+            change[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
+            + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
+        )  # fmt: skip
         v = W + delta
-        end = v * FARTHER + np.float32(np.copysign(bound, v))
-        rounded = bf16(v - (end - v))
-        rounded = np.uint32(rounded if v == v else NAN)
-        differs = bf16(end) ^ rounded
-        new[j], marks[j] = np.uint16(rounded), np.uint16(differs)
-        doubt |= differs
-        step = as_float(rounded << SHIFT) - W
+        reach = np.float32(abs(v) * FARTHER + bound)
+        one, other = _raised(v + reach), _raised(v - reach)
+        differs = _differs(one, other)
+        doubt = _either(doubt, differs)
+        new[j], marks[j] = _upper(one), _upper(differs)
+        step = _rounded(one) - W
         realised, moved, base = plus(realised, delta * step), plus(moved, step * step), plus(base, W * W)
     sums[0] += realised
     sums[1] += moved
     sums[2] += base
-    return doubt != 0
+    if realised != realised or moved != moved:  # something is no number, whose marks may say anything
+        marks[: len(old)] = NAN
+        return True
+    return _upper(doubt) != 0
 
 
-def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, places, sums):
+@numba.njit
+def _nearest(value):
+    """The bits of the bfloat16 nearest to a float64, ties to even: by way of a float32 that is rounded to odd, so that
+    rounding twice is rounding once (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
+    if value != value:
+        return NAN
+    near = np.float32(value)
+    bits = as_bits(near)
+    if np.float64(near) != value:
+        if abs(np.float64(near)) > abs(value):
+            bits = np.uint32(bits - np.uint32(1))
+        bits = np.uint32(bits | np.uint32(1))
+    return _upper(_raised(as_float(bits)))
+
+
+@numba.njit
+def _again(old, words, B, A, scale, row, first, new, sums):
+    """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks are looked at as one
+    of the ``words``, and ``LOOK`` words as one."""
+    found = 0
+    for begin in range(0, len(words), LOOK):
+        seen = np.uint64(0)
+        for word in range(begin, begin + LOOK):
+            seen |= words[word]
+        if seen:
+            for word in range(begin, begin + LOOK):
+                marked, j = words[word], 4 * word
+                while marked:
+                    if marked & np.uint64(0xFFFF):
+                        _exact(old, B, A, scale, row, first, j, new, sums)
+                        found += 1
+                    marked, j = marked >> np.uint64(16), j + 1
+    return found
+
+
+@numba.njit
+def _exact(old, B, A, scale, row, first, j, new, sums):
+    change = 0.0
+    for k in range(B.shape[1]):
+        change += B[row, k] * A[k, first + j]
+    change *= scale
+    before, new[j] = wide(new[j]), _nearest(np.float64(wide(old[j])) + change)
+    sums[0] += change * (np.float64(wide(new[j])) - np.float64(before))
+
+
+def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums):
     """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the last, with the distance
-    from group to group and from row to row; ``places`` gets where the result is in doubt, counted within the slab;
-    returns how many."""
+    from group to group and from row to row; the wide factors are float64, and B there is without its scale. Returns
+    how many numbers were in doubt."""
     groups, rows, _ = B.shape
     columns = A.shape[2]
-    change, marks = np.empty(WIDE, np.float32), np.empty(WIDE, np.uint16)
-    found = 0
+    change, marks = np.empty(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    words, found = marks.view(np.uint64), 0
     for group in range(groups):
-        for first in range(0, columns, WIDE):
-            count = min(WIDE, columns - first)
-            for row in range(rows):
+        for row in range(rows):
+            for first in range(0, columns, WIDE):
+                count = min(WIDE, columns - first)
                 _change(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
                 into = group * new_group + row * new_row + first
-                own, made = old[start : start + count], new[into : into + count]
-                if _round(own, change, bound[group, row], made, marks, sums):
-                    for j in range(count):
-                        if marks[j]:
-                            places[found] = (group * rows + row) * columns + first + j
-                            found += 1
+                own, made, error = old[start : start + count], new[into : into + count], bound[group, row]
+                if _round(own, change, B[group], A[group], row, first, error, made, marks, sums):
+                    marks[count:] = 0
+                    found += _again(own, words, wide_B[group], wide_A[group], scale, row, first, made, sums)
     return found
 
 
 _LOOP = compiled(_slab)
+
+
+def prepare() -> None:
+    """Have the loop compiled now, for bfloat16: what that takes is memory which others need later."""
+    one = torch.zeros(1, 1, 1, device="cpu")
+    stored = one.to(torch.bfloat16)
+    rounded(stored, padded(one, 2), padded(one, 1), one, one.double(), one.double(), 1.0, stored.clone())
 
 
 def able(old: Tensor, new: Tensor) -> bool:
@@ -120,19 +230,18 @@ def padded(factor: Tensor, axis: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], axis).contiguous()
 
 
-class Loop:
-    """The loop, and what one thread keeps from slab to slab."""
+def rounded(
+    old: Tensor, B: Tensor, A: Tensor, bound: Tensor, wide_B: Tensor, wide_A: Tensor, scale: float, new: Tensor
+) -> Tensor:
+    """Round a slab into ``new``; returns the sums [3] in float64.
 
-    def __init__(self, slab: int) -> None:
-        self.places = np.empty(slab, np.int64)  # memory is taken where it is written: hardly anywhere
-
-    def fold(self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a slab into ``new``; returns the sums [3] in float64, and the places in the slab that are in doubt."""
-        sums = np.zeros(3)
-        found = _LOOP(
-            *_memory(old), *_memory(new), B.numpy(), A.numpy(), bound.contiguous()[:, :, 0].numpy(), self.places, sums
-        )
-        return torch.from_numpy(sums), torch.from_numpy(self.places[:found].copy())
+    Args:
+        B, A: float32 and ``padded``; B with its scale.
+        wide_B, wide_A: the same in float64, as they are.
+    """
+    sums, factors = np.zeros(3), [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)]
+    _LOOP(*_memory(old), *_memory(new), *factors, float(scale), sums)
+    return torch.from_numpy(sums)
 
 
 def _memory(one: Tensor) -> tuple[Any, int, int]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -21,10 +23,27 @@ State = TypeVar("State")
 Result = TypeVar("Result")
 
 
+_APART: ContextVar[int] = ContextVar("apart")
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """In the block, what is spread takes as many threads as torch has, and torch itself one: those of its own wait for
+    its next operation by spinning, on cores that others could use."""
+    count = torch.get_num_threads()
+    token = _APART.set(count)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        _APART.reset(token)
+
+
 def threads_for(tensor: Tensor, most: int) -> int:
     """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than ``most`` (each
     needs memory, and they share its bandwidth); 0, the caller itself, on another device, where one stream is enough."""
-    return min(torch.get_num_threads(), most) if tensor.device.type == "cpu" else 0
+    return min(_APART.get(torch.get_num_threads()), most) if tensor.device.type == "cpu" else 0
 
 
 def spread(
@@ -36,7 +55,7 @@ def spread(
     ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised.
     """
     threads = min(threads, len(items))
-    if threads == 0 or torch.get_num_threads() == 1:
+    if threads == 0 or _APART.get(torch.get_num_threads()) == 1:
         with torch.no_grad():
             own = state()
             return [work(item, own) for item in items]

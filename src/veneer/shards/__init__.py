@@ -2,9 +2,9 @@
 
     reader          the arithmetic            writer
     tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
-            └─────► fingerprint of the base
+            └─────► fingerprint of the base ─┘
 
-Three threads (and one that flushes to the disk), and at most twice the largest tensor between them (``memory``). What
+Four threads (and one that flushes to the disk), and at most twice the largest tensor between them (``memory``). What
 no adapter changes is copied. The result is written past the system's cache (``stream``). It stands in a folder beside
 OUT until it is whole, then takes its name in one step.
 
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,21 @@ from torch import Tensor, nn
 
 from veneer.artefact import content_hash, read
 from veneer.checkpoint import DTYPES, NAMES, Checkpoint, in_order, open_checkpoint, read_tensor
-from veneer.errors import CheckpointError, MergeError, listing, raise_all, sentence
+from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all, sentence
 from veneer.files import disk_errors, must_not_exist, publish
 from veneer.hashing import hash_json
 from veneer.headers import Header
+from veneer.kernels import has_numba
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
+from veneer.kernels.threads import apart
 from veneer.merge import LayerMerge, MergeReport
 from veneer.shards import beside
 from veneer.shards.beside import RECORD
 from veneer.shards.memory import Lease, Memory
 from veneer.shards.prints import Known, ahead, printed
 from veneer.shards.recipe import Adapter, Recipe, Work, apply, lies_in, mismatched, recipe_for, refuse, replaced
+from veneer.shards.skeleton import skeleton
 from veneer.shards.stream import Stream
 
 JOURNAL = "journal.jsonl"
@@ -184,6 +187,17 @@ def merge_checkpoint(
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
     plan = _planned(base, adapters, dtype, rounding, verify_base, model)
+    try:
+        return _merged(plan, base, out, progress)
+    except BaseMismatchError:
+        if not plan.recipe.by_prints:
+            raise
+    # the names were taken for those of the model's parameters, which only the model knows
+    plan = _planned(base, adapters, dtype, rounding, verify_base, model, by_prints=False)
+    return _merged(plan, base, out, progress)
+
+
+def _merged(plan: _Plan, base: str | Path, out: Path, progress: Progress | None) -> CheckpointMerge:
     if out == plan.checkpoint.folder.resolve() or out in plan.checkpoint.folder.resolve().parents:
         raise MergeError(sentence(f"{out}, which holds the base", "another folder for the result", "choose another"))
     with disk_errors(out), _working(out, plan.identity()) as (folder, journal):
@@ -245,7 +259,10 @@ def prove(
     return len(merged.where)
 
 
-def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any) -> _Plan:
+def _planned(
+    base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any, by_prints: bool = True
+) -> _Plan:
+    """``by_prints`` allows to find the tensors by the fingerprints that the adapters say, if they are compared."""
     if not adapters:
         raise MergeError(sentence("no adapter", "one or several", "name them"))
     known_rounding(rounding)
@@ -258,9 +275,12 @@ def _planned(base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: b
     ]
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
-    speak_of = {name for path, _ in given for name in read(path).metadata.get("base", {}).get("weights", {})}
-    with ahead(checkpoint, speak_of if verify_base else ()) as known:
-        recipe = recipe_for(folder, given, model)
+    artefacts = [read(path) for path, _ in given]
+    speak_of = {name for artefact in artefacts for name in artefact.metadata.get("base", {}).get("weights", {})}
+    drawn = skeleton(checkpoint, artefacts) if model is None and verify_base and by_prints else None
+    with ahead(checkpoint, speak_of if verify_base and drawn is None else ()) as known:
+        recipe = recipe_for(folder, given, model if drawn is None else drawn)
+    recipe = replace(recipe, by_prints=drawn is not None)
     return _Plan(checkpoint, recipe, tuple(given), dtype, rounding, verify_base, known)
 
 
@@ -347,17 +367,24 @@ class _Run:
         self.read: queue.Queue[Any] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self.stopped, self.failed = threading.Event(), []
+        self.comparing = ThreadPoolExecutor(1)
         self.sources: dict[str, int] = {}
+        self.opening = threading.Lock()
 
     def whole(self) -> None:
         """Everything that is left to do."""
+        if self.compiled and has_numba():
+            from veneer.kernels import streaming
+
+            streaming.prepare()
         threads = [threading.Thread(target=self._guarded, args=(part,)) for part in (self._reading, self._writing)]
         for thread in threads:
             thread.start()
         try:
-            while (job := self._next(self.read)) is not None:
-                self.ready.put(self._done(*job))
-                job = None
+            with apart():
+                while (job := self._next(self.read)) is not None:
+                    self.ready.put(self._done(*job))
+                    job = None
             self.ready.put(None)
         except BaseException:
             self.stopped.set()
@@ -365,19 +392,24 @@ class _Run:
         finally:
             for thread in threads:
                 thread.join()
+            self.comparing.shutdown(cancel_futures=True)
             for descriptor in self.sources.values():
                 os.close(descriptor)
         if self.failed:
             raise self.failed[0]
 
     def _done(
-        self, name: str, tensor: Tensor | None, old: Lease | None, new: Lease | None
+        self, name: str, tensor: Tensor | None, old: Lease | None, new: Lease | None, compared: Future[None] | None
     ) -> tuple[Tensor | None, Lease | None, list[LayerMerge]]:
         """A tensor of the result, the memory that is left to it, and what the merge did; None for one that is
-        copied."""
+        copied. What is not of the base goes no further."""
         if tensor is None or old is None or new is None:
+            if compared is not None:
+                compared.result()
             return None, None, []
         result, layers = _computed(self.plan, name, tensor, self.compiled, new.lent)
+        if compared is not None:
+            compared.result()
         spare, kept = (new, old) if lies_in(result, tensor) else (old, new)
         self.memory.give(spare, tensor if spare is old else None)
         return result, kept, layers
@@ -406,12 +438,13 @@ class _Run:
 
     def _source(self, name: str) -> int:
         file = self.plan.checkpoint.where[name]
-        if file not in self.sources:
-            self.sources[file] = os.open(self.plan.checkpoint.folder / file, os.O_RDONLY)
-        return self.sources[file]
+        with self.opening:
+            if file not in self.sources:
+                self.sources[file] = os.open(self.plan.checkpoint.folder / file, os.O_RDONLY)
+            return self.sources[file]
 
     def _reading(self) -> None:
-        last, recipe, checkpoint = self._last_of_each(), self.plan.recipe, self.plan.checkpoint
+        last, checkpoint = self._last_of_each(), self.plan.checkpoint
         for _, name in self._left():
             if self.stopped.is_set():
                 return
@@ -420,15 +453,22 @@ class _Run:
                 size = checkpoint.bytes(name)
                 old, new = self.memory.take((size, self.plan.written(name)), self.stopped)
                 tensor = read_tensor(self._source(name), checkpoint, name, into=old.lent.pop()[:size])
-            loaded = {} if tensor is None else {name: tensor}
-            found = [
-                mismatched(recipe, path, printed(recipe, checkpoint, path, self._source, loaded, self.plan.known))
-                for path in last.get(name, ())
-            ]
-            refuse([one for one in found if one], self.plan.checkpoint.folder)
-            self.read.put((name, tensor, old, new))
-            tensor = loaded = None  # nobody holds on to memory that others wait for
+            compared = None
+            if name in last:
+                loaded = {} if tensor is None else {name: tensor}
+                compared = self.comparing.submit(self._compare, last[name], loaded)
+                loaded = None
+            self.read.put((name, tensor, old, new, compared))
+            tensor = None  # nobody holds on to memory that others wait for
         self.read.put(None)
+
+    def _compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that are not those of the adapters' base."""
+        recipe, checkpoint, known = self.plan.recipe, self.plan.checkpoint, self.plan.known
+        found = [
+            mismatched(recipe, path, printed(recipe, checkpoint, path, self._source, loaded, known)) for path in paths
+        ]
+        refuse([one for one in found if one], checkpoint.folder)
 
     def _last_of_each(self) -> dict[str, list[str]]:
         """The parameters whose fingerprint can be told once this tensor is read, by its name. What an earlier run has

@@ -7,7 +7,8 @@ The model is built hollow (``models.hollow``) and the adapters are loaded onto i
 real one: so whatever a live merge refuses is refused here, and nothing about layers, ties or variants is written twice.
 
 transformers, which knows the names, is 140 MB of code and more. A merge that promises a bound for its memory does
-without: a child process makes the recipe and hands it over.
+without: adapters of ours say enough of linear layers (``skeleton``), and for all else a child process makes the recipe
+and hands it over.
 """
 
 from __future__ import annotations
@@ -71,13 +72,15 @@ class Recipe:
 
     ``works`` are by the name of a tensor; ``parts`` the tensors that hold a parameter, by its path, where these are
     several, such as experts; ``prints`` the fingerprints that adapters expect of a parameter, by its path,
-    with the tensors that hold it, in its own order; ``notes`` what a person should know.
+    with the tensors that hold it, in its own order; ``notes`` what a person should know; ``by_prints`` whether it holds
+    only if the fingerprints do, as the model was drawn by ``skeleton``.
     """
 
     works: Mapping[str, tuple[Work, ...]]
     parts: Mapping[str, tuple[str, ...]]
     prints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, str]]]
     notes: tuple[str, ...]
+    by_prints: bool = False
 
 
 def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> Recipe:

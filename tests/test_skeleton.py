@@ -1,0 +1,137 @@
+"""Adapters of linear layers are merged into a checkpoint without the model's code, where fingerprints tell which tensor
+is which; everything else asks the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import veneer
+from real_models import REAL
+from test_shards import equal, in_memory, tensors, tiny, trained, transformers_models, written
+from veneer.artefact import read
+from veneer.checkpoint import open_checkpoint
+from veneer.errors import BaseMismatchError
+from veneer.shards import merge_checkpoint, recipe
+from veneer.shards.skeleton import skeleton
+from veneer.variants import VARIANTS
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions to the process that knows models."""
+    questions, run = [], recipe.subprocess.run
+    monkeypatch.setattr(recipe.subprocess, "run", lambda *given, **how: questions.append(given) or run(*given, **how))
+    return questions
+
+
+@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS if variant.peft is not None])
+def test_the_model_is_not_asked(variant, tmp_path, asked):
+    from toys import evidence, randomise
+
+    model, base = tiny(tmp_path / "base")
+    config = veneer.LoraConfig(rank=2, targets="all-linear", variant=variant)
+    given = evidence(model, variant, (torch.arange(5)[None],), lambda m, b: m(*b).logits.float().sum())
+    handle = veneer.attach(model, config, **given)
+    randomise(handle, 0.05)
+    handle.save(tmp_path / "adapter")
+    handle.detach()
+    done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert asked == []
+    assert len(done.report.layers) == 14
+    equal(tensors(tmp_path / "out"), in_memory(model, tmp_path / "adapter", tmp_path / "memory"))
+
+
+@pytest.mark.parametrize("name", transformers_models())
+def test_whatever_is_drawn_is_right(name, tmp_path):
+    """In every architecture: where a skeleton is drawn, the merge with it is the merge in memory."""
+    model = REAL[name].build()[0].to(torch.bfloat16)
+    base = written(model, tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    drawn = skeleton(open_checkpoint(base), [read(adapter)])
+    if name in ("llama", "qwen3", "gemma3"):
+        assert drawn is not None
+    if name == "gpt2":  # whose layers lie transposed
+        assert drawn is None
+    if drawn is not None:
+        merge_checkpoint(base, [adapter], tmp_path / "out")
+        equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
+
+
+def test_an_adapter_that_tells_no_kinds(tmp_path, asked, monkeypatch):
+    """As they were saved before."""
+    model, base = tiny(tmp_path / "base")
+    told = veneer.adapter._described
+    monkeypatch.setattr(
+        veneer.adapter, "_described", lambda change: {k: v for k, v in told(change).items() if k != "kind"}
+    )
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert len(asked) == 1
+    equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
+
+
+@pytest.mark.parametrize("fields", [{"targets": "all"}, {"targets": ["q_proj"], "train_also": ["norm"]}], ids=str)
+def test_what_may_be_tied_or_is_trained_in_full(fields, tmp_path, asked):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", **fields)
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert len(asked) == 1
+    equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
+
+
+def test_without_fingerprints_only_the_model_can_tell(tmp_path, asked):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    merge_checkpoint(base, [adapter], tmp_path / "out", verify_base=False)
+    assert len(asked) == 1
+
+
+def test_another_base_is_asked_about_and_refused(tmp_path, asked):
+    model, _ = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    _, other = tiny(tmp_path / "other")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] += 1
+    written(model, other, max_shard_size="30KB")
+    with pytest.raises(BaseMismatchError, match="up_proj"):
+        merge_checkpoint(other, [adapter], tmp_path / "out")
+    assert len(asked) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "other", "adapter"}
+
+
+def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatch):
+    """Two layers have each other's names in the files: the fingerprints do not fit, and the model is asked."""
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj", "o_proj"])
+    exact = in_memory(model, adapter, tmp_path / "memory")
+    model, _ = tiny(tmp_path / "base")
+    one, two = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qo")
+
+    def swapped(values):
+        return {{one: two, two: one}.get(name, name): value for name, value in values.items()}
+
+    from safetensors.torch import load_file, save_file
+
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    (base / "model.safetensors.index.json").unlink()
+    own = {name: value.contiguous() for name, value in model.state_dict().items() if "lm_head" not in name}
+    save_file(swapped(own), base / "model.safetensors", metadata={"format": "pt"})
+    places = recipe.models.places
+
+    def rule(model, names):  # as transformers' own rules of conversion would say it
+        return swapped(places(model, swapped(dict.fromkeys(names))))
+
+    monkeypatch.setattr(recipe.models, "places", rule)
+    monkeypatch.setattr(
+        recipe.subprocess, "run", lambda *given, **how: pytest.fail("the process of its own has other rules")
+    )
+    whole = tiny(tmp_path / "again")[0]
+    real = recipe.recipe_for
+    monkeypatch.setattr(
+        veneer.shards, "recipe_for", lambda folder, given, drawn: real(folder, given, whole if drawn is None else drawn)
+    )
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    equal(swapped(found), {name: exact[name] for name in swapped(found)})
