@@ -3,6 +3,7 @@ that are taken ahead."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from veneer.shards.stream import BLOCK, Stream
 # ---------------------------------------------------------------------------------------------- files
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["write", "copy", "flush", "again"]), st.integers(0, 5 * BLOCK)), max_size=12
+    st.tuples(st.sampled_from(["write", "lying", "copy", "flush", "again"]), st.integers(0, 5 * BLOCK)), max_size=12
 )
 
 
@@ -43,9 +44,14 @@ def test_a_stream_holds_what_was_written(direct, steps, seed, tmp_path_factory):
         for step, count in steps:
             if step == "write":
                 own.write(memoryview(source[seed : seed + count]))
+            elif step == "lying":  # in memory as it will in the file
+                pages = memoryview(mmap.mmap(-1, 1 << 16))
+                first = stream.lag(stream._address(pages), len(expected))
+                pages[first : first + len(source[seed : seed + count])] = source[seed : seed + count]
+                own.write(pages[first : first + len(source[seed : seed + count])])
             elif step == "copy":
                 own.copy(other.fileno(), seed, min(count, len(source) - seed))
-            if step in ("write", "copy"):
+            if step in ("write", "lying", "copy"):
                 expected += source[seed : seed + count]
                 continue
             own.flush()
@@ -63,6 +69,24 @@ def test_a_stream_holds_what_was_written(direct, steps, seed, tmp_path_factory):
         os.ftruncate(own.descriptor, len(expected))
         own.close()
     assert (folder / "file").read_bytes() == expected
+
+
+def test_what_lies_as_in_the_file_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "ROOM", 2 * BLOCK)
+    pages = memoryview(mmap.mmap(-1, 10 * BLOCK))
+    pages[:] = os.urandom(len(pages))
+    written, put = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda to, data, at: written.append((len(data), at)) or put(to, data, at))
+    own = Stream(tmp_path / "file", 0)
+    own.write(memoryview(b"head" * 10))
+    first = stream.lag(stream._address(pages), 40)
+    own.write(pages[first : first + 6 * BLOCK])
+    own.flush()
+    own.close()
+    assert written == [(BLOCK, 0), (5 * BLOCK, BLOCK), (BLOCK, 6 * BLOCK)]
+    whole = (tmp_path / "file").read_bytes()
+    assert whole[: 40 + 6 * BLOCK] == b"head" * 10 + bytes(pages[first : first + 6 * BLOCK])
+    assert stream.lag(4096, 41) == 0
 
 
 def test_a_file_system_that_refuses_direct_writes(tmp_path, monkeypatch):

@@ -42,7 +42,6 @@ from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listin
 from veneer.files import disk_errors, must_not_exist, publish
 from veneer.hashing import hash_json
 from veneer.headers import Header
-from veneer.kernels import has_numba
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.kernels.threads import apart
@@ -53,7 +52,7 @@ from veneer.shards.memory import Lease, Memory
 from veneer.shards.prints import Known, ahead, printed
 from veneer.shards.recipe import Adapter, Recipe, Work, apply, lies_in, mismatched, recipe_for, refuse, replaced
 from veneer.shards.skeleton import skeleton
-from veneer.shards.stream import Stream
+from veneer.shards.stream import BLOCK, Stream, lag
 
 JOURNAL = "journal.jsonl"
 #: bytes that are written between two lines of the journal
@@ -373,10 +372,6 @@ class _Run:
 
     def whole(self) -> None:
         """Everything that is left to do."""
-        if self.compiled and has_numba():
-            from veneer.kernels import streaming
-
-            streaming.prepare()
         threads = [threading.Thread(target=self._guarded, args=(part,)) for part in (self._reading, self._writing)]
         for thread in threads:
             thread.start()
@@ -445,13 +440,17 @@ class _Run:
 
     def _reading(self) -> None:
         last, checkpoint = self._last_of_each(), self.plan.checkpoint
-        for _, name in self._left():
+        at, starts = "", {}
+        for file, name in self._left():
             if self.stopped.is_set():
                 return
+            if file != at:
+                at, (_, starts, _) = file, self.plan.layout(file)
             tensor = old = new = None
             if not self.plan.copied(name):
                 size = checkpoint.bytes(name)
-                old, new = self.memory.take((size, self.plan.written(name)), self.stopped)
+                old, new = self.memory.take((size, self.plan.written(name) + BLOCK), self.stopped)
+                new.lent[0] = new.lent[0][lag(new.address, starts[name]) :]
                 tensor = read_tensor(self._source(name), checkpoint, name, into=old.lent.pop()[:size])
             compared = None
             if name in last:

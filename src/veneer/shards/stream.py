@@ -3,12 +3,14 @@
 What a merge writes is flushed before anybody reads it. Through the cache each byte is copied to fresh pages, which the
 system must find, and is written from there later; directly, the disk takes it from here: a tenth of the time of a core,
 and the cache keeps the files that are read. Direct writes begin and end at multiples of ``BLOCK``, in the file and in
-memory, so bytes are gathered in one buffer. Where the file system does not have them, the same writes go through the
-cache.
+memory, so bytes are gathered in one buffer, but for those that lie in memory as they will in the file (``lag``), as a
+large tensor can: these are written from where they are. Where the file system does not have them, the same writes go
+through the cache.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -39,7 +41,15 @@ class Stream:
 
     def write(self, data: memoryview) -> None:
         while len(data):
-            count = min(len(data), ROOM - self._filled)
+            large = len(data) >= ROOM and not data.readonly
+            if large and not self._filled % BLOCK and not lag(_address(data), 0):
+                self._put(self._filled)
+                self._first, self._filled = self._first + self._filled, 0
+                count = len(data) // BLOCK * BLOCK
+                self._put(count, data)
+                data, self._first = data[count:], self._first + count
+                continue
+            count = min(len(data), ROOM - self._filled, -self._filled % BLOCK or ROOM)
             self._room[self._filled : self._filled + count] = data[:count]
             data = data[count:]
             self._more(count)
@@ -78,16 +88,27 @@ class Stream:
             self._put(ROOM)
             self._first, self._filled = self._first + ROOM, 0
 
-    def _put(self, count: int) -> None:
-        done = 0
+    def _put(self, count: int, data: memoryview | None = None) -> None:
+        """Write so many bytes of the buffer, or of other memory."""
+        done, data = 0, self._room if data is None else data
         while done < count:
             try:
-                done += os.pwrite(self.descriptor, self._room[done:count], self._first + done)
+                done += os.pwrite(self.descriptor, data[done:count], self._first + done)
             except OSError as error:
                 flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & DIRECT:
                     raise
                 fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~DIRECT)  # other blocks, or part of one was written
+
+
+def lag(address: int, place: int) -> int:
+    """The bytes from an address on up to one that lies within a block as ``place`` does in the file; 0 for a place
+    where no number may lie in memory."""
+    return 0 if place % 8 else (place - address) % BLOCK
+
+
+def _address(data: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 def _opened(path: Path) -> int:
