@@ -99,6 +99,7 @@ bench: setup
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
 	$(BENCH)/train_step.py
+	$(BENCH)/train_step.py --others --runs 3
 	$(KEEP) $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py
 	$(BENCH)/frozen.py

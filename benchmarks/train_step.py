@@ -4,14 +4,14 @@ thread, in interleaved rounds.
 The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedded input. It
 and the peers take loss, attention and layout from the model, as their documentation does; Veneer takes its own loss
 and, in bf16, its own attention, as `veneer train` does, and of convolutions the channels last, as the README says; the
-rows "model's own …" tell the gains apart. Dropout is 0.05.
-"bf16 adapters" is PEFT with autocast_adapter_dtype=False.
+rows "model's own …" tell the gains apart. Dropout is 0.05. "bf16 adapters" is PEFT with autocast_adapter_dtype=False.
 
     python benchmarks/train_step.py                         SmolLM2-135M's shape, 4 × 256 tokens, rank 8
     python benchmarks/train_step.py --arch vit --rank 64    another case
+    python benchmarks/train_step.py --others                8 layers of BERT, of ViT, and of ResNet-50's blocks
     python benchmarks/train_step.py --all                   every architecture, 64 to 4,096 tokens, rank 8 to 256
 
-The first and the last write their result; another case is printed, and written only where --out says. AdamW's step
+The first and the last two write their result; another case is printed, and written only where --out says. AdamW's step
 counts.
 
 Predicted: full fine-tuning 1.48 (fp32) and 1.37 (bf16); PEFT 1.16 and 1.3, with dropout 1.4 and 1.65, with bf16
@@ -32,6 +32,7 @@ import torch
 from candidates import ARCHITECTURES, DTYPES, make, names, sharing, timed
 from report import machine, measure, show, write
 
+OTHERS = ["bert", "vit", "resnet"]
 TOKENS, RANKS = (64, 256, 1024, 4096), (8, 64, 256)
 #: of the whole grid: few, for its 96 cases to end in minutes
 GRID_LAYERS = {64: 2, 256: 2, 1024: 1, 4096: 1}
@@ -76,12 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--layers", type=int, help="default: those of the whole model")
     parser.add_argument("--runs", type=int, help="rounds; default: 5, with --all 3")
     parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="these rows, besides the floor")
+    parser.add_argument("--others", action="store_true", help="the other architectures, with 8 layers")
     parser.add_argument("--all", action="store_true", help="the whole grid, of few layers")
     parser.add_argument("--tiny", action="store_true", help="models of a toy's width")
     parser.add_argument("--out", type=Path, help="folder for the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    chosen = options.arch or (list(ARCHITECTURES) if options.all else ["llama"])
+    if options.others:
+        options.layers = options.layers or 8
+    usual_arch = OTHERS if options.others else list(ARCHITECTURES) if options.all else ["llama"]
+    chosen = options.arch or usual_arch
     if options.all:
         todo = list(grid(chosen, options.dtype))
     else:
@@ -96,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         cases.append(case(**one, runs=runs, tiny=options.tiny, only=options.only))
         show("train_step", cases[-1])
     asked = (chosen, options.dtype, options.tokens, options.rank, options.layers, options.tiny, options.only)
-    usual = asked == (["llama"], list(DTYPES), [1024], [8], None, False, ())
-    name = "train_step_grid" if options.all else "train_step"
+    usual = asked == (usual_arch, list(DTYPES), [1024], [8], 8 if options.others else None, False, ())
+    name = "train_step_grid" if options.all else "train_step_others" if options.others else "train_step"
     if machine()["allocator"] != "as it comes":
         name += "_tuned"
     if options.out is None and not (options.all or usual):
