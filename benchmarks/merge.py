@@ -15,8 +15,8 @@ has come to a random share of the work, and compares what the last one makes of 
     python benchmarks/merge.py                  6 GiB, 3 rounds
     python benchmarks/merge.py --quick          a few MiB: does it run
 
-Predicted: 0.8 × the rate of copying with two cores (hashing overlaps with the start; reading, adding and writing with
-each other), 0.8 GiB of memory against the 7 of PEFT.
+Predicted: 0.8 × the rate of copying with two cores (hashing, reading, adding and writing overlap), 0.8 GiB of memory
+against the 7 of PEFT.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def killed(folder: Path, out: Path, kills: int) -> list[tuple[float, int]]:
         run = subprocess.Popen(command, cwd=Path(__file__).parent)
         while number and run.poll() is None and not (_works(out, began) and _on_disk(out) >= share * whole):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.5 if number else 10))
+        time.sleep(chance.uniform(0, 0.5 if number else 5))
         if run.poll() is None:
             run.send_signal(signal.SIGKILL)
             moments.append((time.perf_counter() - start, _on_disk(out)))

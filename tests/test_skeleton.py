@@ -135,3 +135,13 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
     merge_checkpoint(base, [adapter], tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     equal(swapped(found), {name: exact[name] for name in swapped(found)})
+
+
+@pytest.mark.parametrize("weight", [".weight", "a..weight", "forward.weight"])
+def test_names_that_no_model_has(weight, tmp_path):
+    from types import SimpleNamespace
+
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = SimpleNamespace(folder=tmp_path, where={weight: "file"}, shape=lambda name: (3, 4))
+    record = {"base": {"weights": {weight: "0"}}, "changes": {weight: {"kind": "linear"}}}
+    assert skeleton(checkpoint, [SimpleNamespace(metadata=record, full={})]) is None

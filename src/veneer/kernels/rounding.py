@@ -275,13 +275,13 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
     A, B = low.A.float(), (low.B * low.scale).float()
-    threads = threads_for(old, WORKERS)
+    threads, columns = threads_for(old, WORKERS), low.A
     if loop is not None:
-        A, B = loop.padded(A, 1), loop.padded(B, 2)
+        A, B, columns = loop.padded(A, 1), loop.padded(B, 2), low.A.mT.contiguous()
 
     def in_one_loop(place: tuple[slice, slice], _: None) -> Tensor:
         groups, _rows = place
-        own = (B[place], A[groups], bound[place], low.B[place], low.A[groups], low.scale)
+        own = (B[place], A[groups], bound[place], low.B[place], columns[groups], low.scale)
         return loop.rounded(old[place], *own, new[place])
 
     def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,10 @@ def _rounded(context: Any, bits: Any):
 
 @numba.njit(fastmath={"contract"})
 def _change(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last ``PRODUCTS``."""
+    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last ``PRODUCTS``; zeros, which it
+    has from the beginning, if there are no others."""
+    if B.shape[1] == PRODUCTS:
+        return
     last = first + count
     for j in range(count):
         into[j] = np.float32(0)
@@ -179,7 +182,7 @@ def _again(old, words, B, A, scale, row, first, new, sums):
 def _exact(old, B, A, scale, row, first, j, new, sums):
     change = 0.0
     for k in range(B.shape[1]):
-        change += B[row, k] * A[k, first + j]
+        change += B[row, k] * A[first + j, k]
     change *= scale
     before, new[j] = wide(new[j]), _nearest(np.float64(wide(old[j])) + change)
     sums[0] += change * (np.float64(wide(new[j])) - np.float64(before))
@@ -191,7 +194,7 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B,
     how many numbers were in doubt."""
     groups, rows, _ = B.shape
     columns = A.shape[2]
-    change, marks = np.empty(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
     words, found = marks.view(np.uint64), 0
     for group in range(groups):
         for row in range(rows):
@@ -237,7 +240,7 @@ def rounded(
 
     Args:
         B, A: float32 and ``padded``; B with its scale.
-        wide_B, wide_A: the same in float64, as they are.
+        wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in doubt reads a column.
     """
     sums, factors = np.zeros(3), [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)]
     _LOOP(*_memory(old), *_memory(new), *factors, float(scale), sums)

@@ -42,7 +42,10 @@ def skeleton(checkpoint: Checkpoint, artefacts: Sequence[Artefact]) -> nn.Module
             shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
         if not artefact.metadata or artefact.full:
             return None
-    return _built(shapes)
+    try:
+        return _built(shapes)
+    except KeyError:  # names that no model can have
+        return None
 
 
 def _sizes(config: Any) -> Iterator[int]:
