@@ -145,3 +145,15 @@ def test_names_that_no_model_has(weight, tmp_path):
     checkpoint = SimpleNamespace(folder=tmp_path, where={weight: "file"}, shape=lambda name: (3, 4))
     record = {"base": {"weights": {weight: "0"}}, "changes": {weight: {"kind": "linear"}}}
     assert skeleton(checkpoint, [SimpleNamespace(metadata=record, full={})]) is None
+
+
+@pytest.mark.parametrize(("other", "drawn"), [("b.q.weight", False), ("b.k.weight", True), ("b.q.bias", True)])
+def test_a_layer_of_the_same_name_and_shape_may_be_the_same(other, drawn, tmp_path):
+    """As the shared blocks of some models are, of which a file may hold each."""
+    from types import SimpleNamespace
+
+    (tmp_path / "config.json").write_text("{}")
+    where = dict.fromkeys(["a.q.weight", other], "file")
+    checkpoint = SimpleNamespace(folder=tmp_path, where=where, shape=lambda name: (3, 4))
+    record = {"base": {"weights": {"a.q.weight": "0"}}, "changes": {"a.q.weight": {"kind": "linear"}}}
+    assert (skeleton(checkpoint, [SimpleNamespace(metadata=record, full={})]) is not None) is drawn

@@ -13,7 +13,7 @@ terms, as numba makes 64 of each sum of them, and vectors of half as many number
 
 Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. torch does the same in
 15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
-0.6. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
+1.0. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
 
 Importing this module loads numba (half a second, 100 MiB); only ``rounding`` does, for weights that are worth it.
 """

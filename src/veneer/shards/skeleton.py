@@ -7,8 +7,9 @@ checkpoint has a tensor of that name and fingerprint, that tensor is the weight:
 on the way into the model, and what the change does to it is known. So a merge that compares fingerprints anyway needs
 nothing else, neither transformers, which takes seconds to load, nor that it knows the architecture.
 
-Left to the model itself is whatever may have a second name (a tie, as of an embedding and a head, which is why what is
-as large as the vocabulary is left), every other kind of layer, and what is trained in full.
+Left to the model itself is whatever may have a second name: a tie of an embedding and a head, so what is as large as
+the vocabulary; a layer and its like elsewhere, so all of it where one of these is not changed. And so is every other
+kind of layer, and what is trained in full.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ def skeleton(checkpoint: Checkpoint, artefacts: Sequence[Artefact]) -> nn.Module
                 return None
             shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
         if not artefact.metadata or artefact.full:
+            return None
+    alike = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
+    for name in checkpoint.where:
+        path, _, last = name.rpartition(".")
+        unchanged = last == "weight" and path not in shapes
+        if unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in alike:
             return None
     try:
         return _built(shapes)
