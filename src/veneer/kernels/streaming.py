@@ -213,13 +213,6 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B,
 _LOOP = compiled(_slab)
 
 
-def prepare() -> None:
-    """Have the loop compiled now, for bfloat16: what that takes is memory which others need later."""
-    one = torch.zeros(1, 1, 1, device="cpu")
-    stored = one.to(torch.bfloat16)
-    rounded(stored, padded(one, 2), padded(one, 1), one, one.double(), one.double(), 1.0, stored.clone())
-
-
 def able(old: Tensor, new: Tensor) -> bool:
     """Whether the loop is for weights of these dtypes that lie in memory like this."""
     dense = all(one.stride(2) == 1 or one.shape[2] == 1 for one in (old, new))
