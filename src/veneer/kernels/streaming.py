@@ -13,7 +13,7 @@ terms, as numba makes 64 of each sum of them, and vectors of half as many number
 
 Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. torch does the same in
 15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
-1.0. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
+0.7. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
 
 Importing this module loads numba (half a second, 100 MiB); only ``rounding`` does, for weights that are worth it.
 """
@@ -34,8 +34,11 @@ from torch import Tensor
 
 from veneer.kernels.compiled import as_bits, as_float, compiled, plus, wide
 
-#: columns of a block, and words of marks that are looked at as one
-WIDE, LOOK = 512, 4
+#: columns of a block: what begins and ends one costs as much as a hundred numbers
+WIDE = 4096
+#: words of marks that are looked at as one, and the marks in them
+LOOK = 4
+LINE = 4 * LOOK
 #: products that are added to a number at once; ranks are filled up to a multiple of it, by zeros
 PRODUCTS = 8
 #: 4 · 2⁻²⁴, as ``rounding`` has it
@@ -205,8 +208,10 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B,
                 into = group * new_group + row * new_row + first
                 own, made, error = old[start : start + count], new[into : into + count], bound[group, row]
                 if _round(own, change, B[group], A[group], row, first, error, made, marks, sums):
-                    marks[count:] = 0
-                    found += _again(own, words, wide_B[group], wide_A[group], scale, row, first, made, sums)
+                    looked = -(-count // LINE)
+                    marks[count : LINE * looked] = 0
+                    marked = words[: LOOK * looked]
+                    found += _again(own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums)
     return found
 
 

@@ -58,7 +58,7 @@ JOURNAL = "journal.jsonl"
 #: bytes that are written between two lines of the journal
 STEP = 128 * 2**20
 #: bytes that numba takes, with what it needs to compile
-NUMBA = 192 * 2**20
+NUMBA = 240 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Progress = Callable[[int, int, str], None]
@@ -394,14 +394,16 @@ class _Run:
             raise self.failed[0]
 
     def _done(
-        self, name: str, tensor: Tensor | None, old: Lease | None, new: Lease | None, compared: Future[None] | None
+        self, name: str, tensor: Tensor | None, old: Lease | None, start: int, compared: Future[None] | None
     ) -> tuple[Tensor | None, Lease | None, list[LayerMerge]]:
         """A tensor of the result, the memory that is left to it, and what the merge did; None for one that is
-        copied. What is not of the base goes no further."""
-        if tensor is None or old is None or new is None:
+        copied. What is not of the base goes no further. ``start`` is where the tensor begins in the result."""
+        if tensor is None or old is None:
             if compared is not None:
                 compared.result()
             return None, None, []
+        new = self.memory.take(self.stopped)
+        new.lent[0] = new.lent[0][lag(new.address, start) :]
         result, layers = _computed(self.plan, name, tensor, self.compiled, new.lent)
         if compared is not None:
             compared.result()
@@ -446,18 +448,17 @@ class _Run:
                 return
             if file != at:
                 at, (_, starts, _) = file, self.plan.layout(file)
-            tensor = old = new = None
+            tensor = old = None
             if not self.plan.copied(name):
                 size = checkpoint.bytes(name)
-                old, new = self.memory.take((size, self.plan.written(name) + BLOCK), self.stopped)
-                new.lent[0] = new.lent[0][lag(new.address, starts[name]) :]
+                old = self.memory.ahead(size + BLOCK, self.plan.written(name) + BLOCK, self.stopped)
                 tensor = read_tensor(self._source(name), checkpoint, name, into=old.lent.pop()[:size])
             compared = None
             if name in last:
                 loaded = {} if tensor is None else {name: tensor}
                 compared = self.comparing.submit(self._compare, last[name], loaded)
                 loaded = None
-            self.read.put((name, tensor, old, new, compared))
+            self.read.put((name, tensor, old, starts[name], compared))
             tensor = None  # nobody holds on to memory that others wait for
         self.read.put(None)
 

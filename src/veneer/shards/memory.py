@@ -1,6 +1,11 @@
 """The memory that tensors lie in between reading and writing: bounded, and used again.
 
-    take(counts)  ->  leases: so many bytes each, and a buffer of that size at least        give(lease, what lies in it)
+    ahead(count, later)  ->  lease: so many bytes for what is read, and a buffer of that size at least
+    take()               ->  lease: the ``later`` bytes that the first of those who read ahead still wants
+    give(lease, what lies in it)
+
+What is read ahead waits for its result's memory, and so must leave room for the largest of these. So two large tensors
+and a result can be there, one read while the other is computed, where two of each would be too much.
 
 A buffer that was given back serves the next tensor that fits. Fresh memory costs the system a fault for each page of
 it and zeros that nobody reads, as much time as the bytes take to copy. Rejected:
@@ -12,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -35,35 +40,53 @@ class Lease:
 
 
 class Memory:
-    """``limit`` bytes; who wants more waits. What lies free counts as well, and makes way."""
+    """``limit`` bytes; who wants more waits, and goes alone if it is more than all. What lies free counts as well, and
+    makes way."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
+        self._waiting: deque[tuple[int, int]] = deque()  # (bytes they have, bytes they want) of those who read ahead
         self._free: list[Tensor] = []  # by size
         self._changed = threading.Condition()
 
-    def take(self, counts: Sequence[int], stopped: threading.Event) -> list[Lease]:
-        """Buffers of at least so many bytes [size], with whatever is in them. What is larger than the limit goes
-        alone."""
+    def ahead(self, count: int, later: int, stopped: threading.Event) -> Lease:
+        """A buffer of at least so many bytes, with whatever is in them; ``later`` more will be taken."""
         with self._changed:
-            while self.used and self.used + sum(counts) > self.limit and not stopped.is_set():
+            while self.used and self._left(later) < count and not stopped.is_set():
                 self._changed.wait(0.1)
-            buffers = self._fitting(counts)
-            self.used += sum(map(len, buffers))
-            while self._free and self.used + sum(map(len, self._free)) > self.limit:
-                del self._free[0]
-            return [Lease(len(one), one.data_ptr(), [one]) for one in buffers]
+            lease = self._lease(count, self._left(later))
+            self._waiting.append((lease.size, later))
+            return lease
 
-    def _fitting(self, counts: Sequence[int]) -> list[Tensor]:
-        """Free buffers, the smallest that do, and new ones, which take no memory until they are written."""
-        left, buffers = list(self._free), []
-        for count in counts:
-            at = next((at for at, one in enumerate(left) if len(one) >= count), None)
-            buffers.append(_new(count) if at is None else left.pop(at))
-        if self.used + sum(map(len, buffers)) > self.limit:  # too much of them would lie idle
-            return [_new(count) for count in counts]
-        self._free = left
-        return buffers
+    def take(self, stopped: threading.Event) -> Lease:
+        """What the first of those who read ahead wants for its result. It waits for results before it alone, which
+        wait for nothing here."""
+        with self._changed:
+            _, later = self._waiting[0]  # it stays among them while it waits, or others would take what is left to it
+            while self.used > self._held() and self.used + later > self.limit and not stopped.is_set():
+                self._changed.wait(0.1)
+            self._waiting.popleft()
+            return self._lease(later, self.limit - self.used)
+
+    def _held(self) -> int:
+        """Bytes of those who wait for others."""
+        return sum(size for size, _ in self._waiting)
+
+    def _left(self, later: int) -> int:
+        """The most that one more may have who wants so much for its result: of what is unused, and of what leaves room
+        for any one result once only those are there who wait."""
+        result = max([later, *(wanted for _, wanted in self._waiting)])
+        return self.limit - max(self.used, self._held() + result)
+
+    def _lease(self, count: int, most: int) -> Lease:
+        """A free buffer, the smallest that does, or a new one, which takes no memory until it is written."""
+        at = next((at for at, one in enumerate(self._free) if count <= len(one) <= most), None)
+        buffer = _new(count) if at is None else self._free.pop(at)
+        self.used += len(buffer)
+        while self._free and self.used + sum(map(len, self._free)) > self.limit:
+            del self._free[0]
+        self._changed.notify_all()
+        return Lease(len(buffer), buffer.data_ptr(), [buffer])
 
     def give(self, lease: Lease, lies: Tensor | None) -> None:
         """Give back what was taken. Where ``lies``, of which nobody reads any more, is in its buffer, that serves
