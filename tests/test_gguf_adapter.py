@@ -414,7 +414,7 @@ def test_llama_cpp_computes_the_same_with_a_real_model(tmp_path):
         veneer.load(loaded.model, first.path)
         adapted = loaded.model(torch.tensor([tokens])).logits[0]
     there, there_adapted = logits(base, tokens), logits(base, tokens, tmp_path / "lora.gguf")
-    noise = error(there, plain)  # 0.037
-    assert error(adapted, plain) > 4 * noise  # what the adapter does is well above it
+    noise = error(there, plain)  # 0.037 to 0.047, by the processor
+    assert error(adapted, plain) > 3 * noise  # twice what is allowed for the adapted model
     assert error(there_adapted, adapted) < 1.5 * noise
     assert (there_adapted.argmax(-1) == adapted.argmax(-1)).float().mean() > 0.75
