@@ -53,11 +53,20 @@ def kept(output: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         todo += [below for below, _ in node.next_functions]
-        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        values = [held(node, name) for name in dir(node) if name.startswith("_saved_")]
         for value in [*values, getattr(node, "saved_tensors", ())]:
             yield from (
                 one for one in (value if isinstance(value, list | tuple) else (value,)) if isinstance(one, Tensor)
             )
+
+
+def held(node: Any, name: str) -> Any:
+    """What a node holds under a name; of what goes through hooks, what they have made of it."""
+    raw = getattr(node, f"_raw{name}", None)
+    try:
+        return raw.data  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # no tensors, or no hooks
+        return getattr(node, name)
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -16,7 +16,7 @@ import veneer
 from toys import bits, error, randomise
 from veneer import context
 from veneer.errors import SelectionError
-from veneer.kernels import fused, plan
+from veneer.kernels import plan
 from veneer.readers import alike
 
 
@@ -384,80 +384,6 @@ def test_a_real_model_has_the_gradients_of_the_definition(name):
             (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
         found.append([y.detach(), *(p.grad.clone() for p in handle.parameters() if p.grad is not None)])
     assert same(*found, 1e-9)
-
-
-class Gated(nn.Module):
-    """The last layer reads a product of two tensors that autograd keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x):
-        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def stored(output):
-    """Addresses of what the graph below an output holds."""
-    seen, todo, found = set(), [output.grad_fn], []
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [below for below, _ in node.next_functions]
-            found += [one.data_ptr() for one in getattr(node, "saved_tensors", ()) if one is not None]
-    return found
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_product_of_two_kept_tensors_is_not_kept_itself(dropout, monkeypatch):
-    monkeypatch.setattr(fused, "MANY", 0)
-    model, handle = adapted(Gated(), dropout=dropout)
-    seen, x = [], torch.randn(5, 6, dtype=torch.float64)
-    model.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    y = model(x)
-    assert seen[0].data_ptr() not in stored(y)
-    assert {one.data_ptr() for one in (seen[0].grad_fn._saved_self, seen[0].grad_fn._saved_other)} <= set(stored(y))
-    torch.manual_seed(1)
-    mine = values(model, x)
-    monkeypatch.setattr(fused, "MANY", 10**9)
-    torch.manual_seed(1)
-    assert all(map(torch.equal, mine, values(model, x)))
-    if not dropout:
-        monkeypatch.setattr(fused, "MANY", 0)
-        assert same(mine, reference(model, x))
-        assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x.requires_grad_(), *handle.parameters()))
-
-
-def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
-    """What the layer computes needs the product alone."""
-    monkeypatch.setattr(fused, "MANY", 0)
-    layer, handle = adapted(nn.Linear(6, 4))
-    for freed in (True, False):
-        one = torch.randn(5, 6, dtype=torch.float64, requires_grad=True) * 1
-        product = one * torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-        plain = torch.autograd.grad(layer(product.detach()).sum(), handle.parameters())
-        if freed:
-            product.sum().backward()
-        else:
-            one.detach().zero_()
-        found = torch.autograd.grad(layer(product).sum(), handle.parameters())
-        assert all(map(torch.equal, plain, found))
-
-
-def test_a_product_is_kept_under_checkpointing_and_where_it_is_broadcast(monkeypatch):
-    monkeypatch.setattr(fused, "MANY", 0)
-    model, _ = adapted(Gated())
-    x, runs = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), []
-    plain = torch.autograd.grad(model(x).square().sum(), x)
-    model.gate.register_forward_hook(lambda *call: runs.append(call))
-    again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)
-    assert torch.equal(*plain, *again)
-    assert len(runs) == 2, "once forward, once again for backward"
-    layer, _ = adapted(nn.Linear(6, 4))
-    row = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    product = x * row
-    assert product.data_ptr() in stored(layer(product))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -10,8 +10,7 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
 - ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient of x too. That
   costs no pass of its own, and 16-bit outputs are rounded once, with the change in them: added to an output that has
   been rounded already, a change below half a step of its grid would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
-- saved are x, once for all layers, and h where it is small; in place of an x that is a product of two tensors which
-  autograd keeps anyway, such as what a gated MLP gives to its last layer, these two;
+- saved are x, once for all layers, or what it was made of if that is kept anyway (``kept.py``), and h if it is small;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
 The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code,
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from veneer.kernels import dropout, loops_pay, reference
+from veneer.kernels.kept import Kept, again, kept
 
 _C: Any = torch._C
 
@@ -58,8 +58,6 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 FEW = 32
 #: tokens from which on float32 thin products are compiled loops, on a processor
 LOOPED = 64
-#: numbers in x above which it is worth a look whether it has to be kept
-MANY = 1 << 16
 #: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
 CACHE = 3 << 18
 
@@ -211,24 +209,6 @@ def _worth(narrow, tensors: Sequence) -> Sequence[Tensor | None]:
     return narrow[0], *narrow[1]
 
 
-def _kept(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is saved of x: x, or two tensors whose product it is, if autograd keeps these for the node that made x."""
-    node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0" or x.numel() <= MANY or _hooked():
-        return x, None
-    try:
-        both = node._saved_self, node._saved_other
-    except RuntimeError:  # a backward has freed them, or they have been written to since
-        return x, None
-    whole = all(one is not None and one.shape == x.shape and one.dtype == x.dtype for one in both)
-    return both if whole else (x, None)
-
-
-def _hooked() -> bool:
-    """Whether what autograd keeps goes through hooks now: checkpointing would compute it again to show it."""
-    return _C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, *tensors):
@@ -237,7 +217,8 @@ class _Linears(torch.autograd.Function):
         ctx.settings, ctx.shape = settings, x.shape
         # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
         keep = h is not None and h.shape[0] * 8 <= x.shape[-1]
-        ctx.save_for_backward(*_kept(x), h if keep else None, *_worth(narrow, tensors), *tensors)
+        *made_of, ctx.gate = kept(x)
+        ctx.save_for_backward(*made_of, h if keep else None, *_worth(narrow, tensors), *tensors)
         return tuple(outputs)
 
     @staticmethod
@@ -272,8 +253,8 @@ class _Linear(torch.autograd.Function):
             ctx.settings, ctx.shape = scale, x.shape
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None
             # what ctx.save_for_backward does, without a call
-            x, other = (x, None) if x.grad_fn is None else _kept(x)
-            ctx.to_save = x, other, keep, down if cast else None, up if cast else None, weight, bias, A, B
+            x, second, third, ctx.gate = (x, None, None, None) if x.grad_fn is None else kept(x)
+            ctx.to_save = x, second, third, keep, down if cast else None, up if cast else None, weight, bias, A, B
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     @staticmethod
@@ -328,16 +309,17 @@ def _backward(ctx, *gradients):
 
 
 def _gradients(ctx, *gradients):
-    x, other, h, joined, *rest = ctx.saved_tensors
+    first, second, third, h, joined, *rest = ctx.saved_tensors
+    x = again(Kept(first, second, third, ctx.gate), ctx.needs_input_grad[1])
     count = len(rest) // 5
     ups, tensors = rest[:count], rest[count:]
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
     settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
     if torch.is_grad_enabled():
-        return _differentiable(ctx, x if other is None else x * other, weights, biases, A, B, gradients)
+        return _differentiable(ctx, x, weights, biases, A, B, gradients)
     need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
-    read = (x if other is None else x * other).reshape(-1, x.shape[-1])  # [T, in]
+    read = x.reshape(-1, x.shape[-1])  # [T, in]
     dropped = None
     if settings.dropout:
         dropped = dropout.indices(read.numel(), settings.dropout, settings.seed, read.device)
