@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import veneer
 from test_layers import PATHS, reference
-from toys import Diagonal, cast, error, evidence, flat, randomise
+from toys import Diagonal, cast, evidence, flat, randomise
 from veneer import context
 from veneer.layers import LAYERS, Layer
 from veneer.layers.parameter import Experts, Positions
@@ -189,6 +189,11 @@ def tells_inputs(kind):
     return kind == "norm" or type(LAYERS[kind]).inputs is not Layer.inputs
 
 
+def near(found, expected):
+    """Within rounding of the terms, which are about one each and may cancel, as two rows of a bag do."""
+    return bool((found - expected).norm() < 1e-10 * max(float(expected.norm()), 1e-3))
+
+
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [
@@ -206,6 +211,6 @@ def test_four_ways_to_the_same_output(kind, variant, data):
     with torch.no_grad():
         for path in PATHS:
             with context.changed(path=path):
-                assert error(flat(handle.model(*args)), expected) < 1e-10
+                assert near(flat(handle.model(*args)), expected)
         handle.merge()
-        assert error(flat(handle.model(*args)), expected) < 1e-10
+        assert near(flat(handle.model(*args)), expected)
