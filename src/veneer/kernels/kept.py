@@ -79,7 +79,10 @@ def again(one: Kept, passed: bool) -> Tensor:
         first = gate.activation(first)
         if passed and not torch.is_grad_enabled():
             gate.made = first
-    return first * second if third is None else first * second * third
+    made = first * second
+    if third is not None:
+        made = made * third if torch.is_grad_enabled() else made.mul_(third)
+    return made
 
 
 def _factors(node: Any, x: Tensor) -> Kept | None:
