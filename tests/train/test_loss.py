@@ -381,6 +381,35 @@ def test_logits_do_not_outlive_their_chunk(grad: bool) -> None:
     assert loss.requires_grad == grad
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2-softcap", "phi-biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_of_all_chunks_lie_in_one_memory(name: str, dtype: torch.dtype) -> None:
+    """Where the head is frozen; the numbers are those of a head that is called in its own way."""
+    model, inputs = shaken(made(name, dtype), ["*q_proj"]), batch(0, "nothing")
+    logits: list[Tensor] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if module.__dict__.get("out_features") == VOCABULARY:
+            logits.append(output)  # so that fresh memory would be other memory
+
+    def step() -> list[Tensor]:
+        loss = causal_loss(model, inputs, chunk=8)
+        return [loss.detach(), *torch.autograd.grad(loss, [one for one in model.parameters() if one.requires_grad])]
+
+    step()  # finds out whether the head treats each row alone
+    hook = nn.modules.module.register_module_forward_hook(look)
+    ours = step()
+    hook.remove()
+    assert len(logits) == 3
+    assert len({one.untyped_storage().data_ptr() for one in logits}) == 1
+    calls: list[int] = []
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda rows: calls.append(1) or forward(rows)
+    for one, other in zip(ours, step(), strict=True):
+        torch.testing.assert_close(one, other, atol=torch.finfo(dtype).eps * float(other.abs().max()), rtol=1e-2)
+    assert len(calls) == 3
+
+
 def test_backward_through_a_scaled_loss_and_again() -> None:
     """Accumulated gradients are the gradients of the sum, and a graph that is kept can be used twice."""
     model = adapted(["q_proj", "lm_head"])

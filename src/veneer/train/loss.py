@@ -42,6 +42,7 @@ from veneer import context
 from veneer.adapted import at_least_float32, own_class, view
 from veneer.attach import group_of, unwrap
 from veneer.errors import ConfigError, sentence
+from veneer.kernels import fused
 from veneer.select import use
 from veneer.train.tokens import IGNORED
 
@@ -178,7 +179,7 @@ def _in_chunks(
         first = _leaf(rows[:chunk])
         return _with_rows(output, first)
 
-    outputs = _view(model, path, answer)(**inputs)
+    outputs = head.reusing(_view(model, path, answer))(**inputs)
     if rows is None:  # no body of this kind, or a head that looks at several rows at once
         columns = _columns(labels)
         return _at_once(model, outputs, outputs.logits[:, columns], columns, labels, accuracy)
@@ -204,7 +205,8 @@ class _Head:
             self.inputs = {**inputs, "output_router_logits": False}  # the balance of the experts is known already
         self.output: Any = None
         self.rows = torch.empty(0)
-        self.view = _view(model, path, lambda *_, **__: _with_rows(self.output, self.rows))
+        self.memory = torch.empty(0)
+        self.view = self.reusing(_view(model, path, lambda *_, **__: _with_rows(self.output, self.rows)))
 
     def __call__(self, rows: Tensor) -> Any:
         self.rows = rows
@@ -225,7 +227,7 @@ class _Head:
         # Without the adapter, whose dropout would differ from run to run. Not under no_grad: autocast would keep the
         # weights that it casts there, and the first chunk would get them without gradient.
         with nullcontext() if group is None or group.merged is not None else use(self.model, None):
-            alone = self.within(rows).logits
+            alone = self.within(rows).logits.clone()
             among = self.within(torch.cat([-rows, rows.flip(0)])).logits
         known = (
             alone.shape[:-1] == (1, len(rows))
@@ -234,6 +236,50 @@ class _Head:
         )
         _ROWWISE[self.model] = known
         return known
+
+    def reusing(self, model: nn.Module) -> nn.Module:
+        """A view of the model whose output layer writes the logits of each chunk over those of the one before, if it is
+        a frozen one on a processor, where fresh memory takes a tenth of the product that fills it."""
+        getter = getattr(model, "get_output_embeddings", None)
+        layer: Any = None if getter is None else getter()
+        name = next((name for name, child in model._modules.items() if child is layer is not None), None)
+        if name is None or type(layer) is not nn.Linear or _is_watched(layer):
+            return model
+
+        def forward(rows: Tensor) -> Tensor:
+            weight, bias = layer.weight, layer.bias
+            if not rows.is_cpu or not fused.applies(rows, weight) or (bias is not None and bias.requires_grad):
+                return functional.linear(rows, weight, bias)
+            if self.memory.numel() < rows.shape[:-1].numel() * len(weight):
+                self.memory = rows.new_empty(rows.shape[:-1].numel() * len(weight))
+            return _Into.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
+
+        return _view(model, (name,), forward)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its class says: by hooks, or a forward of its own (accelerate's)."""
+    return "forward" in layer.__dict__ or any(layer.__dict__.get(hooks) for hooks in _HOOKS)
+
+
+class _Into(torch.autograd.Function):
+    """A frozen linear layer whose output lies in given memory."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
+        flat = rows.flatten(0, -2)
+        place = memory[: len(flat) * len(weight)].view(len(flat), len(weight))
+        ctx.save_for_backward(weight)
+        if bias is None:
+            torch.mm(flat, weight.mT, out=place)
+        else:
+            torch.addmm(bias, flat, weight.mT, out=place)
+        return place.view(*rows.shape[:-1], len(weight)).data  # which forgets that it is a view
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight, None, None, None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
