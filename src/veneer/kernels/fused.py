@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from veneer.kernels import dropout, loops_pay, reference
+from veneer.kernels.dropout import Dropped
 from veneer.kernels.kept import Kept, again, kept
 
 _C: Any = torch._C
@@ -110,9 +111,8 @@ def _forward(settings: Settings, x, weights, biases, A, B):
         factors = zip(weights, biases, A, B, settings.scales, strict=True)
         ys = [_shaped(F.linear(tokens, _formed(W, A, B, s), bias), x) for W, bias, A, B, s in factors]
         return ys, None, None
-    read = dropout.zeroed(tokens, settings.dropout, settings.seed) if settings.dropout else tokens
     joined, ups = cast_ = _cast(A, B, x.dtype)
-    h = _scaled(thin(joined, read), ups, settings)  # [R, T]
+    h = _scaled(thin(joined, tokens, _dropped(settings, tokens)), ups, settings)  # [R, T]
     factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
     return [_shaped(onto(part, up, tokens, W, bias), x) for part, up, W, bias in factors], h, cast_
 
@@ -123,14 +123,21 @@ def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple
     return joined, [_matrix(up, dtype) for up in B]
 
 
-def thin(narrow: Tensor, x: Tensor) -> Tensor:
-    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]. In float32 the other way round may take a processor's library
-    five times as long; in 16 bits it is this way which takes longer, so there the result lies transposed."""
-    if x.dtype.itemsize < 4:
-        return (x @ narrow.mT).mT
+def _dropped(settings: Settings, x: Tensor) -> Dropped | None:
+    return dropout.of_rows(x, settings.dropout, settings.seed) if settings.dropout else None
+
+
+def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
+    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32 the other way round
+    may take a processor's library five times as long; in 16 bits it is this way which takes longer, so there the result
+    lies transposed."""
     loops = _loops(x)
     if loops is not None:
-        return loops.down(narrow.contiguous(), x)
+        return loops.down(narrow.contiguous(), x, dropped)
+    if dropped is not None:
+        x = dropout.without(x, dropped)
+    if x.dtype.itemsize < 4:
+        return (x @ narrow.mT).mT
     chunk = _chunk(x)
     if x.shape[0] <= chunk or not x.is_cpu:
         return narrow @ x.mT
@@ -319,16 +326,13 @@ def _gradients(ctx, *gradients):
     if torch.is_grad_enabled():
         return _differentiable(ctx, x, weights, biases, A, B, gradients)
     need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
-    read = x.reshape(-1, x.shape[-1])  # [T, in]
-    dropped = None
-    if settings.dropout:
-        dropped = dropout.indices(read.numel(), settings.dropout, settings.seed, read.device)
-        read = dropout.without(read, dropped)
+    tokens = x.reshape(-1, x.shape[-1])  # [T, in]
+    dropped = _dropped(settings, tokens)
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     if joined is None:
-        joined, ups = _cast(A, B, read.dtype)
+        joined, ups = _cast(A, B, x.dtype)
     if h is None:
-        h = _scaled(thin(joined, read), ups, settings)  # [R, T]
+        h = _scaled(thin(joined, tokens, dropped), ups, settings)  # [R, T]
     rows, dB = [], []
     for dy, up, part, need in zip(dys, ups, _by_layer(h, ups), need_B, strict=True):
         if dy is None:
@@ -343,10 +347,8 @@ def _gradients(ctx, *gradients):
         dB.append(None)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
-    part, grown = _back(U, joined, read, need_x and not settings.form, True in need_A)
-    if part is not None and dropped is not None:
-        part.view(-1).index_fill_(0, dropped, 0)
-    dx = _carried(dys, weights, A, B, part, settings, read).view(ctx.shape) if need_x else None
+    part, grown = _back(U, joined, tokens, dropped, need_x and not settings.form, True in need_A)
+    dx = _carried(dys, weights, A, B, part, settings, tokens).view(ctx.shape) if need_x else None
     dA: list[Any] = [None] * len(A)
     if grown is not None:
         parts = _by_layer(grown, ups)
@@ -386,12 +388,19 @@ def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient if factor.ndim == 2 else gradient[None]
 
 
-def _back(U: Tensor, joined: Tensor, x: Tensor, need_x: bool, need_A: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in]; None for what is not needed."""
+def _back(
+    U: Tensor, joined: Tensor, x: Tensor, dropped: Dropped | None, need_x: bool, need_A: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None
+    for what is not needed."""
     loops = _loops(x, U) if need_x and need_A else None
     if loops is not None:
-        return loops.up_grown(U, joined.contiguous(), x)
-    return U.mT @ joined if need_x else None, U @ x if need_A else None
+        return loops.up_grown(U, joined.contiguous(), x, dropped)
+    part = U.mT @ joined if need_x else None
+    if dropped is not None:
+        x = dropout.without(x, dropped) if need_A else x
+        part = None if part is None else part.view(-1).index_fill_(0, dropped.entries(), 0).view(x.shape)
+    return part, U @ x if need_A else None
 
 
 def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:

@@ -4,7 +4,8 @@
     backward    u = B dyᵀ      dB = h dy       in one pass over dy         B: [r, out]   dy: [T, out]
                 part = uᵀ A    dA = u x        in one pass over x
 
-h and u lie as [T, R], so that a token's numbers are beside each other. Importing this module loads numba, as
+h and u lie as [T, R], so that a token's numbers are beside each other. With dropout a loop copies a few rows of x at a
+time, within the processor's nearest cache, and puts zeros where they are drawn. Importing this module loads numba, as
 ``kernels.compiled`` says.
 """
 
@@ -19,14 +20,17 @@ from torch import Tensor
 
 from veneer.kernels.blocks import BLOCK, add, dots
 from veneer.kernels.compiled import at, compiled
+from veneer.kernels.dropout import ROWS, Dropped
 
-_STORED = np.empty(0, np.float32)
+_STORED, _PLACE = np.empty(0, np.float32), np.empty(0, np.int64)
+
+assert ROWS == BLOCK  # a group of rows is what a loop takes at a time
 
 
-def down(A: Tensor, x: Tensor) -> Tensor:
-    """A [R, n] times xᵀ, with x [T, n]: h [R, T]."""
+def down(A: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
+    """A [R, n] times xᵀ, with x [T, n] without what is dropped: h [R, T]."""
     h = x.new_empty(x.shape[0], A.shape[0])
-    _DOWN(h.data_ptr(), x.data_ptr(), A.data_ptr(), *x.shape, A.shape[0])
+    _DOWN(h.data_ptr(), x.data_ptr(), A.data_ptr(), *x.shape, A.shape[0], *_drawn(dropped))
     return h.mT
 
 
@@ -44,11 +48,19 @@ def down_grown(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return u.mT, dB
 
 
-def up_grown(u: Tensor, A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n]."""
+def up_grown(u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None) -> tuple[Tensor, Tensor]:
+    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped."""
     part, dA = torch.empty_like(x), torch.empty_like(A)
-    _UP_GROWN(part.data_ptr(), dA.data_ptr(), u.data_ptr(), _step(u), A.data_ptr(), x.data_ptr(), *x.shape, len(A))
+    at_, sizes = (one.data_ptr() for one in (part, dA, u, A, x)), (_step(u), *x.shape, len(A))
+    _UP_GROWN(*at_, *sizes, *_drawn(dropped))
     return part, dA
+
+
+def _drawn(dropped: Dropped | None) -> tuple[int, int, int]:
+    """For the loops: where its places and ends lie, and how many groups there are."""
+    if dropped is None:
+        return 0, 0, 0
+    return dropped.places.data_ptr(), dropped.ends.data_ptr(), len(dropped.ends)
 
 
 def _step(h: Tensor) -> int:
@@ -73,9 +85,41 @@ def _begin(y, bias):
         y[j] = bias[j]
 
 
-def _down(h_at, x_at, A_at, tokens, count, rank):
+@numba.njit
+def _drawings(places_at, ends_at, groups):
+    ends = numba.carray(at(ends_at, _PLACE), (groups,))
+    return numba.carray(at(places_at, _PLACE), (ends[-1] if groups else 0,)), ends
+
+
+@numba.njit
+def _clear(rows, drawn, group):
+    """Zeros in what is drawn of the group of these rows."""
+    flat, (places, ends) = rows.reshape(-1), drawn
+    for i in range(ends[group - 1] if group else 0, ends[group]):
+        if places[i] < len(flat):
+            flat[places[i]] = np.float32(0)
+
+
+@numba.njit
+def _cleared(own, rows, drawn, group):
+    """These rows, or a copy of them in ``own`` without what is drawn of them."""
+    if not len(drawn[1]):
+        return rows
+    copy = own[: len(rows)]
+    for i in range(len(rows)):
+        to, row = copy[i], rows[i]
+        for j in range(len(row)):
+            to[j] = row[j]
+    _clear(copy, drawn, group)
+    return copy
+
+
+def _down(h_at, x_at, A_at, tokens, count, rank, places_at, ends_at, groups):
     h, x, A = _matrix(h_at, tokens, rank), _matrix(x_at, tokens, count), _matrix(A_at, rank, count)
-    dots(h, x, A, 0, tokens)
+    drawn, own = _drawings(places_at, ends_at, groups), np.empty((BLOCK if groups else 0, count), np.float32)
+    for first in range(0, tokens, BLOCK):
+        last = min(first + BLOCK, tokens)
+        dots(h[first:last], _cleared(own, x[first:last], drawn, first // BLOCK), A, 0, last - first)
 
 
 def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
@@ -98,16 +142,20 @@ def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
         add(dB, h, dy, 0, rank, first, last)
 
 
-def _up_grown(part_at, dA_at, u_at, step, A_at, x_at, tokens, count, rank):
+def _up_grown(part_at, dA_at, u_at, A_at, x_at, step, tokens, count, rank, places_at, ends_at, groups):
     part, dA, x = _matrix(part_at, tokens, count), _matrix(dA_at, rank, count), _matrix(x_at, tokens, count)
     A, u = _matrix(A_at, rank, count), _matrix(u_at, tokens, step)
     by_rank = u.T
+    drawn, own = _drawings(places_at, ends_at, groups), np.empty((BLOCK if groups else 0, count), np.float32)
     dA[:] = np.float32(0)
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
         part[first:last] = np.float32(0)
         add(part, u, A, first, last, 0, rank)
-        add(dA, by_rank, x, 0, rank, first, last)
+        if groups:
+            _clear(part[first:last], drawn, first // BLOCK)
+        read = _cleared(own, x[first:last], drawn, first // BLOCK)
+        add(dA, by_rank[:, first:last], read, 0, rank, 0, last - first)
 
 
 _DOWN, _UP, _DOWN_GROWN, _UP_GROWN = map(compiled, (_down, _up, _down_grown, _up_grown))
