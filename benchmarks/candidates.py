@@ -179,7 +179,7 @@ def names(architecture: str, dtype: str) -> list[str]:
     rows += ["loralib", "veneer", "veneer, dropout"]
     if architecture == "resnet":
         rows.append("veneer, model's own layout")
-    elif dtype != "float32":
+    elif architecture == "llama" or dtype != "float32":
         rows.append("veneer, model's own attention")
     return [*rows, "veneer, model's own attention and loss"] if architecture == "llama" else rows
 
@@ -218,8 +218,7 @@ def with_products(model: nn.Module) -> None:
     """Attention as ``veneer.models.load_base`` chooses it for language models."""
     from veneer import models
 
-    if next(model.parameters()).dtype.itemsize == 2:
-        models.use_products(model)
+    models.use_products(model)
 
 
 def with_veneer(model: nn.Module, layers: dict[str, int], rank: int, dropout: float, lean: bool) -> Candidate:

@@ -1,7 +1,7 @@
 """A forward pass without gradients on SmolLM2-135M's shape: the base (the floor), adapted, merged, and PEFT's adapted;
-and the Python calls in a forward of one adapted `nn.Linear`. CPU time of one thread, in interleaved rounds. In bf16 the
-adapted model has the attention that `veneer.models.load_base` gives it, and in the row "model's own attention" that of
-the base and of all others; and torch computes the head of one row over frozen weights on a copy of its whole weight, in
+and the Python calls in a forward of one adapted `nn.Linear`. CPU time of one thread, in interleaved rounds. The adapted
+model has the attention that `veneer.models.load_base` gives it, and in the row "model's own attention" that of the base
+and of all others. In bf16 torch computes the head of one row over frozen weights on a copy of its whole weight, in
 every candidate alike, so the ratios of 256 and 1,024 tokens are nearer to one than those of the layers below.
 
 Calls are the events "call" and "c_call" of `sys.setprofile`, the counting's own two among them: a bare `nn.Linear` has
@@ -48,10 +48,9 @@ def models(layers: int, dtype: torch.dtype, tiny: bool) -> dict[str, torch.nn.Mo
     veneer.attach(merged, config).merge(keep=False)
     made = {"base": base, "veneer, merged": merged, "veneer": sharing(base)}
     veneer.attach(made["veneer"], config)
-    if dtype.itemsize == 2:
-        with_products(made["veneer"])
-        made["veneer, model's own attention"] = sharing(base)
-        veneer.attach(made["veneer, model's own attention"], config)
+    with_products(made["veneer"])
+    made["veneer, model's own attention"] = sharing(base)
+    veneer.attach(made["veneer, model's own attention"], config)
     return {**made, "peft": with_peft(sharing(base), "all-linear")}
 
 

@@ -271,7 +271,7 @@ def test_loops_make_factors_worth_their_while():
 def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypatch):
     """By compiled loops, or torch's products: as near to float64 as those of the graph."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(fused, "_has_tiles", lambda: tiles)
+    monkeypatch.setattr(fused, "has_tiles", lambda: tiles)
     x, W, b, A, B = make(40, [24], [5], [3, tokens // 3] if tokens % 3 == 0 else [tokens], torch.bfloat16, bias)
     W, calls, change = torch.nn.Parameter(W, requires_grad=False), [], alone.change
     monkeypatch.setattr(alone, "change", lambda *given: (calls.append(1), change(*given))[1])

@@ -63,7 +63,7 @@ def load_base(
             multiplies bf16 natively and fp32 elsewhere.
         device: where to put it; None is the GPU if there is one.
         attention: an attention implementation of transformers, or "products" (see ``use_products``); "auto" leaves the
-            choice to transformers, and takes "products" for its "sdpa" where that is slow: in 16 bits on a CPU.
+            choice to transformers, and takes "products" for its "sdpa" on a CPU.
 
     Raises:
         ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
@@ -79,7 +79,7 @@ def load_base(
     with quiet():
         model = _load_model(place, dtype, name, attention)
         tokenizer = _load_tokenizer(place, name)
-        slow = device == "cpu" and model.dtype.itemsize == 2 and model.config._attn_implementation == "sdpa"
+        slow = device == "cpu" and model.config._attn_implementation == "sdpa"
         if attention == "products" or (attention == "auto" and slow):
             use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
@@ -201,10 +201,16 @@ def _attend(
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     alone, heads_alike = causal and attention_mask is None, attention_mask is None or attention_mask.shape[1] == 1
-    if not attention.pays(query, key, alone) or not heads_alike or kwargs.get("position_bias") is not None:
+    if (
+        not attention.pays(query, key, alone and not dropout)
+        or not heads_alike
+        or kwargs.get("position_bias") is not None
+    ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    if alone and not dropout:
+        return attention.causal(query, key, value, scaling).transpose(1, 2), None
     bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
     return attention.products(query, key, value, bias, scaling, dropout, causal=alone).transpose(1, 2), None
 

@@ -1,31 +1,197 @@
-"""Attention as plain matrix products: in 16 bits on a CPU, where torch's fused kernel is slow on short rows.
+"""Attention on a CPU, where torch's fused kernel is slow on short rows in 16 bits, and under a causal mask anyway.
 
     scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ,    chances = softmax(scores),    output = chances value
 
-A key-value head serves the g query heads of its group in one product. Under a causal mask alone, rows are taken
-``PIECE`` at a time with the keys up to their last: scores that nobody sees are neither computed nor kept. The numbers
-differ from those of the fused kernel as those of transformers' "eager" do: scores are rounded to 16 bits before the
-softmax.
+As plain matrix products: a key-value head serves the g query heads of its group in one product. Under a causal mask
+alone (``causal``) a few rows and heads are taken at a time, with the keys up to the last of these rows: scores that
+nobody sees are not computed, the others stay in the processor's cache, and none are kept, as backward makes them again
+(Dao et al. 2022, arXiv:2205.14135). In 16 bits the numbers differ from those of the fused kernel as those of
+transformers' "eager" do: scores are rounded before the softmax.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-#: Keys up to which the products are the faster way in bfloat16, measured on cores with and without matrix units; and
-#: where nothing is kept for backward and the mask is causal.
-LONGEST, LONGEST_PIECES = 288, 4096
-#: Rows that see the same keys, under a causal mask.
+from veneer.kernels import THREADS, has_tiles
+
+_C: Any = torch._C
+_of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
+
+#: Keys up to which the products are the faster way in 16 bits.
+LONGEST = 288
+#: Keys from which on and up to which ``causal`` is, by the bytes of a number; in 16 bits, on cores with matrix units,
+#: ``LONGEST`` counts where there is a backward.
+SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
+#: Rows of a query head that it takes at a time: in float32 where a key-value head serves several, and else; and scores
+#: for each of torch's threads.
+PIECES, SCORES = (32, 64), 1 << 19
+#: Rows that see the same keys, where scores are kept.
 PIECE = 128
 
 
 def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
-    """Whether the products are the faster way for a call; ``causal`` as ``products`` has it."""
-    length, kept = key.shape[2], torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    longest = LONGEST_PIECES if causal and not kept else LONGEST
-    return query.device.type == "cpu" and query.element_size() == 2 and 1 < query.shape[2] == length <= longest
+    """Whether the products are the faster way for a call; ``causal``: there is a causal mask and no other."""
+    length, size = key.shape[2], query.element_size()
+    if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
+        return False
+    if size == 4:  # of chunks so small torch's many threads would have little to do
+        grouped = query.dtype is torch.float32 and torch.get_num_threads() <= THREADS and _eager()
+        return causal and grouped and SHORTEST <= length <= LONGEST_PIECES[size]
+    backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return length <= (LONGEST_PIECES[size] if causal and not (backward and has_tiles()) else LONGEST)
+
+
+def _eager() -> bool:
+    """Whether a function of our own may be called: not under ``torch.compile``, ``torch.func``, forward-mode AD or
+    autocast."""
+    plain = not torch.compiler.is_compiling() and not _C._is_any_autocast_enabled()
+    return plain and _C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale · query keyᵀ) value where row i sees no key behind the i-th: ``products`` without a bias.
+
+    Args:
+        query, key, value: [b, h, s, d], [b, kv, s, d] and [b, kv, s, e] of one dtype, with h a multiple of kv.
+        scale: 1 / √d if None.
+
+    Returns:
+        [b, h, s, e], differentiable. Scores are kept for backward where rows are few, and for the gradient of a
+        gradient.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.shape[2] < SHORTEST or not _eager():
+        return products(query, key, value, None, scale, causal=True)
+    return _Causal.apply(query, key, value, scale).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Causal(torch.autograd.Function):
+    """``causal`` with its output as [b, s, h, e]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        b, h, s, _ = query.shape
+        output = query.new_empty(b, s, h, value.shape[-1])
+        own = _by_head(output.transpose(1, 2), key)
+        for some, turns in _chunks(query, key, value, scale, 2):
+            for place, (_, _, values, _, chances) in zip(own[some].split(_size(own), 3), turns, strict=True):
+                place.copy_((chances @ values).view(place.shape))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            with torch.autocast(query.device.type, enabled=False):
+                return *_gradients(query, key, value, gradient.transpose(1, 2), ctx.scale), None
+        needs = ctx.needs_input_grad[:3]
+        inputs = [one.view_as(one) for one in (query, key, value)]
+        output = products(inputs[0], inputs[1], inputs[2], None, ctx.scale, causal=True).transpose(1, 2)
+        wanted = [one for one, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+        return *(next(found) if need else None for need in needs), None
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Those of query, key and value, of one of the output [b, h, s, e]."""
+    b, h, s, d = query.shape
+    of_query = query.new_empty(b, s, h, d).transpose(1, 2)
+    wide = torch.promote_types(query.dtype, torch.float32)  # sums over pieces are rounded to 16 bits once
+    of_key, of_value = (torch.zeros(one.shape, dtype=wide, device=one.device) for one in (key, value))
+    above, own = _by_head(gradient, key), _by_head(of_query, key)
+    for some, turns in _chunks(query, key, value, scale, 3):
+        gradients, places = (one[some].split(_size(own), 3) for one in (above, own))
+        totals = [one[some].flatten(0, 1) for one in (of_key, of_value)]
+        for below, place, (rows, keys, values, scores, chances, onward) in zip(gradients, places, turns, strict=True):
+            below = below.reshape(len(rows), rows.shape[1], -1)
+            torch.bmm(below, values.mT, out=scores)
+            _of_softmax(scores, chances, -1, scores.dtype, grad_input=onward)
+            for total, left, right in zip(totals, (onward, chances), (rows, below), strict=True):
+                _collect(total[:, : keys.shape[1]], left.mT, right)
+            torch.mul((onward @ keys).view(place.shape), scale, out=place)
+    return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
+
+
+def _size(own: Tensor) -> int:
+    """Rows of a query head that are taken at a time, of heads [., ., g, s, d]."""
+    return PIECES[own.shape[2] == 1 or own.element_size() == 2]
+
+
+def _chunks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, count: int
+) -> Iterator[tuple[tuple[slice, slice], Iterator[Any]]]:
+    """A few heads at a time: their place in [b, kv, ·], and what ``_turns`` yields of them."""
+    heads, key, value = _by_head(query, key), key.contiguous(), value.contiguous()
+    b, kv, group, s, _ = heads.shape
+    each = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)  # heads
+    tall, wide = (each // kv, kv) if each >= kv else (1, each)
+    places: list[tuple[Tensor, ...]] = []
+    for top, left in itertools.product(range(0, b, tall), range(0, kv, wide)):
+        some = slice(top, top + tall), slice(left, left + wide)
+        own = heads[some]
+        if not places or places[0][0].shape[:2] != own.shape[:2]:
+            places = _places(own, count)
+        yield some, _turns(own, key[some].flatten(0, 1), value[some].flatten(0, 1), scale, places)
+
+
+def _turns(own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows at a time, of heads [., ., g, s, d] with keys [n, s, d] and values [n, s, e].
+
+    Yields:
+        rows: [n, g · r, d], scaled.
+        keys, values: [n, k, d] and [n, k, e], up to the last of these rows.
+        places: of [n, g · r, k], the same memory in each turn; the second holds the chances.
+    """
+    lowest = torch.finfo(own.dtype).min
+    hidden = torch.full((_size(own), _size(own)), lowest, dtype=own.dtype, device=own.device).triu_(1)
+    for part, (lying, rows, corner, scores, chances, *rest) in zip(own.split(_size(own), 3), places, strict=True):
+        torch.mul(part, scale, out=lying)
+        seen = keys[:, : scores.shape[2]]
+        torch.bmm(rows, seen.mT, out=scores)
+        corner += hidden[: part.shape[3], : part.shape[3]]
+        torch.softmax(scores, -1, out=chances)
+        yield rows, seen, values[:, : scores.shape[2]], scores, chances, *rest
+
+
+def _places(own: Tensor, count: int) -> list[tuple[Tensor, ...]]:
+    """Memory for the turns of heads [., ., g, s, d], each time the same: for rows as [., ., g, r, d] and [n, g · r, d],
+    for scores that some rows do not see [n, g, r, r], and ``count`` of [n, g · r, k], the first of which has these."""
+    *heads, group, s, d = own.shape
+    n, most = heads[0] * heads[1], min(_size(own), s)
+    scaled, memory = own.new_empty(n * group * most * d), own.new_empty(count, n * group * most * s)
+    found = []
+    for first in range(0, s, most):
+        after = min(first + most, s)
+        tall = group * (after - first)
+        rows = scaled[: n * tall * d].view(n, tall, d)
+        lying = rows.view(*heads, group, after - first, d)
+        scores = [one[: n * tall * after].view(n, tall, after) for one in memory]
+        corner = scores[0].view(n, group, after - first, after)[..., first:]
+        found.append((lying, rows, corner, *scores))
+    return found
+
+
+def _by_head(x: Tensor, key: Tensor) -> Tensor:
+    """[b, h, s, ·] as [b, kv, g, s, ·]."""
+    return x.unflatten(1, (key.shape[1], -1))
+
+
+def _collect(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += left @ right
 
 
 def products(

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import dropout, loops_pay, reference
+from veneer.kernels import dropout, has_tiles, loops_pay, reference
 from veneer.kernels.dropout import Dropped
 from veneer.kernels.kept import Kept, again, kept
 
@@ -292,18 +292,11 @@ def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: 
     else:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     lone = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
-    if lone and x.is_cpu and weight.stride(1) == 1 and _has_tiles():
+    if lone and x.is_cpu and weight.stride(1) == 1 and has_tiles():
         part[0].addmv_(weight, tokens[0])
     else:
         part = added(part, tokens, weight, bias)
     return part.view(*x.shape[:-1], part.shape[1])
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    """Whether the processor has matrix units (AMX): there, one bfloat16 row is multiplied twice as fast as a vector,
-    and elsewhere half as fast again as a matrix."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def _backward(ctx, *gradients):

@@ -99,7 +99,7 @@ class TrainConfig(BaseModel):
         "auto", "run", "Base weights; auto: bf16 where the hardware has it."
     )
     attention: Literal["auto", "products", "eager", "sdpa", "flash_attention_2"] = _field(
-        "auto", "run", "Attention code; auto: transformers' choice, and products for short bf16 rows on a CPU."
+        "auto", "run", "Attention code; auto: transformers' choice, and products where they are faster on a CPU."
     )
     activation_checkpointing: bool = _field(False, "run", "Recompute activations: less memory, about a third slower.")
     cache_lower: bool = _field(
