@@ -43,16 +43,16 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
     if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
         return False
     if size == 4:  # of chunks so small torch's many threads would have little to do
-        grouped = query.dtype is torch.float32 and torch.get_num_threads() <= THREADS and _eager()
+        grouped = query.dtype is torch.float32 and torch.get_num_threads() <= THREADS and _eager(query)
         return causal and grouped and SHORTEST <= length <= LONGEST_PIECES[size]
     backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     return length <= (LONGEST_PIECES[size] if causal and not (backward and has_tiles()) else LONGEST)
 
 
-def _eager() -> bool:
-    """Whether a function of our own may be called: not under ``torch.compile``, ``torch.func``, forward-mode AD or
-    autocast."""
-    plain = not torch.compiler.is_compiling() and not _C._is_any_autocast_enabled()
+def _eager(query: Tensor) -> bool:
+    """Whether a function of our own may be called: on plain tensors, and not under ``torch.compile``, ``torch.func``,
+    forward-mode AD or autocast."""
+    plain = type(query) is Tensor and not torch.compiler.is_compiling() and not _C._is_any_autocast_enabled()
     return plain and _C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
@@ -68,7 +68,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         gradient.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[2] < SHORTEST or not _eager():
+    if query.shape[2] < SHORTEST or not _eager(query):
         return products(query, key, value, None, scale, causal=True)
     return _Causal.apply(query, key, value, scale).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
