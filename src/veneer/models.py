@@ -22,7 +22,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -185,34 +185,37 @@ def use_products(model: PreTrainedModel) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attend)
+    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention())
     ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
     model.set_attn_implementation(PRODUCTS)
 
 
-def _attend(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Any, None]:  # fmt: skip
-    """query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h, d], as transformers calls it."""
+@functools.cache
+def _attention() -> Callable[..., tuple[Any, None]]:
+    """What transformers' models call: query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h, d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from veneer.kernels import attention
 
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    alone, heads_alike = causal and attention_mask is None, attention_mask is None or attention_mask.shape[1] == 1
-    if (
-        not attention.pays(query, key, alone and not dropout)
-        or not heads_alike
-        or kwargs.get("position_bias") is not None
-    ):
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
+        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    ) -> tuple[Any, None]:  # fmt: skip
+        heads_alike = attention_mask is None or attention_mask.shape[1] == 1
+        if query.shape[2] > 1 and heads_alike and kwargs.get("position_bias") is None:
+            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+            alone = causal and attention_mask is None
+            if attention.pays(query, key, alone and not dropout):
+                if alone and not dropout:
+                    return attention.causal(query, key, value, scaling).transpose(1, 2), None
+                bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
+                output = attention.products(query, key, value, bias, scaling, dropout, causal=alone)
+                return output.transpose(1, 2), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if alone and not dropout:
-        return attention.causal(query, key, value, scaling).transpose(1, 2), None
-    bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
-    return attention.products(query, key, value, bias, scaling, dropout, causal=alone).transpose(1, 2), None
+
+    return attend
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
