@@ -1,8 +1,9 @@
 """A forward pass without gradients on SmolLM2-135M's shape: the base (the floor), adapted, merged, and PEFT's adapted;
 and the Python calls in a forward of one adapted `nn.Linear`. CPU time of one thread, in interleaved rounds. The adapted
 model has the attention that `veneer.models.load_base` gives it, and in the row "model's own attention" that of the base
-and of all others. In bf16 torch computes the head of one row over frozen weights on a copy of its whole weight, in
-every candidate alike, so the ratios of 256 and 1,024 tokens are nearer to one than those of the layers below.
+and of all others. A merged model that is still attached, and can be unmerged, looks at what each call selects. In bf16
+torch computes the head of one row over frozen weights on a copy of its whole weight, in every candidate alike, so the
+ratios of 256 and 1,024 tokens are nearer to one than those of the layers below.
 
 Calls are the events "call" and "c_call" of `sys.setprofile`, the counting's own two among them: a bare `nn.Linear` has
 9. (PEFT has 56 counted so, and 80 if returns are counted instead of calls into C.)
@@ -10,8 +11,8 @@ Calls are the events "call" and "c_call" of `sys.setprofile`, the counting's own
     python benchmarks/forward.py
     python benchmarks/forward.py --tokens 1 --dtype float32 --out FOLDER
 
-Predicted: merged 1.00; adapted 1.15 for one token, 1.05 for 256 and 1.03 for 1,024; PEFT above both; 20 calls; with
-attention as products 0.9 for 1,024 tokens of bf16.
+Predicted: merged 1.00, still attached 1.02 for one token; adapted 1.15 for one token, 1.05 for 256 and 1.03 for 1,024;
+PEFT above both; 20 calls; with attention as products 0.9 for 1,024 tokens of bf16.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def models(layers: int, dtype: torch.dtype, tiny: bool) -> dict[str, torch.nn.Mo
     config = veneer.LoraConfig(rank=8, alpha=ALPHA)
     merged = copy.deepcopy(base)  # merging writes into the weights
     veneer.attach(merged, config).merge(keep=False)
-    made = {"base": base, "veneer, merged": merged, "veneer": sharing(base)}
+    plain = sharing(merged)
+    veneer.detach(plain, keep_merged=True)
+    made = {"base": base, "veneer, merged": plain, "veneer, merged and attached": merged, "veneer": sharing(base)}
     veneer.attach(made["veneer"], config)
     with_products(made["veneer"])
     made["veneer, model's own attention"] = sharing(base)

@@ -220,8 +220,8 @@ def test_forward(recorded):
         ("float32", 1), ("float32", 16), ("bfloat16", 1), ("bfloat16", 16)
     ]  # fmt: skip
     for case in result["cases"]:
-        own = "veneer, model's own attention"
-        assert list(case["rows"]) == ["base", "veneer, merged", "veneer", own, "peft"]
+        merged, own = "veneer, merged and attached", "veneer, model's own attention"
+        assert list(case["rows"]) == ["base", "veneer, merged", merged, "veneer", own, "peft"]
     assert result["calls"]["bare"] == 9
     assert result["calls"].keys() == {"bare", "veneer", "peft"}
 

@@ -580,7 +580,8 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         chosen = selection[group.uid] if group.uid in selection else group.default  # noqa: SIM401
         parts = chosen.parts
         if parts is None or group.merged is not None:
-            site.stopped(chosen)
+            if parts is None or chosen.name != group.merged:
+                site.stopped(chosen)
             return base.forward(self, *args, **kwargs)
         if site.key not in parts:  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
             return base.forward(self, *args, **kwargs)
