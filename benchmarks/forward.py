@@ -49,6 +49,7 @@ def models(layers: int, dtype: torch.dtype, tiny: bool) -> dict[str, torch.nn.Mo
     veneer.attach(merged, config).merge(keep=False)
     plain = sharing(merged)
     veneer.detach(plain, keep_merged=True)
+    plain.requires_grad_(False)  # as they were attached
     made = {"base": base, "veneer, merged": plain, "veneer, merged and attached": merged, "veneer": sharing(base)}
     veneer.attach(made["veneer"], config)
     with_products(made["veneer"])
