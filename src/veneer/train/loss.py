@@ -239,7 +239,7 @@ class _Head:
 
     def reusing(self, model: nn.Module) -> nn.Module:
         """A view of the model whose output layer writes the logits of each chunk over those of the one before, if it is
-        a frozen one on a processor, where fresh memory takes a tenth of the product that fills it."""
+        a frozen one on a processor, where fresh memory of that size takes its time."""
         getter = getattr(model, "get_output_embeddings", None)
         layer: Any = None if getter is None else getter()
         name = next((name for name, child in model._modules.items() if child is layer is not None), None)
