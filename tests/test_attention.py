@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from toys import error
 from veneer import models
@@ -127,6 +128,49 @@ def test_under_autocast_and_transforms_it_is_the_products():
         known = torch.autograd.grad(wanted.sum(), inputs)  # a backward under autocast is in the dtype of forward
     assert all(one.dtype == torch.float32 for one in known)
     assert not attention.pays(*(one.double() for one in inputs[:2]), True)
+
+
+def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
+    inputs = [torch.randn(1, heads, 150, 4).requires_grad_() for heads in (4, 2, 2)]
+    y = attention.causal(*inputs)
+    weights = torch.randn(3, *y.shape)
+    many = torch.autograd.grad(y, inputs, weights, is_grads_batched=True, retain_graph=True)
+    for place in range(3):
+        one = torch.autograd.grad(y, inputs, weights[place], retain_graph=True)
+        assert all(error(a[place].double(), b.double()) < 1e-5 for a, b in zip(many, one, strict=True))
+    again = checkpoint(attention.causal, *inputs, use_reentrant=False)
+    one = torch.autograd.grad(y, inputs, weights[0], retain_graph=True)
+    pairs = zip(torch.autograd.grad(again, inputs, weights[0]), one, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, inputs, weights[0], create_graph=True)
+    one = torch.autograd.grad(y, inputs, weights[0])
+    assert all(error(a.double(), b.double()) < 1e-5 for a, b in zip(found, one, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_call_has_no_break(dtype):
+    def run(query):
+        return attention.causal(query, query, query) if attention.pays(query, query, True) else query * 2
+
+    query = torch.randn(1, 2, 140, 8, dtype=dtype, requires_grad=True)
+    found = torch.compile(run, backend="eager", fullgraph=True)(query)
+    wanted = query * 2 if dtype is torch.float32 else attention.products(query, query, query, None, causal=True)
+    assert error(found.double(), wanted.double()) < 1e-2
+
+
+def test_not_where_a_models_code_asks_for_sdpa():
+    """DeepSeek's indexer, for one, is left out under any name that its code does not know."""
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v32", vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        index_topk=16, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="sdpa"):
+        models.use_products(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_no_scores_are_kept():

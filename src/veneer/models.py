@@ -18,9 +18,11 @@ import difflib
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -33,12 +35,15 @@ from veneer.headers import parse
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("veneer.models")
 
 #: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"
+#: code that asks whether a model's attention is transformers' "sdpa"
+ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)""")
 
 Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
 
@@ -79,7 +84,7 @@ def load_base(
     with quiet():
         model = _load_model(place, dtype, name, attention)
         tokenizer = _load_tokenizer(place, name)
-        slow = device == "cpu" and model.config._attn_implementation == "sdpa"
+        slow = device == "cpu" and model.config._attn_implementation == "sdpa" and not _asks_for_sdpa(model)
         if attention == "products" or (attention == "auto" and slow):
             use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
@@ -180,14 +185,24 @@ def use_products(model: PreTrainedModel) -> None:
     the faster way, and as transformers' "sdpa" in all others.
 
     Raises:
-        ValueError: as transformers says, for a model whose attention cannot be chosen.
+        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model does something else
+            with an attention of another name than "sdpa", such as leaving out the mask of a sparse one.
     """
+    if _asks_for_sdpa(model):
+        found = f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
+        raise ValueError(sentence(found, "one that treats every attention alike", 'keep attention="sdpa"'))
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention())
     ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
     model.set_attn_implementation(PRODUCTS)
+
+
+def _asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether the code of one of the model's modules compares the name of its attention with "sdpa"."""
+    sources = {cls.__module__ for cls in map(type, model.modules()) if cls.__module__.startswith("transformers")}
+    return any(ASKS.search(inspect.getsource(sys.modules[name])) for name in sources)
 
 
 @functools.cache

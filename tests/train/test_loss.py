@@ -48,6 +48,14 @@ class SequenceHead(transformers.LlamaForCausalLM):
         return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
 
+class TwoLogits(transformers.LlamaForCausalLM):
+    """The output layer is called twice."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden) + self.lm_head(-0.5 * hidden).tanh())
+
+
 class MaskedHead(transformers.LlamaForCausalLM):
     """The head reads another input of the batch's shape, which is seen in its source."""
 
@@ -96,6 +104,7 @@ CUT: dict[str, Callable[[], Any]] = {
         )
     ),
     "phi-biased": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**{**LLAMA, "num_key_value_heads": 4})),
+    "two-logits": lambda: TwoLogits(transformers.LlamaConfig(**LLAMA)),
     "read-head": lambda: ReadHead(transformers.LlamaConfig(**LLAMA)),
     "read-head-tied": lambda: ReadHead(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
 }  # fmt: skip

@@ -42,17 +42,20 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
     length, size = key.shape[2], query.element_size()
     if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
         return False
+    eager = _eager(query, key)  # first: torch.compile knows neither threads nor what a processor has
     if size == 4:  # of chunks so small torch's many threads would have little to do
-        grouped = query.dtype is torch.float32 and torch.get_num_threads() <= THREADS and _eager(query)
-        return causal and grouped and SHORTEST <= length <= LONGEST_PIECES[size]
+        known = causal and eager and query.dtype is torch.float32
+        return known and SHORTEST <= length <= LONGEST_PIECES[size] and torch.get_num_threads() <= THREADS
     backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return length <= (LONGEST_PIECES[size] if causal and not (backward and has_tiles()) else LONGEST)
+    return length <= (LONGEST_PIECES[size] if causal and not (backward and (not eager or has_tiles())) else LONGEST)
 
 
-def _eager(query: Tensor) -> bool:
+def _eager(*tensors: Tensor) -> bool:
     """Whether a function of our own may be called: on plain tensors, and not under ``torch.compile``, ``torch.func``,
     forward-mode AD or autocast."""
-    plain = type(query) is Tensor and not torch.compiler.is_compiling() and not _C._is_any_autocast_enabled()
+    if torch.compiler.is_compiling() or _C._is_any_autocast_enabled():
+        return False
+    plain = all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
     return plain and _C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
@@ -68,7 +71,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         gradient.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[2] < SHORTEST or not _eager(query):
+    if query.shape[2] < SHORTEST or not _eager(query, key, value):
         return products(query, key, value, None, scale, causal=True)
     return _Causal.apply(query, key, value, scale).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -90,16 +93,22 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            with torch.autocast(query.device.type, enabled=False):
-                return *_gradients(query, key, value, gradient.transpose(1, 2), ctx.scale), None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return *_Causal._of_inputs(ctx, gradient, *ctx.saved_tensors), None
+
+    @staticmethod
+    def _of_inputs(ctx: Any, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+        graph = torch.is_grad_enabled()
+        many = _C._functorch.is_legacy_batchedtensor(gradient) or _C._functorch.peek_interpreter_stack() is not None
+        if not graph and not many:
+            return _gradients(query, key, value, gradient.transpose(1, 2), ctx.scale)
         needs = ctx.needs_input_grad[:3]
-        inputs = [one.view_as(one) for one in (query, key, value)]
-        output = products(inputs[0], inputs[1], inputs[2], None, ctx.scale, causal=True).transpose(1, 2)
-        wanted = [one for one, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-        return *(next(found) if need else None for need in needs), None
+        with torch.enable_grad():
+            own = [one.view_as(one) if graph else one.detach().requires_grad_() for one in (query, key, value)]
+            output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(1, 2)
+        wanted = [one for one, need in zip(own, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=graph))
+        return tuple(next(found) if need else None for need in needs)
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -153,12 +162,12 @@ def _turns(own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list
         places: of [n, g · r, k], the same memory in each turn; the second holds the chances.
     """
     lowest = torch.finfo(own.dtype).min
-    hidden = torch.full((_size(own), _size(own)), lowest, dtype=own.dtype, device=own.device).triu_(1)
+    hidden = torch.ones(_size(own), _size(own), dtype=torch.bool, device=own.device).triu_(1)
     for part, (lying, rows, corner, scores, chances, *rest) in zip(own.split(_size(own), 3), places, strict=True):
         torch.mul(part, scale, out=lying)
         seen = keys[:, : scores.shape[2]]
         torch.bmm(rows, seen.mT, out=scores)
-        corner += hidden[: part.shape[3], : part.shape[3]]
+        corner.masked_fill_(hidden[: part.shape[3], : part.shape[3]], lowest)
         torch.softmax(scores, -1, out=chances)
         yield rows, seen, values[:, : scores.shape[2]], scores, chances, *rest
 

@@ -205,17 +205,17 @@ class _Head:
             self.inputs = {**inputs, "output_router_logits": False}  # the balance of the experts is known already
         self.output: Any = None
         self.rows = torch.empty(0)
-        self.memory = torch.empty(0)
+        self.memory, self.taken = torch.empty(0), False
         self.view = self.reusing(_view(model, path, lambda *_, **__: _with_rows(self.output, self.rows)))
 
     def __call__(self, rows: Tensor) -> Any:
-        self.rows = rows
+        self.rows, self.taken = rows, False
         return self.view(**self.inputs)
 
     def within(self, rows: Tensor) -> Any:
         """The same while the model's forward runs: a wrapper around it, such as accelerate's autocast, is around this
         already, and could not be entered twice."""
-        self.rows = rows
+        self.rows, self.taken = rows, False
         return own_class(self.model).forward(self.view, **self.inputs)
 
     def is_rowwise(self, rows: Tensor) -> bool:
@@ -234,7 +234,7 @@ class _Head:
             and among.shape == (1, 2 * len(rows), alone.shape[-1])
             and _close(alone.detach()[0], among.detach()[0, len(rows) :].flip(0))
         )
-        _ROWWISE[self.model] = known
+        _ROWWISE[self.model], self.taken = known, False
         return known
 
     def reusing(self, model: nn.Module) -> nn.Module:
@@ -248,8 +248,10 @@ class _Head:
 
         def forward(rows: Tensor) -> Tensor:
             weight, bias = layer.weight, layer.bias
-            if not rows.is_cpu or not fused.applies(rows, weight) or (bias is not None and bias.requires_grad):
+            plain = rows.is_cpu and fused.applies(rows, weight) and (bias is None or not bias.requires_grad)
+            if self.taken or not plain:  # a forward may ask twice, and needs both
                 return functional.linear(rows, weight, bias)
+            self.taken = True
             if self.memory.numel() < rows.shape[:-1].numel() * len(weight):
                 self.memory = rows.new_empty(rows.shape[:-1].numel() * len(weight))
             return _Into.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
