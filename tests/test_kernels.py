@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -304,3 +306,19 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
             assert ((found.double() - exact).abs() <= 4 * 2.0**-8 * terms + 1e-30).all()
     assert not alone.able(x.double(), A, B)
     assert not alone.able(x, A, B.half())
+
+
+@pytest.mark.parametrize(("dtype", "loaded"), [("float32", "True"), ("bfloat16", "False"), ("float64", "False")])
+def test_a_step_loads_numba_only_where_it_has_loops(dtype, loaded):
+    """It takes half a second and 100 MiB."""
+    code = f"""
+import sys, torch
+from veneer.kernels import fused
+torch.set_num_threads(1)
+x, W = torch.randn(200, 32, dtype=torch.{dtype}).requires_grad_(), torch.randn(16, 32, dtype=torch.{dtype})
+A, B = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+fused.linears(fused.Settings((1.0,), 0.1, 3), x, [W], [None], [A], [B])[0].sum().backward()
+print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == loaded

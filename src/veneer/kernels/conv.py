@@ -163,12 +163,12 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def _dropped(settings: Settings, x: Tensor) -> dropout.Dropped | None:
+def _dropped(settings: Settings, x: Tensor) -> Tensor | None:
     """The entries of x, in the order of memory, that the low-rank path does not see."""
-    return dropout.drawn(x.numel(), settings.drops, settings.seed, x.device) if settings.drops else None
+    return dropout.drawn(x.numel(), settings.drops, settings.seed, x.device).entries() if settings.drops else None
 
 
-def _without(settings: Settings, x: Tensor, dropped: dropout.Dropped | None) -> Tensor:
+def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
     """x with zeros in these entries."""
     if dropped is None:
         return x

@@ -78,12 +78,12 @@ def of_rows(x: Tensor, p: float, seed: int) -> Dropped:
 
 def zeroed(x: Tensor, p: float, seed: int) -> Tensor:
     """A copy of x, of any shape, with zeros in the entries that are dropped; not rescaled; differentiable."""
-    return without(x, drawn(x.numel(), p, seed, x.device))
+    return without(x, drawn(x.numel(), p, seed, x.device).entries())
 
 
-def without(x: Tensor, dropped: Dropped) -> Tensor:
+def without(x: Tensor, entries: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros in these entries; differentiable."""
-    return x.reshape(-1).index_fill(0, dropped.entries(), 0).view(x.shape)
+    return x.reshape(-1).index_fill(0, entries, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

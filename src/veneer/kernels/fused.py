@@ -135,7 +135,7 @@ def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
     if loops is not None:
         return loops.down(narrow.contiguous(), x, dropped)
     if dropped is not None:
-        x = dropout.without(x, dropped)
+        x = dropout.without(x, dropped.entries())
     if x.dtype.itemsize < 4:
         return (x @ narrow.mT).mT
     chunk = _chunk(x)
@@ -391,16 +391,17 @@ def _back(
         return loops.up_grown(U, joined.contiguous(), x, dropped)
     part = U.mT @ joined if need_x else None
     if dropped is not None:
-        x = dropout.without(x, dropped) if need_A else x
-        part = None if part is None else part.view(-1).index_fill_(0, dropped.entries(), 0).view(x.shape)
+        entries = dropped.entries()
+        x = dropout.without(x, entries) if need_A else x
+        part = None if part is None else part.view(-1).index_fill_(0, entries, 0).view(x.shape)
     return part, U @ x if need_A else None
 
 
 def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
     """``kernels.skinny`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
-    tokens = h.shape[1] if x is None else x.shape[0]
-    if tokens < LOOPED or not loops_pay():
-        return None
+    like: Any = h if x is None else x
+    if like.dtype is not torch.float32 or like.shape[x is None] < LOOPED or not loops_pay():
+        return None  # without loading numba
     skinny = _compiled("skinny")
     return skinny if skinny.able(x, h) else None
 

@@ -80,9 +80,9 @@ def _matrix(place, rows, columns):
 
 
 @numba.njit
-def _begin(y, bias):
-    for j in range(len(y)):  # an assignment of slices takes as long as the products
-        y[j] = bias[j]
+def _copy(to, row):
+    for j in range(len(to)):  # an assignment of slices takes as long as the products
+        to[j] = row[j]
 
 
 @numba.njit
@@ -107,9 +107,7 @@ def _cleared(own, rows, drawn, group):
         return rows
     copy = own[: len(rows)]
     for i in range(len(rows)):
-        to, row = copy[i], rows[i]
-        for j in range(len(row)):
-            to[j] = row[j]
+        _copy(copy[i], rows[i])
     _clear(copy, drawn, group)
     return copy
 
@@ -128,7 +126,7 @@ def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
         for i in range(first, last):
-            _begin(y[i], bias)
+            _copy(y[i], bias)
         add(y, h, B, first, last, 0, rank)
 
 
