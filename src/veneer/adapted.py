@@ -177,23 +177,18 @@ class Site(nn.Module):
         self.attributes = dict(attributes)
         self.bound: tuple[str, ...] = ()
 
-    def stopped(self, chosen: Selected) -> None:
-        """A call whose selection names no parts, or that comes while an adapter is merged.
-
-        Raises:
-            SelectionError: several adapters and none selected, a detached one, or a selection that contradicts a merge.
-        """
+    def refusal(self, chosen: Selected) -> SelectionError:
+        """Of a call whose selection names no parts (several adapters and none selected, or a detached one), or another
+        adapter than the merged one."""
         merged = self.group.merged
         if chosen.parts is None and chosen.name is not None:
-            raise detached(chosen.name)
+            return detached(chosen.name)
         if chosen.parts is None:
             found = f"{len(self.group.configs)} adapters ({', '.join(self.group.configs)}) and none selected"
             do = "call the model inside `with veneer.use(model, name):`"
-            raise SelectionError(sentence(found, "one selected adapter, or None for the base", do))
-        if chosen.name != merged:
-            found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
-            do = "call veneer.unmerge(model) first"
-            raise SelectionError(sentence(found, f"the merged adapter {merged!r}", do))
+            return SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
+        return SelectionError(sentence(found, f"the merged adapter {merged!r}", "call veneer.unmerge(model) first"))
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""
@@ -581,7 +576,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         parts = chosen.parts
         if parts is None or group.merged is not None:
             if parts is None or chosen.name != group.merged:
-                site.stopped(chosen)
+                raise site.refusal(chosen)
             return base.forward(self, *args, **kwargs)
         if site.key not in parts:  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
             return base.forward(self, *args, **kwargs)
@@ -607,7 +602,8 @@ def _entry(base: type[nn.Module], name: str) -> Any:
             return method(self, *args, **kwargs)
         chosen = now.selection.get(site.group.uid, site.group.default)
         if chosen.parts is None or site.group.merged is not None:
-            site.stopped(chosen)
+            if chosen.parts is None or chosen.name != site.group.merged:
+                raise site.refusal(chosen)
             return method(self, *args, **kwargs)
         if (site.key, name) not in chosen.parts:
             return method(self, *args, **kwargs)

@@ -84,8 +84,8 @@ def load_base(
     with quiet():
         model = _load_model(place, dtype, name, attention)
         tokenizer = _load_tokenizer(place, name)
-        slow = device == "cpu" and model.config._attn_implementation == "sdpa" and not _asks_for_sdpa(model)
-        if attention == "products" or (attention == "auto" and slow):
+        usual = device == "cpu" and model.config._attn_implementation == "sdpa"
+        if attention == "products" or (attention == "auto" and usual and not _asks_for_sdpa(model)):
             use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
 
@@ -201,8 +201,13 @@ def use_products(model: PreTrainedModel) -> None:
 
 def _asks_for_sdpa(model: nn.Module) -> bool:
     """Whether the code of one of the model's modules compares the name of its attention with "sdpa"."""
-    sources = {cls.__module__ for cls in map(type, model.modules()) if cls.__module__.startswith("transformers")}
-    return any(ASKS.search(inspect.getsource(sys.modules[name])) for name in sources)
+    return any(_asks(name) for name in {type(module).__module__ for module in model.modules()})
+
+
+@functools.cache
+def _asks(name: str) -> bool:
+    """The same of one of transformers' files, or of code that came with a model."""
+    return name.startswith("transformers") and ASKS.search(inspect.getsource(sys.modules[name])) is not None
 
 
 @functools.cache

@@ -93,22 +93,18 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(gradient.device.type, enabled=False):
-            return *_Causal._of_inputs(ctx, gradient, *ctx.saved_tensors), None
-
-    @staticmethod
-    def _of_inputs(ctx: Any, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...]:
+        (query, key, value), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         graph = torch.is_grad_enabled()
         many = _C._functorch.is_legacy_batchedtensor(gradient) or _C._functorch.peek_interpreter_stack() is not None
-        if not graph and not many:
-            return _gradients(query, key, value, gradient.transpose(1, 2), ctx.scale)
-        needs = ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            own = [one.view_as(one) if graph else one.detach().requires_grad_() for one in (query, key, value)]
-            output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(1, 2)
-        wanted = [one for one, need in zip(own, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=graph))
-        return tuple(next(found) if need else None for need in needs)
+        with torch.autocast(gradient.device.type, enabled=False):
+            if not graph and not many:
+                return *_gradients(query, key, value, gradient.transpose(1, 2), ctx.scale), None
+            with torch.enable_grad():
+                own = [one.view_as(one) if graph else one.detach().requires_grad_() for one in (query, key, value)]
+                output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(1, 2)
+            wanted = [one for one, need in zip(own, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=graph))
+            return *(next(found) if need else None for need in needs), None
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, ...]:

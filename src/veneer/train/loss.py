@@ -215,7 +215,7 @@ class _Head:
     def within(self, rows: Tensor) -> Any:
         """The same while the model's forward runs: a wrapper around it, such as accelerate's autocast, is around this
         already, and could not be entered twice."""
-        self.rows, self.taken = rows, False
+        self.rows = rows
         return own_class(self.model).forward(self.view, **self.inputs)
 
     def is_rowwise(self, rows: Tensor) -> bool:
@@ -223,11 +223,11 @@ class _Head:
         known = _ROWWISE.get(self.model)
         if known is not None or len(rows) == 0:
             return known is not False
-        group = group_of(self.model)
+        group, self.taken = group_of(self.model), True  # both of these are needed at once
         # Without the adapter, whose dropout would differ from run to run. Not under no_grad: autocast would keep the
         # weights that it casts there, and the first chunk would get them without gradient.
         with nullcontext() if group is None or group.merged is not None else use(self.model, None):
-            alone = self.within(rows).logits.clone()
+            alone = self.within(rows).logits
             among = self.within(torch.cat([-rows, rows.flip(0)])).logits
         known = (
             alone.shape[:-1] == (1, len(rows))
