@@ -187,6 +187,13 @@ def test_admin_routes_need_an_admin_key(it):
         assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
 
 
+def test_the_engine_hears_for_whom_it_computes(it):
+    for key in ("alice", "bob"):
+        ask(it.client(key), "french")
+        assert it.engine.seen[-1].owner == key
+    assert ANYONE.owner == ""
+
+
 def test_an_error_inside_is_for_the_operator_to_read(it):
     it.engine.fails = "Found: /secret/path."
     try:

@@ -100,7 +100,7 @@ class Leases:
 
 @pytest.fixture
 def embedder():
-    made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=10)
+    made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=12)
     yield made
     made.model.gate.set()
     made.close()
@@ -127,7 +127,36 @@ def test_a_full_queue(embedder):
     embedder.submit([(1,)] * 9, {}, 10)
     with pytest.raises(Busy):
         embedder.submit([(1,)] * 2, {}, 10)
-    embedder.submit([(1,)], {}, 10)
+    with pytest.raises(Busy, match="room for others"):
+        embedder.submit([(1,)], {}, 10)
+    embedder.submit([(1,)], {"a": 1.0}, 10)
+
+
+def test_a_key_with_many_calls_leaves_room_and_time_for_another():
+    made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=100)
+    order = []
+
+    def submit(owner, mix, count):
+        future = made.submit([(1,)] * count, mix, 10, owner)
+        future.add_done_callback(lambda _: order.append(owner))
+        return future
+
+    try:
+        submit("first", {}, 4)  # is being computed until the gate opens
+        futures = [submit("many", {f"a{number}": 1.0}, 4) for number in range(17)]
+        with pytest.raises(Busy, match="the same key"):
+            for number in range(17, 25):
+                futures.append(submit("many", {f"a{number}": 1.0}, 4))
+        futures.append(submit("one", {"a0": 1.0}, 12))
+        made.model.gate.set()
+        for future in futures:
+            future.result(10)
+        assert made.drain(10) is None
+        assert order.index("one") <= 8  # about as many texts of the other key as its own 12, not all 68 before the last
+        assert (made._calls.waiting, made._calls._flows, len(made._held)) == (0, {}, 0)
+    finally:
+        made.model.gate.set()
+        made.close()
 
 
 def test_a_cancelled_call_gives_its_lease_back(embedder):

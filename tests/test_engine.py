@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -301,6 +303,47 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
     assert [i for i, name in enumerate(order) if name == "few"][-1] < 16
 
 
+@pytest.mark.parametrize("blends", [False, True], ids=["adapters", "weights of one blend"])
+def test_a_backlog_gets_its_share_beside_24_who_ask_again_when_they_are_answered(blends, opened):
+    """More mixes than rows and places ahead: a mix is idle for a moment between two of its requests."""
+    engine = opened(start=False, bank=Recorder(), rows=4, prefill=64, queue=1000)
+    answers, over = Counter(), threading.Event()
+
+    def client(name, mix):
+        def note(piece):
+            if piece.finish and not over.is_set():
+                answers[name] += 1
+                if name != "busy":
+                    client(name, mix)
+
+        Client(engine, asked((5, 6, 7), 4, mix=mix, ignore_eos=True), note)
+
+    for _ in range(300):
+        client("busy", {"busy": 1.0})
+    for number in range(24):
+        client(number, {"a": 1.0, "b": number / 100} if blends else {f"a{number}": 1.0})
+    with torch.inference_mode():
+        while sum(answers.values()) < 400:
+            engine.step()
+    over.set()
+    assert answers["busy"] >= 0.9 * 400 / (2 if blends else 25)
+    if not blends:
+        assert min(answers[number] for number in range(24)) >= 12
+
+
+def test_a_key_with_24_adapters_gets_what_a_key_with_one_gets(opened):
+    engine = opened(start=False, bank=Recorder(), rows=4, prefill=64, queue=1000)
+    answers = Counter()
+    for number in range(240):
+        for name, mix in (("many", {f"a{number % 24}": 1.0}), ("one", {"a0": 1.0})):
+            note = lambda piece, name=name: answers.update([name] if piece.finish else [])  # noqa: E731
+            Client(engine, replace(asked((5, 6, 7), 4, mix=mix, ignore_eos=True), owner=name), note)
+    with torch.inference_mode():
+        while sum(answers.values()) < 200:
+            engine.step()
+    assert abs(answers["many"] - answers["one"]) <= 16
+
+
 # ---------------------------------------------------------------------------------------------- ends
 
 
@@ -570,6 +613,6 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     assert not bank.held
     assert (engine.running, engine.waiting) == (0, 0)
     assert clean(engine)
-    assert not engine._scheduler._running
+    assert (len(engine._scheduler._owners), engine._scheduler._flows) == (0, {})
     engine.close()
     assert not any(one.name == "veneer-engine" for one in threading.enumerate())

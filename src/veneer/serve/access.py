@@ -44,6 +44,11 @@ class Key:
     base: bool = True
     admin: bool = False
 
+    @property
+    def owner(self) -> str:
+        """For whom its requests are counted; "" on a server without keys, where everybody is one."""
+        return self.name if self.sha256 else ""
+
     def may_use(self, names: Iterable[str]) -> bool:
         """Whether it may use all of these adapters; of none, the base."""
         names = tuple(names)

@@ -179,7 +179,7 @@ async def chat_completions(body: ChatRequest, request: Request, service: Serving
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
-    return await _answer(request, service, body, form, mix, [prompt], tokens)
+    return await _answer(request, service, key, body, form, mix, [prompt], tokens)
 
 
 @router.post("/v1/completions")
@@ -203,7 +203,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
-    return await _answer(request, service, body, form, mix, tokens, most)
+    return await _answer(request, service, key, body, form, mix, tokens, most)
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
@@ -235,6 +235,7 @@ def _form(
 async def _answer(
     request: Request,
     service: Service,
+    key: Key,
     body: Asked,
     form: Form,
     mix: dict[str, float],
@@ -242,7 +243,7 @@ async def _answer(
     tokens: int,
 ) -> Response:
     jobs = [
-        Job(prompt, mix, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}")
+        Job(prompt, mix, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
         for number, prompt in enumerate(prompts_)
         for choice in range(body.n)
     ]
@@ -318,7 +319,9 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         message = sentence(found, f"at most {service.length}", "shorten it")
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
-        vectors = await unless_gone(request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout)))
+        vectors = await unless_gone(
+            request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout, key.owner))
+        )
     except (AdapterError, SelectionError) as error:  # as the engine has it
         piece = Piece("", finish="error", error=str(error), cause=cause_of(error))
         raise failure(piece, key.admin) or error from error

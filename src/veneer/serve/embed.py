@@ -2,17 +2,19 @@
 
     vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
 
-One thread computes. It takes a text of each waiting call in turn until the batch is full, so a call with 256 texts
-holds up a call with one for a batch, and no longer.
+One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``: the least served key,
+then adapter, then the calls in turn), until the batch is full; so a call with 256 texts holds up a call with one for a
+batch, and no longer.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
+import sys
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import nullcontext, suppress
@@ -25,6 +27,7 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
+from veneer.serve.scheduler import SHARE, Key, Scheduler, counted_as, key_of
 
 log = logging.getLogger("veneer.serve")
 
@@ -61,6 +64,10 @@ class _Call:
     mix: Mapping[str, float]
     deadline: float
     began: float
+    owner: str = ""
+    key: Key = ()
+    flow: str = ""
+    queued: bool = False
     done: Future[list[Tensor]] = field(default_factory=Future)
     lease: Any = None
     next: int = 0
@@ -86,7 +93,8 @@ class Embedder:
         self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
         self.width = int(model.config.hidden_size)
-        self._calls: deque[_Call] = deque()
+        self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # texts are counted here, not calls
+        self._held: Counter[tuple[str, str]] = Counter()  # texts that wait, by key, or by adapter where there is none
         self._open, self._texts, self._closed, self._refuses = 0, 0, False, False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="veneer-embed", daemon=True)
@@ -101,20 +109,26 @@ class Embedder:
         return self._texts
 
     def submit(
-        self, texts: Sequence[tuple[int, ...]], mix: Mapping[str, float], timeout: float
+        self, texts: Sequence[tuple[int, ...]], mix: Mapping[str, float], timeout: float, owner: str = ""
     ) -> Future[list[Tensor]]:
         """The vectors of some texts, later. To cancel the future drops the call.
 
+        Args:
+            owner: the name of the API key that asks; "" where there are none.
+
         Raises:
-            Busy: too many texts wait.
+            Busy: too many texts wait, or too many of them are of the same key (without keys: of the same adapter).
         """
-        with self._changed:
-            if self._refuses or (self._texts and self._texts + len(texts) > self.queue):
-                found = f"{self._texts} texts that wait"
-                raise Busy(sentence(found, f"at most {self.queue}", "send it again later"), 1.0)
-            self._open, self._texts = self._open + 1, self._texts + len(texts)
         now = time.monotonic()
-        call = _Call(texts, mix, now + timeout, now)
+        call = _Call(texts, mix, now + timeout, now, owner, key_of(mix), counted_as(mix))
+        with self._changed:
+            own, left = self._held[_holder(call)], self.queue - self._texts
+            crowded = self._texts and (len(texts) > left or (own and own + len(texts) > SHARE * left))
+            if self._refuses or crowded:
+                found = f"{self._texts} texts that wait, {own} of them of the same {'key' if owner else 'adapter'}"
+                raise Busy(sentence(found, f"at most {self.queue}, with room for others", "send it again later"), 1.0)
+            self._open, self._texts = self._open + 1, self._texts + len(texts)
+            self._held[_holder(call)] += len(texts)
         if self.bank is None:
             self._ready(call)
         else:
@@ -153,7 +167,8 @@ class Embedder:
         with self._changed:
             closed = self._closed
             if not closed:
-                self._calls.append(call)
+                self._calls.add(call)
+                call.queued = True
                 self._changed.notify_all()
         if closed:
             self._end(call, _stopping())
@@ -161,10 +176,9 @@ class Embedder:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._calls or self._closed)
+                self._changed.wait_for(lambda: self._calls.waiting or self._closed)
                 if self._closed:
-                    left = list(self._calls)
-                    self._calls.clear()
+                    left = self._calls.entries()
                 else:
                     left, batch = [], self._take()
             if self._closed:
@@ -176,28 +190,27 @@ class Embedder:
             del batch  # nothing of a call outlives it while the thread waits
 
     def _take(self) -> list[tuple[_Call, int]]:
-        """A text of each call in turn, until the batch is full. Calls are taken out and put back by ``_compute``."""
+        """One text after the other, until the batch is full."""
         batch: list[tuple[_Call, int]] = []
         longest = 0
-        while self._calls:
-            call = self._calls[0]
+        while (call := self._calls.take()) is not None:
             begun = any(other is call for other, _ in batch)
             if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
-                self._calls.popleft()
                 late = Refusal(504, sentence("texts that took too long", "an answer in time", "send fewer at once"))
                 self._end(call, late)
                 continue
             length = max(longest, len(call.texts[call.next]))
             if len(batch) == self.rows or (batch and length * (len(batch) + 1) > self.tokens):
+                self._calls.push_back(call)
                 break
             longest = length
             if not call.next and self.observer is not None:
                 self.observer.started(call.mix, time.monotonic() - call.began)
             batch.append((call, call.next))
+            self._calls.charge(call, len(call.texts[call.next]))
             call.next += 1
-            self._calls.popleft()
             if call.next < len(call.texts):
-                self._calls.append(call)
+                self._calls.go_on(call)
         return batch
 
     def _compute(self, batch: list[tuple[_Call, int]]) -> None:
@@ -222,9 +235,6 @@ class Embedder:
                 self._end(call)
 
     def _fail(self, call: _Call, why: str) -> None:
-        with self._changed:
-            if call in self._calls:
-                self._calls.remove(call)
         self._end(call, Refusal(500, why, code="engine_error"))
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
@@ -252,8 +262,16 @@ class Embedder:
             reason = "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
             self.observer.finished(call.mix, reason, time.monotonic() - call.began)
         with self._changed:
+            if call.queued and not self._calls.remove(call):
+                self._calls.ended(call)
             self._open, self._texts = self._open - 1, self._texts - len(call.texts)
+            self._held[_holder(call)] -= len(call.texts)
+            self._held += Counter()  # without those that have none
             self._changed.notify_all()
+
+
+def _holder(call: _Call) -> tuple[str, str]:
+    return (call.owner, "") if call.owner else ("", call.flow)
 
 
 def _stopping() -> Refusal:

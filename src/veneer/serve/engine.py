@@ -6,7 +6,7 @@ One thread computes. A step is at most one call for new prompts, of at most ``pr
 of each running row; so a running row never waits for more than one such call. A prompt that is longer is computed in
 pieces, beside the running rows, and joins them when it is whole.
 
-    submit → queue (scheduler: fair between mixes) → its adapters are loaded → prompt → row among the running → end
+    submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running → end
 
 Transformers' own continuous batching was measured and not taken: docs/architecture.md says why.
 """
@@ -418,7 +418,7 @@ class Engine:
         self._tell_tokens(entry)
         with self._wake:
             if entry.taken:
-                self._scheduler.ended(entry.key)
+                self._scheduler.ended(entry)
             else:
                 self._scheduler.remove(entry)
         entry.end(finish, error, cause)  # who sees the last piece finds the place free
@@ -466,7 +466,7 @@ class Engine:
 
     def _count(self, entry: Entry, tokens: float) -> None:
         with self._wake:
-            self._scheduler.charge(entry.key, tokens)
+            self._scheduler.charge(entry, tokens)
 
     def _tell_tokens(self, entry: Entry) -> None:
         if entry.untold:

@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.serve.requests import Cause, Finish, Piece, Request, Token
 from veneer.serve.sampling import Choice, Chooser
-from veneer.serve.scheduler import key_of
+from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.text import Text, Words
 
 log = logging.getLogger("veneer.serve")
@@ -30,14 +30,14 @@ class Entry:
     """
 
     __slots__ = (
-        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "future",
-        "generated", "key", "last", "lease", "length", "limit", "request", "row", "submitted", "taken", "text",
-        "untold",
+        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "flow",
+        "future", "generated", "key", "last", "lease", "length", "limit", "owner", "request", "row", "submitted",
+        "taken", "text", "untold",
     )  # fmt: skip
 
     def __init__(self, request: Request, deliver: Deliver, chooser: Chooser, words: Words, limit: int) -> None:
         self.request, self.chooser, self.limit = request, chooser, limit
-        self.key = key_of(request.mix)
+        self.key, self.flow, self.owner = key_of(request.mix), counted_as(request.mix), request.owner
         self.text = Text(words, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout

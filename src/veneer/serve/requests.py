@@ -56,6 +56,7 @@ class Request:
         mix: adapters by name with their weights; empty is the base alone.
         timeout: seconds from submit to the last token.
         id: a name for logs.
+        owner: the name of the API key that asks; "" where there are no keys. Rows are shared between owners first.
     """
 
     prompt: tuple[int, ...]
@@ -63,6 +64,7 @@ class Request:
     sampling: Sampling
     timeout: float
     id: str
+    owner: str = ""
 
 
 @dataclass(frozen=True)

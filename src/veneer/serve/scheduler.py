@@ -1,29 +1,42 @@
-"""Who runs next: the mix that was served least, and within a mix who came first.
+"""Who runs next: the key that was served least, within it the adapter that was, and within an adapter who came first.
 
-Each mix of adapters has a count of the tokens that were computed for it. A free row goes to the mix with the smallest
-count among those that have somebody waiting; so an adapter with a thousand requests gets as many tokens as one with
-ten. A mix that had nobody waiting or running begins at the smallest count of those that do: idleness is no credit.
+    key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
-The queue is bounded. So that one mix cannot fill it before the others come, a mix may hold at most three times as
-many places as are left: alone, it gets three quarters of the queue.
+Each key, and each adapter of a key, has a count of the tokens that were computed for it. A free row goes to the key
+with the smallest count among those that have somebody waiting, and there to such an adapter; so a thousand requests
+get as many tokens as ten do, whether one client sends them to one adapter or spreads them over hundreds. A server
+without keys has one key. A blend is counted as the adapter that has most weight in it: a blend may have any weights,
+and would otherwise be as many flows as a client likes.
+
+This is start-time fair queueing (Goyal, Vin and Cheng 1996). Virtual time is the count of whoever was taken last. Who
+comes back begins at its own count or at virtual time, whichever is larger: idleness is no credit, and to leave for a
+moment wipes nothing out. A count is kept until virtual time has passed it, or until nobody has anything to do; then it
+says nothing any more.
+
+The queue is bounded. So that nobody can fill it before the others come, an adapter may hold at most three times as many
+places as are left: alone, it gets three quarters of the queue. Where there are keys, the same holds for each of them,
+and an adapter's share is one of its key's places.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from veneer.serve.requests import Busy
 
 Key = tuple[tuple[str, float], ...]
 
-#: places of the queue that a mix may hold for each place that is left
+#: places of the queue that one may hold for each place that is left
 SHARE = 3
 
 #: tokens that a prompt's token counts as: it is computed with others in one call
 PROMPT = 0.25
+
+#: counts that are kept of those that have nothing to do: more than a server has adapters
+KEPT = 4096
 
 
 def key_of(mix: Mapping[str, float]) -> Key:
@@ -31,13 +44,78 @@ def key_of(mix: Mapping[str, float]) -> Key:
     return tuple(sorted(mix.items()))
 
 
+def counted_as(mix: Mapping[str, float]) -> str:
+    """The adapter for which a mix is counted: the one with the largest weight, by size; "" for the base."""
+    name = min(mix, key=lambda name: (-abs(mix[name]), name), default="")
+    return name if name and mix[name] else ""
+
+
 class Waiting(Protocol):
-    """What the scheduler reads of an entry."""
+    """What the scheduler reads of an entry.
+
+    Attributes:
+        key: its mix.
+        flow: what it is counted as (``counted_as``).
+        owner: the name of the API key that asks; "" where there are no keys.
+    """
 
     key: Key
+    flow: str
+    owner: str
 
 
 E = TypeVar("E", bound=Waiting)
+
+
+class Shares:
+    """Counts of some that share, by name. Somebody is busy from ``enter`` to ``leave``."""
+
+    def __init__(self) -> None:
+        self.now = 0.0  # virtual time
+        self._served: dict[str, float] = {}
+        self._since: dict[str, int] = {}  # of equally served ones, the one that has waited longest
+        self._busy: Counter[str] = Counter()
+        self._order = itertools.count()
+
+    def __len__(self) -> int:
+        """How many are known."""
+        return len(self._served)
+
+    def enter(self, name: str) -> None:
+        """One more request of it waits or runs."""
+        if not self._busy[name]:
+            self._served[name] = max(self._served.get(name, 0.0), self.now)
+            self._since.setdefault(name, next(self._order))
+        self._busy[name] += 1
+
+    def leave(self, name: str) -> None:
+        """One of its requests is over."""
+        self._busy[name] -= 1
+        if not self._busy[name]:
+            del self._busy[name]
+            self._forget()
+
+    def least(self, names: Iterable[str]) -> str:
+        """Whose turn it is, of some that are busy."""
+        return min(names, key=lambda name: (self._served[name], self._since[name]))
+
+    def turn(self, name: str) -> None:
+        """It has its turn, and virtual time goes on to its count."""
+        self.now = max(self.now, self._served[name])
+        self._since[name] = next(self._order)
+
+    def charge(self, name: str, tokens: float) -> None:
+        """Count tokens that were computed for it."""
+        self._served[name] += tokens
+
+    def _forget(self) -> None:
+        """Drop the counts of the idle that virtual time has passed; of more than ``KEPT`` others, the smallest."""
+        idle = [name for name in self._served if name not in self._busy]
+        gone = [name for name in idle if not self._busy or self._served[name] <= self.now]
+        if len(idle) - len(gone) > KEPT:
+            gone = sorted(idle, key=self._served.__getitem__)[: len(idle) - KEPT]
+        for name in gone:
+            del self._served[name], self._since[name]
 
 
 class Scheduler(Generic[E]):
@@ -49,82 +127,87 @@ class Scheduler(Generic[E]):
 
     def __init__(self, places: int) -> None:
         self.places, self.waiting = places, 0
-        self._queues: dict[Key, deque[E]] = {}
-        self._served: dict[Key, float] = {}
-        self._running: dict[Key, int] = {}
-        self._order = itertools.count()
-        self._since: dict[Key, int] = {}  # of equally served mixes, the one that has waited longest
+        self._lines: dict[str, dict[str, deque[E]]] = {}  # by owner and flow, none of them empty
+        self._owners = Shares()
+        self._flows: dict[str, Shares] = {}  # of each owner that is busy
         self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
 
     def add(self, entry: E) -> None:
-        """Put an entry at the end of its mix.
+        """Put an entry at the end of its line.
 
         Raises:
-            Busy: no place for this mix.
+            Busy: no place for it.
         """
-        queue = self._queues.get(entry.key)
-        own, left = len(queue) if queue else 0, self.places - self.waiting
-        if left <= 0 or own >= SHARE * left:
+        lines = self._lines.get(entry.owner, {})
+        theirs, own = sum(map(len, lines.values())), len(lines.get(entry.flow, ()))
+        left = float(self.places - self.waiting)
+        room = left
+        if entry.owner:  # what the key may still add, before it has three times as many places as are left
+            room = (SHARE * left - theirs) / (1 + SHARE)
+        if room <= 0 or own >= SHARE * room:
+            whose = f"{theirs} of them of the same key and {own}" if entry.owner else f"{own} of them"
             raise Busy(
-                f"Found: {self.waiting} requests that wait, {own} of them for the same adapter. Expected: at most "
-                f"{self.places}, with room for other adapters. Do: try again in {self.retry_after():.0f} seconds.",
+                f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected: at most "
+                f"{self.places}, with room for others. Do: try again in {self.retry_after():.0f} seconds.",
                 self.retry_after(),
             )
-        if queue is None:
-            self._awake(entry.key)
-            queue = self._queues[entry.key] = deque()
-        queue.append(entry)
+        self._owners.enter(entry.owner)
+        self._flows.setdefault(entry.owner, Shares()).enter(entry.flow)
+        self._line(entry).append(entry)
         self.waiting += 1
 
     def push_back(self, entry: E) -> None:
-        """Put an entry that was taken before all others of its mix again."""
-        self._running[entry.key] -= 1
-        self._queues.setdefault(entry.key, deque()).appendleft(entry)
+        """Put an entry that was taken before all others of its line again."""
+        self._line(entry).appendleft(entry)
+        self.waiting += 1
+
+    def go_on(self, entry: E) -> None:
+        """Put an entry that was taken, and has more to do, behind all others of its line."""
+        self._line(entry).append(entry)
         self.waiting += 1
 
     def take(self, without: Collection[Key] = ()) -> E | None:
         """Remove and return who runs next, of other mixes than ``without``. It counts as running until ``ended``."""
-        keys = [key for key in self._queues if key not in without]
-        if not keys:
+        first = {owner: self._first(lines, without) for owner, lines in self._lines.items()}
+        owners = [owner for owner, entries in first.items() if entries]
+        if not owners:
             return None
-        key = min(keys, key=lambda key: (self._served[key], self._since[key]))
-        queue = self._queues[key]
-        entry = queue.popleft()
-        if not queue:
-            del self._queues[key]
-        self._since[key] = next(self._order)
-        self._running[key] = self._running.get(key, 0) + 1
-        self.waiting -= 1
+        owner = self._owners.least(owners)
+        flows = self._flows[owner]
+        flow = flows.least(first[owner])
+        entry = first[owner][flow]
+        self._owners.turn(owner)
+        flows.turn(flow)
+        self._out(entry)
         return entry
 
     def remove(self, entry: E) -> bool:
         """Remove an entry that still waits; whether it did."""
-        queue = self._queues.get(entry.key)
-        if queue is None or entry not in queue:
+        if entry not in self._lines.get(entry.owner, {}).get(entry.flow, ()):
             return False
-        queue.remove(entry)
-        self.waiting -= 1
-        if not queue:
-            del self._queues[entry.key]
-            self._forget(entry.key)
+        self._out(entry)
+        self.ended(entry)
         return True
 
     def entries(self) -> list[E]:
         """All that wait."""
-        return [entry for queue in self._queues.values() for entry in queue]
+        return [entry for lines in self._lines.values() for line in lines.values() for entry in line]
 
-    def charge(self, key: Key, tokens: float) -> None:
-        """Count tokens that were computed for a mix."""
-        self._served[key] = self._served.get(key, 0.0) + tokens
+    def charge(self, entry: E, tokens: float) -> None:
+        """Count tokens that were computed for an entry that runs."""
+        self._owners.charge(entry.owner, tokens)
+        self._flows[entry.owner].charge(entry.flow, tokens)
 
     def began(self, now: float) -> None:
         """Note that an entry left the queue for good at ``now``, in seconds."""
         self._starts.append(now)
 
-    def ended(self, key: Key) -> None:
+    def ended(self, entry: E) -> None:
         """An entry that was taken is over."""
-        self._running[key] -= 1
-        self._forget(key)
+        self._owners.leave(entry.owner)
+        self._flows[entry.owner].leave(entry.flow)
+        if not len(self._flows[entry.owner]):
+            del self._flows[entry.owner]
 
     def retry_after(self) -> float:
         """Seconds in which half of the queue begins, at the rate of late; between 1 and 60."""
@@ -133,18 +216,24 @@ class Scheduler(Generic[E]):
         each = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
         return min(60.0, max(1.0, each * self.waiting / 2))
 
-    def _awake(self, key: Key) -> None:
-        """A mix has somebody again: it is served no less than those that had."""
-        if not self._running.get(key):
-            busy = [served for other, served in self._served.items() if other != key]
-            self._served[key] = max(self._served.get(key, 0.0), min(busy, default=0.0))
-        self._since.setdefault(key, next(self._order))
+    def _line(self, entry: E) -> deque[E]:
+        return self._lines.setdefault(entry.owner, {}).setdefault(entry.flow, deque())
 
-    def _forget(self, key: Key) -> None:
-        """Drop what is known of a mix that has nobody, so that the names of a year do not pile up."""
-        if not self._running.get(key) and key not in self._queues:
-            for known in (self._running, self._served, self._since):
-                known.pop(key, None)
+    def _out(self, entry: E) -> None:
+        """Take an entry out of its line."""
+        lines = self._lines[entry.owner]
+        lines[entry.flow].remove(entry)
+        if not lines[entry.flow]:
+            del lines[entry.flow]
+        if not lines:
+            del self._lines[entry.owner]
+        self.waiting -= 1
+
+    @staticmethod
+    def _first(lines: Mapping[str, deque[E]], without: Collection[Key]) -> dict[str, E]:
+        """Of each line who is next, if anybody is."""
+        found = {flow: next((one for one in line if one.key not in without), None) for flow, line in lines.items()}
+        return {flow: entry for flow, entry in found.items() if entry is not None}
 
 
 def fitting(lengths: list[int], budget: int) -> list[int]:
