@@ -167,6 +167,46 @@ def test_what_is_no_http(it, junk):
         assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/health", "/nothing"])
+@pytest.mark.parametrize(
+    ("version", "framing"),
+    [
+        ("1.1", "Content-Length: {n}\r\nTransfer-Encoding: chunked"),
+        ("1.1", "Transfer-Encoding: chunked\r\nContent-Length: {n}"),
+        ("1.1", "transfer-encoding: Chunked\r\ncontent-length: 0"),
+        ("1.0", "Transfer-Encoding: chunked\r\nConnection: keep-alive"),
+    ],
+)
+def test_a_body_of_two_lengths_is_400_and_ends_the_connection(it, version, framing, path):
+    """A proxy that reads the one and a server that reads the other see different requests: here, a second one."""
+    second = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{port(it)}\r\n\r\n"
+    body = f"0\r\n\r\n{second}"
+    head = f"POST {path} HTTP/{version}\r\nHost: localhost:{port(it)}\r\nContent-Type: application/json\r\n"
+    with raw(it) as connection:
+        connection.sendall((head + framing.format(n=len(body)) + "\r\n\r\n" + body).encode())
+        answer = received(connection).decode()  # ends: the connection is closed
+    assert answer.startswith("HTTP/1.1 400 ")
+    assert answer.count("HTTP/1.1") == 1
+    assert "connection: close" in answer.lower()
+    assert "Transfer-Encoding" in answer.partition("\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize(
+    "framing",
+    ["Content-Length: 5\r\nContent-Length: 6", "Content-Length: 5, 6", "Transfer-Encoding: gzip, chunked",
+     "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Content-Length: +5", "Content-Length : 5",
+     "Transfer-Encoding : chunked", "Content-Length: 5\r\n Transfer-Encoding: chunked"],
+)  # fmt: skip
+def test_lengths_that_readers_take_differently_are_refused(it, framing):
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port(it)}\r\nContent-Type: application/json\r\n"
+    second = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{port(it)}\r\n\r\n"
+    with raw(it) as connection:
+        connection.sendall((head + framing + "\r\n\r\n0\r\n\r\n" + second).encode())
+        answer = received(connection).decode()
+    assert answer.startswith(("HTTP/1.1 400 ", "HTTP/1.1 501 "))
+    assert answer.count("HTTP/1.1") == 1
+
+
 def test_there_are_no_websockets(it):
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     with it.http() as http:

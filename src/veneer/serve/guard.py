@@ -9,6 +9,9 @@ a query, a header or a body.
 A server without keys answers loopback names in the Host header alone: a web page that points a name of its own at
 127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another origin cannot send
 without being asked first, and no answer allows it.
+
+A body whose end is said in two ways is refused, and its connection closed: behind a proxy that believes the other way,
+a request could hide in it (request smuggling).
 """
 
 from __future__ import annotations
@@ -92,6 +95,10 @@ class Guard:
             await self.app(scope, _replay(body, receive), send)
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
+        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+            # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the next request
+            found = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
+            raise Refusal(400, sentence(found, "one way to say where it ends", "send Content-Length alone"))
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
             message = sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
             raise Refusal(431, message)
