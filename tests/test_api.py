@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
@@ -463,3 +464,50 @@ def test_no_thread_stays(it, client, engine):
     for _ in range(20):
         client.chat.completions.create(model=BASE, messages=HELLO)
     until(lambda: threading.active_count() <= before + 1)
+
+
+# ---------------------------------------------------------------------------------------------- the tokenizer's thread
+
+
+@pytest.fixture
+def read(it, monkeypatch):
+    """The sizes of the texts that the tokenizer is given, in order."""
+    sizes, call = [], type(it.service.tokenizer).__call__
+
+    def counted(self, text, *args, **options):
+        sizes.append(len(text))
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(type(it.service.tokenizer), "__call__", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_a_text_that_cannot_fit_is_refused_by_its_beginning(it, read, route):
+    """A whole one of 1 MB took the tokenizer a second or two, for which everybody waited."""
+    text = "a" * 900_000
+    said = {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    with it.http() as http:
+        answer = http.post(f"/v1/{route}", json={"model": BASE, **said})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "Found: a text of 900," in error["message"]
+    assert "at most 512 tokens" in error["message"]
+    assert max(read) <= 16 * 2**10
+
+
+def test_others_have_the_tokenizer_between_the_prompts_of_one_call(it, client, read):
+    with ThreadPoolExecutor(2) as pool:
+        begun, go = threading.Event(), threading.Event()
+        it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
+        assert begun.wait(10)
+        many = pool.submit(client.completions.create, model=BASE, prompt=["b" * 400] * 64, max_tokens=1)
+        until(lambda: it.service.reading)
+        waited = it.service.reading
+        short = pool.submit(client.completions.create, model=BASE, prompt="short", max_tokens=1)
+        until(lambda: it.service.reading > waited)
+        go.set()
+        assert len(many.result(20).choices) == 64
+        assert short.result(20).choices
+    assert len(read) == 65
+    assert read.index(5) <= 41  # behind one group of the others', not behind all of them

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -175,7 +176,7 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
     mix = await _may_generate(service, key, body)
     size = sum(message.size for message in body.messages)
-    prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages))
+    prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
@@ -192,18 +193,26 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     if len(sent) * body.n > limits.ANSWERS:
         found = f"{len(sent)} prompts with n = {body.n}"
         raise Refusal(400, sentence(found, f"at most {limits.ANSWERS} answers", "send several requests"), param="n")
-    tokenizer = service.tokenizer
-
-    def read() -> tuple[list[tuple[int, ...]], list[str]]:
-        tokens = [prompts.plain(tokenizer, prompt, service.vocabulary) for prompt in sent]
-        texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in sent if body.echo]
-        return tokens, texts
-
-    tokens, texts = await in_text_thread(service, sum(map(len, sent)), read)
+    tokens = await _read(service, sent, "prompt")
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
+    decode = service.tokenizer.decode
+    size = sum(map(len, tokens)) if body.echo else 0
+    echoed = lambda: [prompt if isinstance(prompt, str) else decode(prompt) for prompt in sent]  # noqa: E731
+    texts = await in_text_thread(service, size, echoed) if body.echo else []
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
     return await _answer(request, service, key, body, form, mix, tokens, most)
+
+
+async def _read(service: Service, sent: Sequence[Any], param: str) -> list[tuple[int, ...]]:
+    """The tokens of some texts. Others have the tokenizer between two groups of them."""
+    tokens: list[tuple[int, ...]] = []
+    for group in prompts.groups(sent):
+        read = lambda texts=group: [  # noqa: E731
+            prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param) for text in texts
+        ]
+        tokens += await in_text_thread(service, sum(map(len, group)), read)
+    return tokens
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
@@ -308,12 +317,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
         raise Refusal(400, message, param="dimensions")
 
-    sent = body.inputs()
-
-    def read() -> list[tuple[int, ...]]:
-        return [prompts.plain(service.tokenizer, text, service.vocabulary, "input") for text in sent]
-
-    tokens = await in_text_thread(service, sum(map(len, sent)), read)
+    tokens = await _read(service, body.inputs(), "input")
     if max(map(len, tokens)) > service.length:
         found = f"an input of {max(map(len, tokens))} tokens"
         message = sentence(found, f"at most {service.length}", "shorten it")

@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.refusal import Refusal
 from veneer.serve.schemas import Message
+from veneer.serve.special_tokens import tokens_of_chat
 
 #: tokens of an answer where the client names no bound, as OpenAI's /v1/completions has it
 SHORT = 16
 
+#: characters that are read at one time while others wait
+BEGINNING = 16 * 2**10
+#: tokens by which the beginning of a text may have more than the whole: the last word of it is cut
+CUT = 128
 
-def chat(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    """The tokens of a chat in the base's own template.
+
+def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
+    """The tokens of a chat in the base's own template; of special tokens, the template's alone.
+
+    Args:
+        length: tokens of the context.
 
     Raises:
-        Refusal: the base has no template, or its template takes no such chat.
+        Refusal: the base has no template, its template takes no such chat, or it cannot fit into the context.
     """
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         message = sentence("a base without a chat template", "one that was made for chats", "use /v1/completions")
         raise Refusal(400, message, param="messages", code="no_chat_template")
+
+    def render(chat: Any) -> str:
+        try:
+            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            message = sentence(f"messages that the template refuses ({error})", "a chat that it takes", "see its base")
+            raise Refusal(400, message, param="messages", code="template") from error
+
     plain = [message.plain() for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        message = sentence(f"messages that the template refuses ({error})", "a chat that it takes", "see its base")
-        raise Refusal(400, message, param="messages", code="template") from error
-    return _some(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, "messages")
+    check = lambda text: _check_fits(tokenizer, text, length, "messages")  # noqa: E731
+    return _some(tokens_of_chat(tokenizer, plain, render, check), tokenizer, "messages")
 
 
-def plain(tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, param: str = "prompt") -> tuple[int, ...]:
-    """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked.
+def plain(
+    tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, length: int, param: str = "prompt"
+) -> tuple[int, ...]:
+    """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A special token that is
+    written out in a text is that token.
 
     Raises:
-        Refusal: a token that the base does not have, or a text without any.
+        Refusal: a token that the base does not have, a text without any, or one that cannot fit into the context.
     """
     if isinstance(prompt, str):
+        _check_fits(tokenizer, prompt, length, param)
         return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
     beyond = max(prompt)
     if beyond >= vocabulary:
@@ -49,6 +66,30 @@ def plain(tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, param: s
             400, sentence(f"token {beyond}", f"tokens below {vocabulary}", "check the tokenizer"), param=param
         )
     return tuple(prompt)
+
+
+def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
+    """Refuse a text that is far too long before all of it is read, which takes a second for each MB or two and keeps
+    everybody waiting: its beginning alone has too many tokens."""
+    part = max(BEGINNING, 8 * length)
+    while part < len(text):
+        count = len(tokenizer(text[:part], add_special_tokens=False)["input_ids"])
+        if count > length + CUT:
+            found = f"a text of {len(text):,} characters, of which the first {part:,} are {count:,} tokens"
+            message = sentence(found, f"at most {length:,} tokens", "shorten it")
+            raise Refusal(400, message, param=param, code="context_length_exceeded")
+        part *= 4
+
+
+def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Some texts (or lists of tokens) in pieces of at most about ``BEGINNING`` characters, or of one."""
+    start = size = 0
+    for end, text in enumerate(texts):
+        if size and size + len(text) > BEGINNING:
+            yield texts[start:end]
+            start, size = end, 0
+        size += len(text)
+    yield texts[start:]
 
 
 def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
