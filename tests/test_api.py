@@ -295,6 +295,58 @@ def test_bad_values_are_refused(it, fields):
     assert "Expected" in error["message"]
 
 
+FORMS = "Expected: a text, a list of 1 to 64 texts, a list of token ids, or a list of 1 to 64 such lists."
+PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": []}, f"Found: a list of 0 items in prompt. {FORMS}"),
+        ({"prompt": ["a", 5]}, f"Found: a list of numbers and texts in prompt. {FORMS}"),
+        ({"prompt": [[5], "a"]}, f"Found: a list of lists and texts in prompt. {FORMS}"),
+        ({"prompt": [True]}, f"Found: a list of something else in prompt. {FORMS}"),
+        ({"prompt": 7}, f"Found: the number 7 in prompt. {FORMS}"),
+        ({"prompt": {"a": 1}}, f"Found: an object in prompt. {FORMS}"),
+        ({"prompt": ["a"] * 65}, "Found: 65 texts in prompt. Expected: at most 64. Do: send several requests."),
+        ({"prompt": [[5]] * 65}, "Found: 65 lists of tokens in prompt. Expected: at most 64."),
+        ({"prompt": [[5], []]}, "Found: a list of 0 items in prompt.1. Expected: at least 1 item."),
+        ({"prompt": [[5], ["x"]]}, "Found: a text of 1 character in prompt.1.0. Expected: a valid integer."),
+        ({"prompt": [-5]}, "Found: the number -5 in prompt.0. Expected: greater than or equal to 0."),
+        ({"input": ["a"] * 257}, "Found: 257 texts in input. Expected: at most 256. Do: send several requests."),
+        ({"input": [[5]] * 257}, "Found: 257 lists of tokens in input. Expected: at most 256."),
+        ({"input": []}, "Found: a list of 0 items in input. Expected: a text, a list of 1 to 256 texts,"),
+        ({"input": [1, "a"]}, "Found: a list of numbers and texts in input."),
+        ({"stop": ["x"] * 17}, "Found: 17 items in stop. Expected: a text, or a list of at most 16 texts."),
+        ({"stop": [5]}, "Found: a list of 1 item in stop. Expected: a text, or a list of at most 16 texts."),
+        ({"stop": "y" * 300}, "Found: a text of 300 characters in stop. Expected: at most 256 characters."),
+        ({"stop": ["y", ""]}, "Found: a text of 0 characters in stop.1. Expected: at least 1 character."),
+        ({"n": 17}, "Found: the number 17 in n. Expected: less than or equal to 16."),
+        ({"temperature": "1"}, "Found: a text of 1 character in temperature. Expected: a valid number."),
+        ({"adapters": dict.fromkeys("abcdefghi", 1.0)}, "Found: 9 adapters in a blend. Expected: at most 8."),
+        ({"adapters": {"a": "x"}}, "Found: a text of 1 character in adapters.a. Expected: a valid number."),
+        ({"messages": []}, "Found: a list of 0 items in messages. Expected: at least 1 item."),
+        ({"messages": [{"role": "user"}]}, "Found: no field 'messages.0.content'."),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role. Expected: 'system', 'developer', 'user'"),
+        ({"messages": [{"role": "user", "content": PICTURE}]}, "messages.0.content.0.type. Expected: 'text'."),
+        ({"messages": [{"role": "user", "content": []}]}, "in messages.0.content. Expected: at least 1 item."),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+         "Found: no field 'response_format.json_schema.schema'."),
+        ({"response_format": {"type": "xml"}}, "in response_format. Expected: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_body_is_said_of_what_was_sent(it, fields, said):
+    """pydantic's first words were "Input should be a valid string" for most of these."""
+    route = "chat/completions" if "messages" in fields else "embeddings" if "input" in fields else "completions"
+    rest = {} if route == "embeddings" else {"messages": HELLO} if "chat" in route else {"prompt": "a"}
+    with it.http() as http:
+        answer = http.post(f"/v1/{route}", json={"model": BASE, **rest, **fields})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert said in error["message"]
+    assert error["param"] == next(iter(fields))
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b'{"model": "tiny", "model": "french"}', b'{"seed": NaN}', b"\xff\xfe", b"[" * 5000,

@@ -40,6 +40,7 @@ from veneer.serve.schemas import (
     UnloadRequest,
 )
 from veneer.serve.service import Admin, Asker, Route, Service, Serving, chosen, in_text_thread, unless_gone
+from veneer.serve.validation import refusal_of
 
 router = APIRouter(route_class=Route)
 
@@ -71,17 +72,7 @@ def create(service: Service, *routers: Any) -> FastAPI:
 
 def _invalid(request: Request, error: Any) -> Response:
     """Which field is wrong, and why; never what was sent."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = next((part for part in where), None)
-    path = ".".join(where)[:200] or "the body"
-    if first["type"] == "extra_forbidden":
-        message = sentence(f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out")
-    elif first["type"] in ("missing", "model_attributes_type") and not where:
-        message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
-    else:
-        message = sentence(f"{path}: {first['msg'][:300]}", "what the API's reference says", "change it")
-    return Refusal(400, message, param=param and param[:200], code=first["type"]).response()
+    return refusal_of(error.errors(), error.body).response()
 
 
 def _http(request: Request, error: Any) -> Response:

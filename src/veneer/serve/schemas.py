@@ -11,6 +11,7 @@ is wrong in a list: a body holds hundreds of thousands of them, and an error for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from veneer.serve import limits
 from veneer.serve.requests import Sampling
+from veneer.serve.validation import kind, wrong
 
 HARMLESS = {
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -37,7 +39,38 @@ UNKNOWN = 8
 def _few(value: Any) -> Any:
     """A mapping is counted before anything in it is looked at."""
     if isinstance(value, dict) and len(value) > limits.BLEND:
-        raise ValueError(f"at most {limits.BLEND} adapters, not {len(value)}")
+        raise wrong(f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out")
+    return value
+
+
+def _prompts(what: str, most: int) -> Callable[[Any], Any]:
+    """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all of them."""
+    expected = f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such lists"
+    nouns = {str: "texts", int: "numbers", list: "lists"}
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
+            raise wrong(f"{kind(value)} in {what}", expected, "send one of them")
+        kinds = {type(item) for item in value}
+        if len(kinds) > 1 or not kinds <= nouns.keys():
+            names = sorted({nouns.get(one, "something else") for one in kinds})
+            raise wrong(f"a list of {' and '.join(names)} in {what}", expected, "send items of one kind")
+        if kinds != {int} and len(value) > most:
+            found = f"{len(value):,} {'texts' if kinds == {str} else 'lists of tokens'} in {what}"
+            raise wrong(found, f"at most {most}", "send several requests")
+        return value
+
+    return check
+
+
+def _stops(value: Any) -> Any:
+    """The same of ``stop``."""
+    few = isinstance(value, list) and len(value) <= limits.STOPS
+    if not (isinstance(value, str) or (few and all(isinstance(one, str) for one in value))):
+        found = f"{len(value):,} items in stop" if isinstance(value, list) and not few else f"{kind(value)} in stop"
+        raise wrong(found, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others")
     return value
 
 
@@ -137,7 +170,7 @@ class Asked(Strict, ABC):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Stops | None = None
+    stop: Annotated[Stop | Stops | None, BeforeValidator(_stops)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
@@ -183,12 +216,13 @@ class ChatRequest(Asked):
 
 
 class CompletionRequest(Asked):
-    prompt: (
+    prompt: Annotated[
         str
         | Tokens
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
-        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
-    )
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)],
+        BeforeValidator(_prompts("prompt", limits.PROMPTS)),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     echo: bool = False
 
@@ -203,12 +237,13 @@ class CompletionRequest(Asked):
 class EmbeddingRequest(Strict):
     model: Name
     adapters: Blend | None = None
-    input: (
+    input: Annotated[
         str
         | Tokens
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
-        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
-    )
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)],
+        BeforeValidator(_prompts("input", limits.INPUTS)),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
