@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from api_server import BASE, fake_service, listening, serving, until
+from api_server import BASE, adapter_at, fake_service, listening, serving, until
 from veneer.errors import ConfigError
 from veneer.serve import limits, page
 from veneer.serve.access import Key, Keyring, hash_of
@@ -283,8 +283,8 @@ def test_metrics(it):
         'veneer_requests_total{adapter="base",outcome="stop"} 1.0',
         'veneer_prompt_tokens_total{adapter="french"} 6.0',
         'veneer_generated_tokens_total{adapter="french"} 16.0',
-        'veneer_queue_seconds_count{adapter="french"} 2.0',
-        'veneer_first_token_seconds_count{adapter="french"} 2.0',
+        "veneer_queue_seconds_count 3.0",
+        "veneer_first_token_seconds_count 3.0",
         'veneer_adapter_loads_total{adapter="french"} 1.0',
         'veneer_adapter_evictions_total{adapter="french"} 1.0',
         'veneer_adapter_load_failures_total{adapter="french"} 1.0',
@@ -297,6 +297,43 @@ def test_metrics(it):
     ):
         assert line in page.splitlines(), line
     assert "nobody" not in page
+
+
+def test_metrics_grow_little_with_adapters_and_not_at_all_without_their_names(it):
+    metrics, sizes = it.service.metrics, {}
+    for count in (10, 300):
+        for number in range(count):
+            name = f"customer-{number:04}"
+            it.service.catalogue._paths[name] = Path()
+            for outcome in ("stop", "length"):
+                metrics.started({name: 1.0}, 0.1)
+                metrics.first_token({name: 1.0}, 0.1)
+                metrics.tokens({name: 1.0}, 5, 7)
+                metrics.finished({name: 1.0}, outcome, 0.2)
+            metrics.event("load", name, 0.1)
+        with it.http() as http:
+            sizes[count] = [len(http.get(f"/metrics{query}").content) for query in ("", "?adapters=0")]
+            summed = http.get("/metrics?adapters=0").text
+    assert sizes[300][0] < 100_000
+    assert sizes[300][1] < sizes[10][1] + 200
+    assert sizes[300][1] < 8_000
+    assert "customer" not in summed
+    assert "_created" not in summed
+    for line in (
+        "veneer_generated_tokens_total 4340.0", 'veneer_requests_total{outcome="stop"} 310.0',
+        'veneer_queue_seconds_bucket{le="0.1"} 620.0', "veneer_queue_seconds_count 620.0", "veneer_ready 1.0",
+    ):  # fmt: skip
+        assert line in summed.splitlines(), line
+
+
+def test_adapters_are_listed_by_name(tmp_path):
+    with serving(tmp_path / "dir", "b", "a") as served, served.http() as http:
+        for name in ("d", "c"):
+            adapter_at(served.folder / name)
+            assert http.post("/v1/load_lora_adapter", json={"lora_name": name}).status_code == 200
+        names = [entry["name"] for entry in http.get("/v1/adapters").json()]
+        assert names == ["a", "b", "c", "d"]
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == [BASE, *names]
 
 
 def test_an_adapter_that_goes_takes_its_series_with_it(it):

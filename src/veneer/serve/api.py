@@ -108,9 +108,9 @@ async def ready(service: Serving) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(service: Serving, key: Admin) -> Response:
+async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Response:
     service.metrics.ready.set(service.ready)
-    page = await asyncio.to_thread(service.metrics.page)
+    page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -142,7 +142,8 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     await asyncio.to_thread(service.catalogue.refresh)
     fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    return [{field: getattr(entry, field) for field in fields} for entry in status if key.sees(entry.name)]
+    seen = sorted((entry for entry in status if key.sees(entry.name)), key=lambda entry: entry.name)
+    return [{field: getattr(entry, field) for field in fields} for entry in seen]
 
 
 @router.post("/v1/load_lora_adapter")

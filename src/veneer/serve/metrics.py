@@ -1,16 +1,19 @@
-"""What Prometheus reads at ``/metrics``: per adapter requests, tokens, waiting and loading; of the whole, what is held.
+"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole, times and what is held.
 
 A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones, and when an adapter
 goes its series go with it. (An adapter that is itself called "base" or "blend" has the label "adapter:base".)
+
+A histogram is a dozen series, and a server has hundreds of adapters; so an adapter has counters alone, and histograms
+are of all together. ``?adapters=0`` leaves the adapters' names out and gives sums, whose size does not grow with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 BASE, BLEND, OTHER = "base", "blend", "unloaded"
 WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
@@ -27,18 +30,15 @@ class Metrics:
         self.requests = Counter("veneer_requests", "Answers that ended, by outcome.", ["adapter", "outcome"], **own)
         self.prompt_tokens = Counter("veneer_prompt_tokens", "Tokens of prompts that were read.", adapter, **own)
         self.generated_tokens = Counter("veneer_generated_tokens", "Tokens of answers.", adapter, **own)
-        self.queue = Histogram("veneer_queue_seconds", "From request to start.", adapter, buckets=WAITS, **own)
-        self.first = Histogram("veneer_first_token_seconds", "To the first token.", adapter, buckets=WAITS, **own)
+        self.queue = Histogram("veneer_queue_seconds", "From request to start.", buckets=WAITS, **own)
+        self.first = Histogram("veneer_first_token_seconds", "To the first token.", buckets=WAITS, **own)
         self.loads = Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own)
         self.load_seconds = Histogram("veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own)
         self.evictions = Counter("veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own)
         self.failures = Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own)
         self.responses = Counter("veneer_http_responses", "HTTP answers by status.", ["status"], **own)
         self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
-        self._labelled = (
-            self.prompt_tokens, self.generated_tokens, self.queue, self.first, self.loads, self.evictions,
-            self.failures,
-        )  # fmt: skip
+        self._labelled = (self.prompt_tokens, self.generated_tokens, self.loads, self.evictions, self.failures)
 
     # ------------------------------------------------------------------------------------------ what the engine says
 
@@ -46,10 +46,10 @@ class Metrics:
         """Nothing is counted before a request ends; gauges say what waits."""
 
     def started(self, mix: Mapping[str, float], waited: float) -> None:
-        self.queue.labels(self.label(mix)).observe(waited)
+        self.queue.observe(waited)
 
     def first_token(self, mix: Mapping[str, float], seconds: float) -> None:
-        self.first.labels(self.label(mix)).observe(seconds)
+        self.first.observe(seconds)
 
     def tokens(self, mix: Mapping[str, float], prompt: int, generated: int) -> None:
         label = self.label(mix)
@@ -100,8 +100,29 @@ class Metrics:
         """Add the gauges that are read off engine and bank when somebody asks."""
         self.registry.register(_Gauges(engine, bank))
 
-    def page(self) -> bytes:
-        return generate_latest(self.registry)
+    def page(self, *, adapters: bool = True) -> bytes:
+        """In Prometheus' text format; without ``adapters``, sums over them."""
+        return generate_latest(_Shown(self.registry, adapters))  # pyright: ignore[reportArgumentType]
+
+
+class _Shown:
+    """The metrics of a registry, without the times at which series were made, which are a third of all."""
+
+    def __init__(self, registry: CollectorRegistry, adapters: bool) -> None:
+        self.registry, self.adapters = registry, adapters
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            shown = Metric(metric.name, metric.documentation, metric.type, metric.unit)
+            sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+            for sample in metric.samples:
+                if not sample.name.endswith("_created"):
+                    labels = sample.labels.items()
+                    kept = (sample.name, tuple(one for one in labels if self.adapters or one[0] != "adapter"))
+                    sums[kept] = sums.get(kept, 0.0) + sample.value
+            for (name, labels), value in sums.items():
+                shown.add_sample(name, dict(labels), value)
+            yield shown
 
 
 class _Gauges:

@@ -219,7 +219,7 @@ async function look() {
   try {
     await ready();
     if (!catalog) await readCatalog();
-    await part("metrics", async () => server.show(await get("metrics", { json: false }), performance.now()));
+    await part("metrics", async () => server.show(await get("metrics?adapters=0", { json: false }), performance.now()));
     await part("adapters", async () => {
       if (await shelf.refresh()) await readCatalog();
     });
