@@ -344,6 +344,25 @@ def test_a_key_with_24_adapters_gets_what_a_key_with_one_gets(opened):
     assert abs(answers["many"] - answers["one"]) <= 16
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_in_float32_a_seed_gives_the_same_answer_whoever_else_is_in_the_batch(name, opened):
+    """What the docs promise, of this type alone."""
+    model = make(name)
+    assert model.dtype == torch.float32
+    engine = opened(model, rows=24, prefill=256)
+    asks = [
+        asked(ask, 16, temperature=1.0, top_p=(1.0, 0.9)[seed % 2], seed=seed, ignore_eos=True)
+        for seed, ask in enumerate(prompts(16, 40))
+    ]
+    each = [Client(engine, one).wait().tokens for one in asks]
+    others = [Client(engine, asked(ask, 30, temperature=1.0)) for ask in prompts(24, 60, seed=1)]
+    together = [Client(engine, one) for one in asks]
+    assert [one.wait().tokens for one in together] == each
+    assert len({tuple(one) for one in each}) == 16
+    for one in others:
+        one.wait()
+
+
 # ---------------------------------------------------------------------------------------------- ends
 
 

@@ -257,6 +257,21 @@ def context_length(source: str | Path) -> int | None:
     return int(length) if length else None
 
 
+def stored_dtype(source: str | Path) -> torch.dtype | None:
+    """The torch dtype of a base's weights as its config has it; None where it does not say.
+
+    Raises:
+        ConfigError: as ``load_base``.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(_find(str(source))).dtype
+        except Exception as error:
+            raise _explained(str(source), error) from error
+
+
 def pick_dtype(precision: Precision) -> torch.dtype:
     """The torch dtype of "fp32", "bf16", "fp16" or "auto"."""
     import torch

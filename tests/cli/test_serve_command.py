@@ -13,12 +13,15 @@ import time
 import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
-from veneer.cli.serve import bytes_in, called_by_default
+from tiny import tiny_model, tiny_tokenizer
+from veneer.cli.serve import _announce, bytes_in, called_by_default
 from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
 from veneer.serve.access import read_keys
+from veneer.serve.api import create
 
 
 def test_keygen(veneer, tmp_path):
@@ -93,7 +96,50 @@ def test_every_address_of_this_machine_answers_to_its_own_name(veneer, base, mon
     assert "localhost" in served[0].hosts
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "served"),
+    [("float32", [], "float32"), ("bfloat16", [], "bfloat16"), ("float16", [], "float16"),
+     ("float32", ["--dtype", "bfloat16"], "bfloat16"), ("bfloat16", ["--precision", "fp32"], "float32"),
+     ("float32", ["--dtype", "auto"], "bfloat16")],
+)  # fmt: skip
+def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
+    veneer, tmp_path, monkeypatch, stored, asked, served
+):
+    """Also where the processor multiplies bf16 natively; and the type is told."""
+    monkeypatch.setattr("veneer.models._fast_bf16", lambda: True)
+    tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    told = []
+
+    def listen(service, listening, host, port, budget, grace):
+        told.append((service.dtype, service.engine._forward.model.dtype))
+        with TestClient(create(service), base_url="http://127.0.0.1") as client:
+            told.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
+        _announce(service, host, port, budget)
+        service.close()
+
+    monkeypatch.setattr("veneer.cli.serve._listen", listen)
+    run = veneer("serve", tmp_path / "base", "--port", 0, *asked)
+    assert run.code == 0, run
+    assert told == [(served, getattr(torch, served)), served]
+    assert f"tokens, {served})" in " ".join(run.err.split())
+
+
 # ---------------------------------------------------------------------------------------------- vLLM
+
+
+def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(veneer, base, monkeypatch):
+    lines = []
+
+    def become(line):
+        lines.append(line)
+        raise ConfigError("Found: the end of this process.")
+
+    monkeypatch.setattr("veneer.serve.vllm.run", become)
+    for asked, wanted in (([], "float32"), (["--dtype", "bf16"], "bfloat16"), (["--dtype", "auto"], None)):
+        veneer("serve", base, "--engine", "vllm", *asked)
+        line = lines.pop()
+        assert (line[line.index("--dtype") + 1] if "--dtype" in line else None) == wanted
 
 
 def plain_adapter(path, rank, **fields):
@@ -201,5 +247,5 @@ def test_a_whole_run(base, adapter, tmp_path):
     finally:
         child.kill()
         child.communicate()
-    for words in (f"{url}/v1", "mine (completions, 256 tokens)", "1: calc", "1.0 MiB"):
+    for words in (f"{url}/v1", "mine (completions, 256 tokens, float32)", "1: calc", "1.0 MiB"):
         assert words in said

@@ -13,6 +13,7 @@ import typer
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SHORT: Any = {"float32": "fp32", "bfloat16": "bf16"}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
 
 
@@ -53,8 +54,14 @@ def serve(
         bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
     ] = False,
     precision: Annotated[
-        Literal["auto", "stored", "fp32", "bf16"], typer.Option(help="Type of the base weights.")
-    ] = "auto",
+        Literal["auto", "stored", "fp32", "bf16", "float32", "bfloat16"],
+        typer.Option(
+            "--precision",
+            "--dtype",
+            help="Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is bf16 where the "
+            "hardware multiplies it natively, else fp32.",
+        ),
+    ] = "stored",
     engine: Annotated[Literal["veneer", "vllm"], typer.Option(help="Who computes.")] = "veneer",
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
@@ -76,11 +83,12 @@ def serve(
     # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
     sys.setswitchinterval(1e-4)
     budget, called = bytes_in(memory), name or called_by_default(base)
+    precision = _SHORT.get(precision, precision)
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(sentence(f"--host {host} without keys", "keys, or an address of this machine alone", do))
     if engine == "vllm":
-        _become_vllm(base, adapters, host, port, name, rows, length, keys)
+        _become_vllm(base, adapters, host, port, name, rows, length, keys, precision)
     ring = Keyring() if keys is None else read_keys(keys)
     listening = bind(host, port)  # first of all, since it is the quickest to fail
     port = listening.getsockname()[1]
@@ -96,8 +104,9 @@ def serve(
 
 
 def _become_vllm(
-    base: str, adapters: Path | None, host: str, port: int, name: str | None, rows: int, length: int, keys: Path | None
-) -> None:
+    base: str, adapters: Path | None, host: str, port: int, name: str | None, rows: int, length: int,
+    keys: Path | None, precision: Any,
+) -> None:  # fmt: skip
     """Hand everything to vLLM, which takes the place of this process."""
     from veneer.errors import ConfigError, sentence
     from veneer.serve import vllm
@@ -115,8 +124,19 @@ def _become_vllm(
     line = vllm.command(
         place, found, name=name, host=host, port=port,
         length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
+        dtype=None if precision == "auto" else _dtype_name(place, precision),
     )  # fmt: skip
     vllm.run(line)
+
+
+def _dtype_name(place: str, precision: Any) -> str | None:
+    """What vLLM calls a type; its own "auto" takes bf16 for a base in float32. None, of a hub id's: vLLM finds it."""
+    from veneer.models import pick_dtype, stored_dtype
+
+    if precision == "stored" and not Path(place).is_dir():
+        return None
+    dtype = stored_dtype(place) if precision == "stored" else pick_dtype(precision)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _service(
@@ -160,7 +180,7 @@ def _service(
     return Service(
         base=called, source=base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys, metrics=metrics,
         length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine, embedder=embedder,
-        timeout=timeout,
+        timeout=timeout, dtype=str(model.dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
@@ -189,10 +209,11 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     names = service.catalogue.refresh()
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     count = "" if service.keys.open else f", {len(service.keys.keys)} keys"
+    kind = "completions" if service.engine else "embeddings"
     table = Table.grid(padding=(0, 2))
     for label, value in (
         ("address", f"{where}/v1{count or ', open to whoever can reach it'}"),
-        ("base", f"{service.base} ({'completions' if service.engine else 'embeddings'}, {service.length} tokens)"),
+        ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else size(budget)),
     ):

@@ -118,7 +118,8 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
 
 
 def _card(service: Service, name: str | None) -> dict[str, Any]:
-    common = {"object": "model", "created": service.started, "owned_by": "veneer", "max_model_len": service.length}
+    common = {"object": "model", "created": service.started, "owned_by": "veneer"}
+    common |= {"max_model_len": service.length, "dtype": service.dtype}
     if name is None:
         return {"id": service.base, **common, "root": service.source, "parent": None}
     return {"id": name, **common, "root": service.catalogue.root(name), "parent": service.base}

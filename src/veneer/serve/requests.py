@@ -28,7 +28,7 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the most likely token each time.
         top_p: from the smallest set of tokens with this much probability (after ``top_k``).
         top_k: from so many most likely tokens; 0 is off.
-        seed: the same seed gives the same tokens, whoever else is in the batch; None draws one.
+        seed: the same seed gives the same tokens, in float32 also whoever else is in the batch; None draws one.
         stop: strings that end the answer and are not part of it.
         logprobs: how many alternatives are told beside the chosen token; None tells no probabilities at all. They
             are those of the model, before temperature, top_k, top_p and schema.

@@ -2,8 +2,9 @@
 
     schema's mask  →  temperature  →  top_k  →  top_p  →  one uniform number of the row's own generator  →  token
 
-A row draws from a generator of its own, one number a token: so the same seed gives the same tokens, whoever else is in
-the batch. (Logits themselves may differ in their last bits between batches of different sizes.)
+A row draws from a generator of its own, one number a token, whoever else is in the batch. The logits that it draws from
+differ between batches of different sizes by their rounding: in float32 so little that a draw hardly ever notices, in 16
+bits so much that an answer may become another one.
 
 The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs more
 of them is sorted alone.

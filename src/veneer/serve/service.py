@@ -39,6 +39,7 @@ class Service:
         length: tokens of the context, prompt and answer together.
         vocabulary: tokens that the base knows.
         timeout: seconds that an answer may take.
+        dtype: of the base's weights, in torch's word ("float32").
     """
 
     base: str
@@ -53,6 +54,7 @@ class Service:
     engine: Any = None
     embedder: Embedder | None = None
     timeout: float = 600.0
+    dtype: str = "float32"
     hosts: tuple[str, ...] | None = None
     draining: bool = False
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone

@@ -32,6 +32,7 @@ def command(
     port: int = 8000,
     length: int | None = None,
     rows: int | None = None,
+    dtype: str | None = None,
     more: Sequence[str] = (),
 ) -> list[str]:
     """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to vLLM as it is.
@@ -52,6 +53,7 @@ def command(
     line += ["--served-model-name", name] if name else []
     line += ["--max-model-len", str(length)] if length else []
     line += ["--max-num-seqs", str(rows)] if rows else []
+    line += ["--dtype", dtype] if dtype else []
     if adapters:
         rank = next(rank for rank in vllm.RANKS if rank >= max(ranks))
         line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(MOST, len(adapters)))]
