@@ -160,10 +160,10 @@ def unmerge_subtracts(patch):
     """W' − (W' − W), where it should put back W."""
     original = merging._keep
 
-    def keep(write):
-        original(write)
-        for name, old in write.slot.keeper._modules["backup"]._buffers.items():
-            new = write.stored[name.rpartition(":")[2]]
+    def keep(write, spill=None):
+        original(write, spill)
+        for key, old in write.slot.keeper.__dict__["backup"][write.slot.name].items():
+            new = write.stored[key]
             old.copy_(new - (new - old))
 
     patch.setattr(merging, "_keep", keep)

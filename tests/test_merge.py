@@ -281,7 +281,7 @@ def parts_left(model):
     """Where anything of a merge is left behind."""
     return [
         path for path, module in model.named_modules()
-        if path.endswith("backup") or "digests" in module.__dict__
+        if "backup" in module.__dict__ or "digests" in module.__dict__
     ]  # fmt: skip
 
 

@@ -6,10 +6,13 @@ Rounding to nearest would lose most of a small change of 16-bit weights, which l
 would, a weight is rounded so that what the adapter reads survives (``kernels/feedback.py``). Storages with a grid of
 their own (packed ones) round as they do.
 
-All new weights are made and checked before the first is written. The old ones are kept beside the adapter (as buffers
-that no state dict contains), so that ``unmerge`` restores bits instead of subtracting: W' - ΔW is W only when nothing
-was rounded. All are kept before the first is overwritten, and the model counts as merged until the last is back, so
-that whatever interrupts either way, ``unmerge`` can finish it.
+One weight at a time is made, checked, kept and overwritten, so that no more than one is in memory twice. What is found
+wrong, or goes wrong, puts all of them back: the old bits are kept beside the adapter (outside of what state dicts and
+``.to`` see), so that ``unmerge`` restores instead of subtracting: W' - ΔW is W only when nothing was rounded. Each is
+kept before it is overwritten, and the model counts as merged until the last is back, so that whatever interrupts either
+way, ``unmerge`` can finish it. With ``keep=False`` they are kept too, in a temporary file, until the last is written.
+Rejected there: to make all weights twice, first to check and then to write, which takes twice as long and could not put
+back what it wrote if the second pass fails.
 
 Threads that merge, unmerge, attach and detach take turns. Threads that call the model do not wait for a merge, and a
 call that runs meanwhile sees weights of which some are merged: let no call run.
@@ -32,6 +35,7 @@ from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.hashing import digest
 from veneer.kernels.rounding import Folded, fold, known_rounding
 from veneer.lowrank import LowRank
+from veneer.spill import Spill, Spilled, aside
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def merge(
 
     Args:
         name: the adapter; None takes the only one.
-        keep: keep the old weights, which ``unmerge`` needs (as much memory again as the weights that change).
+        keep: keep the old weights, which ``unmerge`` needs: as much memory of the processor as the weights that change.
+            Without, they lie in a temporary file while this runs.
         rounding: of 16-bit weights. "nearest": each number to the nearest. "faithful": each to one of its two
             neighbours, so that the errors cancel on what the adapter reads; takes several times as long, a few seconds
             for 100 million numbers. "auto": faithful for each weight of which nearest would keep less than 99 % of the
@@ -152,7 +157,8 @@ def merge(
 
     Raises:
         ConfigError: another rounding.
-        MergeError: a merged weight would not be finite, or an adapter is merged already. Nothing was changed.
+        MergeError: a merged weight would not be finite, or an adapter is merged already. Every weight has the bits that
+            it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
@@ -164,34 +170,36 @@ def merge(
         )
     known_rounding(rounding)
     moments = dict(inputs or {})
-    writes: list[_Write] = []
-    problems = list(_untied(model, name))
-    with torch.no_grad():
-        for part in _parts(model, name):
-            moment = moments.pop(part.slot.where, None) if isinstance(part, _Low) else None
-            writes += _written(part, rounding, moment, problems)
-    problems += [
-        sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
-        for path in moments
-    ]
-    raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
-    slots = [write.slot for write in writes]
+    parts, problems = list(_parts(model, name)), list(_untied(model, name))
+    reports: list[LayerMerge] = []
+    slots, spill = [part.slot for part in parts], None if keep else Spill()
     try:
         _forget(slots)  # what an interrupt in the last line of an unmerge has left
-        for write in writes:
-            _keep(write)
-        group.merged = name
-        for write in writes:
-            write.slot.write(write.stored)
+        group.merging, group.merged = True, name
+        for part in parts:
+            moment = moments.pop(part.slot.where, None) if isinstance(part, _Low) else None
+            with torch.no_grad():
+                for write in _written(part, rounding, moment, problems):
+                    if not problems:
+                        _keep(write, spill)
+                        write.slot.write(write.stored)
+                    reports += [write.report] if write.report else []
+        problems += [
+            sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
+            for path in moments
+        ]
+        raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
+        group.merging = False
     except BaseException:
         if group.merged is not None:
-            _restore([slot for slot in slots if _digest(slot.stored()) != _digest(_kept(slot))])
+            _restore([slot for slot in slots if _is_kept(slot)])
             group.merged = None
         _forget(slots)
+        group.merging = False
         raise
     if not keep:
         _forget(slots)
-    return MergeReport(name, tuple(write.report for write in writes if write.report))
+    return MergeReport(name, tuple(reports))
 
 
 @in_turn
@@ -207,14 +215,15 @@ def unmerge(model: nn.Module) -> None:
     group = need_group(model)
     if group.merged is None:
         raise MergeError(sentence("a model in which nothing is merged", "a merged adapter", "call veneer.merge first"))
-    slots = [part.slot for part in _parts(model, group.merged)]
-    if any("backup" not in slot.keeper._modules for slot in slots):
+    every = [part.slot for part in _parts(model, group.merged)]
+    slots = [slot for slot in every if _is_kept(slot)]
+    if len(slots) < len(every) and not group.merging:  # of a merge that was cut off, the others are as they were
         found = f"{group.merged!r}, merged with keep=False"
         raise MergeError(sentence(found, "the weights from before the merge", "load the base again"))
     merged, edited = [], []
     for slot in slots:
         found, expected = _digest(slot.stored()), _expected(slot)
-        if found == expected:
+        if expected is None or found == expected:
             merged.append(slot)
         elif found != (kept := _digest(_kept(slot))):  # unless an unmerge that was interrupted has restored it
             between = all(found[key] in (kept.get(key), expected.get(key)) for key in found)
@@ -226,7 +235,8 @@ def unmerge(model: nn.Module) -> None:
         )
     _restore(merged)
     group.merged = None  # what is kept has no meaning from here on
-    _forget(slots)
+    _forget(every)
+    group.merging = False
 
 
 def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
@@ -234,14 +244,14 @@ def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
     adapter is merged, every other one was made for these too."""
     group = need_group(model)
     slots = [] if group.merged is None else [part.slot for part in _parts(model, group.merged)]
-    return {id(slot.target): _kept(slot) for slot in slots if "backup" in slot.keeper._modules}
+    return {id(slot.target): _kept(slot) for slot in slots if _is_kept(slot)}
 
 
 def unkept(model: nn.Module) -> frozenset[int]:
     """The identities of merged weights of which nobody has what they held before (``keep=False``)."""
     group = need_group(model)
     slots = [] if group.merged is None else [part.slot for part in _parts(model, group.merged)]
-    return frozenset(id(slot.target) for slot in slots if "backup" not in slot.keeper._modules)
+    return frozenset(id(slot.target) for slot in slots if not _is_kept(slot))
 
 
 def _parts(model: nn.Module, name: str) -> Iterator[_Low | _Full]:
@@ -359,28 +369,38 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: st
     return LayerMerge(path, size / base if base else float(size > 0), retention, rounding)
 
 
-def _keep(write: _Write) -> None:
+def _keep(write: _Write, spill: Spill | None = None) -> None:
+    """Put a slot's bits aside, all of them in one step. In ``spill`` they are for a failure alone, and nobody will ask
+    whether the merged weight was edited."""
     slot = write.slot
-    if "backup" not in slot.keeper._modules:
-        slot.keeper.backup, slot.keeper.digests = nn.Module(), {}
-    backup: Any = slot.keeper._modules["backup"]
-    for key, tensor in slot.stored().items():
-        backup.register_buffer(f"{slot.name}:{key}", tensor.detach().clone(), persistent=False)
-    slot.keeper.digests[slot.name] = _digest(write.stored)
+    bits = {key: aside(tensor) if spill is None else spill.put(tensor) for key, tensor in slot.stored().items()}
+    own = slot.keeper.__dict__
+    if spill is None:
+        own.setdefault("digests", {})[slot.name] = _digest(write.stored)
+    own.setdefault("backup", {})[slot.name] = bits
 
 
 def _digest(stored: Mapping[str, Tensor]) -> dict[str, str]:
     return {key: digest(tensor) for key, tensor in stored.items()}
 
 
-def _expected(slot: _Slot) -> dict[str, str]:
-    return slot.keeper.digests[slot.name]
+def _expected(slot: _Slot) -> dict[str, str] | None:
+    return slot.keeper.__dict__.get("digests", {}).get(slot.name)
+
+
+def _is_kept(slot: _Slot) -> bool:
+    return slot.name in slot.keeper.__dict__.get("backup", {})
 
 
 def _kept(slot: _Slot) -> dict[str, Tensor]:
-    backup: Any = slot.keeper._modules["backup"]
-    buffers = {key.rpartition(":"): tensor for key, tensor in backup._buffers.items()}
-    return {key: tensor for (own, _, key), tensor in buffers.items() if own == slot.name}
+    """The bits from before the merge, in memory of the processor; those of a packed weight, whose parts are read
+    together, on its device."""
+    bits = slot.keeper.__dict__["backup"][slot.name]
+    bits = {key: one.read() if isinstance(one, Spilled) else one for key, one in bits.items()}
+    if slot.storage.dense_name is None:
+        device = next((one.device for one in slot.stored().values()), None)
+        bits = {key: one if device is None else one.to(device) for key, one in bits.items()}
+    return bits
 
 
 def _restore(slots: Iterable[_Slot]) -> None:
@@ -405,5 +425,5 @@ def _forget(slots: Iterable[_Slot]) -> None:
 
 def _drop(keepers: Iterable[Change | LayerAdapter]) -> None:
     for keeper in keepers:
-        keeper._modules.pop("backup", None)
-        keeper.__dict__.pop("digests", None)
+        for name in ("backup", "digests"):
+            keeper.__dict__.pop(name, None)

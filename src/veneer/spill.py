@@ -1,0 +1,103 @@
+"""Put tensors aside outside of the memory that computes: in the host's, and past a few MiB in a temporary file.
+
+What is put aside is read again only if something goes wrong, so its place need not be fast: the file has no name, and
+is gone with its last reader. Plain reads and writes: the pages of a memory map would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: bytes that stay in memory before the first goes to a file
+ROOM = 1 << 20
+#: bytes that are copied at once
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Spilled:
+    """A tensor in a file, from ``offset`` on."""
+
+    file: Any
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of the processor, with the strides that it had.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+        own = memoryview(flat.view(torch.uint8).numpy()).cast("B")
+        self.file.seek(self.offset)
+        for start in range(0, len(own), PIECE):
+            piece = own[start : start + PIECE]
+            if self.file.readinto(piece) != len(piece):
+                raise OSError(f"a temporary file ended at {self.offset + start:,} bytes: something has cut it")
+        made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+        return made.copy_(flat.view(self.shape))
+
+    def __deepcopy__(self, memo: Any) -> Spilled:
+        return self  # nobody writes to it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.clone, (self.read(),)
+
+
+class Spill:
+    """Where ``put`` leaves its tensors: ``ROOM`` bytes in memory, then a file. Where none can be written (a disk that
+    is full, or read-only), they stay in memory."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.end = 0
+        self.file: Any = None
+
+    def put(self, tensor: Tensor) -> Tensor | Spilled:
+        """A copy of ``tensor``, which may change afterwards."""
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.numel() == 0:
+            return aside(tensor)
+        if self.held + tensor.nbytes > ROOM:
+            try:
+                return self._written(tensor)
+            except OSError:
+                pass  # as it is without a file: what has been written of it lies past the end, where it harms nobody
+        self.held += tensor.nbytes
+        return aside(tensor)
+
+    def _written(self, tensor: Tensor) -> Spilled:
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(buffering=0, dir=_folder())  # noqa: SIM115 (it lives as long as its readers)
+        self.file.seek(self.end)
+        step = max(1, PIECE // tensor.element_size())
+        for piece in tensor.detach().reshape(-1).split(step):
+            rest = memoryview(piece.cpu().view(torch.uint8).numpy()).cast("B")
+            while len(rest):
+                rest = rest[self.file.write(rest) :]
+        strides = torch.empty_like(tensor, device="meta").stride()  # as a copy in memory would lie
+        made = Spilled(self.file, self.end, tensor.dtype, tensor.shape, strides)
+        self.end += tensor.nbytes
+        return made
+
+
+def aside(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` in memory of the processor."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type in ("cpu", "meta") else tensor.to("cpu", copy=True)
+
+
+def _folder() -> str | None:
+    """None for the usual one. On many systems that is memory; ``/var/tmp`` is for what is large there, unless the user
+    has named another."""
+    named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return "/var/tmp" if not named and os.access("/var/tmp", os.W_OK) else None
