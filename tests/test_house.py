@@ -15,8 +15,8 @@ SOURCE = Path(veneer.__file__).parent
 
 # From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
 FLOORS = [
-    ["errors"],
-    ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading", "pace"],
+    ["errors", "precision"],
+    ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading", "pace", "spill"],
     ["headers"],
     ["kernels", "formats"],
     ["layers", "variants", "bases", "models", "checkpoint", "card"],

@@ -42,7 +42,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from veneer import context
+from veneer import context, precision
 from veneer.bases import BASES, Storage
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError, sentence
@@ -247,10 +247,10 @@ class Change(nn.Module):
         ``dtype`` if that is given."""
         numbers = self.numbers
         if dtype is not None:
-            numbers = {name: value.to(dtype) for name, value in numbers.items()}
+            numbers = {name: precision.cast(value, dtype) for name, value in numbers.items()}
         if self.still is not None and "A" in numbers:  # a gain may depend on ΔW, of which that input is no part
             numbers["A"] = numbers["A"].index_fill(2, torch.tensor([self.still], device=numbers["A"].device), 0)
-        low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight))
+        low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight, dtype))
         if self.rows is not None:
             rows = self.rows.to(low.B.device)
             low = low.place(rows, self.dims.out)
@@ -262,8 +262,11 @@ class Change(nn.Module):
         matrices or for one of them."""
         return self.resolve(weight, torch.float64)
 
-    def _dense(self, weight: Any) -> Tensor:
-        dense = self.layer.unfold(self.storage.dense(weight), self.dims)
+    def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """[g, out, in] in the dtype of the weight, where arithmetic in ``dtype`` is done."""
+        dense = self.storage.dense(weight)
+        dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
+        dense = self.layer.unfold(dense, self.dims)
         return dense if self.rows is None else dense[:, self.rows.to(dense.device)]
 
     def changed(
@@ -273,7 +276,7 @@ class Change(nn.Module):
 
         ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would.
         """
-        layer, dense = self.layer, self.storage.dense(weight).to(dtype)
+        layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low is not None:
             delta = low.delta(dtype)
             if drop and self.training and self.dropout:

@@ -24,6 +24,7 @@ from veneer.adapted import BASE, weight_of
 from veneer.attach import Evidence, LowPlan, Plans, group_of, parameter_path
 from veneer.errors import ConfigError, raise_all, sentence
 from veneer.layers import LAYERS, Layer, kind_of
+from veneer.precision import double
 from veneer.targets import Names, Slot
 from veneer.variants import VARIANTS
 
@@ -128,7 +129,7 @@ def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], ba
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             given = inspect.signature(module.forward).bind(*args, **kwargs)
             given.apply_defaults()
-            rows = kind.inputs(module, weight, given.args).double()  # [g, tokens, in]
+            rows = double(kind.inputs(module, weight, given.args))  # [g, tokens, in]
             moment = rows.mT @ rows
             moments[entry.slot] = moments[entry.slot] + moment if entry.slot in moments else moment
 
@@ -171,7 +172,7 @@ def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module],
                 found = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
                 for slot, gradient in zip(weights, found, strict=True):
                     if gradient is not None:
-                        own = gradient.detach().to_dense().double()  # of a sparse embedding, sparse
+                        own = double(gradient.detach().to_dense())  # of a sparse embedding, sparse
                         sums[slot] = sums[slot] + own if slot in sums else own
     finally:
         for slot, weight in weights.items():

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.precision import double
+
 
 class Svd(NamedTuple):
     """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k, in]."""
@@ -75,6 +77,9 @@ class LowRank:
             return self
         return LowRank(self.A.to(dtype), self.B.to(dtype), self.scale)
 
+    def on(self, device: torch.device) -> LowRank:
+        return LowRank(self.A.to(device), self.B.to(device), self.scale)
+
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:
         """ΔW itself, computed in ``dtype`` (default: that of the factors)."""
         low = self if dtype is None else self.to(dtype)
@@ -82,7 +87,7 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r matrices a group."""
-        A, B = self.A.detach().double(), self.B.detach().double()
+        A, B = double(self.A.detach()), double(self.B.detach())
         squared = ((B.mT @ B) * (A @ A.mT)).sum()
         return abs(self.scale) * squared.clamp_min(0).sqrt().item()
 
@@ -105,14 +110,14 @@ class LowRank:
 
     def inner(self, other: LowRank) -> float:
         """⟨ΔW, ΔW'⟩ = Σ (BᵀB') ∘ (A A'ᵀ), in float64 and from the thin factors alone."""
-        A, B = (factor.detach().double() for factor in (self.A, self.B))
-        product = ((B.mT @ other.B.double()) * (A @ other.A.double().mT)).sum()
+        A, B = (double(factor.detach()) for factor in (self.A, self.B))
+        product = ((B.mT @ double(other.B)) * (A @ double(other.A).mT)).sum()
         return self.scale * other.scale * product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
         """A small matrix with ΔW's singular values, in float64: R_B R_Aᵀ of B = Q_B R_B and Aᵀ = Q_A R_A. Its norm is
         ‖ΔW‖ to the last digits, also where the product nearly cancels, which ``norm`` has to half of them."""
-        R = (torch.linalg.qr(factor.detach().double(), mode="r")[1] for factor in (self.B, self.A.mT))
+        R = (torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT))
         left, right = R
         return left @ right.mT * self.scale
 
@@ -124,7 +129,7 @@ class LowRank:
         Rows and columns in which ΔW is zero by its factors are exactly zero here too: a padding token, the rows that a
         change leaves alone. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half and lose half the digits.
         """
-        A, B = self.A.detach().double(), self.B.detach().double()
+        A, B = double(self.A.detach()), double(self.B.detach())
         (QB, RB), (QA, RA) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
         u, S, v = torch.linalg.svd(RB @ RA.mT * self.scale, full_matrices=False)
         U = (QB @ u).masked_fill((B == 0).all(2, keepdim=True), 0)

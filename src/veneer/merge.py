@@ -35,6 +35,7 @@ from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.hashing import digest
 from veneer.kernels.rounding import Folded, fold, known_rounding
 from veneer.lowrank import LowRank
+from veneer.precision import double, has_float64
 from veneer.spill import Spill, Spilled, aside
 
 
@@ -296,12 +297,15 @@ def _written(part: _Low | _Full, rounding: str, moment: Tensor | None, problems:
     if isinstance(slot.target, Tensor) and slot.target.is_inference() and not torch.is_inference_mode_enabled():
         found = f"{slot.where}, made under torch.inference_mode, which torch lets nobody write outside it"
         problems.append(sentence(found, "a weight that can be written", "merge under torch.inference_mode too"))
+    elif slot.storage.dense_name is None and not has_float64(device := slot.storage.dense(slot.target).device):
+        found = f"{slot.where}, a weight that is stored packed, on {device}, which has no float64"
+        problems.append(sentence(found, "a device with float64", 'move the model for the merge: model.to("cpu")'))
     elif isinstance(part, _Low):
         yield from _folded(part, rounding, moment, problems)
     elif not isinstance(slot.target, nn.Parameter) and isinstance(slot.target, Tensor):
         yield _Write(slot, {"values": part.values.detach().clone()}, None)
     else:
-        yield from _encoded(slot, part.values.double(), problems)
+        yield from _encoded(slot, double(part.values), problems)
 
 
 def _folded(part: _Low, rounding: str, moment: Tensor | None, problems: list[str]) -> Iterator[_Write]:
@@ -352,8 +356,8 @@ def _encoded(slot: _Slot, values: Tensor, problems: list[str]) -> Iterator[_Writ
         problems.append(_not_finite(slot, rounded.dtype))
         return
     rounding = "storage" if slot.storage.dense_name is None else "nearest"
-    old = slot.storage.dense(slot.target).double()
-    yield _Write(slot, stored, _report(slot.where, old, values, rounded.double(), rounding))
+    old = double(slot.storage.dense(slot.target))
+    yield _Write(slot, stored, _report(slot.where, old, values, double(rounded), rounding))
 
 
 def _not_finite(slot: _Slot, dtype: torch.dtype) -> str:

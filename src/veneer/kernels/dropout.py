@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.precision import place
+
 _C: Any = torch._C
 
 #: above this probability a mask is cheaper than indices
@@ -65,8 +67,10 @@ def drawn(count: int, p: float, seed: int, device: torch.device, width: int | No
     if p > SPARSE:
         mask = torch.rand(groups, width, generator=generator, device=device) < p
         return Dropped(mask.nonzero()[:, 1].contiguous(), mask.sum(1).cumsum(0), width, count)
-    means = torch.full((groups,), -math.log1p(-p) * width, dtype=torch.float64, device=device)
-    ends = torch.poisson(means, generator=generator).long().cumsum(0)
+    counting = place(device)
+    means = torch.full((groups,), -math.log1p(-p) * width, dtype=torch.float64, device=counting)
+    counts = torch.poisson(means, generator=generator if counting == device else torch.Generator().manual_seed(seed))
+    ends = counts.long().to(device).cumsum(0)
     draws = int(ends[-1]) if groups else 0
     return Dropped(torch.randint(max(width, 1), (draws,), generator=generator, device=device), ends, width, count)
 

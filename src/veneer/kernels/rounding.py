@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,13 @@ from veneer.kernels.feedback import directions, faithful
 from veneer.kernels.reference import round_once
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
+from veneer.precision import has_float64, place
 
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
 #: doubt at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
+#: of a weight on another device: the share of it that is a tile, and numbers in one at least and at most
+SHARE, SMALLEST, LARGEST = 16, 1 << 10, 1 << 22
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
 #: 64-bit words that are looked at as one, and the 16-bit numbers in them
@@ -126,8 +129,9 @@ def fold(
             that lies in memory as ``weight`` does.
         compiled: whether numba may be used (``kernels.streaming``): the same bits sooner, and 100 MiB for its code.
 
-    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB. The bits of the result depend
-    on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
+    device, about as much as a 16-bit weight takes. On a device without float64 (MPS) the processor does it. The bits of
+    the result depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -136,6 +140,12 @@ def fold(
     dtype = weight.dtype if dtype is None else dtype
     if out is None:
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    if not has_float64(weight.device):
+        home = place(weight.device)
+        low, gain = low.on(home), None if gain is None else gain.to(home)
+        options: Any = {"rounding": rounding, "side": side, "inputs": None if inputs is None else inputs.to(home)}
+        folded = fold(weight.to(home), low, gain, dtype, compiled=compiled, **options)
+        return replace(folded, weight=out.copy_(folded.weight))
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         old, new, exact = weight, out, low.to(torch.float64)
         spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
@@ -194,12 +204,19 @@ def _slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
             yield slice(group, min(group + many, groups)), slice(row, min(row + high, rows))
 
 
-def _size(shape: torch.Size) -> tuple[int, int, int]:
-    """The largest tile of [g, out, in]."""
+def _tile(like: Tensor) -> int:
+    """Numbers in a tile at most. On a processor they fit into its cache. A device has the time of a launch for each
+    operation, and waits for memory: there it is a share of the weight, so that the temporaries in float64, some 40
+    bytes a number, are no more than the weight itself."""
+    return TILE if like.device.type == "cpu" else min(max(like.numel() // SHARE, SMALLEST), LARGEST)
+
+
+def _size(shape: torch.Size, most: int = TILE) -> tuple[int, int, int]:
+    """The largest tile of [g, out, in] with ``most`` numbers."""
     _, rows, columns = shape
-    wide = max(1, min(columns, WIDEST))
-    high = max(1, min(rows, TILE // wide))
-    return max(1, TILE // (high * wide)), high, wide
+    wide = max(1, min(columns, WIDEST, most))
+    high = max(1, min(rows, most // wide))
+    return max(1, most // (high * wide)), high, wide
 
 
 def _parts(
@@ -223,9 +240,9 @@ def _cut(one: Tensor, axis: int, first: int, count: int) -> Tensor:
     return one if size <= count else one.narrow(axis, first, min(count, size - first))
 
 
-def _tiles(shape: torch.Size) -> Iterator[Tile]:
-    """Slices of [g, out, in], of ``TILE`` numbers at most."""
-    (groups, rows, columns), (many, high, wide) = shape, _size(shape)
+def _tiles(like: Tensor) -> Iterator[Tile]:
+    """Slices of [g, out, in] that are worked on at once."""
+    (groups, rows, columns), (many, high, wide) = like.shape, _size(like.shape, _tile(like))
     for group in range(0, groups, many):
         for row in range(0, rows, high):
             for column in range(0, columns, wide):
@@ -253,7 +270,7 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
         base = base.flatten()
         return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
 
-    sums = spread(list(_tiles(old.shape)), lambda: None, of_tile, threads=threads_for(old, WORKERS))
+    sums = spread(list(_tiles(old)), lambda: None, of_tile, threads=threads_for(old, WORKERS))
     return Sums(*torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)]).sum(0).tolist())
 
 
@@ -400,4 +417,4 @@ def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
 
 
 def _finite(new: Tensor) -> bool:
-    return all(bool(new[tile].isfinite().all()) for tile in _tiles(new.shape))
+    return all(bool(new[tile].isfinite().all()) for tile in _tiles(new))

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.sft_trainer import SFTTrainer
 
 import veneer
+from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.loss import token_loss
 from veneer.train.lower import Lower
@@ -114,7 +115,7 @@ class AdapterTrainer(SFTTrainer):
             self._total_train_tokens += int(self._sum(seen))
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         else:
-            counts = self._sum(torch.stack([result.total.detach().double(), result.items, result.correct]))  # [3]
+            counts = self._sum(torch.stack([double(result.total.detach()), result.items, result.correct]))  # [3]
             self._eval_total = counts if self._eval_total is None else self._eval_total + counts
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)

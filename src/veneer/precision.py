@@ -1,0 +1,35 @@
+"""Where arithmetic in float64 runs: on the tensors' own device or, for a device that has none (MPS), on the processor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of this device may be float64. Asked by making one, as devices are more than this file knows."""
+    if device.type in ("cpu", "meta"):
+        return True
+    try:
+        torch.empty((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def place(device: torch.device, dtype: torch.dtype = torch.float64) -> torch.device:
+    """The device for arithmetic in ``dtype`` on tensors of ``device``."""
+    return _CPU if dtype is torch.float64 and not has_float64(device) else device
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, where its device has that, else on the processor. Differentiable."""
+    device = place(tensor.device, dtype)
+    return (tensor if device == tensor.device else tensor.to(device)).to(dtype)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64. See ``cast``."""
+    return cast(tensor, torch.float64)
