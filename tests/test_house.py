@@ -22,7 +22,7 @@ FLOORS = [
     ["layers", "variants", "bases", "models", "checkpoint", "card"],
     ["linears"],
     ["adapted", "artefact"],
-    ["targets", "rows", "derived"],
+    ["targets", "rows", "derived", "recompute"],
     ["readers", "overlap", "weights"],
     ["attach"],
     ["merge", "select", "summary", "evidence", "filing"],

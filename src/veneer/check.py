@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.adapted import BASE, SITE, LayerAdapter, Selected, at_least_float32, own_class, sites, weight_of
+from veneer.adapted import BASE, SITE, LayerAdapter, Selected, own_class, sites, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.errors import CheckError, raise_all, sentence
 from veneer.layers import kind_of
+from veneer.precision import double, place
+from veneer.recompute import Reads, Recomputed
 from veneer.select import use
 
 #: how far the gradient of a change may be from that of the definition, by the size of the weight's numbers in bytes.
@@ -170,7 +173,7 @@ def _in_float64(model: nn.Module) -> Iterator[None]:
 
 def _different(items: list[_Item], ours: Mapping, theirs: Mapping) -> Iterator[str]:
     def whole(gradients: Mapping, item: _Item) -> Tensor:
-        return torch.cat([_or_zero(gradients[p], p).flatten().double().cpu() for p in item.parameters])
+        return torch.cat([double(_or_zero(gradients[p], p).flatten()).cpu() for p in item.parameters])
 
     largest = max((whole(theirs, item).norm().item() for item in items), default=0.0)
     for item in items:
@@ -232,7 +235,7 @@ def _perturb(trained: list[nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained:
-            size = parameter.detach().double().square().mean().sqrt().item() or 1.0
+            size = double(parameter.detach()).square().mean().sqrt().item() or 1.0
             noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
             parameter.add_(noise.to(parameter.device, parameter.dtype))
 
@@ -266,7 +269,7 @@ def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
 
 @contextmanager
 def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
-    """The plain model with W + ΔW in place of every W, differentiable in the trained numbers."""
+    """The plain model with W + ΔW in place of every W, differentiable in the trained numbers, one weight at a time."""
     undo: list[tuple[dict, Any, Any]] = []
 
     def put(where: dict, key: Any, value: Any) -> None:
@@ -276,31 +279,29 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
     group = need_group(model, name)
     selected: Any = Selected(name, packed) if packed else BASE
     packed_parts = set(map(id, packed.values()))
-    made: dict[int, Tensor] = {}
+    made = Recomputed()
     try:
         modules = {site.key: module for _, module, site in sites(model)}
         for key, part in (group.selections[name].parts or {}).items():
             if key not in modules or id(part) in packed_parts:  # that of a method is that of its site
                 continue
             module = modules[key]
-            values = dict(part.replacements(module))
-            for weight, change in part.changes.items():
-                if id(change) not in made:
-                    held = weight_of(module, weight)
-                    low, gain = change.resolve(held)
-                    wide = change.changed(held, low, gain, at_least_float32(change.storage.dtype(held)))
-                    made[id(change)] = wide.to(change.storage.dtype(held))
-                values[weight] = made[id(change)]
-            for own, value in values.items():
+            full = part.replacements(module)
+            for own, value in full.items():
                 put(module._parameters if own in module._parameters else module._buffers, own, value)
+            makers = {
+                weight: partial(made.read, change, weight_of(module, weight)) for weight, change in part.changes.items()
+            }
+            reads = Reads(module._parameters, makers)
+            put(module.__dict__, "_parameters", reads)
             kind = kind_of(module)
-            if kind is not None and values:
+            if kind is not None and (full or makers):
                 before = dict(module.__dict__)
-                kind.bind(module, values)
+                kind.bind(module, reads.kept())
                 undo.extend(
                     (module.__dict__, own, before[own]) for own in before if module.__dict__[own] is not before[own]
                 )
-        with context.changed(selection={**context.current.selection, group.uid: selected}):
+        with context.changed(selection={**context.current.selection, group.uid: selected}), made.saving():
             yield
     finally:
         for where, key, value in reversed(undo):

@@ -144,8 +144,9 @@ class Layer(ABC):
 
     # The materialised path runs the module's own forward on a view of it.
 
-    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:  # noqa: B027 (most kinds have nothing to do)
-        """Put changed weights where a view's forward looks for them, if that is not under their names."""
+    def bind(self, seen: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
+        """Put changed weights, ``values.get(name)``, where a view's forward looks for them, if that is not under their
+        names."""
 
     # Rows of a batch that use different adapters.
 

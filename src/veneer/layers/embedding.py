@@ -70,7 +70,7 @@ class Embedding(Layer):
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         return F.one_hot(args[0].reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
 
-    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
+    def bind(self, seen: Any, values: Any) -> None:
         seen.sparse = False
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -55,7 +55,7 @@ class EmbeddingBag(Layer):
         options = {"mode": module.mode, "include_last_offset": last, "padding_idx": padding}
         return F.embedding_bag(ids, identity, offsets, per_sample_weights=weights, **options)[None]
 
-    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
+    def bind(self, seen: Any, values: Any) -> None:
         seen.sparse = False  # a sparse gradient cannot flow on into A and B
 
     def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:

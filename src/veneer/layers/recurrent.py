@@ -28,7 +28,7 @@ class Recurrent(Layer):
     def weights(self, module: Any) -> tuple[str, ...]:
         return tuple(name for names in module._all_weights for name in names if name.startswith("weight"))
 
-    def bind(self, seen: Any, values: dict[str, Tensor]) -> None:
+    def bind(self, seen: Any, values: Any) -> None:
         # A recurrent module hands its kernel a list of its parameters, made when it was built. With references that
         # fit, forward does not make another, which would then be taken for something that it wrote to the module.
         weights = [values.get(name, seen._parameters.get(name)) for name in seen._flat_weights_names]

@@ -23,8 +23,8 @@ from veneer.lowrank import LowRank
 from veneer.variants._base import Base, Start, register
 from veneer.variants.lora import LORA
 
-#: how many numbers of W + ΔW are formed at a time on a CPU
-CHUNK = 1 << 18
+#: how many bytes of W + ΔW are formed at a time on a CPU
+CHUNK = 1 << 20
 
 
 def init(start: Start) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
         weight.device.type,
     )
     low, whole = low.to(dtype), device != "cpu" or torch.compiler.is_compiling()
-    rows = weight.shape[1] if whole else max(1, CHUNK // weight.shape[2])
+    rows = weight.shape[1] if whole else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with plain:
