@@ -4,7 +4,8 @@ A layer can be passed by without an error: a fused fast path in eval mode, a wei
 forward, a module that this kind of input never reaches. Three proofs, each naming what fails:
 
     reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
-    gradient    one pass in the model's own mode gives every change a finite gradient that is not zero
+    gradient    one pass in the model's own mode gives every change a finite gradient that is not zero, at the start or
+                once all that trains has moved
     equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
 
 Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to differ is judged in
@@ -23,14 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from veneer import context
-from veneer.adapted import BASE, SITE, LayerAdapter, Selected, own_class, sites, weight_of
+from veneer import context, dead_weights
+from veneer.adapted import BASE, SITE, Change, LayerAdapter, Selected, own_class, sites, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
-from veneer.errors import CheckError, raise_all, sentence
+from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.layers import kind_of
 from veneer.precision import double, place
 from veneer.recompute import Reads, Recomputed
 from veneer.select import use
+from veneer.spill import aside
 
 #: how far the gradient of a change may be from that of the definition, by the size of the weight's numbers in bytes.
 #: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this at most.
@@ -107,15 +109,16 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
         for module, mode in own_modes.items():
             module.training = mode
         first = _gradients(model, trained, args, kwargs)
-    problems = []
+    problems, silent = [], []
     for item in items:
         found = [first[p] for p in item.parameters if first[p] is not None]
         if not item.ids & reached:
             problems.append(item.problem("is not reached in eval mode"))
-        elif not any(gradient.abs().sum() > 0 for gradient in found):
-            problems.append(item.problem("receives no gradient"))
+        elif not _is_there(found):
+            silent.append(item)
         elif not all(gradient.isfinite().all() for gradient in found):
             problems.append(item.problem("receives a gradient that is not finite"))
+    problems += _without_gradient(model, name, silent, trained, args, kwargs) if silent else []
     packed = _packed(model, name)
     if problems or packed is None:
         return problems, 0
@@ -126,13 +129,41 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
     ]
     problems = _differences(model, name, compared, trained, packed, args, kwargs)
     if problems and not packed and _all_narrower_than_float64(model):
-        with _in_float64(model):
-            args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
-            try:
+        try:
+            with _in_float64(model):
+                args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
                 problems = _differences(model, name, compared, trained, packed, args, kwargs)
-            except RuntimeError as error:  # a forward that casts by itself: the first judgement holds
-                problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+        except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
+            problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
     return problems, len(compared)
+
+
+def _is_there(gradients: list[Tensor]) -> bool:
+    return any(bool(gradient.any()) for gradient in gradients)
+
+
+def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+    """A problem for each of these, which got no gradient at the start, unless training itself opens the way: once the
+    trained numbers have moved, it is there."""
+
+    def ask() -> list[bool]:
+        gradients = _gradients(model, trained, args, kwargs)
+        return [_is_there([one for p in item.parameters if (one := gradients[p]) is not None]) for item in items]
+
+    with _as_it_was(model, trained), use(model, name):
+        _perturb(trained)
+        later = ask()
+        found = {} if all(later) else dead_weights.zeros(model, trained)
+        behind = dead_weights.blocking(found, ask) if found else [() for _ in items]
+    for item, there, names in zip(items, later, behind, strict=True):
+        if names and not there:
+            zeros = listing(map(repr, names))
+            text = f"{item.where!r} ({own_class(item.module).__name__}) receives no gradient: every way from it to the "
+            text += f"output goes through weights that are exactly zero and do not train: {zeros}"
+            do = "load the weights that belong there, train them too (targets=, train_also=), or leave this layer out"
+            yield sentence(text, "a way that is not multiplied by zero", do)
+        elif not there:
+            yield item.problem("receives no gradient")
 
 
 def _differences(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], packed, args, kwargs):
@@ -155,16 +186,17 @@ def _all_narrower_than_float64(model: nn.Module) -> bool:
 
 
 def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    """A number of the model's, or an argument of it, where it runs in float64."""
+    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
 
 
 @contextmanager
 def _in_float64(model: nn.Module) -> Iterator[None]:
     """The model in float64; afterwards its tensors are the same objects with the memory that they had."""
-    held = [(one, one.data) for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    held = [(one, one.data) for one in (*model.parameters(), *model.buffers())]
     try:
         for one, data in held:
-            one.data = data.double()
+            one.data = _doubled(data)
         yield
     finally:
         for one, data in held:
@@ -214,7 +246,9 @@ def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     required = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # the adapter's own (what some variants start from, and do not train) stay, and may be as large as the model
+    fixed = {id(one) for module in model.modules() if isinstance(module, Change) for one in module.buffers()}
+    buffers = [(buffer, aside(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
     try:
         for parameter in trained:
             parameter.requires_grad_(True)
