@@ -39,7 +39,7 @@ _C: Any = torch._C
 
 def applies(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
-    Everything else (``torch.compile``, ``torch.func``, forward-mode AD, autocast, tensor subclasses) takes the
+    Everything else (``torch.compile``, ``torch.jit.trace``, ``torch.func``, forward-mode AD, autocast, tensor subclasses) takes the
     reference, which is plain differentiable code."""
     return (
         type(x) is Tensor
@@ -49,6 +49,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and not weight.requires_grad
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
+        and _C._get_tracing_state() is None
         and not _C._is_any_autocast_enabled()
         and _C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0

@@ -92,10 +92,13 @@ def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = 
         return _in_chunks(model, path, rest, labels, accuracy, chunk)
     columns = _columns(labels)
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
-        outputs = model(**rest, logits_to_keep=columns)
+        # Numbers fit hidden states on any device; a tensor would have to be where the last block of a spread model is.
+        spread = len({parameter.device for parameter in model.parameters()}) > 1
+        outputs = model(**rest, logits_to_keep=columns.tolist() if spread else columns)
         return _at_once(model, outputs, outputs.logits, columns, labels, accuracy)
     outputs = model(**rest)
-    return _at_once(model, outputs, outputs.logits[:, columns], columns, labels, accuracy)
+    logits = outputs.logits
+    return _at_once(model, outputs, logits[:, columns.to(logits.device)], columns, labels, accuracy)
 
 
 def causal_loss(
@@ -114,7 +117,7 @@ def causal_loss(
         result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=result.total.device)
     )
     loss = result.total / items.clamp(min=1)
-    return loss if result.extra is None else loss + result.extra
+    return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
 # ---------------------------------------------------------------------------------------------- all columns at once
@@ -131,12 +134,14 @@ def _at_once(
     model: nn.Module, outputs: Any, logits: Tensor, columns: Tensor, labels: Tensor, accuracy: bool
 ) -> TokenLoss:
     target = labels[:, 1:][:, columns]  # [b, c]: what the logits [b, c, v] should say
-    cells = target != IGNORED
-    chosen, answers = logits[cells], target[cells]  # [n, v], [n]
+    cells = (target != IGNORED).flatten().nonzero().squeeze(1)  # [n]
+    answers = target.flatten()[cells].to(logits.device)  # [n]
+    chosen = logits.flatten(0, 1)[cells.to(logits.device)]  # [n, v]
     chosen = chosen.to(at_least_float32(chosen.dtype))
     total = functional.cross_entropy(chosen, answers, reduction="sum") if len(answers) else chosen.sum() * 0.0
     correct = (chosen.detach().argmax(dim=-1) == answers).sum() if accuracy else torch.zeros_like(answers.sum())
-    return TokenLoss(total, cells.sum(), correct, _balance(model, outputs))
+    items = torch.full_like(correct, len(answers))
+    return TokenLoss(total, items, correct, _balance(model, outputs))
 
 
 def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
@@ -182,8 +187,9 @@ def _in_chunks(
     outputs = head.reusing(_view(model, path, answer))(**inputs)
     if rows is None:  # no body of this kind, or a head that looks at several rows at once
         columns = _columns(labels)
-        return _at_once(model, outputs, outputs.logits[:, columns], columns, labels, accuracy)
-    items, extra = wanted.sum(), _balance(model, outputs)
+        logits = outputs.logits
+        return _at_once(model, outputs, logits[:, columns.to(logits.device)], columns, labels, accuracy)
+    items, extra = wanted.sum().to(outputs.logits.device), _balance(model, outputs)
     if len(places) == 0:
         return TokenLoss(outputs.logits.to(at_least_float32(outputs.logits.dtype)).sum() * 0.0, items, items, extra)
     sums = _Sums(outputs.logits, accuracy)

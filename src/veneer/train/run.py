@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.training_args import ParallelMode
 
 import veneer
 from veneer import models
@@ -90,6 +91,8 @@ def fit(
         say(console, f"Resuming from step {found[1]} ({found[0]}).")
 
     arguments = arguments_of(config, output, prepared)
+    if (seen := torch.cuda.device_count()) > 1 and arguments.parallel_mode is not ParallelMode.DISTRIBUTED:
+        say(console, f"{seen} GPUs are visible; this run trains on the first (CUDA_VISIBLE_DEVICES chooses another).")
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     handle = _attach(config, base.model, found)
