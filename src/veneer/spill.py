@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,33 @@ ROOM = 1 << 20
 PIECE = 1 << 20
 
 
+class _File:
+    """A temporary file without a name and without a buffer, closed with the last who refers to it."""
+
+    def __init__(self) -> None:
+        self.raw: Any = tempfile.TemporaryFile(buffering=0, dir=_folder())  # noqa: SIM115
+        weakref.finalize(self, self.raw.close)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        self.raw.seek(offset)
+        for start in range(0, len(into), PIECE):
+            piece = into[start : start + PIECE]
+            if self.raw.readinto(piece) != len(piece):
+                raise OSError(f"a temporary file ended at {offset + start:,} bytes: something has cut it")
+
+    def write(self, offset: int, flat: Tensor) -> None:
+        self.raw.seek(offset)
+        for piece in flat.split(max(1, PIECE // flat.element_size())):
+            rest = memoryview(piece.cpu().view(torch.uint8).numpy()).cast("B")
+            while len(rest):
+                rest = rest[self.raw.write(rest) :]
+
+
 @dataclass(frozen=True, eq=False)
 class Spilled:
     """A tensor in a file, from ``offset`` on."""
 
-    file: Any
+    file: _File
     offset: int
     dtype: torch.dtype
     shape: torch.Size
@@ -37,12 +60,7 @@ class Spilled:
             OSError: the file cannot be read.
         """
         flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-        own = memoryview(flat.view(torch.uint8).numpy()).cast("B")
-        self.file.seek(self.offset)
-        for start in range(0, len(own), PIECE):
-            piece = own[start : start + PIECE]
-            if self.file.readinto(piece) != len(piece):
-                raise OSError(f"a temporary file ended at {self.offset + start:,} bytes: something has cut it")
+        self.file.read(self.offset, memoryview(flat.view(torch.uint8).numpy()).cast("B"))
         made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return made.copy_(flat.view(self.shape))
 
@@ -60,7 +78,7 @@ class Spill:
     def __init__(self) -> None:
         self.held = 0
         self.end = 0
-        self.file: Any = None
+        self.file: _File | None = None
 
     def put(self, tensor: Tensor) -> Tensor | Spilled:
         """A copy of ``tensor``, which may change afterwards."""
@@ -77,13 +95,8 @@ class Spill:
 
     def _written(self, tensor: Tensor) -> Spilled:
         if self.file is None:
-            self.file = tempfile.TemporaryFile(buffering=0, dir=_folder())  # noqa: SIM115 (it lives as long as its readers)
-        self.file.seek(self.end)
-        step = max(1, PIECE // tensor.element_size())
-        for piece in tensor.detach().reshape(-1).split(step):
-            rest = memoryview(piece.cpu().view(torch.uint8).numpy()).cast("B")
-            while len(rest):
-                rest = rest[self.file.write(rest) :]
+            self.file = _File()
+        self.file.write(self.end, tensor.detach().reshape(-1))
         strides = torch.empty_like(tensor, device="meta").stride()  # as a copy in memory would lie
         made = Spilled(self.file, self.end, tensor.dtype, tensor.shape, strides)
         self.end += tensor.nbytes
