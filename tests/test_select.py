@@ -330,3 +330,86 @@ def test_layers_that_run_again_during_backward_do_not_fall_back_to_the_only_adap
     assert torch.equal(model.rerun, expected)
     Rerun.apply(x, model).sum().backward()
     assert torch.equal(model.rerun, model(IDS))
+
+
+class Gated(nn.Module):
+    """A block whose gate starts at zero, as LayerScale, ReZero and zero convolutions do."""
+
+    def __init__(self, gates=1):
+        super().__init__()
+        self.down, self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.gates = nn.ParameterList([nn.Parameter(torch.zeros(8)) for _ in range(gates)])
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        change = self.up(torch.relu(self.down(x)))
+        return self.head(x + sum(gate * change for gate in self.gates))
+
+
+GATED = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_check_names_the_zero_weight_that_stands_before_the_output():
+    model = Gated()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    memory = {name: value.data_ptr() for name, value in model.named_parameters()}
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["down", "up", "head"]))
+    with pytest.raises(CheckError, match="2 problems") as caught:
+        veneer.check(model, GATED)
+    message = str(caught.value)
+    for name in ("down", "up"):
+        assert f"'{name}.weight' (Linear) receives no gradient: every way from it to the output goes through" in message
+    assert "exactly zero and do not train: 'gates.0'." in message
+    assert "bias" not in message, "a bias of zeros only adds"
+    assert "'head.weight'" not in message
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+            assert parameter.data_ptr() == memory[name]
+
+
+def test_check_names_every_zero_weight_of_ways_that_lie_side_by_side():
+    model = Gated(gates=2)
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["down"]))
+    with pytest.raises(CheckError, match=r"do not train: 'gates\.0', 'gates\.1'"):
+        veneer.check(model, GATED)
+
+
+def test_check_lets_a_zero_weight_pass_that_trains():
+    model = Gated()
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["down", "up", "gates.0"]))
+    assert len(veneer.check(model, GATED).weights) == 3
+
+
+def test_check_of_a_way_that_is_cut_names_no_weight():
+    model = Bypassing()
+    nn.init.zeros_(model.seen.bias)
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["cut"]))
+    with pytest.raises(CheckError, match=r"'cut\.weight' \(Linear\) receives no gradient\. Expected: a layer that the"):
+        veneer.check(model, GATED[:, :4])
+
+
+class ReadsMore(nn.Linear):
+    """Looks at its weight before it uses it, and at all of its parameters."""
+
+    def forward(self, x):
+        weights = dict(self._parameters)
+        assert {name for name, _ in self.named_parameters(recurse=False)} >= set(weights)
+        x = x.to(self.weight.dtype) + self._parameters.get("weight").mean() * 0
+        return nn.functional.linear(x, weights["weight"].mT.contiguous().mT, self.bias)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "lokr", "pissa"])
+def test_check_compares_whoever_reads_the_weight_and_however(variant):
+    model = nn.Sequential(ReadsMore(4, 5), nn.LSTM(5, 4), First(), nn.Linear(4, 4))
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all-linear", variant=variant))
+    tables = [module._parameters for module in model.modules()]
+    report = veneer.check(model, torch.randn(2, 3, 4))
+    assert report.compared == len(report.weights) == len(handle.changes)
+    assert all(module._parameters is table for module, table in zip(model.modules(), tables, strict=True))
+
+
+class First(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
