@@ -1,4 +1,4 @@
-"""Devices that lack something: float64, or half of the model. Here ``meta`` plays the device, whose numbers read as zero."""
+"""Devices that lack float64, or half of the model. ``meta`` plays the device, whose numbers read as zero."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ class Narrow(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (torch.ops.aten._to_copy.default,) and args[0].is_meta and kwargs.get("device") == precision._CPU:
+        if (
+            function in (torch.ops.aten._to_copy.default,)
+            and args[0].is_meta
+            and kwargs.get("device") == precision._CPU
+        ):
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0].zero_()
         out = function(*args, **kwargs)
         for one in pytree.tree_leaves(out):
             if isinstance(one, torch.Tensor) and one.is_meta and one.dtype is torch.float64:
-                raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+                raise TypeError(
+                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+                )
         return out
 
 
@@ -84,7 +90,9 @@ def test_a_weight_is_folded_by_the_processor_where_its_device_has_no_float64(nar
 @pytest.mark.parametrize("variant", ["lora", "dora", "lokr"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_merge_needs_no_float64_of_the_device(narrow, variant, keep):
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(5, 8, max_norm=1.0)).to(torch.bfloat16).to(META)
+    model = (
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(5, 8, max_norm=1.0)).to(torch.bfloat16).to(META)
+    )
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, variant=variant, targets="all", train_also=["1"]))
     assert len(handle.merge(keep=keep).layers) == 4
     assert {one.device for one in model.parameters()} == {META}

@@ -16,7 +16,19 @@ SOURCE = Path(veneer.__file__).parent
 # From the ground up. A module may import what stands on a lower line; those on one line do not see each other.
 FLOORS = [
     ["errors", "precision"],
-    ["lowrank", "context", "config", "registry", "files", "hashing", "optim", "reading", "pace", "spill", "dead_weights"],
+    [
+        "lowrank",
+        "context",
+        "config",
+        "registry",
+        "files",
+        "hashing",
+        "optim",
+        "reading",
+        "pace",
+        "spill",
+        "dead_weights",
+    ],
     ["headers"],
     ["kernels", "formats"],
     ["layers", "variants", "bases", "models", "checkpoint", "card"],

@@ -84,7 +84,9 @@ def spilling(monkeypatch):
     monkeypatch.setattr(spill, "ROOM", 0)
     made = []
     original = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **more: made.append(original(*args, **more)) or made[-1])
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda *args, **more: made.append(original(*args, **more)) or made[-1]
+    )
     return made
 
 

@@ -14,7 +14,7 @@ float64, where the model runs there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -138,8 +138,8 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
     return problems, len(compared)
 
 
-def _is_there(gradients: list[Tensor]) -> bool:
-    return any(bool(gradient.any()) for gradient in gradients)
+def _is_there(gradients: Iterable[Tensor | None]) -> bool:
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
@@ -148,7 +148,7 @@ def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: 
 
     def ask() -> list[bool]:
         gradients = _gradients(model, trained, args, kwargs)
-        return [_is_there([one for p in item.parameters if (one := gradients[p]) is not None]) for item in items]
+        return [_is_there(gradients[p] for p in item.parameters) for item in items]
 
     with _as_it_was(model, trained), use(model, name):
         _perturb(trained)

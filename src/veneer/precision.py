@@ -1,4 +1,4 @@
-"""Where arithmetic in float64 runs: on the tensors' own device or, for a device that has none (MPS), on the processor."""
+"""Where arithmetic in float64 runs: on the tensors' own device, or on the processor if that has none (MPS)."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Recomputed:
         dtype, make = self.living.get(tensor.untyped_storage().data_ptr(), (None, None))
         if make is None or dtype != tensor.dtype:
             return tensor
-        return _Note(make, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Note(make, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _Note) -> Tensor:
         self.latest = None
@@ -93,7 +93,7 @@ class Reads(dict[str, Any]):
         return super().__iter__()
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (that is this)
 
     def values(self) -> Any:
         return (self[name] for name in self)

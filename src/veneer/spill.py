@@ -10,7 +10,7 @@ import os
 import tempfile
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class _File:
     def write(self, offset: int, flat: Tensor) -> None:
         self.raw.seek(offset)
         for piece in flat.split(max(1, PIECE // flat.element_size())):
-            rest = memoryview(piece.cpu().view(torch.uint8).numpy()).cast("B")
+            rest = _bytes(piece.cpu())
             while len(rest):
                 rest = rest[self.raw.write(rest) :]
 
@@ -60,7 +60,7 @@ class Spilled:
             OSError: the file cannot be read.
         """
         flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-        self.file.read(self.offset, memoryview(flat.view(torch.uint8).numpy()).cast("B"))
+        self.file.read(self.offset, _bytes(flat))
         made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return made.copy_(flat.view(self.shape))
 
@@ -101,6 +101,10 @@ class Spill:
         made = Spilled(self.file, self.end, tensor.dtype, tensor.shape, strides)
         self.end += tensor.nbytes
         return made
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def aside(tensor: Tensor) -> Tensor:

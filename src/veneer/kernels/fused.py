@@ -39,8 +39,8 @@ _C: Any = torch._C
 
 def applies(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
-    Everything else (``torch.compile``, ``torch.jit.trace``, ``torch.func``, forward-mode AD, autocast, tensor subclasses) takes the
-    reference, which is plain differentiable code."""
+    Everything else (``torch.compile``, ``torch.jit.trace``, ``torch.func``, forward-mode AD, autocast, tensor
+    subclasses) takes the reference, which is plain differentiable code."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter

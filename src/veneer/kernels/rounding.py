@@ -131,7 +131,8 @@ def fold(
 
     Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
     device, about as much as a 16-bit weight takes. On a device without float64 (MPS) the processor does it. The bits of
-    the result depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    the result depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded
+    faithfully.
 
     Raises:
         ConfigError: another rounding.

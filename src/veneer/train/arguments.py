@@ -26,7 +26,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
     save_every = save_every or (eval_every if config.early_stopping else max(1, math.ceil(prepared.steps / 10)))
     evaluates = prepared.eval_set is not None
     _check_names(config)
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(output),
         max_steps=prepared.steps,
         per_device_train_batch_size=config.batch_size,
@@ -65,10 +65,6 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
-    # One process trains on one GPU, also where it sees several: transformers would copy the model to all of them in each
-    # step (`nn.DataParallel`), which trl refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def _check_names(config: TrainConfig) -> None:

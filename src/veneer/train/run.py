@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.training_args import ParallelMode
 
 import veneer
 from veneer import models
@@ -91,8 +90,7 @@ def fit(
         say(console, f"Resuming from step {found[1]} ({found[0]}).")
 
     arguments = arguments_of(config, output, prepared)
-    if (seen := torch.cuda.device_count()) > 1 and arguments.parallel_mode is not ParallelMode.DISTRIBUTED:
-        say(console, f"{seen} GPUs are visible; this run trains on the first (CUDA_VISIBLE_DEVICES chooses another).")
+    _on_one_device(arguments, console)
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     handle = _attach(config, base.model, found)
@@ -277,6 +275,14 @@ def _check(model: Any, prepared: Prepared) -> None:
     ids = torch.tensor([prepared.train.input_ids[shortest][:64]], device=model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         veneer.check(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
+
+
+def _on_one_device(arguments: Any, console: Console) -> None:
+    """One process trains on one GPU, also where it sees several: transformers would copy the model to all of them in
+    each step (`nn.DataParallel`), which trl refuses. A process of several has one by itself."""
+    if (seen := arguments.n_gpu) > 1:
+        arguments._n_gpu = 1
+        say(console, f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).")
 
 
 # ---------------------------------------------------------------------------------------------- training and after
