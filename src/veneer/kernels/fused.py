@@ -49,7 +49,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and not weight.requires_grad
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
-        and _C._get_tracing_state() is None
+        and x.ndim > 0
+        and type(x.shape[0]) is int  # a tensor while torch.jit.trace runs, which this costs no call to ask
         and not _C._is_any_autocast_enabled()
         and _C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
