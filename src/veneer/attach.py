@@ -35,6 +35,7 @@ from veneer.adapted import (
     site_of,
     sites,
     uninstall,
+    walk,
     weight_of,
 )
 from veneer.adapted import (
@@ -46,6 +47,7 @@ from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, 
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
+from veneer.methods import take_back
 from veneer.overlap import overlaps
 from veneer.readers import Host, alike, bound, hosts, switched, switches, unreachable
 from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
@@ -793,6 +795,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     group.set_adapters({key: group.configs[key] for key in kept}, {key: group.selections[key] for key in kept})
     if group.merged in names:
         group.merged = None
+    for _, module in walk(model) if not kept else ():
+        take_back(module)
     abandon(model, group)
 
 

@@ -17,6 +17,7 @@ from veneer.attach import adapters, changes, detach, install, need_group, parame
 from veneer.config import LoraConfig
 from veneer.evidence import Loss, gather
 from veneer.merge import MergeReport, merge, unmerge
+from veneer.pretrained import cover
 from veneer.select import use
 from veneer.summary import CallPlan, Summary, call_plan, summarise
 
@@ -53,6 +54,7 @@ def attach(
     plans = plan(model, LoraConfig() if config is None else config, name)
     evidence = gather(model, plans, batches=batches, loss=loss, original=original)
     install(model, name, plans, evidence=evidence)
+    cover(model)
     return Handle(model, name)
 
 
@@ -76,6 +78,7 @@ def load(
     """
     model, name = unwrap(model), name if name is not None else "default"
     install_from(model, path, name, trainable=trainable, verify_base=verify_base)
+    cover(model)
     return Handle(model, name)
 
 
