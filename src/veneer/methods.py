@@ -5,13 +5,12 @@
 
 What stands there is an attribute of the object, found before the method of its class. Rejected: a subclass, as for
 adapted layers. The forward of every model that has the method would then be ours too, and FSDP2 puts classes of its
-own above. It holds no reference to the module that counts, so that a model which nobody uses is freed at once, and
-copies and pickles along with it.
+own above. A function alone would not do: an attribute of an object is bound to nothing, and copies and pickles of the
+model need one that is theirs.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -26,19 +25,10 @@ class Instead:
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], before: Any = None) -> None:
-        self.function, self.before = function, before
-        self._module = weakref.ref(module)
+        self.module, self.function, self.before = module, function, before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        assert module is not None, "a method outlived its object"
-        return self.function(module, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": self._module()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _module=weakref.ref(state["_module"]))
+        return self.function(self.module, *args, **kwargs)
 
 
 def put(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from veneer import card, context
 from veneer.adapted import SITE, Site, own_class, sites, walk
 from veneer.adapter import save
-from veneer.artefact import FILES, NUMBERS, RECORD
+from veneer.artefact import FILES
 from veneer.attach import adapters, changes, group_of, need_group, only_name, parameter_path, unwrap
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.fitting import Fit, fitted
@@ -49,8 +49,8 @@ WRAPPERS = ("_orig_mod.", "module.")
 
 
 class LoadedElsewhere(UserWarning):
-    """``save_pretrained`` wrote an adapter that ``from_pretrained`` will not find its base for, or refuse; the text
-    says why, and how to load it."""
+    """``save_pretrained`` wrote an adapter that ``from_pretrained`` cannot load, or not whole; the text says why, and
+    what loads it."""
 
 
 def cover(model: nn.Module) -> None:
@@ -88,7 +88,7 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the module's own method, by name."""
+    """The arguments of a call of the module's own method, by name. The first one is the folder in every library."""
     method = getattr(plain(module), SAVE)
     bound = inspect.signature(method).bind(*args, **kwargs).arguments
     rest = next((p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD), "")
@@ -117,7 +117,7 @@ def _differs(module: nn.Module) -> bool:
 
 def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
     """The module as it would be without adapters."""
-    folder, seen = Path(options["save_directory"]), plain(module)
+    folder, seen = Path(next(iter(options.values()))), plain(module)
     if (folder / peft.CONFIG).exists():
         found = f"{folder}, which holds an adapter, for weights into which one is merged"
         expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
@@ -130,12 +130,14 @@ def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """The selected adapter, or the only one, as a folder beside whatever else lies in it."""
-    folder, name = Path(options.pop("save_directory")), _selected(model)
+    folder, name = Path(next(iter(options.values()))), _selected(model)
     _must_be_an_adapters(options)
+    state = _state(options)
     if not options.get("is_main_process", True):
+        if not state and any(hasattr(p, "full_tensor") for p in model.parameters()):
+            save(model, folder, name=name, overwrite=True)  # every process has a part of what the main one writes
         return
     _must_hold_no_model(model, folder)
-    state = _state(options)
     if state:
         _with_state(model, name, state, lambda: _write(model, name, folder))
     else:
@@ -196,10 +198,10 @@ def _write(model: nn.Module, name: str, folder: Path) -> None:
             made.mkdir()
             (made / card.NAME).write_bytes((folder / card.NAME).read_bytes())
         save(model, made, name=name, overwrite=True)
-        for file in FILES:
+        for file in FILES if (made / peft.TENSORS).exists() else ():
             if (made / file).exists():
                 (made / file).replace(folder / file)
-            elif file in (RECORD, NUMBERS):
+            else:
                 (folder / file).unlink(missing_ok=True)
 
 
@@ -208,6 +210,12 @@ def _tell(model: nn.Module, folder: Path) -> None:
     written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
     if str(written["peft_type"]).startswith(peft.NOT_FOR_PEFT):
         text = f"from_pretrained and PEFT will refuse this adapter ({written['peft_type']}): load it with veneer.load"
+        warnings.warn(text, LoadedElsewhere, stacklevel=5)
+    if written.get("use_dora"):
+        text = (
+            "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's own as well; it logs "
+            "them as UNEXPECTED): load it with veneer.load or PEFT"
+        )
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
     if hasattr(model, "config") and not _base_name(model):
         text = (
