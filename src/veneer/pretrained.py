@@ -172,7 +172,7 @@ def _must_be_an_adapters(options: Mapping[str, Any]) -> None:
 
 
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
-    """``from_pretrained`` takes the weights in a folder for the base of an adapter in it; so they must be the base's."""
+    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
     held = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
     if not held or not (folder / "config.json").exists():
         return
@@ -371,7 +371,7 @@ def learn(module: Any) -> None:
 
 
 def when_imported(name: str, call: Callable[[Any], None]) -> None:
-    """Call ``call`` with a module: now, or once it has been imported, which takes seconds that are not ours to spend."""
+    """Call ``call`` with a module: now, or once somebody has imported it, which takes seconds."""
     if name in sys.modules:
         call(sys.modules[name])
     elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):

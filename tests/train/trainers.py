@@ -198,7 +198,7 @@ def _lightning(model: Any, folder: Path, resume: Path | None) -> Callable[[Path]
         model.train()
         start = None if resume is None else str(resume / f"checkpoint-step-{HALF}.ckpt")
         trainer.fit(Tuned(), _batches(HALF), ckpt_path=start)
-    return lambda path: model.save_pretrained(path)
+    return model.save_pretrained
 
 
 def _accelerate(model: Any, folder: Path, resume: Path | None) -> Callable[[Path], None]:

@@ -115,7 +115,6 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     _train(trainer, found, prepared, stop, bar, output)
-    handle = trainer.adapter
     if stop.stopped and trainer.state.global_step < prepared.steps:
         return _interrupted(config, output, base, handle, prepared)
     return _finish(config, output, base, handle, prepared, console)

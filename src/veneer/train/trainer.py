@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 import veneer
 from veneer.precision import double
+from veneer.pretrained import refill
 from veneer.train import checkpoint
 from veneer.train.loss import token_loss
 from veneer.train.lower import Lower
@@ -184,10 +185,6 @@ class AdapterTrainer(SFTTrainer):
         """Nothing: `run.fit` has loaded the checkpoint's adapter instead of attaching a new one."""
 
     def _load_best_model(self) -> None:
-        """Put the adapter of the best checkpoint in the place of the last one."""
-        best = self.state.best_model_checkpoint
-        if best is None:
-            return
-        target, name = self.adapter.model, self.adapter.name
-        veneer.detach(target, name)
-        self.adapter = veneer.load(target, checkpoint.Path(best) / checkpoint.ADAPTER, name=name, trainable=True)
+        """Give the adapter the numbers of the best checkpoint."""
+        if self.state.best_model_checkpoint is not None:
+            refill(self.adapter.model, checkpoint.Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
