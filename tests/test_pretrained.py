@@ -21,7 +21,7 @@ import veneer
 from tiny import tiny_model
 from toys import randomise
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError
-from veneer.pretrained import LoadedElsewhere, refill, when_imported
+from veneer.pretrained import refill, when_imported
 from veneer.variants import VARIANTS
 
 # PEFT asks transformers for an attribute that is called otherwise by now
@@ -63,7 +63,7 @@ ties = pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 # ---------------------------------------------------------------------------------------------- an adapter
 
 
-@pytest.mark.filterwarnings("ignore::veneer.pretrained.LoadedElsewhere")  # its own test is below
+@pytest.mark.filterwarnings("ignore::veneer.LoadedElsewhere")  # its own test is below
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_save_pretrained_writes_an_adapter_that_gives_the_adapted_model_again(variant, model, base, tmp_path):
     plain = logits(model)
@@ -269,14 +269,14 @@ def test_the_bases_own_folder_takes_an_adapter_of_it(model, tmp_path):
 def test_a_base_without_a_name_is_told(tmp_path):
     model = tiny_model()
     attach(model)
-    with pytest.warns(LoadedElsewhere, match="names no base"):
+    with pytest.warns(veneer.LoadedElsewhere, match="names no base"):
         model.save_pretrained(tmp_path)
     assert torch.equal(logits(veneer.load(tiny_model(), tmp_path).model), logits(model))
 
 
 def test_that_transformers_leaves_out_a_dora_is_told(model, tmp_path):
     attach(model, variant="dora")
-    with pytest.warns(LoadedElsewhere, match="leaves out the magnitudes"):
+    with pytest.warns(veneer.LoadedElsewhere, match="leaves out the magnitudes"):
         model.save_pretrained(tmp_path)
     # the day on which this fails, the warning may go
     assert not torch.allclose(again(tmp_path), logits(model), atol=1e-3)
@@ -298,7 +298,7 @@ def test_any_model_with_the_method_saves_its_adapter_and_says_what_peft_will_not
     model, x = Mixed(), torch.randn(2, 4, 8)
     plain = copy.deepcopy(model)
     randomise(veneer.attach(model, veneer.LoraConfig(rank=2, targets="all")))
-    with pytest.warns(LoadedElsewhere, match="from_pretrained and PEFT will refuse"):
+    with pytest.warns(veneer.LoadedElsewhere, match="from_pretrained and PEFT will refuse"):
         model.save_pretrained(tmp_path)
     assert torch.equal(veneer.load(plain, tmp_path).model(x), model(x))
 

@@ -19,6 +19,7 @@ from veneer.errors import VeneerError
 from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
 from veneer.merge import MergeReport, merge, unmerge
+from veneer.pretrained import LoadedElsewhere
 from veneer.select import use
 from veneer.summary import summarise
 
@@ -30,6 +31,7 @@ __all__ = [
     "Difference",
     "ExtractReport",
     "Handle",
+    "LoadedElsewhere",
     "LoraConfig",
     "MergeReport",
     "SkippedLayers",

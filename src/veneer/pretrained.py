@@ -206,7 +206,9 @@ def _write(model: nn.Module, name: str, folder: Path) -> None:
 
 
 def _tell(model: nn.Module, folder: Path) -> None:
-    """Warn of what ``from_pretrained`` could not do with the folder."""
+    """Warn of what ``from_pretrained`` could not do with the folder, in the process that wrote it."""
+    if not (folder / peft.CONFIG).exists():
+        return
     written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
     if str(written["peft_type"]).startswith(peft.NOT_FOR_PEFT):
         text = f"from_pretrained and PEFT will refuse this adapter ({written['peft_type']}): load it with veneer.load"
@@ -246,10 +248,11 @@ def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Ca
     Raises:
         AdapterError: it lacks tensors of the adapter, or has others than the model.
     """
-    own = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    whole = model.state_dict(keep_vars=True)
+    own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
     part = f".{SITE}.{name}."
     lacking = [key for key in own if part in f".{key}" and key not in state]
-    strange = [key for key in state if key not in model.state_dict()]
+    strange = [key for key in state if key not in whole]
     if lacking or strange:
         found = f"a state_dict without {listing(lacking, 3)}" if lacking else f"a state_dict with {listing(strange, 3)}"
         do = "leave state_dict out, or pass model.state_dict()"

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from trainers import HALF, HEADS, LINEAR, RUNS, STEPS, Run, token_rows, write_bases
 
 import veneer
-from train.trainers import HALF, HEADS, LINEAR, RUNS, STEPS, Run, token_rows, write_bases
 
 # every one of these trainers uses what the next version of a library that it stands on will lack
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
