@@ -37,6 +37,7 @@ FLOORS = [
     ["targets", "rows", "derived", "recompute"],
     ["readers", "overlap", "weights"],
     ["attach"],
+    ["weight_tying"],
     ["merge", "select", "summary", "evidence", "filing"],
     ["fitting", "check"],
     ["adapter"],

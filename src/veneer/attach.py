@@ -90,13 +90,15 @@ class LowPlan:
 @dataclass(frozen=True)
 class Plans:
     """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_hosts`` are the methods that read those past their modules."""
+    ``full_hosts`` are the methods that read those past their modules, ``apart`` the places in ``full`` whose parameter
+    is tied to another in the model, and has values of its own in this adapter."""
 
     config: LoraConfig
     low: tuple[LowPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
     full_hosts: tuple[Host, ...] = ()
+    apart: frozenset[Slot] = frozenset()
 
 
 GENERAL_KIND: Layer = LAYERS[GENERAL]
@@ -602,10 +604,11 @@ def build(
             part(path).changes[weight] = change
     # A frozen base keeps its running statistics too: what training would move becomes a copy that the adapter owns.
     moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**plans.full, **moving}.items():
         whole = path in plans.whole or _keeps_statistics(modules[path])
-        _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies)
+        alone = {own: (path, own) for own in parameters if (path, own) in plans.apart}
+        _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies, alone)
     for host in (*(host for entry in plans.low for host in entry.hosts), *plans.full_hosts):
         below = part(names.canonical[".".join((host.path, *host.way)).strip(".")])
         if host.method == "forward":
@@ -750,13 +753,15 @@ def make_change(
     )  # fmt: skip
 
 
-def _copy_full(full: nn.Module, module: nn.Module, parameters, config: LoraConfig, whole: bool, copies) -> None:
-    """Register copies of a module's parameters, and of its buffers if ``whole``; tied parameters have one copy."""
+def _copy_full(full: nn.Module, module: nn.Module, parameters, config: LoraConfig, whole: bool, copies, alone) -> None:
+    """Register copies of a module's parameters, and of its buffers if ``whole``; tied parameters have one copy, but for
+    those that stand ``alone``."""
     for name in parameters:
         own: Any = module._parameters[name]
-        if id(own) not in copies:
-            copies[id(own)] = nn.Parameter(own.detach().to(trained_dtype(config, own.dtype), copy=True))
-        full.register_parameter(name, copies[id(own)])
+        key = alone.get(name, id(own))
+        if key not in copies:
+            copies[key] = nn.Parameter(own.detach().to(trained_dtype(config, own.dtype), copy=True))
+        full.register_parameter(name, copies[key])
     for name, own in module._buffers.items() if whole else ():
         if own is not None and name not in module._non_persistent_buffers_set:
             full.register_buffer(name, own.detach().clone())

@@ -29,7 +29,6 @@ from veneer.attach import (
     full_hosts,
     parameter_path,
     plan_low,
-    with_ties,
 )
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
@@ -51,6 +50,7 @@ from veneer.overlap import overlaps
 from veneer.pace import paced
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
+from veneer.weight_tying import apart
 
 
 class UnverifiedAdapter(UserWarning):
@@ -190,7 +190,8 @@ def fitted(
             stacklevel=4,
         )
     whole = frozenset(key for key, tensors in full.items() if any(n in names.modules[key]._buffers for n in tensors))
-    return Fit(artefact, Plans(artefact.config, tuple(low), own, whole, full_hosts(names, own)), numbers, full)
+    hosts = full_hosts(names, own)
+    return Fit(artefact, Plans(artefact.config, tuple(low), own, whole, hosts, apart(names, full)), numbers, full)
 
 
 def _recorded(names: Names, recorded: Mapping[str, Any], problems: list[str]) -> dict[Slot, Wish]:
@@ -369,14 +370,7 @@ def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], 
                 found = f"{path}.{key} of shape {tuple(tensor.shape)}"
                 problems.append(sentence(found, f"{tuple(own[key].shape)}", "use the model that it was trained on"))
         known[path] = tuple(key for key in tensors if module is not None and key in module._parameters)
-    known = {path: keys for path, keys in known.items() if path in names.modules}
-    check_full(names, known, problems)
-    for path, tied in with_ties(names, known).items():
-        for key in tied:
-            if key not in known.get(path, ()):
-                found = f"{parameter_path(path, key)!r}, which shares a parameter that is trained in full, without it"
-                expected = "the same values under every name of a tied parameter"
-                problems.append(sentence(found, expected, "untie the weights first"))
+    check_full(names, {path: keys for path, keys in known.items() if path in names.modules}, problems)
 
 
 def _verify_base(names: Names, artefact: Artefact, prints: dict[str, str]) -> None:

@@ -37,6 +37,7 @@ from veneer.kernels.rounding import Folded, fold, known_rounding
 from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64
 from veneer.spill import Spill, Spilled, aside
+from veneer.weight_tying import torn
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def merge(
 
     Raises:
         ConfigError: another rounding.
-        MergeError: a merged weight would not be finite, or an adapter is merged already. Every weight has the bits that
-            it had before.
+        MergeError: a merged weight would not be finite, an adapter is merged already, or this one has values of their
+            own for the names of a tied weight. Every weight has the bits that it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
@@ -171,7 +172,7 @@ def merge(
         )
     known_rounding(rounding)
     moments = dict(inputs or {})
-    parts, problems = list(_parts(model, name)), list(_untied(model, name))
+    parts, problems = list(_parts(model, name)), [*_untied(model, name), *torn(model, name)]
     reports: list[LayerMerge] = []
     slots, spill = [part.slot for part in parts], None if keep else Spill()
     try:

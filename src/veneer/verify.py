@@ -22,10 +22,11 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,23 @@ from veneer.hashing import fingerprint
 from veneer.headers import misplaced, read_json, what_it_is
 from veneer.lowrank import LowRank
 from veneer.models import hollow
+from veneer.weight_tying import UNTIE, same
 from veneer.weights import Value, of_folder, of_module
 
 T = TypeVar("T")
 Level = Literal["ok", "warning", "error"]
-#: the tensor of a base by the path of the parameter, or None where it has none
-Weights = Callable[[str], Tensor | None]
+
+
+class Weights(NamedTuple):
+    """The weights of a base by the path of the parameter. A call reads one, or gives None where there is none;
+    ``names`` are all the names by which the base is known to hold that one weight."""
+
+    read: Callable[[str], Tensor | None]
+    names: Callable[[str], Sequence[str]]
+
+    def __call__(self, at: str) -> Tensor | None:
+        return self.read(at)
+
 
 #: names of which a checkpoint holds one where the model ties them
 TIED = (
@@ -349,6 +361,7 @@ def _against(
     if large:
         yield Finding("warning", "norms", f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large)}")
     yield from _in_full(artefact, weights)
+    yield from _ties(artefact, weights)
 
 
 def _product_at(at: str, products: Mapping[str, LowRank]) -> str | None:
@@ -384,6 +397,24 @@ def _in_full(artefact: Artefact, weights: Weights) -> Findings:
         yield Finding("warning", "base", f"trained in full, and not in the base: {listing(new)} (a new head?)")
 
 
+def _ties(artefact: Artefact, weights: Weights) -> Findings:
+    """What is trained in full under some names of a tied weight alone, or with different values."""
+    held = {
+        f"{peft.unnested(path)[0]}.{name}".lstrip("."): tensor
+        for path, tensors in artefact.full.items() for name, tensor in tensors.items()
+    }  # fmt: skip
+    for names in dict.fromkeys(tuple(weights.names(at)) for at in held):
+        own = [held[at] for at in names if at in held]
+        if len(names) < 2 or any(one.shape != own[0].shape for one in own):
+            continue
+        if len(own) < len(names) or not all(same(one, own[0]) for one in own):
+            found = (
+                f"values of their own for {listing([at for at in names if at in held])} of {listing(names)}, one weight"
+            )
+            text = "of the base: they load as PEFT computes them, each place with its own. Before a merge,"
+            yield Finding("warning", "base", f"{found} {text} {UNTIE}")
+
+
 def weights_of(base: str | Path | nn.Module) -> Weights:
     """The weights of a base by the path of the parameter, read one at a time.
 
@@ -393,7 +424,12 @@ def weights_of(base: str | Path | nn.Module) -> Weights:
     if not isinstance(base, nn.Module):
         return _of_folder(Path(base))
     held = of_module(unwrap(base)).values
-    return lambda at: held[at].read(None) if at in held else None
+    return Weights(lambda at: held[at].read(None) if at in held else None, partial(_names, held))
+
+
+def _names(held: Mapping[str, Value], at: str) -> list[str]:
+    value = held.get(at)
+    return [at] if value is None else [name for name, other in held.items() if other is value]
 
 
 def _of_folder(folder: Path) -> Weights:
@@ -407,7 +443,7 @@ def _of_folder(folder: Path) -> Weights:
         name = _name_in(checkpoint.where, at)
         return None if name is None else checkpoint.read(name)
 
-    return weight
+    return Weights(weight, partial(_names, known))
 
 
 def _by_config(folder: Path) -> Mapping[str, Value]:

@@ -27,6 +27,7 @@ from veneer.formats._base import Entry
 from veneer.layers._base import GENERAL
 from veneer.overlap import overlaps
 from veneer.targets import Names, Slot, own_parameters
+from veneer.weight_tying import apart
 
 #: the name of an adapter that is on a model for the time of a conversion
 NAME = "veneer_convert"
@@ -138,7 +139,8 @@ def put(
         rank=most, alpha=float(most), targets=tuple(joined(*entry.slot) for entry in low) or "all",
         train_also=tuple(full), dtype="float32",
     )  # fmt: skip
-    install(model, NAME, Plans(config, tuple(low), own, held, full_hosts(names, own)), trainable=False, numbers=numbers)
+    plans = Plans(config, tuple(low), own, held, full_hosts(names, own), apart(names, full))
+    install(model, NAME, plans, trainable=False, numbers=numbers)
     with torch.no_grad():
         for at, _, part in adapters(model, NAME):
             for key, value in full.get(at, {}).items():

@@ -39,6 +39,7 @@ from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.merge import fold_change
+from veneer.weight_tying import torn
 
 
 class Adapter(NamedTuple):
@@ -195,6 +196,8 @@ def _at(model: nn.Module, path: str) -> Tensor:
 def _wanted(model: nn.Module, adapters: Sequence[Adapter], names: Mapping[int, str]) -> dict[str, Work]:
     """What happens to each parameter (and running statistic) that an adapter changes, by its path."""
     found: dict[str, Work] = {}
+    ties = [f"{adapter.path}: {one}" for number, adapter in enumerate(adapters) for one in torn(model, _name(number))]
+    raise_all(MergeError, "Nothing was merged", ties)
     for number, adapter in enumerate(adapters):
         for at, module, weight, change in changes(model, _name(number)):
             target: Any = module._parameters.get(weight)
