@@ -127,12 +127,12 @@ def _metadata(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> dict
         "library_name": "peft" if _for_peft(peft_config) else "veneer",
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
-        "pipeline_tag": "text-generation" if _generates(peft_config) else None,
+        "pipeline_tag": "text-generation" if _generates(peft_config, record) else None,
         "tags": list(dict.fromkeys(["lora", *(["veneer"] if record else []), variant])),
         "language": provenance["language"],
         "datasets": list(_datasets(provenance)),
         **_licence(provenance["license"]),
-        "model-index": _model_index(peft_config, provenance),
+        "model-index": _model_index(peft_config, record, provenance),
     }
     return {key: value for key, value in metadata.items() if value}
 
@@ -152,11 +152,13 @@ def _datasets(provenance: Mapping[str, Any]) -> Iterator[str]:
     yield from dict.fromkeys(filter(None, map(_hub_id, names)))
 
 
-def _model_index(peft_config: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _model_index(
+    peft_config: Mapping[str, Any], record: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     metrics, config = provenance["metrics"], provenance["config"]
     data = config.get("eval_data") or config.get("data")
     values = {name: value for name, value in metrics.items() if name.startswith("eval_") and _finite(value)}
-    if not values or not data or not _generates(peft_config):
+    if not values or not data or not _generates(peft_config, record):
         return []
     dataset = {"name": _shown(data), "type": _hub_id(data) or "private"}
     measured = [{"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in values.items()]
@@ -244,23 +246,30 @@ def _table(head: str, values: Mapping[str, Any]) -> str:
 def _use(
     peft_config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[str]:
-    name = _base_name(peft_config, record) if _generates(peft_config) else None
-    yield _python(
-        ["import veneer", *(["from veneer.models import load_base"] if name else [])],
-        f"model = {f'load_base({_quoted(name)}).model' if name else UNKNOWN}",
-        'veneer.load(model, ".")  # this folder',
-    )
+    name, family = _base_name(peft_config, record), _conditional(record)
+    name = name if family or _generates(peft_config, record) else None
+    plain = name if name and not name.startswith("package:") and not name.endswith(".gguf") else None
+    loader = family or "AutoModelForCausalLM"
+    by_transformers = [f"from transformers import {loader}"] if plain else []
+    from_transformers = f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
+    if family or not name:
+        yield _python(["import veneer", *by_transformers], from_transformers, 'veneer.load(model, ".")  # this folder')
+    else:
+        yield _python(
+            ["import veneer", "from veneer.models import load_base"],
+            f"model = load_base({_quoted(name)}).model",
+            'veneer.load(model, ".")  # this folder',
+        )
     reason = _not_peft(peft_config)
     if reason:
         yield f"PEFT and vLLM cannot load it: {_line(reason)}."
         return
-    plain = name if name and not name.startswith("package:") and not name.endswith(".gguf") else None
     yield _python(
-        ["from peft import PeftModel", *(["from transformers import AutoModelForCausalLM"] if plain else [])],
-        f"model = {f'AutoModelForCausalLM.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}",
+        ["from peft import PeftModel", *by_transformers],
+        from_transformers,
         'model = PeftModel.from_pretrained(model, ".")',
     )
-    reasons = list(_not_vllm(peft_config, shapes))
+    reasons = list(_not_vllm(peft_config, record, shapes))
     if reasons:
         yield f"vLLM cannot serve it: {'; '.join(reasons)}."
         return
@@ -294,9 +303,11 @@ def _not_peft(peft_config: Mapping[str, Any]) -> str:
     return "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
 
 
-def _not_vllm(peft_config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _not_vllm(
+    peft_config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
     """What vLLM's loader refuses, or would get wrong."""
-    if not _generates(peft_config):
+    if not _generates(peft_config, record):
         yield "it serves language models"
     if peft_config.get("target_parameters"):
         yield "it adapts modules, not single parameters"
@@ -305,8 +316,15 @@ def _not_vllm(peft_config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]
     yield from vllm.problems(peft_config, shapes, shapes=shapes)
 
 
-def _generates(peft_config: Mapping[str, Any]) -> bool:
-    return peft_config.get("task_type") == "CAUSAL_LM"
+def _generates(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether the base is a language model: one that reads text alone."""
+    return peft_config.get("task_type") == "CAUSAL_LM" and _conditional(record) is None
+
+
+def _conditional(record: Mapping[str, Any]) -> str | None:
+    """The class of a base that reads images, sounds or another sequence, as transformers names it; else None."""
+    name = str(record.get("base", {}).get("architecture"))
+    return name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
 
 
 # ---------------------------------------------------------------------------------------------- words

@@ -9,6 +9,7 @@ better than one that loads and computes something else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from veneer.formats import peft
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
-from veneer.readers import hosts
+from veneer.readers import asked, hosts
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS
 
@@ -195,16 +196,49 @@ def _peft_type(names: Names, filed: list[Filed]) -> str:
             reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
+        reason = reason or _cannot_run(names, entry.path)
         if reason is not None:
             return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
     return "LORA"
 
 
+def _cannot_run(names: Names, path: str) -> str | None:
+    """Why a model with PEFT's module around this one fails in its forward, or None."""
+    for above, attribute in asked(names, path):
+        if peft.lacks(attribute):
+            return f"{above or 'the model'!r} reads its {attribute!r}, which the module that PEFT puts around it lacks"
+    return None
+
+
+#: what the forward of PEFT's model for a task gives to the base's by name, whatever the caller gave
+_GIVEN = (
+    "input_ids",
+    "attention_mask",
+    "inputs_embeds",
+    "labels",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+_TASKS = {
+    "CAUSAL_LM": _GIVEN,
+    "SEQ_2_SEQ_LM": (*_GIVEN, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+}
+
+
 def _task(model: nn.Module) -> str | None:
-    """PEFT's task. Not for classifiers and question answering: there PEFT expects its own choice of fully trained
-    heads."""
-    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    return next((task for ending, task in endings.items() if own_class(model).__name__.endswith(ending)), None)
+    """PEFT's task: of a model that generates, by whether it has an encoder, as its config says. None, with which PEFT
+    passes on whatever it is given, where the base's forward does not take what PEFT's would give it: Whisper reads
+    sounds, not tokens. None too for classifiers and question answering: there PEFT expects its own choice of fully
+    trained heads."""
+    cls: Any = own_class(model)
+    if not (callable(generates := getattr(cls, "can_generate", None)) and generates()):
+        return None
+    task = "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    taken = inspect.signature(cls.forward).parameters
+    rest = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+    tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}  # what is in the rest is no input
+    return task if tokens <= taken.keys() and (rest or set(_TASKS[task]) <= taken.keys()) else None
 
 
 def differs(names: Names, slot: Slot, parameter: bool, nested: str | None = None) -> str | None:

@@ -81,6 +81,17 @@ def _reads(module: nn.Module, method: str, way: Chain) -> bool:
     return not written and any(_fits(chain, way) for chain in found.read)
 
 
+def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
+    """(the path of a module above, an attribute) for all that forward methods above ask of the module at ``path``
+    itself, such as a convolution's stride."""
+    for above, way in _above(names, path):
+        module = names.modules[above]
+        if way and has_forward(module):
+            found = reads(own_class(module), "forward", frozenset((*module._modules, *own_parameters(module))))
+            below = sorted({chain[len(way)] for chain in found.read if len(chain) > len(way) and _fits(chain, way)})
+            yield from ((above, name) for name in below if name != "*")
+
+
 #: What of a class may read a weight when it is used.
 _READERS = (FunctionType, property, functools.cached_property)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import patterns
@@ -411,6 +411,19 @@ def differs(kind: str, module: Any) -> str | None:
     if kind == "attention":
         return None if module._qkv_same_embed_dim else "PEFT knows one fused in-projection alone"
     return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer"
+
+
+#: what modules that wrap a layer answer for it, besides what every module has; they have no other attribute of it
+_OF_WRAPPERS = {
+    "weight", "bias", "in_features", "out_features", "training",
+    "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim", "in_proj_bias",
+    "in_proj_weight", "kdim", "num_heads", "out_proj", "vdim",
+}  # fmt: skip
+
+
+def lacks(attribute: str) -> bool:
+    """Whether an attribute of a layer is none of the module that PEFT puts around it: whoever asks for it fails."""
+    return attribute not in _OF_WRAPPERS and not hasattr(nn.Module, attribute)
 
 
 #: what the projections and the router of experts are called in checkpoints from before transformers 5
