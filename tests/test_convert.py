@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ import veneer
 from models import IDS, Stack, TinyLM
 from toys import error, example, flat, randomise
 from veneer.artefact import read
-from veneer.convert import FORMATS, conversion, convert, detect
+from veneer.convert import FORMATS, MisreadElsewhere, conversion, convert, detect
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputExistsError
 from veneer.formats import kohya
 from veneer.layers import LAYERS
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore::veneer.convert.MisreadElsewhere"),  # asserted where it is meant
+]
 
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
 #: what kohya's and diffusers' formats hold: layers by their weight, with one group
@@ -271,6 +275,49 @@ def test_diffusers_loads_what_is_written(to, variant, unet, tmp_path):
         other.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
     assert error(denoised(other), expected) < 1e-5
     same(first, read(convert(tmp_path / "file.safetensors", tmp_path / "b", to="veneer", base=unet)))
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # PEFT's, of what diffusers lost
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        ({}, None),
+        ({"alphas": {"conv1": 5}, "targets": ["conv1", "proj_in"]}, None),
+        ({"targets": ["to_q", "to_v"]}, None),
+        ({"ranks": {"to_v": 1}}, None),
+        ({"alphas": {"to_q": 5}}, "alphas of attention"),
+        ({"variant": "dora"}, "magnitudes of DoRA"),
+        ({"variant": "dora", "targets": ["to_q", "to_v"]}, "magnitudes of DoRA"),
+    ],
+    ids=str,
+)
+def test_what_diffusers_drops_of_a_kohya_file_is_said_as_it_is_written(config, lost, unet, tmp_path):
+    """By the loader of its pipelines; the way out that the warning names is read right."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    first = trained(unet, tmp_path / "a", **{"targets": UNET, **config})
+    handle = veneer.load(unet, first.path)
+    expected = denoised(unet)
+    handle.detach()
+    for to in ("kohya", "diffusers"):
+        file = f"{to}.safetensors"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            convert(first.path, tmp_path / file, to=to, part="unet", base=unet)
+        said = [str(one.message) for one in caught if one.category is MisreadElsewhere]
+        state, alphas, about = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(tmp_path), weight_name=file, use_safetensors=True, return_lora_metadata=True
+        )
+        other = copy.deepcopy(unet)
+        other.load_lora_adapter(state, network_alphas=alphas, metadata=about, prefix="unet")
+        if to == "kohya" and lost:
+            assert error(denoised(other), expected) > 0.02
+            assert len(said) == 1
+            assert lost in said[0]
+            assert 'convert to "diffusers"' in said[0]
+        else:
+            assert error(denoised(other), expected) < 1e-5
+            assert not said
 
 
 def test_files_of_diffusers_are_read(unet, tmp_path):

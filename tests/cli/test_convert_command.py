@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_bad_inputs import refused
 
+import veneer as library
 from veneer.artefact import read
 from veneer.convert import FORMATS, detect
 
@@ -72,3 +73,18 @@ def test_the_help_names_every_format(veneer: Case) -> None:
     text = veneer("convert", "--help").out
     for format_ in FORMATS:
         assert format_.name in text
+
+
+def test_what_a_common_reader_drops_is_a_warning(veneer: Case, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    handle = library.attach(model, library.LoraConfig(rank=1, targets="all", variant="dora"))
+    torch.nn.init.ones_(handle.changes["0.weight"].B)
+    path = handle.save(tmp_path / "dora")
+    found = veneer("convert", path, tmp_path / "a.safetensors", "--to", "kohya", "--part", "unet")
+    assert found.code == 0
+    assert found.err.startswith("Warning. Found: a kohya file of which diffusers")
+    assert "magnitudes of DoRA" in found.err
+    found = veneer("convert", path, tmp_path / "b.safetensors", "--to", "kohya", "--part", "unet", "--json")
+    assert "magnitudes of DoRA" in json.loads(found.out)["warnings"][0]
+    found = veneer("convert", path, tmp_path / "c.safetensors", "--to", "diffusers", "--part", "unet", "--json")
+    assert (json.loads(found.out)["warnings"], found.err) == ([], "")

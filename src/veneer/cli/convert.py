@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,15 +57,24 @@ def convert(
       veneer convert run/adapter plain --to peft
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
-    from veneer.cli.console import out, setup_logging
-    from veneer.convert import conversion
+    from veneer.cli.console import err, out, setup_logging
+    from veneer.convert import MisreadElsewhere, conversion
     from veneer.library import resolve
 
     setup_logging()
-    done = conversion(
-        resolve(adapter), output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
-        overwrite=overwrite, verify_base=verify,
-    )  # fmt: skip
+    said: list[str] = []
+
+    def show(message: Warning | str, *about: object) -> None:
+        said.append(str(message))
+        err.print(f"Warning. {message}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MisreadElsewhere)
+        warnings.showwarning = show  # as it was at the end of the block
+        done = conversion(
+            resolve(adapter), output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
+            overwrite=overwrite, verify_base=verify,
+        )  # fmt: skip
     if as_json:
         facts = {
             "path": str(done.path),
@@ -73,6 +83,7 @@ def convert(
             "ranks": dict(done.ranks),
             "in_full": list(done.full),
             "left_out": list(done.left_out),
+            "warnings": said,
             "errors": dict(done.errors),
         }
         typer.echo(json.dumps(facts, indent=2))

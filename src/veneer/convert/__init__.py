@@ -46,6 +46,7 @@ from veneer.formats._base import (
     Contents,
     Entry,
     Format,
+    MisreadElsewhere,
     Options,
     cast,
     kind_of_entry,
@@ -77,6 +78,8 @@ register(
     )
 )
 import_all(veneer.formats.__name__, list(veneer.formats.__path__))
+
+__all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -147,6 +150,9 @@ def conversion(
         rank, energy, whole: what a dense change becomes: a product of this rank, or of the least one that keeps this
             share of ‖ΔW‖² (neither: the least one that is off by at most 1e-6 · ‖ΔW‖), or a parameter trained in full.
         verify_base: refuse a base with other weights than those that the adapter's fingerprints tell.
+
+    Warns:
+        MisreadElsewhere: ``out`` is right, and a common reader of its format reads another adapter in it.
 
     Raises:
         AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason). Nothing was written.

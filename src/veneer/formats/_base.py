@@ -33,6 +33,10 @@ EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class MisreadElsewhere(UserWarning):
+    """A file that is right by its format, and that a common reader of this format takes for another adapter."""
+
+
 @dataclass(frozen=True)
 class Base:
     """What a format may know of the base: the shape of every parameter by its name, ``config.json``, its name."""

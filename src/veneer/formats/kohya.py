@@ -20,7 +20,8 @@ Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from veneer.formats._base import (
     Contents,
     Entry,
     Format,
+    MisreadElsewhere,
     Options,
     cast,
     exact_scalar,
@@ -48,6 +50,8 @@ from veneer.formats._base import (
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
+#: the release of diffusers whose reading of these files was looked at
+DIFFUSERS_KNOWN = "0.42"
 #: the parts that a prefix may mean, the likelier first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
@@ -272,7 +276,26 @@ def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[st
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(entry.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
+    for loss in _lost_in_diffusers(adapter.entries):
+        do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
+        found = (
+            f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN}) leaves out {loss}, so that its outputs differ"
+        )
+        expected = "a reader of all of it, such as LyCORIS or ComfyUI"
+        warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=4)
     return []
+
+
+def _lost_in_diffusers(entries: Sequence[Entry]) -> Iterator[str]:
+    """What diffusers drops of a kohya file that its pipelines load, as its converter is written."""
+    if any(entry.magnitude is not None for entry in entries):
+        yield "the magnitudes of DoRA (dora_scale)"
+    if len({alpha_of(entry.layer) for entry in entries}) > 1 and any(_of_attention(entry.module) for entry in entries):
+        yield "the alphas of attention's projections, which are not those of all layers here"
+
+
+def _of_attention(module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 def alpha_of(layer: PeftLayer) -> float:
