@@ -7,6 +7,7 @@ import itertools
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from veneer.errors import ConfigError, MergeError, SelectionError
 from veneer.kernels.feedback import neighbours
 from veneer.kernels.reference import round_once
 from veneer.layers import LAYERS
+from veneer.qconfig import NotQuantized
 from veneer.variants import VARIANTS
 
 
@@ -575,3 +577,28 @@ def test_chosen_rows_of_a_fused_weight():
     merged = model[0].in_proj_weight.detach()
     assert torch.equal(merged[32:64], before["0.in_proj_weight"][32:64])
     assert not torch.equal(merged[:32], before["0.in_proj_weight"][:32])
+
+
+@pytest.mark.filterwarnings("ignore:torch.* deprecated")  # torch's own words on this way to quantise
+def test_quantising_an_attached_model_warns_and_names_the_plain_form_which_is_quantised():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+    randomise(handle)
+    x = torch.randn(8, 64)
+    expected = model(x)
+    assert "detach(keep_merged=True)" in str(handle.merge())
+    quantize: Any = torch.ao.quantization.quantize_dynamic  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.warns(NotQuantized, match=r"detach\(keep_merged=True\)"):
+        passed_by = quantize(model)
+    assert isinstance(passed_by[0].weight, torch.Tensor)  # not packed: as torch does it, and why it is said
+    assert not hasattr(model[0], "qconfig")
+    assert error(passed_by(x), expected) < 1e-5
+
+    with pytest.warns(NotQuantized):
+        quantize(model, inplace=True)
+    handle.detach(keep_merged=True)
+    packed = quantize(model)
+    assert all(callable(packed[n].weight) for n in (0, 2))
+    assert 1e-6 < error(packed(x), expected) < 0.05
+    assert error(quantize(copy.deepcopy(model))(x), packed(x)) == 0

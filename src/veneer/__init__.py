@@ -20,6 +20,7 @@ from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.pretrained import LoadedElsewhere
+from veneer.qconfig import NotQuantized
 from veneer.select import use
 from veneer.summary import summarise
 
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedElsewhere",
     "LoraConfig",
     "MergeReport",
+    "NotQuantized",
     "SkippedLayers",
     "UnverifiedAdapter",
     "VeneerError",

@@ -52,6 +52,7 @@ from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Dims, Layer
 from veneer.linears import Direct, Together, direct, outputs
 from veneer.lowrank import LowRank
+from veneer.qconfig import Qconfig
 from veneer.variants import VARIANTS, Variant
 
 SITE = "veneer"
@@ -554,6 +555,7 @@ class Adapted:
     veneer_base: type[nn.Module]
     veneer_entries: tuple[str, ...]
     _modules: dict[str, Any]
+    qconfig = Qconfig()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so pickle and deepcopy name the base class and make it again.

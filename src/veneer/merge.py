@@ -74,7 +74,9 @@ class MergeReport:
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
             f"rounding (median), {worst.retention:.2%} at worst ({worst.path}, where it is {worst.change:.1e} of the "
-            f"weight){others}"
+            f"weight){others}\n"
+            "the model is still attached; handle.detach(keep_merged=True) leaves a plain one with these weights, "
+            "which other libraries can save and quantise"
         )
 
 
@@ -140,7 +142,9 @@ def merge(
     their ties.
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
-    raises. No thread may call the model while this runs, nor while ``unmerge`` does.
+    raises. No thread may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes
+    it a plain model, which it is not before: libraries that go by a layer's exact class, as ``torch.ao.quantization``
+    does, pass adapted layers by.
 
     Args:
         name: the adapter; None takes the only one.
