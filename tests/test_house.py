@@ -36,6 +36,7 @@ FLOORS = [
     ["adapted", "artefact"],
     ["targets", "rows", "derived", "recompute"],
     ["readers", "overlap", "weights"],
+    ["proof"],
     ["attach"],
     ["weight_tying"],
     ["merge", "select", "summary", "evidence", "filing"],

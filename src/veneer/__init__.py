@@ -20,6 +20,7 @@ from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.pretrained import LoadedElsewhere
+from veneer.proof import FreshWeights
 from veneer.qconfig import NotQuantized
 from veneer.select import use
 from veneer.summary import summarise
@@ -31,6 +32,7 @@ __all__ = [
     "ComposeReport",
     "Difference",
     "ExtractReport",
+    "FreshWeights",
     "Handle",
     "LoadedElsewhere",
     "LoraConfig",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from veneer.filing import (
     written,
 )
 from veneer.fitting import UnverifiedAdapter, fitted
-from veneer.hashing import fingerprint
 from veneer.merge import kept_bits, unkept
+from veneer.proof import BaseTensor, base_tensors, fresh, has_head, prints_of, record_of, warn_fresh
 from veneer.targets import Names
 from veneer.variants import VARIANTS
 
@@ -57,13 +57,17 @@ def save(
         provenance: anything worth knowing about the training, as JSON values. The model card (README.md) shows some
             keys of it, such as "license" and "metrics": see ``veneer/card.py``.
         overwrite: replace a folder that exists; notes at the end of its model card are kept.
-        fingerprints: of the changed base weights, by their paths, for a model that stands for its base without holding
-            the numbers (``models.hollow``); None takes those of the weights that it holds.
+        fingerprints: of the base's tensors, by their paths, for a model that stands for its base without holding the
+            numbers (``models.hollow``); those of changed weights must be there. None takes those of the tensors that it
+            holds.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
         AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
             are not known any more (merged with ``keep=False``).
+
+    Warns:
+        FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
     """
     model = unwrap(model)
     name = only_name(model, name)
@@ -79,18 +83,7 @@ def save(
         parameter_path(at, weight): (weight_of(module, weight), change)
         for at, module, weight, change in changes(model, name)
     }
-    gone = unkept(model) if fingerprints is None else ()
-    lost = [at for at, (held, _) in weights.items() if id(held) in gone]
-    if lost:
-        found = f"{listing(lost)}, merged with keep=False, of which nobody knows what the base was"
-        raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
-    exact, kept = {id(entry.change): entry.exact for entry in filed}, kept_bits(model)
-
-    def print_of(at: str, weight: Any, change: Change) -> str:
-        if fingerprints is not None:
-            return fingerprints[at]
-        return fingerprint(change.storage.decode(weight, kept.get(id(weight), change.storage.stored(weight))))
-
+    exact = {id(entry.change): entry.exact for entry in filed}
     write(
         path,
         tensors_of(model, name, filed),
@@ -98,7 +91,7 @@ def save(
         base={
             "name": base_name,
             "architecture": own_class(model).__name__,
-            "weights": {at: print_of(at, held, change) for at, (held, change) in weights.items()},
+            **_proof(names, name, {at: held for at, (held, _) in weights.items()}, fingerprints),
         },
         changes={at: _described(change) for at, (_, change) in weights.items()},
         config=config,
@@ -113,6 +106,34 @@ def save(
         },
     )
     return path
+
+
+def _proof(names: Names, name: str, weights: Mapping[str, Any], prints: Mapping[str, str] | None) -> dict[str, Any]:
+    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held."""
+    model, tensors = names.model, base_tensors(names)
+    by_held = {id(tensor.held): tensor for tensor in tensors}
+    replaced = {
+        id({**module._parameters, **module._buffers}[key])
+        for _, module, part in adapters(model, name)
+        for key in (*part.full._parameters, *part.full._buffers)
+    }
+    lost = {key: slot for key, slot in fresh(names).items() if key not in replaced}
+    warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
+    # a base model's own output does not need its pooler, and nobody uses a random one
+    left_out = replaced if has_head(model) else replaced.union(lost)
+    gone = unkept(model) if prints is None else frozenset()
+
+    def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
+        if prints is not None:
+            return [next((prints[at] for at in tensor.names if at in prints), None) for tensor in tensors]
+        unknown = [tensor.path for tensor in tensors if id(tensor.held) in gone]
+        if unknown:
+            found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
+            raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
+        return prints_of(tensors, kept_bits(model))
+
+    record = record_of(tensors, {at: by_held[id(held)] for at, held in weights.items()}, left_out, of)
+    return {**record, **({"fresh": [parameter_path(*slot) for slot in lost.values()]} if lost else {})}
 
 
 def install_from(

@@ -7,8 +7,9 @@
     veneer.safetensors            the trained numbers of variants that PEFT does not have; the file above then holds
                                   the plain LoRA that they amount to
 
-The record names the base and a fingerprint of each base weight that the adapter changes, hashes of the tensors and of
-the config, the LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
+The record names the base and a fingerprint of each tensor of it (``proof.py``: those that the adapter changes apart
+from the rest, of which folders of an earlier Veneer say nothing), hashes of the tensors and of the config, the
+LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
 believes nothing that it has not checked (``headers.py``: sizes, JSON, links; here: hashes, types and magnitudes);
 ``load`` also compares the fingerprints with the model at hand.
 
@@ -134,8 +135,9 @@ def write(
     """Write the files as one folder, in one step. Notes in the card of a folder that it replaces are kept.
 
     Args:
-        base: "name", "architecture", and "weights": the fingerprint of each changed weight by path. None where nobody
-            knows the base: the folder then holds PEFT's two files alone, without a record.
+        base: "name", "architecture", "weights": the fingerprint of each changed weight by path, and, where they are
+            known, "rest": those of the other tensors by name, and "fresh": names. None where nobody knows the base: the
+            folder then holds PEFT's two files alone, without a record.
         changes: what each change is (rank, alpha, rows), by the path of its weight.
         numbers: what goes into ``veneer.safetensors``; nothing if empty.
 
@@ -414,6 +416,11 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         return
     texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
     tables = [record.get(name, {}) for name in ("versions", "provenance")]
+    rest, fresh = base.get("rest", {}), base.get("fresh", [])
+    if isinstance(rest, dict) and isinstance(fresh, list):
+        texts += [*rest.values(), *fresh]
+    else:
+        tables.append(None)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
         expected = "text for names and hashes, and versions and provenance by name"
         yield sentence("fields of other types", expected, "get another copy")

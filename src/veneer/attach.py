@@ -49,8 +49,20 @@ from veneer.layers._base import GENERAL, factors
 from veneer.linears import Together
 from veneer.methods import take_back
 from veneer.overlap import overlaps
+from veneer.proof import fresh
 from veneer.readers import Host, alike, bound, hosts, switched, switches, unreachable
-from veneer.targets import WORDS, Names, Slot, bad_regex, excluded, expand, select, unmatched, value_for
+from veneer.targets import (
+    WORDS,
+    Names,
+    Slot,
+    bad_regex,
+    excluded,
+    expand,
+    fresh_head,
+    select,
+    unmatched,
+    value_for,
+)
 from veneer.variants import VARIANTS, Start
 
 
@@ -217,7 +229,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     explicit = callable(config.targets) or any(t not in WORDS for t in _strings(config.targets))
     for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
         problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
-    targets = [slot for slot in targets if slot[0] not in also]
+    head = [] if explicit else _untrained_head(names, config, frozen)
+    targets = [slot for slot in targets if slot[0] not in also and slot not in head]
     everything = not callable(config.targets) and "all" in _strings(config.targets)
     if everything:
         targets = _attachable(names, targets, frozen)
@@ -238,7 +251,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     }
     low = plan_low(names, wanted, problems)
     vectors: dict[str, tuple[str, ...]] = {}
-    for path, vector in targets:
+    for path, vector in (*head, *targets):
         if (path, vector) not in wanted:
             vectors[path] = (*vectors.get(path, ()), vector)
     full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
@@ -256,6 +269,16 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
     return Plans(config, tuple(low), full, frozenset(also), full_hosts(names, full))
+
+
+def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[Slot]:
+    """With "all-linear", a task head that no checkpoint held, which is trained in full: a low-rank change of random
+    numbers, or none at all, would leave the head to whoever loads the adapter."""
+    if callable(config.targets) or "all-linear" not in _strings(config.targets):
+        return []
+    found, left_out = fresh(names), excluded(names, config, [])
+    head = fresh_head(names, [slot for key, slot in found.items() if key not in frozen])
+    return [slot for slot in head if slot not in left_out]
 
 
 def changed_slots(low: Sequence[LowPlan], full: Mapping[str, Sequence[str]]) -> list[Slot]:

@@ -3,7 +3,8 @@
     sources: the adapters that it came from        low: path in PEFT's file -> PeftLayer        full: path -> tensors
 
 What the sources prove goes over to the result: the fingerprints of their base, which must be one base, and the weights
-that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either.
+that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either; where
+one knows of adapted layers alone, so does the result.
 
 A product is all that remains: the result is plain LoRA, or DoRA where the caller gives magnitudes, whatever variants
 the sources were.
@@ -22,6 +23,7 @@ from torch import Tensor
 from veneer.artefact import Artefact, odd_changes, write
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.formats import peft
+from veneer.hashing import prints_in
 
 
 def derive(
@@ -73,7 +75,7 @@ def derive(
         dtype=first.dtype if kept else None,
     )  # fmt: skip
     if base is not None:
-        base["weights"] = {at: base["weights"][at] for at in changes or ()}
+        base = _divided(base, changes or {}, full)
     write(
         path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
         overwrite=overwrite, numbers={},
@@ -83,20 +85,41 @@ def derive(
 
 def merged_base(sources: Sequence[Artefact]) -> dict[str, Any] | None:
     """What the sources say of their base, with the fingerprints of all of them; None where one of them says nothing.
+    "rest" is there if all of them have it.
 
     Raises:
         BaseMismatchError: they speak of different bases.
     """
     if any(source.record is None for source in sources):
         return None
-    whole: dict[str, Any] = {**sources[0].metadata["base"], "weights": {}}
-    for source in sources:
-        weights = source.metadata["base"]["weights"]
-        differ = [at for at, print_ in weights.items() if whole["weights"].get(at, print_) != print_]
+    bases = [source.metadata["base"] for source in sources]
+    known: dict[str, str] = {}
+    for source, base in zip(sources, bases, strict=True):
+        prints = prints_in(base)
+        differ = [name for name, print_ in prints.items() if known.get(name, print_) != print_]
         if differ:
             found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
             raise BaseMismatchError(sentence(found, "adapters of one base", "leave one of them out"))
-        whole["weights"] |= weights
+        known |= prints
+    weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
+    whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {"weights": weights}
+    if all("rest" in base for base in bases):
+        whole["rest"] = {name: print_ for name, print_ in known.items() if name not in weights}
+        fresh = list(dict.fromkeys(name for base in bases for name in base.get("fresh", ())))
+        whole |= {"fresh": fresh} if fresh else {}
+    return whole
+
+
+def _divided(
+    base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The record of a base for an adapter of these changes: a weight that is left out is one of the rest again, and
+    what is trained in full is no part of the base."""
+    whole = {**base, "weights": {at: base["weights"][at] for at in changes}}
+    if "rest" in base:
+        own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
+        rest = {name: print_ for name, print_ in prints_in(base).items() if name not in changes and name not in own}
+        whole |= {"rest": rest, "fresh": [name for name in base.get("fresh", ()) if name not in own]}
     return whole
 
 

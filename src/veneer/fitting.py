@@ -30,7 +30,6 @@ from veneer.attach import (
     parameter_path,
     plan_low,
 )
-from veneer.bases import storage_of
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.filing import (
     all_slots,
@@ -42,20 +41,21 @@ from veneer.filing import (
     slot_at,
 )
 from veneer.formats import peft
-from veneer.hashing import fingerprint
+from veneer.hashing import fingerprint, prints_in
 from veneer.layers import LAYERS, kind_of
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 from veneer.overlap import overlaps
 from veneer.pace import paced
+from veneer.proof import base_tensors, prints_of
 from veneer.targets import Names, Slot, own_parameters
 from veneer.variants import VARIANTS, Start, Variant
 from veneer.weight_tying import apart
 
 
 class UnverifiedAdapter(UserWarning):
-    """An adapter that another library wrote: it carries no fingerprint, so nobody can tell whether it was made for
-    this base."""
+    """Nobody can tell whether an adapter was made for this base: another library wrote it, so it carries no
+    fingerprint, or the base has parameters of which its record does not speak."""
 
 
 @dataclass(frozen=True)
@@ -374,23 +374,55 @@ def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], 
 
 
 def _verify_base(names: Names, artefact: Artefact, prints: dict[str, str]) -> None:
-    """Compare the fingerprint of every adapted weight."""
+    """Compare the fingerprint of every tensor of the base that the record speaks of."""
     record = artefact.metadata["base"]
-    different = []
-    for at, expected in record["weights"].items():
-        above, _, name = at.rpartition(".")
-        weight = weight_of(names.modules[names.canonical[above]], name)
-        storage: Any = storage_of(weight)
-        if at not in prints:
-            prints[at] = fingerprint(storage.dense(weight))
-        if prints[at] != expected:
-            different.append(at)
+    wanted = prints_in(record)
+    missing = wanted.keys() - prints.keys()
+    if missing:
+        held = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
+        for tensor, print_ in zip(held, prints_of(held), strict=True):
+            prints.update(dict.fromkeys(tensor.names, print_))
+    different = [name for name, expected in wanted.items() if prints.get(name, expected) != expected]
     if different:
-        found = (
-            f"other weights in {len(different)} of {len(record['weights'])} adapted layers ({listing(different, 3)})"
-        )
-        expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
-        do = "load that base, or pass verify_base=False if these are the same weights in another precision"
-        raise BaseMismatchError(
-            f"The adapter {artefact.path} was made for another base. {sentence(found, expected, do)}"
+        raise BaseMismatchError(_another_base(artefact, different, len(wanted)))
+    _warn_unproven(names, artefact, [name for name in wanted if name not in prints])
+
+
+def _another_base(artefact: Artefact, different: Sequence[str], count: int) -> str:
+    record = artefact.metadata["base"]
+    found = f"other numbers in {len(different)} of {count} tensors ({listing(different, 3)})"
+    expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
+    do = "load that base, or pass verify_base=False if these are the same weights in another precision"
+    lost = [name for name in record.get("fresh", ()) if name in different]
+    if lost:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+        found += f", of which {listing(lost, 3)} were random as the adapter was trained, and are in no file"
+        do = f"train it anew with train_also={modules[:3]!r}, or {do}"
+    return f"The adapter {artefact.path} was made for another base. {sentence(found, expected, do)}"
+
+
+def _warn_unproven(names: Names, artefact: Artefact, lacking: Sequence[str]) -> None:
+    """Warn where the record and the model do not speak of the same tensors. A record of an earlier Veneer speaks of
+    adapted layers alone."""
+    record = artefact.metadata["base"]
+    if "rest" not in record:
+        return
+    told = {*prints_in(record), *record.get("fresh", ())}
+    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in artefact.full.items() for name in full}
+    unknown = [
+        tensor.path
+        for tensor in base_tensors(names)
+        if isinstance(tensor.held, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
+    ]
+    if lacking or unknown:
+        parts = []
+        if unknown:
+            parts.append(f"{len(unknown)} parameters of this model are not in its record ({listing(unknown, 3)})")
+        if lacking:
+            parts.append(f"{len(lacking)} tensors of its record are not in this model ({listing(lacking, 3)})")
+        warnings.warn(
+            f"{artefact.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
+            "you use reads them.",
+            UnverifiedAdapter,
+            stacklevel=6,
         )

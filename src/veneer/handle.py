@@ -18,8 +18,10 @@ from veneer.config import LoraConfig
 from veneer.evidence import Loss, gather
 from veneer.merge import MergeReport, merge, unmerge
 from veneer.pretrained import cover
+from veneer.proof import fresh, warn_fresh
 from veneer.select import use
 from veneer.summary import CallPlan, Summary, call_plan, summarise
+from veneer.targets import Names
 
 
 def attach(
@@ -49,12 +51,20 @@ def attach(
     Raises:
         TargetError: with every problem at once. The model is as it was.
         ConfigError: the variant needs data that was not given, or the other way round. The model is as it was.
+
+    Warns:
+        FreshWeights: parameters that the checkpoint did not hold (a new head) are not trained in full, so that the
+            adapter will not hold them either. "all-linear" trains a new head.
     """
     model = unwrap(model)
     plans = plan(model, LoraConfig() if config is None else config, name)
     evidence = gather(model, plans, batches=batches, loss=loss, original=original)
     install(model, name, plans, evidence=evidence)
     cover(model)
+    names = Names(model)
+    held = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
+    lost = [slot for key, slot in fresh(names).items() if key not in held]
+    warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
 
@@ -63,9 +73,10 @@ def load(
 ) -> Handle:
     """Attach the adapter in folder ``path`` to ``model``.
 
-    Everything is verified before the model is touched: the files, every key and shape, and the base's weights against
-    the adapter's fingerprints. An adapter that another library wrote has none: it loads with an ``UnverifiedAdapter``
-    warning.
+    Everything is verified before the model is touched: the files, every key and shape, and each parameter and lasting
+    buffer of the base that the adapter does not replace, against the adapter's fingerprints. An adapter that another
+    library wrote has none: it loads with an ``UnverifiedAdapter`` warning, as does one that proves less than all of
+    this model.
 
     Args:
         name: the adapter's name on this model; None takes "default".
@@ -74,7 +85,7 @@ def load(
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
-        BaseMismatchError: the base's weights are others than those it was trained on.
+        BaseMismatchError: a tensor of the base is another than that it was trained on.
     """
     model, name = unwrap(model), name if name is not None else "default"
     install_from(model, path, name, trainable=trainable, verify_base=verify_base)

@@ -1,14 +1,23 @@
-"""Hashes of tensors and of JSON values, and the fingerprint of a base weight."""
+"""Hashes of tensors and of JSON values, the fingerprint of a base weight, and what a record says with them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: numbers that are rounded and hashed at once: few enough that they stay in the cache in between, and that torch rounds
+#: them in this thread alone; and from another device, where each transfer takes time of its own
+PIECE, TRANSFER = 1 << 15, 1 << 24
+#: threads that hash; more wait for memory, and for each other's turn of Python
+MOST_THREADS = 8
 
 
 def digest(tensor: Tensor) -> str:
@@ -19,7 +28,8 @@ def digest(tensor: Tensor) -> str:
 def fingerprint(weight: Tensor) -> str:
     """The first 128 bits of the SHA-256 of a weight's shape and of its values rounded to bfloat16, in hex.
 
-    A base is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both.
+    A base is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both. Whole
+    numbers and booleans are taken as they are.
     """
     return fingerprint_of(weight.shape, [weight])
 
@@ -27,7 +37,75 @@ def fingerprint(weight: Tensor) -> str:
 def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor]) -> str:
     """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other along its first
     axis."""
-    return _hash(str(tuple(shape)), (part.detach().to(torch.bfloat16) for part in parts))[:32]
+    whole = hashlib.sha256(str(tuple(shape)).encode())
+    for part in parts:
+        _feed(whole, part.detach())
+    return whole.hexdigest()[:32]
+
+
+def fingerprints(weights: Iterable[Callable[[], Tensor]], threads: int | None = None) -> Iterator[str]:
+    """The ``fingerprint`` of each weight, in this order, by several threads: hashing leaves Python to others.
+
+    Args:
+        weights: each makes one weight. They are called in this thread, one after the other, and at most a few before
+            their turn, so that what has to be decoded first is never in memory as a whole.
+        threads: None takes one for each core.
+    """
+    threads = min(MOST_THREADS, len(_cores())) if threads is None else threads
+    if threads == 1:
+        yield from (fingerprint(weight()) for weight in weights)
+        return
+    waiting: deque[Future[str]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="veneer-hash") as pool:
+        for weight in weights:
+            waiting.append(pool.submit(fingerprint, weight()))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _cores() -> Sequence[Any]:
+    """The cores that this process may use."""
+    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _feed(whole: Any, tensor: Tensor) -> None:
+    """Hash the numbers of a tensor, floating-point ones as bfloat16, a piece at a time."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    flat = tensor.reshape(-1)
+    if tensor.device.type == "cpu" and tensor.dtype != dtype:
+        _feed_rounded(whole, flat)
+        return
+    step = TRANSFER if tensor.device.type != "cpu" else max(1, len(flat))
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step].to(dtype).cpu()
+        whole.update(piece.view(torch.uint8).numpy().data)
+
+
+def _feed_rounded(whole: Any, flat: Tensor) -> None:
+    """The same of numbers in another type, through one small buffer."""
+    buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)
+    raw = memoryview(buffer.view(torch.uint8).numpy()).cast("B") if len(flat) else b""
+    for piece in flat.split(PIECE) if len(flat) else ():
+        buffer[: len(piece)].copy_(piece)
+        whole.update(raw[: 2 * len(piece)])
+
+
+def prints_in(base: Mapping[str, Any]) -> dict[str, str]:
+    """Every fingerprint of a record's base, by name."""
+    return {**base.get("rest", {}), **base.get("weights", {})}
+
+
+def coverage(base: Mapping[str, Any] | None) -> str:
+    """How much of a base a record proves, in words; None is that of a folder without a record."""
+    if not base or "weights" not in base:
+        return "nothing (written by another library)"
+    changed, rest = len(base["weights"]), base.get("rest")
+    if rest is None:
+        return f"adapted layers only ({changed} tensors)"
+    return f"{changed + len(rest)} tensors ({changed} that it changes, {len(rest)} that it only computes with)"
 
 
 def hash_json(value: Any) -> str:

@@ -25,9 +25,14 @@ def give_way(busy: Callable[[], bool]) -> None:
     _THREAD.busy, _THREAD.since = busy, time.thread_time()
 
 
+def gives_way() -> bool:
+    """Whether this thread was told to."""
+    return getattr(_THREAD, "busy", None) is not None
+
+
 def paced(items: Iterable[Item]) -> Iterable[Item]:
     """``items``; with pauses between them in a thread that gives way."""
-    return items if getattr(_THREAD, "busy", None) is None else _paced(items)
+    return _paced(items) if gives_way() else items
 
 
 def _paced(items: Iterable[Item]) -> Iterator[Item]:

@@ -254,6 +254,20 @@ def _body(names: Names) -> set[str]:
     return {name for name in body if names.modules[name] is not head}
 
 
+def fresh_head(names: Names, fresh: Iterable[Slot]) -> list[Slot]:
+    """Of the parameters that no checkpoint held, those of a task head (a pooler too): outside the repeated blocks, and
+    of no embedding."""
+    get_head: Any = getattr(names.model, "get_output_embeddings", None)
+    output = get_head() if callable(get_head) else None
+    body, head = _body(names), []
+    for path, name in fresh:
+        module = names.modules[path]
+        embeds = module is output or isinstance(module, nn.Embedding)
+        if not embeds and not (path in body and _block(path) is not None):
+            head.append((path, name))
+    return head
+
+
 def _block(path: str) -> int | None:
     """The index of the repeated block that a path lies in: its first number."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
