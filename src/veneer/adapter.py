@@ -120,18 +120,18 @@ def _proof(names: Names, name: str, weights: Mapping[str, Any], prints: Mapping[
     lost = {key: slot for key, slot in fresh(names).items() if key not in replaced}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # a base model's own output does not need its pooler, and nobody uses a random one
-    left_out = replaced if has_head(model) else replaced.union(lost)
     gone = unkept(model) if prints is None else frozenset()
+    left_out = replaced.union(gone, () if has_head(model) else lost)
 
     def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
         if prints is not None:
             return [next((prints[at] for at in tensor.names if at in prints), None) for tensor in tensors]
-        unknown = [tensor.path for tensor in tensors if id(tensor.held) in gone]
-        if unknown:
-            found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
-            raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
         return prints_of(tensors, kept_bits(model))
 
+    unknown = [at for at, held in weights.items() if id(held) in gone]
+    if unknown:
+        found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
+        raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
     record = record_of(tensors, {at: by_held[id(held)] for at, held in weights.items()}, left_out, of)
     return {**record, **({"fresh": [parameter_path(*slot) for slot in lost.values()]} if lost else {})}
 

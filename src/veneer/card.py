@@ -212,6 +212,15 @@ def _base(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             f".\n\nFingerprint of the {len(base['weights'])} base weights that it changes: "
             f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
         )
+    if base.get("rest"):
+        text += (
+            f" It also compares {len(base['rest'])} tensors that the adapter does not change: norms, embeddings, heads."
+        )
+    if base.get("fresh"):
+        text += (
+            f"\n\nParameters that were random as it was trained, and that no file holds: "
+            f"{', '.join(map(_code, base['fresh'][:8]))}{', …' if len(base['fresh']) > 8 else ''}."
+        )
     return text if text.endswith(".") else f"{text}."
 
 

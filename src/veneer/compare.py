@@ -30,6 +30,7 @@ from veneer.artefact import Artefact, read
 from veneer.compose.lineup import applied
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft
+from veneer.hashing import prints_in
 from veneer.lowrank import LowRank
 
 #: singular values below this share of the largest are rounding: no direction of a change
@@ -247,7 +248,7 @@ def _config(a: Artefact, b: Artefact) -> dict[str, tuple[Any, Any]]:
 
 
 def _base(a: Artefact, b: Artefact) -> tuple[str, tuple[str, ...]]:
-    mine, theirs = (each.metadata.get("base", {}).get("weights", {}) for each in (a, b))
+    mine, theirs = (prints_in(each.metadata.get("base", {})) for each in (a, b))
     shared = [at for at in mine if at in theirs]
     differ = tuple(at for at in shared if mine[at] != theirs[at])
     return ("different" if differ else "same" if shared else "unknown"), differ

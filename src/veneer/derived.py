@@ -120,7 +120,7 @@ def _divided(
         own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
         rest = {name: print_ for name, print_ in prints_in(base).items() if name not in changes and name not in own}
         whole |= {"rest": rest, "fresh": [name for name in base.get("fresh", ()) if name not in own]}
-    return whole
+    return {key: value for key, value in whole.items() if key != "fresh" or value}
 
 
 def _changes(sources: Sequence[Artefact], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:

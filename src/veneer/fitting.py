@@ -384,13 +384,16 @@ def _verify_base(names: Names, artefact: Artefact, prints: dict[str, str]) -> No
             prints.update(dict.fromkeys(tensor.names, print_))
     different = [name for name, expected in wanted.items() if prints.get(name, expected) != expected]
     if different:
-        raise BaseMismatchError(_another_base(artefact, different, len(wanted)))
+        raise BaseMismatchError(_another_base(artefact, different))
     _warn_unproven(names, artefact, [name for name in wanted if name not in prints])
 
 
-def _another_base(artefact: Artefact, different: Sequence[str], count: int) -> str:
-    record = artefact.metadata["base"]
-    found = f"other numbers in {len(different)} of {count} tensors ({listing(different, 3)})"
+def _another_base(artefact: Artefact, different: Sequence[str]) -> str:
+    record, parts = artefact.metadata["base"], []
+    for key, what in (("weights", "adapted layers"), ("rest", "other tensors")):
+        names = [name for name in different if name in record.get(key, {})]
+        parts += [f"{len(names)} of {len(record[key])} {what} ({listing(names, 3)})"] if names else []
+    found = f"other weights in {' and '.join(parts)}"
     expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
     do = "load that base, or pass verify_base=False if these are the same weights in another precision"
     lost = [name for name in record.get("fresh", ()) if name in different]

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from veneer.adapted import site_of, weight_of
@@ -174,7 +175,7 @@ def _remembered(content: Content, stamp: tuple[Any, ...] | None) -> str | None:
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory of its own: not one that only stands for others, packed or in other processes."""
-    return torch._C._has_storage(tensor) and tensor.layout == torch.strided
+    return not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -190,8 +191,9 @@ def _sample(tensor: Tensor) -> bytes:
         return b""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     step = max(1, span // SAMPLE) | 1  # odd: an even one may be a multiple of the width, and see few columns
-    some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset())
-    return some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
+        some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
+        return some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # ---------------------------------------------------------------------------------------------- records

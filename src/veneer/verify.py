@@ -196,6 +196,12 @@ def _changes(artefact: Artefact, weights: Weights | None) -> Findings:
         yield from _unmatched(artefact)
     norms = {at: low.norm() for at, low in products.items()}
     yield from _sizes(artefact, products, norms)
+    fresh = artefact.metadata.get("base", {}).get("fresh")
+    if fresh:
+        found = (
+            f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads them gives other answers"
+        )
+        yield Finding("warning", "proof", f"{found} after each load of the base; train_also would have kept them")
     if weights is not None:
         try:
             yield from _against(artefact, products, norms, weights)
@@ -358,10 +364,38 @@ def _against(
     ]
     right = f"{len(wanted)} weights have the fingerprints of the record"
     yield from _judged("base", problems, right if recorded else f"{len(wanted)} weights by name and shape alone")
+    if recorded:
+        yield from _rest(artefact, weights, len(recorded) - len(lacking) - len(different), do)
     if large:
         yield Finding("warning", "norms", f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large)}")
     yield from _in_full(artefact, weights)
     yield from _ties(artefact, weights)
+
+
+def _rest(artefact: Artefact, weights: Weights, proven: int, do: str) -> Findings:
+    """Each other tensor that the adapted model computes with, as the base has it; ``proven`` of the changed ones are
+    right."""
+    record = artefact.metadata["base"]
+    rest = record.get("rest")
+    if rest is None:
+        known = f"adapted layers only: {proven} of {len(record['weights'])} tensors proven, and none of the others, of "
+        yield Finding("ok", "proof", known + "which the Veneer that saved it recorded nothing")
+        return
+    lacking, different = [], []
+    for at, expected in rest.items():
+        weight = weights(at)
+        if weight is None:
+            lacking.append(at)
+        elif fingerprint(weight) != expected:
+            different.append(at)
+    if different:
+        found = f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change "
+        yield Finding("error", "base", sentence(f"{found}({listing(different, 4)})", "its own base", do))
+    if lacking:
+        found = f"{len(lacking)} tensors that it computes with are not in this base: {listing(lacking, 4)}"
+        yield Finding("warning", "base", found)
+    proven += len(rest) - len(lacking) - len(different)
+    yield Finding("ok", "proof", f"{proven} of {len(rest) + len(record['weights'])} tensors proven")
 
 
 def _product_at(at: str, products: Mapping[str, LowRank]) -> str | None:

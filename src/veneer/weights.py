@@ -31,6 +31,9 @@ from veneer.errors import CheckpointError, listing, raise_all, sentence
 from veneer.models import Place, places
 from veneer.targets import Names, Slot, own_parameters
 
+#: numbers of a value that are read at once where it need not be in memory as a whole
+PART = 1 << 24
+
 Read = Callable[[slice | None], Tensor]
 
 
@@ -43,6 +46,14 @@ class Value:
     dtype: torch.dtype
     read: Read
     again: tuple[Read, ...] = ()
+
+    def parts(self) -> Iterator[Tensor]:
+        """All of it, as parts that follow each other along the first axis, of about ``PART`` numbers."""
+        if not self.shape or not torch.Size(self.shape).numel():
+            yield self.read(None)
+            return
+        step = max(1, PART * self.shape[0] // torch.Size(self.shape).numel())
+        yield from (self.read(slice(start, start + step)) for start in range(0, self.shape[0], step))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,13 @@ def inspect(
 
 def _facts(artefact: Any) -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
+    from veneer.hashing import coverage
+
     base = dict(artefact.metadata.get("base", {}))
+    proof = coverage(base)
     weights = base.pop("weights", {})
+    for name in ("rest", "fresh"):
+        base.pop(name, None)
     norms = {path: float(change.norm()) for path, change in artefact.products.items()}
     kinds: dict[str, int] = {}
     for path in artefact.products:
@@ -54,6 +59,7 @@ def _facts(artefact: Any) -> dict[str, Any]:
         "path": str(artefact.path),
         "base": base or {"name": artefact.peft_config.get("base_model_name_or_path")},
         "fingerprint": _fingerprint(weights),
+        "proof": proof,
         "config": artefact.config.to_dict(),
         "alpha": artefact.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": artefact.parameters,
@@ -88,6 +94,7 @@ def _head(facts: dict[str, Any]) -> Any:
         "adapter": f"{facts['path']}{unverified}",
         "base": f"{facts['base'].get('name') or '?'}{_in(facts['base'].get('architecture'))}",
         "fingerprint": facts["fingerprint"] or "none",
+        "base proven": facts["proof"],
         "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
         "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none",
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),

@@ -26,11 +26,9 @@ from torch import Tensor, nn
 
 import veneer.formats
 from veneer import artefact as folder
-from veneer.adapted import weight_of
 from veneer.adapter import UnverifiedAdapter, install_from, save
 from veneer.artefact import Artefact
 from veneer.attach import detach, parameter_path
-from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.convert import deltas
 from veneer.convert.opened import Opened, header_of, open_base
@@ -54,7 +52,7 @@ from veneer.formats._base import (
     register,
 )
 from veneer.formats.parts import PARTS
-from veneer.hashing import fingerprint
+from veneer.proof import base_tensors, prints_of
 from veneer.registry import import_all
 from veneer.targets import Names
 
@@ -315,13 +313,12 @@ def _from_deltas(
 
 def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base: bool) -> None:
     """Compare the fingerprints that a dense file took over from its adapter."""
-    names, other = Names(model), []
-    for at, expected in (said.get("weights") or {}).items() if verify_base else ():
-        above, _, name = at.rpartition(".")
-        path = names.canonical.get(above)
-        held = weight_of(names.modules[path], name) if path is not None else None
-        if held is None or fingerprint(storage_of(held).dense(held)) != expected:
-            other.append(at)
+    if not verify_base:
+        return
+    held = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
+    known = {name: print_ for tensor, print_ in zip(held, prints_of(held), strict=True) for name in tensor.names}
+    other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
+    other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
     if other:
         found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
         raise BaseMismatchError(sentence(found, "its own base", "give that one, or pass verify_base=False"))

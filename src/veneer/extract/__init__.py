@@ -44,6 +44,7 @@ from veneer.hashing import fingerprint_of
 from veneer.kernels import svd
 from veneer.layers._base import GENERAL
 from veneer.targets import Names, Slot
+from veneer.weights import named
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
 
@@ -250,12 +251,24 @@ def _write(
     try:
         install(both.model, name, plans, trainable=False, numbers=numbers)
         _fill(both, name, {path for one, _ in whole for path in one.entry.names})
-        prints = {product.pair.path: product.fingerprint for product in products}
+        prints = _prints_of_rest(both, names, products)
+        prints |= {product.pair.path: product.fingerprint for product in products}
         save(both.model, out, name=name, fingerprints=prints, **options)
     finally:
         group = group_of(both.model)
         if group is not None and name in group.configs:
             detach(both.model, name)
+
+
+def _prints_of_rest(both: Both, names: Names, products: Sequence[_Product]) -> dict[str, str]:
+    """The fingerprints of the base's tensors but those of which there is a product."""
+    done = {id(both.old.values.get(product.pair.path)) for product in products}
+    prints: dict[str, str] = {}
+    for entry in named(names):
+        value = both.old.find(entry.names)
+        if value is not None and id(value) not in done:
+            prints[entry.path] = fingerprint_of(value.shape, value.parts())
+    return prints
 
 
 def _fill(both: Both, name: str, whole: set[str]) -> None:

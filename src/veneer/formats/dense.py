@@ -51,8 +51,9 @@ def read(path: Path, base: Base, options: Options) -> Contents:
 def _well_formed(full: Any, base: Any, number: Any) -> bool:
     """Whether the fields of the header have their types: names in a list, a base as Veneer's record has it."""
     texts = isinstance(full, list) and all(isinstance(name, str) for name in full)
-    prints = (isinstance(base, dict) and base.get("weights")) or {}
-    hashes = isinstance(prints, dict) and all(isinstance(value, str) for value in prints.values())
+    said = base if isinstance(base, dict) else {}
+    prints = [said.get("weights") or {}, said.get("rest") or {}]
+    hashes = all(isinstance(table, dict) and all(isinstance(one, str) for one in table.values()) for table in prints)
     named = isinstance(base, dict) and isinstance(base.get("name"), str | None)
     return texts and hashes and named and type(number) is int
 
