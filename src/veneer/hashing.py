@@ -87,10 +87,10 @@ def _feed(whole: Any, tensor: Tensor) -> None:
 def _feed_rounded(whole: Any, flat: Tensor) -> None:
     """The same of numbers in another type, through one small buffer."""
     buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)
-    raw = memoryview(buffer.view(torch.uint8).numpy()).cast("B") if len(flat) else b""
+    raw: Any = buffer.view(torch.uint8).numpy()
     for piece in flat.split(PIECE) if len(flat) else ():
         buffer[: len(piece)].copy_(piece)
-        whole.update(raw[: 2 * len(piece)])
+        whole.update(raw[: 2 * len(piece)].data)
 
 
 def prints_in(base: Mapping[str, Any]) -> dict[str, str]:
