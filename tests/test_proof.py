@@ -68,6 +68,15 @@ def change(tensor: torch.Tensor) -> None:
         flat[at] = ~flat[at] if tensor.dtype == torch.bool else flat[at] + 1
 
 
+def refusal(model: nn.Module, path) -> str | None:
+    """Why a base is refused, or None."""
+    try:
+        veneer.load(model, path).detach()
+    except BaseMismatchError as error:
+        return str(error)
+    return None
+
+
 def test_there_are_twenty_architectures():
     assert len(REAL) >= 20
 
@@ -84,13 +93,12 @@ def test_any_tensor_that_forward_uses_is_refused_once_it_was_changed(entry: Real
     for name, tensor in tensors.items():
         before = tensor.detach().clone()
         change(tensor)
-        try:
-            veneer.load(model, path).detach()
+        refused = refusal(model, path)
+        if refused is None:
             passed.append(name)
-        except BaseMismatchError as error:
-            assert name.replace("parametrizations.", "").removesuffix(".original0").removesuffix(".original1") in str(
-                error
-            )
+        else:
+            at = name.replace("parametrizations.", "").removesuffix(".original0").removesuffix(".original1")
+            assert at in refused
         with torch.no_grad():
             tensor.copy_(before)
     assert set(passed) == own & tensors.keys(), "what the adapter brings itself may be anything; nothing else may"
@@ -290,7 +298,7 @@ def test_a_weight_that_was_written_to_is_hashed_again(hashed, tmp_path):
         lambda weight: weight.data.mul_(2),  # which torch does not count
         lambda weight: weight.data.numpy().__imul__(2),
         lambda weight: setattr(weight, "data", weight.data * 2),
-        lambda weight: nn.init.ones_(weight),
+        nn.init.ones_,
     ]
     for write in writes:
         write(model[3].weight)

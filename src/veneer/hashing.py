@@ -51,7 +51,7 @@ def fingerprints(weights: Iterable[Callable[[], Tensor]], threads: int | None = 
             their turn, so that what has to be decoded first is never in memory as a whole.
         threads: None takes one for each core.
     """
-    threads = min(MOST_THREADS, len(_cores())) if threads is None else threads
+    threads = min(MOST_THREADS, len(cores())) if threads is None else threads
     if threads == 1:
         yield from (fingerprint(weight()) for weight in weights)
         return
@@ -65,7 +65,7 @@ def fingerprints(weights: Iterable[Callable[[], Tensor]], threads: int | None = 
             yield waiting.popleft().result()
 
 
-def _cores() -> Sequence[Any]:
+def cores() -> Sequence[Any]:
     """The cores that this process may use."""
     return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
