@@ -103,6 +103,7 @@ bench: setup
 	$(KEEP) $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py
 	$(BENCH)/frozen.py
+	$(BENCH)/fingerprints.py
 	$(BENCH)/planner.py
 	$(BENCH)/compose.py
 	OMP_NUM_THREADS=2 $(BENCH)/merge.py --check --kills 10

@@ -311,7 +311,7 @@ def test_the_base_may_be_in_float32_or_bfloat16_but_not_another(tmp_path):
     path = handle.save(tmp_path / "adapter")
     veneer.load(fresh(dtype=torch.bfloat16).float(), path)
     with pytest.raises(
-        BaseMismatchError, match="other weights in 12 of 12 adapted layers .* and 12 of 18 other tensors"
+        BaseMismatchError, match=r"other weights in 12 of 12 adapted layers .* and 12 of 18 other tensors"
     ):
         veneer.load(fresh(seed=8), path)
     other = fresh(dtype=torch.bfloat16)

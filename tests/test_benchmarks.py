@@ -15,6 +15,7 @@ from scripts import bench_page
 import candidates
 import compose
 import engine
+import fingerprints
 import forward
 import frozen
 import import_time
@@ -63,6 +64,7 @@ def recorded(base, tmp_path_factory) -> Path:
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
+        fingerprints.main(["--tiny", "--layers", "1", "--runs", "1", *out])
         merge_fidelity.main(["--quick", "--base", str(base), *out])
         merge.main(["--quick", *out])
     return folder
@@ -286,6 +288,11 @@ def test_rounding_at_random_is_right_on_average():
     found = merge_fidelity.at_random(values, torch.bfloat16).double()
     assert {*found.unique().tolist()} == {1 + 2.0**-7, 1 + 2 * 2.0**-7}
     assert abs(float(found.mean() - values[0, 0, 0])) < 0.02 * 2.0**-7
+
+
+def test_fingerprints(recorded):
+    for case in written(recorded, "fingerprints")["cases"]:
+        assert list(case["rows"]) == ["read", "hash", "hash, one thread", "again"]
 
 
 def test_import_time(recorded):

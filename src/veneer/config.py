@@ -32,7 +32,8 @@ class LoraConfig:
     """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of ``ranks`` and ``alphas``)
     is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head), ``"attention"`` and ``"mlp"`` (the linear
+    - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that transformers initialised
+      because the checkpoint did not hold it is trained in full), ``"attention"`` and ``"mlp"`` (the linear
       layers in and outside attention, in the repeated blocks), ``"all"`` (everything that can be attached to);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
