@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.adapted import BASE, Group, Selected, Site, detached, method_of, own_class, walk
+from veneer.adapted import Group, Selected, Site, detached, method_of, own_class, walk
 from veneer.errors import SelectionError, sentence
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
@@ -141,16 +141,15 @@ def _objects(value: Any) -> Iterator[Any]:
         yield value
 
 
-def by_rows(model: nn.Module, group: Group, names: Sequence[str | None]) -> Selected:
-    """A selection that uses ``names[i]`` for row i."""
-    distinct = list(dict.fromkeys(names))
+def by_rows(model: nn.Module, group: Group, selections: Sequence[Selected]) -> Selected:
+    """A selection that uses ``selections[i]`` for row i; rows that use the same hold the same object."""
+    distinct = list(dict.fromkeys(selections))
     if not distinct:
         raise SelectionError(sentence("no names", "one name or None for each row", "name an adapter for each row"))
-    selections = [BASE if name is None else group.selections[name] for name in distinct]
     if len(distinct) == 1:
-        return selections[0]
-    rows = [torch.tensor([i for i, name in enumerate(names) if name == own], device="cpu") for own in distinct]
-    return Selected(None, Parts(group.uid, selections, rows, len(names), time_first(model)))
+        return distinct[0]
+    rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]
+    return Selected(None, Parts(group.uid, distinct, rows, len(selections), time_first(model)))
 
 
 def time_first(model: nn.Module) -> bool:

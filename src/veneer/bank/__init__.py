@@ -7,7 +7,6 @@
 
     held.py    an adapter in memory
     deck.py    those that a call uses, for the kernel that mixes rows
-    blend.py   weighted blends where a sum of products does not say it
 
 An adapter is on disk, held in memory, or held and used. What is used or pinned stays; of the rest, what was used
 longest ago makes room. Nothing is registered with the model: its ``state_dict`` and its parameters are those of the
@@ -16,7 +15,6 @@ base, and a call outside of ``rows`` is the base's own. Threads may use one bank
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +33,7 @@ from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses, prepare
 from veneer.bank.held import Held, Recipes, hold
+from veneer.blend import finite_weights
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fitting import Known
 from veneer.formats import peft
@@ -267,7 +266,7 @@ class Bank:
         """
         done: Future[Lease] = Future()
         with self._changed:
-            _finite(mix)
+            finite_weights(mix)
             if all(self._need(name).held is not None for name in mix):
                 done.set_result(self._lease(mix, self._taken(mix)))
                 return done
@@ -535,16 +534,10 @@ def _mix(choice: Any) -> dict[str, float]:
     if isinstance(choice, str):
         return {choice: 1.0}
     if isinstance(choice, Mapping):
-        _finite(choice)
+        finite_weights(choice)
         return dict(choice)
     found = f"{choice!r} for a row"
     raise SelectionError(sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these"))
-
-
-def _finite(mix: Mapping[str, float]) -> None:
-    for name, weight in mix.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
 
 
 def _expected(path: Path) -> int:

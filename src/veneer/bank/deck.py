@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapted import BASE, Selected, Site, at_least_float32
-from veneer.bank.blend import table_of
 from veneer.bank.held import Held, Thin
+from veneer.blend import blended
 from veneer.kernels import THREADS, batched, fused, has_numba
 from veneer.kernels.batched import Grouping
 from veneer.rows import Parts
@@ -209,7 +209,10 @@ class Lineup:
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.tables: dict[Any, Any] = {}
         self.distinct = {uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)}
-        selections = [Selected("a blend", table_of(uses)) if uses else BASE for uses in self.distinct]
+        selections = [
+            blended([(Selected(held.path.name, held.parts), weight) for held, weight in uses]) if uses else BASE
+            for uses in self.distinct
+        ]
         indices = [torch.tensor(own, device="cpu") for own in self.distinct.values()]
         self.apart = Parts(deck.frame.uid, selections, indices, self.count, deck.frame.time_first)
         general = {key for held in self.members for key in held.general}

@@ -1,41 +1,62 @@
-"""A weighted blend of adapters, at the sites where it is more than a sum of products.
+"""A weighted blend of adapters, for calls of ``veneer.use`` and of a bank.
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-That defines a blend for every layer and variant. Where all parts are ``Thin``, ``kernels/batched.py`` computes the same
-without forming anything.
+That defines a blend for every layer and variant, and its gradient: each adapter's is wᵢ times what W' hands on. Where a
+bank's adapters are all thin products, ``kernels/batched.py`` computes the same without forming anything.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapted import Site, Way, at_least_float32, viewed, weight_of
-from veneer.bank.held import Held
+from veneer.adapted import Selected, Site, Way, at_least_float32, detached, own_class, viewed, weight_of
+from veneer.errors import SelectionError, sentence
 
 
-def table_of(uses: Sequence[tuple[Held, float]]) -> Mapping[Any, Any]:
-    """The parts of a blend, as ``adapted.Selected`` has them."""
+def finite_weights(mix: Mapping[Any, Any]) -> None:
+    """Raise a SelectionError unless every weight of {name: weight} is a finite number."""
+    for name, weight in mix.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        try:
+            fine = number and math.isfinite(weight)
+        except OverflowError:  # a whole number that no float can hold
+            fine = False
+        if not fine:
+            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+
+
+def blended(uses: Sequence[tuple[Selected, float]]) -> Selected:
+    """What a call uses that blends these adapters with these weights."""
     if len(uses) == 1 and uses[0][1] == 1:
-        return uses[0][0].parts
-    return _Table(uses)
+        return uses[0][0]
+    return Selected(" + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses))
 
 
 class _Table(Mapping[Any, Any]):
-    def __init__(self, uses: Sequence[tuple[Held, float]]) -> None:
+    """The parts of a blend, as ``adapted.Selected`` has them."""
+
+    def __init__(self, uses: Sequence[tuple[Selected, float]]) -> None:
         self.uses = uses
 
+    def _tables(self) -> Iterator[tuple[Mapping[Any, Any], float]]:
+        for selected, weight in self.uses:
+            if selected.parts is None:
+                raise detached(selected.name)
+            yield selected.parts, weight
+
     def __getitem__(self, key: Any) -> Blend:
-        parts = [(held.parts[key], weight) for held, weight in self.uses if key in held.parts]
+        parts = [(table[key], weight) for table, weight in self._tables() if key in table]
         if not parts:
             raise KeyError(key)
         return Blend(parts)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(dict.fromkeys(key for held, _ in self.uses for key in held.parts))
+        return iter(dict.fromkeys(key for table, _ in self._tables() for key in table))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -74,15 +95,25 @@ class Blend:
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         own: dict[str, Any] = {**module._buffers, **module._parameters}
-        return self._blended([(part.replacements(module), weight) for part, weight in self.parts], own)
+        values = [(part.replacements(module), weight) for part, weight in self.parts]
+        if module.training and any("running_mean" in found for found, _ in values):
+            found = f"a blend at a {own_class(module).__name__} in training mode, which moves its running statistics"
+            do = "call eval() on that module, or train one adapter at a time"
+            raise SelectionError(sentence(found, "one adapter, whose statistics they are", do))
+        low = self.changes  # which another adapter may train in full: ``changed`` has both
+        return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """As ``LayerAdapter.changed``."""
-        own = {}
+        """As ``LayerAdapter.changed``. What is not wide is rounded once, after the blend."""
+        own, dtypes, values = {}, {}, []
         for name, change in self.changes.items():
             dense = change.storage.dense(weight_of(module, name))
-            own[name] = dense.to(at_least_float32(dense.dtype)) if wide else dense
-        return self._blended([(part.changed(module, wide), weight) for part, weight in self.parts], own)
+            own[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
+        for part, weight in self.parts:
+            full = {name: value for name, value in part.replacements(module).items() if name in own}
+            values.append(({**full, **part.changed(module, wide=True)}, weight))
+        found = self._blended(values, own)
+        return found if wide else {name: value.to(dtypes[name]) for name, value in found.items()}
 
     def _blended(
         self, values: Sequence[tuple[Mapping[str, Tensor], float]], own: Mapping[str, Any]
