@@ -111,20 +111,50 @@ def is_causal(source: str | Path) -> bool:
     Raises:
         ConfigError: as ``load_base``.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return _otherwise(str(source)) is None
 
-    place = _find(str(source))
+
+def must_be_causal(source: str | Path) -> None:
+    """Refuse a base of which ``load_base`` could make a language model that is none. Reads its config alone.
+
+    Raises:
+        ConfigError: it is an encoder, whose positions see what they should predict, or has another head; or as
+            ``load_base``.
+    """
+    reason = _otherwise(str(source))
+    if reason is not None:
+        do = (
+            "choose a causal base; to train another kind of model, call veneer.attach on it in Python and train it "
+            "with transformers' Trainer or a loop of your own"
+        )
+        raise ConfigError(sentence(f"{source}, {reason}", "a causal language model", do))
+
+
+def _otherwise(name: str) -> str | None:
+    """What a base is by its config, in words, unless it is a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    place = _find(name)
     if (Path(place) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
-        return False
+        return "an encoder of sentence-transformers"
     with quiet():
         try:
-            named = getattr(AutoConfig.from_pretrained(place), "architectures", None) or ()
+            config: Any = AutoConfig.from_pretrained(place)
         except Exception as error:
-            raise _explained(str(source), error) from error
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    causal = {name for value in known for name in ((value,) if isinstance(value, str) else value)}
-    return not named or any(name in causal for name in named)
+            raise _explained(name, error) from error
+    named, values = getattr(config, "architectures", None) or (), [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:  # also a class that somebody has registered
+        found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        values += [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
+    causal = {one for value in values for one in ((value,) if isinstance(value, str) else value)}
+    called = " or ".join(named) or f"a {config.model_type} model"
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        whole = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
+        return f"whose config names {called}, {whole}: each position sees the tokens that it should predict"
+    if named and not any(one in causal for one in named):
+        return f"whose config names {called}"
+    return None
 
 
 def load_encoder(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> Encoder:
@@ -254,7 +284,7 @@ def context_length(source: str | Path) -> int | None:
         except Exception as error:
             raise _explained(str(source), error) from error
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:

@@ -51,12 +51,13 @@ def open_pair(base: str, adapter: str | None, precision: str, verify: bool = Tru
     quicker to fail."""
     import veneer
     from veneer.library import resolve
-    from veneer.models import load_base
+    from veneer.models import load_base, must_be_causal
 
     setup_logging()
     folder = None if adapter is None else resolve(adapter)
     if folder is not None:
         veneer.adapter.read(folder)
+    must_be_causal(base)
     loaded = load_base(base, precision=precision)  # type: ignore[arg-type]
     if folder is None:
         return loaded, None

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from veneer.models import quiet
 log = logging.getLogger("veneer.data")
 
 Kind = Literal["messages", "prompt", "text"]
+#: columns that hold what a classifier (or a preference) should learn
+LABELS = ("label", "labels", "label_text")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -46,7 +48,8 @@ class Rows:
 
     `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each row {"prompt",
     "completion"}, both strings or both message lists) or "text" (each row {"text"}). `places[i]` says where row i came
-    from ("line 12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data set).
+    from ("line 12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data set), `unused`
+    are the columns of the first row that play no part.
     """
 
     kind: Kind
@@ -54,15 +57,15 @@ class Rows:
     places: list[str]
     source: str
     sha256: str
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, indices: Sequence[int]) -> Rows:
         """The rows at `indices`, in that order."""
-        return Rows(
-            self.kind, [self.rows[i] for i in indices], [self.places[i] for i in indices], self.source, self.sha256
-        )
+        rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
+        return replace(self, rows=rows, places=places)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -256,7 +259,8 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
                 "Expected both to be text, or both to be lists of messages.\nDo: bring both into one form."
             )
         rows.append(shaped)
-    return Rows(kind, rows, [place for place, _ in raw], source, digest)
+    unused = tuple(name for name in names if name not in picked.values())
+    return Rows(kind, rows, [place for place, _ in raw], source, digest, unused)
 
 
 def _object(row: Any, source: str, place: str) -> None:
@@ -275,6 +279,8 @@ def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: s
                 f"{source} has no column {column!r} (asked for as the {option} column); it has {_list(names)}."
                 f"{_nearest(column, names)}\nDo: name one that exists, for example --{option}-column {names[0]}."
             )
+    if not any(vars(columns).values()):
+        _refuse_other_tasks(names, first, source)
     if columns.messages is not None:
         return "messages", {"messages": columns.messages}
     if columns.text is not None:
@@ -289,6 +295,34 @@ def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: s
     if columns.prompt is None and columns.completion is None and "text" in names:
         return "text", {"text": "text"}
     raise DataError(_wrong_columns(names, columns, source))
+
+
+def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
+    """Rows of other tasks, of which a language model would learn something else than they say: preferences and labels.
+    Whoever names the columns to read has said what the others are worth."""
+    if {"chosen", "rejected"} <= {*names}:
+        chat = isinstance(first["chosen"], list)
+        alone = "--messages-column chosen" if chat and "prompt" not in names else "--text-column chosen"
+        alone = "--prompt-column prompt --completion-column chosen" if "prompt" in names else alone
+        raise DataError(
+            f"{source} holds preferences: the columns {_list(names)}.\n"
+            "Expected examples to imitate; this command cannot learn that one answer is better than another.\n"
+            "Do: give the model that veneer.attach has prepared to trl.DPOTrainer, in Python; or imitate the chosen "
+            f"answers alone: {alone}."
+        )
+    labels = [name for name in names if name.lower() in LABELS]
+    if labels:
+        chat = next((name for name in ("messages", "conversations") if name in names), None)
+        others = [name for name in names if name not in labels]
+        shown = f"--text-column {'text' if 'text' in names else others[0] if others else 'TEXT'}"
+        shown = "--prompt-column prompt --completion-column completion" if "prompt" in names else shown
+        shown = f"--messages-column {chat}" if chat else shown
+        raise DataError(
+            f"{source} has the column {labels[0]!r} beside {_list(others) or 'no other'}.\n"
+            "Expected examples to imitate; this command trains no classifier, and would leave the labels out.\n"
+            f"Do: to learn the labels, write each as text into `completion`, with its text in `prompt`, or train a "
+            f"classifier with veneer.attach in Python; to leave them out, name the columns to read: {shown}."
+        )
 
 
 def _wrong_columns(names: list[str], columns: Columns, source: str) -> str:

@@ -21,7 +21,7 @@ LONGEST = 2048  # tokens: the default limit, where the model's context is longer
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, ready for the trainer, and the number of steps."""
+    """The data of a run, ready for the trainer, and the number of steps. `unused` are columns that nothing reads."""
 
     train: tokens.Examples
     evaluation: tokens.Examples | None
@@ -30,6 +30,7 @@ class Prepared:
     max_length: int
     steps: int
     hashes: dict[str, str]
+    unused: tuple[str, ...] = ()
 
 
 def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
@@ -57,7 +58,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     batches = math.ceil(len(train_set) / (config.batch_size * world))
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
     hashes = {"train": rows.sha256, **({"eval": held.sha256} if held is not None else {})}
-    return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes)
+    return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes, rows.unused)
 
 
 def split(rows: data.Rows, fraction: float, seed: int) -> tuple[data.Rows, data.Rows]:

@@ -3,9 +3,9 @@
     result = fit(TrainConfig(base="…", data="…", output="…"))
     result.adapter     the folder to merge, to serve, to load
 
-The order is the cheapest check first: the output folder, the data, the tokens, then the weights. A run that was
-stopped or killed goes on from its newest complete checkpoint when it is started again with the same configuration, and
-ends at the same losses, bit for bit, as one that was not.
+The order is the cheapest check first: the output folder, the base's config, the data, the tokens, then the weights. A
+run that was stopped or killed goes on from its newest complete checkpoint when it is started again with the same
+configuration, and ends at the same losses, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
 from veneer.train.arguments import arguments_of, early_stop
 from veneer.train.callbacks import say
+from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.lower import Lower
 from veneer.train.prepare import Prepared, prepare
@@ -77,12 +78,14 @@ def fit(
 
     Raises:
         OutputExistsError: the output folder holds a finished run, or something that is no run.
-        ConfigError: an unfinished run there has another configuration; a base that cannot be loaded.
+        ConfigError: an unfinished run there has another configuration; a base that cannot be loaded, or is no causal
+            language model.
         DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
     """
     console = Console(stderr=True, quiet=quiet) if console is None else console
     output = config.output.expanduser()
     resume = _unfinished(config, output)
+    models.must_be_causal(config.base)
     tokenizer = models.load_tokenizer(config.base)
     prepared = prepare(config, tokenizer)
     found = _found(config, output, prepared) if resume else None
@@ -93,6 +96,7 @@ def fit(
     _on_one_device(arguments, console)
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
+    must_not_see_later_tokens(base.model, config.base)
     handle = _attach(config, base.model, found)
     lower = Lower(base.model) if config.cache_lower else None
     _describe(config, base.model, handle, prepared, lower, console)
@@ -234,6 +238,8 @@ def _describe(
         f"Data     {config.data}: {len(train):,} examples, {sum(train.lengths):,} tokens, {train.trained_tokens:,} of "
         f"them learnt{notes}",
     )
+    if prepared.unused:
+        say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     say(console, f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples")
