@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from veneer.attach import (
     parameter_path,
     unwrap,
 )
+from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing, sentence
 from veneer.filing import (
     filed_changes,
@@ -30,6 +32,7 @@ from veneer.filing import (
     written,
 )
 from veneer.fitting import UnverifiedAdapter, fitted
+from veneer.hashing import digest, hash_json
 from veneer.merge import kept_bits, unkept
 from veneer.proof import BaseTensor, base_tensors, fresh, has_head, prints_of, record_of, warn_fresh
 from veneer.targets import Names
@@ -48,30 +51,92 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     fingerprints: Mapping[str, str] | None = None,
+    alone: bool = False,
 ) -> Path:
     """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before,
     or the whole.
 
+    In several processes (``torch.distributed``: DDP, FSDP2) every rank that holds the model must call this, with the
+    same path. Weights that are spread over them are gathered, one at a time; all ranks compare what they hold, the
+    first one writes, and the others return once the folder is there. Where they differ, or one fails or stays away
+    (``distributed.PATIENCE``), every rank raises and nothing is replaced.
+
     Args:
         base_name: what to call the base; None takes the name that transformers loaded it by.
-        provenance: anything worth knowing about the training, as JSON values. The model card (README.md) shows some
-            keys of it, such as "license" and "metrics": see ``veneer/card.py``.
+        provenance: anything worth knowing about the training, as JSON values (the first rank's). The model card
+            (README.md) shows some keys of it, such as "license" and "metrics": see ``veneer/card.py``.
         overwrite: replace a folder that exists; notes at the end of its model card are kept.
         fingerprints: of the base's tensors, by their paths, for a model that stands for its base without holding the
             numbers (``models.hollow``); those of changed weights must be there. None takes those of the tensors that it
             holds.
+        alone: this rank saves by itself and waits for no other: under DDP, where each rank holds all, behind an
+            ``if rank == 0``.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
         AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
-            are not known any more (merged with ``keep=False``).
+            are not known any more (merged with ``keep=False``); ranks that differ or do not come.
 
     Warns:
         FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
     """
-    model = unwrap(model)
-    name = only_name(model, name)
-    config, path = need_group(model, name).configs[name], Path(path)
+    model, path = unwrap(model), Path(path)
+    reshard(model)
+    ranks = meet(str(path), model, alone=alone)
+
+    def collected() -> dict[str, Any]:
+        with _whole_numbers(model, only_name(model, name)):
+            return _content(model, only_name(model, name), base_name, fingerprints)
+
+    def written_to(content: Mapping[str, Any]) -> Path:
+        write(path, **content, provenance=provenance or {}, overwrite=overwrite)
+        return path
+
+    if ranks is None:
+        return written_to(collected())
+    ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")  # before what is gathered
+    content = ranks.each(collected, _mark, "an adapter, or a base,")
+    return ranks.each(lambda: written_to(content) if ranks.writes else path, lambda _: "", "a folder")
+
+
+def _outline(model: nn.Module, name: str) -> list[Any]:
+    """What an adapter consists of, without its numbers."""
+    low = [(path, weight, [[*value.shape] for value in change.numbers.values()])
+           for path, _, weight, change in changes(model, name)]  # fmt: skip
+    full = [(path, [(key, [*value.shape]) for key, value in part.full.state_dict().items()])
+            for path, _, part in adapters(model, name)]  # fmt: skip
+    return [name, need_group(model, name).configs[name].to_dict(), low, full]
+
+
+def _mark(content: Mapping[str, Any]) -> str:
+    """A hash of all that the folder will hold, but for the provenance."""
+    tensors = {key: digest(tensor) for part in ("tensors", "numbers") for key, tensor in content[part].items()}
+    rest = {key: value for key, value in content.items() if key not in ("tensors", "numbers", "config")}
+    return hash_json([tensors, rest, content["config"].to_dict()])
+
+
+@contextmanager
+def _whole_numbers(model: nn.Module, name: str) -> Iterator[None]:
+    """A block in which an adapter's numbers that are spread over processes are whole."""
+    holders = [change for *_, change in changes(model, name)]
+    tables = [holder._parameters for holder in holders] + [holder._buffers for holder in holders]
+    tables += [table for _, _, part in adapters(model, name) for table in (part.full._parameters, part.full._buffers)]
+    found = whole_values(value for table in tables for value in table.values())
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({key: found[id(value)] for key, value in table.items() if id(value) in found})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.update(own)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _content(
+    model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What ``artefact.write`` takes of an adapter."""
+    config = need_group(model, name).configs[name]
     if VARIANTS[config.variant].peft is None:
         found = f"variant {config.variant!r}"
         raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
@@ -84,28 +149,24 @@ def save(
         for at, module, weight, change in changes(model, name)
     }
     exact = {id(entry.change): entry.exact for entry in filed}
-    write(
-        path,
-        tensors_of(model, name, filed),
-        peft_config(names, name, config, base_name, filed),
-        base={
+    return {
+        "tensors": tensors_of(model, name, filed),
+        "peft_config": peft_config(names, name, config, base_name, filed),
+        "base": {
             "name": base_name,
             "architecture": own_class(model).__name__,
             **_proof(names, name, {at: held for at, (held, _) in weights.items()}, fingerprints),
         },
-        changes={at: _described(change) for at, (_, change) in weights.items()},
-        config=config,
-        provenance=provenance or {},
-        overwrite=overwrite,
-        numbers={
+        "changes": {at: _described(change) for at, (_, change) in weights.items()},
+        "config": config,
+        "numbers": {
             f"{at}.{number}": written(value)
             for at, (_, change) in weights.items()
             if not exact[id(change)]
             for number, value in change.numbers.items()
             if number not in change.variant.derived
         },
-    )
-    return path
+    }
 
 
 def _proof(names: Names, name: str, weights: Mapping[str, Any], prints: Mapping[str, str] | None) -> dict[str, Any]:

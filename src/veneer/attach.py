@@ -43,6 +43,7 @@ from veneer.adapted import (
 )
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
+from veneer.distributed import spread_problem
 from veneer.errors import ConfigError, MergeError, SelectionError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import LAYERS, Dims, Layer, kind_of
 from veneer.layers._base import GENERAL, factors
@@ -549,6 +550,10 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
             f"{group.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
         )
     if problem := strangers(model):
+        yield problem
+    # its numbers would be no part of what is sharded, and of what averages gradients
+    do = "attach or load the adapter first, then shard the model (fully_shard)"
+    if problem := spread_problem((module for _, module in walk(model)), "an adapter", do):
         yield problem
 
 

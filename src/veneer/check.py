@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from veneer import context, dead_weights
 from veneer.adapted import BASE, SITE, Change, LayerAdapter, Selected, own_class, sites, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
+from veneer.distributed import spread_problem
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.layers import kind_of
 from veneer.precision import double, place
@@ -89,6 +90,9 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     if need_group(model).merged is not None:
         found = f"{need_group(model).merged!r} merged into the weights, where no adapter runs"
         raise CheckError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
+    modules = (module for _, module in walk(model))
+    if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
+        raise CheckError(problem)
     args, kwargs = _arguments(example)
     items = _items(model, name)
     trained = list(dict.fromkeys(p for item in items for p in item.parameters))

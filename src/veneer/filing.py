@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, at_least_float32, own_class, sites, weight_of
+from veneer.adapted import Change, at_least_float32, own_class, sites, view, weight_of
 from veneer.attach import adapters, parameter_path
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
+from veneer.distributed import is_sharded, whole
 from veneer.formats import peft
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
@@ -284,6 +285,9 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     embeds = kind.name == "embedding"
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
+    spread = {name: whole(own) for name, own in module._parameters.items() if is_sharded(own)}
+    if spread:
+        module = view(module, base, spread)
     try:
         y = base.forward(module, x)
         expected = kind.op(module, x, dense, module._parameters.get("bias"))

@@ -159,10 +159,13 @@ class Handle:
         base_name: str | None = None,
         provenance: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        alone: bool = False,
     ) -> Path:
+        """Write the adapter as a folder. In several processes every rank must call this: see ``veneer.save``."""
         return save_adapter(
-            self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite
-        )
+            self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite,
+            alone=alone,
+        )  # fmt: skip
 
     def detach(self, *, keep_merged: bool = False) -> None:
         detach(self.model, self.name, keep_merged=keep_merged)

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter, in_turn, sites, weight_of
+from veneer.adapted import Change, LayerAdapter, in_turn, sites, walk, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.bases import BASES, Storage
+from veneer.distributed import spread_problem
 from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.hashing import digest
 from veneer.kernels.rounding import Folded, fold, known_rounding
@@ -163,8 +164,9 @@ def merge(
 
     Raises:
         ConfigError: another rounding.
-        MergeError: a merged weight would not be finite, an adapter is merged already, or this one has values of their
-            own for the names of a tied weight. Every weight has the bits that it had before.
+        MergeError: a merged weight would not be finite, an adapter is merged already, this one has values of their own
+            for the names of a tied weight, or the weights are spread over processes. Every weight has the bits that it
+            had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
@@ -174,6 +176,7 @@ def merge(
         raise MergeError(
             sentence(f"{group.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first")
         )
+    _must_be_whole(model, "a merge")
     known_rounding(rounding)
     moments = dict(inputs or {})
     parts, problems = list(_parts(model, name)), [*_untied(model, name), *torn(model, name)]
@@ -221,6 +224,7 @@ def unmerge(model: nn.Module) -> None:
     group = need_group(model)
     if group.merged is None:
         raise MergeError(sentence("a model in which nothing is merged", "a merged adapter", "call veneer.merge first"))
+    _must_be_whole(model, "an unmerge")
     every = [part.slot for part in _parts(model, group.merged)]
     slots = [slot for slot in every if _is_kept(slot)]
     if len(slots) < len(every) and not group.merging:  # of a merge that was cut off, the others are as they were
@@ -243,6 +247,12 @@ def unmerge(model: nn.Module) -> None:
     group.merged = None  # what is kept has no meaning from here on
     _forget(every)
     group.merging = False
+
+
+def _must_be_whole(model: nn.Module, what: str) -> None:
+    do = "save the adapter, and merge it in one process, before the model is sharded or with `veneer merge`"
+    if problem := spread_problem((module for _, module in walk(model)), what, do):
+        raise MergeError(problem)
 
 
 def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:

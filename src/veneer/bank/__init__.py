@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context, pace
-from veneer.adapted import BASE, Selected, in_turn, sites
+from veneer.adapted import BASE, Selected, in_turn, sites, walk
 from veneer.artefact import missing
 from veneer.attach import abandon, enlist, group_of, strangers, unwrap
 from veneer.bank.deck import Deck, Frame, Uses, prepare
 from veneer.bank.held import Held, Recipes, hold
 from veneer.blend import finite_weights
+from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fitting import Known
 from veneer.formats import peft
@@ -119,6 +120,10 @@ class Bank:
     ) -> None:
         model = unwrap(model)
         if problem := strangers(model):
+            raise SelectionError(problem)
+        if problem := spread_problem(
+            (module for _, module in walk(model)), "a bank", "give it a model that one process holds"
+        ):
             raise SelectionError(problem)
         prepare(model, dtype)
         self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base

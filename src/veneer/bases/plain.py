@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases._base import BASES, Storage, register
+from veneer.distributed import whole
 from veneer.kernels.reference import round_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +32,8 @@ class Plain(Storage):
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        return stored["values"]
+        values = stored["values"]  # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
+        return values if type(values) is nn.Parameter else whole(values)
 
     def dtype(self, weight: Any) -> torch.dtype:
         return weight.dtype

@@ -158,11 +158,10 @@ class AdapterTrainer(SFTTrainer):
         with checkpoint.writing(
             run_dir, step, main=main, share=lambda value: broadcast_object_list([value])[0]
         ) as folder:
-            if main:
-                veneer.save(
-                    self.adapter.model, folder / checkpoint.ADAPTER, name=self.adapter.name, base_name=self.base_name,
-                    provenance={"step": step},
-                )  # fmt: skip
+            veneer.save(  # on every rank: they compare what they hold, and the main one writes
+                self.adapter.model, folder / checkpoint.ADAPTER, name=self.adapter.name, base_name=self.base_name,
+                provenance={"step": step},
+            )  # fmt: skip
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))

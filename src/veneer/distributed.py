@@ -1,0 +1,272 @@
+"""Several processes that hold one model: which weights are spread over them, and how they do one thing together.
+
+    is_sharded(tensor), whole(tensor)       a DTensor, as FSDP2 and tensor parallelism make them; all of its numbers
+    ranks = meet("save …", …)               every rank that holds the model has come; None where there is no other
+    ranks.each(work, summary)               on every rank, with one outcome: all have it, or one error on all
+
+What is said goes through the store of ``torch.distributed``, not through collectives: a store can be asked with a
+limit, so a rank that stays away or fails becomes an error on the others, after ``PATIENCE`` seconds or at once, instead
+of a hang for as long as the process group allows. Gathering a weight is a collective; within ``Ranks.each`` it begins
+only once every rank stands before it (``Ranks.gate``), so that none waits in it for one that has failed elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from veneer import errors
+from veneer.errors import AdapterError, listing, sentence
+
+T = TypeVar("T")
+
+#: seconds for which a rank waits for the others
+PATIENCE = 300.0
+#: seconds for which the first rank waits before it concludes that it was called alone, where nothing is spread
+ALONE = 30.0
+
+#: the ranks whose ``each`` is running
+_WITHIN: ContextVar[Ranks | None] = ContextVar("veneer_ranks", default=None)
+#: by who takes part: how many meetings this process has had
+_MET: dict[str, int] = {}
+
+
+class SavedAlone(UserWarning):
+    """Of several processes, one alone saved a model that each of them holds: nobody compared it with the others."""
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is one of torch's DTensors. Loads nothing: where there is one, its module is loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Any:
+    """All numbers of a tensor that may be spread over processes: then a collective, which each of them must call."""
+    if not is_sharded(tensor):
+        return tensor
+    ranks = _WITHIN.get()
+    if ranks is not None:
+        ranks.gate()
+    return tensor.full_tensor()
+
+
+def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return [] if loaded is None else [one for one in modules if isinstance(one, loaded.FSDPModule)]
+
+
+def is_spread(modules: Iterable[nn.Module]) -> bool:
+    """Whether weights of these modules are spread over processes, also while FSDP2 has some of them gathered."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    modules = list(modules)
+    return any(is_sharded(own) for one in modules for own in one._parameters.values()) or bool(_fsdp_modules(modules))
+
+
+def spread_problem(modules: Iterable[nn.Module], what: str, do: str) -> str | None:
+    """The problem of an operation that needs whole weights, or None."""
+    found = f"{what} of a model whose weights are spread over processes (DTensor, as FSDP2 makes them)"
+    return sentence(found, "whole weights", do) if is_spread(modules) else None
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 has gathered: after a forward that no backward followed it may be older than the shards."""
+    for module in _fsdp_modules(model.modules()):
+        module.reshard()
+
+
+def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
+    """The ranks that hold a model, once all of them have come to save it at ``path``; None for a rank that saves by
+    itself: the only one, one that was told so (``alone``), or one that the others leave waiting.
+
+    Raises:
+        AdapterError: the weights are spread, and not every rank comes in time, comes to the same path, or may come.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    sharded: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    meshes = [parameter.device_mesh for parameter in sharded]
+    members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}) or range(dist.get_world_size())
+    if len(members) < 2 or (alone and not meshes):
+        return None
+    if alone:
+        found = "alone=True of a model whose weights are spread over processes"
+        raise AdapterError(sentence(found, "a call on every rank", "call save on every rank, without alone"))
+    store = dist.distributed_c10d._get_default_store()
+    if store is None and meshes:
+        found = f"a process group of {dist.get_backend()} without a store, and weights that are spread over it"
+        raise AdapterError(sentence(found, "gloo or nccl", "initialise torch.distributed with one of them"))
+    if store is None:  # MPI has none
+        return None
+    return _Meeting(store, members, path).held(spread=bool(meshes))
+
+
+class _Meeting:
+    """Who comes is written down; whether all have come is decided once, for all: ``compare_set`` lets one win."""
+
+    def __init__(self, store: Any, members: Sequence[int], path: str) -> None:
+        self.store, self.members, self.path = store, members, path
+        self.who = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16]
+        self.rank = dist.get_rank()
+
+    def held(self, *, spread: bool) -> Ranks | None:
+        limit = ALONE if self.rank == self.members[0] and not spread else PATIENCE
+        while True:
+            number = _MET.get(self.who, 0)
+            _MET[self.who] = number + 1
+            key = f"veneer/{self.who}/{number}"
+            left = self._left(key)
+            if left is None or self.path in left.values():
+                break  # else it was another save, which this rank took no part in
+        if left is not None and not spread:
+            self._warn(f"{self.path}, which rank {listing(map(str, left))} saved before rank {self.rank} came")
+            return Ranks(self.store, key, ())
+        self.store.set(f"{key}/come/{self.rank}", self.path)
+        come = {rank: f"{key}/come/{rank}" for rank in self.members}
+        absent = _awaited(self.store, [*come.values()], limit, f"{key}/decided")
+        decided = self.store.compare_set(f"{key}/decided", "", "left" if absent else "all").decode()
+        here = [rank for rank in self.members if decided == "all" or self.store.check([come[rank]])]
+        paths = {rank: self.store.get(come[rank]).decode() for rank in here}
+        same = len(set(paths.values())) == 1
+        if decided == "all" and same:
+            return Ranks(self.store, key, self.members)
+        if spread or (same and len(here) > 1):
+            found = f"rank {listing(map(str, here))} of {len(self.members)} alone, after up to {limit:g} s"
+            found = found if same else f"other paths on other ranks ({listing(f'{r}: {p}' for r, p in paths.items())})"
+            do = "let every rank that holds the model call save, with the same path"
+            raise AdapterError(f"{self.path} was not written. {sentence(found, 'every rank', do)}")
+        if len(here) == 1:
+            self._warn(f"{self.path} saved by rank {self.rank} of {len(self.members)} alone, after {limit:g} s")
+        return None
+
+    def _left(self, key: str) -> dict[int, str] | None:
+        """The paths of the ranks that came and did not wait, if that is how this meeting ended."""
+        if not self.store.check([f"{key}/decided"]) or self.store.get(f"{key}/decided").decode() != "left":
+            return None
+        come = {rank: f"{key}/come/{rank}" for rank in self.members}
+        return {rank: self.store.get(name).decode() for rank, name in come.items() if self.store.check([name])}
+
+    def _warn(self, found: str) -> None:
+        do = "call save on every rank at about the same time, or on one with alone=True, which does not wait"
+        warnings.warn(sentence(found, "a call on every rank, which compares them", do), SavedAlone, stacklevel=5)
+
+
+class Ranks:
+    """The ranks of one meeting. ``writes`` is true on the one that writes files; of no members, on none."""
+
+    def __init__(self, store: Any, key: str, members: Sequence[int]) -> None:
+        self.store, self.key, self.members = store, key, members
+        self.rank = dist.get_rank()
+        self.writes = self.rank in members[:1]
+        self.step = self.gates = 0
+
+    def each(self, work: Callable[[], T], summary: Callable[[T], str], what: str) -> T:
+        """What ``work`` gives on this rank, if it succeeds on every one and they agree.
+
+        Args:
+            summary: a short text of the result, which must be the same on every rank.
+            what: what they would disagree on, in words.
+
+        Raises:
+            what ``work`` raises: here at once, on the other ranks as the same kind of error.
+            AdapterError: the summaries differ, or a rank does not answer.
+        """
+        self.step, self.gates = self.step + 1, 0
+        token = _WITHIN.set(self)
+        try:
+            result = work()
+            own = {"is": summary(result)}
+        except BaseException as error:
+            self._say({"error": type(error).__name__, "text": str(error)})
+            self.store.set(self._failed, str(self.rank))
+            raise
+        finally:
+            _WITHIN.reset(token)
+        answers = self._answers(own)
+        groups: dict[str, list[int]] = {}
+        for rank, answer in answers.items():
+            groups.setdefault(answer["is"], []).append(rank)
+        if len(groups) > 1:
+            parted = " and ".join(f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items())
+            do = "look for what differs by rank: a seed, gradients that are not averaged, a base that was loaded anew"
+            raise AdapterError(sentence(f"{what} that differs by rank ({parted})", "one on all ranks", do))
+        return result
+
+    def gate(self) -> None:
+        """Wait until every rank stands here, before what all of them must do at once.
+
+        Raises:
+            what a rank raised that will not come; AdapterError: one does not come in time.
+        """
+        if not self.members:
+            return
+        self.gates += 1
+        key, deadline, pause = f"{self.key}/{self.step}/gate/{self.gates}", time.monotonic() + PATIENCE, 0.001
+        count = self.store.add(key, 1)
+        while count < len(self.members):
+            if self.store.check([self._failed]):
+                rank = int(self.store.get(self._failed))
+                _raise(rank, json.loads(self.store.get(f"{self.key}/{self.step}/{rank}")))
+            if time.monotonic() > deadline:
+                found = f"{count} of {len(self.members)} ranks at the gathering of a weight after {PATIENCE:g} s"
+                raise AdapterError(sentence(found, "all of them", "see what the others printed; one may be gone"))
+            time.sleep(pause)
+            pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
+
+    @property
+    def _failed(self) -> str:
+        return f"{self.key}/{self.step}/failed"
+
+    def _say(self, answer: dict[str, str]) -> None:
+        self.store.set(f"{self.key}/{self.step}/{self.rank}", json.dumps(answer))
+
+    def _answers(self, own: dict[str, str]) -> dict[int, dict[str, str]]:
+        self._say(own)
+        keys = {rank: f"{self.key}/{self.step}/{rank}" for rank in self.members}
+        absent = _awaited(self.store, [*keys.values()], PATIENCE, self._failed)
+        for rank, key in keys.items():
+            if key not in absent:
+                _raise(rank, json.loads(self.store.get(key)))
+        if absent:
+            missing = listing(str(rank) for rank, key in keys.items() if key in absent)
+            found = f"no answer from rank {missing} within {PATIENCE:g} s"
+            raise AdapterError(sentence(found, "one from every rank", "see what that rank printed; it may be gone"))
+        return {rank: json.loads(self.store.get(key)) for rank, key in keys.items()}
+
+
+def _raise(rank: int, answer: dict[str, str]) -> None:
+    """Raise what another rank has raised, if it has."""
+    if "error" in answer:
+        known = getattr(errors, answer["error"], AdapterError)
+        raise known(f"On rank {rank}: {answer['text'] or answer['error']}")
+
+
+def _awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
+    """Which keys a store still lacks when all are there, when ``stop`` is, or when the time is over."""
+    deadline, pause = time.monotonic() + seconds, 0.002
+    absent = [*keys]
+    while True:
+        absent = [key for key in absent if not store.check([key])]
+        if not absent or time.monotonic() > deadline:
+            return absent
+        if stop is not None and store.check([stop]):
+            return [key for key in absent if not store.check([key])]  # what was there before it, too
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+
+
+@torch.no_grad()
+def whole_values(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    """All numbers of those tensors that are spread, by the identity of the tensor."""
+    return {id(value): whole(value.detach()) for value in values if is_sharded(value) and value is not None}
