@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context, dead_weights
-from veneer.adapted import BASE, SITE, Change, LayerAdapter, Selected, own_class, sites, weight_of
+from veneer.adapted import BASE, SITE, Change, LayerAdapter, Selected, own_class, sites, walk, weight_of
 from veneer.attach import adapters, changes, need_group, only_name, parameter_path, unwrap
 from veneer.distributed import spread_problem
 from veneer.errors import CheckError, listing, raise_all, sentence
