@@ -297,9 +297,10 @@ def stored_dtype(source: str | Path) -> torch.dtype | None:
 
     with quiet():
         try:
-            return AutoConfig.from_pretrained(_find(str(source))).dtype
+            dtype: Any = AutoConfig.from_pretrained(_find(str(source))).dtype
         except Exception as error:
             raise _explained(str(source), error) from error
+    return dtype
 
 
 def pick_dtype(precision: Precision) -> torch.dtype:

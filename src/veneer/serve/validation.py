@@ -83,13 +83,12 @@ def _telling(errors: Sequence[Mapping[str, Any]], body: Any) -> Mapping[str, Any
 
 def _path(loc: Sequence[str | int], body: Any) -> list[str]:
     """A place in the body. pydantic's also names the forms that it tried, which are in no body."""
-    path, at = [], body
+    path: list[str] = []
+    at: Any = body
     for part in loc[1:] if loc[:1] == ("body",) else loc:
-        inside = (
-            isinstance(part, int) and part < len(at) if isinstance(at, list) else isinstance(at, dict) and part in at
-        )
-        if inside:
-            at = at[part]
+        index = isinstance(at, list) and isinstance(part, int) and part < len(at)
+        if index or (isinstance(at, dict) and part in at):
+            at = at[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
         elif not (isinstance(at, dict) and part == loc[-1]):  # a field that is missing
             continue
         path.append(str(part))
