@@ -23,8 +23,8 @@ from torch import nn
 import veneer
 from candidates import llama
 from report import measure, show, write
-from veneer.artefact import read
-from veneer.compose import compose
+from veneer.adapter_files.folder import read
+from veneer.tools.compose import compose
 
 ADAPTERS, RANK, LAYERS = 8, 16, 30
 

@@ -25,8 +25,9 @@ from torch import nn
 from candidates import DTYPES, llama
 from candidates import options as options_of
 from report import measure, show, write
-from veneer import hashing, proof
-from veneer.targets import Names
+from veneer.adapter_files import base_proof
+from veneer.attach.targets import Names
+from veneer.fileio import hashing
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -39,21 +40,21 @@ def timed(call: Callable[[], Any]) -> float:
 
 def calls(model: nn.Module, file: Path) -> dict[str, Callable[[], float]]:
     """Reading `file`, which holds the weights of `model`, and hashing these."""
-    tensors = proof.base_tensors(Names(model))
+    tensors = base_proof.base_tensors(Names(model))
 
     def read() -> Any:
         return [tensor.clone() for tensor in load_file(file).values()]  # loading maps the file; a copy reads it
 
     def hashed() -> float:
-        proof.forget()
-        return timed(lambda: proof.prints_of(tensors))
+        base_proof.forget()
+        return timed(lambda: base_proof.prints_of(tensors))
 
     def one_thread() -> Any:
         return list(hashing.fingerprints([tensor.content({}).dense for tensor in tensors], threads=1))
 
     def again() -> float:
-        proof.prints_of(tensors)
-        return timed(lambda: proof.prints_of(tensors))
+        base_proof.prints_of(tensors)
+        return timed(lambda: base_proof.prints_of(tensors))
 
     return {
         "read": lambda: timed(read), "hash": hashed, "hash, one thread": lambda: timed(one_thread), "again": again,

@@ -24,8 +24,8 @@ import veneer
 from candidates import ALPHA, DTYPES, Candidate, llama, own_loss, sharing, timed, with_products
 from candidates import options as options_of
 from report import measure, show, write
+from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import causal_loss
-from veneer.train.lower import Lower
 
 #: of examples; each line fills a row
 LENGTHS = ((256,), (208, 48), (160, 96), (128, 64, 64))
@@ -66,7 +66,7 @@ def lowest(base: nn.Module) -> dict[str, Callable[[], float]]:
 def cached(base: nn.Module) -> dict[str, Callable[[], float]]:
     first = 2 * base.config.num_hidden_layers // 3
     model, batch = adapted(base, list(range(first, base.config.num_hidden_layers))), batch_of(base)
-    lower = Lower(model)
+    lower = HiddenStateCache(model)
 
     def from_memory(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         with lower.given(model, inputs):

@@ -51,7 +51,7 @@ def generate(folder: Path, gib: float, width: int) -> None:
 
     import veneer
     from veneer import models
-    from veneer.hashing import fingerprint
+    from veneer.fileio.hashing import fingerprint
 
     config = LlamaConfig(
         hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=width // 128 or 1,
@@ -59,13 +59,13 @@ def generate(folder: Path, gib: float, width: int) -> None:
     )  # fmt: skip
     base = folder / "base"
     config.save_pretrained(base)
-    fixed = sum(value.numel() for value in models.hollow(base).parameters())
+    fixed = sum(value.numel() for value in models.meta_model(base).parameters())
     config.num_hidden_layers = 2
     config.save_pretrained(base)
-    block = sum(value.numel() for value in models.hollow(base).parameters()) - fixed
+    block = sum(value.numel() for value in models.meta_model(base).parameters()) - fixed
     config.num_hidden_layers = max(1, round((gib * 2**30 / 2 - fixed) / block) + 1)
     config.save_pretrained(base)
-    model = models.hollow(base)
+    model = models.meta_model(base)
     shapes = {name: value.shape for name, value in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     shards: list[list[str]] = [[]]
@@ -105,7 +105,7 @@ def alone(name: str, folder: Path, out: Path) -> dict[str, float]:
                 target.flush()
                 os.fsync(target.fileno())
     elif name == "veneer":
-        from veneer.shards import merge_checkpoint
+        from veneer.tools.merge_checkpoint import merge_checkpoint
 
         merge_checkpoint(folder / "base", [folder / "adapter"], out, rounding="nearest")
     else:
@@ -129,9 +129,9 @@ def check(folder: Path, out: Path) -> int:
     """Compare the merged files with the merge of each tensor in memory, by the definition; returns how many."""
     import torch
 
-    from veneer.artefact import read
-    from veneer.checkpoint import open_checkpoint
+    from veneer.adapter_files.folder import read
     from veneer.kernels.reference import round_once
+    from veneer.models.safetensors_dir import open_checkpoint
 
     base, merged = open_checkpoint(folder / "base"), open_checkpoint(out)
     layers = {f"{path}.weight": low for path, low in read(folder / "adapter").layers.items()}
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _largest(folder: Path) -> int:
-    from veneer.checkpoint import open_checkpoint
+    from veneer.models.safetensors_dir import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     return max(map(checkpoint.bytes, checkpoint.where))

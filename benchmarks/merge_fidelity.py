@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 import veneer
 from report import write
-from veneer.kernels.feedback import neighbours
+from veneer.kernels.error_feedback import neighbours
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
 

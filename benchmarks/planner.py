@@ -23,8 +23,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
+from tests.support.real_models import REAL
+
 import veneer
-from real_models import REAL
 from report import measure, show, write
 
 

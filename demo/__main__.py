@@ -20,7 +20,7 @@ from rich.table import Table
 import veneer
 from demo import pronounce, report
 from veneer import models
-from veneer.summary import size
+from veneer.attach.summary import size
 from veneer.train.config import TrainConfig
 from veneer.train.generate import generate
 from veneer.train.run import fit
@@ -78,7 +78,7 @@ def main() -> int:
 
     step("Merging into a plain model that needs no Veneer")
     summary, rank = result.handle.summary(), result.handle.config.rank
-    norms = {path: low.norm() for path, low in veneer.adapter.read(result.adapter).layers.items()}
+    norms = {path: low.norm() for path, low in veneer.adapter_files.read(result.adapter).layers.items()}
     probe = result.tokenizer(judged[0].prompt + judged[0].completion, return_tensors="pt")["input_ids"]
     adapted = logits(result.model, probe)
     merged = result.handle.merge(keep=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import veneer
-from veneer.models import load_base
+from veneer.models.load import load_base
 from veneer.train.loss import causal_loss  # as model(**batch).loss, without ever holding all logits
 
 IGNORED = -100  # a label that no loss is taken from

@@ -18,7 +18,7 @@ import torch
 
 import bench_page
 from veneer import cli
-from veneer.variants import VARIANTS, Start
+from veneer.variants import VARIANTS, InitContext
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("", *cli.COMMANDS)
@@ -59,13 +59,13 @@ def torture_table() -> str:
 def variants_table() -> str:
     """The registered variants; the count of their numbers and the scale are those of a run."""
     scales = {1.0: "alpha", 0.25: "alpha / r", 0.5: "alpha / √r"}
-    evidence = {"inputs": "batches", "gradient": "batches, loss", "original": "the original"}
+    calibration = {"inputs": "batches", "gradient": "batches, loss", "original": "the original"}
     lines = [
         "| variant | scale | default alpha | trained, 512 × 512 at rank 8 | start | looks at | source |",
         "|---" * 7 + "|",
     ]
     weight, more, inputs = torch.randn(1, 512, 512), torch.randn(1, 512, 512), torch.eye(512, dtype=torch.float64)
-    start = Start(
+    start = InitContext(
         *(1, 512, 512, 8, 512),
         base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double, original=lambda: weight + more,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def variants_table() -> str:
         trained = sum(value.numel() for name, value in variant.init(start).items() if name not in variant.frozen)
         cells = [
             f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}", f"{trained:,}",
-            "the base" if variant.exact_start else "near the original", *map(evidence.get, variant.needs or [""]),
+            "the base" if variant.exact_start else "near the original", *map(calibration.get, variant.needs or [""]),
             variant.paper,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cell or '' for cell in cells)} |")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tiny import write_tiny
-from toys import register_toys
+from tests.support.tiny import write_tiny
+from tests.support.toys import register_toys
 
 register_toys()
 
@@ -27,7 +26,7 @@ def _seeded():
 @pytest.fixture(params=["compiled", "tensors"])
 def kernel(request, monkeypatch):
     """With which arithmetic a bank mixes rows: both are for every adapter."""
-    monkeypatch.setattr("veneer.bank.deck.has_numba", lambda: request.param == "compiled")
+    monkeypatch.setattr("veneer.bank.batch_state.has_numba", lambda: request.param == "compiled")
     return request.param
 
 

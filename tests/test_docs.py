@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from demo import pronounce
+from tests.support.tiny import sums, write_rows
 
 import veneer
-from tiny import sums, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,4 +119,4 @@ def test_the_flat_example_trains_saves_and_merges(base, tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[-1] < losses[0]
     assert "of the change kept after rounding" in done.stdout
-    assert veneer.adapter.read(tmp_path / "adapter").metadata["provenance"]["steps"] == 20
+    assert veneer.adapter_files.read(tmp_path / "adapter").metadata["provenance"]["steps"] == 20

@@ -11,7 +11,7 @@ from torch import nn
 
 from veneer.errors import ConfigError
 from veneer.optim import RankBudget, freeze_a, lora_plus, regulariser
-from veneer.variants import VARIANTS, Start
+from veneer.variants import VARIANTS, InitContext
 
 OWN = [variant for variant in VARIANTS if not variant.name.startswith("toy")]
 
@@ -25,7 +25,7 @@ class Numbers(nn.Module):
         self.W = (torch.randn(groups, out, in_),)  # in a tuple: no number of the adapter
         x, G = torch.randn(groups, 20, in_).double(), torch.randn(groups, out, in_).double()
         base = lambda: self.W[0]  # noqa: E731
-        start = Start(groups, out, in_, rank, in_, base, lambda: x.mT @ x, lambda: G, lambda: self.W[0] + 0.1)
+        start = InitContext(groups, out, in_, rank, in_, base, lambda: x.mT @ x, lambda: G, lambda: self.W[0] + 0.1)
         for key, value in self.variant.init(start).items():
             if key in self.variant.frozen:
                 self.register_buffer(key, value)

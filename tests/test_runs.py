@@ -11,16 +11,16 @@ import traceback
 
 import pytest
 import torch
+from tests.support.models import IDS, ConvNet, Shared, Stack, TinyLM
+from tests.support.tiny import tiny_model
+from tests.support.toys import adapt, bits, cast, error, example, flat, numbers, randomise, selected
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import veneer
-from models import IDS, ConvNet, Shared, Stack, TinyLM
-from tiny import tiny_model
-from toys import adapt, bits, cast, error, example, flat, numbers, randomise, selected
-from veneer.adapted import weight_of
+from veneer.attach.adapted_module import weight_of
 from veneer.layers import LAYERS
 
 # transformers' Conv1D is a kind only once transformers has been imported

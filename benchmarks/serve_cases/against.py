@@ -29,7 +29,7 @@ CANDIDATES = (FLOOR, OURS, MERGED, VLLM)
 
 
 @dataclass(frozen=True)
-class Group:
+class ModelAdapters:
     """The servers of one candidate. An adapter is always served by the same one."""
 
     servers: Sequence[Server]
@@ -87,7 +87,7 @@ def version_of(python: Path) -> str:
 
 
 @contextlib.contextmanager
-def started(name: str, place: Path, adapters: Sequence[str], processes: int, options: Any) -> Iterator[Group]:
+def started(name: str, place: Path, adapters: Sequence[str], processes: int, options: Any) -> Iterator[ModelAdapters]:
     """The servers of a candidate, loaded and warm; the cores are shared out between them. Stopped by signal."""
     cores = len(os.sched_getaffinity(0))
     command, more = {
@@ -104,7 +104,7 @@ def started(name: str, place: Path, adapters: Sequence[str], processes: int, opt
             file = options.logs / f"{log}-{number + 1}-of-{processes}.log"
             threads = max(1, cores // processes)
             running.append(stack.enter_context(servers.serve(command, file, threads=threads, **more)))
-        group = Group(running, adapters)
+        group = ModelAdapters(running, adapters)
         # every adapter is asked for, by as many clients as there will be; ours as long as it will, since it is its
         # memory that the others' is measured by
         length = {} if name == OURS else {"tokens": min(8, options.tokens)}
@@ -115,7 +115,9 @@ def started(name: str, place: Path, adapters: Sequence[str], processes: int, opt
         yield group
 
 
-def merged(place: Path, adapters: Sequence[str], room: int | None, stack: Any, options: Any) -> dict[str, Group]:
+def merged(
+    place: Path, adapters: Sequence[str], room: int | None, stack: Any, options: Any
+) -> dict[str, ModelAdapters]:
     """Merged models: as many processes as fit into `room` bytes, one at least, by what a process takes where there is
     one a core; and, where that is another number, also one a core, whatever it takes."""
     cores = len(os.sched_getaffinity(0))
@@ -138,7 +140,7 @@ def compare(place: Path, dtype: str, adapters: Sequence[str], options: argparse.
     """One case: rounds of all candidates, each round begun by another."""
     options.dtype_now = dtype
     with contextlib.ExitStack() as stack:
-        groups: dict[str, Group] = {}
+        groups: dict[str, ModelAdapters] = {}
         room = None
         wanted = [name for name in CANDIDATES if name in options.only and (name != VLLM or options.vllm)]
         for name in sorted(wanted, key=lambda name: name != OURS):
@@ -162,7 +164,7 @@ def compare(place: Path, dtype: str, adapters: Sequence[str], options: argparse.
     return case(runs, options, dtype=dtype, **more)
 
 
-def measure(group: Group, options: argparse.Namespace) -> tuple[list[client.Answer], dict[str, Any]]:
+def measure(group: ModelAdapters, options: argparse.Namespace) -> tuple[list[client.Answer], dict[str, Any]]:
     group.signal(signal.SIGCONT)
     answers, seconds = asyncio.run(client.together(group.place, group.adapters, **drive(options)))
     found = client.summary(answers, seconds, options.tokens)

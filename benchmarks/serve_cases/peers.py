@@ -230,7 +230,7 @@ def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
     """(engine, model, tokenizer): Veneer's engine on merged weights, one adapter's at a time."""
     from safetensors import safe_open
 
-    from veneer.models import load_base
+    from veneer.models.load import load_base
     from veneer.serve.engine import Engine
 
     base = load_base(place / "base", precision="stored")
@@ -281,7 +281,7 @@ class Names:
     def __init__(self) -> None:
         self.names: dict[str, Path] = {}
 
-    def give_way(self) -> None:
+    def throttle_loads(self) -> None:
         """Names take no time."""
 
     def register(self, name: str, path: Path) -> None:

@@ -18,8 +18,9 @@ import torch
 
 import veneer
 from candidates import DTYPES, llama
-from veneer.models import hollow, quiet
-from veneer.shards import merge_checkpoint
+from veneer.models.messages import quiet
+from veneer.models.meta import meta_model
+from veneer.tools.merge_checkpoint import merge_checkpoint
 
 RANK = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -41,7 +42,7 @@ def make(
     handle = veneer.attach(model, veneer.LoraConfig(rank=rank, targets="all-linear"))
     names = [f"a{number}" for number in range(adapters)]
     generator = torch.Generator().manual_seed(1)
-    plain = hollow(place / "base") if merged else None
+    plain = meta_model(place / "base") if merged else None
     for name in names:
         for change in handle.changes.values():
             for value in change.parameters():

@@ -39,7 +39,7 @@ class VeneerAdapter(Adapter):
     def low_rank(self, path: str) -> LowRank:
         """The change of the layer at ``path``, as the artefact holds it."""
         with tempfile.TemporaryDirectory() as folder:
-            return veneer.adapter.read(self.handle.save(Path(folder) / "adapter")).layers[path]
+            return veneer.adapter_files.read(self.handle.save(Path(folder) / "adapter")).layers[path]
 
     def delta(self, path: str) -> Tensor:
         return self.low_rank(path).delta(torch.float64)[0]

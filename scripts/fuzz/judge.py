@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import veneer
-from veneer.artefact import CORE
-from veneer.verify import verify
+from veneer.adapter_files.folder import CORE
+from veneer.adapter_files.verify import verify
 
 from .mutations import MUTATIONS, Mutant
 from .seeds import INPUTS, SEEDS, Seed
@@ -91,10 +91,10 @@ def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
     model = stand.other if made.other_base else stand.model
     report = verify(made.folder)
     try:
-        artefact = veneer.adapter.read(made.folder)
+        files = veneer.adapter_files.read(made.folder)
     except veneer.VeneerError:
-        artefact = None
-    if report.ok and artefact is None:
+        files = None
+    if report.ok and files is None:
         raise MutantError(f"verify says good, and read refuses:\n{report}")
     str(report).encode()
     try:

@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from veneer.artefact import CORE, NUMBERS, RECORD, _hash_record, _hash_tensors
+from veneer.adapter_files.folder import CORE, NUMBERS, RECORD, _hash_record, _hash_tensors
+from veneer.fileio.hashing import hash_json
 from veneer.formats import peft
-from veneer.hashing import hash_json
 
 CONFIG, TENSORS = peft.CONFIG, peft.TENSORS
 

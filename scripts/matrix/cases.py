@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers.pytorch_utils  # noqa: F401 (the class of a kind that exists once this is imported)
-from tests.toys import error, flat, randomise
+from tests.support.toys import error, flat, randomise
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree

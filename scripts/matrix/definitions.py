@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from veneer.adapted import Change
+from veneer.attach.change import Change
 
 #: (numbers, scale, W [g, out, in]) -> gain ⊙ (W + ΔW)
 Meaning = Callable[[Mapping[str, Tensor], float, Tensor], Tensor]
@@ -65,8 +65,8 @@ def meaning(change: Change, alpha: float, rank: int, numbers: Mapping[str, Tenso
     variant, W = change.variant.name, change.layer.unfold(weight, change.dims)
     numbers = dict(numbers)
     moves = torch.ones(change.dims.in_, dtype=W.dtype)
-    if change.still is not None:  # an input that never changes
-        moves[change.still] = 0
+    if change.frozen_input is not None:  # an input that never changes
+        moves[change.frozen_input] = 0
         if "A" in numbers:
             numbers["A"] = numbers["A"] * moves
         if "A0" in numbers:

@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file
-from tests.toys import cast, definition, error, flat
+from tests.support.toys import cast, definition, error, flat
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -135,7 +135,7 @@ def merge(case: Case) -> Found:
     exact, _ = weights_of(model, handle)
     for path, change in handle.changes.items():
         above, _, _ = path.rpartition(".")
-        exact[path] = change.layer.settle(model.get_submodule(above), exact[path].detach())
+        exact[path] = change.layer.apply_forward_rewrite(model.get_submodule(above), exact[path].detach())
     handle.merge(rounding="nearest")
     for path, values in exact.items():
         wrong = wrong_roundings(model.get_parameter(path).detach(), values.detach())
@@ -343,8 +343,8 @@ def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for at, change in handle.changes.items():
         found |= {f"{at}.{name}": value for name, value in change.numbers.items()}
-        if change.still is not None and "A" in change.numbers:
-            found[f"{at}.A"] = change.numbers["A"].index_fill(2, torch.tensor([change.still]), 0)
+        if change.frozen_input is not None and "A" in change.numbers:
+            found[f"{at}.A"] = change.numbers["A"].index_fill(2, torch.tensor([change.frozen_input]), 0)
     for at, part in handle.layers.items():
         found |= {f"{at}.{name}": value for name, value in part.full.state_dict().items()}
     return {name: value.detach() for name, value in found.items()}

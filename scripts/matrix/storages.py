@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.toys import error, randomise
+from tests.support.toys import error, randomise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 import veneer
 from veneer import context
-from veneer.adapted import weight_of
+from veneer.attach.adapted_module import weight_of
 from veneer.bases import BASES, Storage
 
 from .cases import EXACT, NOTE, Results, Side, quiet, reason

@@ -7,23 +7,24 @@
 52
 """
 
-from veneer import adapter, errors, optim
-from veneer.adapter import UnverifiedAdapter, save
-from veneer.attach import SkippedLayers, detach
+from veneer import adapter_files, errors, optim
+from veneer.adapter_files import UnverifiedAdapter, save
+from veneer.adapter_files.save_pretrained import LoadedElsewhere
+from veneer.attach.check import check
+from veneer.attach.fresh_weights import FreshWeights
+from veneer.attach.install import detach
+from veneer.attach.merge import MergeReport, merge, unmerge
+from veneer.attach.plan import SkippedLayers
+from veneer.attach.qconfig import NotQuantized
+from veneer.attach.select import use
+from veneer.attach.summary import summarise
 from veneer.bank import Bank
-from veneer.check import check
-from veneer.compare import Difference, compare
-from veneer.compose import ComposeReport, compose
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
-from veneer.extract import ExtractReport, extract
 from veneer.handle import Handle, attach, load
-from veneer.merge import MergeReport, merge, unmerge
-from veneer.pretrained import LoadedElsewhere
-from veneer.proof import FreshWeights
-from veneer.qconfig import NotQuantized
-from veneer.select import use
-from veneer.summary import summarise
+from veneer.tools.compare import Difference, compare
+from veneer.tools.compose import ComposeReport, compose
+from veneer.tools.extract import ExtractReport, extract
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,7 @@ __all__ = [
     "SkippedLayers",
     "UnverifiedAdapter",
     "VeneerError",
-    "adapter",
+    "adapter_files",
     "attach",
     "check",
     "compare",

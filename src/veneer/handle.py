@@ -10,18 +10,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapted import Change, LayerAdapter
-from veneer.adapter import install_from
-from veneer.adapter import save as save_adapter
-from veneer.attach import adapters, changes, detach, install, need_group, parameter_path, plan, unwrap
+from veneer.adapter_files.save_load import install_from
+from veneer.adapter_files.save_load import save as save_adapter
+from veneer.adapter_files.save_pretrained import cover
+from veneer.attach.change import Change
+from veneer.attach.data_init import Loss, gather
+from veneer.attach.fresh_weights import fresh, warn_fresh
+from veneer.attach.install import detach, install
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.lookup import adapters, changes, need_adapters, parameter_path, unwrap
+from veneer.attach.merge import MergeReport, merge, unmerge
+from veneer.attach.plan import plan
+from veneer.attach.select import use
+from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
+from veneer.attach.targets import Names
 from veneer.config import LoraConfig
-from veneer.evidence import Loss, gather
-from veneer.merge import MergeReport, merge, unmerge
-from veneer.pretrained import cover
-from veneer.proof import fresh, warn_fresh
-from veneer.select import use
-from veneer.summary import CallPlan, Summary, call_plan, summarise
-from veneer.targets import Names
 
 
 def attach(
@@ -58,8 +61,8 @@ def attach(
     """
     model = unwrap(model)
     plans = plan(model, LoraConfig() if config is None else config, name)
-    evidence = gather(model, plans, batches=batches, loss=loss, original=original)
-    install(model, name, plans, evidence=evidence)
+    calibration = gather(model, plans, batches=batches, loss=loss, original=original)
+    install(model, name, plans, calibration=calibration)
     cover(model)
     names = Names(model)
     held = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
@@ -102,18 +105,18 @@ class Handle:
 
     @property
     def config(self) -> LoraConfig:
-        return need_group(self.model, self.name).configs[self.name]
+        return need_adapters(self.model, self.name).configs[self.name]
 
     @property
     def layers(self) -> dict[str, LayerAdapter]:
         """The adapter's parts, by the path of the module that they change."""
-        need_group(self.model, self.name)
+        need_adapters(self.model, self.name)
         return {path: part for path, _, part in adapters(self.model, self.name)}
 
     @property
     def changes(self) -> dict[str, Change]:
         """The low-rank changes, by the path of the weight that they change."""
-        need_group(self.model, self.name)
+        need_adapters(self.model, self.name)
         return {parameter_path(path, weight): change for path, _, weight, change in changes(self.model, self.name)}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

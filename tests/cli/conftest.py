@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-from tiny import sums, write_rows
+from tests.support.tiny import sums, write_rows
 
 
 class Run(NamedTuple):

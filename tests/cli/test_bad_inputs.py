@@ -14,22 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.commands import refused
+from tests.support.tiny import sums, write_rows, write_tiny
 
-from tiny import sums, write_rows, write_tiny
 from veneer.train import checkpoint
 
 Case = Callable[..., Any]
-
-
-def refused(found: Any, *parts: str) -> str:
-    """Exit code 2, one message that says what to do and holds all `parts` (regular expressions), no traceback."""
-    text = re.sub(r"\s+", " ", found.err)
-    assert found.code == 2, found
-    assert "Traceback" not in found.err
-    assert len(re.findall("Error: |─ Error ─", text)) == 1, found.err
-    for part in parts:
-        assert re.search(part, text), f"{part!r} is not in: {text}"
-    return text
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests.support.tiny import sums, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import sums, write_rows, write_tiny
 from veneer.train.config import TrainConfig
 
 Case = Callable[..., Any]
@@ -102,7 +102,7 @@ def test_generate_base_adapter_and_both(veneer: Case, base: Path, adapter: Path)
 
 
 def test_generation_does_not_depend_on_the_batch(base: Path) -> None:
-    from veneer.models import load_base
+    from veneer.models.load import load_base
     from veneer.train.generate import generate
 
     loaded = load_base(base, precision="fp32")
@@ -285,7 +285,7 @@ def test_composing_reads_of_the_base_what_it_needs(
 ) -> None:
     import veneer as library
     from veneer import models
-    from veneer.compose import compose
+    from veneer.tools.compose import compose
 
     model = AutoModelForCausalLM.from_pretrained(base)
     library.attach(model, library.LoraConfig(rank=2, variant="dora", targets=["q_proj"])).save(tmp_path / "a")

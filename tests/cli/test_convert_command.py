@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_bad_inputs import refused
+from tests.support.commands import refused
 
 import veneer as library
-from veneer.artefact import read
-from veneer.convert import FORMATS, detect
+from veneer.adapter_files.folder import read
+from veneer.tools.convert import FORMATS, detect
 
 Case = Callable[..., Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from veneer.library import GRACE, INDEX, Library
+from veneer.store.library import GRACE, INDEX, Library
 
 Case = Callable[..., Any]
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
-from tiny import tiny_model, tiny_tokenizer
 from veneer.cli.serve import _announce, bytes_in, called_by_default
 from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
@@ -92,8 +92,8 @@ def test_every_address_of_this_machine_answers_to_its_own_name(veneer, base, mon
     monkeypatch.setattr("veneer.cli.serve._listen", lambda service, *_: served.append(service))
     assert veneer("serve", base, "--port", 0, "--host", "127.0.0.2", "--precision", "fp32").code == 0
     served[0].close()
-    assert "127.0.0.2" in served[0].hosts
-    assert "localhost" in served[0].hosts
+    assert "127.0.0.2" in served[0].weight_readers
+    assert "localhost" in served[0].weight_readers
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     veneer, tmp_path, monkeypatch, stored, asked, served
 ):
     """Also where the processor multiplies bf16 natively; and the type is told."""
-    monkeypatch.setattr("veneer.models._fast_bf16", lambda: True)
+    monkeypatch.setattr("veneer.models.load._fast_bf16", lambda: True)
     tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     told = []

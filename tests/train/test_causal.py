@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.support.tiny import sums, tiny_model, tiny_tokenizer, write_rows
 
-from tiny import sums, tiny_model, tiny_tokenizer, write_rows
 from veneer import models
 from veneer.errors import ConfigError, DataError
 from veneer.train import data

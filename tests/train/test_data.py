@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tests.support.tiny import sums, tiny_tokenizer, write_rows
 
-from tiny import sums, tiny_tokenizer, write_rows
 from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns

@@ -13,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.tiny import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import veneer
-from tiny import tiny_model
 from veneer.errors import ConfigError
 from veneer.train import loss as lean
 from veneer.train.loss import IGNORED, causal_loss, token_loss

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer
-from tiny import write_tiny
 from veneer import models
 from veneer.errors import ConfigError, OutputExistsError
 

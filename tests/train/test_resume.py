@@ -18,11 +18,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.support.runs import Crash, same
 from transformers import TrainerCallback
 
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import checkpoint
-from veneer.train.run import Result, fit
+from veneer.train.run import fit
 
 Make = Callable[..., Any]
 
@@ -38,17 +39,6 @@ class StopAfter(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-class Crash(TrainerCallback):
-    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would leave behind."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise ZeroDivisionError("a crash, as the test asked for")
-
-
 class Count(TrainerCallback):
     """How many steps this session computed."""
 
@@ -57,16 +47,6 @@ class Count(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
-
-
-def same(one: Result, other: Result) -> None:
-    """Equal to the last bit: losses, evaluations, and the adapter's numbers."""
-    assert one.losses == other.losses
-    assert one.eval_losses == other.eval_losses
-    assert one.tokens == other.tokens
-    first, second = (load_file(result.adapter / "adapter_model.safetensors") for result in (one, other))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 VARIATIONS = {

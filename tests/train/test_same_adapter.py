@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.tiny import sums, tiny_tokenizer, write_rows
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import veneer
-from tiny import sums, tiny_tokenizer, write_rows
 from veneer.train import data, tokens
 from veneer.train.evaluate import collate, evaluate
 from veneer.train.loss import causal_loss, token_loss

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from trainers import HALF, HEADS, LINEAR, RUNS, STEPS, Run, token_rows, write_bases
+from tests.support.trainers import HALF, HEADS, LINEAR, RUNS, STEPS, Run, token_rows, write_bases
 
 import veneer
 

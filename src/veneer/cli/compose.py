@@ -52,7 +52,7 @@ def compose(
       veneer compose forget run/adapter=-1
     """
     from veneer.cli.console import err, out, split_weight
-    from veneer.compose import compose as combine
+    from veneer.tools.compose import compose as combine
 
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     factors = dict(_factor(text) for text in layer or ())
@@ -81,16 +81,16 @@ def _base(base: str, adapter: str) -> dict[str, Any]:
     """What ``compose`` asks for of a base. Of a folder it reads the weights that it needs; what is packed in the files,
     or no safetensors, only the model itself can tell."""
     from veneer import models
-    from veneer.artefact import read
+    from veneer.adapter_files.folder import read
     from veneer.cli.console import setup_logging
-    from veneer.headers import read_json
-    from veneer.weights import of_folder
+    from veneer.fileio.untrusted import read_json
+    from veneer.models.named_weights import of_folder
 
     setup_logging()
     folder = models.folder_of(base)
     if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    shell = models.hollow(folder, read(adapter).metadata.get("base", {}).get("architecture"))
+    shell = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
     values = of_folder(shell, folder).values
     return {"base": lambda path: values[path].read(None), "model": shell}
 

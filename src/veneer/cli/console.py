@@ -12,8 +12,8 @@ from rich.console import Console
 from veneer.errors import ConfigError, sentence
 
 if TYPE_CHECKING:
-    from veneer.library import Library
-    from veneer.models import Base
+    from veneer.models.load import Base
+    from veneer.store.library import Library
 
 # What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no pictures for them.
 out = Console(markup=False, highlight=False, emoji=False)
@@ -41,7 +41,7 @@ def setup_logging() -> None:
 
 def open_library(folder: Path | None) -> Library:
     """The library in a folder, or the default one."""
-    from veneer.library import Library, default_folder
+    from veneer.store.library import Library, default_folder
 
     return Library(default_folder() if folder is None else folder)
 
@@ -50,13 +50,14 @@ def open_pair(base: str, adapter: str | None, precision: str, verify: bool = Tru
     """The base and, if `adapter` is given, the handle of that adapter on it. Reads the adapter first: it is the
     quicker to fail."""
     import veneer
-    from veneer.library import resolve
-    from veneer.models import load_base, must_be_causal
+    from veneer.models.encoders import must_be_causal
+    from veneer.models.load import load_base
+    from veneer.store.library import resolve
 
     setup_logging()
     folder = None if adapter is None else resolve(adapter)
     if folder is not None:
-        veneer.adapter.read(folder)
+        veneer.adapter_files.read(folder)
     must_be_causal(base)
     loaded = load_base(base, precision=precision)  # type: ignore[arg-type]
     if folder is None:
@@ -67,7 +68,7 @@ def open_pair(base: str, adapter: str | None, precision: str, verify: bool = Tru
 def split_weight(text: str) -> tuple[str, float]:
     """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may hold an equals sign
     itself."""
-    from veneer.library import resolve
+    from veneer.store.library import resolve
 
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():

@@ -58,8 +58,8 @@ def convert(
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
     from veneer.cli.console import err, out, setup_logging
-    from veneer.convert import MisreadElsewhere, conversion
-    from veneer.library import resolve
+    from veneer.store.library import resolve
+    from veneer.tools.convert import MisreadElsewhere, conversion
 
     setup_logging()
     said: list[str] = []

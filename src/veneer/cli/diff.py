@@ -33,8 +33,8 @@ def diff(
       veneer diff run/adapter other/adapter --json
     """
     from veneer.cli.console import out
-    from veneer.compare import compare
-    from veneer.library import resolve
+    from veneer.store.library import resolve
+    from veneer.tools.compare import compare
 
     found = compare(resolve(a), resolve(b))
     if as_json:

@@ -57,7 +57,7 @@ def evaluate(
     import veneer
     from veneer.cli.console import err, open_pair, out, setup_logging
     from veneer.errors import ConfigError
-    from veneer.models import context_length, load_tokenizer
+    from veneer.models.load import context_length, load_tokenizer
     from veneer.train.data import Columns, read
     from veneer.train.evaluate import evaluate as measure
     from veneer.train.evaluate import exact as count_exact

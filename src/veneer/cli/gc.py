@@ -29,9 +29,9 @@ def gc(
       veneer gc
       veneer gc --grace 0
     """
+    from veneer.attach.summary import size
     from veneer.cli.console import open_library, out
     from veneer.errors import listing
-    from veneer.summary import size
 
     opened = open_library(library)
     if rebuild:

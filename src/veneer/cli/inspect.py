@@ -31,10 +31,10 @@ def inspect(
     """
     import veneer
     from veneer.cli.console import out
-    from veneer.library import resolve
+    from veneer.store.library import resolve
 
-    artefact = veneer.adapter.read(resolve(adapter))
-    facts = _facts(artefact)
+    saved = veneer.adapter_files.read(resolve(adapter))
+    facts = _facts(saved)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -42,34 +42,34 @@ def inspect(
     out.print(_norms(facts, layers))
 
 
-def _facts(artefact: Any) -> dict[str, Any]:
+def _facts(saved: Any) -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
-    from veneer.hashing import coverage
+    from veneer.fileio.hashing import coverage
 
-    base = dict(artefact.metadata.get("base", {}))
+    base = dict(saved.metadata.get("base", {}))
     proof = coverage(base)
     weights = base.pop("weights", {})
     for name in ("rest", "fresh"):
         base.pop(name, None)
-    norms = {path: float(change.norm()) for path, change in artefact.products.items()}
+    norms = {path: float(change.norm()) for path, change in saved.products.items()}
     kinds: dict[str, int] = {}
-    for path in artefact.products:
+    for path in saved.products:
         kinds[path.rsplit(".", 1)[-1]] = kinds.get(path.rsplit(".", 1)[-1], 0) + 1
     return {
-        "path": str(artefact.path),
-        "base": base or {"name": artefact.peft_config.get("base_model_name_or_path")},
+        "path": str(saved.path),
+        "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
         "fingerprint": _fingerprint(weights),
         "proof": proof,
-        "config": artefact.config.to_dict(),
-        "alpha": artefact.peft_config["lora_alpha"],  # the config's may be None: the variant's default
-        "parameters": artefact.parameters,
-        "bytes": sum(file.stat().st_size for file in artefact.path.iterdir() if file.is_file()),
+        "config": saved.config.to_dict(),
+        "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
+        "parameters": saved.parameters,
+        "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
         "targets": kinds,
-        "trained_in_full": sorted(artefact.full),
+        "trained_in_full": sorted(saved.full),
         "norms": norms,
-        "provenance": artefact.metadata.get("provenance", {}),
-        "versions": artefact.metadata.get("versions", {}),
-        "verified": bool(artefact.record),
+        "provenance": saved.metadata.get("provenance", {}),
+        "versions": saved.metadata.get("versions", {}),
+        "verified": bool(saved.record),
     }
 
 
@@ -86,7 +86,7 @@ def _head(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.summary import size
+    from veneer.attach.summary import size
 
     config = facts["config"]
     unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"

@@ -44,7 +44,7 @@ def _table(entries: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.summary import size
+    from veneer.attach.summary import size
 
     table = Table("name", "base", "variant", box=None, header_style="bold")
     for column in ("rank", "size"):

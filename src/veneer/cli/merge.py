@@ -59,9 +59,10 @@ def merge(
 
     from veneer.cli.console import err, out, setup_logging, split_weight
     from veneer.errors import ConfigError, sentence
-    from veneer.files import must_not_exist
-    from veneer.models import folder_of, pick_dtype
-    from veneer.shards import merge_checkpoint, prove
+    from veneer.fileio.atomic import must_not_exist
+    from veneer.models.load import pick_dtype
+    from veneer.models.locate import folder_of
+    from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 
     if len(paths) < 3:
         found = f"{len(paths)} paths ({' '.join(paths)})"

@@ -27,8 +27,8 @@ def pull(
       veneer pull hf://owner/name
       veneer pull s3://bucket/french french
     """
-    from veneer import remote
-    from veneer.files import must_not_exist
+    from veneer.fileio.atomic import must_not_exist
+    from veneer.store import remote
 
     if output is not None:
         must_not_exist(output, overwrite=False)  # before the download

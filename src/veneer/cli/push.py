@@ -28,8 +28,8 @@ def push(
       veneer push run/adapter hf://owner/name --private
       veneer push library:french s3://bucket/french
     """
-    from veneer import remote
-    from veneer.library import resolve
+    from veneer.store import remote
+    from veneer.store.library import resolve
 
     done = remote.push(resolve(adapter), place, revision=revision, message=message, private=private)
     typer.echo(done)

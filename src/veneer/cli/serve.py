@@ -97,7 +97,7 @@ def serve(
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
-            service.hosts = (*LOOPBACK, host.lower())
+            service.weight_readers = (*LOOPBACK, host.lower())
         _listen(service, listening, host, port, budget, grace)
     finally:
         listening.close()
@@ -118,7 +118,7 @@ def _become_vllm(
     found = {} if adapters is None else folders(adapters)
     place = base
     if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
-        from veneer.models import folder_of
+        from veneer.models.locate import folder_of
 
         place, name = str(folder_of(base)), name or called_by_default(base)
     line = vllm.command(
@@ -131,7 +131,7 @@ def _become_vllm(
 
 def _dtype_name(place: str, precision: Any) -> str | None:
     """What vLLM calls a type; its own "auto" takes bf16 for a base in float32. None, of a hub id's: vLLM finds it."""
-    from veneer.models import pick_dtype, stored_dtype
+    from veneer.models.load import pick_dtype, stored_dtype
 
     if precision == "stored" and not Path(place).is_dir():
         return None
@@ -202,9 +202,9 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from veneer.attach.summary import size
     from veneer.cli.console import err
     from veneer.errors import listing
-    from veneer.summary import size
 
     names = service.catalogue.refresh()
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -33,9 +33,9 @@ def verify(
       veneer verify run/adapter
       veneer verify run/adapter path/to/base --strict
     """
+    from veneer.adapter_files.verify import verify as check
     from veneer.cli.console import out
-    from veneer.library import resolve
-    from veneer.verify import verify as check
+    from veneer.store.library import resolve
 
     report = check(resolve(adapter), None if base is None else _folder(base))
     if as_json:
@@ -48,8 +48,8 @@ def verify(
 
 def _folder(base: str) -> Path:
     """The folder of a base's files, which needs no config where it holds safetensors."""
-    from veneer.checkpoint import ENDING
-    from veneer.models import folder_of
+    from veneer.models.locate import folder_of
+    from veneer.models.safetensors_dir import ENDING
 
     folder = Path(base).expanduser()
     return folder if folder.is_dir() and any(folder.glob(f"*{ENDING}")) else folder_of(base)

@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from veneer.errors import AdapterError, raise_all, sentence
+from veneer.fileio.untrusted import parse
 from veneer.formats._base import Adapter, Base, Contents, Format, Options, cast, read_tensors, register
-from veneer.headers import parse
 
 HEADER = "veneer_dense"
 FORMAT = 1

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
+from veneer.fileio.untrusted import parse
 from veneer.formats import parts, peft
 from veneer.formats._base import (
     MAGNITUDE,
@@ -38,7 +39,6 @@ from veneer.formats._base import (
 )
 from veneer.formats._base import register as register_format
 from veneer.formats.kohya import alpha_of
-from veneer.headers import parse
 
 HEADER = "lora_adapter_metadata"
 _SIDES = {

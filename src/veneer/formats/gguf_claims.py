@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 
 from veneer.errors import AdapterError, sentence
-from veneer.headers import product
+from veneer.fileio.untrusted import product
 
 #: bytes of one value, by the type's number
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

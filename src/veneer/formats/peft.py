@@ -28,9 +28,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.errors import AdapterError, raise_all, sentence
+from veneer.fileio.throttle import throttled
 from veneer.formats import patterns
 from veneer.lowrank import LowRank
-from veneer.pace import paced
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -193,7 +193,7 @@ def split(
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, tensor in paced(tensors.items()):
+    for name, tensor in throttled(tensors.items()):
         bare = name.removeprefix(PREFIX)
         suffix = next((suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None)
         unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])

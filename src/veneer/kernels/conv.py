@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels import dropout, fused, plan
+from veneer.kernels import cost_model, dropout, fused
 
 #: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
 SMALL = 1 << 17
@@ -96,8 +96,8 @@ def conv(
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
     tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
     product = last and _is_product(geometry, weight)
-    loops = product and plan.looped(x.dtype, x.device)
-    form = not drops and tokens > plan.forms_above(weight.shape[0], in_, B.shape[1], x.dtype, loops)
+    loops = product and cost_model.looped(x.dtype, x.device)
+    form = not drops and tokens > cost_model.forms_above(weight.shape[0], in_, B.shape[1], x.dtype, loops)
     seed = dropout.seed() if drops else 0
     if product:
         settings = fused.Settings((scale,), drops, seed, form)

@@ -15,7 +15,7 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
 
 The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code,
 which knows no device, but for the thin products of many float32 tokens on a processor: compiled loops do them in half
-the time (``skinny.py``), where numba is installed and torch has few threads.
+the time (``thin_matmul.py``), where numba is installed and torch has few threads.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from veneer.kernels import dropout, has_tiles, loops_pay, reference
+from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import Dropped
-from veneer.kernels.kept import Kept, again, kept
 
 _C: Any = torch._C
 
@@ -312,7 +312,7 @@ def _backward(ctx, *gradients):
 
 def _gradients(ctx, *gradients):
     first, second, third, h, joined, *rest = ctx.saved_tensors
-    x = again(Kept(first, second, third, ctx.gate), ctx.needs_input_grad[1])
+    x = again(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
     count = len(rest) // 5
     ups, tensors = rest[:count], rest[count:]
     if not isinstance(ctx.settings, Settings):
@@ -400,26 +400,27 @@ def _back(
 
 
 def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
-    """``kernels.skinny`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
+    """``thin_matmul`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
     like: Any = h if x is None else x
     if like.dtype is not torch.float32 or like.shape[x is None] < LOOPED or not loops_pay():
         return None  # without loading numba
-    skinny = _compiled("skinny")
-    return skinny if skinny.able(x, h) else None
+    thin_matmul = _compiled("thin_matmul")
+    return thin_matmul if thin_matmul.able(x, h) else None
 
 
 def _alone(x: Tensor, A: Tensor, B: Tensor) -> Any:
-    """``kernels.alone`` where it takes less time than a library's products with bfloat16 x [T, n], else None."""
+    """``kernels.compiled.single_adapter_bf16`` where it takes less time than a library's products with bfloat16 x [T,
+    n], else None."""
     if x.dtype is not torch.bfloat16 or not x.shape[0] or not loops_pay():
         return None
-    alone = _compiled("alone")
+    alone = _compiled("single_adapter_bf16")
     return alone if alone.able(x, A, B) else None
 
 
 @functools.cache
 def _compiled(name: str) -> Any:
     """A module of compiled loops, loaded when it is first of use: an import in each call takes as long as one token."""
-    return importlib.import_module(f"veneer.kernels.{name}")
+    return importlib.import_module(f"veneer.kernels.compiled.{name}")
 
 
 def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, sentence
 from veneer.kernels import has_numba
-from veneer.kernels.feedback import directions, faithful
+from veneer.kernels.error_feedback import directions, faithful
 from veneer.kernels.reference import round_once
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
@@ -330,9 +330,9 @@ def _loop(old: Tensor, new: Tensor) -> Any:
     """``kernels.streaming``, if numba is there and it is for these; else None. What one may do, both may."""
     if old.numel() < WORTH or not has_numba():
         return None
-    from veneer.kernels import streaming
+    from veneer.kernels.compiled import round_nearest
 
-    return streaming if streaming.able(old, new) else None
+    return round_nearest if round_nearest.able(old, new) else None
 
 
 def _largest(shape: torch.Size) -> int:

@@ -100,11 +100,11 @@ class Layer(ABC):
         """How many inputs meet in one row of A, for its Kaiming initialisation."""
         return dims.in_
 
-    def still(self, module: Any) -> int | None:
+    def frozen_input(self, module: Any) -> int | None:
         """The input (a column of ΔW) that never changes, such as a padding token; None if there is none."""
         return None
 
-    def settle(self, module: Any, weight: Tensor) -> Tensor:
+    def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
         """What forward makes of a weight that it rewrites as it reads it; a merge writes this."""
         return weight
 

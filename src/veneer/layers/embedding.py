@@ -52,7 +52,7 @@ class Embedding(Layer):
         # A gradient that is divided by how often a row occurs is none of B alone; a row of bounded norm is not linear.
         return not module.scale_grad_by_freq and module.max_norm is None
 
-    def settle(self, module: Any, weight: Tensor) -> Tensor:
+    def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
         return bounded(module, weight)
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
@@ -64,7 +64,7 @@ class Embedding(Layer):
     def fan_in(self, dims: Dims) -> int:
         return 1
 
-    def still(self, module: Any) -> int | None:
+    def frozen_input(self, module: Any) -> int | None:
         return module.padding_idx
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:

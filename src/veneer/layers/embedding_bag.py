@@ -39,10 +39,10 @@ class EmbeddingBag(Layer):
     def fan_in(self, dims: Dims) -> int:
         return 1
 
-    def still(self, module: Any) -> int | None:
+    def frozen_input(self, module: Any) -> int | None:
         return module.padding_idx
 
-    def settle(self, module: Any, weight: Tensor) -> Tensor:
+    def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
         return bounded(module, weight)
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:

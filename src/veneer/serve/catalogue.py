@@ -10,7 +10,7 @@ own, what is pinned, and folders that are not served although they are there. It
 client hears that its adapter is loaded; so a server that is killed knows after its restart what it knew before.
 
 Nothing that a client says reaches a file outside DIR: a name is a word without separators, a path is relative, has no
-"..", and must lie in DIR when all links are followed. What is inside an adapter folder is ``artefact.read``'s to judge.
+"..", and must lie in DIR when all links are followed. What is inside an adapter folder is ``saved.read``'s to judge.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError, LibraryError, VeneerError, nearest, sentence
-from veneer.files import write_whole
+from veneer.fileio.atomic import write_whole
+from veneer.fileio.untrusted import parse
 from veneer.formats import peft
-from veneer.headers import parse
-from veneer.library import INDEX, NAME, OBJECTS, Library
 from veneer.serve.refusal import Refusal
+from veneer.store.library import INDEX, NAME, OBJECTS, Library
 
 log = logging.getLogger("veneer.serve")
 

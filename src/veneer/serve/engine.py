@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BankFullError, sentence
-from veneer.serve.entry import Deliver, Entry, Ticket
 from veneer.serve.forward import Forward, context
+from veneer.serve.request_state import Deliver, RequestState, Ticket
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
-from veneer.serve.sampling import Choice, Chooser, Schemas, choose
+from veneer.serve.sampling import Choice, Sampler, Schemas, choose
 from veneer.serve.scheduler import PROMPT, Key, Scheduler, fitting
 from veneer.serve.slots import Slots
-from veneer.serve.text import Words
+from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
 
@@ -73,7 +73,7 @@ class Engine:
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
-        self._bank, self._observer, self._words = bank, observer, Words(tokenizer)
+        self._bank, self._observer, self._words = bank, observer, Detokenizer(tokenizer)
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._selected([None] * count))
@@ -86,16 +86,16 @@ class Engine:
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
         self._wake = threading.Condition()  # guards what follows; notified when there is something to do or to know
-        self._scheduler: Scheduler[Entry] = Scheduler(queue)
+        self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
         self._live = 0
         self._thread: threading.Thread | None = None
 
         # the engine's thread alone has these
-        self._admitted: list[Entry] = []  # whose adapters are loading or loaded
-        self._long: Entry | None = None  # whose prompt is computed in pieces
-        self._running: list[Entry] = []  # row by row
-        self._called: list[Entry] = []  # for whom a call is made
+        self._admitted: list[RequestState] = []  # whose adapters are loading or loaded
+        self._long: RequestState | None = None  # whose prompt is computed in pieces
+        self._running: list[RequestState] = []  # row by row
+        self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
         self._without: set[Key] = set()  # mixes for which there is no memory before a lease is given back
 
@@ -114,7 +114,7 @@ class Engine:
             RequestError: a prompt that is empty, too long or of unknown tokens; a schema that is not understood.
             Busy: the queue is full, or the engine is draining.
         """
-        entry = Entry(request, deliver, self._chooser(request), self._words, self._limit(request))
+        entry = RequestState(request, deliver, self._chooser(request), self._words, self._limit(request))
         with self._wake:
             if self._draining:
                 raise Busy("Found: an engine that ends. Expected: one that runs. Do: try another server.", 5.0)
@@ -157,9 +157,9 @@ class Engine:
         """Whether requests are taken and computed."""
         return self._thread is not None and self._thread.is_alive() and not self._draining
 
-    def _chooser(self, request: Request) -> Chooser:
+    def _chooser(self, request: Request) -> Sampler:
         schema = request.sampling.schema
-        return Chooser(request.sampling, None if schema is None else self._schemas.matcher(schema))
+        return Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
 
     def _limit(self, request: Request) -> int:
         """Tokens that may be generated."""
@@ -234,7 +234,7 @@ class Engine:
                     entry.row = None
                     self._end(entry, "error", f"{type(error).__name__}: {error}")
 
-    def _loaded(self) -> list[Entry]:
+    def _loaded(self) -> list[RequestState]:
         """Whose adapters are there."""
         return [entry for entry in self._admitted if entry.lease is not None]
 
@@ -276,7 +276,7 @@ class Engine:
                 loading.add(entry.key)
                 entry.future.add_done_callback(lambda _: self._poke())
 
-    def _receive(self, entry: Entry) -> None:
+    def _receive(self, entry: RequestState) -> None:
         """The lease of an admitted entry, if it has arrived."""
         if entry.future.done():
             error = entry.future.exception()
@@ -285,7 +285,7 @@ class Engine:
             else:
                 self._refuse(entry, error)
 
-    def _refuse(self, entry: Entry, error: BaseException) -> None:
+    def _refuse(self, entry: RequestState, error: BaseException) -> None:
         """An entry whose adapters cannot be had: now, if others hold the memory; else it ends."""
         self._admitted.remove(entry)
         held = self.running or self._admitted
@@ -298,7 +298,7 @@ class Engine:
         log.warning("request %s: its adapters cannot be had: %s", entry.request.id, error)
         self._end(entry, "error", str(error), cause_of(error))
 
-    def _next_prompts(self) -> list[Entry]:
+    def _next_prompts(self) -> list[RequestState]:
         """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
         if self._long is not None:
             return [self._long]
@@ -321,7 +321,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ calls
 
-    def _compute(self, entries: list[Entry], call: Callable[[list[Entry]], Tensor | None]) -> None:
+    def _compute(self, entries: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]) -> None:
         """One call of the model for some entries, and what follows from it. A failure ends these entries alone."""
         if not entries:
             return
@@ -343,7 +343,7 @@ class Engine:
     def _selected(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
-    def _fill(self, entries: list[Entry]) -> Tensor | None:
+    def _fill(self, entries: list[RequestState]) -> Tensor | None:
         """Prompts, of which the first tokens are chosen; they run from now on. None: a long one is not whole yet."""
         if entries[0] is self._long:
             logits = self._fill_long(entries[0])
@@ -358,7 +358,7 @@ class Engine:
                 self._tell("tokens", entry.request.mix, entry.length, 0)
         return logits
 
-    def _fill_long(self, entry: Entry) -> Tensor | None:
+    def _fill_long(self, entry: RequestState) -> Tensor | None:
         """The next piece of a long prompt."""
         prompt, start = entry.request.prompt, entry.length
         piece = prompt[start : start + self.prefill]
@@ -370,7 +370,7 @@ class Engine:
         self._long = None
         return logits
 
-    def _decode(self, entries: list[Entry]) -> Tensor:
+    def _decode(self, entries: list[RequestState]) -> Tensor:
         """The next token of each running row."""
         tokens, lengths = [entry.last for entry in entries], [entry.length for entry in entries]
         logits = self._forward.decode(self._slots, tokens, lengths)
@@ -378,7 +378,7 @@ class Engine:
             entry.length += 1
         return logits
 
-    def _accept(self, entry: Entry, choice: Choice) -> None:
+    def _accept(self, entry: RequestState, choice: Choice) -> None:
         """Deliver a row's next token, and end the row where its answer ends."""
         if choice.token is None:
             self._end(entry, "error", choice.error)
@@ -403,7 +403,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ ends
 
-    def _end(self, entry: Entry, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
+    def _end(self, entry: RequestState, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """An entry is over, wherever it is: its row, its lease and its place are free, and its client knows."""
         if entry.done:
             return
@@ -428,7 +428,7 @@ class Engine:
             self._wake.notify_all()
         self._tell("finished", entry.request.mix, finish, time.monotonic() - entry.submitted)
 
-    def _leave(self, entry: Entry) -> None:
+    def _leave(self, entry: RequestState) -> None:
         """Free a running row; the last one takes its place."""
         row, last = entry.row, self._running[-1]
         assert row is not None
@@ -437,7 +437,7 @@ class Engine:
         self._running.pop()
         entry.row = None
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, entry: RequestState) -> None:
         """Give the lease back: now, or when it arrives."""
         future, entry.future, entry.lease = entry.future, None, None
         if future is None:
@@ -464,11 +464,11 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ what is told
 
-    def _count(self, entry: Entry, tokens: float) -> None:
+    def _count(self, entry: RequestState, tokens: float) -> None:
         with self._wake:
             self._scheduler.charge(entry, tokens)
 
-    def _tell_tokens(self, entry: Entry) -> None:
+    def _tell_tokens(self, entry: RequestState) -> None:
         if entry.untold:
             self._tell("tokens", entry.request.mix, 0, entry.untold)
             entry.untold = 0

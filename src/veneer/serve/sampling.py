@@ -52,7 +52,7 @@ class Choice:
 NO_NUMBERS = Choice(None, error="the model's logits are no finite numbers")
 
 
-class Chooser:
+class Sampler:
     """What chooses a row's tokens: how, the generator that it draws from, and where it is in its schema."""
 
     __slots__ = ("_generator", "matcher", "sampling")
@@ -87,7 +87,7 @@ class Chooser:
         return self.matcher.is_stopped()
 
 
-def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
+def choose(logits: Tensor, rows: Sequence[Sampler]) -> list[Choice]:
     """The next token of each row.
 
     Args:
@@ -124,7 +124,7 @@ def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Choice]:
     ]
 
 
-def _draw(logits: Tensor, rows: Sequence[Chooser]) -> list[int]:
+def _draw(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
     """A token for each row, [rows, vocabulary] in fp32."""
     settings = [row.sampling for row in rows]
     clocks = torch.empty_like(logits)
@@ -181,7 +181,7 @@ def _kept(chances: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _tell(
-    logits: Tensor, told: Sequence[int], chosen: Sequence[int], rows: Sequence[Chooser]
+    logits: Tensor, told: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
 ) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
     """Log-probabilities of the chosen token and of the most likely ones, for the rows that ask."""
     counts = [rows[i].sampling.logprobs or 0 for i in told]

@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError, sentence
-from veneer.headers import parse
+from veneer.fileio.untrusted import parse
 from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring
 from veneer.serve.catalogue import Catalogue
@@ -63,7 +63,7 @@ class Service:
     admin: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admin = ThreadPoolExecutor(1, "veneer-admin", initializer=self.bank.give_way)
+        self.admin = ThreadPoolExecutor(1, "veneer-admin", initializer=self.bank.throttle_loads)
 
     @property
     def ready(self) -> bool:

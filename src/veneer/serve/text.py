@@ -16,7 +16,7 @@ UNKNOWN, MOST = "\ufffd", 3
 BEFORE = 6
 
 
-class Words:
+class Detokenizer:
     """Decoding with one tokenizer; the texts of single tokens are remembered."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -55,7 +55,7 @@ class Text:
 
     __slots__ = ("_context", "_held", "_ids", "_shown", "_stop", "_words")
 
-    def __init__(self, words: Words, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, words: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._words, self._stop = words, tuple(word for word in stop if word)
         self._ids = list(prompt[-BEFORE:])  # what is decoded with each new token: a few tokens of context, then news
         self._context = len(self._ids)

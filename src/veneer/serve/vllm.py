@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from veneer.errors import AdapterError, ConfigError, raise_all, sentence
+from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats import peft, vllm
-from veneer.headers import read_header, read_json
 
 #: distinct adapters in one of vLLM's batches: each takes memory for the largest rank
 MOST = 8

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.files import disk_errors, new_folder, write_whole
+from veneer.fileio.atomic import disk_errors, new_folder, write_whole
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from veneer.errors import DataError
-from veneer.models import quiet
+from veneer.models.messages import quiet
 
 log = logging.getLogger("veneer.data")
 

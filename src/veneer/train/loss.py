@@ -39,11 +39,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.adapted import at_least_float32, own_class, view
-from veneer.attach import group_of, unwrap
+from veneer.attach.adapted_module import own_class
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.lookup import adapters_of, unwrap
+from veneer.attach.select import use
+from veneer.attach.views import view
 from veneer.errors import ConfigError, sentence
 from veneer.kernels import fused
-from veneer.select import use
 from veneer.train.tokens import IGNORED
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
@@ -56,7 +58,7 @@ _ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-Chain = tuple[str, ...]
+ModulePath = tuple[str, ...]
 
 
 class TokenLoss(NamedTuple):
@@ -157,7 +159,7 @@ def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
 
 
 def _in_chunks(
-    model: nn.Module, path: Chain, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int
+    model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int
 ) -> TokenLoss:
     wanted = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [b, s]: whether the hidden state here has a label
     places = wanted.flatten().nonzero().squeeze(1)  # [n]
@@ -204,7 +206,7 @@ def _in_chunks(
 class _Head:
     """What a model's forward does after its body, on rows [n, h] of which each is treated alone."""
 
-    def __init__(self, model: nn.Module, path: Chain, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model = model
         self.inputs = inputs
         if "output_router_logits" in inspect.signature(own_class(model).forward).parameters:
@@ -229,10 +231,10 @@ class _Head:
         known = _ROWWISE.get(self.model)
         if known is not None or len(rows) == 0:
             return known is not False
-        group, self.taken = group_of(self.model), True  # both of these are needed at once
+        attached, self.taken = adapters_of(self.model), True  # both of these are needed at once
         # Without the adapter, whose dropout would differ from run to run. Not under no_grad: autocast would keep the
         # weights that it casts there, and the first chunk would get them without gradient.
-        with nullcontext() if group is None or group.merged is not None else use(self.model, None):
+        with nullcontext() if attached is None or attached.merged is not None else use(self.model, None):
             alone = self.within(rows).logits
             among = self.within(torch.cat([-rows, rows.flip(0)])).logits
         known = (
@@ -394,7 +396,7 @@ def _leaves(output: Tensor) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------- where a forward is cut
 
 
-def _body(model: nn.Module) -> Chain | None:
+def _body(model: nn.Module) -> ModulePath | None:
     """The way to the module whose output is a model's hidden states, if the model's forward can be cut there."""
     if not hasattr(type(model), "base_model_prefix"):
         return None  # none of transformers', or one inside a wrapper that needs to see each call (DDP, FSDP)
@@ -414,15 +416,15 @@ def _body(model: nn.Module) -> Chain | None:
     for parameter in model.parameters():
         if isinstance(parameter, DTensor) or (parameter.requires_grad and parameter._backward_hooks):
             return None  # a hook would see the gradient of each chunk
-    group = group_of(model)
-    if group is not None:
-        chosen = context.current.selection.get(group.uid, group.default)
+    attached = adapters_of(model)
+    if attached is not None:
+        chosen = context.current.selection.get(attached.uid, attached.default)
         if chosen.name is None and chosen.parts:
             return None  # an adapter for each row of the batch, which the head would no longer know
     return found[0][0]
 
 
-def _is_model(model: nn.Module, chain: Chain) -> bool:
+def _is_model(model: nn.Module, chain: ModulePath) -> bool:
     """Whether there is one of transformers' models at the end of a chain of attributes."""
     module: Any = model
     for name in chain:
@@ -431,7 +433,7 @@ def _is_model(model: nn.Module, chain: Chain) -> bool:
 
 
 @functools.cache
-def _calls(forward: Callable[..., Any]) -> tuple[tuple[Chain, bool], ...]:
+def _calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
     """(chain, late) of each call `self.chain(…)` in the source of a forward. `late`: whether what follows reads another
     input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
     would be the view.
@@ -450,7 +452,7 @@ def _calls(forward: Callable[..., Any]) -> tuple[tuple[Chain, bool], ...]:
     inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
     inputs = {name for name in inputs if not name.startswith("output_")}
     reads: list[tuple[int, int]] = []
-    calls: list[tuple[Chain, tuple[int, int]]] = []
+    calls: list[tuple[ModulePath, tuple[int, int]]] = []
 
     def visit(node: Any) -> None:
         if isinstance(node, ast.If) and (
@@ -476,7 +478,7 @@ def _names(node: ast.AST) -> set[str]:
     return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
 
 
-def _chain(node: ast.AST) -> Chain | None:
+def _chain(node: ast.AST) -> ModulePath | None:
     """("a", "b") of `self.a.b`."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
@@ -484,7 +486,7 @@ def _chain(node: ast.AST) -> Chain | None:
     return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _view(module: nn.Module, path: Chain, answer: Callable[..., Any]) -> nn.Module:
+def _view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -> nn.Module:
     """A view of a module in which the one at the end of the path answers so."""
     if not path:
         seen = view(module, type(module), {})

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.summary import size
+from veneer.attach.summary import size
 
 STATES = {"sgd": 0, "adafactor": 0.1, "adagrad": 1, "lion": 1, "rmsprop": 1}  # numbers kept a parameter; Adam's is 2
 

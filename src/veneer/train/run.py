@@ -24,15 +24,15 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 import veneer
 from veneer import models
+from veneer.attach.summary import size
 from veneer.errors import ConfigError, OutputExistsError
-from veneer.summary import size
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
 from veneer.train.arguments import arguments_of, early_stop
 from veneer.train.callbacks import say
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
-from veneer.train.lower import Lower
+from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared, prepare
 from veneer.train.tokens import IGNORED
 from veneer.train.trainer import AdapterTrainer
@@ -98,7 +98,7 @@ def fit(
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     must_not_see_later_tokens(base.model, config.base)
     handle = _attach(config, base.model, found)
-    lower = Lower(base.model) if config.cache_lower else None
+    lower = HiddenStateCache(base.model) if config.cache_lower else None
     _describe(config, base.model, handle, prepared, lower, console)
     if config.check:
         _check(base.model, prepared)
@@ -227,7 +227,7 @@ def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
 
 
 def _describe(
-    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, lower: Lower | None, console: Console
+    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, lower: HiddenStateCache | None, console: Console
 ) -> None:
     train = prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}

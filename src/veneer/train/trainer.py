@@ -23,11 +23,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.sft_trainer import SFTTrainer
 
 import veneer
+from veneer.adapter_files.save_pretrained import refill
 from veneer.precision import double
-from veneer.pretrained import refill
 from veneer.train import checkpoint
+from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
-from veneer.train.lower import Lower
 
 
 class EpochSampler(Sampler[int]):
@@ -70,7 +70,9 @@ class AdapterTrainer(SFTTrainer):
         lower: what the blocks below the adapter's put out, if that is to be kept.
     """
 
-    def __init__(self, *args: Any, adapter: Any, base_name: str, lower: Lower | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, adapter: Any, base_name: str, lower: HiddenStateCache | None = None, **kwargs: Any
+    ) -> None:
         model: Any = kwargs.get("model", args[0] if args else None)
         before = model.__dict__.get("forward")
         super().__init__(*args, **kwargs)

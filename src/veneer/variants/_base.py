@@ -34,7 +34,7 @@ def _missing() -> Tensor:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitContext:
     """What a variant may look at when it makes its numbers.
 
     Fields:
@@ -81,7 +81,7 @@ class Variant:
     paper: str
     default_alpha: float
     scale: Callable[[float, int], float]
-    init: Callable[[Start], dict[str, Tensor]]
+    init: Callable[[InitContext], dict[str, Tensor]]
     resolve: Callable[[Mapping[str, Tensor], float, Base], tuple[LowRank, Tensor | None]]
     frozen: frozenset[str] = frozenset()
     derived: frozenset[str] = frozenset()
@@ -106,7 +106,7 @@ def register(variant: Variant) -> Variant:
     return VARIANTS.add(variant.name, variant)
 
 
-def kaiming_uniform(start: Start) -> Tensor:
+def kaiming_uniform(start: InitContext) -> Tensor:
     """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al. 2015,
     arXiv:1502.01852)."""
     bound = 1 / math.sqrt(start.fan_in)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, register
+from veneer.variants._base import Base, InitContext, register
 from veneer.variants.lora import LORA
 
 DEVIATION = 0.02
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] and B [g, out, r] normal, E [g, r] zero, mask [g, r] ones. E has a gradient at the first step, A and
     B from the second."""
     return {

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, register
+from veneer.variants._base import Base, InitContext, register
 from veneer.variants.lora import LORA
 
 #: how many bytes of W + ΔW are formed at a time on a CPU
 CHUNK = 1 << 20
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at least float32)."""
     numbers = LORA.init(start)
     return {**numbers, "magnitude": row_norms(start.base(), LowRank(numbers["A"], numbers["B"], 1.0))}

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from veneer.variants._base import Start, register
+from veneer.variants._base import InitContext, register
 from veneer.variants._parts import own, principal
 from veneer.variants.lora import LORA
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] with orthonormal rows, B [g, out, r] zero. B has a gradient at the first step, A from the second."""
     _, _, Vh = principal(start.inputs(), start.rank)
     A = own(Vh)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, register
+from veneer.variants._base import Base, InitContext, register
 from veneer.variants._parts import balanced, with_start
 from veneer.variants.pissa import PISSA
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     base = start.base()
     return with_start(*balanced(start.original().to(base) - base, start.rank))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, register
+from veneer.variants._base import Base, InitContext, Variant, register
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient at the first step, the others from the second."""
     groups, out, in_, rank = start.groups, start.out, start.in_, start.rank
     return {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, register
+from veneer.variants._base import Base, InitContext, Variant, register
 
 
 def factors(length: int) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def factors(length: int) -> tuple[int, int]:
     return small, length // small
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """C, A2 and B2. B2 has a gradient at the first step, C and A2 from the second."""
     (l, k), (m, n) = factors(start.out), factors(start.in_)  # noqa: E741
     q = min(start.rank, k, n)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, kaiming_uniform, register
+from veneer.variants._base import Base, InitContext, Variant, kaiming_uniform, register
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A Kaiming, B zero: the attached model equals its base until the first step."""
     return {"A": kaiming_uniform(start), "B": torch.zeros(start.groups, start.out, start.rank)}
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from veneer.variants._base import Start, register
+from veneer.variants._base import InitContext, register
 from veneer.variants._parts import principal, with_start
 from veneer.variants.pissa import PISSA
 
@@ -22,7 +22,7 @@ from veneer.variants.pissa import PISSA
 GAMMA = 16
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     U, _, Vh = principal(start.gradient(), 2 * start.rank)
     size = start.out**0.25 / math.sqrt(GAMMA)

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, register
+from veneer.variants._base import Base, InitContext, Variant, register
 from veneer.variants._parts import own, principal
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """Frozen A [g, r, in] and B [g, out, r], and R [g, r, r], which has a gradient from the first step."""
     U, S, Vh = principal(start.base(), start.rank)
     A, B = own(Vh), own(U * S[..., None, :])

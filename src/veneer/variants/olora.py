@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.variants._base import Start, register
+from veneer.variants._base import InitContext, register
 from veneer.variants._parts import with_start
 from veneer.variants.pissa import PISSA
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     W = start.base()
     Q, _ = torch.linalg.qr(W[..., : start.rank])  # the first columns of Q depend on the first columns of W alone

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.variants._base import Start, register
+from veneer.variants._base import InitContext, register
 from veneer.variants.lora import LORA
 
 DEVIATION = 0.1
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] and B [g, out, r]. The zero halves have a gradient at the first step, the others from the second."""
     A = torch.zeros(start.groups, start.rank, start.in_)
     B = torch.zeros(start.groups, start.out, start.rank)

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, register
+from veneer.variants._base import Base, InitContext, Variant, register
 from veneer.variants._parts import balanced, since_start, with_start
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     return with_start(*balanced(start.base(), start.rank))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, Start, Variant, register
+from veneer.variants._base import Base, InitContext, Variant, register
 
 D_START = 0.1
 
@@ -27,14 +27,14 @@ D_START = 0.1
 _SHARED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 
-def init(start: Start) -> dict[str, Tensor]:
+def init(start: InitContext) -> dict[str, Tensor]:
     """Shared A and B, d [g, r] and b [g, out]. b has a gradient at the first step, d from the second."""
     d = torch.full((start.groups, start.rank), D_START)
     A, B = shared_pair(start, d.device)
     return {"A": A, "B": B, "d": d, "b": torch.zeros(start.groups, start.out)}
 
 
-def shared_pair(start: Start, device: torch.device) -> tuple[Tensor, Tensor]:
+def shared_pair(start: InitContext, device: torch.device) -> tuple[Tensor, Tensor]:
     """The one A [g, r, in] and B [g, out, r] for these sizes on this device."""
     sizes = (start.groups, start.out, start.in_, start.rank, start.fan_in, device)
     A, B = _SHARED.get(("A", *sizes)), _SHARED.get(("B", *sizes))

@@ -1,0 +1,20 @@
+"""Adapter folders: what a trained adapter is on the disk, and the way from a folder to a model and back.
+
+    folder          one folder, read and checked, without a model        AdapterFiles
+    peft_mapping    a model's modules in PEFT's terms
+    match_model     a folder against a model: does it fit, is it of this base
+    save_load       a model's adapter into a folder, a folder's onto a model
+    derived_folder  folders made of other folders (compose, convert)
+    model_card      README.md of a folder
+    base_proof      fingerprints of every tensor of a base
+    save_pretrained a model with adapters saved by transformers, or by a trainer
+    verify          what can be proven of a folder
+
+In: a path, or a model with adapters. Out: ``AdapterFiles``, or a folder written in one step.
+"""
+
+from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.adapter_files.match_model import UnverifiedAdapter
+from veneer.adapter_files.save_load import install_from, save
+
+__all__ = ["AdapterFiles", "UnverifiedAdapter", "install_from", "read", "save"]

@@ -1,0 +1,217 @@
+"""The proof of a base: the fingerprint of every tensor that an adapted model computes with.
+
+    base.weights    of the weights that the adapter changes at a low rank, by path
+    base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
+    base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
+
+Norms, embeddings and heads decide about the output as much as the changed layers do, so a base that differs in one of
+them is another base. What is no part of it: buffers that the model computes itself (they are in no state dict), and
+what the adapter holds a copy of, such as running statistics.
+
+A fingerprint that was computed is kept as long as its weight lives, for saving again and for the next adapter. It holds
+while the weight has the same memory, shape and type, torch counts no write to it, and a sample of its numbers is the
+same. Rejected: the count alone, as torch does not count what is written through ``.data``, which is how much code
+initialises or adds to a weight. What writes a few numbers of a large weight that way is not seen; ``forget`` is for
+whoever does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
+
+from veneer.attach.adapted_module import state_of, weight_of
+from veneer.attach.targets import Names
+from veneer.bases import Storage, storage_of
+from veneer.fileio.hashing import fingerprints
+from veneer.fileio.throttle import gives_way
+from veneer.models.named_weights import Named, named
+
+#: numbers of a weight that are looked at to tell whether it was written to
+SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """A parameter or lasting buffer of a base. ``held`` is what its module keeps under its name, ``storage`` how that
+    is stored (None: as it is)."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    held: Any
+    storage: Storage | None
+
+    @property
+    def path(self) -> str:
+        return self.names[0]
+
+    @property
+    def known(self) -> bool:
+        """Whether its numbers are here and can be read: not on the meta device, nor packed by somebody unknown."""
+        own = self.held.parameters() if isinstance(self.held, nn.Module) else [self.held]
+        if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in own):
+            return False
+        return self.storage is not None or type(self.held).__module__.partition(".")[0] == "torch"
+
+    def content(self, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
+        """What it holds; of a weight into which an adapter is merged what it held before, which ``bits`` has by
+        identity. The storage must be prepared."""
+        before = bits.get(id(self.held))
+        if before:
+            stored, anchor = dict(before), next(iter(before.values()))
+        else:
+            stored, anchor = {} if self.storage is None else self.storage.stored(self.held), self.held
+        return Content(self.held, self.storage, stored, anchor)
+
+
+@dataclass(frozen=True)
+class Content:
+    """The numbers of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor`` itself.
+    ``anchor`` lives as long as these numbers."""
+
+    weight: Any
+    storage: Storage | None
+    stored: Mapping[str, Tensor]
+    anchor: Any
+
+    def dense(self) -> Tensor:
+        with torch.no_grad():
+            dense = self.anchor if self.storage is None else self.storage.decode(self.weight, self.stored)
+        whole = getattr(dense, "full_tensor", None)  # of a weight that is spread over processes
+        return dense if whole is None else whole()
+
+    def stamp(self) -> tuple[Any, ...] | None:
+        """What differs once it was written to; None where nothing tells."""
+        own = [self.anchor]
+        if isinstance(self.anchor, nn.Module):
+            own = [*self.anchor.parameters(), *self.anchor.buffers()]
+        tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
+        stamps = [_stamp(tensor) for tensor in tensors if _has_memory(tensor)]
+        return tuple(stamps) if stamps else None
+
+
+def base_tensors(names: Names) -> list[BaseTensor]:
+    """Every parameter and lasting buffer of a model, each once, adapters aside."""
+    return [_base_tensor(names, entry) for entry in named(names)]
+
+
+def _base_tensor(names: Names, entry: Named) -> BaseTensor:
+    path, name = entry.ref
+    module = names.modules[path]
+    held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
+    return BaseTensor(entry.names, module, held, None if entry.buffer else storage_of(held))
+
+
+# ---------------------------------------------------------------------------------------------- fingerprints
+
+
+#: (stamp, fingerprint) by the identity of what holds the numbers
+_KNOWN: Any = WeakIdKeyDictionary()
+
+
+#: threads that hash take turns, so that none computes what another is about to know
+_HASHING = threading.RLock()
+
+
+def prints_of(tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None) -> list[str]:
+    """The fingerprint of each tensor, computed for those alone that changed since they were last asked for.
+
+    Args:
+        bits: what merged weights held before, by identity (``merge.kept_bits``).
+    """
+    with _HASHING, _prepared(tensors):
+        contents = [tensor.content(bits or {}) for tensor in tensors]
+        stamps = [content.stamp() for content in contents]
+        known = [_remembered(content, stamp) for content, stamp in zip(contents, stamps, strict=True)]
+        new = [content for content, print_ in zip(contents, known, strict=True) if print_ is None]
+        made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None)
+        prints: list[str] = []
+        for content, stamp, print_ in zip(contents, stamps, known, strict=True):
+            if print_ is None:
+                print_ = next(made)
+                if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
+                    _KNOWN[content.anchor] = stamp, print_
+            prints.append(print_)
+        return prints
+
+
+def forget() -> None:
+    """Forget every fingerprint: the next save or load hashes its base anew."""
+    with _HASHING:
+        _KNOWN.clear()
+
+
+@contextmanager
+def _prepared(tensors: Sequence[BaseTensor]) -> Iterator[None]:
+    """A block in which the storages can read. A module without adapters is then as it was."""
+    packed = [tensor for tensor in tensors if tensor.storage is not None]
+    try:
+        for tensor in packed:
+            tensor.storage.prepare(tensor.module)  # pyright: ignore[reportOptionalMemberAccess]
+        yield
+    finally:
+        for tensor in packed:
+            if state_of(tensor.module) is None:
+                tensor.storage.release(tensor.module)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _remembered(content: Content, stamp: tuple[Any, ...] | None) -> str | None:
+    known = _KNOWN.get(content.anchor)
+    return known[1] if known is not None and stamp is not None and known[0] == stamp else None
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory of its own: not one that only stands for others, packed or in other processes."""
+    return not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return *place, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
+
+
+@torch.no_grad()
+def _sample(tensor: Tensor) -> bytes:
+    """Some numbers from all over the memory of a tensor, and all of a small one."""
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    if not tensor.numel():
+        return b""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    step = max(1, span // SAMPLE) | 1  # odd: an even one may be a multiple of the width, and see few columns
+    with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
+        some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
+        return some.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def record_of(
+    tensors: Sequence[BaseTensor],
+    changed: Mapping[str, BaseTensor],
+    left_out: Collection[int],
+    prints: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
+) -> dict[str, dict[str, str]]:
+    """The fingerprints of a record, "weights" and "rest".
+
+    Args:
+        changed: what the adapter changes at a low rank, by path.
+        left_out: the identities of what is neither: what the adapter replaces.
+        prints: the fingerprint of each tensor, None of one of which nobody knows.
+    """
+    own = {id(tensor.held) for tensor in changed.values()}.union(left_out)
+    rest = [tensor for tensor in tensors if id(tensor.held) not in own and tensor.known]
+    found = prints([*changed.values(), *rest])
+    others = zip(rest, found[len(changed) :], strict=True)
+    return {
+        "weights": {at: print_ for at, print_ in zip(changed, found, strict=False) if print_ is not None},
+        "rest": {name: print_ for tensor, print_ in others for name in tensor.names if print_ is not None},
+    }

@@ -1,0 +1,186 @@
+"""Adapters made of other adapters, without a model: what ``compose`` and ``convert`` write.
+
+    sources: the adapters that it came from        low: path in PEFT's file -> PeftLayer        full: path -> tensors
+
+What the sources prove goes over to the result: the fingerprints of their base, which must be one base, and the weights
+that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either; where
+one knows of adapted layers alone, so does the result.
+
+A product is all that remains: the result is plain LoRA, or DoRA where the caller gives magnitudes, whatever variants
+the sources were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
+from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
+from veneer.fileio.hashing import prints_in
+from veneer.formats import peft
+
+
+def write_derived(
+    path: str | Path,
+    sources: Sequence[AdapterFiles],
+    low: Mapping[str, peft.PeftLayer],
+    full: Mapping[str, Mapping[str, Tensor]] | None = None,
+    *,
+    variant: str = "lora",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter folder with these changes.
+
+    Args:
+        sources: at least one; the first lends its config.
+        low: the changes (``PeftLayer.with_low`` makes them; with ``extras`` where ``variant`` has some).
+        full: parameters that are trained in full, by path and name.
+        variant: "lora" or "dora".
+
+    Raises:
+        BaseMismatchError: the sources were made for different bases.
+        AdapterError: a number is not finite or a change absurdly large, or nothing is left.
+        OutputExistsError: the path exists and ``overwrite`` is False.
+    """
+    path, full = Path(path), full or {}
+    if not low and not full:
+        raise AdapterError(sentence("no change at all", "at least one", "check what was left out"))
+    raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))  # ``read`` would refuse it
+    tensors = {
+        peft.key(at, suffix): tensor.detach().cpu().contiguous().clone()
+        for at, layer in low.items()
+        for suffix, tensor in ((layer.suffixes[0], layer.A), (layer.suffixes[1], layer.B), *layer.extras.items())
+    }
+    for at, parameters in full.items():
+        # what is trained in full stands below the wrapper of an adapted module
+        inside = f"{at}.base_layer".lstrip(".") if at in low else at
+        tensors |= {peft.key(inside, name): tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    config = _config(sources, low, full, variant)
+    base = merged_base(sources)
+    changes = None if base is None else _changes(sources, low)
+    first = sources[0].config
+    ranks = [layer.rank for layer in low.values()] or [first.rank]
+    # what the numbers were trained in says nothing of the new ones, unless they are in it
+    kept = first.dtype is not None and all(t.dtype == getattr(torch, first.dtype) for t in tensors.values())
+    own = replace(
+        first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},
+        slices={}, layers=None, exclude=(), targets=tuple(dict.fromkeys(layer.at for layer in low.values())) or "all",
+        dtype=first.dtype if kept else None,
+    )  # fmt: skip
+    if base is not None:
+        base = _divided(base, changes or {}, full)
+    write(
+        path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
+        overwrite=overwrite, numbers={},
+    )  # fmt: skip
+    return path
+
+
+def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
+    """What the sources say of their base, with the fingerprints of all of them; None where one of them says nothing.
+    "rest" is there if all of them have it.
+
+    Raises:
+        BaseMismatchError: they speak of different bases.
+    """
+    if any(source.record is None for source in sources):
+        return None
+    bases = [source.metadata["base"] for source in sources]
+    known: dict[str, str] = {}
+    for source, base in zip(sources, bases, strict=True):
+        fingerprints = prints_in(base)
+        differ = [name for name, print_ in fingerprints.items() if known.get(name, print_) != print_]
+        if differ:
+            found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
+            raise BaseMismatchError(sentence(found, "adapters of one base", "leave one of them out"))
+        known |= fingerprints
+    weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
+    whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {"weights": weights}
+    if all("rest" in base for base in bases):
+        whole["rest"] = {name: print_ for name, print_ in known.items() if name not in weights}
+        fresh = list(dict.fromkeys(name for base in bases for name in base.get("fresh", ())))
+        whole |= {"fresh": fresh} if fresh else {}
+    return whole
+
+
+def _divided(
+    base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The record of a base for an adapter of these changes: a weight that is left out is one of the rest again, and
+    what is trained in full is no part of the base."""
+    whole = {**base, "weights": {at: base["weights"][at] for at in changes}}
+    if "rest" in base:
+        own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
+        rest = {name: print_ for name, print_ in prints_in(base).items() if name not in changes and name not in own}
+        whole |= {"rest": rest, "fresh": [name for name in base.get("fresh", ()) if name not in own]}
+    return {key: value for key, value in whole.items() if key != "fresh" or value}
+
+
+def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
+    """The record of each weight that still changes: its rank and alpha, and the rows where all sources name the
+    same."""
+    layers = {layer.at: layer for layer in low.values()}
+    changes: dict[str, Any] = {}
+    for source in sources:
+        for weight, said in source.metadata["changes"].items():
+            layer = layers.get(weight) or layers.get(weight.rpartition(".")[0])
+            if layer is None:
+                continue
+            known = changes.get(weight)
+            described = {"rank": layer.rank, "alpha": layer.alpha}
+            if "kind" in said and (known is None or known.get("kind") == said["kind"]):
+                described = {"kind": said["kind"], **described}
+            if "rows" in said and (known is None or known.get("rows") == said["rows"]):
+                described["rows"] = said["rows"]
+            changes[weight] = described
+    return changes
+
+
+def _config(
+    sources: Sequence[AdapterFiles],
+    low: Mapping[str, peft.PeftLayer],
+    full: Mapping[str, Mapping[str, Tensor]],
+    variant: str,
+) -> dict[str, Any]:
+    configs = [source.peft_config for source in sources]
+    named = {peft.pattern_of(path, layer): layer for path, layer in low.items()}
+    ranks = {at: layer.rank for at, layer in named.items()}
+    alphas = {at: layer.alpha for at, layer in named.items()}
+    rank, alpha = peft.common(ranks, alphas, configs[0]["r"], configs[0]["lora_alpha"])
+    parameters = list(dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer)))
+    targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
+    said = [config.get("target_modules") for config in configs]
+    simple = all(isinstance(names, list) for names in said) and not any(
+        config.get("exclude_modules") or config.get("layers_to_transform") is not None for config in configs
+    )
+    union = sorted({name for names in said for name in names or ()}) if simple else []
+    kept = {layer.at for source in sources for path, layer in source.low.items() if not peft.of_parameter(path, layer)}
+    whole = union if union and kept == set(targets) else sorted(set(targets))
+    types = [str(config.get("peft_type")) for config in configs]
+    modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
+    biases = [config.get("bias") or "none" for config in configs]
+    return {
+        "peft_type": next((name for name in types if name.startswith(peft.NOT_FOR_PEFT)), types[0]),
+        "task_type": configs[0].get("task_type"),
+        "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": whole if low else peft.NO_TARGETS,
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": peft.patterns_for(ranks, rank),
+        "alpha_pattern": peft.patterns_for(alphas, alpha),
+        "modules_to_save": modules or None,
+        "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **({"use_dora": True} if variant == "dora" else {}),
+    }

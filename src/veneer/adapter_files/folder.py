@@ -1,0 +1,522 @@
+"""The artefact: a folder that PEFT, vLLM, SGLang and transformers load unchanged, and that proves what it is.
+
+    adapter_config.json           PEFT's fields
+    adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
+    veneer.json                   the same record, for people
+    README.md                     the model card, for people too
+    veneer.safetensors            the trained numbers of variants that PEFT does not have; the file above then holds
+                                  the plain LoRA that they amount to
+
+The record names the base and a fingerprint of each tensor of it (``proof.py``: those that the adapter changes apart
+from the rest, of which folders of an earlier Veneer say nothing), hashes of the tensors and of the config, the
+LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
+believes nothing that it has not checked (``headers.py``: sizes, JSON, links; here: hashes, types and magnitudes);
+``load`` also compares the fingerprints with the model at hand.
+
+A hash tells what an accident or a thoughtless edit changed. It keeps out nobody who means harm, as whoever writes a
+folder can write its hashes. So nothing that a folder says decides about more than the adapter itself: no code in it is
+run, no memory is taken by a number in it, no other file is opened for it.
+
+A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16,
+whichever of the two it was published in, and still be recognised; a base that was fine-tuned, or has one bit of a
+bfloat16 weight flipped, is another base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.adapter_files import model_card
+from veneer.config import LoraConfig
+from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
+from veneer.fileio.atomic import new_folder
+from veneer.fileio.hashing import digest, hash_json
+from veneer.fileio.throttle import throttled
+from veneer.fileio.untrusted import MAX_JSON, misplaced, parse, pickled, read_header, read_json
+from veneer.formats import peft
+from veneer.layers import LAYERS
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+RECORD = "veneer.json"
+NUMBERS = "veneer.safetensors"
+#: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
+CORE = (peft.CONFIG, peft.TENSORS, RECORD, NUMBERS)
+FILES = (*CORE, model_card.NAME)
+FORMAT = 1
+#: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
+LARGEST = 1e9
+#: what changes are made of, and what modules that are trained in full may hold besides
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WHOLES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter folder that was read and verified, without a model.
+
+    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
+    by the path there, ``numbers`` those of ``veneer.safetensors`` by the path of the weight.
+    """
+
+    path: Path
+    config: LoraConfig
+    peft_config: Mapping[str, Any]
+    record: Mapping[str, Any] | None
+    low: Mapping[str, peft.PeftLayer]
+    full: Mapping[str, Mapping[str, Tensor]]
+    numbers: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The record, or an empty mapping."""
+        return self.record or {}
+
+    @cached_property
+    def layers(self) -> dict[str, LowRank]:
+        """Each change as a value, by the path of its module (of its parameter, where it changes one by itself).
+
+        Raises:
+            AdapterError: some changes are more than a product, such as DoRA's, which also rescales the weight.
+        """
+        more = [entry.at for entry in self.low.values() if entry.extras]
+        if more:
+            found = (
+                f"variant {self.config.variant!r}, whose change is no low-rank product alone (at {listing(more, 3)})"
+            )
+            do = "merge it to have the changed weights, or take `products` to leave the rest out"
+            raise AdapterError(sentence(found, "changes of the form scale · B @ A", do))
+        return self.products
+
+    @cached_property
+    def products(self) -> dict[str, LowRank]:
+        """The low-rank part of each change, as ``layers``; of DoRA's, without its gain."""
+        return {entry.at: entry.low for entry in self.low.values()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds: a variant's own where it has a file for them, else those of the PEFT
+        file."""
+        own = {part for at in self.numbers for part in (at, at.rpartition(".")[0])}
+        held = [tensor for numbers in self.numbers.values() for tensor in numbers.values()]
+        held += [tensor for tensors in self.full.values() for tensor in tensors.values()]
+        for entry in self.low.values():
+            held += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
+        return sum(tensor.numel() for tensor in held)
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    peft_config: Mapping[str, Any],
+    *,
+    base: Mapping[str, Any] | None,
+    changes: Mapping[str, Any] | None,
+    config: LoraConfig,
+    provenance: Mapping[str, Any],
+    overwrite: bool,
+    numbers: Mapping[str, Tensor],
+) -> None:
+    """Write the files as one folder, in one step. Notes in the card of a folder that it replaces are kept.
+
+    Args:
+        base: "name", "architecture", "weights": the fingerprint of each changed weight by path, and, where they are
+            known, "rest": those of the other tensors by name, and "fresh": names. None where nobody knows the base: the
+            folder then holds PEFT's two files alone, without a record.
+        changes: what each change is (rank, alpha, rows), by the path of its weight.
+        numbers: what goes into ``veneer.safetensors``; nothing if empty.
+
+    Raises:
+        OutputExistsError: the path exists and ``overwrite`` is False.
+        AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is absurdly large, names
+            that no file may hold, a provenance that is not JSON or too long.
+    """
+    raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **numbers}, "train it again")))
+    record = None
+    if base is not None:
+        record = {"format": FORMAT, "base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
+        record = _sealed(record, tensors, peft_config, provenance, numbers)
+    elif numbers:
+        raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+    with _could_be_read(path):
+        peft.check_config(peft_config, ours=record is not None)
+        raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
+        assemble(path, peft_config, record, tensors, numbers)
+    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
+    if record is not None:
+        texts[RECORD] = json.dumps(record, indent=2) + "\n"
+    for file, text in texts.items():
+        _must_be_readable(file, text)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    texts[model_card.NAME] = model_card.renewed(model_card.card(peft_config, record, shapes), _old_card(path))
+    with new_folder(path, overwrite=overwrite) as folder:
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8", errors="replace")
+        if numbers:
+            save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
+        header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
+        save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
+        with _could_be_read(path):
+            for file in (peft.TENSORS, *((NUMBERS,) if numbers else ())):
+                read_header(folder / file)
+
+
+def _sealed(
+    record: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    peft_config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    numbers: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """A record with the hashes of everything, its own included."""
+    record |= {
+        "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
+        "versions": dict(_installed("veneer", "torch", "transformers")),
+        "provenance": _plain(dict(provenance)),
+    }
+    if numbers:
+        record["hashes"][NUMBERS] = _hash_tensors(numbers)
+    try:
+        record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
+    except TypeError as error:
+        raise AdapterError(
+            sentence(f"a provenance that is not JSON ({error})", "plain values", "convert it")
+        ) from error
+    record["hashes"]["record"] = _hash_record(record)
+    return record
+
+
+def _old_card(path: Path) -> str | None:
+    file = path / model_card.NAME
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy an adapter's own files into ``folder``, and nothing else that lies beside them."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of the names and bytes of an adapter's own files."""
+    whole = hashlib.sha256()
+    for name in FILES:
+        if (path / name).is_file():
+            with (path / name).open("rb") as stream:
+                whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number, and half of a
+    surrogate pair, as a file name may hold one, is "?"."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
+
+
+def _must_be_readable(file: str, text: str) -> None:
+    """Refuse to write what ``read`` would refuse."""
+    try:
+        parse(text)
+    except ValueError as error:
+        found = f"a {file} that could not be read again ({error})"
+        raise AdapterError(sentence(found, "plain values", "give less provenance")) from error
+    if len(text) > MAX_JSON:
+        found = f"a {file} of {len(text):,} bytes"
+        raise AdapterError(sentence(found, f"{MAX_JSON:,} at most", "give less provenance"))
+
+
+@contextmanager
+def _could_be_read(path: Path) -> Iterator[None]:
+    """What ``read`` would refuse is not written: an adapter that nobody can load is a lost training."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{path} was not written, as it could not be read again. {error}") from error
+
+
+def read(path: str | Path) -> AdapterFiles:
+    """Read and verify an adapter folder, without a model.
+
+    Raises:
+        AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
+            the folder.
+    """
+    path = Path(path)
+    raise_all(AdapterError, f"{path} cannot be read", missing(path))
+    peft_config = read_json(path / peft.CONFIG)
+    tensors, header = read_tensors(path / peft.TENSORS)
+    record = record_in(path, header)
+    numbers: dict[str, Tensor] = {}
+    if record is not None:
+        must_belong(altered(path, record, peft_config, tensors), path)
+        raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
+    peft.check_config(peft_config, ours=record is not None)
+    if record is not None:
+        numbers = read_numbers(path, record)
+        must_belong(altered_numbers(record, numbers), path)
+    raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **numbers}, "get another copy")))
+    return assemble(path, peft_config, record, tensors, numbers)
+
+
+def assemble(
+    path: Path,
+    peft_config: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+) -> AdapterFiles:
+    """An adapter from files that were checked one by one: do they make up one?"""
+    extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
+    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
+    raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
+    by_weight: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in numbers.items():
+        weight, _, name = key.rpartition(".")
+        by_weight.setdefault(weight, {})[name] = tensor
+    try:
+        config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
+        VARIANTS[config.variant]
+    except ConfigError as error:
+        raise AdapterError(f"The config of {path} cannot be used. {error}") from error
+    return AdapterFiles(path, config, peft_config, record, low, full, by_weight)
+
+
+def missing(path: Path) -> list[str]:
+    """What keeps a folder from being read at all: files that are not there, are no files, or are pickles."""
+    if not path.is_dir():
+        return [sentence(f"no folder {path}", "an adapter folder", "check the path")]
+    problems = [*pickled(path), *misplaced(path, FILES)]
+    lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
+    if lacking and not problems:
+        found = f"no {' and no '.join(lacking)} in {path}"
+        problems.append(sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"))
+    return problems
+
+
+def read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of ``veneer.safetensors``, which must be there if the record speaks of it, and else must not."""
+    if NUMBERS not in record["hashes"]:
+        if (path / NUMBERS).exists():
+            found = f"{path / NUMBERS}, of which the record says nothing"
+            raise AdapterError(sentence(found, "files that belong together", "remove it, or get another copy"))
+        return {}
+    if not (path / NUMBERS).is_file():
+        found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
+        do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
+        raise AdapterError(sentence(found, "the folder as it was saved", do))
+    return read_tensors(path / NUMBERS)[0]
+
+
+def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
+    """The LoraConfig that a PEFT config means."""
+    said = {name for name in ("use_rslora", "use_dora") if config.get(name)}
+    # Several variants are plain LoRA to PEFT; a file that says nothing more is that.
+    matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)
+    variant = next(matching, None) if said else VARIANTS["lora"]
+    if variant is None:
+        raise AdapterError(
+            sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
+        )
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        targets = targets if targets == "all-linear" else f"re:{targets}"
+    return LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
+        targets=targets if isinstance(targets, str) else [*targets, *(config.get("target_parameters") or ())],
+        train_also=config.get("modules_to_save") or (),
+        variant=variant.name,
+        bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
+    )
+
+
+def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record in the header of the tensors, which are another library's if there is none."""
+    if "veneer" not in metadata:
+        if (path / RECORD).exists():
+            found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
+            do = f"remove {RECORD} if another library rewrote the tensors"
+            raise AdapterError(sentence(found, "files that belong together", do))
+        return None
+    try:
+        record = parse(metadata["veneer"])
+    except ValueError as error:
+        raise AdapterError(_damaged(path, str(error))) from error
+    if not isinstance(record, dict) or not isinstance(record.get("hashes"), dict):
+        raise AdapterError(_damaged(path, "it holds no hashes"))
+    return record
+
+
+def _damaged(path: Path, why: str) -> str:
+    return sentence(f"a damaged record in {path / peft.TENSORS} ({why})", "Veneer's record", "get it again")
+
+
+def altered(
+    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, bool]:
+    """For each part of a folder that the record has a hash of, in words: whether it has changed."""
+    hashes = record["hashes"]
+    checks = {
+        "the record in its header": _hash_record(record) != hashes.get("record"),
+        "its tensors": _hash_tensors(tensors) != hashes.get("tensors"),
+        peft.CONFIG: hash_json(config) != hashes.get(peft.CONFIG),
+    }
+    if (path / RECORD).exists():
+        checks[RECORD] = read_json(path / RECORD) != record
+    return checks
+
+
+def altered_numbers(record: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The same of ``veneer.safetensors``."""
+    expected = record["hashes"].get(NUMBERS)
+    return {NUMBERS: _hash_tensors(numbers) != expected} if expected is not None or numbers else {}
+
+
+def must_belong(checks: Mapping[str, bool], path: Path) -> None:
+    changed = [what for what, other in checks.items() if other]
+    if changed:
+        found = f"{path}, of which {' and '.join(changed)} changed after it was written"
+        if changed == [NUMBERS]:
+            found = f"{path / NUMBERS}, which changed after it was written"
+        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
+
+
+def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """What is wrong with a record, as far as it can be told without a model."""
+    if record.get("format") != FORMAT:
+        yield sentence(f"format {_brief(record.get('format'))} in {path}", f"{FORMAT}", "install a newer Veneer")
+        return
+    base, changes = record.get("base"), record.get("changes")
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if not isinstance(weights, dict) or not isinstance(changes, dict) or not isinstance(record.get("config"), dict):
+        yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
+        return
+    texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
+    tables = [record.get(name, {}) for name in ("versions", "provenance")]
+    rest, fresh = base.get("rest", {}), base.get("fresh", [])
+    if isinstance(rest, dict) and isinstance(fresh, list):
+        texts += [*rest.values(), *fresh]
+    else:
+        tables.append(None)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        expected = "text for names and hashes, and versions and provenance by name"
+        yield sentence("fields of other types", expected, "get another copy")
+    if weights.keys() != changes.keys():
+        odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
+        yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
+    for at, change in changes.items():
+        said = change if isinstance(change, dict) else {}
+        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows")
+        if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
+            expected = "a rank of at least 1 and a number"
+            yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
+        if "rows" in said and not _row_pairs(rows):
+            yield sentence(f"rows {_brief(rows)} for {at!r}", "(start, stop) pairs", "get another copy")
+
+
+def _row_pairs(rows: Any) -> bool:
+    pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
+    return bool(pairs) and all(type(end) is int for part in rows for end in part)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata, once its header was found to be true."""
+    header = read_header(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
+    except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
+        found = f"{file} cannot be read ({error})"
+        raise AdapterError(
+            sentence(found, "a whole safetensors file", "get the file again; it may be cut short")
+        ) from error
+
+
+def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
+    """What is wrong with numbers by themselves: their type, what is not finite, what is absurdly large."""
+    types = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *WHOLES)}
+    if types:
+        found = f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in {listing(types)}"
+        yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
+    # one pass over the numbers: the largest is not finite if any is not
+    largest = {key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in throttled(floats.items())}
+    broken = [key for key, size in largest.items() if not math.isfinite(size)]
+    if broken:
+        yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
+    absurd = [f"{key} ({size:.1e})" for key, size in largest.items() if LARGEST < size < math.inf]
+    if absurd:
+        yield sentence(f"numbers beyond {LARGEST:.0e} in {listing(absurd)}", "an adapter that did not diverge", do)
+
+
+def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
+    """What is wrong with the numbers of changes: whole ones, and products that would overflow."""
+    for path, entry in throttled(low.items()):
+        parts = {"A": entry.A, "B": entry.B, **entry.extras}
+        types = {name: part.dtype for name, part in parts.items() if part.dtype not in FLOATS}
+        if types:
+            found = f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at {path!r}"
+            yield sentence(found, "floating-point numbers", "get the file again")
+            continue
+        # ‖scale · B A‖ is at most this
+        norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
+        if not norm <= LARGEST:
+            found = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            yield sentence(found, f"one of at most {LARGEST:.0e}", "get another copy; its alpha or numbers are damaged")
+
+
+def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """Variances below zero, of which a norm takes the root."""
+    for path, tensors in full.items():
+        variance = tensors.get("running_var")
+        if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
+            found = f"a variance below zero in {path}.running_var"
+            yield sentence(found, "variances", "get the file again")
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for key in throttled(sorted(tensors)):
+        whole.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
+    return whole.hexdigest()
+
+
+def _hash_record(record: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in record["hashes"].items() if key != "record"}
+    return hash_json({**record, "hashes": rest})
+
+
+def _installed(*packages: str) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue

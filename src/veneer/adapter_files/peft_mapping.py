@@ -1,0 +1,354 @@
+"""How an adapter of a model lies in PEFT's files: the path, the shapes and the config of each of its changes, and which
+of them PEFT would apply in another way. The other direction too: which weight a path of such a file means.
+
+What PEFT wraps is not what Veneer changes. It adds the change to what a module gives, so it is right where a module's
+output is linear in its weight and nothing else reads that; or it adds it to one parameter for the time of a forward of
+the module. A change that neither of these expresses is still saved, in a folder that PEFT refuses with the reason:
+better than one that loads and computes something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.adapted_module import layer_states, own_class, weight_of
+from veneer.attach.change import Change
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.lookup import adapters, parameter_path
+from veneer.attach.targets import Names, ParamRef, own_parameters
+from veneer.attach.views import view
+from veneer.attach.weight_readers import asked, weight_readers
+from veneer.bases import storage_of
+from veneer.config import LoraConfig
+from veneer.distributed import is_sharded, whole
+from veneer.formats import peft
+from veneer.layers import LAYERS, Layer, kind_of
+from veneer.layers._base import GENERAL
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class PeftEntry:
+    """One change as the PEFT file holds it, for one of the modules that have its weight.
+
+    ``where`` is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``),
+    ``low`` what this module reads. ``exact`` says that the file holds the very numbers of the change.
+    """
+
+    where: str
+    target: str
+    parameter: bool
+    path: str
+    module: nn.Module
+    weight: str
+    change: Change
+    low: LowRank
+    transposed: bool
+    alpha: float
+    exact: bool
+
+
+def peft_entries(names: Names, name: str) -> list[PeftEntry]:
+    """Every change under every module that holds its weight, each time as that module reads it, so that a library
+    which adapts modules one by one gives the same outputs."""
+    peft_form: list[PeftEntry] = []
+    wraps: dict[str, int] = {}
+    parameters = [parameter_path(*ref) for ref in all_refs(names)]
+    for path, module, layer_state in layer_states(names.model):
+        part = layer_state.get(name)
+        for weight in own_parameters(module) if part is not None else ():
+            change = part.changes.get(weight)
+            if change is None:
+                continue
+            low, _ = change.resolve(weight_of(module, weight))
+            kind, target = kind_for(module, weight), path
+            parameter = kind.name == GENERAL or (kind.name == "linear" and peft.taken_for_experts(path, parameters))
+            if parameter:
+                target = parameter_path(path, weight)
+                wraps[path] = wraps.get(path, 0) + 1
+            exact = set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
+            alpha = change.alpha if exact else low.scale * low.rank
+            low = low.T if layer_state.transposed else low
+            peft_form.append(
+                PeftEntry(
+                    "", target, parameter, path, module, weight, change, low, layer_state.transposed, alpha, exact
+                )
+            )
+    seen: dict[str, int] = {}
+    for number, entry in enumerate(peft_form):
+        where = peft.nested(entry.path, wraps)
+        if entry.parameter:  # each further parameter of a module wraps the one before
+            seen[entry.path] = seen.get(entry.path, 0) + 1
+            where = ".".join([*([where] if where else []), *["base_layer"] * (wraps[entry.path] - seen[entry.path])])
+        elif _several(entry):
+            where = parameter_path(where, entry.weight)
+        peft_form[number] = replace(entry, where=where)
+    return peft_form
+
+
+def _several(entry: PeftEntry) -> bool:
+    """Whether the file holds several weights of this module, each under its own name."""
+    return not entry.parameter and len(kind_for(entry.module, entry.weight).weights(entry.module)) > 1
+
+
+def _wraps(peft_form: list[PeftEntry]) -> dict[str, int]:
+    """How many wrappers PEFT puts around each module."""
+    counts: dict[str, int] = {}
+    for entry in peft_form:
+        counts[entry.path] = counts.get(entry.path, 0) + 1 if entry.parameter else 1
+        if isinstance(entry.module, nn.MultiheadAttention):  # PEFT adapts its out-projection along
+            counts[parameter_path(entry.path, "out_proj")] = 1
+    return counts
+
+
+def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[str, Tensor]:
+    """The tensors of the PEFT file."""
+    tensors: dict[str, Tensor] = {}
+    for entry in peft_form:
+        change, held = entry.change, weight_of(entry.module, entry.weight)
+        kind = LAYERS[GENERAL] if entry.parameter else kind_for(entry.module, entry.weight)
+        shape = change.storage.shape(held)
+        for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
+            tensors[peft.key(entry.where, suffix)] = written(tensor)
+        for number, suffix in change.variant.peft_keys.items():
+            whole = _whole(change, held, change.numbers[number])
+            tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
+    wraps = _wraps(peft_form)
+    for path, _, part in adapters(model, name):
+        # what is trained in full stands below the wrappers
+        inside = [peft.nested(path, wraps)] if path else []
+        where = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
+        for key, value in part.full.state_dict().items():
+            tensors[peft.key(where, key)] = written(value)
+    return tensors
+
+
+def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
+    """A magnitude for every output: where nothing changes, the norm of the weight's own row."""
+    if change.rows is None:
+        return values
+    dense = change.storage.dense(weight)
+    norms = change.layer.unfold(dense.to(at_least_float32(dense.dtype)), change.dims).norm(dim=-1).flatten()
+    return norms.index_copy(0, change.rows.to(norms.device), values.to(norms.dtype))
+
+
+def written(tensor: Tensor) -> Tensor:
+    """A tensor as a file takes it: on the CPU, in memory of its own."""
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def peft_config(
+    names: Names, name: str, config: LoraConfig, base_name: str | None, peft_form: list[PeftEntry]
+) -> dict[str, Any]:
+    model, variant = names.model, VARIANTS[config.variant]
+    # of several weights of one module, for which PEFT has no name, each has a rank of its own
+    named = [peft.unnested(entry.where)[0] if _several(entry) else entry.target for entry in peft_form]
+    ranks = {at: entry.low.rank for at, entry in zip(named, peft_form, strict=True)}
+    alphas = {at: entry.alpha for at, entry in zip(named, peft_form, strict=True)}
+    parameters = list(dict.fromkeys(entry.target for entry in peft_form if entry.parameter))  # in the order of wrapping
+    targets = list(dict.fromkeys(entry.target for entry in peft_form if not entry.parameter))
+    alpha = variant.default_alpha if config.alpha is None else config.alpha
+    rank, alpha = peft.common(ranks, alphas, config.rank, alpha)
+    # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
+    plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form)
+    kinds = {kind_for(entry.module, entry.weight).name for entry in peft_form}
+    return {
+        "peft_type": _peft_type(names, peft_form),
+        "task_type": _task(model),
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout if plain else 0.0,
+        "target_modules": peft.targets_for(targets, filter(None, names.modules)) if peft_form else peft.NO_TARGETS,
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": peft.patterns_for(ranks, rank),
+        "alpha_pattern": peft.patterns_for(alphas, alpha),
+        "modules_to_save": _whole_modules(names, name, _wraps(peft_form)) or None,
+        "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
+        "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **(variant.peft or {}),
+    }
+
+
+def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
+    """The modules that are trained in full and that PEFT can replace, which goes by the ends of paths. What else is
+    trained in full it loads into the base, as it does with biases."""
+    trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
+    above = {path.rpartition(".")[0] for path in names.modules}
+    whole = {
+        path
+        for path, parameters in trained.items()
+        if parameters
+        and path not in above
+        and parameters.keys() >= set(own_parameters(names.modules[path]))
+        and peft.nested(f"{path}.", wraps) == f"{path}."
+    }
+    return sorted(path for path in whole if path and all(o in whole for o in names.modules if o.endswith(path)))
+
+
+def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
+    """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at all."""
+    for entry in peft_form:
+        ref = entry.path, entry.weight
+        reason = differs(names, ref, entry.parameter)
+        if attention_above(names, ref) is not None:
+            reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
+        if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
+            reason = "PEFT rescales the outputs of modules alone"
+        reason = reason or _cannot_run(names, entry.path)
+        if reason is not None:
+            return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
+    return "LORA"
+
+
+def _cannot_run(names: Names, path: str) -> str | None:
+    """Why a model with PEFT's module around this one fails in its forward, or None."""
+    for above, attribute in asked(names, path):
+        if peft.lacks(attribute):
+            return f"{above or 'the model'!r} reads its {attribute!r}, which the module that PEFT puts around it lacks"
+    return None
+
+
+#: what the forward of PEFT's model for a task gives to the base's by name, whatever the caller gave
+_GIVEN = (
+    "input_ids",
+    "attention_mask",
+    "inputs_embeds",
+    "labels",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+_TASKS = {
+    "CAUSAL_LM": _GIVEN,
+    "SEQ_2_SEQ_LM": (*_GIVEN, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+}
+
+
+def _task(model: nn.Module) -> str | None:
+    """PEFT's task: of a model that generates, by whether it has an encoder, as its config says. None, with which PEFT
+    passes on whatever it is given, where the base's forward does not take what PEFT's would give it: Whisper reads
+    sounds, not tokens. None too for classifiers and question answering: there PEFT expects its own choice of fully
+    trained heads."""
+    cls: Any = own_class(model)
+    if not (callable(generates := getattr(cls, "can_generate", None)) and generates()):
+        return None
+    task = "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    taken = inspect.signature(cls.forward).parameters
+    rest = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+    tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}  # what is in the rest is no input
+    return task if tokens <= taken.keys() and (rest or set(_TASKS[task]) <= taken.keys()) else None
+
+
+def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = None) -> str | None:
+    """Why PEFT computes something else than a change of the weight gives, or None.
+
+    Args:
+        parameter: it changes the parameter, not the module.
+        nested: the attention that PEFT adapted along with this out-projection.
+    """
+    path, name = ref
+    module, kind = names.modules[path], kind_for(names.modules[path], name)
+    above = [weight_reader.path for weight_reader in weight_readers(names, path, name) if weight_reader.path != nested]
+    if above:
+        return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
+    if path == "":
+        return "PEFT cannot wrap the model itself"
+    if parameter:
+        return "its kernel reads a list of weights that PEFT leaves as it was" if _recurrent(module) else None
+    reason = peft.differs(kind.name, module)
+    if reason is None and not _plain_forward(kind, module, name):
+        reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
+    return reason
+
+
+def attention_above(names: Names, ref: ParamRef) -> str | None:
+    """The path of the attention whose out-projection's weight this is, or None."""
+    above, _, last = ref[0].rpartition(".")
+    found = last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
+    return above if found else None
+
+
+def _recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase)
+
+
+def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
+    """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the same."""
+    base, weight = own_class(module), weight_of(module, name)
+    storage: Any = storage_of(weight)
+    if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
+        return True
+    dense = storage.dense(weight)
+    embeds = kind.name == "embedding"
+    x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
+    x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
+    spread = {name: whole(own) for name, own in module._parameters.items() if is_sharded(own)}
+    if spread:
+        module = view(module, base, spread)
+    try:
+        y = base.forward(module, x)
+        expected = kind.op(module, x, dense, module._parameters.get("bias"))
+        # PEFT knows of embeddings that scale what they give
+        expected = expected * getattr(module, "embed_scale", 1) if embeds else expected
+        return bool((y - expected).norm() <= 1e-2 * expected.norm())
+    except Exception:  # whatever a forward that we do not know makes of it
+        return False
+
+
+def found_at(names: Names, file_path: str) -> tuple[str, int, str]:
+    """What a path of a PEFT file means: (a module, how many wrappers stand behind it, what follows)."""
+    parts, above, depth = file_path.split(".") if file_path else [], "", 0
+    for count, part in enumerate(parts):
+        below = parameter_path(above, part)
+        if below in names.canonical:
+            above, depth = below, 0
+        elif part == "base_layer":
+            depth += 1
+        else:
+            return names.canonical[above], depth, ".".join(parts[count:])
+    return names.canonical[above], depth, ""
+
+
+def module_at(names: Names, file_path: str) -> str:
+    """The module that a path of a PEFT file means, under its first name."""
+    path, _, rest = found_at(names, file_path)
+    return file_path if rest else path
+
+
+def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
+    """The weight that a path of a PEFT file means: that of a module with one weight, one of several weights by its
+    own path, or one of several nested parameters."""
+    path, depth, rest = found_at(names, file_path)
+    module = names.modules[path]
+    if rest:
+        return (path, rest) if rest in own_parameters(module) else None
+    parameters = [name for name in own_parameters(module) if means_parameter(names, (path, name), config)]
+    if parameters:
+        return (path, parameters[-1 - depth]) if depth < len(parameters) else None
+    kind = kind_of(module)
+    return (path, kind.weight) if kind is not None and kind.weight in kind.weights(module) else None
+
+
+def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:
+    """Whether a PEFT config means this weight as a parameter, not by its module."""
+    path, name = ref
+    return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
+
+
+def kind_for(module: nn.Module, weight: str) -> Any:
+    kind = kind_of(module)
+    return kind if kind is not None and weight in kind.weights(module) else LAYERS[GENERAL]
+
+
+def all_refs(names: Names) -> list[ParamRef]:
+    return [(path, name) for path, module in names.modules.items() for name in own_parameters(module)]

@@ -1,0 +1,221 @@
+"""Between a model and an adapter folder: ``save`` collects what an adapter is, ``install_from`` puts one in place that
+``fitting.py`` has verified against the model. The folder itself is ``saved.py``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.adapter_files.base_proof import BaseTensor, base_tensors, prints_of, record_of
+from veneer.adapter_files.folder import write
+from veneer.adapter_files.match_model import match
+from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
+from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.change import Change
+from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
+from veneer.attach.install import install
+from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.merge import kept_bits, unkept
+from veneer.attach.refusals import name_problems
+from veneer.attach.targets import Names
+from veneer.distributed import meet, reshard, whole_values
+from veneer.errors import AdapterError, listing, sentence
+from veneer.fileio.hashing import digest, hash_json
+from veneer.variants import VARIANTS
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    base_name: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    fingerprints: Mapping[str, str] | None = None,
+    alone: bool = False,
+) -> Path:
+    """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what was there before,
+    or the whole.
+
+    In several processes (``torch.distributed``: DDP, FSDP2) every rank that holds the model must call this, with the
+    same path. Weights that are spread over them are gathered, one at a time; all ranks compare what they hold, the
+    first one writes, and the others return once the folder is there. Where they differ, or one fails or stays away
+    (``distributed.PATIENCE``), every rank raises and nothing is replaced.
+
+    Args:
+        base_name: what to call the base; None takes the name that transformers loaded it by.
+        provenance: anything worth knowing about the training, as JSON values (the first rank's). The model card
+            (README.md) shows some keys of it, such as "license" and "metrics": see ``veneer/card.py``.
+        overwrite: replace a folder that exists; notes at the end of its model card are kept.
+        fingerprints: of the base's tensors, by their paths, for a model that stands for its base without holding the
+            numbers (``models.meta_model``); those of changed weights must be there. None takes those of the tensors
+            that it holds.
+        alone: this rank saves by itself and waits for no other: under DDP, where each rank holds all, behind an
+            ``if rank == 0``.
+
+    Raises:
+        OutputExistsError: the path exists and ``overwrite`` is False.
+        AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
+            are not known any more (merged with ``keep=False``); ranks that differ or do not come.
+
+    Warns:
+        FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
+    """
+    model, path = unwrap(model), Path(path)
+    reshard(model)
+    ranks = meet(str(path), model, alone=alone)
+
+    def collected() -> dict[str, Any]:
+        with _whole_numbers(model, only_name(model, name)):
+            return _content(model, only_name(model, name), base_name, fingerprints)
+
+    def written_to(content: Mapping[str, Any]) -> Path:
+        write(path, **content, provenance=provenance or {}, overwrite=overwrite)
+        return path
+
+    if ranks is None:
+        return written_to(collected())
+    ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")  # before what is gathered
+    content = ranks.each(collected, _mark, "an adapter, or a base,")
+    return ranks.each(lambda: written_to(content) if ranks.writes else path, lambda _: "", "a folder")
+
+
+def _outline(model: nn.Module, name: str) -> list[Any]:
+    """What an adapter consists of, without its numbers."""
+    low = [(path, weight, [[*value.shape] for value in change.numbers.values()])
+           for path, _, weight, change in changes(model, name)]  # fmt: skip
+    full = [(path, [(key, [*value.shape]) for key, value in part.full.state_dict().items()])
+            for path, _, part in adapters(model, name)]  # fmt: skip
+    return [name, need_adapters(model, name).configs[name].to_dict(), low, full]
+
+
+def _mark(content: Mapping[str, Any]) -> str:
+    """A hash of all that the folder will hold, but for the provenance."""
+    tensors = {key: digest(tensor) for part in ("tensors", "numbers") for key, tensor in content[part].items()}
+    rest = {key: value for key, value in content.items() if key not in ("tensors", "numbers", "config")}
+    return hash_json([tensors, rest, content["config"].to_dict()])
+
+
+@contextmanager
+def _whole_numbers(model: nn.Module, name: str) -> Iterator[None]:
+    """A block in which an adapter's numbers that are spread over processes are whole."""
+    holders = [change for *_, change in changes(model, name)]
+    tables = [holder._parameters for holder in holders] + [holder._buffers for holder in holders]
+    tables += [table for _, _, part in adapters(model, name) for table in (part.full._parameters, part.full._buffers)]
+    found = whole_values(value for table in tables for value in table.values())
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({key: found[id(value)] for key, value in table.items() if id(value) in found})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.update(own)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _content(
+    model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What ``saved.write`` takes of an adapter."""
+    config = need_adapters(model, name).configs[name]
+    if VARIANTS[config.variant].peft is None:
+        found = f"variant {config.variant!r}"
+        raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
+    names = Names(model)
+    peft_form = peft_entries(names, name)
+    if base_name is None:
+        base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    weights = {
+        parameter_path(at, weight): (weight_of(module, weight), change)
+        for at, module, weight, change in changes(model, name)
+    }
+    exact = {id(entry.change): entry.exact for entry in peft_form}
+    return {
+        "tensors": tensors_of(model, name, peft_form),
+        "peft_config": peft_config(names, name, config, base_name, peft_form),
+        "base": {
+            "name": base_name,
+            "architecture": own_class(model).__name__,
+            **_proof(names, name, {at: held for at, (held, _) in weights.items()}, fingerprints),
+        },
+        "changes": {at: _described(change) for at, (_, change) in weights.items()},
+        "config": config,
+        "numbers": {
+            f"{at}.{number}": written(value)
+            for at, (_, change) in weights.items()
+            if not exact[id(change)]
+            for number, value in change.numbers.items()
+            if number not in change.variant.derived
+        },
+    }
+
+
+def _proof(
+    names: Names, name: str, weights: Mapping[str, Any], fingerprints: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held."""
+    model, tensors = names.model, base_tensors(names)
+    by_held = {id(tensor.held): tensor for tensor in tensors}
+    replaced = {
+        id({**module._parameters, **module._buffers}[key])
+        for _, module, part in adapters(model, name)
+        for key in (*part.full._parameters, *part.full._buffers)
+    }
+    lost = {key: ref for key, ref in fresh(names).items() if key not in replaced}
+    warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
+    # a base model's own output does not need its pooler, and nobody uses a random one
+    gone = unkept(model) if fingerprints is None else frozenset()
+    left_out = replaced.union(gone, () if has_head(model) else lost)
+
+    def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
+        if fingerprints is not None:
+            return [next((fingerprints[at] for at in tensor.names if at in fingerprints), None) for tensor in tensors]
+        return prints_of(tensors, kept_bits(model))
+
+    unknown = [at for at, held in weights.items() if id(held) in gone]
+    if unknown:
+        found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
+        raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
+    record = record_of(tensors, {at: by_held[id(held)] for at, held in weights.items()}, left_out, of)
+    return {**record, **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {})}
+
+
+def install_from(
+    model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False
+) -> None:
+    """What ``veneer.load`` does: verify the folder against the model, then install it.
+
+    ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
+    means weights, so that it does not matter where PEFT would compute something else.
+    """
+    load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
+    install(model, name, load_plan.plans, trainable=trainable, numbers=load_plan.numbers)
+    load_plan.fill({at: part for at, _, part in adapters(model, name)})
+
+
+def _described(change: Change) -> dict[str, Any]:
+    rows = None if change.rows is None else change.rows.tolist()
+    return {
+        "kind": change.layer.name,
+        "rank": change.rank,
+        "alpha": change.alpha,
+        **({} if rows is None else {"rows": _ranges(rows)}),
+    }
+
+
+def _ranges(rows: list[int]) -> list[list[int]]:
+    """Ascending runs of indices as (start, stop)."""
+    ranges: list[list[int]] = []
+    for row in rows:
+        if ranges and ranges[-1][1] == row:
+            ranges[-1][1] = row + 1
+        else:
+            ranges.append([row, row + 1])
+    return ranges

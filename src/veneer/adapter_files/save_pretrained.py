@@ -1,0 +1,408 @@
+"""``save_pretrained`` of a model with adapters, and trainers that go on from what it wrote.
+
+    model.save_pretrained(d), trainer.save_model(d), model.push_to_hub(…)
+        an adapter          d is an adapter folder, as ``veneer.save`` writes it and PEFT would
+        a merged adapter    d holds the plain model, its changed weights under their own names
+
+    Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
+        the numbers in the folder are copied into those that train
+
+Without this, transformers would write all that ``state_dict()`` holds: the base, and beside it tensors of which
+``from_pretrained`` knows nothing and which it would leave out.
+
+transformers' ``Trainer`` loads adapters by itself only into a ``PeftModel``, so two of its methods are taught to ask
+first whether the model has adapters of ours (``learn``). That is one place for it and for all that are derived from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import context
+from veneer.adapter_files import model_card
+from veneer.adapter_files.folder import FILES
+from veneer.adapter_files.match_model import LoadPlan, match
+from veneer.adapter_files.save_load import save
+from veneer.attach.adapted_module import layer_states, own_class, walk
+from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.method_overrides import original, put, stands
+from veneer.attach.state import STATE, LayerState
+from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
+from veneer.formats import peft
+
+SAVE = "save_pretrained"
+TRAINER = "transformers.trainer"
+#: what a folder that holds a whole model has, of transformers or of a library like it
+WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
+#: what wrappers put before the names of a state dict
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+class LoadedElsewhere(UserWarning):
+    """``save_pretrained`` wrote an adapter that ``from_pretrained`` cannot load, or not whole; the text says why, and
+    what loads it."""
+
+
+def cover(model: nn.Module) -> None:
+    """Let a model with adapters be saved as what it is; also each part of it that could be saved by itself."""
+    for _, module in walk(model):
+        if callable(getattr(module, SAVE, None)):
+            put(module, SAVE, save_pretrained)
+    if "transformers" in sys.modules:
+        when_imported(TRAINER, learn)
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """What ``module.save_pretrained(…)`` does, with the arguments of its own method, while there are adapters.
+
+    Raises:
+        SelectionError: several adapters and none selected, or rows of several; ``module`` is but a part of the model
+            that they were attached to.
+        AdapterError: an option or a state dict that an adapter folder cannot follow, and all that ``veneer.save``
+            refuses.
+        OutputExistsError: the folder holds what ``from_pretrained`` would load along.
+    """
+    options = _arguments(module, args, kwargs)
+    attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
+    if attached is None or attached.merged is not None or not attached.configs:
+        _save_plain(module, options)
+    elif adapters_of(module) is not attached:
+        found = (
+            f"{SAVE} of a {own_class(module).__name__} within the model that {', '.join(attached.configs)} belongs to"
+        )
+        do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
+        raise SelectionError(sentence(found, "one folder for all of an adapter", do))
+    else:
+        _save_adapter(module, options)
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the module's own method, by name. The first one is the folder in every library."""
+    method = getattr(plain(module), SAVE)
+    bound = inspect.signature(method).bind(*args, **kwargs).arguments
+    rest = next((p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    return {**{name: value for name, value in bound.items() if name != rest}, **bound.get(rest, {})}
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """A view of a module as it would be without adapters: its own class, no sites, the same parameters."""
+    seen = object.__new__(own_class(module))
+    seen.__dict__.update(module.__dict__)
+    for name in [name for name in module.__dict__ if stands(module, name)]:
+        before = original(seen.__dict__.pop(name), seen)
+        seen.__dict__.update({} if before is None else {name: before})
+    seen.__dict__["_modules"] = {
+        name: plain(child) if isinstance(child, nn.Module) and _differs(child) else child
+        for name, child in module._modules.items()
+        if not isinstance(child, LayerState)
+    }
+    return seen
+
+
+def _differs(module: nn.Module) -> bool:
+    """Whether a module holds anything of ours, at any depth."""
+    return any(STATE in below._modules or stands(below, SAVE) for _, below in walk(module))
+
+
+def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
+    """The module as it would be without adapters."""
+    folder, seen = Path(next(iter(options.values()))), plain(module)
+    if (folder / peft.CONFIG).exists():
+        found = f"{folder}, which holds an adapter, for weights into which one is merged"
+        expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
+        raise OutputExistsError(sentence(found, expected, "choose another folder"))
+    if options.get("state_dict") is not None:
+        ours = module.state_dict().keys() - seen.state_dict().keys()
+        options["state_dict"] = {key: value for key, value in _state(options).items() if key not in ours}
+    getattr(seen, SAVE)(**options)
+
+
+def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
+    """The selected adapter, or the only one, as a folder beside whatever else lies in it."""
+    folder, name = Path(next(iter(options.values()))), _selected(model)
+    _must_be_an_adapters(options)
+    state = _state(options)
+    if not options.get("is_main_process", True):
+        if not state and any(hasattr(p, "full_tensor") for p in model.parameters()):
+            save(model, folder, name=name, overwrite=True)  # every process has a part of what the main one writes
+        return
+    _must_hold_no_model(model, folder)
+    if state:
+        _with_state(model, name, state, lambda: _write(model, name, folder))
+    else:
+        _write(model, name, folder)
+    _tell(model, folder)
+    if options.get("push_to_hub"):
+        known = ("commit_message", "private", "token", "revision", "create_pr")
+        given = {key: options[key] for key in known if options.get(key) is not None}
+        model.push_to_hub(options.get("repo_id") or folder.name, **given)  # pyright: ignore[reportCallIssue]
+
+
+def _selected(model: nn.Module) -> str:
+    """The adapter that a call would use here."""
+    attached = need_adapters(model)
+    chosen = context.current.selection.get(attached.uid)
+    if chosen is None:
+        return only_name(model, None)
+    if chosen.name is None:
+        found = "a selection of the base, or of an adapter for each row"
+        raise SelectionError(sentence(found, "one adapter", f"call {SAVE} inside `with veneer.use(model, name):`"))
+    return only_name(model, chosen.name)
+
+
+def _must_be_an_adapters(options: Mapping[str, Any]) -> None:
+    """Refuse options that mean something for a whole model alone."""
+    odd = [name for name in ("variant", "distributed_checkpoint") if options.get(name)]
+    odd += [name for name in ("save_peft_format", "safe_serialization") if options.get(name) is False]
+    if odd:
+        found = f"{', '.join(f'{name}={options[name]!r}' for name in odd)} for a model with an unmerged adapter"
+        do = "leave it out, or merge the adapter to save the whole model"
+        raise AdapterError(sentence(found, "what an adapter folder can follow", do))
+
+
+def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
+    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
+    held = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
+    if not held or not (folder / "config.json").exists():
+        return
+    base = _base_name(model)
+    if not base or Path(base).resolve() != folder.resolve():
+        found = f"{folder}, which holds a whole model ({listing(held, 3)})"
+        expected = "a folder without one: from_pretrained would take it for the adapter's base"
+        raise OutputExistsError(sentence(found, expected, "choose another folder, or remove the model from it"))
+
+
+def _base_name(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+
+
+def _write(model: nn.Module, name: str, folder: Path) -> None:
+    """The files of an adapter among those that a folder holds already, each whole or not at all."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        save(model, folder, name=name)
+        return
+    with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=folder) as temporary:
+        made = Path(temporary) / "adapter"
+        if (folder / model_card.NAME).is_file():  # whose notes are kept
+            made.mkdir()
+            (made / model_card.NAME).write_bytes((folder / model_card.NAME).read_bytes())
+        save(model, made, name=name, overwrite=True)
+        for file in FILES if (made / peft.TENSORS).exists() else ():
+            if (made / file).exists():
+                (made / file).replace(folder / file)
+            else:
+                (folder / file).unlink(missing_ok=True)
+
+
+def _tell(model: nn.Module, folder: Path) -> None:
+    """Warn of what ``from_pretrained`` could not do with the folder, in the process that wrote it."""
+    if not (folder / peft.CONFIG).exists():
+        return
+    written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
+    if str(written["peft_type"]).startswith(peft.NOT_FOR_PEFT):
+        text = f"from_pretrained and PEFT will refuse this adapter ({written['peft_type']}): load it with veneer.load"
+        warnings.warn(text, LoadedElsewhere, stacklevel=5)
+    if written.get("use_dora"):
+        text = (
+            "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's own as well; it logs "
+            "them as UNEXPECTED): load it with veneer.load or PEFT"
+        )
+        warnings.warn(text, LoadedElsewhere, stacklevel=5)
+    if hasattr(model, "config") and not _base_name(model):
+        text = (
+            f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
+            "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
+            "set model.config._name_or_path before saving"
+        )
+        warnings.warn(text, LoadedElsewhere, stacklevel=5)
+
+
+# ---------------------------------------------------------------------------------------------- a state dict by hand
+
+
+def _state(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict that was passed, without what wrappers put before its names."""
+    state: dict[str, Any] = {}
+    for key, value in (options.get("state_dict") or {}).items():
+        for wrapper in WRAPPERS:
+            key = key.removeprefix(wrapper)
+        state[key] = value
+    return state
+
+
+def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]) -> None:
+    """``write`` while the model holds the tensors of a state dict: its own, or the whole ones of a model whose
+    parameters are sharded.
+
+    Raises:
+        AdapterError: it lacks tensors of the adapter, or has others than the model.
+    """
+    whole = model.state_dict(keep_vars=True)
+    own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
+    part = f".{STATE}.{name}."
+    lacking = [key for key in own if part in f".{key}" and key not in state]
+    strange = [key for key in state if key not in whole]
+    if lacking or strange:
+        found = f"a state_dict without {listing(lacking, 3)}" if lacking else f"a state_dict with {listing(strange, 3)}"
+        do = "leave state_dict out, or pass model.state_dict()"
+        raise AdapterError(sentence(found, f"the tensors of adapter {name!r} under their names in the model", do))
+    if all(key not in state or _is(state[key], value) for key, value in own.items()):
+        write()
+        return
+    seen: set[int] = set()  # a tied parameter has several names, and the first that is given counts
+    given: dict[str, Tensor] = {}
+    for key, value in own.items():
+        if key in state and id(value) not in seen:
+            seen.add(id(value))
+            kept = isinstance(value, nn.Parameter)
+            given[f"model.{key}"] = nn.Parameter(state[key], requires_grad=False) if kept else state[key]
+    torch.func.functional_call(_Writer(model, write), given, ())
+
+
+def _is(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one place in memory."""
+    alike = type(one) is type(other.detach()) or one is other
+    return alike and one.shape == other.shape and one.data_ptr() == other.data_ptr()
+
+
+class _Writer(nn.Module):
+    """Its forward writes: ``functional_call`` gives a module other tensors for the time of a forward."""
+
+    def __init__(self, model: nn.Module, write: Callable[[], None]) -> None:
+        super().__init__()
+        self.model, self.write = model, write
+
+    def forward(self) -> None:
+        self.write()
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@torch.no_grad()
+def refill(model: nn.Module, folder: str | Path) -> None:
+    """Copy the numbers of an adapter folder into the selected adapter (or the only one), which an optimiser may hold.
+
+    Raises:
+        AdapterError: the folder is damaged or does not fit the model, or the adapter there is made otherwise (other
+            weights, ranks, strengths, another variant). Nothing was copied.
+        BaseMismatchError: it was made for another base.
+        MergeError: an adapter is merged into the weights.
+    """
+    model = unwrap(model)
+    name = _selected(model)
+    if need_adapters(model).merged is not None:
+        found = f"{need_adapters(model).merged!r} merged into the weights"
+        raise MergeError(sentence(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first"))
+    load_plan = match(model, folder, [])
+    numbers = {parameter_path(*ref): values for ref, values in load_plan.numbers.items()}
+    own = {parameter_path(path, weight): change for path, _, weight, change in changes(model, name)}
+    parts = {path: part for path, _, part in adapters(model, name)}
+    raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(model, name, load_plan)))
+    for at, change in own.items():
+        for number, value in numbers[at].items():
+            change.numbers[number].copy_(value)
+    load_plan.fill(parts)
+
+
+def _unlike(model: nn.Module, name: str, load_plan: LoadPlan):
+    """How the adapter of a folder is made otherwise than the one that is attached."""
+    own = {(path, weight): change for path, _, weight, change in changes(model, name)}
+    theirs = {entry.ref: entry for entry in load_plan.plans.low}
+    do = "attach with the config of the run that wrote it"
+    for found, refs in (("no change of", own.keys() - theirs.keys()), ("a change of", theirs.keys() - own.keys())):
+        if refs:
+            expected = "changes of the weights that the attached adapter changes"
+            yield sentence(f"{found} {listing(sorted(parameter_path(*ref) for ref in refs), 3)}", expected, do)
+    for ref in own.keys() & theirs.keys():
+        change, entry = own[ref], theirs[ref]
+        rows = None if change.rows is None else tuple(change.rows.tolist())
+        here = change.variant.name, change.rank, change.alpha, rows
+        there = load_plan.plans.config.variant, entry.rank, entry.alpha, entry.rows
+        if here != there:
+            found = "variant {!r}, rank {}, alpha {}, rows {}".format(*there)
+            expected = "variant {!r}, rank {}, alpha {}, rows {}".format(*here)
+            yield sentence(f"{found} at {parameter_path(*ref)!r}", expected, do)
+    full = {path: part.full.state_dict().keys() for path, _, part in adapters(model, name)}
+    for path in sorted(full.keys() | load_plan.full.keys()):
+        if (here := set(full.get(path, ()))) != (there := set(load_plan.full.get(path, ()))):
+            found = f"{listing(sorted(there))} of {path!r} trained in full"
+            yield sentence(found, listing(sorted(here)), do)
+
+
+def learn(module: Any) -> None:
+    """Teach the ``Trainer`` in ``transformers.trainer`` to load a checkpoint that ``save_pretrained`` wrote."""
+    trainer = module.Trainer
+    if hasattr(trainer, "_asks_veneer"):
+        return
+    trainer._asks_veneer = True
+    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    def ours(self: Any, model: nn.Module) -> bool:
+        # FSDP and DeepSpeed keep the whole state of the model in files of their own
+        apart = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        attached = adapters_of(model)
+        return not apart and attached is not None and bool(attached.configs) and stands(unwrap(model), SAVE)
+
+    @functools.wraps(load)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = self.model if model is None else model
+        if ours(self, target):
+            refill(target, resume_from_checkpoint)
+        else:
+            load(self, resume_from_checkpoint, model)
+
+    @functools.wraps(load_best)
+    def load_best_model(self: Any) -> None:
+        if ours(self, self.model):
+            refill(self.model, self.state.best_model_checkpoint)
+        else:
+            load_best(self)
+
+    trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
+
+
+def when_imported(name: str, call: Callable[[Any], None]) -> None:
+    """Call ``call`` with a module: now, or once somebody has imported it, which takes seconds."""
+    if name in sys.modules:
+        call(sys.modules[name])
+    elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch(name, call))
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing by itself; sees one module being imported, once."""
+
+    def __init__(self, name: str, call: Callable[[Any], None]) -> None:
+        self.name, self.call = name, call
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in [*sys.meta_path] if finder is not self)
+        spec: Any = next((spec for spec in others if spec is not None), None)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                sys.meta_path.remove(self)  # only now: an import that failed may be tried again
+                self.call(module)
+
+            spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,171 @@
+"""veneer.attach.adapted_module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from veneer import context
+from veneer.attach.qconfig import Qconfig
+from veneer.attach.state import STATE, LayerState
+
+
+class Adapted:
+    """Mixed in before a layer's own class by ``adapted_class``."""
+
+    veneer_base: type[nn.Module]
+    veneer_entries: tuple[str, ...]
+    _modules: dict[str, Any]
+    qconfig = Qconfig()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and deepcopy name the base class and make it again.
+        return _rebuild, (type(self).veneer_base, type(self).veneer_entries), self.__getstate__()
+
+    def _get_name(self) -> str:
+        return f"Adapted{type(self).veneer_base.__name__}"
+
+
+@functools.cache
+def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Module]:
+    """The one adapted subclass of ``base`` for these methods besides forward. It has the name of ``base``, and a
+    forward of the same signature: both are read by libraries that wrap models."""
+
+    @functools.wraps(base.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Subscripts and attributes, no calls: each one is time in every layer of a decoding step.
+        modules, now = self._modules, context.current
+        try:
+            layer_state = modules[STATE]
+        except KeyError:  # another thread has detached since this method was looked up
+            return base.forward(self, *args, **kwargs)
+        attached, selection = layer_state.attached, now.selection
+        chosen = selection[attached.uid] if attached.uid in selection else attached.default  # noqa: SIM401
+        parts = chosen.parts
+        if parts is None or attached.merged is not None:
+            if parts is None or chosen.name != attached.merged:
+                raise layer_state.refusal(chosen)
+            return base.forward(self, *args, **kwargs)
+        if (
+            layer_state.key not in parts
+        ):  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
+            return base.forward(self, *args, **kwargs)
+        part = parts[layer_state.key]
+        if now.reached is not None:
+            now.reached.update(part.seen())
+        return part.run(self, base, layer_state, args, kwargs, now)
+
+    about = {"__module__": base.__module__, "__doc__": base.__doc__, "veneer_base": base, "veneer_entries": entries}
+    methods = {name: _entry(base, name) for name in entries}
+    return type(base.__name__, (Adapted, base), {**about, **methods, "forward": forward})
+
+
+def _entry(base: type[nn.Module], name: str) -> Any:
+    """A method (or property) of ``base`` that reads adapted weights, as the adapted class has it. Within a view it is
+    the class's own again, so that nothing changes twice."""
+    method = method_of(base, name)
+
+    @functools.wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        layer_state, now = state_of(self), context.current
+        if layer_state is None:
+            return method(self, *args, **kwargs)
+        chosen = now.selection.get(layer_state.attached.uid, layer_state.attached.default)
+        if chosen.parts is None or layer_state.attached.merged is not None:
+            if chosen.parts is None or chosen.name != layer_state.attached.merged:
+                raise layer_state.refusal(chosen)
+            return method(self, *args, **kwargs)
+        if (layer_state.key, name) not in chosen.parts:
+            return method(self, *args, **kwargs)
+        part = chosen.parts[layer_state.key, name]
+        if now.reached is not None:
+            now.reached.update(part.seen(name))
+        return part.run(self, base, layer_state, args, kwargs, now, method=name)
+
+    return property(run) if isinstance(getattr(base, name), property) else run
+
+
+def method_of(base: type[nn.Module], name: str) -> Any:
+    """A method of a class, or what computes a property."""
+    method = getattr(base, name)
+    return method.fget if isinstance(method, property) else method
+
+
+def _rebuild(base: type[nn.Module], entries: tuple[str, ...] = ()) -> nn.Module:
+    return object.__new__(adapted_class(base, entries))
+
+
+def enter(module: nn.Module, methods: Iterable[str]) -> None:
+    """Let these methods of an adapted module see its adapters too."""
+    cls: Any = type(module)
+    if not {*methods} <= {*cls.veneer_entries}:
+        module.__class__ = adapted_class(cls.veneer_base, tuple(sorted({*cls.veneer_entries, *methods})))
+
+
+def weight_of(module: nn.Module, name: str) -> Any:
+    """What a module keeps under a weight's name: its ``Parameter``, or the ``ParametrizationList`` that computes it."""
+    own = module._parameters
+    weight = own[name] if name in own else None  # noqa: SIM401 (a ScriptModule's parameters are no dict)
+    if weight is None and (lists := module._modules.get("parametrizations")) is not None:
+        weight = lists._modules.get(name)
+    return weight
+
+
+def state_of(module: nn.Module) -> LayerState | None:
+    """The module's site, if it is adapted."""
+    return cast("LayerState | None", module._modules.get(STATE)) if isinstance(module, Adapted) else None
+
+
+def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Put a child in place, or take it away, in a new table of children: another thread may be walking the old one
+    (``nn.TransformerEncoderLayer`` does, in every forward)."""
+    children = {key: value for key, value in module._modules.items() if key != name}
+    module.__dict__["_modules"] = children if child is None else {**children, name: child}
+
+
+def install(module: nn.Module, layer_state: LayerState) -> None:
+    """Make ``module`` adapted. Nothing else of it changes."""
+    set_child(module, STATE, layer_state)
+    module.__class__ = adapted_class(type(module), ())
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without its adapters."""
+    return getattr(type(module), "veneer_base", type(module))
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    own = own_class(module)
+    set_child(module, STATE, None)  # first: a module of its own class with a site is a view
+    module.__class__ = own
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not
+    enter the sites, whose many adapters would make every walk longer, nor the insides of parametrised weights."""
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        skipped = (STATE, "parametrizations") if is_parametrized(module) else (STATE,)
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in list(module._modules.items())  # another thread may attach
+            if child is not None and not (name in skipped and (name != STATE or isinstance(child, LayerState)))
+        ]
+        stack += reversed(children)
+
+
+def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
+    """(path, module, site) of every adapted module, in the model's order, each once, under its first name."""
+    seen: set[int] = set()
+    for path, module in walk(model):
+        layer_state = state_of(module)
+        if layer_state is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield path, module, layer_state

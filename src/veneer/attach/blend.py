@@ -1,0 +1,141 @@
+"""A weighted blend of adapters, for calls of ``veneer.use`` and of a bank.
+
+    W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
+
+That defines a blend for every layer and variant, and its gradient: each adapter's is wᵢ times what W' hands on. Where a
+bank's adapters are all thin products, ``kernels/batched.py`` computes the same without forming anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.state import ActiveAdapter, LayerState, ModulePath, detached
+from veneer.attach.views import viewed
+from veneer.errors import SelectionError, sentence
+
+
+def finite_weights(mix: Mapping[Any, Any]) -> None:
+    """Raise a SelectionError unless every weight of {name: weight} is a finite number."""
+    for name, weight in mix.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        try:
+            fine = number and math.isfinite(weight)
+        except OverflowError:  # a whole number that no float can hold
+            fine = False
+        if not fine:
+            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+
+
+def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
+    """What a call uses that blends these adapters with these weights."""
+    if len(uses) == 1 and uses[0][1] == 1:
+        return uses[0][0]
+    return ActiveAdapter(" + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses))
+
+
+class _Table(Mapping[Any, Any]):
+    """The parts of a blend, as ``adapted.ActiveAdapter`` has them."""
+
+    def __init__(self, uses: Sequence[tuple[ActiveAdapter, float]]) -> None:
+        self.uses = uses
+
+    def _tables(self) -> Iterator[tuple[Mapping[Any, Any], float]]:
+        for selected, weight in self.uses:
+            if selected.parts is None:
+                raise detached(selected.name)
+            yield selected.parts, weight
+
+    def __getitem__(self, key: Any) -> Blend:
+        parts = [(table[key], weight) for table, weight in self._tables() if key in table]
+        if not parts:
+            raise KeyError(key)
+        return Blend(parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(dict.fromkeys(key for table, _ in self._tables() for key in table))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class Blend:
+    """Stands where a ``LayerAdapter`` stands, for one call."""
+
+    def __init__(self, parts: Sequence[tuple[Any, float]]) -> None:
+        self.parts = parts
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {name: change for part, _ in self.parts for name, change in part.changes.items()}
+
+    @property
+    def read_below(self) -> dict[ModulePath, Blend]:
+        return self.below("forward")
+
+    @property
+    def entries(self) -> dict[str, dict[ModulePath, Blend]]:
+        return {method: self.below(method) for part, _ in self.parts for method in part.entries}
+
+    def below(self, method: str) -> dict[ModulePath, Blend]:
+        found: dict[ModulePath, list[tuple[Any, float]]] = {}
+        for part, weight in self.parts:
+            has = part.read_below if method == "forward" else part.entries.get(method, {})
+            for way, one in has.items():
+                found.setdefault(way, []).append((one, weight))
+        return {way: Blend(parts) for way, parts in found.items()}
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        for part, _ in self.parts:
+            if method == "forward" or method in part.entries:
+                yield from part.seen(method)
+
+    def replacements(self, module: nn.Module) -> dict[str, Tensor]:
+        own: dict[str, Any] = {**module._buffers, **module._parameters}
+        values = [(part.replacements(module), weight) for part, weight in self.parts]
+        if module.training and any("running_mean" in found for found, _ in values):
+            found = f"a blend at a {own_class(module).__name__} in training mode, which moves its running statistics"
+            do = "call eval() on that module, or train one adapter at a time"
+            raise SelectionError(sentence(found, "one adapter, whose statistics they are", do))
+        low = self.changes  # which another adapter may train in full: ``changed`` has both
+        return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
+
+    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """As ``LayerAdapter.changed``. What is not wide is rounded once, after the blend."""
+        own, dtypes, values = {}, {}, []
+        for name, change in self.changes.items():
+            dense = change.storage.dense(weight_of(module, name))
+            own[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
+        for part, weight in self.parts:
+            full = {name: value for name, value in part.replacements(module).items() if name in own}
+            values.append(({**full, **part.changed(module, wide=True)}, weight))
+        found = self._blended(values, own)
+        return found if wide else {name: value.to(dtypes[name]) for name, value in found.items()}
+
+    def _blended(
+        self, values: Sequence[tuple[Mapping[str, Tensor], float]], own: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        blended: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for found, _ in values for name in found):
+            base = own[name]
+            if not base.is_floating_point():  # a counter of batches
+                blended[name] = next(found[name] for found, _ in values if name in found)
+                continue
+            wide = base.to(at_least_float32(base.dtype))
+            sum_ = wide
+            for found, weight in values:
+                if name in found:
+                    sum_ = sum_ + weight * (found[name].to(wide.dtype) - wide)
+            blended[name] = sum_.to(base.dtype)
+        return blended
+
+    def run(
+        self, module: nn.Module, base: Any, layer_state: LayerState, args: tuple, kwargs: dict, now: Any, **how: Any
+    ) -> Any:
+        return viewed(self, module, base, layer_state, args, kwargs, how.get("method", "forward"))

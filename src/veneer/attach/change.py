@@ -1,0 +1,104 @@
+"""veneer.attach.change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer import precision
+from veneer.bases import Storage
+from veneer.layers import Dims, Layer
+from veneer.lowrank import LowRank
+from veneer.variants import Variant
+
+
+class Change(nn.Module):
+    """One adapter's change of one weight: the trained numbers, and how they become ΔW.
+
+    ``rows`` are the indices of the outputs that change (None: all); ``frozen_input`` is the input that never does.
+    """
+
+    layer: Any
+    variant: Any
+    storage: Any
+    dims: Dims
+    digests: Any
+
+    def __init__(
+        self,
+        numbers: Mapping[str, Tensor],
+        *,
+        layer: Layer,
+        variant: Variant,
+        storage: Storage,
+        dims: Dims,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rows: Tensor | None = None,
+        frozen_input: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.variant, self.storage, self.dims = layer, variant, storage, dims
+        self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
+        self.scale = variant.scale(alpha, rank)
+        self.rows = rows
+        for name, value in numbers.items():
+            if name in variant.frozen:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def extra_repr(self) -> str:
+        return f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The variant's numbers, trained and frozen, by name."""
+        return {**self._parameters, **self._buffers}
+
+    def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
+        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers; in
+        ``dtype`` if that is given."""
+        numbers = self.numbers
+        if dtype is not None:
+            numbers = {name: precision.cast(value, dtype) for name, value in numbers.items()}
+        if self.frozen_input is not None and "A" in numbers:  # a gain may depend on ΔW, of which that input is no part
+            numbers["A"] = numbers["A"].index_fill(2, torch.tensor([self.frozen_input], device=numbers["A"].device), 0)
+        low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight, dtype))
+        if self.rows is not None:
+            rows = self.rows.to(low.B.device)
+            low = low.place(rows, self.dims.out)
+            gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
+        return low if self.frozen_input is None else low.without(self.frozen_input), gain
+
+    def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
+        """``resolve`` for a merge, in float64: so a gain does not show whether it was computed for a whole stack of
+        matrices or for one of them."""
+        return self.resolve(weight, torch.float64)
+
+    def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """[g, out, in] in the dtype of the weight, where arithmetic in ``dtype`` is done."""
+        dense = self.storage.dense(weight)
+        dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
+        dense = self.layer.unfold(dense, self.dims)
+        return dense if self.rows is None else dense[:, self.rows.to(dense.device)]
+
+    def changed(
+        self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False
+    ) -> Tensor:
+        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``.
+
+        ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would.
+        """
+        layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
+        if low is not None:
+            delta = low.delta(dtype)
+            if drop and self.training and self.dropout:
+                delta = delta * F.dropout(delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout)
+            dense = dense + layer.fold(delta, dense.shape)
+        return dense if gain is None else dense * layer.spread(gain.to(dtype), self.dims, dense.shape)

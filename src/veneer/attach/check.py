@@ -1,0 +1,373 @@
+"""Prove on a live model that every attached adapter is seen.
+
+A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read past the layer's own
+forward, a module that this kind of input never reaches. Three proofs, each naming what fails:
+
+    reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
+    gradient    one pass in the model's own mode gives every change a finite gradient that is not zero, at the start or
+                once all that trains has moved
+    equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
+
+Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to differ is judged in
+float64, where the model runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from veneer import context
+from veneer.attach import dead_weights
+from veneer.attach.adapted_module import layer_states, own_class, walk, weight_of
+from veneer.attach.change import Change
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.recompute import Reads, Recomputed
+from veneer.attach.select import use
+from veneer.attach.state import BASE, STATE, ActiveAdapter
+from veneer.distributed import spread_problem
+from veneer.errors import CheckError, listing, raise_all, sentence
+from veneer.fileio.spill import aside
+from veneer.layers import kind_of
+from veneer.precision import double, place
+
+#: how far the gradient of a change may be from that of the definition, by the size of the weight's numbers in bytes.
+#: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this at most.
+TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
+#: gradients that much smaller than the largest are rounding errors of zero, such as that of a key's bias
+NOISE = 1e-4
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Which weights were proven to be seen; ``compared`` of them also against the definition (a weight that is stored
+    packed cannot be replaced by W + ΔW)."""
+
+    adapter: str
+    weights: tuple[str, ...]
+    compared: int
+
+    def __str__(self) -> str:
+        return (
+            f"adapter {self.adapter!r}: all {len(self.weights)} changes reach the output and receive a gradient, "
+            f"{self.compared} of them that of W + ΔW"
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Something that must be seen: a change, or what is trained in full of a module."""
+
+    where: str
+    module: nn.Module
+    ids: frozenset[int]
+    parameters: tuple[nn.Parameter, ...]
+
+    def problem(self, what: str) -> str:
+        found = f"{self.where!r} ({own_class(self.module).__name__}) {what}"
+        return sentence(found, "a layer that the output depends on", "exclude it, or give an example that reaches it")
+
+
+def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
+    """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of what comes out.
+
+    The model's modes, gradients, trained numbers and random state are as they were afterwards. It must not run
+    elsewhere meanwhile.
+
+    Args:
+        example: a tensor, a tuple of positional or a mapping of keyword arguments.
+        name: the adapter; None takes the only one.
+
+    Raises:
+        CheckError: names every layer that is not seen, and how.
+    """
+    model = unwrap(model)
+    name = only_name(model, name)
+    if need_adapters(model).merged is not None:
+        found = f"{need_adapters(model).merged!r} merged into the weights, where no adapter runs"
+        raise CheckError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
+    modules = (module for _, module in walk(model))
+    if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
+        raise CheckError(problem)
+    args, kwargs = _arguments(example)
+    items = _items(model, name)
+    trained = list(dict.fromkeys(p for item in items for p in item.parameters))
+    devices = list({p.device for p in trained if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        problems, compared = _prove(model, name, items, trained, args, kwargs)
+    raise_all(CheckError, f"The output does not see all of adapter {name!r}", problems)
+    return CheckReport(name, tuple(item.where for item in items), compared)
+
+
+def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+    """(problems, how many changes were compared with the definition)."""
+    reached: set[int] = set()
+    with _as_it_was(model, trained), use(model, name):
+        own_modes = {module: module.training for module in model.modules()}
+        with context.changed(reached=reached), torch.no_grad():
+            model.eval()(*args, **kwargs)
+        for module, mode in own_modes.items():
+            module.training = mode
+        first = _gradients(model, trained, args, kwargs)
+    problems, silent = [], []
+    for item in items:
+        found = [first[p] for p in item.parameters if first[p] is not None]
+        if not item.ids & reached:
+            problems.append(item.problem("is not reached in eval mode"))
+        elif not _is_there(found):
+            silent.append(item)
+        elif not all(gradient.isfinite().all() for gradient in found):
+            problems.append(item.problem("receives a gradient that is not finite"))
+    problems += _without_gradient(model, name, silent, trained, args, kwargs) if silent else []
+    packed = _packed(model, name)
+    if problems or packed is None:
+        return problems, 0
+    compared = [
+        item
+        for item in items
+        if not item.ids & {id(change) for part in packed.values() for change in part.changes.values()}
+    ]
+    problems = _differences(model, name, compared, trained, packed, args, kwargs)
+    if problems and not packed and _all_narrower_than_float64(model):
+        try:
+            with _in_float64(model):
+                args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+                problems = _differences(model, name, compared, trained, packed, args, kwargs)
+        except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
+            problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+    return problems, len(compared)
+
+
+def _is_there(gradients: Iterable[Tensor | None]) -> bool:
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+    """A problem for each of these, which got no gradient at the start, unless training itself opens the way: once the
+    trained numbers have moved, it is there."""
+
+    def ask() -> list[bool]:
+        gradients = _gradients(model, trained, args, kwargs)
+        return [_is_there(gradients[p] for p in item.parameters) for item in items]
+
+    with _as_it_was(model, trained), use(model, name):
+        _perturb(trained)
+        later = ask()
+        found = {} if all(later) else dead_weights.zeros(model, trained)
+        behind = dead_weights.blocking(found, ask) if found else [() for _ in items]
+    for item, there, names in zip(items, later, behind, strict=True):
+        if names and not there:
+            zeros = listing(map(repr, names))
+            text = f"{item.where!r} ({own_class(item.module).__name__}) receives no gradient: every way from it to the "
+            text += f"output goes through weights that are exactly zero and do not train: {zeros}"
+            do = "load the weights that belong there, train them too (targets=, train_also=), or leave this layer out"
+            yield sentence(text, "a way that is not multiplied by zero", do)
+        elif not there:
+            yield item.problem("receives no gradient")
+
+
+def _differences(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], packed, args, kwargs):
+    """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
+    # cuDNN's RNNs have no backward in eval mode
+    with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
+        model.eval()
+        _perturb(trained)
+        with use(model, name):
+            ours = _gradients(model, trained, args, kwargs)
+        with _defined(model, name, packed):
+            theirs = _gradients(model, trained, args, kwargs)
+    return list(_different(items, ours, theirs))
+
+
+def _all_narrower_than_float64(model: nn.Module) -> bool:
+    """Whether the model's numbers are plain ones that float64 holds exactly."""
+    floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    return all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    """A number of the model's, or an argument of it, where it runs in float64."""
+    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """The model in float64; afterwards its tensors are the same objects with the memory that they had."""
+    held = [(one, one.data) for one in (*model.parameters(), *model.buffers())]
+    try:
+        for one, data in held:
+            one.data = _doubled(data)
+        yield
+    finally:
+        for one, data in held:
+            one.data = data
+
+
+def _different(items: list[_Item], ours: Mapping, theirs: Mapping) -> Iterator[str]:
+    def whole(gradients: Mapping, item: _Item) -> Tensor:
+        return torch.cat([double(_or_zero(gradients[p], p).flatten()).cpu() for p in item.parameters])
+
+    largest = max((whole(theirs, item).norm().item() for item in items), default=0.0)
+    for item in items:
+        expected = whole(theirs, item)
+        error = (whole(ours, item) - expected).norm().item() / max(expected.norm().item(), NOISE * largest, 1e-30)
+        size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
+        if not error < TOLERANCE.get(size, 0.5):
+            what = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
+            found = f"{item.where!r} ({own_class(item.module).__name__}) {what}"
+            expected_ = "a weight that is read through its layer's forward, or directly by a module above it"
+            yield sentence(found, expected_, "exclude it: something else reads this weight past its layer")
+
+
+def _or_zero(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _items(model: nn.Module, name: str) -> list[_Item]:
+    items = [
+        _Item(parameter_path(path, weight), module, frozenset([id(change)]), tuple(change.parameters()))
+        for path, module, weight, change in changes(model, name)
+    ]
+    parts = list(adapters(model, name))
+    holders: dict[int, set[int]] = {}
+    for _, _, part in parts:
+        for parameter in part.full.parameters():
+            holders.setdefault(id(parameter), set()).add(id(part))
+    for path, module, part in parts:
+        for own, parameter in part.full.named_parameters():
+            items.append(_Item(parameter_path(path, own), module, frozenset(holders[id(parameter)]), (parameter,)))
+    unique = {item.parameters: item for item in reversed(items) if item.parameters}
+    return [item for item in items if unique.get(item.parameters) is item]
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Restore modes, the numbers and their ``requires_grad``, and buffers that a pass in training mode moves."""
+    modes = {module: module.training for module in model.modules()}
+    required = [p.requires_grad for p in trained]
+    values = [p.detach().clone() for p in trained]
+    # the adapter's own (what some variants start from, and do not train) stay, and may be as large as the model
+    fixed = {id(one) for module in model.modules() if isinstance(module, Change) for one in module.buffers()}
+    buffers = [(buffer, aside(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for parameter, value, flag in zip(trained, values, required, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.copy_(value)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _perturb(trained: list[nn.Parameter]) -> None:
+    """Move the numbers off their start, where ΔW is zero and would hide who does not see it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained:
+            size = double(parameter.detach()).square().mean().sqrt().item() or 1.0
+            noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _gradients(model: nn.Module, trained: list[nn.Parameter], args, kwargs) -> dict[nn.Parameter, Tensor | None]:
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        output = model(*args, **kwargs)
+        # A random projection: a plain sum is constant after a softmax or a layer norm, and would hide a gradient.
+        total = sum((_weighted(tensor) for tensor in _floats(output)), torch.zeros(()))
+    if not total.requires_grad:
+        return dict.fromkeys(trained)
+    return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
+
+
+def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
+    """The parts of weights that cannot be replaced by W + ΔW, by the key of their site. None if they share a module
+    with others, so that nothing can be compared."""
+    packed: dict[int, LayerAdapter] = {}
+    read_below: set[int] = set()
+    for _, module, part in adapters(model, name):
+        kinds = {change.storage.name == "plain" for change in part.changes.values()}
+        layer_state: Any = module._modules[STATE]
+        read_below.update(id(below) for below in part.read_below.values())
+        if kinds == {False}:
+            packed[layer_state.key] = part
+        elif len(kinds) == 2:
+            return None
+    return None if read_below & {id(part) for part in packed.values()} else packed
+
+
+@contextmanager
+def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
+    """The plain model with W + ΔW in place of every W, differentiable in the trained numbers, one weight at a time."""
+    undo: list[tuple[dict, Any, Any]] = []
+
+    def put(where: dict, key: Any, value: Any) -> None:
+        undo.append((where, key, where[key]))
+        where[key] = value
+
+    attached = need_adapters(model, name)
+    selected: Any = ActiveAdapter(name, packed) if packed else BASE
+    packed_parts = set(map(id, packed.values()))
+    made = Recomputed()
+    try:
+        modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
+        for key, part in (attached.selections[name].parts or {}).items():
+            if key not in modules or id(part) in packed_parts:  # that of a method is that of its site
+                continue
+            module = modules[key]
+            full = part.replacements(module)
+            for own, value in full.items():
+                put(module._parameters if own in module._parameters else module._buffers, own, value)
+            makers = {
+                weight: partial(made.read, change, weight_of(module, weight)) for weight, change in part.changes.items()
+            }
+            reads = Reads(module._parameters, makers)
+            put(module.__dict__, "_parameters", reads)
+            kind = kind_of(module)
+            if kind is not None and (full or makers):
+                before = dict(module.__dict__)
+                kind.bind(module, reads.kept())
+                undo.extend(
+                    (module.__dict__, own, before[own]) for own in before if module.__dict__[own] is not before[own]
+                )
+        with context.changed(selection={**context.current.selection, attached.uid: selected}), made.saving():
+            yield
+    finally:
+        for where, key, value in reversed(undo):
+            where[key] = value
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, tuple) else ((example,), {})
+
+
+def _floats(value: Any):
+    """Every floating-point tensor with a gradient in an output of nested containers."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.requires_grad:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _floats(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _floats(item)
+
+
+def _weighted(tensor: Tensor) -> Tensor:
+    return (tensor.float() * torch.randn(tensor.shape).to(tensor.device)).sum().cpu()

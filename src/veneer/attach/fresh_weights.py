@@ -1,0 +1,55 @@
+"""veneer.attach.fresh_weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+
+from torch import nn
+
+from veneer.attach.targets import Names, ParamRef
+from veneer.errors import listing
+
+
+class FreshWeights(UserWarning):
+    """Parameters that the checkpoint did not hold, and that the adapter does not hold either: who loads the adapter
+    later gets other numbers there."""
+
+
+# ---------------------------------------------------------------------------------------------- fresh parameters
+
+
+def fresh(names: Names) -> dict[int, ParamRef]:
+    """The parameters that a checkpoint did not hold, so that they were initialised at loading: where each is first met,
+    by identity. transformers marks what it loads; of a model without such marks nothing is known."""
+    found: dict[int, ParamRef] = {}
+    marked = False
+    for path, module in names.modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if getattr(parameter, "_is_hf_initialized", False):
+                marked = True
+            else:
+                found.setdefault(id(parameter), (path, name))
+    return found if marked else {}
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether a model of transformers is a head on a base model, rather than that base model itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
+
+
+def warn_fresh(lost: Collection[ParamRef], when: str, *, stacklevel: int) -> None:
+    """Warn of fresh parameters that an adapter does not hold."""
+    if lost:
+        paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
+        modules = list(dict.fromkeys(path or name for path, name in lost))
+        warnings.warn(
+            f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not hold them either: "
+            f"{listing(paths, 4)}. They were initialised at random as the model was loaded; the next load makes "
+            f"others. Train them in full (train_also={modules[:4]!r}), unless nothing that you use reads them.",
+            FreshWeights,
+            stacklevel=stacklevel,
+        )

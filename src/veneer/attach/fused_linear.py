@@ -1,0 +1,129 @@
+"""How adapted linear layers run through the fused kernel: alone, or together with those that read the same input.
+
+    self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three, the others take theirs
+
+Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight: what a call needs is known when they are
+attached. ``readers.alike`` finds the layers that may be computed together in the code of the module above them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.kernels import cost_model, fused
+from veneer.kernels.dropout import seed as new_seed
+from veneer.layers import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """One plain low-rank change of a layer that is a matrix product.
+
+    Fields:
+        change: the ``adapted.Change``; its numbers A and B are read at each call, as they may be replaced.
+        weight, bias: the names of the layer's parameters; None where it cannot have a bias.
+        flipped: the weight lies transposed, [in, out].
+        forms_above: the number of tokens above which W + ΔW is formed (``plan.forms_above``).
+    """
+
+    change: Any
+    weight: str
+    bias: str | None
+    flipped: bool
+    forms_above: float
+
+    @property
+    def drops(self) -> float:
+        """The dropout of a call now."""
+        return self.change.dropout if self.change.training else 0.0
+
+    def fits(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether the layer may be computed on x before its own call: no hook of it gives it another x."""
+        weight: Any = module._parameters[self.weight]
+        hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        return not hooks and fused.applies(x, weight)
+
+    def reads(self, module: nn.Module) -> tuple[Any, ...]:
+        """What the layer's output depends on besides x, to be compared: identities and versions."""
+        numbers, own = self.change._parameters, module._parameters
+        tensors = (own[self.weight], own[self.bias] if self.bias else None, numbers["A"], numbers["B"])
+        return self.drops, self.change.scale, *((id(one), one._version) for one in tensors if one is not None)
+
+
+def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
+    """What is known of a change of ``module`` before a call."""
+    weight: Any = module._parameters[layer.weight]
+    bias = "bias" if "bias" in module._parameters else None
+    _, out, in_ = change.dims
+    forms = cost_model.forms_above(out, in_, change.rank, weight.dtype, cost_model.looped(weight.dtype, weight.device))
+    return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
+
+
+def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x [*, in]."""
+    weights, biases, A, B = [], [], [], []
+    for module, known in members:
+        weight: Any = module._parameters[known.weight]
+        weights.append(weight.mT if known.flipped else weight)
+        biases.append(None if known.bias is None else module._parameters[known.bias])
+        A.append(known.change._parameters["A"])
+        B.append(known.change._parameters["B"])
+    tokens = x.numel() // x.shape[-1]
+    dropout = members[0][1].drops
+    seed = new_seed() if dropout else 0
+    form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)
+    scales = tuple(known.change.scale for _, known in members)
+    return fused.linears(fused.Settings(scales, dropout, seed, form), x, weights, biases, A, B)
+
+
+class Together:
+    """Layers of one module that read the same input: the first one that is called computes all of them at once, the
+    others then take what is theirs.
+
+    That is one node in the graph, so it is for an x that has a graph itself: ``backward`` through one output frees what
+    lies below x, and so could not be called through the others later either. With dropout it is for every x that may be
+    seen again in such a graph: the draw is one for all, and checkpointing must meet the same draw without a graph.
+
+    ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output is still that of
+    its layer is seen when it is taken: by the identities and versions of all that it was computed from. A thread keeps
+    the outputs of one group: what an exception has left there goes with the next one.
+    """
+
+    def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
+        self.members = members
+
+    @staticmethod
+    def applies(known: Direct, x: Tensor) -> bool:
+        if torch.is_grad_enabled():
+            return x.grad_fn is not None or (x.requires_grad and known.drops > 0)
+        return known.drops > 0 and not x.is_inference()  # whose version nobody counts
+
+    def output(self, module: nn.Module, part: Any, x: Tensor) -> Tensor:
+        """The output of ``module``, whose part this is, of x [*, in] to which this applies."""
+        held, version, ready = getattr(_THREAD, "ready", (None, 0, {}))
+        if held is x and version == x._version and id(part) in ready:
+            y, read = ready.pop(id(part))
+            if not ready:
+                del _THREAD.ready
+            if read == part.direct.reads(module):
+                return y
+        known = part.direct
+        if part is not self.members[0][1] or not known.fits(module, x):
+            return outputs([(module, known)], x)[0]
+        others = [(other, own.direct) for other, own in self.members[1:] if own.direct.fits(other, x)]
+        others = [(other, own) for other, own in others if own.drops == known.drops]
+        y, *rest = outputs([(module, known), *others], x)
+        if rest:
+            parts = {id(own.direct): id(own) for _, own in self.members}
+            ready = {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)}
+            _THREAD.ready = x, x._version, ready
+        return y
+
+
+_THREAD = threading.local()

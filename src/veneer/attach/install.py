@@ -1,0 +1,328 @@
+"""veneer.attach.install."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.adapted_module import enter, layer_states, own_class, set_child, state_of, uninstall, walk, weight_of
+from veneer.attach.adapted_module import install as install_site
+from veneer.attach.change import Change
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.fused_linear import Together
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.lookup import adapters_of, need_adapters, parameter_path, unwrap
+from veneer.attach.method_overrides import take_back
+from veneer.attach.plan import LowRankPlan, Plans
+from veneer.attach.refusals import kind_for, name_problems
+from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
+from veneer.attach.targets import (
+    Names,
+    ParamRef,
+)
+from veneer.attach.weight_readers import alike, bound, switched, switches
+from veneer.bases import storage_of
+from veneer.config import LoraConfig
+from veneer.errors import MergeError, TargetError, raise_all, sentence
+from veneer.layers import kind_of
+from veneer.layers._base import factors
+from veneer.variants import VARIANTS, InitContext
+
+Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
+
+
+@in_turn
+@torch.inference_mode(False)  # the numbers can be trained later, wherever this is called
+def install(
+    model: nn.Module,
+    name: str,
+    plans: Plans,
+    *,
+    trainable: bool = True,
+    numbers: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
+    calibration: Calibration | None = None,
+) -> None:
+    """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched.
+
+    Args:
+        numbers: the trained numbers of each weight; made anew without.
+        evidence: what a variant may look at of one weight besides the weight itself, by name.
+    """
+    raise_all(
+        TargetError, "Nothing was attached", list(name_problems(model, name))
+    )  # another thread may have been faster
+    names = Names(model)
+    parts = build(names, plans, trainable=trainable, numbers=numbers, calibration=calibration)
+    attached = enlist(model)
+    selected = place(names, attached, plans, parts)
+    for path, part in parts.items():
+        layer_state: Any = state_of(names.modules[path])
+        set_child(layer_state, name, part)
+    attached.set_adapters(
+        {**attached.configs, name: plans.config}, {**attached.selections, name: ActiveAdapter(name, selected)}
+    )
+
+
+def build(
+    names: Names,
+    plans: Plans,
+    *,
+    trainable: bool,
+    numbers: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, LayerAdapter]:
+    """The parts of a planned adapter by the path of their module. The model does not know them yet.
+
+    Raises:
+        TargetError: a variant cannot start from these weights.
+    """
+    modules, given = names.modules, numbers or {}
+    for entry in plans.low:
+        entry.storage.prepare(modules[entry.path])
+    made, problems = [], []
+    for entry in plans.low:
+        try:
+            made.append((entry, make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)))
+        except _BadStartError as error:
+            problems.append(str(error))
+    if problems:
+        for entry in plans.low:
+            if state_of(modules[entry.path]) is None:
+                entry.storage.release(modules[entry.path])
+    raise_all(TargetError, "Nothing was attached", problems)
+    parts: dict[str, LayerAdapter] = {}
+
+    def part(path: str) -> LayerAdapter:
+        return parts.setdefault(path, LayerAdapter())
+
+    for entry, change in made:
+        part(entry.path).low._modules[entry.weight] = change
+        for path, weight in entry.holders:
+            part(path).changes[weight] = change
+    # A frozen base keeps its running statistics too: what training would move becomes a copy that the adapter owns.
+    moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
+    copies: dict[Any, nn.Parameter] = {}
+    for path, parameters in {**plans.full, **moving}.items():
+        whole = path in plans.whole or _keeps_statistics(modules[path])
+        alone = {own: (path, own) for own in parameters if (path, own) in plans.apart}
+        _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies, alone)
+    for weight_reader in (
+        *(weight_reader for entry in plans.low for weight_reader in entry.weight_readers),
+        *plans.full_readers,
+    ):
+        below = part(names.canonical[".".join((weight_reader.path, *weight_reader.way)).strip(".")])
+        if weight_reader.method == "forward":
+            part(weight_reader.path).read_below[weight_reader.way] = below
+        else:
+            part(weight_reader.path).entries.setdefault(weight_reader.method, {})[weight_reader.way] = below
+    for path in list(parts):
+        for above in switched(names, path):
+            part(above)
+    for path, adapter in parts.items():
+        adapter.requires_grad_(trainable).train(modules[path].training)
+    return {path: parts[path] for path in modules if path in parts}
+
+
+def enlist(model: nn.Module) -> ModelAdapters:
+    """The group of a model; where it had none, a new one, and a frozen base."""
+    attached = adapters_of(model)
+    if attached is None:
+        attached = ModelAdapters()
+        attached.required_grad = {path: p.requires_grad for path, p in model.named_parameters()}
+        model.__dict__[ADAPTERS] = attached
+        attached.claim(model)
+        for parameter in model.parameters():
+            parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
+    return attached
+
+
+def place(
+    names: Names, attached: ModelAdapters, plans: Plans, parts: Mapping[str, LayerAdapter]
+) -> dict[Any, LayerAdapter]:
+    """Make the modules of these parts adapted, and return the table of the parts by what calls them (see
+    ``adapted.ActiveAdapter``). The sites do not hold the parts yet."""
+    modules = names.modules
+    transposed = {
+        path for entry in plans.low for path, _ in entry.holders
+        if kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
+    }  # fmt: skip
+    selected: dict[Any, LayerAdapter] = {}
+    for path, part in parts.items():
+        layer_state = _layer_state(modules[path], attached)
+        layer_state.transposed = layer_state.transposed or path in transposed
+        part.finalize(modules[path], layer_state)
+        enter(modules[path], part.entries)
+        selected.update(dict.fromkeys(part.keys(layer_state), part))
+    share(names, parts)
+    return selected
+
+
+def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
+    """Let layers that read one input be computed together."""
+    for path, module in names.modules.items():
+        for children in alike(own_class(module)):
+            paths = [names.canonical.get(parameter_path(path, child), "") for child in children]
+            known = [(names.modules[p], parts[p]) for p in dict.fromkeys(paths) if p in parts and p != path]
+            by_size: dict[Any, list[tuple[nn.Module, LayerAdapter]]] = {}
+            for child, part in known:
+                if part.direct is not None and part.together is None:
+                    change = part.direct.change
+                    by_size.setdefault((change.dims.in_, change.dropout), []).append((child, part))
+            for members in by_size.values():
+                together = Together(members) if len(members) > 1 else None
+                for _, part in members:
+                    part.together = together
+
+
+def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
+    """The module's site, made if need be."""
+    layer_state = state_of(module)
+    if layer_state is None:
+        kind = kind_of(module)
+        storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
+        trusted = storage.modules() if storage is not None else ()
+        factored = kind is not None and factors(kind, module, type(module), trusted)
+        product = factored and kind.product and storage is not None and storage.name == "plain"
+        layer_state = LayerState(attached, kind, factored, switches(module), product)
+        layer_state.bound = tuple(bound(module))
+        layer_state.train(module.training)
+        install_site(module, layer_state)
+    return layer_state
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return not scripted and module._buffers.get("running_mean") is not None
+
+
+class _BadStartError(TargetError):
+    """Numbers from which a variant starts are not finite, or too near to that for linear algebra."""
+
+
+def _starting(entry: LowRankPlan, variant: str, what: str, values: Tensor) -> Tensor:
+    """``values``, if a variant can start from them."""
+    if values.is_meta or values.isfinite().all():
+        return values
+    where = parameter_path(*entry.ref)
+    found = f"the weight {where!r}" if what == "base" else f"the {what} of {where!r}"
+    expected = f"finite numbers, from which variant {variant!r} starts"
+    do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
+    raise _BadStartError(sentence(f"{found} with NaN or infinity", expected, do))
+
+
+def make_change(
+    entry: LowRankPlan,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    given: Mapping[str, Tensor],
+    calibration: Calibration | None,
+) -> Change:
+    """The numbers of one weight on its device: those that are given, or the variant's start."""
+    layer, variant = entry.layer, VARIANTS[config.variant]
+    module = modules[entry.path]
+    weight = weight_of(module, entry.weight)
+    rows = None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
+
+    def base() -> Tensor:
+        dense = entry.storage.dense(weight)
+        dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
+        dense = dense if rows is None else dense[:, rows.to(dense.device)]
+        return _starting(entry, variant.name, "base", dense)
+
+    dims = entry.start_dims
+    found = calibration(entry) if calibration is not None and not given else {}
+    seen = {
+        name: lambda name=name, read=read: _starting(entry, variant.name, name, read()) for name, read in found.items()
+    }
+    start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
+    device = getattr(weight, "device", None) or entry.storage.dense(weight).device
+    numbers = {name: value.to(device) for name, value in given.items()}
+    if not given or variant.derived:
+        try:
+            with torch.no_grad(), torch.device(device):
+                numbers = {**variant.init(start), **numbers}
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
+            found = f"{parameter_path(*entry.ref)!r}, from which variant {variant.name!r} cannot start ({error})"
+            do = "exclude the layer, or use a variant that does not start from it, such as lora"
+            raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
+    dtype = trained_dtype(config, entry.storage.dtype(weight))
+    numbers = {
+        name: value if name in variant.derived else value.to(dtype, copy=bool(given)) for name, value in numbers.items()
+    }
+    return Change(
+        numbers, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
+        alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
+    )  # fmt: skip
+
+
+def _copy_full(full: nn.Module, module: nn.Module, parameters, config: LoraConfig, whole: bool, copies, alone) -> None:
+    """Register copies of a module's parameters, and of its buffers if ``whole``; tied parameters have one copy, but for
+    those that stand ``alone``."""
+    for name in parameters:
+        own: Any = module._parameters[name]
+        key = alone.get(name, id(own))
+        if key not in copies:
+            copies[key] = nn.Parameter(own.detach().to(trained_dtype(config, own.dtype), copy=True))
+        full.register_parameter(name, copies[key])
+    for name, own in module._buffers.items() if whole else ():
+        if own is not None and name not in module._non_persistent_buffers_set:
+            full.register_buffer(name, own.detach().clone())
+
+
+def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
+    """The dtype of what is trained for a weight of dtype ``base``: the config's, else float32 for a 16-bit base and
+    the base's otherwise."""
+    return getattr(torch, config.dtype) if config.dtype else at_least_float32(base)
+
+
+@in_turn
+def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
+    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the very object graph
+    that it was: classes, modules, parameters, ``requires_grad``.
+
+    Args:
+        keep_merged: leave the weights of a merged adapter merged, and with them a plain model.
+
+    Raises:
+        SelectionError: there is no such adapter.
+        MergeError: the adapter is merged and ``keep_merged`` is False. Nothing was changed.
+    """
+    model = unwrap(model)
+    attached = need_adapters(model, name)
+    names = list(attached.configs) if name is None else [name]
+    if attached.merged in names and not keep_merged:
+        do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
+        raise MergeError(sentence(f"{attached.merged!r} is merged into the weights", "an unmerged model", do))
+    for adapter in names:
+        attached.selections[adapter].parts = None  # an error for calls that still select it
+    for _, _, layer_state in layer_states(model):
+        for adapter in names:
+            set_child(layer_state, adapter, None)
+    kept = [key for key in attached.configs if key not in names]
+    attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
+    if attached.merged in names:
+        attached.merged = None
+    for _, module in walk(model) if not kept else ():
+        take_back(module)
+    abandon(model, attached)
+
+
+def abandon(model: nn.Module, attached: ModelAdapters) -> None:
+    """Give modules without an adapter their own class and storage back, and with the last adapter the model its
+    ``requires_grad``: unless a bank needs them."""
+    if attached.banks:
+        return
+    for _, module, layer_state in list(layer_states(model)):
+        if not layer_state._modules:
+            uninstall(module)
+            for name in layer_state.layer.weights(module) if layer_state.layer is not None else ():
+                storage = storage_of(weight_of(module, name))
+                if storage is not None:
+                    storage.release(module)
+    if not attached.configs:
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad = attached.required_grad.get(path, parameter.requires_grad)
+        del model.__dict__[ADAPTERS]

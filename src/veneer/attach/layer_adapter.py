@@ -1,0 +1,238 @@
+"""The one mechanism that puts an adapter into a layer.
+
+An adapted layer is the same object with the same parameters. Only its class changes, to a subclass made once for each
+class of layer, whose ``forward`` asks which adapter is selected:
+
+    Linear, adapted (Adapted, nn.Linear)
+      .weight, .bias                      the base's own Parameters, untouched
+      ._modules["veneer"]: Site           the adapters of this layer, by name
+          ["default"]: LayerAdapter       what this adapter does here
+              .low["weight"]: Change      the trained numbers A, B, … of one weight
+              .full                       parameters that are trained in full, and running statistics
+
+So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class
+back.
+
+Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the
+instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
+weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
+
+    factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers that are linear in their one weight
+    materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
+    viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer import context
+from veneer.attach.adapted_module import weight_of
+from veneer.attach.change import Change
+from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
+from veneer.attach.fused_linear import Direct, Together, direct, outputs
+from veneer.attach.state import LayerState, ModulePath
+from veneer.attach.views import view, viewed
+from veneer.kernels import cost_model, fused
+from veneer.kernels.dropout import dropout as drop
+from veneer.kernels.dropout import seed as new_seed
+from veneer.layers import Layer
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+
+class LayerAdapter(nn.Module):
+    """What one adapter does at one layer.
+
+    ``changes`` are the changes of this module's own weights by name; those that no other module registered are in
+    ``low``. ``full`` holds full replacements of parameters and buffers by name. ``read_below`` are the parts of modules
+    below, by path, whose weights this module's forward reads directly; ``entries`` the same of each other method that
+    reads an adapted weight, here or below.
+    """
+
+    full: nn.Module
+    low: nn.Module
+    digests: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Module()
+        self.full = nn.Module()
+        self.changes: dict[str, Change] = {}
+        self.direct: Direct | None = None
+        self.together: Together | None = None
+        self.read_below: dict[ModulePath, LayerAdapter] = {}
+        self.entries: dict[str, dict[ModulePath, LayerAdapter]] = {}
+
+    def keys(self, layer_state: LayerState) -> Iterator[Any]:
+        """The keys of what this part takes part in: forward, unless it would find nothing changed, and methods."""
+        if self.changes or self.read_below or self.full._parameters or self.full._buffers or layer_state.attributes:
+            yield layer_state.key
+        for method in self.entries:
+            yield layer_state.key, method
+
+    def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
+        """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose numbers
+        the fused kernel can take as they are?"""
+        changes = tuple(self.changes.values())
+        alone = len(changes) == 1 and not (self.read_below or self.full._parameters or self.full._buffers)
+        plain = alone and changes[0].variant.resolve is VARIANTS["lora"].resolve
+        if (
+            plain
+            and changes[0].rows is None
+            and changes[0].frozen_input is None
+            and layer_state.product
+            and not layer_state.transposed
+        ):
+            self.direct = direct(changes[0], module, cast(Layer, layer_state.layer))
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        """The identities of what a call of this layer sees: this part, its changes, and those of hosted parts."""
+        yield id(self)
+        yield from map(id, self.changes.values())
+        for part in self.below(method).values():
+            yield from part.seen()
+
+    def below(self, method: str) -> Mapping[ModulePath, LayerAdapter]:
+        """The parts of modules below whose weights a method reads directly."""
+        return self.read_below if method == "forward" else self.entries[method]
+
+    def replacements(self, module: nn.Module) -> dict[str, Tensor]:
+        """What ``full`` puts in place of the module's own parameters and buffers, in their dtypes."""
+        full = self.full
+        if not full._parameters and not full._buffers:
+            return {}
+        own = {**module._buffers, **module._parameters}
+        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
+        return {**trained, **cast(dict[str, Tensor], full._buffers)}
+
+    def run(
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        layer_state: LayerState,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        share: bool = True,
+        method: str = "forward",
+    ) -> Any:
+        """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
+        ``share`` allows to compute layers that read the same input together."""
+        if method != "forward":
+            return viewed(self, module, base, layer_state, args, kwargs, method)
+        known = self.direct
+        if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
+            # Each Python call here is time in every layer of a decoding step.
+            x, own = args[0], module._parameters
+            weight: Any = own[known.weight]
+            if fused.applies(x, weight):
+                if self.together is not None and share and self.together.applies(known, x):
+                    return self.together.output(module, self, x)
+                shape, change = x.shape, known.change
+                tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
+                if tokens > known.forms_above or (change.dropout and change.training):
+                    return outputs([(module, known)], x)[0]
+                numbers: Any = change._parameters
+                bias = None if known.bias is None else own[known.bias]
+                weight = weight.mT if known.flipped else weight
+                run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
+                return run(change.scale, x, weight, bias, numbers["A"], numbers["B"])
+        full = self.replacements(module)
+        if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
+            return viewed(self, module, base, layer_state, args, kwargs)
+        reader: Any = layer_state.layer
+        change = self.changes[reader.weight]
+        weight = weight_of(module, reader.weight)
+        low, gain = change.resolve(weight)
+        way = cost_model.choose(gain_fits=gain is None or not layer_state.transposed, forced=now.path)
+        run = self._factored if way == cost_model.FACTORED else self._materialised
+        return run(change, module, base, layer_state, low, gain, full, args, kwargs)
+
+    def _factored(
+        self, change: Change, module, base, layer_state: LayerState, low: LowRank, gain, full, args, kwargs
+    ) -> Tensor:
+        reader: Any = layer_state.layer
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        weight: Any = weight_of(module, reader.weight)
+        bias = full.get("bias", module._parameters.get("bias"))
+        if layer_state.product and gain is None and fused.applies(x, weight):
+            low, dropout = low.T if layer_state.transposed else low, change.dropout if change.training else 0.0
+            seed = new_seed() if dropout else 0
+            settings = fused.Settings((low.scale,), dropout, seed)
+            matrix = weight.mT if reader.out_axis == 1 else weight
+            return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
+        if base in reader.types() and gain is None and not layer_state.transposed and fused.applies(x, weight):
+            drops = change.dropout if change.training else 0.0
+            y = None if context.current.path else reader.fused(module, x, weight, bias, low, drops)
+            if y is not None:
+                return y
+        if gain is None and not full and not change.storage.computed:
+            plain: Any = view(module, base, {}) if self.entries else module  # whose methods are the base's too
+            y = base.forward(plain, *args, **kwargs)
+        else:
+            dense = change.storage.dense(weight)
+            y = reader.op(
+                module, x, dense.to(x.dtype) if x.is_floating_point() else dense, None if gain is not None else bias
+            )
+        dropout = change.dropout if change.training else 0
+        low = (low.T if layer_state.transposed else low).to(x.dtype if x.is_floating_point() else y.dtype)
+        if not dropout:
+            y = reader.update(module, x, low, y)
+        elif reader.drops_input:
+            y = reader.update(module, drop(x, dropout), low, y)
+        else:
+            y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
+        if gain is not None:
+            y = y * reader.per_output(module, gain, y).to(y.dtype)
+            y = y if bias is None else y + reader.per_output(module, bias, y).to(y.dtype)
+        return y
+
+    def _materialised(
+        self, change: Change, module, base, layer_state: LayerState, low: LowRank, gain, full, args, kwargs
+    ) -> Tensor:
+        reader: Any = layer_state.layer
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        weight: Any = weight_of(module, reader.weight)
+        own = change.storage.dtype(weight)
+        dtype = at_least_float32(own)
+        # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one on a narrow x.
+        narrow_x = x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+        wide = dtype != own or narrow_x
+        bias = full.get("bias", module._parameters.get("bias"))
+        bias = widen(bias, dtype) if wide and bias is not None else bias
+        dropout = change.dropout if change.training else 0
+        with no_autocast(x) if wide else nullcontext():
+            seen = widen(x, dtype) if wide else x
+            changed = change.changed(weight, low, gain, dtype)
+            if not dropout:
+                y = reader.op(module, seen, changed, bias)
+            else:
+                frozen = change.changed(weight, None, gain, dtype)
+                dropped = drop(seen, dropout) if reader.drops_input else seen
+                update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
+                mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
+                y = reader.op(module, seen, frozen, bias) + update * mask
+        return y.to(output_dtype(x, own)) if wide else y
+
+    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """``gain ⊙ (W + ΔW)`` of every weight that changes here, in at least float32 if ``wide``, else in its own
+        dtype."""
+        values = {}
+        for name, change in self.changes.items():
+            weight = weight_of(module, name)
+            own = change.storage.dtype(weight)
+            low, gain = change.resolve(weight)
+            value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
+            values[name] = value if wide else value.to(own)
+        return values
+
+
+def _token_mask(ids: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    return F.dropout(torch.ones(*ids.shape, 1, dtype=dtype, device=ids.device), p)

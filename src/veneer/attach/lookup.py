@@ -1,0 +1,100 @@
+"""veneer.attach.lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from veneer.attach.adapted_module import layer_states
+from veneer.attach.change import Change
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.state import ADAPTERS, STRAY, ModelAdapters, in_turn
+from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
+
+
+def adapters_of(model: nn.Module) -> ModelAdapters | None:
+    """The group of the adapters attached to ``model``, seen through DDP's and ``torch.compile``'s wrappers."""
+    return unwrap(model).__dict__.get(ADAPTERS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers.
+
+    Raises:
+        TargetError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(
+            sentence(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
+        )
+    while ADAPTERS not in model.__dict__:
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None or len(model._modules) != 1:
+            return model
+        model = inner
+    return model
+
+
+def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
+    """The model's group; a SelectionError if it has none, or no adapter of this name, or if layers of the model belong
+    to another group. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
+    attached = adapters_of(model)
+    if attached is None:
+        raise SelectionError(
+            sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
+        )
+    attached.claim(unwrap(model))
+    if (walk or STRAY) and (problem := strangers(model)):
+        raise SelectionError(problem)
+    if name is not None and not (isinstance(name, str) and name in attached.configs):
+        found = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
+        raise SelectionError(sentence(found, f"one of {', '.join(attached.configs)}", "use a name that is attached"))
+    return attached
+
+
+def strangers(model: nn.Module) -> str | None:
+    """The problem of layers with adapters that were attached through another model, or None. Nobody who selects, merges
+    or detaches through this one means them, but a walk over its layers would meet them."""
+    if not _strangers(model) or not (paths := in_turn(_strangers)(model)):  # another thread may be attaching
+        return None
+    found = f"adapters attached through another model object at {listing(paths, 3)}"
+    do = (
+        "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
+        "copying or attach after"
+    )
+    return sentence(found, "one root for all adapters", do)
+
+
+def _strangers(model: nn.Module) -> list[str]:
+    attached = adapters_of(model)
+    return [path for path, _, layer_state in layer_states(unwrap(model)) if layer_state.attached is not attached]
+
+
+def only_name(model: nn.Module, name: str | None) -> str:
+    """``name``, or the name of the only adapter; a SelectionError if there are several."""
+    attached = need_adapters(model, name)
+    if name is None and len(attached.configs) > 1:
+        found = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
+        raise SelectionError(sentence(found, "a name", "say which adapter is meant"))
+    return name if name is not None else next(iter(attached.configs))
+
+
+def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
+    """(path, module, its part of the adapter ``name``) for every module where it does something of its own, in the
+    model's order."""
+    for path, module, layer_state in layer_states(model):
+        part = layer_state.get(name)
+        if part is not None and (part.low._modules or part.full.state_dict()):
+            yield path, module, part
+
+
+def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
+    """(path, module, weight, change) of each weight that the adapter ``name`` changes, once, in the model's order."""
+    for path, module, part in adapters(model, name):
+        for weight, change in part.low._modules.items():
+            yield path, module, weight, change  # pyright: ignore[reportReturnType]
+
+
+def parameter_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

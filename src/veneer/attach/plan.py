@@ -1,0 +1,313 @@
+"""Attach and detach: from (model, config) to plans, from plans to sites.
+
+    plan(model, config) -> Plans    which weight gets which rank, who reads it, what is trained in full
+    install(model, name, plans)     makes the trained numbers, then puts them in place
+    detach(model)                   gives back the very model
+
+``plan`` finds every problem before anything changes, and raises once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.fresh_weights import fresh
+from veneer.attach.lookup import parameter_path
+from veneer.attach.refusals import (
+    GENERAL_KIND,
+    check_full,
+    frozen_on_purpose,
+    holders,
+    holders_of,
+    kind_for,
+    name_problems,
+    refusals_of,
+)
+from veneer.attach.shared_memory import overlaps
+from veneer.attach.state import in_turn
+from veneer.attach.targets import (
+    WORDS,
+    Names,
+    ParamRef,
+    bad_regex,
+    excluded,
+    expand,
+    fresh_head,
+    select,
+    unmatched,
+    value_for,
+)
+from veneer.attach.weight_readers import WeightReader, weight_readers
+from veneer.bases import Storage, storage_of
+from veneer.config import LoraConfig
+from veneer.errors import ConfigError, TargetError, nearest, raise_all, sentence
+from veneer.layers import Dims, Layer, kind_of
+from veneer.variants import VARIANTS
+
+
+class SkippedLayers(UserWarning):
+    """``targets="all"`` met layers that cannot carry an adapter; the text names each, and why."""
+
+
+@dataclass(frozen=True)
+class LowRankPlan:
+    """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
+    past those.
+
+    ``rows`` are the outputs to change, None for all of them.
+    """
+
+    path: str
+    weight: str
+    layer: Layer
+    storage: Storage
+    dims: Dims
+    rank: int
+    alpha: float
+    holders: tuple[ParamRef, ...]
+    weight_readers: tuple[WeightReader, ...] = ()
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def ref(self) -> ParamRef:
+        return self.path, self.weight
+
+    @property
+    def start_dims(self) -> Dims:
+        """The size of what is trained: the whole weight's, or that of the chosen rows."""
+        return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
+    ``full_readers`` are the methods that read those past their modules, ``apart`` the places in ``full`` whose
+    parameter is tied to another in the model, and has values of its own in this adapter."""
+
+    config: LoraConfig
+    low: tuple[LowRankPlan, ...]
+    full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    full_readers: tuple[WeightReader, ...] = ()
+    apart: frozenset[ParamRef] = frozenset()
+
+
+@in_turn
+def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
+    """What ``config`` means for ``model``. Nothing is changed.
+
+    Raises:
+        TargetError: with every problem.
+    """
+    if not isinstance(config, LoraConfig):
+        found = f"config={config!r}"
+        raise ConfigError(
+            sentence(found, "a veneer.LoraConfig", "use LoraConfig(…), or LoraConfig.from_dict for a mapping")
+        )
+    problems, unusable = list(name_problems(model, name)), bad_regex(config)
+    if config.variant not in VARIANTS.names():
+        found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
+        problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
+    raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
+
+    names, variant = Names(model), VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+    frozen = frozen_on_purpose(names)
+    targets, more = select(names, config)
+    problems += more
+    also = expand(names, config.train_also, "train_also", problems)
+    explicit = callable(config.targets) or any(t not in WORDS for t in _strings(config.targets))
+    for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
+        problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
+    head = [] if explicit else _untrained_head(names, config, frozen)
+    targets = [ref for ref in targets if ref[0] not in also and ref not in head]
+    everything = not callable(config.targets) and "all" in _strings(config.targets)
+    if everything:
+        targets = _attachable(names, targets, frozen)
+    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
+        problems += unmatched(names, patterns, field_name, targets)
+
+    alpha = variant.default_alpha if config.alpha is None else config.alpha
+    low_slots = [ref for ref in targets if is_matrix(names, ref)]
+    wanted = {
+        ref: TargetSpec(
+            int(value_for(names, ref, config.ranks, config.rank)),
+            value_for(names, ref, config.alphas, alpha),
+            value_for(names, ref, config.slices, None),
+            # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
+            clamp=everything and value_for(names, ref, config.ranks, None) is None,
+        )
+        for ref in low_slots
+    }
+    low = plan_low(names, wanted, problems)
+    vectors: dict[str, tuple[str, ...]] = {}
+    for path, vector in (*head, *targets):
+        if (path, vector) not in wanted:
+            vectors[path] = (*vectors.get(path, ()), vector)
+    full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
+    for source in (vectors, _bias_plan(names, config, [entry.path for entry in low], also, problems)):
+        for path, found in source.items():
+            full[path] = tuple(dict.fromkeys((*full.get(path, ()), *found)))
+    full = with_ties(names, full)
+    check_full(names, full, problems, frozen)
+    for path, name in {ref for entry in low for ref in entry.holders}:
+        if name in full.get(path, ()):
+            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+            problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
+    problems += overlaps(names, changed_refs(low, full))
+    raise_all(TargetError, "Nothing was attached", problems)
+    if callable(config.targets):
+        config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
+    return Plans(config, tuple(low), full, frozenset(also), full_readers(names, full))
+
+
+def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[ParamRef]:
+    """With "all-linear", a task head that no checkpoint held, which is trained in full: a low-rank change of random
+    numbers, or none at all, would leave the head to whoever loads the adapter."""
+    if callable(config.targets) or "all-linear" not in _strings(config.targets):
+        return []
+    found, left_out = fresh(names), excluded(names, config, [])
+    head = fresh_head(names, [ref for key, ref in found.items() if key not in frozen])
+    return [ref for ref in head if ref not in left_out]
+
+
+def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
+    """Every place whose parameter an adapter changes or replaces."""
+    own = [ref for entry in low for ref in entry.holders]
+    return [*own, *((path, name) for path, parameters in full.items() for name in parameters)]
+
+
+def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """``full`` with every other place that holds the same parameters: a tie is trained as one."""
+    held, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
+    for path, parameters in full.items():
+        for name in parameters:
+            for other, own in held.get(id(names.modules[path]._parameters.get(name)), ()):
+                whole.setdefault(other, {})[own] = None
+    return {path: tuple(parameters) for path, parameters in whole.items()}
+
+
+def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
+    """Who reads parameters that are trained in full past their module."""
+    found = [
+        weight_reader
+        for path, parameters in full.items()
+        for name in parameters
+        for weight_reader in weight_readers(names, path, name)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def is_matrix(names: Names, ref: ParamRef) -> bool:
+    """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes that count."""
+    path, name = ref
+    module = names.modules[path]
+    kind = kind_of(module)
+    if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
+        return name in kind.weights(module)
+    return "bias" not in name and name in GENERAL_KIND.weights(module)
+
+
+def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list[ParamRef]:
+    """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
+    held = holders(names)
+    refused: dict[ParamRef, str] = {}
+    for ref in targets:
+        reason = next(refusals_of(names, ref, held), None)
+        if reason is None and not is_matrix(names, ref):
+            problems: list[str] = []
+            check_full(names, {ref[0]: (ref[1],)}, problems, frozen)
+            reason = next(iter(problems), None)
+        if reason:
+            refused[ref] = reason
+    if refused:
+        lines = "\n".join(f"  {reason}" for reason in refused.values())
+        warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=4)
+    return [ref for ref in targets if ref not in refused]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What is wanted for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each of its
+    equal parts. ``clamp`` lowers the rank to what the shape allows."""
+
+    rank: int
+    alpha: float
+    slices: Sequence[Any] | None = None
+    clamp: bool = False
+
+
+def plan_low(names: Names, wanted: Mapping[ParamRef, TargetSpec], problems: list[str]) -> list[LowRankPlan]:
+    """A plan for each wanted weight, with everyone who holds or reads it; problems are added."""
+    held = holders(names)
+    plans: dict[ParamRef, LowRankPlan] = {}
+    for ref, spec in wanted.items():
+        found = list(refusals_of(names, ref, held))
+        if found:
+            problems += found
+            continue
+        entry = _low_plan(names, holders_of(names, ref, held), spec, problems)
+        if entry is not None:
+            plans.setdefault(entry.ref, entry)
+    return list(plans.values())
+
+
+def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]) -> LowRankPlan | None:
+    path, name = refs[0]
+    module = names.modules[path]
+    layer, weight = kind_for(module, name), weight_of(module, name)
+    storage: Any = storage_of(weight)
+    where = f"{parameter_path(path, name)!r} ({own_class(module).__name__})"
+    dims = layer.dims(module, storage.shape(weight))
+    rows = None
+    if spec.slices is not None:
+        rows = _rows(spec.slices, dims)
+        if rows is None:
+            found = f"slices {list(spec.slices)!r} for {where}, which has {dims.out} outputs"
+            expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
+            problems.append(sentence(found, expected, "correct them, for instance [True, False, True]"))
+            return None
+    largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
+    rank = min(spec.rank, largest) if spec.clamp else spec.rank
+    if rank > largest:
+        found = f"rank {rank} for {where}, (groups, out, in) = {tuple(dims)}"
+        do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
+        problems.append(sentence(found, f"at most {largest}, what its weight allows", do))
+        return None
+    above = tuple(dict.fromkeys(weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)))
+    return LowRankPlan(path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows)
+
+
+def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
+    """The outputs that slices choose, or None if they do not fit."""
+    if all(isinstance(part, bool) for part in slices):
+        size, rest = divmod(dims.out, len(slices))
+        ranges = [(size * number, size * (number + 1)) for number, on in enumerate(slices) if on]
+        fits = not rest
+    else:
+        ranges = [tuple(part) for part in slices]
+        fits = all(len(part) == 2 and 0 <= part[0] < part[1] <= dims.out for part in ranges)
+    rows = tuple(row for start, stop in ranges for row in range(start, stop)) if fits else ()
+    return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None
+
+
+def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str], problems: list[str]):
+    if config.bias == "none":
+        return {}
+    left_out = {*((path, "bias") for path in also), *excluded(names, config, [])}
+    candidates = low if config.bias == "targets" else [p for p in names.modules if (p, "bias") not in left_out]
+    own = {path: names.modules[path]._parameters for path in candidates}
+    found = {path: ("bias",) for path, named in own.items() if "bias" in named and named["bias"] is not None}
+    if not found:
+        what = f"bias={config.bias!r} and no bias there"
+        problems.append(sentence(what, "at least one bias to train", 'use bias="none"'))
+    return found
+
+
+def _strings(targets) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else tuple(targets)

@@ -1,0 +1,172 @@
+"""veneer.attach.refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.attach.adapted_module import own_class, walk, weight_of
+from veneer.attach.lookup import adapters_of, parameter_path, strangers
+from veneer.attach.state import STATE, LayerState
+from veneer.attach.targets import (
+    Names,
+    ParamRef,
+)
+from veneer.attach.weight_readers import switched, unreachable, weight_readers
+from veneer.bases import storage_of
+from veneer.distributed import spread_problem
+from veneer.errors import sentence
+from veneer.layers import LAYERS, Layer, kind_of
+from veneer.layers._base import GENERAL
+
+GENERAL_KIND: Layer = LAYERS[GENERAL]
+
+
+def kind_for(module: nn.Module, name: str) -> Any:
+    """The kind that describes one parameter: its module's, or the general one for what that does not mention."""
+    kind = kind_of(module)
+    return kind if kind is not None and name in kind.weights(module) else GENERAL_KIND
+
+
+def holders(names: Names) -> dict[int, list[ParamRef]]:
+    """(path, name) of every place that holds a parameter, by the parameter's identity."""
+    found: dict[int, list[ParamRef]] = {}
+    for path, module in names.modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((path, name))
+    return found
+
+
+def holders_of(names: Names, ref: ParamRef, held: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
+    """Every place that holds the weight of a slot, in the model's order."""
+    return held.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
+
+
+def refusals_of(names: Names, ref: ParamRef, held: Mapping[int, list[ParamRef]]) -> Iterator[str]:
+    """Why a weight cannot be changed, for each module that holds or reads it."""
+    for holder in holders_of(names, ref, held):
+        problem = _refusal(names, holder, ref)
+        if problem:
+            yield problem
+
+
+def _refusal(names: Names, holder: ParamRef, wanted: ParamRef) -> str | None:
+    """Why the module that holds a weight cannot run on a changed one, or None. ``wanted`` is the target whose weight
+    it shares."""
+    (path, name), module = holder, names.modules[holder[0]]
+    kind, weight = kind_for(module, name), weight_of(module, name)
+    shared = "" if holder == wanted else f" (it shares the weight of target {parameter_path(*wanted)!r})"
+    what = f"{path!r}, a {own_class(module).__name__}{shared}"
+    if weight is None:
+        found = f"{what}, whose {name!r} is no parameter (computed by a hook?)"
+        return sentence(found, "a parameter, or a parametrization of torch.nn.utils.parametrize", "leave it out")
+    stem, _, ending = name.rpartition("_")
+    if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
+        found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
+        return sentence(found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that")
+    if getattr(weight, "is_meta", False) and not names.without_numbers and not nn.parameter.is_lazy(weight):
+        found = f"{what}, whose weight is on the meta device while others hold numbers (offloaded?)"
+        return sentence(found, "a weight that holds numbers", "load it first, or leave it out")
+    if nn.parameter.is_lazy(weight):
+        return sentence(f"{what}, whose weight has no shape yet", "a model that has run once", "run it on an example")
+    if storage_of(weight) is None:
+        found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
+        return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
+    reason = kind.refuses(module) or no_place(names, path) or _readers_refuse(names, path, name)
+    return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
+
+
+def _readers_refuse(names: Names, path: str, name: str) -> str | None:
+    """Why a module that reads a parameter from above, or whose fast path would, cannot see a changed one, or None."""
+    for weight_reader in weight_readers(names, path, name):
+        if reason := no_place(names, weight_reader.path, weight_reader.method):
+            reader = (
+                repr(weight_reader.path) if weight_reader.path else "the model"
+            ) + f" in {weight_reader.method!r}" * (weight_reader.method != "forward")
+            return f"{reader} reads it, and {reason}"
+    for above in switched(names, path):
+        if reason := _taken(names.modules[above]):
+            return f"{above!r} reads it, and {reason}"
+    return None
+
+
+def no_place(names: Names, path: str, method: str = "forward") -> str | None:
+    """Why an adapter at ``path`` cannot stand there or would have no effect in a method, whatever its weights are, or
+    None."""
+    return unreachable(names, path, method) or _taken(names.modules[path])
+
+
+def _taken(module: nn.Module) -> str | None:
+    own = dict(module._modules.items()).get(STATE)  # a ScriptModule's children are no dict
+    mine = own is None or isinstance(own, LayerState)
+    return None if mine else f"it has a child of its own called {STATE!r}, where its adapters would stand"
+
+
+def frozen_on_purpose(names: Names) -> set[int]:
+    """The ids of the parameters that are frozen while others of the model train, adapters aside. A model that is
+    frozen as a whole tells nothing about any one of them."""
+    attached = adapters_of(names.model)
+    before = {} if attached is None else attached.required_grad
+    trains: dict[int, bool] = {}
+    for path, module in names.modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # a tie is known by the first of its names
+                required = before.get(parameter_path(path, name), parameter.requires_grad)
+                trains.setdefault(id(parameter), required)
+    return {key for key, required in trains.items() if not required} if any(trains.values()) else set()
+
+
+def check_full(
+    names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str], frozen: Set[int] = frozenset()
+) -> None:
+    """Problems of the parameters that are to be trained in full: out of forward's reach, or not to be trained.
+    ``frozen`` are the ids of those that the user has frozen."""
+    for path, parameters in full.items():
+        module = names.modules[path]
+        reason = no_place(names, path) if parameters else None
+        if reason:
+            problems.append(
+                sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
+            )
+        for name in parameters:
+            parameter = module._parameters.get(name)
+            if not reason and (why := _readers_refuse(names, path, name)):
+                found = f"{parameter_path(path, name)!r} trained in full: {why}"
+                problems.append(sentence(found, "a module that takes effect", "leave it out"))
+            if parameter is None:
+                found = f"{path}.{name} trained in full, which is computed by a parametrization"
+                problems.append(sentence(found, "a plain parameter", "leave it out"))
+                continue
+            where = parameter_path(path, name)
+            if not parameter.is_floating_point():
+                problems.append(sentence(f"{where} of {parameter.dtype}", "floating point", "leave it out"))
+            elif parameter.is_meta and not names.without_numbers:
+                problems.append(sentence(f"{where} on the meta device", "numbers", "load it first"))
+            elif id(parameter) in frozen:
+                found = f"{where} trained in full, which you froze (requires_grad=False) among parameters that train"
+                problems.append(sentence(found, "one that may be trained", "leave it out, or unfreeze it first"))
+
+
+def name_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """Why an adapter called ``name`` cannot be added to the model now, whatever it is."""
+    attached = adapters_of(model)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+        yield sentence(f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name")
+    if attached and name in attached.configs:
+        yield sentence(
+            f"adapter name {name!r}, which is taken", "a new name", "choose another, or detach that one first"
+        )
+    if attached and attached.merged is not None:
+        yield sentence(
+            f"{attached.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
+        )
+    if problem := strangers(model):
+        yield problem
+    # its numbers would be no part of what is sharded, and of what averages gradients
+    do = "attach or load the adapter first, then shard the model (fully_shard)"
+    if problem := spread_problem((module for _, module in walk(model)), "an adapter", do):
+        yield problem

@@ -1,0 +1,99 @@
+"""Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
+
+The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``), never to the
+model: two threads may use two adapters of one model at once. Activation checkpointing runs layers again during
+backward, so keep the backward pass inside the block too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+
+from torch import nn
+
+from veneer import context
+from veneer.attach.blend import blended, finite_weights
+from veneer.attach.lookup import need_adapters, unwrap
+from veneer.attach.select_rows import by_rows
+from veneer.attach.state import BASE, ActiveAdapter
+from veneer.errors import SelectionError, sentence
+from veneer.kernels import cost_model
+
+#: what a call or a row uses: an adapter, the base alone, or a blend {name: weight}
+Choice = str | Mapping[str, float] | None
+
+
+class use:
+    """A context manager that selects the adapter ``name`` of ``model``, or the base alone with None.
+
+    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight, and for each parameter that is trained
+    in full, whatever the adapters' layers, variants and ranks are. The blended weights are formed in every call, and
+    gradients reach each of the adapters. A weight of 0 leaves an adapter out.
+
+    A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a", None, {"a": 0.7,
+    "b": 0.3}]):``. Every layer then runs once for each distinct choice.
+
+    Args:
+        path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that have both; None
+            leaves it to the plan.
+
+    Raises:
+        SelectionError: there is no such adapter, or no such path; a blend of nothing, a weight that is no finite
+            number. In a call: a blend in training mode at a module with running statistics, which belong to one
+            adapter.
+    """
+
+    def __init__(self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None) -> None:
+        if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
+            found = f"path={path!r}"
+            do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
+            raise SelectionError(sentence(found, "a way to compute an adapted layer", do))
+        self._path = {} if path is None else {"path": path}
+        attached = need_adapters(model, walk=False)
+        self._uid = attached.uid
+        self._name = name
+        if name is None or isinstance(name, str | Mapping):
+            self._selected = _selected(model, name)
+        elif isinstance(name, Iterable) and not isinstance(name, Set):
+            distinct: dict[str | None, ActiveAdapter] = {}  # a blend's name says its weights to the last digit
+            rows = [_selected(model, one) for one in name]
+            rows = [distinct.setdefault(selected.name, selected) for selected in rows]
+            self._selected = by_rows(unwrap(model), attached, rows)
+        else:
+            found = f"{name!r} to use"
+            expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
+            raise SelectionError(sentence(found, expected, "choose one of these"))
+        self._entered = False
+
+    def __enter__(self) -> None:
+        self._entered = True
+        context.enter(selection={**context.current.selection, self._uid: self._selected}, **self._path)
+
+    def __exit__(self, *_: object) -> None:
+        context.leave()
+
+    def __del__(self) -> None:
+        # A bare call looks like a switch that stays on, and would silently do nothing.
+        if not getattr(self, "_entered", True):
+            warnings.warn(
+                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing", stacklevel=2
+            )
+
+
+def _selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
+    """What a choice means."""
+    if choice is None:
+        return BASE
+    if not isinstance(choice, Mapping):
+        return need_adapters(model, choice, walk=False).selections[choice]
+    if not choice:
+        do = 'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone'
+        raise SelectionError(sentence("a blend of nothing, {}", "at least one adapter", do))
+    finite_weights(choice)
+    if None in choice:
+        found, expected = "the weight of None in a blend", "names alone: what is missing to 1 is the base's anyway"
+        raise SelectionError(sentence(found, expected, "leave it out"))
+    uses = [(_selected(model, name), weight) for name, weight in choice.items()]
+    uses = [(selected, weight) for selected, weight in uses if weight]
+    return blended(uses) if uses else BASE

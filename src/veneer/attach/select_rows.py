@@ -1,0 +1,160 @@
+"""Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]): model(x)``.
+
+Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
+order. What such a run calls below uses that one adapter too, as it sees its rows alone. That is right for every layer
+whose inputs hold the rows along an axis that its kind knows (``Layer.take``; the leading one, unless the kind says
+another), and an error for any other; batched products that are faster come on top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from veneer import context
+from veneer.attach.adapted_module import method_of, own_class, walk
+from veneer.attach.state import ActiveAdapter, LayerState, ModelAdapters, detached
+from veneer.errors import SelectionError, sentence
+from veneer.layers import LAYERS, Layer
+from veneer.layers._base import GENERAL
+
+#: tensors, and what holds none
+_DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
+
+
+class Parts(Mapping[Any, Any]):
+    """The part at a site: that of each distinct adapter, for its rows.
+
+    Args:
+        selections: what the rows use, each once; ``rows`` are the indices of those that use it, ``count`` is how many
+            rows there are in all.
+        time_first: whether the model has a module whose inputs hold the rows along the second axis.
+    """
+
+    def __init__(
+        self, uid: str, selections: Sequence[ActiveAdapter], rows: Sequence[Tensor], count: int, time_first: bool
+    ) -> None:
+        self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
+        self.order = torch.cat(list(rows)).argsort()
+
+    def __getitem__(self, key: Any) -> Any:
+        parts = []
+        for selected in self.selections:
+            if selected.parts is None:
+                raise detached(selected.name)
+            parts.append(selected.parts.get(key))
+        if all(part is None for part in parts):
+            raise KeyError(key)
+        return _ByRows(self, parts)
+
+    def only(self, selected: ActiveAdapter) -> Any:
+        """A block in which one of the adapters is selected alone."""
+        return context.changed(selection={**context.current.selection, self.uid: selected})
+
+    def __iter__(self):
+        return iter(dict.fromkeys(key for selected in self.selections for key in selected.parts or ()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+class _ByRows:
+    """Stands where a ``LayerAdapter`` stands, for one call."""
+
+    def __init__(self, whole: Parts, parts: Sequence[Any]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def seen(self, method: str = "forward"):
+        for part in self.parts:
+            yield from () if part is None else part.seen(method)
+
+    def run(
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        layer_state: LayerState,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        method: str = "forward",
+    ) -> Any:
+        whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
+        alone = all(
+            child is layer_state for child in module._modules.values()
+        )  # nothing below would ask what is selected
+        refusal = self._refusal(kind, (args, kwargs), alone)
+        if refusal is not None:
+            raise _cannot_tell(module, refusal)
+        outputs = []
+        for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
+            try:
+                own, named = kind.take(module, args, kwargs, rows, whole.count)
+            except LookupError:
+                raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
+            below = nullcontext() if alone else whole.only(selected)
+            with below:
+                outputs.append(
+                    method_of(base, method)(module, *own, **named)
+                    if part is None
+                    else part.run(module, base, layer_state, own, named, now, share=False, method=method)
+                )
+        return kind.put(module, outputs, whole.order)
+
+    def _refusal(self, kind: Layer, inputs: Any, alone: bool) -> str | None:
+        """Why the rows of a call cannot be told, although there seem to be some, or None."""
+        for value in () if alone else _objects(inputs):
+            return f"given a {type(value).__name__}, which cannot be divided into rows"
+        if type(kind).take is Layer.take and self._unclear(inputs, alone):
+            return f"with {self.whole.count} along two axes, of which either may be the rows"
+        return None
+
+    def _unclear(self, inputs: Any, alone: bool) -> bool:
+        """Whether two axes of an input count the rows, where the leading one need not: in a model that puts time
+        first, and in a mask of [time, time] beside the input of a module that runs others."""
+        square = (self.whole.count, self.whole.count)
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        for leaf in leaves:
+            if leaf.shape[:2] == square:
+                indices = not leaf.is_floating_point() and leaf.dtype != torch.bool
+                flat = leaf.dim() == 2 and not indices
+                if (not alone and len(leaves) > 1) if flat else self.whole.time_first:
+                    return True
+        return False
+
+
+def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
+    do = "exclude that layer, or run each adapter on its rows alone"
+    return SelectionError(sentence(f"a {own_class(module).__name__} {why}", "one row an adapter", do))
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    """What in a call's arguments may hold rows where nobody can take them out, such as a cache of keys and values."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if type(value) in (tuple, list):
+        for one in value:
+            yield from _objects(one)
+    elif not (value is None or callable(value) or isinstance(value, _DIVISIBLE)):
+        yield value
+
+
+def by_rows(model: nn.Module, attached: ModelAdapters, selections: Sequence[ActiveAdapter]) -> ActiveAdapter:
+    """A selection that uses ``selections[i]`` for row i; rows that use the same hold the same object."""
+    distinct = list(dict.fromkeys(selections))
+    if not distinct:
+        raise SelectionError(sentence("no names", "one name or None for each row", "name an adapter for each row"))
+    if len(distinct) == 1:
+        return distinct[0]
+    rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]
+    return ActiveAdapter(None, Parts(attached.uid, distinct, rows, len(selections), time_first(model)))
+
+
+def time_first(model: nn.Module) -> bool:
+    """Whether a module of the model takes inputs that hold the rows along the second axis."""
+    return any(getattr(module, "batch_first", True) is False for _, module in walk(model))

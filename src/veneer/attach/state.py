@@ -1,0 +1,178 @@
+"""veneer.attach.state."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+from torch import nn
+
+from veneer.config import LoraConfig
+from veneer.errors import SelectionError, sentence
+from veneer.layers import Layer
+
+if TYPE_CHECKING:
+    from veneer.attach.layer_adapter import LayerAdapter
+
+
+STATE = "veneer"
+
+
+ADAPTERS = "_veneer"
+
+
+#: from a module to one below it, by the names of children
+ModulePath = tuple[str, ...]
+
+
+P = ParamSpec("P")
+
+
+R = TypeVar("R")
+
+
+@dataclass(eq=False)
+class ActiveAdapter:
+    """What one call uses: the adapter's name, and its parts by the key of their site; what concerns a method besides
+    forward alone, by (that key, its name). No name is the base alone; no
+    parts, that it cannot be told, or that the adapter has been detached."""
+
+    name: str | None
+    parts: Mapping[Any, Any] | None
+
+
+BASE = ActiveAdapter(None, {})
+
+
+AMBIGUOUS = ActiveAdapter(None, None)
+
+
+#: Threads that attach and detach take turns. Threads that call the model never wait.
+_CHANGING = threading.RLock()
+
+
+def in_turn(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what changes a model's adapters: one thread at a time."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _CHANGING:
+            return function(*args, **kwargs)
+
+    return run
+
+
+def detached(name: str | None) -> SelectionError:
+    """The error of a call whose adapter is gone."""
+    found = f"a call that selects {name!r}, which was detached"
+    return SelectionError(sentence(found, "an adapter that stays until the call has ended", "detach it later"))
+
+
+class ModelAdapters:
+    """What one model's sites share: the adapters' names, configs and parts, and which of them is merged.
+
+    ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
+    another. ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its
+    end, so that only weights of which a copy is kept may have been written.
+    """
+
+    root: weakref.ref[nn.Module] | None = None
+    merging = False
+
+    def __init__(self) -> None:
+        self.uid = uuid.uuid4().hex
+        self.configs: dict[str, LoraConfig] = {}
+        self.selections: dict[str, ActiveAdapter] = {}
+        self.default = BASE
+        self.merged: str | None = None
+        self.required_grad: dict[str, bool] = {}
+        self.keys = 0
+        self.banks = 0  # who need the sites although no adapter of the model's own is there
+
+    def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]) -> None:
+        """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
+        self.configs, self.selections = configs, selections
+        self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
+
+    def new_key(self) -> int:
+        self.keys += 1
+        return self.keys
+
+    def claim(self, root: nn.Module) -> None:
+        """This is the group of ``root``."""
+        if self.root is None:
+            self.root = weakref.ref(root)
+            STRAY.discard(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default", "root")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, uid=uuid.uuid4().hex, banks=0)
+        self.set_adapters(self.configs, self.selections)
+        STRAY.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
+        made = memo[id(self)] = object.__new__(ModelAdapters)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) in memo:  # the whole model is being copied
+            made.claim(memo[id(root)])
+        return made
+
+
+#: Groups of copies that have not been seen at the root of a model: of layers that were copied out of one, which may by
+#: now be in another, or in the same.
+STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
+
+
+class LayerState(nn.Module):
+    """The adapters of one layer, by name, and how this layer reads its weights.
+
+    ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
+    ``factors`` says that the factored form is right for it, ``product`` that it is a matrix product with a plain
+    weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
+    transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place of
+    its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the module.
+    """
+
+    def __init__(
+        self,
+        attached: ModelAdapters,
+        layer: Layer | None,
+        factors: bool,
+        attributes: Mapping[str, Any],
+        product: bool = False,
+    ) -> None:
+        super().__init__()
+        self.attached = attached
+        self.key = attached.new_key()
+        self.layer = layer
+        self.factors = factors
+        self.product = product
+        self.transposed = False
+        self.attributes = dict(attributes)
+        self.bound: tuple[str, ...] = ()
+
+    def refusal(self, chosen: ActiveAdapter) -> SelectionError:
+        """Of a call whose selection names no parts (several adapters and none selected, or a detached one), or another
+        adapter than the merged one."""
+        merged = self.attached.merged
+        if chosen.parts is None and chosen.name is not None:
+            return detached(chosen.name)
+        if chosen.parts is None:
+            found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
+            do = "call the model inside `with veneer.use(model, name):`"
+            return SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+        found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
+        return SelectionError(sentence(found, f"the merged adapter {merged!r}", "call veneer.unmerge(model) first"))
+
+    def get(self, name: str) -> LayerAdapter | None:
+        """The part of this adapter here."""
+        return cast("LayerAdapter | None", self._modules.get(name))

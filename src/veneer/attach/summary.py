@@ -1,0 +1,118 @@
+"""What an adapter costs: how many numbers it trains, per kind of layer, in bytes and in percent; and what its linear
+layers add to a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer.attach.lookup import adapters, changes, only_name, unwrap
+from veneer.kernels import cost_model
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layer: how many of them, their trained numbers and bytes."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``trainable`` numbers of an adapter against the ``total`` of the base."""
+
+    adapter: str
+    rows: tuple[Row, ...]
+    trainable: int
+    total: int
+    bytes: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        width = max(len(row.kind) for row in self.rows) if self.rows else 0
+        lines = [
+            f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers  {size(row.bytes):>10}"
+            for row in self.rows
+        ]
+        share = f"{self.percent:.3f} % of the base's {self.total:,}"
+        total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
+        return "\n".join([f"adapter {self.adapter!r}", *lines, total])
+
+
+def summarise(model: nn.Module, name: str | None = None) -> Summary:
+    """The summary of one adapter (None: the only one). The base's total leaves every adapter out and counts tied
+    weights once."""
+    model = unwrap(model)
+    name = only_name(model, name)
+    counts: dict[str, list[int]] = {}
+    seen: set[int] = set()  # tied parameters have one copy
+
+    def count(kind: str, parameters: Iterable[nn.Parameter]) -> None:
+        own = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            entry = counts.setdefault(kind, [0, 0, 0])
+            entry[0] += 1
+            entry[1] += sum(p.numel() for p in own)
+            entry[2] += sum(p.numel() * p.element_size() for p in own)
+
+    for _, _, _, change in changes(model, name):
+        count(f"{change.layer.name}, {change.variant.name}", change.parameters())
+    for _, _, part in adapters(model, name):
+        count("trained in full", part.full.parameters())
+    rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
+    total = sum(p.numel() for path, p in model.named_parameters() if "veneer" not in path.split("."))
+    return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows))
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How the adapted linear layers compute a call of some tokens: for each distinct (out, in, rank) the layers, and
+    the costs of both paths."""
+
+    tokens: int
+    training: bool
+    rows: tuple[tuple[tuple[int, int, int], tuple[str, ...], cost_model.Costs], ...]
+    together: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        what = "a training step" if self.training else "inference"
+        lines = [f"{what} of {self.tokens} tokens, by the cost model"]
+        for (out, in_, rank), paths, costs in self.rows:
+            lines.append(f"  {out} x {in_} at rank {rank}, {len(paths)} layers: {costs}")
+        return "\n".join([*lines, f"  {len(self.together)} groups of layers read one input and are computed together"])
+
+
+def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
+    """What ``Handle.plan`` returns."""
+    model = unwrap(model)
+    rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
+    groups: dict[int, list[str]] = {}
+    for path, module, part in adapters(model, only_name(model, name)):
+        if part.direct is None:
+            continue
+        change, weight = part.direct.change, module._parameters[part.direct.weight]
+        size = (change.dims.out, change.dims.in_, change.rank)
+        costs = cost_model.costs(*size, tokens, weight.dtype, training, cost_model.looped(weight.dtype, weight.device))
+        rows.setdefault(size, (costs, []))[1].append(path)
+        if part.together is not None:
+            groups.setdefault(id(part.together), []).append(path)
+    found = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
+    return CallPlan(tokens, training, found, tuple(map(tuple, groups.values())))

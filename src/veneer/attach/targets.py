@@ -1,0 +1,290 @@
+"""Which weights a config means: patterns over paths, the words, the blocks. Nothing here changes a model.
+
+A pattern means modules; where it matches none, it means parameters by their own paths ("experts.gate_up_proj"). A
+module that is reachable under several names counts once, under its first name, and matches under each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from veneer.attach.adapted_module import walk
+from veneer.config import LoraConfig, Targets
+from veneer.errors import listing, nearest, sentence
+from veneer.layers import kind_of
+
+WORDS = ("all-linear", "attention", "mlp", "all")
+
+#: (path of a module, name of one of its parameters)
+ParamRef = tuple[str, str]
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+class Names:
+    """The modules of a model by path, without what an earlier attach put there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.aliases: dict[str, list[str]] = {}
+        first: dict[int, str] = {}
+        for path, module in walk(model):
+            name = first.setdefault(id(module), path)
+            self.modules.setdefault(name, module)
+            self.aliases.setdefault(name, []).append(path)
+        self.canonical = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+
+    @cached_property
+    def without_numbers(self) -> bool:
+        """Whether all of the model is on the meta device: its numbers come later."""
+        own = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
+        return all(parameter.is_meta for parameter in own)
+
+    def matching(self, pattern: str) -> list[str]:
+        """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
+        test = path_test(pattern)
+        return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
+
+    def parameters_matching(self, pattern: str) -> list[ParamRef]:
+        """The parameters with a path that ``pattern`` matches, in the model's order."""
+        test = path_test(pattern)
+        return [
+            (path, name)
+            for path, module in self.modules.items()
+            for name in own_parameters(module)
+            if any(test(f"{alias}.{name}".lstrip(".")) for alias in self.aliases[path])
+        ]
+
+    def refs(self, path: str) -> list[ParamRef]:
+        """What there is to change of the module at ``path``: its weights, the vectors that go with them, and the
+        same of the children that are a part of it."""
+        module = self.modules[path]
+        kind = kind_of(module)
+        if kind is None:
+            return []
+        own = [(path, name) for name in (*kind.weights(module), *kind.vectors(module))]
+        below = [self.canonical[f"{path}.{child}".lstrip(".")] for child in kind.below(module)]
+        return [*own, *(ref for child in below for ref in self.refs(child))]
+
+    def children(self, path: str) -> Iterator[str]:
+        """``path`` and the first names of everything below it."""
+        for name, aliases in self.aliases.items():
+            if any(alias == path or alias.startswith(f"{path}.") or path == "" for alias in aliases):
+                yield name
+
+    def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
+        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``."""
+        attachable = [name for name, module in self.modules.items() if kind_of(module)]
+        attachable = attachable if among is None else list(among)
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in attachable)
+        return nearest(pattern, [*leaves, *attachable])
+
+    def leaves(self) -> str:
+        """The distinct last parts of what can be attached to, for messages."""
+        names = (name.rpartition(".")[2] or "(the model itself)" for name, m in self.modules.items() if kind_of(m))
+        return listing(dict.fromkeys(names), limit=12)
+
+
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, parametrised ones included."""
+    lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
+    return [*(name for name, p in module._parameters.items() if p is not None), *lists]
+
+
+def path_test(pattern: str) -> Callable[[str], bool]:
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern[3:])
+        return lambda path: expression.fullmatch(path) is not None
+    if any(character in pattern for character in "*?["):
+        return lambda path: fnmatchcase(path, pattern)
+    return lambda path: path == pattern or path.endswith(f".{pattern}")
+
+
+def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
+    """(what to change in the model's order, problems)."""
+    problems: list[str] = []
+    chosen = _chosen(names, config.targets, problems)
+    left_out = excluded(names, config, problems)
+    chosen = [ref for ref in chosen if ref not in left_out]
+    if config.layers is not None:
+        chosen = _in_layers(names, chosen, config.layers, problems)
+    if not chosen and not problems:
+        found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
+        problems.append(sentence(found, "at least one target", "exclude less"))
+    return chosen, problems
+
+
+def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
+    """What ``exclude`` matches: modules with everything below them, or parameters."""
+    left_out: set[ParamRef] = set()
+    for pattern in config.exclude:
+        parameters = [] if pattern in WORDS or names.matching(pattern) else names.parameters_matching(pattern)
+        if parameters:
+            left_out.update(parameters)
+            continue
+        for path in _each(names, [pattern], "exclude", problems):
+            for below in names.children(path):
+                left_out.update((below, name) for name in own_parameters(names.modules[below]))
+    return left_out
+
+
+def bad_regex(config: LoraConfig) -> list[str]:
+    """Problems of the ``re:`` patterns of a config, before any of them is used."""
+    targets = () if callable(config.targets) else _listed(config.targets)
+    patterns = [*targets, *_listed(config.exclude), *_listed(config.train_also), *config.ranks, *config.alphas]
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            problems.append(sentence(f"pattern {pattern!r}", f"a regular expression after re: ({error})", "correct it"))
+    return problems
+
+
+def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern that matches any name of the module or of the parameter."""
+    return next((value for pattern, value in values.items() if means(names, pattern, ref)), default)
+
+
+def means(names: Names, pattern: str, ref: ParamRef) -> bool:
+    """Whether a pattern that is no word means the module or the parameter of a slot."""
+    test, (path, name) = path_test(pattern), ref
+    return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
+
+
+def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]) -> list[str]:
+    """Problems for the patterns that match none of the slots in ``among``."""
+    paths = dict.fromkeys(path for path, _ in among)
+    return [
+        sentence(
+            f"{field} pattern {pattern!r} matches no target{names.suggest(pattern, paths)}",
+            "a pattern that matches one",
+            f"name one of {listing(paths)}",
+        )
+        for pattern in patterns
+        if not any(means(names, pattern, ref) for ref in among)
+    ]
+
+
+def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
+    """The paths that patterns of ``train_also`` match, with everything below them that holds parameters of its own."""
+    bearing: dict[str, None] = {}
+    for pattern in patterns:
+        found = _each(names, [pattern], field, problems)
+        below = [path for above in found for path in names.children(above) if names.modules[path]._parameters]
+        if found and not below:
+            what = f"{field} pattern {pattern!r} matches modules without parameters"
+            problems.append(sentence(what, "something to train", "remove it"))
+        bearing.update(dict.fromkeys(below))
+    return list(bearing)
+
+
+def _each(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
+    paths: list[str] = []
+    for pattern in patterns:
+        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
+        if not found:
+            known = listing(dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12)
+            what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
+            problems.append(sentence(what, f"a name of this model, such as {known}", "correct or remove it"))
+        paths += found
+    return paths
+
+
+def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
+    if callable(targets):
+        paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
+        if not paths:
+            problems.append(
+                sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}")
+            )
+        return [ref for path in paths for ref in names.refs(path)]
+    chosen: set[ParamRef] = set()
+    for pattern in _listed(targets):
+        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
+        refs = [ref for path in found for ref in names.refs(path)]
+        if not found and pattern not in WORDS:
+            refs = names.parameters_matching(pattern)
+        if not refs and found:
+            others = listing({type(names.modules[path]).__name__ for path in found})
+            what = f"targets pattern {pattern!r} matches {others}, without parameters of their own"
+            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            problems.append(sentence(what, "modules or parameters", do))
+        elif not refs:
+            what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
+            problems.append(
+                sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it")
+            )
+        chosen.update(refs)
+    order = {path: number for number, path in enumerate(names.modules)}
+    rank = {ref: number for path in names.modules for number, ref in enumerate(names.refs(path)) if ref[0] == path}
+    return sorted(chosen, key=lambda ref: (order[ref[0]], rank.get(ref, len(rank)), ref[1]))
+
+
+def _word(names: Names, word: str) -> list[str]:
+    attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
+    if word == "all":
+        return list(attachable)
+    body = _body(names)
+    linear = [name for name, kind in attachable.items() if kind.linear and name in body]
+    if word == "all-linear":
+        return linear
+    in_attention = [name for name in linear if _ATTENTION.search(name)]
+    if word == "attention":
+        return in_attention
+    return [name for name in linear if _block(name) is not None and name not in in_attention]
+
+
+def _body(names: Names) -> set[str]:
+    """Every path but those of the output head: what a transformers model calls its output embedding, and what lies
+    outside its ``base_model``. A model of another library has no head that we could know."""
+    body, model = set(names.modules), names.model
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        body = set(names.children(prefix))
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {name for name in body if names.modules[name] is not head}
+
+
+def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
+    """Of the parameters that no checkpoint held, those of a task head (a pooler too): outside the repeated blocks, and
+    of no embedding."""
+    get_head: Any = getattr(names.model, "get_output_embeddings", None)
+    output = get_head() if callable(get_head) else None
+    body, head = _body(names), []
+    for path, name in fresh:
+        module = names.modules[path]
+        embeds = module is output or isinstance(module, nn.Embedding)
+        if not embeds and not (path in body and _block(path) is not None):
+            head.append((path, name))
+    return head
+
+
+def _block(path: str) -> int | None:
+    """The index of the repeated block that a path lies in: its first number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _in_layers(names: Names, chosen: list[ParamRef], layers: Iterable[int], problems: list[str]) -> list[ParamRef]:
+    blocks = [block for name in names.modules if (block := _block(name)) is not None]
+    count = max(blocks, default=-1) + 1
+    bad = [index for index in layers if not -count <= index < count]
+    if bad:
+        problems.append(
+            sentence(f"layers={bad!r}", f"block indices in [{-count}, {count})", f"there are {count} blocks")
+        )
+        return chosen
+    kept = {index % count for index in layers}
+    return [ref for ref in chosen if _block(ref[0]) in kept]
+
+
+def _listed(patterns: str | Iterable[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)

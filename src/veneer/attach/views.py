@@ -1,0 +1,146 @@
+"""veneer.attach.views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
+
+from veneer.attach.adapted_module import method_of, own_class, state_of, weight_of
+from veneer.attach.dtypes import at_least_float32, cast_floats, is_float, no_autocast, output_dtype, widen
+from veneer.attach.state import STATE, LayerState, ModulePath, detached
+from veneer.bases import BASES
+
+if TYPE_CHECKING:
+    from veneer.attach.layer_adapter import LayerAdapter
+
+
+def viewed(
+    part: Any,
+    module: nn.Module,
+    base: type[nn.Module],
+    layer_state: LayerState,
+    args: tuple,
+    kwargs: dict,
+    method: str = "forward",
+) -> Any:
+    """The module's own forward (or another method), on a view of it with the changed weights of a part."""
+    function, read_below, full = method_of(base, method), part.below(method), part.replacements(module)
+    dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in part.changes.items()}
+    narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
+    if read_below or any(child is not layer_state for child in module._modules.values()):
+        narrow = None  # what runs below is not widened
+    wide = narrow is not None
+    values = {**full, **part.changed(module, wide)}
+    if wide:
+        own = {**module._buffers, **module._parameters, **values}
+        values = {name: widen(value, torch.float32) for name, value in own.items() if value is not None}
+    made: list[_Seen] = []
+    seen = _seen(module, base, values, _children_read_below(module, read_below, made), layer_state, made)
+    if narrow is None:
+        y = function(seen, *args, **kwargs)
+    else:
+        floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf)]
+        first = floats[0].data if floats else None  # a tensor's, or a packed sequence's
+        output = narrow if first is None else output_dtype(first, narrow)
+        with no_autocast(next(iter(values.values()))):
+            args, kwargs = cast_floats((args, kwargs), torch.float32)
+            y = cast_floats(function(seen, *args, **kwargs), output)
+    for entry in made:
+        entry.write_back()
+    return y
+
+
+def _children_read_below(
+    module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Seen]
+) -> dict[str, nn.Module]:
+    """Views of the modules below whose weights are read directly, under the names of this module's children."""
+    below: dict[str, dict[ModulePath, LayerAdapter]] = {}
+    for path, part in parts.items():
+        if path:
+            below.setdefault(path[0], {})[path[1:]] = part
+    return {name: _view_read_below(cast(nn.Module, module._modules[name]), rest, made) for name, rest in below.items()}
+
+
+def _view_read_below(module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Seen]) -> nn.Module:
+    own, layer_state = parts.get(()), state_of(module)
+    if own is None:
+        return _seen(module, type(module), {}, _children_read_below(module, parts, made), None, made)
+    if layer_state is None and STATE in module._modules:
+        return module  # a module further above has made this view
+    if layer_state is None:
+        raise detached("the selected one")
+    for read_below in (own.read_below, *own.entries.values()):  # its own methods run on the view too
+        parts = {**read_below, **parts}
+    values = {**own.replacements(module), **own.changed(module, wide=False)}
+    return _seen(module, own_class(module), values, _children_read_below(module, parts, made), layer_state, made)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A view for one call: what its attributes were before it, and the values that stand for the module's own."""
+
+    module: nn.Module
+    view: nn.Module
+    before: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+
+    def write_back(self) -> None:
+        """Give the module what forward did to the view: attributes (a cache, a counter) and buffers."""
+        own, seen = self.module.__dict__, self.view.__dict__
+        for name, value in seen.items():
+            if name not in self.before or self.before[name] is not value:
+                own[name] = value
+        for name in self.before:
+            if name not in seen:
+                own.pop(name, None)
+        for name, value in self.view._buffers.items():
+            if name not in self.values and self.module._buffers.get(name) is not value:
+                self.module._buffers[name] = value
+
+
+def _seen(module: nn.Module, base, values, children, layer_state: LayerState | None, made: list[_Seen]) -> nn.Module:
+    seen = view(module, base, values, children, None if layer_state is None else layer_state.attributes)
+    for name in () if layer_state is None else layer_state.bound:
+        seen.__dict__[name] = MethodType(seen.__dict__[name].__func__, seen)
+    if layer_state is not None and layer_state.layer is not None:
+        layer_state.layer.bind(seen, values)
+    made.append(_Seen(module, seen, dict(seen.__dict__), values))
+    return seen
+
+
+def view(
+    module: nn.Module,
+    base: type[nn.Module],
+    values: Mapping[str, Tensor],
+    children: Mapping[str, nn.Module] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """``module`` as ``base`` sees it, with other parameters, buffers, children and attributes. The module itself is
+    not touched, so that any number of threads may do this at once (``torch.func.functional_call`` swaps them in
+    place)."""
+    if values and is_parametrized(module):
+        # Its class computes the weight by a property: the view is of the class from before, with every such weight.
+        lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        values = {**{name: BASES["parametrized"].dense(own) for name, own in lists.items()}, **values}
+        base = base.__bases__[0]
+    seen = object.__new__(base)
+    seen.__dict__.update(module.__dict__)
+    if attributes:
+        seen.__dict__.update(attributes)
+    for kind in ("_parameters", "_buffers"):
+        own = module.__dict__[kind]
+        seen.__dict__[kind] = {name: values.get(name, own[name]) for name in own}
+    extra = {
+        name: value for name, value in values.items() if name not in seen._parameters and name not in seen._buffers
+    }
+    seen._parameters.update(cast(Any, extra))
+    if children:
+        seen.__dict__["_modules"] = {**module._modules, **children}
+    return seen

@@ -1,0 +1,449 @@
+"""The adapters of one call, as ``kernels/mixed.py`` reads them, or laid out for ``kernels/batched.py``.
+
+    deck ─ layers      each changed by one of two kernels
+         ─ lineups     what the rows of a call use: groups, addresses or runs, gains and biases
+         ─ racks       one for each size of adapter: slots, and which adapter has which
+
+``mixed`` is compiled and reads the numbers where they are held. It is for float32 and bfloat16 on a processor, and of
+prompts on few threads, as it has one. Where numba is missing, on other devices and in other dtypes it is ``batched``,
+plain tensor code, for which each layer has A [slots, r, in] and B [slots, r, out] of each rack. An adapter that is used
+takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the same adapters again
+finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves alone, or changes
+at a smaller rank, has zeros there.
+
+One call at a time has a deck: nothing moves under it. Slots belong to a ``ResidentAdapter`` by its ``uid``, which is
+never used again, so an adapter that was removed cannot be met under its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.blend import blended
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.select_rows import Parts
+from veneer.attach.state import BASE, ActiveAdapter, LayerState
+from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
+from veneer.kernels import THREADS, batched, fused, has_numba
+from veneer.kernels.batched import Grouping
+
+#: ranks are rounded up to powers of two from this on: adapters that come to the same share a rack
+SMALLEST = 8
+#: calls in a row that need at most half of a rack's slots before the others are given up
+PATIENCE = 8
+#: how many lineups are kept: a server's, for the rows that decode and those that begin
+KEPT = 4
+#: tokens a row up to which rows are grouped
+FEW = 4
+
+#: what a row uses: adapters and their weights; nothing is the base alone
+Uses = tuple[tuple[ResidentAdapter, float], ...]
+
+
+class Frame:
+    """What a bank knows of the model that its adapters are for: its modules by the keys of their sites, and how its
+    calls are selected."""
+
+    def __init__(self, uid: str, time_first: bool) -> None:
+        self.uid, self.time_first = uid, time_first
+        self.modules: dict[Any, nn.Module] = {}
+
+
+class RankBucket:
+    """Slots for adapters of about one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.lanes, self.slack = rank, 0, 0
+        self.taken: dict[int, int] = {}  # the longest unused first
+
+    def free(self) -> int | None:
+        return next((lane for lane in range(self.lanes) if lane not in self.taken.values()), None)
+
+
+class Block:
+    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = A, B
+
+    def lanes(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Those of so many slots."""
+        if count == len(self.A):
+            return self.A, self.B
+        return self.A.narrow(0, first, count), self.B.narrow(0, first, count)
+
+    def put(self, lane: int, resolved_low: ResolvedLowRank | None) -> None:
+        rank = 0 if resolved_low is None else len(resolved_low.A)
+        if resolved_low is not None:
+            self.A[lane, :rank] = resolved_low.A
+            self.B[lane, :rank] = resolved_low.B
+        self.A[lane, rank:] = self.B[lane, rank:] = 0  # whoever had this slot before; 0 · NaN would be NaN
+
+
+def compiled(weight: Tensor, factors: torch.dtype) -> Any:
+    """``kernels.mixed`` where it is for such a weight, else None."""
+    if not has_numba() or weight.device.type != "cpu":
+        return None
+    from veneer.kernels.compiled import mixed_rows
+
+    return mixed_rows if weight.dtype in mixed_rows.DTYPES and factors in mixed_rows.DTYPES else None
+
+
+def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Compile what calls of the model will need, so that none of them waits for it: seconds, once on a machine."""
+    for weight in {weight.dtype: weight for weight in model.parameters()}.values():
+        factors = weight.dtype if dtype is None else dtype
+        loop = compiled(weight, factors)
+        if loop is not None:
+            loop.change(torch.empty(0, 1, dtype=weight.dtype), 1, loop.rows([([0], [])]), loop.table([]), factors)
+
+
+class Layer:
+    """One layer in a deck."""
+
+    def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
+        self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
+        own: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
+        self.flipped = resolved_low.layer.out_axis == 1
+        self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
+        self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
+        self.time_first = batch_state.frame.time_first
+        self.blocks: dict[int, Block] = {}
+        self.factors = resolved_low.A.dtype
+        self.compiled = compiled(own, self.factors)
+
+    def room(self, bucket: RankBucket) -> None:
+        """Zeros for all slots of a rack, where the kernel wants them."""
+        if self.compiled is not None:
+            return
+        A, B = (
+            torch.zeros(bucket.lanes, bucket.rank, width, dtype=self.dtype, device=self.device)
+            for width in (self.in_, self.out)
+        )
+        before = self.blocks.get(bucket.rank)
+        self.blocks[bucket.rank] = Block(A, B)
+        if before is not None:
+            kept = min(bucket.lanes, len(before.A))
+            A[:kept], B[:kept] = before.A[:kept], before.B[:kept]
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        for resident in self.batch_state.assignment.members:
+            if self.key in resident.parts:
+                yield from resident.parts[self.key].seen(method)
+
+    def run(
+        self, module: nn.Module, base: type[nn.Module], layer_state: LayerState, args: tuple, kwargs: dict, now: Any,
+        share: bool = True, method: str = "forward",
+    ) -> Any:  # fmt: skip
+        # Each Python call here is time in every layer of a decoding step.
+        assignment = self.batch_state.assignment
+        if len(args) == 1 and not kwargs and now.path is None:
+            x, own = args[0], module._parameters
+            weight: Any = own[self.name]
+            if (
+                fused.applies(x, weight)
+                and x.ndim > 1
+                and x.shape[0] == assignment.count
+                and not (x.requires_grad and torch.is_grad_enabled())
+                and not (self.time_first and x.ndim > 2 and x.shape[1] == assignment.count)
+            ):
+                weight = weight.mT if self.flipped else weight
+                bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
+                flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
+                tokens = len(flat) // assignment.count
+                if self.compiled is not None and (tokens <= FEW or torch.get_num_threads() <= THREADS):
+                    flat = flat if flat.is_contiguous() else flat.contiguous()
+                    table = assignment.tables.get(self.key)
+                    table = assignment.table_of(self) if table is None else table
+                    delta = self.compiled.change(flat, self.out, assignment.together, table, self.factors)
+                elif tokens > FEW:
+                    delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
+                else:
+                    delta = self.grouped(flat, tokens, assignment)
+                if self.key in assignment.bent:
+                    y = self.bent(delta, flat, weight, bias, assignment)
+                else:
+                    y = fused.added(delta, flat, weight, bias)
+                return y.view(*x.shape[:-1], self.out)
+        return assignment.apart[self.key].run(module, base, layer_state, args, kwargs, now, method=method)
+
+    def grouped(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
+        """Δ [N, out]."""
+        wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
+        delta = None
+        for rank, grouping in assignment.groupings(tokens, self.device, self.dtype):
+            A, B = self.blocks[rank].lanes(grouping.first, grouping.groups)
+            h = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
+            delta = batched.widened(h, B, grouping, delta)
+        if delta is None:
+            return flat.new_zeros(len(flat), self.out)
+        return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
+
+    def bent(
+        self, delta: Tensor, flat: Tensor, weight: Tensor, bias: Tensor | None, assignment: BatchAssignment
+    ) -> Tensor:
+        """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
+        gain, own = assignment.extra(self, bias, flat)
+        if gain is None:
+            y = fused.added(delta, flat, weight, None)
+        else:
+            plain, by_row = flat @ weight.mT, (assignment.count, -1, self.out)
+            y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])
+        if own is not None:
+            y = y.view(assignment.count, -1, self.out).add_(own[:, None])
+        elif bias is not None:
+            y = y.add_(bias)
+        return y
+
+
+class BatchAssignment:
+    """What the rows of a call use. ``table`` is what is called in the place of each site's layer."""
+
+    def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
+        self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
+        self.members = list({resident: None for uses in rows for resident, _ in uses})
+        self.plans: dict[Any, list[tuple[int, Grouping]]] = {}
+        self.made: dict[Any, list[batched.Run]] = {}
+        self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
+        self.tables: dict[Any, Any] = {}
+        self.distinct = {uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)}
+        selections = [
+            blended([(ActiveAdapter(resident.path.name, resident.parts), weight) for resident, weight in uses])
+            if uses
+            else BASE
+            for uses in self.distinct
+        ]
+        indices = [torch.tensor(own, device="cpu") for own in self.distinct.values()]
+        self.apart = Parts(batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first)
+        general = {key for resident in self.members for key in resident.general}
+        keys = dict.fromkeys(key for resident in self.members for key in resident.parts)
+        self.table = {key: self.apart[key] if key in general else batch_state.layers[key] for key in keys}
+        self.bent = {
+            key for resident in self.members for key, part in resident.parts.items()
+            if isinstance(part, ResolvedLowRank) and (part.gain is not None or part.bias is not None)
+        }  # fmt: skip
+
+    @cached_property
+    def together(self) -> Any:
+        """The rows as ``kernels.mixed`` has them."""
+        from veneer.kernels.compiled import mixed_rows
+
+        return mixed_rows.rows([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
+
+    def table_of(self, layer: Layer) -> Any:
+        """Where the factors of a layer are that is for ``kernels.mixed``; they stay there as long as this lineup."""
+        parts = [resident.parts.get(layer.key) for uses in self.distinct for resident, _ in uses]
+        self.tables[layer.key] = layer.compiled.table([None if one is None else (one.A, one.B) for one in parts])
+        return self.tables[layer.key]
+
+    def runs(self, layer: Layer) -> list[batched.Run]:
+        """Neighbouring rows that use the same, with their factors of a layer."""
+        if layer.key not in self.made:
+            runs: list[batched.Run] = []
+            first = 0
+            for row in range(1, self.count + 1):
+                if row == self.count or self.rows[row] != self.rows[first]:
+                    parts = ((resident.parts.get(layer.key), weight) for resident, weight in self.rows[first])
+                    own = [(part.A, part.B, weight) for part, weight in parts if part is not None]
+                    runs.append((first, row, [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in own]))
+                    first = row
+            self.made[layer.key] = runs
+        return self.made[layer.key]
+
+    def groupings(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[tuple[int, Grouping]]:
+        """How rows of so many tokens are grouped in each rack that they use."""
+        key = tokens, device, dtype
+        found = self.plans.get(key)
+        if found is None:
+            found = self.plans[key] = [
+                (bucket.rank, _grouping(self.rows, bucket, tokens, device, dtype))
+                for bucket in self.batch_state.buckets.values()
+                if any(resident.uid in bucket.taken for resident in self.members)
+            ]
+        return found
+
+    def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
+        if layer.key not in self.extras:
+            resolved_low = {resident: resident.parts.get(layer.key) for resident in self.members}
+            gains = any(one is not None and one.gain is not None for one in resolved_low.values())
+            biases = any(one is not None and one.bias is not None for one in resolved_low.values())
+            shape = self.count, layer.out
+            gain = torch.ones(shape, dtype=layer.dtype, device=like.device) if gains else None
+            own = bias.to(layer.dtype).expand(shape).clone() if biases and bias is not None else None
+            for row, uses in enumerate(self.rows):
+                for resident, weight in uses:
+                    part = resolved_low[resident]
+                    if part is not None and part.gain is not None and gain is not None:
+                        gain[row] += weight * (part.gain.to(layer.dtype) - 1)
+                    if part is not None and part.bias is not None and own is not None and bias is not None:
+                        own[row] += weight * (part.bias.to(layer.dtype) - bias.to(layer.dtype))
+            both = (None if one is None else one.to(like.dtype) for one in (gain, own))
+            self.extras[layer.key] = tuple(both)  # pyright: ignore[reportArgumentType]
+        return self.extras[layer.key]
+
+
+def _grouping(
+    rows: Sequence[Uses], bucket: RankBucket, tokens: int, device: torch.device, dtype: torch.dtype
+) -> Grouping:
+    """The rows that use adapters of a rack, by their slots."""
+    used = [bucket.taken[resident.uid] for uses in rows for resident, _ in uses if resident.uid in bucket.taken]
+    lowest, count = min(used), max(used) - min(used) + 1
+    places: list[list[tuple[int, float]]] = [[] for _ in range(count)]
+    mine: list[list[tuple[int, int]]] = []  # for each row, (slot, number within its group)
+    for row, uses in enumerate(rows):
+        mine.append([])
+        for resident, weight in uses:
+            if resident.uid in bucket.taken:
+                lane = bucket.taken[resident.uid] - lowest
+                mine[row].append((lane, len(places[lane])))
+                places[lane].append((row, weight))
+    size = max(map(len, places))
+    padded = [place + [(0, 0.0)] * (size - len(place)) for place in places]
+
+    def of_tokens(indices: Sequence[int]) -> Tensor | None:
+        """Indices of rows or places as those of their tokens; None where these are 0, 1, 2, …"""
+        wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
+        flat = wide.flatten()
+        same = len(flat) == count * size * tokens == len(rows) * tokens
+        return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
+
+    order = of_tokens([row for place in padded for row, _ in place])
+    strength = torch.tensor([[weight for _, weight in place] for place in padded], dtype=dtype, device=device)
+    plain = all(weight in (0.0, 1.0) for place in padded for _, weight in place)
+    weights = None if plain else strength.repeat_interleave(tokens, 1)[:, None]
+    back = []
+    for number in range(max(map(len, mine))):
+        has = [len(own) > number for own in mine]
+        own = [place[number] if some else (0, 0) for place, some in zip(mine, has, strict=True)]
+        index = of_tokens([lane * size + within for lane, within in own])
+        lacks = None
+        if not all(has):
+            lacks = ~torch.tensor(has, device=device).repeat_interleave(tokens)[:, None]
+        back.append((index, lacks))
+    return Grouping(lowest, count, order, weights, tuple(back))
+
+
+class BatchState:
+    """Racks, layers, and what the running call uses."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.buckets: dict[int, RankBucket] = {}
+        self.layers: dict[Any, Layer] = {}
+        self.assignments: dict[Any, BatchAssignment] = {}
+        self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
+
+    @property
+    def uids(self) -> set[int]:
+        """Whose numbers are laid out or held."""
+        laid = {uid for bucket in self.buckets.values() for uid in bucket.taken}
+        return laid.union(resident.uid for assignment in self.assignments.values() for resident in assignment.members)
+
+    def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
+        """Lay out what the rows use, and make it what calls of the deck's layers mean."""
+        members = list({resident: None for uses in rows for resident, _ in uses})
+        key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
+        self._give_up(members)
+        assignment = self.assignments.pop(key, None) or self._new(rows, members)
+        self.assignments[key] = assignment
+        for resident in members:
+            bucket = self.buckets.get(_size(resident))
+            if bucket is not None and resident.uid in bucket.taken:
+                bucket.taken[resident.uid] = bucket.taken.pop(resident.uid)
+        self.assignment = assignment
+        return assignment
+
+    def rest(self) -> None:
+        """A call has ended: keep nothing of it."""
+        self.assignment = None
+
+    @torch.inference_mode(False)  # another call, which may be an ordinary one, writes into what is made here
+    def _new(self, rows: tuple[Uses, ...], members: Sequence[ResidentAdapter]) -> BatchAssignment:
+        self._lay_out(members)
+        while len(self.assignments) >= KEPT:
+            del self.assignments[next(iter(self.assignments))]
+        return BatchAssignment(self, rows)
+
+    def forget(self, uid: int) -> None:
+        """An adapter is no longer in memory: its slot is free, and nothing here holds it. A rack that nobody has a slot
+        of is given up."""
+        self._vacate(uid)
+        for bucket in [one for one in self.buckets.values() if not one.taken]:
+            del self.buckets[bucket.rank]
+            for layer in self.layers.values():
+                layer.blocks.pop(bucket.rank, None)
+
+    def _vacate(self, uid: int) -> None:
+        for bucket in self.buckets.values():
+            bucket.taken.pop(uid, None)
+        self.assignments = {
+            key: one for key, one in self.assignments.items() if all(resident.uid != uid for resident in one.members)
+        }
+
+    def _give_up(self, members: Sequence[ResidentAdapter]) -> None:
+        """Slots that have long been more than twice of what is needed."""
+        for bucket in self.buckets.values():
+            needed = sum(bool(resident.rank) and _size(resident) == bucket.rank for resident in members)
+            bucket.slack = bucket.slack + 1 if needed and 2 * needed <= bucket.lanes else 0
+            if bucket.slack > PATIENCE:
+                bucket.taken, bucket.slack = {}, 0
+                with torch.inference_mode(False):
+                    self._resize(bucket, 0)
+
+    def _meet(self, members: Sequence[ResidentAdapter]) -> None:
+        """Make the layers that they change and nobody did before."""
+        parts = (pair for resident in members for pair in resident.parts.items())
+        for key, part in parts:
+            if isinstance(part, ResolvedLowRank) and key not in self.layers:
+                self.layers[key] = Layer(self, key, part)
+                for bucket in self.buckets.values():
+                    self.layers[key].room(bucket)
+
+    def _lay_out(self, members: Sequence[ResidentAdapter]) -> None:
+        self._meet(members)
+        if all(layer.compiled is not None for layer in self.layers.values()):
+            return
+        wanted = {resident.uid for resident in members}
+        for size in dict.fromkeys(_size(resident) for resident in members if resident.rank):
+            bucket = self.buckets.setdefault(size, RankBucket(size))
+            new = [
+                resident
+                for resident in members
+                if resident.rank and _size(resident) == size and resident.uid not in bucket.taken
+            ]
+            kept = [uid for uid in bucket.taken if uid in wanted]
+            if len(new) + len(kept) > bucket.lanes:
+                self._resize(bucket, len(new) + len(kept))
+            for resident in new:
+                lane = bucket.free()
+                if lane is None:
+                    idle = next(uid for uid in bucket.taken if uid not in wanted)
+                    lane = bucket.taken[idle]
+                    self._vacate(idle)
+                bucket.taken[resident.uid] = lane
+                self._put(resident, bucket, lane)
+
+    @torch.no_grad()
+    def _resize(self, bucket: RankBucket, lanes: int) -> None:
+        bucket.lanes, self.assignments = lanes, {}
+        for layer in self.layers.values():
+            layer.room(bucket)
+
+    @torch.no_grad()
+    def _put(self, resident: ResidentAdapter, bucket: RankBucket, lane: int) -> None:
+        for key, layer in self.layers.items():
+            if layer.compiled is not None:
+                continue
+            part = resident.parts.get(key)
+            layer.blocks[bucket.rank].put(lane, part if isinstance(part, ResolvedLowRank) else None)
+
+
+def _size(resident: ResidentAdapter) -> int:
+    """The rank of the rack for an adapter."""
+    return max(SMALLEST, 1 << (resident.rank - 1).bit_length())

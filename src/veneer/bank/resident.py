@@ -1,0 +1,308 @@
+"""An adapter that a bank holds in memory: the parts of its sites, without the model's knowing it.
+
+    place       what stands in a site's place in a call: for the key of each site
+        Thin    a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
+        LayerAdapter    everything else there is
+
+A ``ResolvedLowRank`` is a few views of one block of memory that holds all thin numbers of the adapter in the dtype of
+the base.
+So an adapter takes the bytes of its numbers and little more, and gives them back at once. What is resolved here (the
+gain of DoRA, the products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter_files.match_model import MatchCache, match
+from veneer.attach.adapted_module import state_of, weight_of
+from veneer.attach.dtypes import at_least_float32
+from veneer.attach.install import build, enlist, place, trained_dtype
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.lookup import adapters_of
+from veneer.attach.plan import LowRankPlan, Plans
+from veneer.attach.state import LayerState, ModulePath, in_turn
+from veneer.attach.targets import Names, ParamRef
+from veneer.attach.views import viewed
+from veneer.bases import BASES
+from veneer.config import LoraConfig
+from veneer.errors import SelectionError, sentence
+from veneer.fileio.throttle import throttled
+from veneer.layers import Dims
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+#: how much larger than the trained numbers their product may be: a variant that trains little for a large rank stays as
+#: it is
+SWELL = 2.0
+#: bytes that Python takes for a part besides its numbers, about
+OVERHEAD = 1 << 10
+
+_COUNT = itertools.count()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ResolvedLowRank:
+    """What an adapter does at a layer that is a matrix product: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias.
+
+    Fields:
+        A, B: [r, in] and [r, out]; B holds the scale, and the gain too.
+        gain: [out] of rows of W, None for 1.
+        bias: [out] in place of the layer's own, None for that.
+    """
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
+    layer: Any
+    name: str
+    dims: Dims
+
+    read_below = {}
+    entries = {}
+    storage = BASES["plain"]
+
+    @property
+    def changes(self) -> dict[str, ResolvedLowRank]:
+        return {self.name: self}
+
+    def seen(self, method: str = "forward") -> Iterator[int]:
+        yield id(self)
+
+    def below(self, method: str) -> Mapping[ModulePath, Any]:
+        return {}
+
+    def replacements(self, module: nn.Module) -> dict[str, Tensor]:
+        return {} if self.bias is None else {"bias": self.bias}
+
+    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """As ``LayerAdapter.changed``."""
+        weight: Any = weight_of(module, self.name)
+        dense = weight.to(at_least_float32(weight.dtype))
+        if self.gain is not None:
+            dense = dense * self.layer.spread(self.gain.to(dense.dtype), self.dims, dense.shape)
+        delta = LowRank(self.A[None], self.B.mT[None], 1.0).delta(dense.dtype)
+        dense = dense + self.layer.fold(delta, dense.shape)
+        return {self.name: dense if wide else dense.to(weight.dtype)}
+
+    def run(
+        self, module: nn.Module, base: Any, layer_state: LayerState, args: tuple, kwargs: dict, now: Any, **how: Any
+    ) -> Any:
+        """The way for calls that the batched products are not for (autocast, gradients): W + ΔW, formed."""
+        return viewed(self, module, base, layer_state, args, kwargs, how.get("method", "forward"))
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``adapted.ActiveAdapter`` has it.
+
+    ``nbytes`` counts its numbers and what Python takes for its parts, ``rank`` is the largest of its thin changes, and
+    ``general`` are the keys of the sites where it is more than a ``ResolvedLowRank``.
+    """
+
+    path: Path
+    variant: str
+    parts: Mapping[Any, Any]
+    nbytes: int
+    rank: int
+    general: frozenset[Any]
+    uid: int = field(default_factory=_COUNT.__next__)
+
+
+@torch.inference_mode(False)  # calls of any mode use what is made here
+def hold(
+    model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: MatchCache, recipes: Recipes
+) -> ResidentAdapter:
+    """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
+
+    Args:
+        dtype: of the numbers; None takes that of each weight.
+        known, recipes: what is known of the model and of such adapters already; what is found out is added.
+
+    Raises:
+        AdapterError, BaseMismatchError: as ``veneer.load``.
+        SelectionError: an adapter is merged into the weights, which are not the base's then.
+    """
+    attached = adapters_of(model)
+    if attached is not None and attached.merged is not None:
+        found = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
+        raise SelectionError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
+    load_plan, names = match(model, path, [], verify_base=verify_base, known=known), known.names
+    config, low = load_plan.saved.config, load_plan.plans.low
+    recipe = recipes.get(id(low))  # that very tuple is kept in ``known``
+    if recipe is not None and not load_plan.full and recipe.config == config:
+        tables = recipe.table(load_plan.numbers, dtype)
+        return _held(path, config.variant, tables, [], len(tables))
+    parts = build(names, load_plan.plans, trainable=False, numbers=load_plan.numbers)
+    load_plan.fill(parts)
+    table = _placed(model, names, load_plan.plans, parts)
+    resolved_low, general = _divided(names, parts, dtype)
+    tables = {key: resolved_low.get(id(part), part) for key, part in table.items()}
+    if (
+        not general
+        and len(table) == len(low)
+        and not load_plan.full
+        and not VARIANTS[config.variant].derived
+        and _ordinary(low, names)
+    ):
+        recipes[id(low)] = Recipe(config, low, [names.modules[entry.path] for entry in low])
+    return _held(path, config.variant, tables, general, len(parts))
+
+
+@in_turn
+def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, LayerAdapter]) -> dict[Any, LayerAdapter]:
+    return place(names, enlist(model), plans, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """An adapter that was all thin: another one of the same plan is made without the modules that training needs."""
+
+    config: LoraConfig
+    low: tuple[LowRankPlan, ...]
+    modules: Sequence[nn.Module]
+
+    @torch.no_grad()
+    def table(
+        self, numbers: Mapping[ParamRef, Mapping[str, Tensor]], dtype: torch.dtype | None
+    ) -> dict[Any, ResolvedLowRank]:
+        variant = VARIANTS[self.config.variant]
+        resolved = []
+        for entry, module in throttled(zip(self.low, self.modules, strict=True)):
+            weight: Any = weight_of(module, entry.weight)
+            trained = trained_dtype(self.config, weight.dtype)
+            own = {name: value.to(weight.device, trained) for name, value in numbers[entry.ref].items()}
+            low, gain = variant.resolve(
+                own, variant.scale(entry.alpha, entry.rank),
+                lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
+            )  # fmt: skip
+            wanted = weight.dtype if dtype is None else dtype
+            resolved.append((module, entry.dims, [*_flattened(low, gain, wanted), None]))
+        resolved_low = _thin(resolved)
+        layer_states: list[Any] = [state_of(module) for module in self.modules]
+        return {layer_state.key: one for layer_state, one in zip(layer_states, resolved_low, strict=True)}
+
+
+#: by the identity of a plan
+Recipes = dict[int, Recipe]
+
+
+def _ordinary(low: Sequence[LowRankPlan], names: Names) -> bool:
+    """Whether each change is of all outputs and inputs of its weight, which lies as its layer has it."""
+    modules = [names.modules[entry.path] for entry in low]
+    layer_states: list[Any] = [state_of(module) for module in modules]
+    pairs = zip(low, modules, strict=True)
+    plain = all(entry.rows is None and entry.layer.frozen_input(module) is None for entry, module in pairs)
+    return plain and not any(layer_state is None or layer_state.transposed for layer_state in layer_states)
+
+
+def _held(
+    path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int
+) -> ResidentAdapter:
+    resolved_low = {id(one): one for one in tables.values() if isinstance(one, ResolvedLowRank)}.values()
+    numbers = {
+        id(value): value.numel() * value.element_size()
+        for part in general
+        for value in (*part.parameters(), *part.buffers())
+    }
+    size = sum(one.A.nbytes + one.B.nbytes + _bytes(one.gain) + _bytes(one.bias) for one in resolved_low)
+    return ResidentAdapter(
+        path,
+        variant,
+        tables,
+        size + sum(numbers.values()) + OVERHEAD * parts,
+        max((one.A.shape[0] for one in resolved_low), default=0),
+        frozenset(key for key, part in tables.items() if not isinstance(part, ResolvedLowRank)),
+    )
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
+
+
+def _divided(
+    names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
+) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
+    """The thin parts by the identity of what they were made of, and the parts that stay."""
+    resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
+    split, general = [], []
+    below = {
+        id(one)
+        for part in parts.values()
+        for table in (part.read_below, *part.entries.values())
+        for one in table.values()
+    }
+    for path, part in parts.items():
+        module = names.modules[path]
+        numbers = None if id(part) in below else _resolved(part, module, dtype)
+        if numbers is None:
+            general.append(part)
+        else:
+            (change,) = part.changes.values()
+            split.append(id(part))
+            resolved.append((module, change.dims, numbers))
+    return dict(zip(split, _thin(resolved), strict=True)), general
+
+
+def _thin(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -> list[ResolvedLowRank]:
+    """The parts of modules with these dims and [A, B, gain, bias], whose numbers lie together."""
+    flat = _together([value for *_, numbers in resolved for value in numbers if value is not None])
+    made = []
+    for module, dims, numbers in throttled(resolved):
+        A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in numbers])
+        layer_state: Any = state_of(module)
+        made.append(ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims))
+    return made
+
+
+@torch.no_grad()
+def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) -> list[Tensor | None] | None:
+    """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other part."""
+    layer_state = state_of(module)
+    plain = layer_state is not None and layer_state.product and len(part.changes) == 1
+    if not plain or part.read_below or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
+        return None
+    ((name, change),) = part.changes.items()
+    weight: Any = weight_of(module, name)
+    low, gain = change.resolve(weight)
+    if (layer_state.transposed and gain is not None) or len(low.A) > 1:
+        return None
+    trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
+    if low.A.numel() + low.B.numel() > SWELL * trained:
+        return None
+    wanted: torch.dtype = weight.dtype if dtype is None else dtype
+    bias = part.full._parameters.get("bias")
+    return [
+        *_flattened(low.T if layer_state.transposed else low, gain, wanted),
+        None if bias is None else bias.to(wanted),
+    ]
+
+
+def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+    """[A, B, gain] as a ``ResolvedLowRank`` has them."""
+    if gain is not None:
+        low = low.gained(gain.view(1, -1))
+    B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
+    return [one if one is None else one.detach().to(dtype) for one in (low.A[0], B, gain)]
+
+
+def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Copies of tensors, one after the other in one block of memory for each dtype and device. Each begins at a
+    multiple of 64 bytes."""
+    starts: dict[Any, int] = {}
+    places = []
+    for value in values:
+        kind, step = (value.dtype, value.device), 64 // value.element_size()
+        places.append((kind, starts.get(kind, 0)))
+        starts[kind] = places[-1][1] + -(-value.numel() // step) * step
+    blocks = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()}
+    for value, (kind, start) in zip(values, places, strict=True):
+        yield blocks[kind][start : start + value.numel()].view(value.shape).copy_(value)

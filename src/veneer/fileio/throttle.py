@@ -1,0 +1,44 @@
+"""Long Python work beside somebody who must not wait for it: loops that pause, if their thread was told to give way.
+
+Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another thread computes
+takes about as much from its next step. In slices it takes a little from each of many steps. Rejected: the lowest
+priority for the thread on top of that. It made the others' gaps longer, as it keeps Python while it waits for a core.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+#: seconds of work, and of the pause behind it
+SLICE, PAUSE = 0.001, 0.012
+
+_THREAD = threading.local()
+
+
+def throttle_loads(busy: Callable[[], bool]) -> None:
+    """From now on this thread pauses in ``throttled`` loops while ``busy()``."""
+    _THREAD.busy, _THREAD.since = busy, time.thread_time()
+
+
+def gives_way() -> bool:
+    """Whether this thread was told to."""
+    return getattr(_THREAD, "busy", None) is not None
+
+
+def throttled(items: Iterable[Item]) -> Iterable[Item]:
+    """``items``; with pauses between them in a thread that gives way."""
+    return _paced(items) if gives_way() else items
+
+
+def _paced(items: Iterable[Item]) -> Iterator[Item]:
+    for item in items:
+        if time.thread_time() - _THREAD.since > SLICE:
+            if _THREAD.busy():
+                time.sleep(PAUSE)
+            _THREAD.since = time.thread_time()
+        yield item

@@ -1,0 +1,333 @@
+"""Reading files that nobody vouches for: the header of a safetensors file, JSON, and where a folder's own files lie.
+
+    8 bytes          n, the length of the header, little-endian
+    n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …, "__metadata__": {…}}
+    the rest         the numbers, each tensor in its own range, without a gap
+
+A file says of itself what it holds, and everything here treats that as a claim: each number is compared with the size
+that the disk reports before anything is allocated by it. The header alone is read, so a checkpoint of many GiB costs
+what its list of names costs. The layout is the one that https://github.com/huggingface/safetensors documents.
+
+Rejected: to rely on the safetensors library alone. It refuses most of this, but names neither the file nor the tensor,
+and the text of its errors changes with its version; and JSON has the same traps in ``adapter_config.json``, of which
+it knows nothing: keys that are there twice (two readers may believe two values), NaN, numbers of a million digits,
+lists nested so deep that a reader runs out of stack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError, listing, sentence
+from veneer.fileio.throttle import throttled
+
+#: bits of one number, by the names that the format has
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+#: bytes of a header, which is the safetensors library's own limit, and of all strings in its metadata
+MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
+#: bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON may hold: a list of
+#: empty lists is thirty times larger in memory than as text
+MAX_JSON, MAX_DEPTH, MAX_MARKS = 16 * 2**20, 64, 1_000_000
+#: characters of a tensor's name, and its axes
+MAX_NAME, MAX_AXES = 512, 64
+#: how many numbers a tensor may have: more have no address
+MAX_COUNT = 2**63 - 1
+
+#: files that hold an adapter's tensors as a pickle
+PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle"))
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_MARKS = (b",", b":", b"[", b"{")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its numbers are the bytes [start, stop), counted from ``Header.data_start``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return product(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds, each claim of it checked against the file's size."""
+
+    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file. No number of a tensor is read.
+
+    Raises:
+        AdapterError: names the file, and each tensor that is not what the file's size allows.
+        OSError: the system does not let us read it.
+    """
+    path = Path(path)
+    if not path.is_file():  # opening a pipe or a device could wait forever
+        raise AdapterError(_unreadable(path, "it is no regular file"))
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(16)
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER) or head[8:9] != b"{":
+            raise AdapterError(_unreadable(path, _not_a_header(head, size, length)))
+        stream.seek(8)
+        raw = stream.read(length)
+    try:
+        content = parse(raw)
+    except ValueError as error:
+        raise AdapterError(_unreadable(path, f"its header is not JSON: {error}")) from error
+    metadata = content.pop("__metadata__", {})
+    problems = [_metadata_problem(metadata)]
+    tensors = {name: _entry(name, claim, size - 8 - length) for name, claim in throttled(content.items())}
+    wrong = [claim for claim in tensors.values() if isinstance(claim, str)]
+    problems += wrong or [_gap(tensors, size - 8 - length)]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise AdapterError(_unreadable(path, listing(found, 3)))
+    return Header(tensors, metadata, 8 + length)  # pyright: ignore[reportArgumentType]
+
+
+def _unreadable(path: Path, why: str) -> str:
+    return sentence(f"{path} cannot be read ({why})", "a whole safetensors file", "get the file again")
+
+
+def _not_a_header(head: bytes, size: int, length: int) -> str:
+    known = what_it_is(head)
+    if known:
+        return f"it is {known}"
+    if size < 8:
+        return f"it has {size} bytes, and is cut short"
+    if length > MAX_HEADER:
+        return f"its header claims {length:,} bytes, of {MAX_HEADER:,} at most"
+    if length > size - 8:
+        return f"its header claims {length:,} bytes in a file of {size:,}: it is cut short, or no safetensors file"
+    return "its header does not begin with {"
+
+
+def what_it_is(head: bytes) -> str | None:
+    """What a file is by its first bytes, if it is one of the things that are taken for tensors; None if not known."""
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive, as torch.save writes one: a pickle, which runs code when it is read"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[2:8] != bytes(6):
+        return "a pickle, which runs code when it is read"
+    if head.startswith(b"version https://"):
+        return "a pointer of Git LFS, not the file that it points to (run git lfs pull)"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file"
+    return "a web page" if head[:1] == b"<" else None
+
+
+def _metadata_problem(metadata: Any) -> str | None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        return "its __metadata__ is no mapping of text to text"
+    size = sum(len(key) + len(value) for key, value in metadata.items())
+    return f"its __metadata__ has {size:,} characters, of {MAX_METADATA:,} at most" if size > MAX_METADATA else None
+
+
+def _entry(name: str, claim: Any, room: int) -> Entry | str:
+    """What the header says of one tensor, or what is wrong with that. ``room`` is how many bytes of data there are."""
+    shown = f"tensor {name[:80]!r}"
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        return f"{shown} has a name that is empty, longer than {MAX_NAME} characters or not printable"
+    if not isinstance(claim, dict) or claim.keys() != _FIELDS:
+        return f"{shown} is not described by dtype, shape and data_offsets alone"
+    dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"{shown} has the unknown dtype {str(dtype)[:40]!r}"
+    if not _counts(shape) or len(shape) > MAX_AXES:
+        return f"{shown} has a shape that is no list of at most {MAX_AXES} whole numbers"
+    if not _counts(offsets) or len(offsets) != 2:
+        return f"{shown} has data_offsets that are no two whole numbers"
+    start, stop = offsets
+    if not start <= stop <= room:
+        return f"{shown} claims the bytes {start:,} to {stop:,} of {room:,}"
+    if product([axis or 1 for axis in shape]) > MAX_COUNT:  # strides are computed of an empty tensor too
+        return f"{shown} has a shape {_short(shape)} that no memory can hold"
+    bits = product(shape) * BITS[dtype]
+    if bits != 8 * (stop - start):
+        return f"{shown} claims {stop - start:,} bytes, and {-(-bits // 8):,} by its shape {_short(shape)} of {dtype}"
+    return Entry(dtype, tuple(shape), start, stop)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _short(shape: list[int]) -> str:
+    return str(shape) if len(shape) <= 8 else f"[{', '.join(map(str, shape[:8]))}, …]"
+
+
+def product(shape: Iterable[int]) -> int:
+    """The product of whole numbers below 2⁶⁴, or one above ``MAX_COUNT`` as soon as it is clear that it will be."""
+    whole = 1
+    sizes = list(shape)
+    if 0 in sizes:
+        return 0
+    for axis in sizes:
+        whole *= axis
+        if whole > MAX_COUNT:
+            break
+    return whole
+
+
+def _gap(tensors: Mapping[str, Any], room: int) -> str | None:
+    """Where two tensors overlap or bytes belong to none, or None."""
+    reached, before = 0, "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start < reached:
+            return f"tensor {name!r} overlaps {before}"
+        if entry.start > reached:
+            return f"{entry.start - reached:,} bytes before tensor {name!r} belong to none"
+        reached, before = entry.stop, f"tensor {name!r}"
+    return f"{room - reached:,} bytes behind {before} belong to none" if reached != room else None
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+
+
+def parse(text: str | bytes) -> Any:
+    """A JSON value, more strictly than ``json`` reads it: no key twice, no NaN or infinity, no whole number beyond 64
+    bits, no half of a surrogate pair (which no file can be written with), and bounded depth and memory. ASCII or UTF-8.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    if len(raw) > MAX_HEADER or sum(map(raw.count, _MARKS)) > MAX_MARKS:
+        raise ValueError(f"more than {MAX_MARKS:,} values")
+    decoded = raw.decode("utf-8")
+    try:
+        value = json.loads(
+            decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
+        )
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
+    _shallow(value)
+    if b"\\ud" in raw or b"\\uD" in raw:
+        json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word}, which is no JSON")
+
+
+def _whole(digits: str) -> int:
+    number = int(digits) if len(digits) <= 20 else 2**64
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits) if len(digits) <= 400 else float("inf")
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {digits[:40]}, which no float holds")
+    return number
+
+
+def _shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            below
+            for above in level
+            if isinstance(above, dict | list)
+            for below in (above.values() if isinstance(above, dict) else above)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most ``MAX_JSON`` bytes.
+
+    Raises:
+        AdapterError: it is larger, no JSON, or no object; says where and why.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_JSON + 1)
+    do = "get the file again"
+    if len(raw) > MAX_JSON:
+        raise AdapterError(sentence(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do))
+    try:
+        content = parse(raw)
+    except ValueError as error:
+        raise AdapterError(sentence(f"{file}, which is not JSON ({error})", "a JSON object", do)) from error
+    if not isinstance(content, dict):
+        raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", do))
+    return content
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
+    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a link to one.
+
+    One exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into
+    ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the blobs of the same repository.
+    """
+    places, problems = _places(folder), []
+    for name in names:
+        file = folder / name
+        if not os.path.lexists(file):
+            continue
+        real = Path(os.path.realpath(file))
+        if not any(real.is_relative_to(place) for place in places):
+            found = f"{file}, a link to {real}, which lies outside the folder"
+            problems.append(sentence(found, "files of the folder's own", "put a copy of the file in its place"))
+        elif not file.is_file():
+            mode = real.stat().st_mode if real.exists() else 0
+            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file" if mode else "a link to nothing"
+            problems.append(sentence(f"{file}, {kind}", "a regular file", "get the folder again"))
+    return problems
+
+
+def _places(folder: Path) -> list[Path]:
+    real = Path(os.path.realpath(folder))
+    cached = (above.parent.parent for above in (real, *real.parents) if above.parent.name == "snapshots")
+    return [real, *(repository / "blobs" for repository in cached if repository.name.startswith("models--"))]
+
+
+def pickled(folder: Path) -> list[str]:
+    """A problem for each pickle of an adapter in the folder. None is opened."""
+    there = [name for name in PICKLES if os.path.lexists(folder / name)]
+    if not there:
+        return []
+    found = f"{', '.join(there)} in {folder}: a pickle, which runs whatever code its author put into it when it is read"
+    do = (
+        "remove it if adapter_model.safetensors is there; if not, and you trust its author, let PEFT write it anew "
+        "(PeftModel.from_pretrained, then save_pretrained)"
+    )
+    return [sentence(found, "tensors as adapter_model.safetensors alone", do)]

@@ -1,0 +1,252 @@
+"""Rounding W + ΔW to nearest in one loop over the numbers, by numba: memory is read once and written once.
+
+    Δ = Σₖ (scale · B)[row, k] · A[k, column]        v = W + Δ        W' = bf16(either end of the interval around v)
+
+Arithmetic and proof are those of ``kernels.rounding``: float32, and an interval around v whose two ends must round
+alike. In a block where they do not all, the numbers in doubt are found and computed in float64 at once. So the bits are
+the definition's, whichever of the two paths has run.
+
+What the compiler may do: contract a product and a sum into one operation, which rounds once where the bound allows
+for twice. What it may not: reorder. It would cancel v against the ends of its interval. The sums of the report alone
+are free of order (``plus``), as they could not run on vectors otherwise. Integers are words of 32 bits in LLVM's own
+terms, as numba makes 64 of each sum of them, and vectors of half as many numbers.
+
+Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. torch does the same in
+15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
+0.7. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
+
+Importing this module loads numba (half a second, 100 MiB); only ``rounding`` does, for weights that are worth it.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from veneer.kernels.compiled.numba_ops import as_bits, as_float, compiled, plus, wide
+
+#: columns of a block: what begins and ends one costs as much as a hundred numbers
+WIDE = 4096
+#: words of marks that are looked at as one, and the marks in them
+LOOK = 4
+LINE = 4 * LOOK
+#: products that are added to a number at once; ranks are filled up to a multiple of it, by zeros
+PRODUCTS = 8
+#: 4 · 2⁻²⁴, as ``rounding`` has it
+FARTHER = np.float32(2.0**-22)
+NAN = np.uint16(0x7FC0)
+_WORD = ir.IntType(32)
+
+
+@intrinsic
+def _raised(context: Any, value: Any):
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
+
+    def code(_, builder: Any, __, args: Any):
+        bits = builder.bitcast(args[0], _WORD)
+        odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
+        return builder.add(builder.add(bits, _WORD(0x7FFF)), odd)
+
+    return types.uint32(types.float32), code
+
+
+@intrinsic
+def _differs(context: Any, one: Any, other: Any):
+    """The bits in which these differ."""
+    return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
+
+
+@intrinsic
+def _either(context: Any, one: Any, other: Any):
+    """The bits that are in one of these."""
+    return one(one, one), lambda _, builder, __, args: builder.or_(*args)
+
+
+@intrinsic
+def _upper(context: Any, bits: Any):
+    """The upper half of 32 bits."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.trunc(builder.lshr(args[0], _WORD(16)), ir.IntType(16))
+
+    return types.uint16(types.uint32), code
+
+
+@intrinsic
+def _rounded(context: Any, bits: Any):
+    """The number whose upper half these bits have, with nothing below."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.bitcast(builder.and_(args[0], _WORD(0xFFFF0000)), ir.FloatType())
+
+    return types.float32(types.uint32), code
+
+
+@numba.njit(fastmath={"contract"})
+def _change(into, B, A, row, first, count):
+    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last ``PRODUCTS``; zeros, which it
+    has from the beginning, if there are no others."""
+    if B.shape[1] == PRODUCTS:
+        return
+    last = first + count
+    for j in range(count):
+        into[j] = np.float32(0)
+    for k in range(0, B.shape[1] - PRODUCTS, PRODUCTS):
+        b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
+        b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
+        a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
+        a4, a5, a6, a7 = A[k + 4, first:last], A[k + 5, first:last], A[k + 6, first:last], A[k + 7, first:last]
+        for j in range(count):
+            into[j] = (
+                into[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
+                + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
+            )  # fmt: skip
+
+
+@numba.njit(fastmath={"contract"})
+def _round(old, change, B, A, row, first, bound, new, marks, sums):
+    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether any is. ``change``
+    has all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
+    k, last = B.shape[1] - PRODUCTS, first + len(old)
+    b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
+    b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
+    a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
+    a4, a5, a6, a7 = A[k + 4, first:last], A[k + 5, first:last], A[k + 6, first:last], A[k + 7, first:last]
+    doubt = np.uint32(0)
+    realised = moved = base = np.float32(0)
+    for j in range(len(old)):
+        W = wide(old[j])
+        delta = (  # from a zero on, not from the first product: that may be -0
+            change[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
+            + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
+        )  # fmt: skip
+        v = W + delta
+        reach = np.float32(abs(v) * FARTHER + bound)
+        one, other = _raised(v + reach), _raised(v - reach)
+        differs = _differs(one, other)
+        doubt = _either(doubt, differs)
+        new[j], marks[j] = _upper(one), _upper(differs)
+        step = _rounded(one) - W
+        realised, moved, base = plus(realised, delta * step), plus(moved, step * step), plus(base, W * W)
+    sums[0] += realised
+    sums[1] += moved
+    sums[2] += base
+    if realised != realised or moved != moved:  # something is no number, whose marks may say anything
+        marks[: len(old)] = NAN
+        return True
+    return _upper(doubt) != 0
+
+
+@numba.njit
+def _nearest(value):
+    """The bits of the bfloat16 nearest to a float64, ties to even: by way of a float32 that is rounded to odd, so that
+    rounding twice is rounding once (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
+    if value != value:
+        return NAN
+    near = np.float32(value)
+    bits = as_bits(near)
+    if np.float64(near) != value:
+        if abs(np.float64(near)) > abs(value):
+            bits = np.uint32(bits - np.uint32(1))
+        bits = np.uint32(bits | np.uint32(1))
+    return _upper(_raised(as_float(bits)))
+
+
+@numba.njit
+def _again(old, words, B, A, scale, row, first, new, sums):
+    """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks are looked at as one
+    of the ``words``, and ``LOOK`` words as one."""
+    found = 0
+    for begin in range(0, len(words), LOOK):
+        seen = np.uint64(0)
+        for word in range(begin, begin + LOOK):
+            seen |= words[word]
+        if seen:
+            for word in range(begin, begin + LOOK):
+                marked, j = words[word], 4 * word
+                while marked:
+                    if marked & np.uint64(0xFFFF):
+                        _exact(old, B, A, scale, row, first, j, new, sums)
+                        found += 1
+                    marked, j = marked >> np.uint64(16), j + 1
+    return found
+
+
+@numba.njit
+def _exact(old, B, A, scale, row, first, j, new, sums):
+    change = 0.0
+    for k in range(B.shape[1]):
+        change += B[row, k] * A[first + j, k]
+    change *= scale
+    before, new[j] = wide(new[j]), _nearest(np.float64(wide(old[j])) + change)
+    sums[0] += change * (np.float64(wide(new[j])) - np.float64(before))
+
+
+def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums):
+    """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the last, with the distance
+    from group to group and from row to row; the wide factors are float64, and B there is without its scale. Returns
+    how many numbers were in doubt."""
+    groups, rows, _ = B.shape
+    columns = A.shape[2]
+    change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    words, found = marks.view(np.uint64), 0
+    for group in range(groups):
+        for row in range(rows):
+            for first in range(0, columns, WIDE):
+                count = min(WIDE, columns - first)
+                _change(change, B[group], A[group], row, first, count)
+                start = group * old_group + row * old_row + first
+                into = group * new_group + row * new_row + first
+                own, made, error = old[start : start + count], new[into : into + count], bound[group, row]
+                if _round(own, change, B[group], A[group], row, first, error, made, marks, sums):
+                    looked = -(-count // LINE)
+                    marks[count : LINE * looked] = 0
+                    marked = words[: LOOK * looked]
+                    found += _again(own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums)
+    return found
+
+
+_LOOP = compiled(_slab)
+
+
+def able(old: Tensor, new: Tensor) -> bool:
+    """Whether the loop is for weights of these dtypes that lie in memory like this."""
+    dense = all(one.stride(2) == 1 or one.shape[2] == 1 for one in (old, new))
+    return dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
+
+
+def padded(factor: Tensor, axis: int) -> Tensor:
+    """A or B in float32 with a rank that the loop takes."""
+    shape = list(factor.shape)
+    shape[axis] = -shape[axis] % PRODUCTS
+    return torch.cat([factor, factor.new_zeros(shape)], axis).contiguous()
+
+
+def rounded(
+    old: Tensor, B: Tensor, A: Tensor, bound: Tensor, wide_B: Tensor, wide_A: Tensor, scale: float, new: Tensor
+) -> Tensor:
+    """Round a slab into ``new``; returns the sums [3] in float64.
+
+    Args:
+        B, A: float32 and ``padded``; B with its scale.
+        wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in doubt reads a column.
+    """
+    sums, factors = np.zeros(3), [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)]
+    _LOOP(*_memory(old), *_memory(new), *factors, float(scale), sums)
+    return torch.from_numpy(sums)
+
+
+def _memory(one: Tensor) -> tuple[Any, int, int]:
+    """From the first number of [g, rows, columns] to the last, and how far groups and rows are apart."""
+    (groups, rows, columns), (group, row, _) = one.shape, one.stride()
+    flat = one.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
+    return (flat if one.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row

@@ -1,0 +1,82 @@
+"""veneer.models.attention."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import sentence
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+#: the name under which transformers knows Veneer's attention
+PRODUCTS = "veneer_products"
+
+
+#: code that asks whether a model's attention is transformers' "sdpa"
+ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)""")
+
+
+def use_products(model: PreTrainedModel) -> None:
+    """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls in which these are
+    the faster way, and as transformers' "sdpa" in all others.
+
+    Raises:
+        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model does something else
+            with an attention of another name than "sdpa", such as leaving out the mask of a sparse one.
+    """
+    if asks_for_sdpa(model):
+        found = f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
+        raise ValueError(sentence(found, "one that treats every attention alike", 'keep attention="sdpa"'))
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention())
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
+    model.set_attn_implementation(PRODUCTS)
+
+
+def asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether the code of one of the model's modules compares the name of its attention with "sdpa"."""
+    return any(_asks(name) for name in {type(module).__module__ for module in model.modules()})
+
+
+@functools.cache
+def _asks(name: str) -> bool:
+    """The same of one of transformers' files, or of code that came with a model."""
+    return name.startswith("transformers") and ASKS.search(inspect.getsource(sys.modules[name])) is not None
+
+
+@functools.cache
+def _attention() -> Callable[..., tuple[Any, None]]:
+    """What transformers' models call: query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h, d]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from veneer.kernels import attention
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
+        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    ) -> tuple[Any, None]:  # fmt: skip
+        heads_alike = attention_mask is None or attention_mask.shape[1] == 1
+        if query.shape[2] > 1 and heads_alike and kwargs.get("position_bias") is None:
+            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+            alone = causal and attention_mask is None
+            if attention.pays(query, key, alone and not dropout):
+                if alone and not dropout:
+                    return attention.causal(query, key, value, scaling).transpose(1, 2), None
+                bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
+                output = attention.products(query, key, value, bias, scaling, dropout, causal=alone)
+                return output.transpose(1, 2), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+
+    return attend

@@ -1,0 +1,135 @@
+"""veneer.models.encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from veneer.errors import ConfigError, sentence
+from veneer.fileio.untrusted import parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from veneer.models.load import Precision, pick_dtype, tokenizer_at
+from veneer.models.locate import find_base
+from veneer.models.messages import explained, quiet
+
+
+class Encoder(NamedTuple):
+    """A loaded encoder, and how its tokens become one vector.
+
+    ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1, ``length`` the most
+    tokens of a text.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    pooling: str
+    normal: bool
+    length: int
+
+
+def is_causal(source: str | Path) -> bool:
+    """Whether a base is a causal language model, rather than an encoder. Reads its config alone.
+
+    Raises:
+        ConfigError: as ``load_base``.
+    """
+    return _otherwise(str(source)) is None
+
+
+def must_be_causal(source: str | Path) -> None:
+    """Refuse a base of which ``load_base`` could make a language model that is none. Reads its config alone.
+
+    Raises:
+        ConfigError: it is an encoder, whose positions see what they should predict, or has another head; or as
+            ``load_base``.
+    """
+    reason = _otherwise(str(source))
+    if reason is not None:
+        do = (
+            "choose a causal base; to train another kind of model, call veneer.attach on it in Python and train it "
+            "with transformers' Trainer or a loop of your own"
+        )
+        raise ConfigError(sentence(f"{source}, {reason}", "a causal language model", do))
+
+
+def _otherwise(name: str) -> str | None:
+    """What a base is by its config, in words, unless it is a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    place = find_base(name)
+    if (Path(place) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
+        return "an encoder of sentence-transformers"
+    with quiet():
+        try:
+            config: Any = AutoConfig.from_pretrained(place)
+        except Exception as error:
+            raise explained(name, error) from error
+    named, values = getattr(config, "architectures", None) or (), [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:  # also a class that somebody has registered
+        found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        values += [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
+    causal = {one for value in values for one in ((value,) if isinstance(value, str) else value)}
+    called = " or ".join(named) or f"a {config.model_type} model"
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        whole = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
+        return f"whose config names {called}, {whole}: each position sees the tokens that it should predict"
+    if named and not any(one in causal for one in named):
+        return f"whose config names {called}"
+    return None
+
+
+def load_encoder(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> Encoder:
+    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean of its tokens,
+    normalised, where it has none.
+
+    Raises:
+        ConfigError: as ``load_base``, or a pooling that is not known here.
+    """
+    import torch
+    from transformers import AutoModel
+
+    name = str(source)
+    place = find_base(name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    pooling, normal, longest = _pooling(Path(place))
+    with quiet():
+        try:
+            model: Any = AutoModel.from_pretrained(place, dtype=dtype)
+        except Exception as error:
+            raise explained(name, error) from error
+        tokenizer = tokenizer_at(place, name)
+    limits = (longest, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    length = min(int(limit) for limit in limits if limit)
+    return Encoder(model.to(device).eval(), tokenizer, name, pooling, normal, length)
+
+
+def _pooling(folder: Path) -> tuple[str, bool, int | None]:
+    """What sentence-transformers' files say: how to pool, whether to normalise, and how many tokens at most."""
+
+    def read(file: Path) -> Any:
+        try:
+            return parse(file.read_bytes()) if file.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(sentence(f"{file}, which is no JSON ({error})", "JSON", "get it again")) from error
+
+    modules = read(folder / "modules.json")
+    if not modules:
+        return "mean", True, None
+    kinds = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in modules}
+    unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
+    config = read(kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
+    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+    if unknown or len(chosen) != 1 or chosen[0] not in names:
+        found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
+        raise ConfigError(
+            sentence(found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another")
+        )
+    longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
+    return names[chosen[0]], "Normalize" in kinds, longest

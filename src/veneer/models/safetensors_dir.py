@@ -1,0 +1,181 @@
+"""A model as its files: a folder of safetensors, read tensor by tensor and never as a whole.
+
+    model.safetensors                                   one file, or
+    model-00001-of-00002.safetensors, …                 shards, and
+    model.safetensors.index.json                        which tensor is in which shard
+
+A tensor is read with plain reads into memory of its own, not mapped: the pages of a map count as the process's memory
+for as long as the system likes, and what is promised here is a bound.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, CheckpointError, listing, raise_all, sentence
+from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
+
+ENDING, INDEX = ".safetensors", ".safetensors.index.json"
+
+#: torch's dtypes by the names that safetensors has
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors files.
+
+    ``files`` are their headers by name, ``index`` what the index says (None for a single file), ``where`` the file of
+    each tensor, in the order of files and of the bytes in them.
+    """
+
+    folder: Path
+    files: Mapping[str, Header]
+    index: Mapping[str, Any] | None
+    index_name: str | None
+    where: Mapping[str, str]
+
+    def entry(self, name: str) -> Entry:
+        return self.files[self.where[name]].tensors[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entry(name).dtype]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def bytes(self, name: str) -> int:
+        entry = self.entry(name)
+        return entry.stop - entry.start
+
+    def start(self, name: str) -> int:
+        """Where a tensor's bytes begin in its file."""
+        return self.files[self.where[name]].data_start + self.entry(name).start
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some ``rows`` of its first axis, in memory of its own.
+
+        Raises:
+            KeyError: no such tensor.
+            CheckpointError: the file became shorter since its header was read.
+        """
+        with (self.folder / self.where[name]).open("rb", buffering=0) as stream:
+            return read_tensor(stream.fileno(), self, name, rows)
+
+
+def read_tensor(
+    descriptor: int, checkpoint: Checkpoint, name: str, rows: slice | None = None, into: Tensor | None = None
+) -> Tensor:
+    """``Checkpoint.read`` from a file that is open already; ``into`` is the memory for it, as bytes."""
+    shape, size, start = checkpoint.shape(name), checkpoint.bytes(name), checkpoint.start(name)
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        row = size // shape[0] if shape[0] else 0
+        shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
+    flat = torch.empty(size, dtype=torch.uint8) if into is None else into
+    view, done = memoryview(flat.numpy().data), 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)
+        if not count:
+            found = f"{checkpoint.where[name]}, which ended within {name!r}"
+            raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
+        done += count
+    return flat.view(checkpoint.dtype(name)).reshape(shape)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """The checkpoint in a folder: its headers, checked; no number of it is read.
+
+    Raises:
+        CheckpointError: no safetensors there, or several that no index tells apart, an index that names other files or
+            tensors than there are, a damaged file; with every problem at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(sentence(f"no folder {folder}", "the folder of a model", "check the path"))
+    indices = sorted(path.name for path in folder.iterdir() if path.name.endswith(INDEX))
+    if len(indices) > 1:
+        raise CheckpointError(sentence(f"{listing(indices)} in {folder}", "one index", "keep the files of one model"))
+    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", misplaced(folder, indices))
+    if indices:
+        index = _checked(read_json, folder / indices[0])
+        names = _named(folder / indices[0], index)
+    else:
+        index, names = None, sorted(path.name for path in folder.iterdir() if path.name.endswith(ENDING))
+    if len(names) != 1 and index is None:
+        raise CheckpointError(_which(folder, names))
+    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", misplaced(folder, names))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        found = f"no {listing(missing)} in {folder}"
+        raise CheckpointError(sentence(found, "the files that the index names", "get the whole model"))
+    files = {name: _checked(read_header, folder / name) for name in names}
+    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", list(_problems(files, index)))
+    where = {tensor: file for file, header in files.items() for tensor in in_order(header)}
+    return Checkpoint(folder, files, index, indices[0] if indices else None, where)
+
+
+def in_order(header: Header) -> list[str]:
+    """The tensors of a file in the order of their bytes."""
+    return sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop))
+
+
+def _checked(reader: Any, path: Path) -> Any:
+    """What a reader of ``headers`` gives; its errors as those of a checkpoint."""
+    try:
+        return reader(path)
+    except AdapterError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
+    """The files that an index names: plain names in its own folder."""
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise CheckpointError(sentence(f"no weight_map of names in {path}", "one", "get the file again"))
+    names = sorted(set(weights.values()))
+    odd = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
+    if odd:
+        found = f"{listing(map(repr, odd))} in {path}"
+        raise CheckpointError(sentence(found, f"names of {ENDING} files beside it", "get the file again"))
+    return names
+
+
+def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> Iterator[str]:
+    seen: dict[str, str] = {}
+    said = index["weight_map"] if index is not None else {}
+    for file, header in files.items():
+        for name, entry in header.tensors.items():
+            if name in seen:
+                yield sentence(f"{name!r} in {seen[name]} and in {file}", "one of them", "get the whole model again")
+            if index is not None and said.get(name) != file:
+                found = f"{name!r} in {file}, where the index says {said.get(name)!r}"
+                yield sentence(found, "an index of these files", "get the index and its shards together")
+            if entry.dtype not in DTYPES:
+                yield sentence(f"{name!r} of dtype {entry.dtype}", listing(DTYPES), "convert the model first")
+            seen[name] = file
+    lacking = sorted(said.keys() - seen.keys())
+    if lacking:
+        yield sentence(f"no {listing(lacking, 3)}, of which the index speaks", "it", "get the whole model")
+
+
+def _which(folder: Path, names: list[str]) -> str:
+    if names:
+        found = f"{len(names)} files ending in {ENDING} in {folder} and no index"
+        return sentence(found, f"one, or *{INDEX} beside them", "keep the files of one model there")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    found = f"no {ENDING} file in {folder}" + (f", but {listing(others, 3)}, which are pickles" if others else "")
+    do = "save the model with save_pretrained of a current transformers, which writes safetensors"
+    return sentence(found, f"a model as {ENDING}", do if others else "name the folder that holds the weights")

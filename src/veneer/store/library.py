@@ -1,0 +1,382 @@
+"""A library: a folder of adapters by name, which several processes may read and write at once.
+
+    index.json              {"format": 1, "names": {name: {object, tags, added, size, base, variant, rank}}}
+    index.copy.json         the same once more, for the day on which the first is damaged
+    objects/<hash>/         an adapter folder, named by the hash of its files; never written to again
+    lock                    whoever changes anything holds it (flock)
+
+A name is a line in the index, an object is content: the same adapter under two names is stored once. A change is: take
+the lock, read the index, put a whole object in place, replace the index by a rename. So a crash, at any moment, leaves
+the old index or the new one, and every object that an index speaks of is whole. Readers take no lock: they read one
+file, which is always whole, and then a folder, which never changes.
+
+One index rather than a file a name: it gives every reader one consistent state with one read, and names need not be
+file names. One lock that is held for the whole of a change, the copying too, rather than a lock a folder: a folder
+under a temporary name is then always the leftover of a writer that died, and ``gc`` needs no clock to know it.
+
+An object that no name refers to is deleted by ``gc`` after a grace period, counted from the moment when its last name
+went (the folder's own time of change, which ``remove`` sets). So a path from ``get`` is good for that long whatever
+others do, and files that are open then stay readable, as POSIX has it.
+
+It needs flock and atomic renames: Linux, macOS, the BSDs, not Windows. On NFS both work where the mount has locking
+(not with ``nolock``), and readers on other machines may see a change some seconds late.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
+from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing, nearest, raise_all, sentence
+from veneer.fileio.atomic import new_folder, write_whole
+from veneer.store.remote import is_remote, pull
+
+INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
+FORMAT = 1
+#: seconds for which an object without a name is kept
+GRACE = 3600.0
+SCHEME = "library:"
+#: what may name an adapter, here and to a server
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name of a library. ``object`` is the hash of its files, ``added`` is in UTC, ``size`` in bytes, ``base`` what
+    the adapter calls its base."""
+
+    name: str
+    object: str
+    tags: tuple[str, ...]
+    added: str
+    size: int
+    base: str | None
+    variant: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What ``gc`` deleted: objects by hash, how many leftovers of writers that died, and how many bytes in all."""
+
+    objects: tuple[str, ...]
+    leftovers: int
+    freed: int
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What ``rebuild`` made of a library: names that it kept, names that it gave to objects without one, and what it
+    had to give up (names whose object is gone or altered)."""
+
+    kept: tuple[str, ...]
+    recovered: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+@dataclass(frozen=True, init=False)
+class Library:
+    """The adapters in a folder, which need not exist yet."""
+
+    folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        object.__setattr__(self, "folder", Path(folder).expanduser())
+
+    # ------------------------------------------------------------------------------------------ reading: no lock
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a name. Raises ``LibraryError`` if there is none."""
+        return self._need(self._names(), name)
+
+    def get(self, name: str) -> Path:
+        """The adapter folder of a name: to be read, never written to, and good for the grace period at least."""
+        path = self._object(self.entry(name).object)
+        if not path.is_dir():
+            raise LibraryError(
+                sentence(
+                    f"no folder {path}, which {name!r} stands for", "it there", f"run {self._mend()}, or add it again"
+                )
+            )
+        return path
+
+    def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
+        """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls it)."""
+        entries = (entry for _, entry in sorted(self._names().items()))
+        return tuple(
+            entry for entry in entries if (tag is None or tag in entry.tags) and (base is None or base == entry.base)
+        )
+
+    # ------------------------------------------------------------------------------------------ writing: one at a time
+
+    def add(self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False) -> Entry:
+        """Copy an adapter folder into the library under a name.
+
+        The adapter is verified first. Of the folder only an adapter's own files are copied. ``overwrite`` replaces what
+        the name stands for, its tags included: what a tag said of the old adapter need not be so of the new one.
+
+        Raises:
+            AdapterError: the folder is no intact adapter.
+            OutputExistsError: the name is taken and ``overwrite`` is False.
+            LibraryError: a name or a tag that cannot be one, a damaged index.
+        """
+        path, tags = Path(path), tuple(dict.fromkeys(tags))
+        _check_words(name, tags)
+        key = content_hash(path)
+        entry = _entry(path, name, key, tags)  # reads and verifies
+        with self._change(create=True) as names:
+            if name in names and not overwrite:
+                found = f"an adapter {name!r} in {self.folder}"
+                raise OutputExistsError(sentence(found, "a new name", "choose another, or allow overwriting"))
+            self._store(path, key)
+            if name in names:
+                self._retire(names[name].object)
+            names[name] = entry
+        return entry
+
+    def remove(self, name: str) -> Entry:
+        """Take a name out of the library and return what it was. ``gc`` deletes the files later, if no other name
+        stands for them."""
+        with self._change() as names:
+            entry = self._need(names, name)
+            self._retire(entry.object)
+            del names[name]
+        return entry
+
+    def tag(self, name: str, *tags: str, remove: Iterable[str] = ()) -> Entry:
+        """Add tags to a name and take others away; return its new entry.
+
+        Raises:
+            LibraryError: no such name, a tag that cannot be one, one to take away that is not there.
+        """
+        remove = tuple(remove)
+        if not tags and not remove:
+            raise LibraryError(sentence("no tag to add or remove", "at least one", "name it"))
+        _check_words(name, (*tags, *remove))
+        with self._change() as names:
+            entry = self._need(names, name)
+            absent = [tag for tag in remove if tag not in entry.tags]
+            if absent:
+                found = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
+                raise LibraryError(sentence(found, "tags that it has", "check the spelling"))
+            kept = [tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove]
+            names[name] = replace(entry, tags=tuple(kept))
+        return names[name]
+
+    def gc(self, *, grace: float = GRACE) -> Collected:
+        """Delete the objects that have had no name for ``grace`` seconds, and what killed writers left."""
+        with self._locked():
+            used = {entry.object for entry in self._names().values()}  # a damaged index raises: nothing is deleted
+            objects = self.folder / OBJECTS
+            leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp"), *objects.glob(".*.replaced")]
+            freed = sum(map(_delete, leftovers))
+            old = [
+                path
+                for path in sorted(objects.iterdir())
+                if _HASH.fullmatch(path.name) and path.name not in used and time.time() - path.stat().st_mtime >= grace
+            ]
+            for path in old:
+                doomed = path.with_name(f".{path.name}.tmp")
+                path.rename(doomed)  # at once: half an object must never stand under its hash
+                freed += _delete(doomed)
+        return Collected(tuple(path.name for path in old), len(leftovers), freed)
+
+    def rebuild(self) -> Rebuilt:
+        """Make a damaged index anew, from its copy and from the objects, each of which is verified.
+
+        Where the index itself can be read, names whose object is gone or altered are taken out. Where it cannot, the
+        copy counts, which is at most one change behind; objects that it does not know are named "recovered-…" and
+        tagged "recovered". The files of what is lost stay for the grace period from now.
+        """
+        with self._locked():
+            names, whole = self._readable()
+            intact = {path.name for path in self._objects() if content_hash(path) == path.name}
+            kept = {name: entry for name, entry in names.items() if entry.object in intact}
+            lost, recovered = sorted(names.keys() - kept.keys()), {}
+            unknown = intact - {entry.object for entry in kept.values()}
+            for key in () if whole else sorted(unknown):
+                name = f"recovered-{key[:12]}" if f"recovered-{key[:12]}" not in kept else f"recovered-{key}"
+                try:
+                    recovered[name] = _entry(self._object(key), name, key, ("recovered",))
+                except AdapterError:  # of a variant that this installation lacks, say: its files stay for the period
+                    lost.append(key)
+            after = {**kept, **recovered}
+            unnamed = {path.name for path in self._objects()} if not whole else {names[name].object for name in lost}
+            for key in unnamed - {entry.object for entry in after.values()}:
+                self._retire(key)  # somebody may want the files of what is lost
+            self._write(after)
+        return Rebuilt(tuple(sorted(kept)), tuple(recovered), tuple(lost))
+
+    # ------------------------------------------------------------------------------------------ objects
+
+    def _object(self, key: str) -> Path:
+        return self.folder / OBJECTS / key
+
+    def _objects(self) -> Iterator[Path]:
+        folder = self.folder / OBJECTS
+        yield from (path for path in folder.iterdir() if _HASH.fullmatch(path.name)) if folder.is_dir() else ()
+
+    def _store(self, path: Path, key: str) -> None:
+        """Put the files into place, unless they are there, and intact, already."""
+        target = self._object(key)
+        if target.is_dir() and content_hash(target) == key:
+            return
+        with new_folder(target, overwrite=True) as folder:
+            copy_files(path, folder)
+            if content_hash(folder) != key:
+                found = f"files in {path} that changed while they were copied"
+                raise AdapterError(sentence(found, "files at rest", "add it again when they are written"))
+
+    def _retire(self, key: str) -> None:
+        """Start the grace period of an object anew: a name of it is about to go."""
+        if self._object(key).is_dir():
+            os.utime(self._object(key))
+
+    # ------------------------------------------------------------------------------------------ the index
+
+    @contextmanager
+    def _locked(self, *, create: bool = False) -> Iterator[None]:
+        """One writer at a time. Only ``create`` makes the folder: a mistyped one must not appear."""
+        if not create and not (self.folder / OBJECTS).is_dir():
+            raise LibraryError(
+                sentence(f"no library in {self.folder}", "a folder with adapters", "check the path, or add one")
+            )
+        try:
+            import fcntl
+        except ImportError as error:
+            raise LibraryError(
+                sentence("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
+            ) from error
+        (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:  # not left to the closing: a process that was forked meanwhile holds the file open too
+                fcntl.flock(stream, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _change(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
+        """The names, to be changed in the block; written when it ends without an error."""
+        with self._locked(create=create):
+            names = self._names()
+            if not (self.folder / INDEX).exists():
+                self._write(names)  # before the first object, so that objects without an index mean a lost one
+            yield names
+            self._write(names)
+
+    def _write(self, names: dict[str, Entry]) -> None:
+        content = {"format": FORMAT, "names": {name: asdict(entry) for name, entry in sorted(names.items())}}
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self.folder / INDEX, text)  # from here on it is done
+        write_whole(self.folder / COPY, text)
+
+    def _names(self) -> dict[str, Entry]:
+        """What the index says; nothing if there was never one."""
+        index = self.folder / INDEX
+        # In this order: a first writer may come in between, and it writes the index before the first object.
+        if not index.exists() and not (self.folder / COPY).exists() and not any(self._objects()):
+            return {}
+        try:
+            return _parse(index)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
+            what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            raise LibraryError(
+                sentence(f"an index {index} that {what}", "the index of a library", f"run {self._mend()}")
+            ) from error
+
+    def _readable(self) -> tuple[dict[str, Entry], bool]:
+        """The names of the index (and True), or else those of its copy, or else none."""
+        for file in (INDEX, COPY):
+            try:
+                return _parse(self.folder / file), file == INDEX
+            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+                continue
+        return {}, False
+
+    def _need(self, names: dict[str, Entry], name: str) -> Entry:
+        if name not in names:
+            found = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
+            expected = f"one of {listing(sorted(names))}" if names else "one that was added"
+            raise LibraryError(sentence(found, expected, "check the name, or add it"))
+        return names[name]
+
+    def _mend(self) -> str:
+        return f"`veneer gc --rebuild --library {self.folder}`"
+
+
+def _parse(file: Path) -> dict[str, Entry]:
+    """The names that an index file holds; ValueError, TypeError, KeyError or AttributeError if it is damaged."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise LibraryError(sentence(f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer"))
+    names = {}
+    for name, fields in content["names"].items():
+        entry = Entry(**{**fields, "tags": tuple(fields["tags"])})
+        texts = entry.added, entry.variant, entry.base or "", *entry.tags
+        sound = all(isinstance(text, str) for text in texts) and type(entry.size) is type(entry.rank) is int
+        # an index from elsewhere must not lead out of the folder either
+        if not sound or entry.name != name or not NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
+            raise ValueError(f"the entry of {name!r} is none")
+        names[name] = entry
+    return names
+
+
+def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
+    """What an adapter folder is, verified."""
+    saved = read(path)
+    base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get("base_model_name_or_path")
+    size = sum((path / file).stat().st_size for file in FILES if (path / file).is_file())
+    added = datetime.now(UTC).isoformat(timespec="seconds")
+    return Entry(name, key, tags, added, size, base, saved.config.variant, saved.config.rank)
+
+
+def _check_words(name: str, tags: Iterable[str]) -> None:
+    expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
+    named = [("name", name), *(("tag", tag) for tag in tags)]
+    problems = [
+        sentence(f"{what} {word!r}", expected, "choose another") for what, word in named if not NAME.fullmatch(word)
+    ]
+    raise_all(LibraryError, f"The library cannot take {name!r}", problems)
+
+
+def _delete(path: Path) -> int:
+    """Delete a file or a folder; how many bytes that frees."""
+    if not path.is_dir():
+        size = path.stat().st_size
+        path.unlink()
+        return size
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    shutil.rmtree(path)
+    return size
+
+
+# ---------------------------------------------------------------------------------------------- for commands
+
+
+def default_folder() -> Path:
+    """``$VENEER_LIBRARY``, or ``veneer/adapters`` in ``$XDG_DATA_HOME`` or ``~/.local/share``."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return Path(os.environ.get("VENEER_LIBRARY") or data / "veneer" / "adapters").expanduser()
+
+
+def resolve(adapter: str | Path, library: Library | None = None) -> Path:
+    """The folder that a command's ADAPTER means: ``library:NAME`` in a library (None: the default one), a remote place,
+    which is pulled, or a path."""
+    text = str(adapter)
+    if text.startswith(SCHEME):
+        return (library or Library(default_folder())).get(text.removeprefix(SCHEME))
+    return pull(text) if is_remote(text) else Path(adapter)

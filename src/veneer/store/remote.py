@@ -1,0 +1,378 @@
+"""Adapters at remote places: ``push`` a folder there, ``pull`` it into a cache.
+
+    hf://owner/name[@revision]      a model repository of the Hugging Face hub, through huggingface_hub
+    s3://… gs://… memory:// file:// anything that fsspec knows; a place is a folder there
+    anything without "://"          a folder here: pulling it is reading it, pushing to it is copying
+
+``pull(push(folder, place))`` is that very adapter: ``push`` returns the place with the revision that it made, which
+names these bytes for good. On the hub that is a commit. Elsewhere it is the hash of the files: object stores have no
+versions that all of them share and cannot rename a folder, so nothing that a reader may be reading is written over:
+
+    <place>/<hash>/…     the files, first
+    <place>/latest       the hash, last: one small object, which every store replaces at once
+
+A crash in between leaves the old ``latest``, and files that the next push of the same adapter completes. A place that
+holds an adapter's files without ``latest`` (somebody copied a folder there) can be pulled too; it has no revisions.
+
+What is pulled lands in ``~/.cache/veneer/adapters`` by place and revision. It is read and verified under a temporary
+name and then renamed, so the cache holds nothing bad. Only an adapter's own files are ever fetched: no pickles, no
+code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
+from veneer.errors import AdapterError, RemoteError, VeneerError, sentence
+from veneer.fileio.atomic import new_file, new_folder, write_whole
+from veneer.models.gguf import cache_dir
+
+HUB = "hf://"
+LATEST = "latest"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: this machine's troubles, which the command line explains
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def is_remote(place: str) -> bool:
+    """Whether a text is a remote place, and not a path of this machine."""
+    return "://" in place
+
+
+def push(
+    path: str | Path,
+    place: str,
+    *,
+    revision: str | None = None,
+    message: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Put an adapter folder, verified first, at a remote place.
+
+    Args:
+        place: see above. A repository of the hub is made if there is none.
+        revision: the branch of the hub's repository, made if there is none; None takes "main".
+        message: of the hub's commit; None takes "Upload adapter".
+        private: whether a repository that is made is private; None leaves that to the hub.
+
+    Returns:
+        the place with the revision that holds what was pushed, which ``pull`` takes; a path for a path.
+
+    Raises:
+        AdapterError: the folder is no intact adapter.
+        RemoteError: no such place, no network, no permission, or options that the place does not have.
+        OutputExistsError: the place is a path that holds something.
+    """
+    path, target = Path(path), _parsed(place, revision)
+    read(path)
+    if target.kind != "hub" and (target.revision or message is not None or private is not None):
+        found = f"a revision, a message or private for {target.where}"
+        raise RemoteError(sentence(found, "none: they are the hub's", "leave them out; a push returns its revision"))
+    if target.kind == "hub":
+        return _push_hub(path, target, message or "Upload adapter", private)
+    if target.kind == "store":
+        return _push_store(path, target)
+    with new_folder(target.where) as folder:
+        copy_files(path, folder)
+    return target.where
+
+
+def pull(place: str, *, revision: str | None = None, cache: Path | None = None) -> Path:
+    """The adapter at a remote place as a verified folder in the cache. It is not to be written to.
+
+    Args:
+        place: see above; a path is itself, read and verified.
+        revision: a branch, a tag or a commit of the hub's repository; elsewhere what ``push`` returned after the "@".
+            It may stand in ``place`` too. None takes the newest. With a commit or a hash that was pulled before, no
+            network is needed.
+        cache: the folder to keep it in; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        AdapterError: what is there is no intact adapter. The cache is as it was.
+        RemoteError: no such place or revision, no network, no permission.
+    """
+    source = _parsed(place, revision)
+    if source.kind == "path":
+        if source.revision:
+            raise RemoteError(sentence(f"a revision of the folder {place}", "none", "leave it out"))
+        return read(source.where).path
+    named = f"{source.slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
+    keep = (cache or cache_dir() / "adapters") / named
+    return _pull_hub(source, keep) if source.kind == "hub" else _pull_store(source, keep)
+
+
+# ---------------------------------------------------------------------------------------------- places
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place ("hub", "store" or "path"), and where it is without its revision."""
+
+    kind: str
+    where: str
+    revision: str | None
+
+    @property
+    def slug(self) -> str:
+        """A name for people to find it by in the cache."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.where).name)[:60].strip(".-") or "adapter"
+
+
+def _parsed(place: str, revision: str | None) -> _Place:
+    """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and paths."""
+    if place.startswith(HUB):
+        where, _, own = place.partition("@")
+        kind = "hub"
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB).rstrip("/"), re.ASCII):
+            raise RemoteError(
+                sentence(f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so")
+            )
+        where = where.rstrip("/")
+    elif is_remote(place):
+        where, _, own = place.rpartition("@") if _HASH.fullmatch(place.rpartition("@")[2]) else (place, "", "")
+        kind, where = "store", where.rstrip("/")
+    else:
+        kind, where, own = "path", place, ""
+    if own and revision and own != revision:
+        raise RemoteError(sentence(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out"))
+    return _Place(kind, where, own or revision)
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        found = f"no package {name}, which remote places need"
+        raise RemoteError(sentence(found, "it installed", "pip install 'veneer[remote]'")) from error
+
+
+def _kept(target: Path, place: str, fetch: Callable[[Path], None], good: Callable[[Path], bool] | None = None) -> Path:
+    """The folder ``target`` of the cache: what is there if it is ``good`` (None: an intact adapter), else what
+    ``fetch`` fills a new one with."""
+    if (good or _intact)(target):
+        return target
+    with new_folder(target, overwrite=True) as folder:
+        fetch(folder)
+        problem = _problem(folder)
+        if problem is not None:
+            text = str(problem).replace(str(folder), place)
+            raise AdapterError(f"What {place} holds is no intact adapter. {text}") from problem
+    return target
+
+
+def _intact(folder: Path) -> bool:
+    return folder.is_dir() and _problem(folder) is None
+
+
+def _holds(folder: Path, key: str) -> bool:
+    """Whether it is the very adapter of this hash: many have no hashes of their own that would tell."""
+    return _intact(folder) and content_hash(folder) == key
+
+
+def _problem(folder: Path) -> AdapterError | None:
+    try:
+        read(folder)
+    except AdapterError as error:
+        return error
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- the hub
+
+
+def _api() -> Any:
+    return _package("huggingface_hub").HfApi(library_name="veneer")
+
+
+def _push_hub(path: Path, target: _Place, message: str, private: bool | None) -> str:
+    """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make several."""
+    hub, api, repo = _package("huggingface_hub"), _api(), target.where.removeprefix(HUB)
+    with _hub_errors(target, "write to"):
+        api.create_repo(repo, private=private, exist_ok=True)
+        if private is not None and bool(api.model_info(repo).private) != private:  # the hub ignores it then
+            found = f"{target.where}, which exists and is {'public' if private else 'private'}"
+            raise RemoteError(
+                sentence(found, "the other", "change it in its settings on the hub, or choose another name")
+            )
+        if target.revision and not target.revision.startswith("refs/"):
+            api.create_branch(repo, branch=target.revision, exist_ok=True)
+        there = set(api.list_repo_files(repo, revision=target.revision))
+        here = [name for name in FILES if (path / name).is_file()]
+        stale = [name for name in FILES if name in there and name not in here]  # another variant's numbers, say
+        operations = [hub.CommitOperationAdd(name, str(path / name)) for name in here]
+        operations += [hub.CommitOperationDelete(name) for name in stale]
+        done = api.create_commit(repo, operations, commit_message=message, revision=target.revision)
+    return f"{target.where}@{done.oid}"
+
+
+def _pull_hub(source: _Place, keep: Path) -> Path:
+    repo, revision = source.where.removeprefix(HUB), source.revision or ""
+    if _COMMIT.fullmatch(revision) and _intact(keep / revision):
+        return keep / revision  # without a network
+    with _hub_errors(source, "read"):
+        commit = str(_api().model_info(repo, revision=source.revision).sha)
+    if not _COMMIT.fullmatch(commit):  # it becomes a path
+        found = f"the commit {commit!r} of {source.where}"
+        raise RemoteError(sentence(found, "40 hexadecimal digits", "check HF_ENDPOINT"))
+
+    def fetch(folder: Path) -> None:
+        with _hub_errors(source, "read"):
+            _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(FILES))
+        if (folder / ".cache").is_dir():  # the hub client's notes about the download
+            shutil.rmtree(folder / ".cache")
+
+    return _kept(keep / commit, f"{source.where}@{commit}", fetch)
+
+
+@contextmanager
+def _hub_errors(place: _Place, what: str) -> Iterator[None]:
+    """What the hub's client raises, as one clear error."""
+    errors: Any = _package("huggingface_hub.errors")
+    where = place.where
+    try:
+        yield
+    except VeneerError:
+        raise
+    except errors.GatedRepoError as error:
+        found, do = f"{where} is gated", "accept its terms on its page, and log in with `hf auth login`"
+        raise RemoteError(sentence(found, f"leave to {what} it", do)) from error
+    except errors.RevisionNotFoundError as error:
+        found = f"no revision {place.revision!r} of {where}"
+        raise RemoteError(sentence(found, "a branch, a tag or a commit", "check the spelling")) from error
+    except errors.RepositoryNotFoundError as error:
+        found = f"no repository {where}, or one that you may not see"
+        do = "check the spelling; for a private one log in with `hf auth login`"
+        raise RemoteError(sentence(found, f"one to {what}", do)) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
+        status = next((answer.status_code for answer in answers if answer is not None), None)
+        if status in (401, 403):
+            do = "log in with `hf auth login` as somebody who may"
+            raise RemoteError(sentence(f"no permission to {what} {where}", "it", do)) from error
+        if status is None and not isinstance(error, ValueError):
+            found = f"the hub cannot be reached for {where} ({_said(error)})"
+            do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled before needs none"
+            raise RemoteError(sentence(found, "a network", do)) from error
+        found = f"the hub refused to {what} {where} ({_said(error)})"
+        raise RemoteError(sentence(found, "an answer", "see what it says, or try again later")) from error
+
+
+# ---------------------------------------------------------------------------------------------- object stores, fsspec
+
+
+def _store(place: _Place) -> tuple[Any, str]:
+    """The fsspec file system of a place, and the path there."""
+    fsspec = _package("fsspec")
+    scheme = place.where.partition("://")[0]
+    try:
+        system, root = fsspec.core.url_to_fs(place.where)
+    except ImportError as error:
+        do = f"install it ({_said(error)})"
+        raise RemoteError(sentence(f"no package for {scheme}:// places", "one that fsspec uses", do)) from error
+    except ValueError as error:
+        expected = "hf://, file://, s3:// or another scheme of fsspec"
+        raise RemoteError(sentence(f"the place {place.where!r} ({error})", expected, "check it")) from error
+    system.invalidate_cache()  # others write there too
+    return system, root.rstrip("/")
+
+
+def _push_store(path: Path, target: _Place) -> str:
+    key = content_hash(path)
+    with _store_errors(target, "write to"):
+        system, root = _store(target)
+        system.makedirs(f"{root}/{key}", exist_ok=True)
+        steps = getattr(system, "local_file", False)  # where writing a file is no single step
+        for name in FILES:
+            if (path / name).is_file() and steps:  # somebody may read what an earlier push has put there
+                with new_file(Path(root) / key / name, overwrite=True) as file:
+                    system.put_file(str(path / name), str(file))
+            elif (path / name).is_file():
+                system.put_file(str(path / name), f"{root}/{key}/{name}")
+        if steps:
+            write_whole(Path(root) / LATEST, key)
+        else:
+            system.pipe_file(f"{root}/{LATEST}", key.encode())
+    return f"{target.where}@{key}"
+
+
+def _pull_store(source: _Place, keep: Path) -> Path:
+    key = source.revision
+    if key is not None and not _HASH.fullmatch(key):
+        found = f"the revision {key!r} of {source.where}"
+        raise RemoteError(
+            sentence(found, "what `push` returned after the '@'", "give that, or leave it out for the newest")
+        )
+    if key is not None and _holds(keep / key, key):
+        return keep / key  # without a network
+    with _store_errors(source, "read"):
+        system, root = _store(source)
+        if key is None and system.exists(f"{root}/{LATEST}"):
+            key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
+            if not _HASH.fullmatch(key):
+                found = f"{source.where}/{LATEST}, which holds {key[:80]!r}"
+                raise RemoteError(sentence(found, "the hash of an adapter", "push one, or name a revision"))
+    folder_there = root if key is None else f"{root}/{key}"
+
+    def fetch(folder: Path) -> None:
+        with _store_errors(source, "read"):
+            there = {PurePosixPath(file).name for file in system.ls(folder_there, detail=False)}
+            for name in FILES:
+                if name in there:
+                    system.get_file(f"{folder_there}/{name}", str(folder / name))
+        if key is not None and content_hash(folder) != key:
+            found = f"other files at {source.where}@{key} than were pushed there"
+            raise AdapterError(sentence(found, "those of that hash", "push it again"))
+
+    if key is None:
+        return _plain(source, keep, fetch)
+    return _kept(keep / key, f"{source.where}@{key}", fetch, partial(_holds, key=key))
+
+
+def _plain(source: _Place, keep: Path, fetch: Callable[[Path], None]) -> Path:
+    """A place without revisions: fetched each time, and kept by its content."""
+    with TemporaryDirectory() as name:
+        fetched = Path(name)
+        fetch(fetched)
+        key = content_hash(fetched)
+        return _kept(keep / key, source.where, lambda folder: copy_files(fetched, folder), partial(_holds, key=key))
+
+
+@contextmanager
+def _store_errors(place: _Place, what: str) -> Iterator[None]:
+    """What a file system raises, which is anything that its client library raises, as one clear error."""
+    try:
+        yield
+    except VeneerError:
+        raise
+    except FileNotFoundError as error:
+        found = f"nothing at {place.where}{f'@{place.revision}' if place.revision else ''}"
+        raise RemoteError(sentence(found, "an adapter that was pushed there", "check the place")) from error
+    except PermissionError as error:
+        found = f"no permission to {what} {place.where} ({_said(error)})"
+        raise RemoteError(sentence(found, "it", "check the credentials")) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        found = f"{place.where} cannot be used ({type(error).__name__}: {_said(error)})"
+        raise RemoteError(
+            sentence(found, f"a place to {what}", "check the network, the place and the credentials")
+        ) from error
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

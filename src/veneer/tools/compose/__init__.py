@@ -1,0 +1,402 @@
+"""One adapter out of several: weighted sums, sums of a lower rank, and mixtures of task vectors.
+
+    sum     ΔW = Σ wᵢ ΔWᵢ       exact: factors side by side; the rank is the sum of the ranks
+    svd     the same, to a rank  its best approximation, from the thin factors alone
+    ties, dare, dare_ties, prune entry by entry on the dense ΔWᵢ, one layer after the other; then to a rank
+
+A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
+
+DoRA rescales rows, W' = g ⊙ (W + ΔW), so its change is no product; but a weighted sum of such changes and of plain ones
+is DoRA again, exactly (``blend.py``). It needs the base: g = m / ‖W + ΔW‖, and a file knows m alone.
+
+What is trained in full is summed as P₀ + Σ wᵢ (Pᵢ − P₀). Where the weights of the adapters that have it add up to 1, P₀
+cancels, and no base is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter_files.derived_folder import merged_base, write_derived
+from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.attach.targets import path_test
+from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, nearest, raise_all, sentence
+from veneer.fileio.atomic import must_not_exist
+from veneer.fileio.hashing import fingerprint
+from veneer.formats import peft
+from veneer.tools.compose.align import AlignedWeight, line_up
+from veneer.tools.compose.base_weights import BaseWeight, Grounds, Source
+from veneer.tools.compose.blend import Blend, Recipe, Term, mixed, rescaled, summed
+from veneer.tools.compose.full_params import Mixing, combined
+from veneer.tools.compose.mixing import RECIPES
+from veneer.variants import VARIANTS
+
+METHODS = ("sum", "svd", *RECIPES)
+_MAGNITUDE = VARIANTS["dora"].peft_keys["magnitude"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one weight. ``ranks``: of the adapters that change it; ``norm``: ‖ΔW‖ before anything was left
+    out; ``error``: the norm of what was left out, as a share of it."""
+
+    path: str
+    ranks: tuple[int, ...]
+    rank: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ComposeReport:
+    """What ``compose`` wrote. ``str(report)`` is a short text for people.
+
+    ``verified``: every adapter proves its base, so the result does too. ``notes``: what the caller should know.
+    """
+
+    path: Path
+    method: str
+    weights: tuple[float, ...]
+    layers: tuple[LayerReport, ...]
+    verified: bool
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """The norm of what was left out in all layers, as a share of that of the whole change."""
+        norm = math.hypot(*(layer.norm for layer in self.layers))
+        return math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
+
+    def __str__(self) -> str:
+        ranks = sorted({layer.rank for layer in self.layers})
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
+        said = f"{self.method} of {_count(self.weights, 'adapter')}: {_count(self.layers, 'layer')}, {span}"
+        worst = max(self.layers, key=lambda layer: layer.error, default=None)
+        if worst is None or worst.error < 1e-9:  # rounding in float64
+            said += ", nothing left out"
+        else:
+            said += f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
+        return "\n".join([said, *(f"note: {note}" for note in self.notes)])
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+@torch.no_grad()
+def compose(
+    adapters: Sequence[str | Path | AdapterFiles] | str | Path | AdapterFiles,
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    layers: Mapping[str, float | Sequence[float]] | None = None,
+    base: Source | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> ComposeReport:
+    """Write the adapter that a combination of ``adapters`` is.
+
+    Args:
+        adapters: one or several folders, or what ``veneer.adapter_files.read`` gave.
+        weights: a number for each; None means 1 each. 0 leaves the adapter out.
+        method: one of ``METHODS``; None is "svd" if a rank or an energy is given, else "sum".
+        rank: of the result, for every method but "sum" (where it is larger than the weight allows, it is what that
+            allows). The mixtures take the sum of the adapters' ranks if neither it nor an energy is given.
+        energy: instead of a rank: the share of ‖ΔW‖² to keep in each layer, in (0, 1].
+        density: the share of entries that ties, dare, dare_ties and prune keep of each ΔWᵢ, in (0, 1].
+        layers: pattern → a factor for the layers that it matches (patterns as in ``LoraConfig``, the first that matches
+            counts), or a factor for each adapter.
+        base: a model, or its weights by path (a mapping, or a function that raises KeyError). Needed for DoRA, and for
+            parameters that are trained in full unless the weights of those adapters add up to 1.
+        model: beside weights by path, the model that they are of, on the meta device if need be. Needed where shapes do
+            not tell how a weight is used: square weights of GPT-2's Conv1D, stacks of square matrices.
+        seed: of dare's random entries; the result depends on nothing else.
+
+    Returns:
+        for each layer the ranks, the norm and the error.
+
+    Raises:
+        ConfigError: an option cannot be used.
+        AdapterError: the adapters cannot be put side by side, or the base is needed.
+        BaseMismatchError: the adapters are of different bases, or ``base`` is another one.
+        OutputExistsError: the path exists and ``overwrite`` is False.
+    """
+    if isinstance(base, str | Path):
+        found, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
+        raise ConfigError(sentence(found, "a model, or its weights by path", do))
+    adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
+    given = [1.0] * len(adapters) if weights is None else list(weights)
+    how = _options(len(adapters), given, method, rank, energy, density, layers or {}, seed)
+    must_not_exist(Path(out), overwrite)
+    all_ = [adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters]
+    notes = [
+        f"{each.path} has weight 0 and is left out" for each, weight in zip(all_, given, strict=True) if not weight
+    ]
+    used = [number for number, weight in enumerate(given) if weight]
+    sources = [all_[number] for number in used]
+    merged_base(sources)  # of one base, before anything is computed
+    notes += _unproven(sources)
+    base_weights = None if base is None and model is None else Grounds({} if base is None else base, model)
+    aligned_weights = line_up(sources, None if base_weights is None else base_weights.order)
+    base_weights = None if base is None else base_weights
+    weigh = _Weights([given[number] for number in used], _rules(layers or {}, used, aligned_weights, sources))
+    low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
+    recipe = RECIPES.get(how.method)
+    mixing = None if recipe is None else Mixing(recipe, how.density, seed)
+    full = combined(sources, aligned_weights, weigh, mixing, base_weights)
+    path = write_derived(
+        out, sources, low, full, variant=variant, overwrite=overwrite,
+        provenance={"composed": _said(all_, given, how, layers or {}), **(provenance or {})},
+    )  # fmt: skip
+    verified = all(source.record is not None for source in sources)
+    return ComposeReport(path, how.method, tuple(given), tuple(reports), verified, tuple(notes))
+
+
+def _options(
+    count: int, weights: Sequence[float], method: str | None, rank: int | None, energy: float | None,
+    density: float | None, layers: Mapping[str, float | Sequence[float]], seed: int,
+) -> Recipe:  # fmt: skip
+    """The options, checked without reading anything."""
+    problems = []
+    if count == 0:
+        problems.append(sentence("no adapter", "at least one", "name the adapters"))
+    if len(weights) != count:
+        found = f"{len(weights)} weights for {count} adapters"
+        problems.append(sentence(found, "one each", "leave them out to weigh all by 1"))
+    each = [value for factor in layers.values() for value in _listed(factor)]
+    if not all(map(_finite, [*weights, *each])):
+        problems.append(sentence(f"weights {[*weights, *each]}", "finite numbers", "correct them"))
+    elif weights and not any(weights):
+        problems.append(sentence("weights that are all 0", "one that is not", "there would be nothing to write"))
+    bad = [
+        pattern for pattern, factor in layers.items() if not isinstance(factor, int | float) and len(factor) != count
+    ]
+    if bad:
+        problems.append(
+            sentence(f"factors of {listing(bad)} for other than {count} adapters", "one each", "correct it")
+        )
+    method = method or ("sum" if rank is None and energy is None else "svd")
+    if method not in METHODS:
+        found = f"method={method!r}{nearest(str(method), METHODS)}"
+        problems.append(sentence(found, " | ".join(METHODS), 'use "sum"'))
+    if rank is not None and (type(rank) is not int or rank < 1):
+        problems.append(sentence(f"rank={rank!r}", "a whole number of at least 1", "use 16"))
+    if energy is not None and not (_finite(energy) and 0 < energy <= 1):
+        problems.append(sentence(f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"))
+    if rank is not None and energy is not None:
+        problems.append(sentence("both a rank and an energy", "one of them", "leave one out"))
+    if method == "sum" and (rank is not None or energy is not None):
+        problems.append(sentence("a rank or an energy for an exact sum", "none", "use method='svd'"))
+    if method == "svd" and rank is None and energy is None:
+        problems.append(sentence("neither a rank nor an energy for svd", "one of them", "give rank=16 or energy=0.99"))
+    recipe = RECIPES.get(method)
+    if recipe is not None and not (_finite(density) and 0 < density <= 1):  # type: ignore[operator]
+        do = f"give density={recipe.usual}, as in the paper"
+        problems.append(sentence(f"density={density!r} for {method}", "a share of entries in (0, 1]", do))
+    if recipe is None and density is not None and method in METHODS:
+        problems.append(sentence(f"a density for {method}", "none", f"use it with one of {listing(RECIPES)}"))
+    raise_all(ConfigError, "These adapters cannot be composed so", problems)
+    return Recipe(method, rank, energy, density or 1.0, seed)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _listed(factor: float | Sequence[float]) -> list[float]:
+    return [factor] if isinstance(factor, int | float) else list(factor)
+
+
+def _said(
+    adapters: Sequence[AdapterFiles],
+    weights: Sequence[float],
+    how: Recipe,
+    layers: Mapping[str, float | Sequence[float]],
+) -> dict[str, Any]:
+    """What goes into the record: of each adapter the name of its folder, the hash of its record, and its weight."""
+    of = [
+        {"adapter": each.path.name, "record": each.metadata.get("hashes", {}).get("record"), "weight": weight}
+        for each, weight in zip(adapters, weights, strict=True)
+    ]
+    options: dict[str, Any] = {"rank": how.rank, "energy": how.energy}
+    if how.method in RECIPES:
+        options |= {"density": how.density, "seed": how.seed}
+    if layers:
+        options["layers"] = {pattern: _listed(factor) for pattern, factor in layers.items()}
+    return {"method": how.method, **{name: value for name, value in options.items() if value is not None}, "of": of}
+
+
+def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
+    """Notes on adapters of other libraries.
+
+    Raises:
+        AdapterError: they and others mean different things by the same numbers.
+    """
+    foreign = [source for source in sources if source.record is None]
+    if not foreign:
+        return []
+    for source in sources:
+        if str(source.peft_config.get("peft_type")).startswith(peft.NOT_FOR_PEFT):
+            found = f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path} without a record"
+            do = "load each on its model and save it with veneer.save first"
+            raise AdapterError(sentence(found, "adapters of Veneer's, or such as PEFT applies alike", do))
+    for source in foreign:
+        nested = any(peft.attention_of(path) is not None for path in source.low)
+        if nested and (reason := peft.unsure(source.peft_config)) is not None:
+            raise AdapterError(sentence(f"{source.path}: {reason}", "a known meaning", "use PEFT for it"))
+    names = listing((str(source.path) for source in foreign), 3)
+    return [f"{names}: no record of the base, so the result has none; only you can tell that the bases are one"]
+
+
+#: a test of a path, and the factor of each adapter where it holds
+_Rule = tuple[Any, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weight of an adapter in a layer: its own, times the factor of the first rule that a name of the layer
+    meets."""
+
+    weights: Sequence[float]
+    rules: Sequence[_Rule]
+
+    def __call__(self, names: Sequence[str], number: int) -> float:
+        factor = next((factors[number] for test, factors in self.rules if any(map(test, names))), 1.0)
+        return self.weights[number] * factor
+
+
+def _rules(
+    layers: Mapping[str, float | Sequence[float]], used: Sequence[int], aligned_weights: Sequence[AlignedWeight],
+    sources: Sequence[AdapterFiles],
+) -> list[_Rule]:  # fmt: skip
+    """The rules of ``layers``, of which each must match something."""
+    known = [name for aligned in aligned_weights for name in (aligned.at, aligned.weight) if name]
+    for source in sources:
+        for path, tensors in source.full.items():
+            at = peft.unnested(path)[0]
+            known += [at, *(f"{at}.{name}".lstrip(".") for name in tensors)]
+    rules, problems = [], []
+    for pattern, factor in layers.items():
+        try:
+            test = path_test(pattern)
+        except re.error as error:
+            found = f"pattern {pattern!r}"
+            problems.append(sentence(found, f"a regular expression after re: ({error})", "correct it"))
+            continue
+        if not any(map(test, known)):
+            leaves = dict.fromkeys(aligned.at.rpartition(".")[2] for aligned in aligned_weights)
+            found = f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *known])}"
+            problems.append(sentence(found, f"names such as {listing(leaves)}", "correct it"))
+        whole = [float(factor)] * (max(used) + 1) if isinstance(factor, int | float) else factor
+        rules.append((test, [float(whole[number]) for number in used]))
+    raise_all(ConfigError, "These layers cannot be weighed", problems)
+    return rules
+
+
+def _changes(
+    aligned_weights: Sequence[AlignedWeight],
+    sources: Sequence[AdapterFiles],
+    weigh: _Weights,
+    how: Recipe,
+    base_weights: Grounds | None,
+) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
+    """(every change by its path in the file, a report of each weight, the variant)."""
+    tied: dict[str, list[AlignedWeight]] = {}
+    for aligned in aligned_weights:
+        if aligned.alias_of is not None:
+            tied.setdefault(aligned.alias_of[0], []).append(aligned)
+    weights = {}
+    for aligned in aligned_weights:
+        names = [name for each in (aligned, *tied.get(aligned.at, ())) for name in (each.at, each.weight) if name]
+        found = {number: weight for number in aligned.layers if (weight := weigh(names, number))}
+        weights |= {aligned.at: found} if found and aligned.alias_of is None else {}
+    extras = any(aligned.layers[number].extras for aligned in aligned_weights for number in weights.get(aligned.at, ()))
+    rescales = extras and how.method not in RECIPES
+    low, reports = {}, []
+    for aligned in aligned_weights:
+        if aligned.at not in weights:
+            continue
+        blend, layer, ranks = _change(aligned, weights[aligned.at], sources, how, base_weights, rescales)
+        low[aligned.path] = layer
+        for alias in tied.get(aligned.at, ()):
+            own = alias.template.with_low(layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low)
+            low[alias.path] = _with_magnitude(own, alias, blend.magnitude)
+        error = blend.error / blend.norm if blend.norm else 0.0
+        reports.append(LayerReport(aligned.at, ranks, layer.rank, blend.norm, error))
+    return (
+        {aligned.path: low[aligned.path] for aligned in aligned_weights if aligned.path in low},
+        reports,
+        "dora" if rescales else "lora",
+    )
+
+
+def _change(
+    aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: Recipe, base_weights:
+    Grounds | None, rescales: bool,
+) -> tuple[Blend, peft.PeftLayer, tuple[int, ...]]:  # fmt: skip
+    """One weight's change: as a value, as a file holds it, and the ranks that it is made of."""
+    layers = [aligned.layers[number] for number in weights]
+    ranks = tuple(layer.low.rank for layer in layers)
+    dtype = torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
+    magnitudes = [layer.extras.get(_MAGNITUDE) for layer in layers]
+    if how.method == "sum" and list(weights.values()) == [1.0] and (magnitudes[0] is not None or not rescales):
+        # the change itself, for which no base is needed; what PEFT's file holds of some variants has too large a rank
+        low = layers[0].low.compact().to(dtype)
+        layer = _with_magnitude(layers[0].with_low(low), aligned, magnitudes[0])
+        return Blend(low, magnitudes[0], low.norm(), 0.0), layer, ranks
+    base_weight = None
+    if rescales or any(magnitude is not None for magnitude in magnitudes):
+        base_weight = _ground(aligned, sources, list(weights), base_weights)
+    swapped = base_weight is not None and base_weight.swapped
+    terms = [
+        Term(layer.low.T if swapped else layer.low, magnitude, weight)
+        for layer, magnitude, weight in zip(layers, magnitudes, weights.values(), strict=True)
+    ]
+    if how.method in RECIPES:
+        blend = mixed(terms, how, None if base_weight is None else base_weight.weight, aligned.at)
+    elif base_weight is not None:
+        blend = rescaled(terms, how, base_weight.weight, aligned.at, dtype)
+    else:
+        blend = summed(terms, how)
+    low = (blend.low.T if swapped else blend.low).to(dtype)
+    return blend, _with_magnitude(layers[0].with_low(low), aligned, blend.magnitude), ranks
+
+
+def _with_magnitude(layer: peft.PeftLayer, aligned: AlignedWeight, magnitude: Tensor | None) -> peft.PeftLayer:
+    """With a magnitude in the shape of a PEFT file: [1, out, 1, …] for a convolution, [out] elsewhere."""
+    if magnitude is None:
+        return layer
+    shape = (1, -1, *[1] * (layer.A.dim() - 2)) if layer.A.dim() > 2 else (-1,)
+    return replace(layer, extras={_MAGNITUDE: magnitude.reshape(shape)})
+
+
+def _ground(
+    aligned: AlignedWeight, sources: Sequence[AdapterFiles], numbers: Sequence[int], base_weights: Grounds | None
+) -> BaseWeight:
+    """The weight below a spot, which must be the one that the adapters were made for."""
+    if base_weights is None:
+        found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
+        raise AdapterError(sentence(found, "the base's weights", "pass base= (--base on the command line)"))
+    base_weight = base_weights.base_weight(aligned, sources[numbers[0]].peft_config)
+    printed = None
+    for number in numbers:
+        expected = sources[number].metadata.get("base", {}).get("weights", {}).get(aligned.weight)
+        printed = printed or (None if expected is None else fingerprint(base_weight.dense))
+        if printed != expected and expected is not None:
+            found = f"another weight {aligned.weight!r} in the base than {sources[number].path} was made for"
+            raise BaseMismatchError(sentence(found, "the base of the adapters", "pass that base"))
+    return base_weight

@@ -1,0 +1,192 @@
+"""The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g, out, in].
+
+    ground(spot)  ->  Ground(weight [g, out, in], swapped)        out counts what a gain rescales
+
+A model says how each of its layers uses its weight. Tensors alone have shapes: with those of A and B they tell the kind
+nearly always. Where they do not (a square matrix may lie either way), that is an error which asks for the model, as a
+wrong guess would be another norm for each row, and no one would see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter_files.peft_mapping import kind_for, ref_at
+from veneer.attach.adapted_module import weight_of
+from veneer.attach.lookup import adapters_of, unwrap
+from veneer.attach.targets import Names, own_parameters
+from veneer.bases import storage_of
+from veneer.errors import AdapterError, listing, sentence
+from veneer.layers import LAYERS
+from veneer.layers._base import GENERAL
+from veneer.layers.parameter import squeezed, swapped_stack
+from veneer.tools.compose.align import AlignedWeight, Order
+
+#: where base weights come from: a model, or their dense tensors by path
+Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
+
+
+class BaseWeight(NamedTuple):
+    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of its transpose."""
+
+    weight: Tensor
+    swapped: bool
+    #: as it is stored, for its fingerprint
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """Base weights by path.
+
+    Fields:
+        source: a model, a mapping, or a function that raises KeyError for a path that it lacks.
+        shell: beside tensors, the model that they are of, without numbers if need be (on the meta device): it says how
+            each weight is used.
+    """
+
+    source: Source
+    shell: nn.Module | None = None
+
+    @cached_property
+    def names(self) -> Names | None:
+        """The modules by path, where there is a model.
+
+        Raises:
+            AdapterError: an adapter is merged into it, so that its weights are not the base's.
+        """
+        if not isinstance(self.source, nn.Module):
+            return None if self.shell is None else Names(unwrap(self.shell))
+        attached = adapters_of(self.source)
+        if attached is not None and attached.merged is not None:
+            found = f"a base into which {attached.merged!r} is merged"
+            raise AdapterError(sentence(found, "the base's own weights", "call veneer.unmerge(model) first"))
+        return Names(unwrap(self.source))
+
+    @property
+    def order(self) -> Order | None:
+        """The names of a module's parameters in the model's order, where there is a model."""
+        names = self.names
+        return None if names is None else lambda module: own_parameters(names.modules[names.canonical[module]])
+
+    def get(self, path: str) -> Tensor | None:
+        """The dense parameter or buffer at this path, or None where there is none.
+
+        Raises:
+            AdapterError: it is stored in a way that Veneer does not know, or has no numbers (meta device).
+        """
+        source: Any = self.source
+        if isinstance(source, nn.Module):
+            assert self.names is not None
+            tensor = self._of_model(self.names, path)
+        else:
+            try:
+                tensor = source[path] if hasattr(source, "__getitem__") else source(path)
+            except KeyError:
+                tensor = None
+        if tensor is not None and tensor.is_meta:
+            raise AdapterError(sentence(f"{path!r} on the meta device", "numbers", "load the base's weights first"))
+        return None if tensor is None else tensor.detach().cpu()
+
+    def _of_model(self, names: Names, path: str) -> Tensor | None:
+        above, _, name = path.rpartition(".")
+        module = names.modules.get(names.canonical.get(above, above))
+        if module is None:
+            return None
+        held = weight_of(module, name)
+        if held is None:
+            return module._buffers.get(name)
+        storage = storage_of(held)
+        if storage is not None:
+            return storage.dense(held)
+        if isinstance(held, Tensor) and not held.is_floating_point():
+            raise AdapterError(sentence(f"{path!r} of {held.dtype}", "a storage that Veneer knows", "load it dense"))
+        return held
+
+    def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
+        """The weight that a spot changes; ``config`` is the PEFT config of an adapter that changes it.
+
+        Raises:
+            AdapterError: there is no such weight, or it cannot be told how it is used.
+        """
+        path = aligned.weight
+        if path is None and self.names is not None:
+            ref = ref_at(self.names, aligned.path, config)
+            path = None if ref is None else ".".join(filter(None, ref))
+        paths = (
+            [path]
+            if path
+            else [f"{aligned.at}.weight".lstrip("."), aligned.at, f"{aligned.at}.in_proj_weight".lstrip(".")]
+        )
+        path, dense = next(((p, found) for p in paths if (found := self.get(p)) is not None), (None, None))
+        if path is None or dense is None:
+            found = f"no {' or '.join(map(repr, paths))} in the base"
+            raise AdapterError(sentence(found, "the weight that the adapters change", "pass the base that they are of"))
+        if self.names is not None:
+            weight, swapped = _by_kind(self.names, path, dense, aligned)
+        else:
+            # beside changes of parameters a file does not say that its layers lie transposed (see filing.peft_config)
+            lying = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
+            weight, swapped = _by_shape(path, dense, aligned, lying)
+        groups, _, in_ = aligned.template.low.A.shape
+        out = aligned.template.low.B.shape[1]
+        if weight.shape != ((groups, in_, out) if swapped else (groups, out, in_)):
+            found = f"{path!r} of shape {tuple(dense.shape)} in the base"
+            expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
+            raise AdapterError(sentence(found, expected, "pass the base that the adapters are of"))
+        return BaseWeight(weight, swapped, dense)
+
+
+def _by_kind(names: Names, path: str, dense: Tensor, aligned: AlignedWeight) -> tuple[Tensor, bool]:
+    above, _, name = path.rpartition(".")
+    module = names.modules[names.canonical[above]]
+    kind = kind_for(module, name)
+    peft_form = LAYERS[GENERAL] if aligned.parameter else kind
+    swapped = peft_form.name == GENERAL and swapped_stack(module, dense.shape)
+    weight = kind.unfold(dense, kind.dims(module, dense.shape))
+    return weight, swapped != (peft_form.out_axis != kind.out_axis)
+
+
+def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:
+    found = dict(_readings(dense, aligned))
+    if len(found) == 2 and dense.dim() == 2 and not lying:  # square, and no layer of this file lies transposed
+        del found["transposed"]
+    first = next(iter(found.values()), None)
+    one = first is not None and all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values())
+    if first is None or not one:
+        ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
+        what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(aligned.template.A.shape)}, {ways}"
+        raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass model= too"))
+    return first
+
+
+def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """The ways in which a weight of this shape can be what a change of this shape changes: its kind's unfold."""
+    layer, sizes = aligned.template, squeezed(dense.shape)
+    groups, _, in_ = layer.low.A.shape
+    out = layer.low.B.shape[1]
+    if layer.suffixes == LAYERS["embedding"].file_keys:
+        if dense.shape == (in_, out):
+            yield "embedding", (dense.mT[None], False)
+        return
+    if layer.A.dim() > 2:
+        if dense.dim() == layer.A.dim() and dense.shape[0] == groups * out and dense.numel() == groups * out * in_:
+            yield "convolution", (dense.reshape(groups, out, in_), False)
+        return
+    if dense.numel() != groups * out * in_:
+        return
+    if (sizes[0] == out and groups == 1) or sizes == (groups, out, in_):
+        yield "plain", (dense.reshape(groups, out, in_), False)
+    if dense.shape == (in_, out) and groups == 1 and not aligned.parameter:
+        yield "transposed", (dense.mT[None], False)
+    if sizes == (groups, in_, out):
+        yield "stack of transposed matrices", (dense.reshape(groups, in_, out), True)
+    if dense.dim() > 2 and dense.shape[1] == out and dense.shape[0] % groups == 0 and not aligned.parameter:
+        parts = dense.reshape(groups, dense.shape[0] // groups, out, -1)
+        yield "transposed convolution", (parts.transpose(1, 2).reshape(groups, out, in_), False)

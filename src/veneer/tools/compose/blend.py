@@ -1,0 +1,124 @@
+"""One weight's changes, combined: a weighted sum, its best approximation of a rank, or a mixture of dense ΔW.
+
+    plain     Σ wᵢ ΔWᵢ
+    DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)      G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
+
+So a sum of DoRA changes, and of plain ones with g = 1, is DoRA with the magnitude G ⊙ ‖W + ΔW*‖. To a rank, S = G ⊙ ΔW*
+is approximated, as it is what reaches the weights: the error is then the best one there is for this G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, sentence
+from veneer.lowrank import LowRank
+from veneer.tools.compose.mixing import RECIPES, factored, mix
+from veneer.variants.dora import row_norms
+
+#: |G| below which a row counts as scaled to nothing
+SMALLEST = 1e-6
+
+
+class Recipe(NamedTuple):
+    """How to combine: a method, and what belongs to it."""
+
+    method: str
+    rank: int | None
+    energy: float | None
+    density: float
+    seed: int
+
+
+class Term(NamedTuple):
+    """One adapter's change of a weight, [g, out, in] as that lies: the product, DoRA's magnitude [g · out] if it has
+    one, and what it counts in the sum."""
+
+    low: LowRank
+    magnitude: Tensor | None
+    weight: float
+
+
+class Blend(NamedTuple):
+    """The change, its magnitude if it is DoRA's, the norm of the whole change before anything was left out, and that of
+    what was left out."""
+
+    low: LowRank
+    magnitude: Tensor | None
+    norm: float
+    error: float
+
+
+def summed(terms: Sequence[Term], how: Recipe) -> Blend:
+    """The sum of plain changes."""
+    return _reduced(LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how)
+
+
+def _reduced(total: LowRank, how: Recipe) -> Blend:
+    if how.method == "sum" or (how.rank is not None and total.rank <= min(how.rank, total.largest_rank)):
+        return Blend(total.compact(), None, total.norm(), 0.0)
+    svd = total.svd()
+    rank = how.rank if how.rank is not None else svd.rank_for(how.energy or 1.0)
+    low, error = svd.cut(min(rank, total.largest_rank))
+    return Blend(low, None, float(svd.S.norm()), error)
+
+
+def rescaled(terms: Sequence[Term], how: Recipe, weight: Tensor, at: str, dtype: torch.dtype) -> Blend:
+    """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``.
+
+    Args:
+        weight: the frozen weight [g, out, in].
+
+    Raises:
+        AdapterError: G is 0 in some row, where the sum has no such form.
+    """
+    W = weight.double()
+    gains = [_gain(term, W) for term in terms]
+    G = 1 + torch.stack([term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]).sum(0)
+    nothing = int((G.abs() < SMALLEST).sum())
+    if nothing:
+        found = f"a sum that scales {nothing} rows of {at!r} to 0"
+        do = "change the weights a little, or use another method"
+        raise AdapterError(sentence(found, "a row that is W's, rescaled, plus a product", do))
+    products = [term.low.to(torch.float64).gained(gain) for term, gain in zip(terms, gains, strict=True)]
+    total = LowRank.sum(products, [term.weight for term in terms])
+    norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
+    reduced = _reduced(total, how)
+    # the magnitude is that of the stored numbers, so that the gain is G when they are read
+    low = reduced.low.to(torch.float64).gained(1 / G).to(dtype)
+    return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, reduced.error)
+
+
+def _gain(term: Term, W: Tensor) -> Tensor:
+    """[g, out]: magnitude / ‖W + ΔW‖, and 1 where that is 0, as in ``variants/dora.py``."""
+    if term.magnitude is None:
+        return W.new_ones(W.shape[:2])
+    norms = row_norms(W, term.low)
+    gain = term.magnitude.double().flatten() / norms.masked_fill(norms == 0, 1)
+    return torch.where(norms == 0, torch.ones_like(gain), gain).view(W.shape[:2])
+
+
+def mixed(terms: Sequence[Term], how: Recipe, weight: Tensor | None, at: str) -> Blend:
+    """The mixture of the dense changes, as factors. ``weight`` is needed where a term has a magnitude."""
+
+    def dense(term: Term) -> Tensor:
+        delta = term.low.delta(torch.float64)
+        if term.magnitude is None:
+            return delta
+        assert weight is not None
+        W = weight.double()
+        gain = _gain(term, W)[..., None]
+        return (gain - 1) * W + gain * delta
+
+    vectors = [lambda term=term: dense(term) for term in terms]
+    seed = f"{how.seed}/{at}"
+    delta = mix(RECIPES[how.method], vectors, [term.weight for term in terms], how.density, seed)
+    rank = how.rank
+    if rank is None and how.energy is None:
+        rank = sum(term.low.rank for term in terms)
+    low, error = factored(delta, rank, how.energy, seed)
+    return Blend(low, None, float(delta.norm()), error)

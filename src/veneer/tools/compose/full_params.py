@@ -1,0 +1,132 @@
+"""What several adapters train in full, combined: P = P₀ + Σ wᵢ (Pᵢ − P₀), with P₀ the base's.
+
+Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and nobody need know it: a parameter
+that one adapter alone has, with weight 1, or an average. Else the base is needed. The mixtures (TIES and the like) take
+Pᵢ − P₀ as they take ΔWᵢ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.adapter_files.folder import AdapterFiles
+from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
+from veneer.fileio.hashing import digest
+from veneer.formats import peft
+from veneer.tools.compose.align import AlignedWeight
+from veneer.tools.compose.base_weights import Grounds
+from veneer.tools.compose.mixing import Recipe, mix
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the mixtures combine vectors; None in its place is a sum."""
+
+    recipe: Recipe
+    density: float
+    seed: int
+
+
+#: (names of a parameter, number of an adapter) -> its weight there
+Weigh = Callable[[Sequence[str], int], float]
+
+
+def combined(
+    sources: Sequence[AdapterFiles],
+    aligned_weights: Sequence[AlignedWeight],
+    weigh: Weigh,
+    mixing: Mixing | None,
+    base_weights: Grounds | None,
+) -> dict[str, dict[str, Tensor]]:
+    """The parameters and running statistics by path in a file and name.
+
+    Raises:
+        AdapterError: the base is needed and not there, shapes differ, or a running variance would be negative; with
+            every problem at once.
+        BaseMismatchError: adapters that carry frozen weights along carry different ones.
+    """
+    held: dict[tuple[str, str], dict[int, Tensor]] = {}
+    where: dict[str, str] = {}
+    for number, source in enumerate(sources):
+        for path, tensors in source.full.items():
+            at = peft.unnested(path)[0]
+            where[at] = path if where.get(at, path) == path else at
+            for name, tensor in tensors.items():
+                held.setdefault((at, name), {})[number] = tensor
+    changed = {aligned.at for aligned in aligned_weights if not aligned.parameter}
+    full: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    lacking: list[str] = []
+    for (at, name), tensors in held.items():
+        path = f"{at}.{name}".lstrip(".")
+        if len({tensor.shape for tensor in tensors.values()}) > 1:
+            problems.append(sentence(f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"))
+        elif name == "weight" and at in changed:
+            full.setdefault(where[at], {})[name] = _frozen(path, list(tensors.values()))
+        else:
+            value = _combined(
+                path, tensors, _weights(weigh, at, path, tensors), mixing, base_weights, problems, lacking
+            )
+            if value is not None:
+                full.setdefault(where[at], {})[name] = value
+    if lacking:
+        found = f"no base values of {listing(lacking)}, which are trained in full with weights that do not add up to 1"
+        if mixing is not None:
+            found = f"no base values of {listing(lacking)}, which are trained in full"
+        do = "pass the base (--base on the command line), or give these layers other weights (0 leaves them out)"
+        problems.append(sentence(found, "the base, from which their changes are counted", do))
+    raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
+    return full
+
+
+def _weights(weigh: Weigh, at: str, path: str, tensors: Mapping[int, Tensor]) -> dict[int, float]:
+    return {number: weight for number in tensors if (weight := weigh((at, path), number))}
+
+
+def _frozen(path: str, tensors: list[Tensor]) -> Tensor:
+    """A base weight that PEFT writes along with its change."""
+    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise BaseMismatchError(sentence(f"different frozen weights of {path!r}", "one base", "leave one out"))
+    return tensors[0]
+
+
+def _combined(
+    path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], mixing: Mixing | None,
+    base_weights: Grounds | None, problems: list[str], lacking: list[str],
+) -> Tensor | None:  # fmt: skip
+    """The value of one parameter, or None where its weights are 0 or there is a problem (then added)."""
+    if not weights:
+        return None  # its layer has the weight 0: the base's own
+    if mixing is None and list(weights.values()) == [1.0]:
+        return tensors[next(iter(weights))]
+    base = None if base_weights is None else base_weights.get(path)
+    cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
+    if base is None and (mixing is not None or not cancels):
+        lacking.append(path)
+        return None
+    like = tensors[next(iter(weights))]
+    if base is not None and base.shape != like.shape:
+        found = f"{path!r} of shape {tuple(like.shape)}, in the base of {tuple(base.shape)}"
+        problems.append(sentence(found, "one shape", "pass the base that the adapters are of"))
+        return None
+    start = torch.zeros(like.shape, dtype=torch.float64) if base is None else base.double()
+    if mixing is None:
+        # without a base P₀ cancels, so that 0 serves as well
+        value = start + torch.stack([weight * (tensors[n].double() - start) for n, weight in weights.items()]).sum(0)
+    else:
+        # of a tie both names draw the same entries, as the seed is the content's
+        seed = "/".join([str(mixing.seed), *(digest(tensors[number]) for number in weights)])
+        vectors = [lambda number=number: tensors[number].double() - start for number in weights]
+        value = start + mix(mixing.recipe, vectors, list(weights.values()), mixing.density, seed)
+    if path.endswith("running_var") and (value < 0).any():
+        found = f"a variance below 0 in {path!r}"
+        problems.append(sentence(found, "a variance", "give this layer weights that add up to 1"))
+    dtype = like.dtype
+    for number in weights:
+        dtype = torch.promote_types(dtype, tensors[number].dtype)
+    return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)

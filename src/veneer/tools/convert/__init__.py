@@ -1,0 +1,432 @@
+"""Adapters from one format to another: ``veneer``, ``peft``, ``kohya``, ``diffusers``, ``gguf``, ``dense``.
+
+    source --read--> an adapter folder in PEFT's layout --write--> out
+
+Every format meets in the folder, so each is one file that reads and writes it, and a new one is one new file in
+``formats/``. What a format cannot hold is an error that names every reason; what does not change an output and has no
+place there (the record, a dropout) is told in the report. Numbers are copied, not computed: to ``peft``, ``kohya`` and
+``diffusers`` they keep their bits. Where a format has another rule for the scale, alpha changes and the product stays.
+
+``veneer`` is the folder with fingerprints of its base, so it asks for the base itself. All of ``gguf`` and the reading
+of ``kohya`` ask for the names of its weights, and ``dense`` for the weights where the change depends on them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import veneer.formats
+from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
+from veneer.adapter_files.base_proof import base_tensors, prints_of
+from veneer.adapter_files.derived_folder import write_derived
+from veneer.adapter_files.folder import AdapterFiles
+from veneer.adapter_files.peft_mapping import differs, means_parameter, ref_at
+from veneer.attach.install import detach
+from veneer.attach.lookup import parameter_path
+from veneer.attach.targets import Names
+from veneer.config import LoraConfig
+from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
+from veneer.fileio.atomic import must_not_exist, new_file
+from veneer.formats import peft
+from veneer.formats._base import (
+    FORMATS,
+    Adapter,
+    Base,
+    Contents,
+    Entry,
+    Format,
+    MisreadElsewhere,
+    Options,
+    cast,
+    kind_of_entry,
+    read_tensors,
+    register,
+)
+from veneer.formats.parts import PARTS
+from veneer.registry import import_all
+from veneer.tools.convert import deltas
+from veneer.tools.convert.base_info import BaseInfo, header_of, open_base
+
+register(
+    Format(
+        name="veneer",
+        title="an adapter folder that proves what it is",
+        lacks="nothing that Veneer reads",
+        suffix="",
+        recognises=lambda start, keys, header: False,  # a folder: see detect
+    )
+)
+register(
+    Format(
+        name="peft",
+        title="an adapter folder of PEFT",
+        lacks="what PEFT would compute otherwise (the folder then says so); the numbers of variants that PEFT lacks",
+        suffix="",
+        recognises=lambda start, keys, header: False,
+        peft=True,
+    )
+)
+import_all(veneer.formats.__name__, list(veneer.formats.__path__))
+
+__all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Fields:
+        path: what was written.
+        source, to: the formats.
+        ranks: the rank of each weight that changes, by its name.
+        full: parameters that are trained in full.
+        left_out: what the source had and the result has not, with the reason.
+        errors: of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name.
+    """
+
+    path: Path
+    source: str
+    to: str
+    ranks: Mapping[str, int]
+    full: tuple[str, ...]
+    left_out: tuple[str, ...]
+    errors: Mapping[str, float]
+
+    def __str__(self) -> str:
+        sizes = sorted(set(self.ranks.values()))
+        rank = f"rank {sizes[0]}" if len(sizes) == 1 else f"ranks {sizes[0]} to {sizes[-1]}" if sizes else "no ranks"
+        lines = [f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank}"]
+        lines += [f"in full: {listing(self.full)}"] if self.full else []
+        if self.errors:
+            worst = max(self.errors, key=lambda name: self.errors[name])
+            lines.append(f"relative error of a product {self.errors[worst]:.2g} at most ({worst})")
+        lines += [f"left out: {reason}" for reason in self.left_out]
+        return "\n".join([*lines, f"written to {self.path}"])
+
+
+def convert(source: str | Path, out: str | Path, **options: Any) -> Path:
+    """``conversion`` for those who want the path alone."""
+    return conversion(source, out, **options).path
+
+
+def conversion(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    base: nn.Module | str | Path | None = None,
+    dtype: str | None = None,
+    part: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    whole: bool = False,
+    overwrite: bool = False,
+    verify_base: bool = True,
+) -> Conversion:
+    """Write the adapter ``source``, whatever it is, as ``out`` in the format ``to``.
+
+    Args:
+        source: an adapter folder or file; what it holds tells what it is (``detect``).
+        to: "veneer", "peft", "kohya", "diffusers", "gguf" or "dense".
+        base: the model (for names and shapes it may be on the meta device), or what ``models.load_base`` takes; for
+            names also the folder of a diffusers pipeline. It is not changed.
+        dtype: "fp32", "bf16" or "fp16" for the numbers in ``out``; None keeps them as they are, but for "veneer", which
+            holds 16-bit factors in float32, as it trains them.
+        part: the model of an image pipeline that the adapter is of, where paths do not say it: "unet", "transformer",
+            "text_encoder", "text_encoder_2", "text_encoder_3", or "model" for names of LyCORIS.
+        rank, energy, whole: what a dense change becomes: a product of this rank, or of the least one that keeps this
+            share of ‖ΔW‖² (neither: the least one that is off by at most 1e-6 · ‖ΔW‖), or a parameter trained in full.
+        verify_base: refuse a base with other weights than those that the adapter's fingerprints tell.
+
+    Warns:
+        MisreadElsewhere: ``out`` is right, and a common reader of its format reads another adapter in it.
+
+    Raises:
+        AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason). Nothing was written.
+        BaseMismatchError: it was made for another base.
+        ConfigError: no such format, type, part or base.
+        OutputExistsError: ``out`` exists and ``overwrite`` is False.
+    """
+    source, out = Path(source), Path(out)
+    format_, from_ = FORMATS[to], detect(source)
+    options = _options(dtype, part, rank, energy, whole, from_, to)
+    must_not_exist(out, overwrite)
+    if from_ == to:
+        found = f"{source}, which is of the format {to!r} already"
+        raise AdapterError(sentence(found, "another format", "copy it, or choose another format"))
+    base_info = None if base is None else open_base(base)
+    if to == "veneer" and base_info is None:
+        found = "no base, whose fingerprints the folder is to hold"
+        raise AdapterError(sentence(found, "the base that the adapter was made for", 'give base, or choose "peft"'))
+    facts = Base() if base_info is None else base_info.facts
+    with tempfile.TemporaryDirectory() as scratch:
+        made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
+        left_out = [*contents.left_out, *_lost(made, to)]
+        if format_.peft:
+            _refuse_not_for_peft(made)
+        elif FORMATS[from_].peft and made.record is None and isinstance(base, nn.Module):
+            _refuse_peft_s_own(made, base)
+        if to == "veneer" and base_info is not None:
+            provenance = _provenance(from_, made, contents)
+            name = made.peft_config.get("base_model_name_or_path") or facts.name
+            of_weights = not FORMATS[from_].peft
+            with _on(base_info.module(), made, verify_base, of_weights) as (model, adapter):
+                save(model, out, name=adapter, base_name=name, provenance=provenance, overwrite=overwrite)
+        elif to == "peft":
+            _to_peft(made, out, options, overwrite)
+        else:
+            adapter = _adapter(made, facts, base_info, verify_base, not FORMATS[from_].peft)
+            with new_file(out, overwrite=overwrite) as file:
+                assert format_.write is not None  # every format but the two above has it
+                left_out += format_.write(adapter, file, facts, options)
+        entries = _entries(made, facts)
+        ranks = {entry.weight: entry.layer.rank for entry in entries}
+        full = tuple(parameter_path(at, name) for at, held in made.full.items() for name in held)
+    return Conversion(out, from_, to, ranks, full, tuple(left_out), errors)
+
+
+def _options(
+    dtype: str | None, part: str | None, rank: int | None, energy: float | None, whole: bool, from_: str, to: str
+) -> Options:
+    """The options, where the two formats have a use for them."""
+    problems = []
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(sentence(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"))
+    if part is not None and part not in PARTS:
+        problems.append(sentence(f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"))
+    if part is not None and not (FORMATS[from_].parts or FORMATS[to].parts):
+        known = listing(name for name in FORMATS.names() if FORMATS[name].parts)
+        problems.append(sentence(f"a part, from {from_} to {to}", f"one for {known} alone", "leave it out"))
+    if dtype is not None and to == "veneer":
+        found = f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train"
+        problems.append(sentence(found, "none", 'leave it out, or choose "peft"'))
+    if from_ != "dense" and (rank is not None or energy is not None or whole):
+        found = f"rank, energy or whole for a {from_} adapter"
+        problems.append(sentence(found, "them for dense changes alone", "leave them out"))
+    raise_all(ConfigError, "These options cannot be used", problems)
+    deltas.check_choice(rank, energy, whole)
+    return Options(None if dtype is None else DTYPES[dtype], part, rank, energy, whole)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def detect(path: str | Path) -> str:
+    """The format of an adapter, from what it holds and not from its name.
+
+    Raises:
+        AdapterError: there is nothing, or nothing that Veneer knows.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _detect_folder(path)
+    if not path.is_file():
+        raise AdapterError(sentence(f"nothing at {path}", "an adapter", "check the path"))
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    tensors = start[8:9] == b"{"  # after the length of the header
+    if not tensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        found = f"{path}, a pickle, which runs code as it is opened"
+        raise AdapterError(sentence(found, "safetensors or GGUF", "get the adapter as safetensors"))
+    keys, header = header_of(path) if tensors else ((), {})
+    for format_ in FORMATS:
+        if format_.recognises(start, keys, header):
+            return format_.name
+    if any(key.startswith(peft.PREFIX) for key in keys):
+        found = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
+        raise AdapterError(sentence(found, "the folder", "name the folder that holds both"))
+    what = f" with keys such as {listing(sorted(keys), 2)}" if keys else ""
+    raise AdapterError(sentence(f"{path}{what}", f"one of {', '.join(FORMATS.names())}", "check the file"))
+
+
+def _detect_folder(path: Path) -> str:
+    tensors = path / peft.TENSORS
+    if tensors.is_file():
+        return "veneer" if "veneer" in header_of(tensors)[1] else "peft"
+    pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        found = f"{listing(sorted(pickles), 2)} in {path}, a pickle, which runs code as it is opened"
+        raise AdapterError(sentence(found, peft.TENSORS, "save the adapter again as safetensors"))
+    inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
+    do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
+    raise AdapterError(sentence(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do))
+
+
+def _as_folder(
+    source: Path, from_: str, scratch: Path, base_info: BaseInfo | None, options: Options, verify_base: bool
+) -> tuple[AdapterFiles, Contents, dict[str, float]]:
+    """The source as an adapter folder: itself, or one made of it in ``scratch``."""
+    reader = FORMATS[from_].read
+    if reader is None:
+        return folder.read(source), Contents(), {}
+    contents = reader(source, Base() if base_info is None else base_info.facts, options)
+    if not contents.low and not contents.deltas:
+        raise AdapterError(sentence(f"no change at all in {source}", "at least one", "check the file"))
+    if contents.deltas:
+        return (*_from_deltas(source, contents, scratch, base_info, options, verify_base),)
+    dora = [bool(layer.extras) for layer in contents.low.values()]
+    if any(dora) and not all(dora):
+        found = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
+        raise AdapterError(sentence(found, "all of them or none", "merge it with the tool that made it"))
+    stub = AdapterFiles(source, LoraConfig(), _foreign_config(contents), None, {}, {}, {})
+    write_derived(scratch, [stub], contents.low, variant=contents.variant)
+    return folder.read(scratch), contents, {}
+
+
+def _foreign_config(contents: Contents) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": contents.base_name,
+        "r": 1,
+        "lora_alpha": 1,
+        "fan_in_fan_out": contents.transposed,
+    }
+
+
+def _from_deltas(
+    source: Path, contents: Contents, scratch: Path, base_info: BaseInfo | None, options: Options, verify_base: bool
+) -> tuple[AdapterFiles, Contents, dict[str, float]]:
+    if base_info is None:
+        found = f"{source}, whose changes only a model's layers make products of"
+        raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
+    model = base_info.module()
+    _verify(model, contents.about.get("base") or {}, source, verify_base)
+    names = frozenset(contents.deltas) if options.whole else contents.full
+    report = deltas.put(model, contents.deltas, names, rank=options.rank, energy=options.energy)
+    try:
+        save(model, scratch, name=deltas.NAME, base_name=contents.base_name)
+    finally:
+        detach(model, deltas.NAME)
+    return folder.read(scratch), contents, {entry.weight: entry.error for entry in report}
+
+
+def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base: bool) -> None:
+    """Compare the fingerprints that a dense file took over from its adapter."""
+    if not verify_base:
+        return
+    held = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
+    known = {name: print_ for tensor, print_ in zip(held, prints_of(held), strict=True) for name in tensor.names}
+    other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
+    other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
+    if other:
+        found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
+        raise BaseMismatchError(sentence(found, "its own base", "give that one, or pass verify_base=False"))
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def _entries(saved: AdapterFiles, facts: Base) -> tuple[Entry, ...]:
+    """The low-rank changes with the names of their weights."""
+    said = saved.metadata.get("changes") or {}
+    fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
+    transposed = bool(saved.peft_config.get("fan_in_fan_out"))
+    entries = []
+    for path, layer in saved.low.items():
+        weight = _weight(path, layer, said, fused, facts)
+        kind = kind_of_entry(path, layer, weight, transposed, facts.shapes.get(weight))
+        entries.append(Entry(weight, layer, kind))
+    return tuple(entries)
+
+
+def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: Base) -> str:
+    """The parameter that an entry of the file changes: as the record says, or the base, or else as PEFT would."""
+    at = layer.at
+    if peft.of_parameter(path, layer) or at in said or at in facts.shapes:
+        return at
+    recorded = [weight for weight in said if weight.rpartition(".")[0] == at]
+    if len(recorded) == 1:
+        return recorded[0]
+    name = "in_proj_weight" if at in fused or f"{at}.in_proj_weight" in facts.shapes else "weight"
+    return f"{at}.{name}"
+
+
+def _adapter(
+    saved: AdapterFiles, facts: Base, base_info: BaseInfo | None, verify_base: bool, of_weights: bool
+) -> Adapter:
+    entries = _entries(saved, facts)
+    if str(saved.peft_config.get("peft_type")).startswith(peft.NOT_FOR_PEFT) and not facts.shapes:
+        found = f"{saved.path}, with layers that only Veneer and its base know"
+        raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
+
+    def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
+        if base_info is None:
+            return deltas.of_file(entries, saved.full)
+        with _on(base_info.module(), saved, verify_base, of_weights) as (model, name):
+            return deltas.of_model(model, name), []
+
+    base = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
+    about = {
+        "base": base,
+        "provenance": saved.metadata.get("provenance", {}),
+        "variant": saved.config.variant,
+    }
+    return Adapter(entries, saved.full, about, all_deltas)
+
+
+@contextmanager
+def _on(model: nn.Module, saved: AdapterFiles, verify_base: bool, of_weights: bool) -> Iterator[tuple[nn.Module, str]]:
+    """The adapter on the model, for the time of the block, without the warning that another library wrote it: that is
+    why it is converted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnverifiedAdapter)
+        install_from(model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights)
+    try:
+        yield model, deltas.NAME
+    finally:
+        detach(model, deltas.NAME)
+
+
+def _provenance(from_: str, saved: AdapterFiles, contents: Contents) -> dict[str, Any]:
+    return {"converted from": from_, **contents.about, **saved.metadata.get("provenance", {})}
+
+
+def _refuse_not_for_peft(saved: AdapterFiles) -> None:
+    type_ = str(saved.peft_config.get("peft_type"))
+    if type_.startswith(peft.NOT_FOR_PEFT):
+        found = f"an adapter that PEFT would apply in another way ({type_.removeprefix(peft.NOT_FOR_PEFT).strip(': ')})"
+        raise AdapterError(sentence(found, "changes that PEFT computes", "merge it, or convert it to dense"))
+
+
+def _refuse_peft_s_own(saved: AdapterFiles, model: nn.Module) -> None:
+    """Refuse changes of another library that PEFT does not apply as changes of the weights: elsewhere they would be."""
+    names, config, problems = Names(model), saved.peft_config, []
+    for path, layer in saved.low.items():
+        ref = ref_at(names, path, config)
+        if ref is not None and (reason := differs(names, ref, means_parameter(names, ref, config))):
+            found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
+            problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
+    raise_all(AdapterError, "This adapter is none of the weights", problems)
+
+
+def _to_peft(saved: AdapterFiles, out: Path, options: Options, overwrite: bool) -> None:
+    tensors, _ = read_tensors(saved.path / peft.TENSORS)
+    tensors = {key: cast(tensor, options.dtype) for key, tensor in tensors.items()}
+    folder.write(
+        out, tensors, saved.peft_config, base=None, changes=None, config=saved.config, provenance={},
+        overwrite=overwrite, numbers={},
+    )  # fmt: skip
+
+
+def _lost(saved: AdapterFiles, to: str) -> list[str]:
+    """What the source says and ``to`` has no place for, beyond what would change an output."""
+    lost, config = [], saved.config
+    if saved.metadata and to != "veneer":
+        kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
+        lost.append(f"the record: {kept} and provenance")
+    if saved.numbers and to != "veneer":
+        lost.append(f"the numbers of variant {config.variant!r}; the change that they amount to is kept")
+    if config.dropout and to not in ("veneer", "peft"):
+        lost.append(f"dropout {config.dropout:g}, which counts in training alone")
+    return lost

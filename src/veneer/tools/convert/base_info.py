@@ -1,0 +1,104 @@
+"""A base as conversions ask for it: the names and shapes of its weights, its config, and the model itself only where
+numbers are needed.
+
+    open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name")  ->  BaseInfo(facts, module)
+
+A folder that transformers knows is asked as a model without weights, since its files may name them otherwise (without
+the model's prefix, an expert each). Another folder of safetensors is read by its headers, and so is that of a diffusers
+pipeline, part by part. Everything else is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer.adapter_files.peft_mapping import all_refs
+from veneer.attach.adapted_module import weight_of
+from veneer.attach.lookup import parameter_path
+from veneer.attach.targets import Names
+from veneer.bases import storage_of
+from veneer.errors import AdapterError, ConfigError, listing, sentence
+from veneer.fileio.untrusted import read_header, read_json
+from veneer.formats._base import Base
+from veneer.formats.parts import PARTS
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base: what its files say, and how to have the model itself."""
+
+    facts: Base
+    module: Callable[[], nn.Module]
+
+
+def open_base(base: nn.Module | str | Path) -> BaseInfo:
+    """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
+    if isinstance(base, nn.Module):
+        return BaseInfo(_facts_of(base), lambda: _numbered(base))
+    path = Path(base)
+    if path.is_dir() and any(path.rglob("*.safetensors")):
+        return BaseInfo(_facts_in(path), lambda: _load(base))
+    model = _load(base)
+    return BaseInfo(_facts_of(model, str(base)), lambda: model)
+
+
+def _load(base: str | Path) -> nn.Module:
+    from veneer.models.load import load_base
+
+    return load_base(base, precision="stored", device="cpu").model
+
+
+def _numbered(model: nn.Module) -> nn.Module:
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        found = f"a base on the meta device ({listing(empty, 2)})"
+        raise AdapterError(sentence(found, "its weights", "load them first"))
+    return model
+
+
+def _facts_of(model: nn.Module, name: str | None = None) -> Base:
+    names = Names(model)
+    held = {parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)}
+    shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in held.items() if weight is not None}
+    config: Any = getattr(model, "config", None)
+    name = name or getattr(config, "_name_or_path", "") or None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = config.to_dict() if hasattr(config, "to_dict") else {}
+    return Base(shapes, said, name)
+
+
+def _facts_in(path: Path) -> Base:
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if config.get("model_type") and config.get("architectures"):
+        from veneer.models.meta import meta_model
+
+        try:
+            return _facts_of(meta_model(path), str(path))
+        except ConfigError:  # a class that transformers does not have: the names of its files are all there is
+            pass
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        shapes |= _shapes(file, "")
+    for part in PARTS:
+        for file in sorted((path / part).glob("*.safetensors")):
+            shapes |= _shapes(file, f"{part}.")
+    return Base(shapes, config.get("text_config") or config, str(path))
+
+
+def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:
+    return {f"{start}{name}": entry.shape for name, entry in read_header(file).tensors.items()}
+
+
+def header_of(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The keys and the header of a safetensors file, without its tensors.
+
+    Raises:
+        AdapterError: no such file, or one that its own size contradicts.
+    """
+    header = read_header(path)
+    return tuple(header.tensors), dict(header.metadata)

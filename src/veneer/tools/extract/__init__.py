@@ -1,0 +1,302 @@
+"""From a full fine-tune to an adapter: of every changed weight the product of thin matrices that is nearest to its
+change.
+
+    ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share of ‖ΔW‖²
+
+    open both models → pair their weights → which changed → low rank, whole or lost → factor → save
+
+Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is a few times the
+largest tensor, and what is written. What can be wrong is found before the first factorisation.
+
+``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows one alpha / r and no
+patterns. The error is measured with the factors as they are written.
+
+A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone did is no change.
+Where the tuned dtype is the finer one the difference is taken as it is, since small steps live there.
+
+Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too, and some of its changes have
+no low rank. What changed is written, or it is named in the report.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter_files.peft_mapping import kind_for
+from veneer.adapter_files.save_load import save
+from veneer.attach.adapted_module import own_class
+from veneer.attach.install import detach, install
+from veneer.attach.lookup import adapters, adapters_of, parameter_path
+from veneer.attach.targets import Names, ParamRef
+from veneer.config import LoraConfig, Targets
+from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
+from veneer.fileio.atomic import must_not_exist
+from veneer.fileio.hashing import fingerprint_of
+from veneer.kernels import svd
+from veneer.layers._base import GENERAL
+from veneer.models.named_weights import named
+from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
+from veneer.tools.extract.selection import LITTLE, LOSSY, Selection, keep_words, plan, select_weights
+from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_both, pair
+
+__all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
+
+#: what is written whole, with the reason
+Whole = Sequence[tuple[WeightPair, str]]
+#: (the layer that was factored last, how many are, how many there are)
+Progress = Callable[[Extracted, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The factors of one weight as they will be written: A [g, r, in], B [g, out, r]."""
+
+    pair: WeightPair
+    A: Tensor
+    B: Tensor
+    fingerprint: str
+    facts: Extracted
+
+
+@torch.no_grad()
+def extract(
+    base: Source,
+    tuned: Source,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    targets: Targets = "all",
+    exclude: str | Sequence[str] = (),
+    keep: str | Sequence[str] = "auto",
+    least: float = 0.5,
+    model: nn.Module | None = None,
+    base_name: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Write the adapter that turns ``base`` into ``tuned``, as nearly as its rank allows, as the folder ``out``.
+
+    Args:
+        base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a live model, or a state
+            dict (of the base only with ``model``). Neither is changed; no call of a live base may run meanwhile.
+        rank: of every product, lowered where a weight allows less. Either this or ``energy``.
+        energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that does.
+        targets, exclude: which weights get a product, as in ``LoraConfig``. What ``exclude`` means is not written.
+        keep: what is written whole. "auto": changed vectors (norms, biases) and lasting buffers, which have no
+            low-rank change. Patterns and "lossy" (weights that keep less than ``least`` of their change, or whose
+            product has as many numbers as they) add to that; "none" takes the vectors out.
+        least: the share of ‖ΔW‖² below which a weight counts as lossy.
+        model: the structure of a base that transformers cannot build; its numbers are not looked at.
+        base_name: what to call the base; None takes the folder, or the name that transformers loaded it by.
+        provenance: anything worth knowing, as JSON values.
+        progress: called after each weight.
+
+    Returns:
+        what became of each parameter that changed, and how near the products are.
+
+    Raises:
+        ConfigError, CheckpointError: an option, or a folder that is no model.
+        ExtractError: the models have other names or shapes, nothing changed, or numbers are not finite.
+        TargetError: a pattern that matches nothing, or a changed weight that cannot carry an adapter.
+        OutputExistsError: the path exists and ``overwrite`` is False.
+    """
+    started, out = time.perf_counter(), Path(out)
+    raise_all(ConfigError, "Nothing was extracted", list(_odd_options(rank, energy, least)))
+    words = keep_words(keep)
+    must_not_exist(out, overwrite)
+    both = open_both(base, tuned, model)
+    pairs, names = pair(both), Names(both.model)
+    changed = _changed(pairs, both)
+    name = _free_name(both.model)
+    selection = select_weights(
+        names, changed, targets, (exclude,) if isinstance(exclude, str) else exclude, words, name
+    )
+    dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
+    products, whole = [], list(selection.whole)
+    for number, one in enumerate(selection.low, 1):
+        product = _factored(one, rank, energy, dtype)
+        if progress is not None:
+            progress(product.facts, number, len(selection.low))
+        if LOSSY in words and (product.facts.large or product.facts.kept < least):
+            whole.append((one, LITTLE))
+        else:
+            products.append(product)
+    if not products and not whole:
+        found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
+        raise ExtractError(sentence(found, "something to write", "widen targets or keep"))
+    report = _report(out, products, whole, selection, len(pairs) - len(changed), both, least)
+    said = {"rank": rank, "energy": energy, "kept": report.kept, "lost": [entry.path for entry in report.lost]}
+    _write(
+        both, name, products, whole, dtype, out, base_name=base_name or both.name,
+        provenance={"extracted": {"from": both.new.what, **said}, **(provenance or {})}, overwrite=overwrite,
+    )  # fmt: skip
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _odd_options(rank: Any, energy: Any, least: Any) -> Iterator[str]:
+    if (rank is None) == (energy is None):
+        yield sentence(f"rank={rank!r} and energy={energy!r}", "one of them", "give rank=16, or energy=0.95")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        yield sentence(f"rank={rank!r}", "a whole number of at least 1", "use 16, or energy=0.95")
+    if energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1):
+        yield sentence(f"energy={energy!r}", "a share between 0 and 1", "use 0.95, or 0.999 to lose next to nothing")
+    if not (isinstance(least, int | float) and 0 <= least <= 1):
+        yield sentence(f"least={least!r}", "a share from 0 to 1", "use 0.5")
+
+
+def _changed(pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
+    """The pairs that differ."""
+    changed, broken = [], []
+    for one in pairs:
+        differs, finite = one.compare()
+        changed += [one] if differs else []
+        broken += [] if finite or (one.entry.buffer and not differs) else [one.path]
+    if broken:
+        found = f"NaN or infinity in {listing(broken, 40)}"
+        raise ExtractError(sentence(found, "finite numbers in base and tuned model", "get the models again"))
+    if not changed:
+        found = f"no difference between {both.old.what} and {both.new.what}"
+        raise ExtractError(sentence(found, "a fine-tuned model and its base", "check which models these are"))
+    return changed
+
+
+def _free_name(model: nn.Module) -> str:
+    """A name for an adapter that the model does not have."""
+    attached = adapters_of(model)
+    taken = () if attached is None else attached.configs
+    return next(name for number in range(len(taken) + 1) if (name := f"extracted{number}") not in taken)
+
+
+def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Product:
+    """The nearest product of one weight, in ``dtype``."""
+    started = time.perf_counter()
+    print_ = fingerprint_of(one.old.shape, (one.old.read(rows) for rows in one.rows))
+    held, frozen_input = None if one.stacked else list(one.matrices()), one.kind.frozen_input(one.module)
+    resting = 0.0
+    for matrix in held or () if frozen_input is not None else ():  # an input that never changes
+        resting += matrix[:, frozen_input].double().square().sum().item()
+        matrix[:, frozen_input] = 0
+
+    def matrices() -> Iterator[Tensor]:
+        return iter(held) if held is not None else one.matrices()
+
+    known = None
+    if energy is not None:
+        spectra = []
+        for matrix in matrices():
+            values, known = svd.spectrum(matrix)
+            spectra.append(values)
+        rank = svd.smallest_rank(spectra, energy)
+    assert rank is not None  # one of the two is given
+    rank, change, error, methods, factors = min(rank, one.dims.max_rank), resting, resting, set(), []
+    for number, matrix in enumerate(matrices()):
+        if known is not None and one.dims.groups == 1:
+            vectors, method = known[:, :rank], "exact"
+        else:
+            vectors, method = svd.leading(matrix, rank, exact=energy is not None, seed=number)
+        A, B = (factor.to(dtype) for factor in svd.split(matrix, vectors))
+        change, error = change + svd.energy(matrix), error + svd.distance(matrix, A, B)
+        factors.append((A.cpu(), B.cpu()))
+        methods.add(method)
+    base = sum(svd.energy(one.old.read(rows).reshape(1, -1)) for rows in one.rows)
+    A, B = (torch.stack(side) for side in zip(*factors, strict=True))
+    facts = Extracted(
+        path=one.path,
+        dims=(one.dims.groups, one.dims.out, one.dims.in_),
+        rank=rank,
+        change=change**0.5,
+        relative=(change / base) ** 0.5 if base else math.inf,
+        error=(error / change) ** 0.5,
+        method="exact" if methods == {"exact"} else "randomised",
+        seconds=time.perf_counter() - started,
+    )
+    return _Product(one, A, B, print_, facts)
+
+
+def _report(
+    out: Path,
+    products: Sequence[_Product],
+    whole: Whole,
+    selection: Selection,
+    unchanged: int,
+    both: Both,
+    least: float,
+) -> ExtractReport:
+    kept = [Kept(one.path, torch.Size(one.old.shape).numel(), one.change(), why) for one, why in whole]
+    lost = [Lost(one.path, one.change(), why) for one, why in selection.lost]
+    layers = tuple(product.facts for product in products)
+    return ExtractReport(out, layers, tuple(kept), tuple(lost), unchanged, both.new.unread, least, 0.0)
+
+
+def _write(
+    both: Both, name: str, products: Sequence[_Product], whole: Whole, dtype: torch.dtype, out: Path, **options: Any
+) -> None:
+    """Put the adapter onto the structure, save it, and take it off again."""
+    names = Names(both.model)
+    ranks = {product.pair.entry.ref: product.facts.rank for product in products}
+    at = [one.pair.path for one in products] or [one.path for one, _ in whole]
+    common = max(ranks.values(), default=1)
+    config = LoraConfig(
+        rank=common, alpha=float(common), targets=tuple(at), dtype="float64" if dtype == torch.float64 else None
+    )
+    problems: list[str] = []
+    plans = plan(names, config, ranks, [one for one, _ in whole], problems)
+    raise_all(TargetError, "Nothing was written", problems)
+    if both.meta_model:
+        _show_forwards([(names.modules[path], weight) for path, weight in ranks])
+    numbers: dict[ParamRef, Mapping[str, Tensor]] = {
+        product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
+    }
+    try:
+        install(both.model, name, plans, trainable=False, numbers=numbers)
+        _fill(both, name, {path for one, _ in whole for path in one.entry.names})
+        fingerprints = _prints_of_rest(both, names, products)
+        fingerprints |= {product.pair.path: product.fingerprint for product in products}
+        save(both.model, out, name=name, fingerprints=fingerprints, **options)
+    finally:
+        attached = adapters_of(both.model)
+        if attached is not None and name in attached.configs:
+            detach(both.model, name)
+
+
+def _prints_of_rest(both: Both, names: Names, products: Sequence[_Product]) -> dict[str, str]:
+    """The fingerprints of the base's tensors but those of which there is a product."""
+    done = {id(both.old.values.get(product.pair.path)) for product in products}
+    fingerprints: dict[str, str] = {}
+    for entry in named(names):
+        value = both.old.find(entry.names)
+        if value is not None and id(value) not in done:
+            fingerprints[entry.path] = fingerprint_of(value.shape, value.parts())
+    return fingerprints
+
+
+def _fill(both: Both, name: str, whole: set[str]) -> None:
+    """The numbers of what stands in the adapter in full: the tuned model's, or the base's where only a copy of the
+    base is wanted, as for running statistics that did not change or that are left out."""
+    for path, _, part in adapters(both.model, name):
+        for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
+            at = parameter_path(path, key)
+            source = (both.new if at in whole else both.old).values.get(at)
+            if source is not None and value is not None:
+                value.copy_(source.read(None))
+
+
+def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
+    """Some rows of numbers in each weight of a hollow model that a forward of its own reads: whether that computes
+    what its kind does, which decides whether PEFT may have it, zeros do not tell."""
+    generator = torch.Generator().manual_seed(0)
+    for module, name in targets:
+        kind, weight = kind_for(module, name), module._parameters.get(name)
+        stock = kind.name == GENERAL or any(own_class(module).forward is known.forward for known in kind.types())
+        if weight is not None and not stock:
+            weight.data[:8].normal_(generator=generator)

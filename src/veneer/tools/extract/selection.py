@@ -1,0 +1,148 @@
+"""What becomes of each parameter that changed: a low-rank product, itself as a whole, or nothing.
+
+    low      what ``targets`` means and has a low-rank change      else
+    whole    what ``keep`` means: every vector, unless told otherwise
+    lost     the rest, each with the reason
+
+Found here too: what cannot carry an adapter at all, before anything is factored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from veneer.attach.plan import (
+    LowRankPlan,
+    Plans,
+    TargetSpec,
+    changed_refs,
+    full_readers,
+    is_matrix,
+    plan_low,
+    with_ties,
+)
+from veneer.attach.refusals import check_full, name_problems
+from veneer.attach.shared_memory import overlaps
+from veneer.attach.targets import Names, ParamRef, bad_regex, excluded, own_parameters, select
+from veneer.config import LoraConfig, Targets
+from veneer.errors import ConfigError, TargetError, raise_all, sentence
+from veneer.tools.extract.weight_pairs import WeightPair
+
+#: the words of ``keep`` beside patterns
+AUTO, NONE, LOSSY = WORDS = ("auto", "none", "lossy")
+
+#: why something is written whole, or not at all
+ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
+NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pairs that changed, by what becomes of them, with the reason."""
+
+    low: tuple[WeightPair, ...]
+    whole: tuple[tuple[WeightPair, str], ...]
+    lost: tuple[tuple[WeightPair, str], ...]
+
+
+def select_weights(
+    names: Names,
+    changed: Sequence[WeightPair],
+    targets: Targets,
+    exclude: Sequence[str],
+    keep: Sequence[str],
+    adapter: str,
+) -> Selection:
+    """Sort what changed.
+
+    Args:
+        adapter: the name under which the adapter will stand on the model for a moment.
+
+    Raises:
+        TargetError: a pattern that matches nothing, a weight that cannot carry its change; with every problem.
+    """
+    config = LoraConfig(rank=1, targets=targets, exclude=exclude)
+    patterns = [pattern for pattern in keep if pattern not in WORDS]
+    problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
+    raise_all(TargetError, "Nothing was extracted", problems)
+    problems += name_problems(names.model, adapter)
+    chosen, found = select(names, config)
+    problems += found
+    wanted = set(chosen)
+    left_out = excluded(names, config, []) | _meant(names, [p for p in config.exclude if names.matching(p)], [])
+    by_name = _meant(names, patterns, problems)
+    low, whole, lost = [], [], []
+    for pair in changed:
+        refs = _slots(names, pair)
+        if refs & left_out and not refs & wanted:
+            lost.append((pair, EXCLUDED))
+        elif refs & by_name:
+            whole.append((pair, ASKED))
+        elif not pair.entry.buffer and is_matrix(names, pair.entry.ref):
+            low.append(pair) if refs & wanted else lost.append((pair, NO_TARGET))
+        elif NONE in keep:
+            lost.append((pair, NOT_KEPT))
+        else:
+            whole.append((pair, VECTOR))
+    ranks = {pair.entry.ref: 1 for pair in low}
+    plan(names, config, ranks, [one for one, _ in whole], problems)
+    if LOSSY in keep:
+        plan(names, config, {}, low, problems)
+    raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
+    return Selection(tuple(low), tuple(whole), tuple(lost))
+
+
+def plan(
+    names: Names, config: LoraConfig, ranks: Mapping[ParamRef, int], whole: Sequence[WeightPair], problems: list[str]
+) -> Plans:
+    """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and buffers in full."""
+    low: list[LowRankPlan] = plan_low(
+        names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
+    )
+    full: dict[str, tuple[str, ...]] = {}
+    for pair in whole:
+        path, name = pair.entry.ref
+        full[path] = (*full.get(path, ()), *(() if pair.entry.buffer else (name,)))
+    full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
+    check_full(names, full, problems)
+    problems += overlaps(names, changed_refs(low, full))
+    buffers = frozenset(pair.entry.ref[0] for pair in whole if pair.entry.buffer)
+    return Plans(config, tuple(low), full, buffers, full_readers(names, full))
+
+
+def keep_words(keep: str | Sequence[str]) -> tuple[str, ...]:
+    """``keep`` as a tuple.
+
+    Raises:
+        ConfigError: no pattern or word, or words that contradict each other.
+    """
+    words = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not all(isinstance(word, str) and word for word in words):
+        found, expected = f"keep={keep!r}", "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
+        raise ConfigError(sentence(found, expected, "name what is to be written whole"))
+    if AUTO in words and NONE in words:
+        raise ConfigError(sentence("keep with 'auto' and 'none'", "one of them", "leave one out"))
+    return words
+
+
+def _slots(names: Names, pair: WeightPair) -> set[ParamRef]:
+    """Every slot that holds the parameter or buffer of a pair, under the first name of its module."""
+    found = (path.rpartition(".") for path in pair.entry.names)
+    return {(names.canonical[above], name) for above, _, name in found}
+
+
+def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
+    """The parameters and buffers that patterns of ``keep`` mean: those of modules and of everything below them, or
+    parameters by their own paths."""
+    meant: set[ParamRef] = set()
+    for pattern in patterns:
+        below = [child for path in names.matching(pattern) for child in names.children(path)]
+        own = [(path, name) for path in below for name in own_parameters(names.modules[path])]
+        own += [(path, name) for path in below for name in names.modules[path]._buffers]
+        own = own or names.parameters_matching(pattern)
+        if not own:
+            found = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
+            problems.append(sentence(found, "a name of this model", "correct or remove it"))
+        meant.update(own)
+    return meant

@@ -1,0 +1,267 @@
+"""Two models side by side: each parameter of the base with the one that it became, and their difference.
+
+    open_both(base, tuned, model) -> Both      structure, base values, tuned values
+    pair(both) -> [WeightPair]                        every name and shape checked
+
+A ``WeightPair`` reads its two values when it is asked. A stack of matrices [E, out, in] is read one matrix at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import models
+from veneer.adapter_files.peft_mapping import kind_for
+from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.lookup import adapters_of, unwrap
+from veneer.attach.targets import Names
+from veneer.bases import storage_of
+from veneer.errors import ExtractError, listing, raise_all, sentence
+from veneer.layers import Dims, Layer
+from veneer.layers._base import GENERAL
+from veneer.models.named_weights import Named, Read, Value, Weights, named, of_folder, of_module, of_state
+
+Source = str | Path | nn.Module | Mapping[str, Tensor]
+
+#: how many numbers of a pair are cast at once
+PIECE = 1 << 21
+
+
+@dataclass(frozen=True)
+class Both:
+    """The two models. ``model`` is the base's structure: with ``meta_model`` it holds no numbers and nobody else has
+    it."""
+
+    model: nn.Module
+    meta_model: bool
+    name: str | None
+    old: Weights
+    new: Weights
+
+
+@dataclass(frozen=True)
+class WeightPair:
+    """One parameter or lasting buffer in both models. ``kind`` says how it lies as [g, out, in]."""
+
+    entry: Named
+    old: Value
+    new: Value
+    module: nn.Module
+    kind: Layer
+
+    @property
+    def path(self) -> str:
+        return self.entry.path
+
+    @property
+    def dims(self) -> Dims:
+        return self.kind.dims(self.module, torch.Size(self.old.shape))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each row of the first axis is a matrix with a change of its own."""
+        return self.kind.name == GENERAL and len(self.old.shape) == 3 and self.dims.groups == self.old.shape[0]
+
+    @property
+    def rows(self) -> list[slice | None]:
+        """What is read at once: a matrix of a stack, or all."""
+        return [slice(g, g + 1) for g in range(self.old.shape[0])] if self.stacked else [None]
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(base, tuned), matrix by matrix if this is a stack, else as a whole."""
+        for rows in self.rows:
+            yield self.old.read(rows), self.new.read(rows)
+
+    def matrices(self) -> Iterator[Tensor]:
+        """ΔW [out, in] of one group after the other, in memory of its own, at least float32."""
+        for base, tuned in self.parts():
+            delta = difference(base, tuned)
+            del base, tuned
+            yield from self.kind.unfold(delta, self.dims._replace(groups=1) if self.stacked else self.dims)
+
+    def compare(self) -> tuple[bool, bool]:
+        """(whether anything changed, whether all of it is finite)."""
+        changed, finite = False, True
+        for base, tuned in self.parts():
+            for one, other in pieces(base, tuned):
+                changed = changed or not torch.equal(one, other)
+                finite = finite and _finite(one) and _finite(other)
+        return changed, finite
+
+    def change(self) -> float:
+        """‖ΔW‖, in float64."""
+        total = 0.0
+        for base, tuned in self.parts():
+            total += sum((b.double() - a.double()).square().sum().item() for a, b in pieces(base, tuned))
+        return math.sqrt(total)
+
+
+def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both as flat pieces of one dtype: that which holds either; the base rounded to the tuned dtype first where that
+    is the coarser."""
+    tuned = tuned.to(base.device)
+    floating = base.is_floating_point() and tuned.is_floating_point()
+    rounds = floating and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
+    wide = torch.promote_types(base.dtype, tuned.dtype)
+    flat, other = base.reshape(-1), tuned.reshape(-1)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE]
+        piece = piece.to(tuned.dtype) if rounds else piece
+        yield piece.to(wide), other[start : start + PIECE].to(wide)
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite, by the smallest and the largest of them (which are NaN if one is): 16 times faster than
+    to look at each of them in bfloat16."""
+    return not values.is_floating_point() or all(bool(end.isfinite()) for end in torch.aminmax(values))
+
+
+def difference(base: Tensor, tuned: Tensor) -> Tensor:
+    """tuned − base in float32, or float64 if one of them is; the two are in ``pieces``' one dtype first."""
+    wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
+    delta = torch.empty(base.shape, dtype=wide, device=base.device)
+    flat, start = delta.view(-1), 0
+    for one, other in pieces(base, tuned):
+        torch.sub(other.to(wide), one.to(wide), out=flat[start : start + one.numel()])
+        start += one.numel()
+    return delta
+
+
+def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
+    """Open two models; of a folder no number is read.
+
+    Raises:
+        ConfigError, CheckpointError: a folder that is no model.
+        ExtractError: a state dict as the base without ``model``; adapters on the tuned model that are not merged.
+    """
+    if isinstance(base, nn.Module):
+        structure = unwrap(base)
+        old, name = of_module(structure, "the base"), None
+    elif isinstance(base, Mapping):
+        if model is None:
+            found = "a state dict for the base and no model"
+            raise ExtractError(sentence(found, "the model that it is of", "give model=…"))
+        structure, name = unwrap(model), None
+        old = of_state(structure, base, "the base")
+    else:
+        folder, name = _folder(base, model), str(base)
+        structure = models.meta_model(folder) if model is None else unwrap(model)
+        old = of_folder(structure, folder)
+    meta_model = not isinstance(base, nn.Module | Mapping) and model is None
+    both = Both(structure, meta_model, name, old, _tuned(tuned, structure, model is None))
+    for one in (base, tuned):
+        if isinstance(one, nn.Module) and (meta := [path for path, p in one.named_parameters() if p.is_meta]):
+            found = f"{listing(meta, 3)} on the meta device"
+            raise ExtractError(sentence(found, "weights that hold numbers", "load the model first, or name its folder"))
+    return both
+
+
+def _tuned(tuned: Source, structure: nn.Module, own: bool) -> Weights:
+    """The tuned model's values. A folder with a configuration is read by its own (``own``): it may tie other weights
+    than the base does."""
+    if isinstance(tuned, nn.Module):
+        tuned = unwrap(tuned)
+        attached = adapters_of(tuned)
+        if attached is not None and attached.merged is None:
+            found = f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they do not change"
+            raise ExtractError(sentence(found, "a fine-tuned model", "merge one first, or save it with veneer.save"))
+        return of_module(tuned, "the tuned model")
+    if isinstance(tuned, Mapping):
+        return of_state(structure, tuned, "the tuned model")
+    folder = _folder(tuned, structure)
+    if own and (folder / "config.json").is_file() and hasattr(structure, "base_model_prefix"):
+        return of_folder(models.meta_model(folder, own_class(structure).__name__), folder)
+    return of_folder(structure, folder)
+
+
+def _folder(source: str | Path, structure: nn.Module | None) -> Path:
+    """The folder of a model's files. With its structure at hand it needs no configuration."""
+    path = Path(source).expanduser()
+    plain = path.is_dir() and not (path / "adapter_config.json").is_file()
+    return path if structure is not None and plain else models.folder_of(source)
+
+
+def pair(both: Both) -> list[WeightPair]:
+    """Every parameter and lasting buffer of the base with what it is in the tuned model, in the model's order.
+
+    Raises:
+        ExtractError: names or shapes differ, a weight is stored as something else than floating-point numbers, two
+            names of a tied weight hold different numbers; with all of them.
+    """
+    names = Names(both.model)
+    pairs: list[WeightPair] = []
+    missing: dict[str, list[str]] = {both.old.what: [], both.new.what: []}
+    shapes, types, untied = [], [], []
+    known: set[str] = set()
+    for entry in named(names):
+        known.update(entry.names)
+        old, new = both.old.find(entry.names), both.new.find(entry.names)
+        if old is None and new is None and entry.buffer:
+            continue  # the model makes it itself
+        if old is None or new is None:
+            missing[both.old.what] += [entry.path] if old is None else []
+            missing[both.new.what] += [entry.path] if new is None else []
+            continue
+        module = names.modules[entry.ref[0]]
+        shape = _shape(entry, module)
+        if not old.shape == new.shape == shape:
+            shapes.append(f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})")
+            continue
+        odd = [str(value.dtype) for value in (old, new) if value.dtype not in FLOATS and not entry.buffer]
+        types += [f"{entry.path} ({', '.join(odd)})"] if odd else []
+        untied += _untied(both, entry, old, new)
+        pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
+    more = {weights.what: sorted(weights.values.keys() - known) for weights in (both.old, both.new)}
+    problems = [
+        sentence(f"no {listing(paths, LONG)} in {what}", "the parameters of the base", "compare the two models")
+        for what, paths in missing.items()
+        if paths
+    ]
+    problems += [
+        sentence(f"{listing(paths, LONG)} in {what}", "the parameters of the base alone", "compare the two models")
+        for what, paths in more.items()
+        if paths
+    ]
+    if shapes:
+        do = "extract from models of one architecture (with the same vocabulary)"
+        problems.append(sentence(f"other shapes: {listing(shapes, LONG)}", "the same in base and tuned model", do))
+    if types:
+        found = f"weights stored as something else than floating-point numbers: {listing(types, LONG)}"
+        problems.append(sentence(found, "float64, float32, bfloat16 or float16", "dequantise the model first"))
+    problems += untied
+    what = f"{both.new.what} is no fine-tune of {both.old.what}"
+    raise_all(ExtractError, what, problems)
+    return pairs
+
+
+#: how many names one message lists
+LONG = 40
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _shape(entry: Named, module: nn.Module) -> tuple[int, ...]:
+    """The shape that the structure has."""
+    name = entry.ref[1]
+    held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
+    storage = None if entry.buffer else storage_of(held)
+    return tuple(held.shape if storage is None else storage.shape(held))
+
+
+def _untied(both: Both, entry: Named, old: Value, new: Value) -> Iterator[str]:
+    for weights, value in ((both.old, old), (both.new, new)):
+        if any(not _equal(value.read, read) for read in value.again):
+            found = f"{listing(entry.names)}, one weight of the base, with different numbers in {weights.what}"
+            do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
+            yield sentence(found, "one weight in both models", do)
+
+
+def _equal(one: Read, other: Read) -> bool:
+    first, second = one(None), other(None)
+    return first.shape == second.shape and all(torch.equal(a, b) for a, b in pieces(first, second))

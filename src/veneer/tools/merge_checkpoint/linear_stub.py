@@ -1,0 +1,80 @@
+"""The part of a model that adapters change, from what they and the checkpoint say, without the model's code.
+
+    skeleton(checkpoint, artefacts)  ->  a module that has the adapted linear layers, at their paths; or None
+
+An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint. Where the
+checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing was renamed, turned or joined
+on the way into the model, and what the change does to it is known. So a merge that compares fingerprints anyway needs
+nothing else, neither transformers, which takes seconds to load, nor that it knows the architecture.
+
+Left to the model itself is whatever may have a second name: a tie of an embedding and a head, so what is as large as
+the vocabulary; a layer and its like elsewhere, so all of it where one of these is not changed. And so is every other
+kind of layer, and what is trained in full.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from veneer.adapter_files.folder import AdapterFiles
+from veneer.models.safetensors_dir import Checkpoint
+
+
+def linear_stub_model(checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFiles]) -> nn.Module | None:
+    """A model without weights, for ``merge_plan.recipe_for``; None where only the real one will do. It is right for
+    tensors that have the fingerprints in the artefacts' records, which is for the caller to see."""
+    config = checkpoint.folder / "config.json"
+    try:
+        vocabularies = set(_sizes(json.loads(config.read_text())))
+    except (OSError, ValueError):
+        return None  # whoever looks for the model will say what is wrong with it
+    shapes: dict[str, tuple[int, int]] = {}
+    for saved in saved_adapters:
+        for weight, said in saved.metadata.get("changes", {}).items():
+            known = weight in checkpoint.where and weight in saved.metadata["base"]["weights"]
+            shape = list(checkpoint.shape(weight)) if known else []
+            plain = said.get("kind") == "linear" and weight.endswith(".weight") and len(shape) == 2
+            if not plain or vocabularies.intersection(shape):
+                return None
+            shapes[weight.removesuffix(".weight")] = shape[0], shape[1]
+        if not saved.metadata or saved.full:
+            return None
+    alike = {(path.rpartition(".")[2], shape) for path, shape in shapes.items()}
+    for name in checkpoint.where:
+        path, _, last = name.rpartition(".")
+        unchanged = last == "weight" and path not in shapes
+        if unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in alike:
+            return None
+    try:
+        return _built(shapes)
+    except KeyError:  # names that no model can have
+        return None
+
+
+def _sizes(config: Any) -> Iterator[int]:
+    """Each size of a vocabulary that a configuration names, at any depth."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if isinstance(value, int) and "vocab" in name:
+                yield value
+            yield from _sizes(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _sizes(value)
+
+
+def _built(shapes: dict[str, tuple[int, int]]) -> nn.Module:
+    whole = nn.Module()
+    for path, (out, in_) in shapes.items():
+        *above, name = path.split(".")
+        module = whole
+        for part in above:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.add_module(name, nn.Linear(in_, out, bias=False, device="meta"))
+    return whole

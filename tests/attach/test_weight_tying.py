@@ -1,0 +1,150 @@
+"""Adapters of PEFT that hold values of their own for each name of a tied weight compute as PEFT does, everywhere."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from tests.support.toys import error
+from torch import nn
+
+import veneer
+from veneer.adapter_files.verify import verify
+from veneer.errors import MergeError
+from veneer.tools.convert import convert
+from veneer.tools.merge_checkpoint import merge_checkpoint
+from veneer.train.loss import causal_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+
+BOTH = ("embed_tokens", "lm_head")
+IDS = torch.arange(12).view(2, 6)
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def llama(tied=True):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
+            tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+    return model if tied else untied(model)
+
+
+def untied(model):
+    """As the error and the docs say it is done."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def trained_by_peft(folder, modules=BOTH, **options):
+    """(the folder, PEFT's logits) of an adapter that PEFT has trained on the tied model."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=list(modules), task_type="CAUSAL_LM", **options
+    )
+    model = peft.get_peft_model(llama(), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(folder)
+    with torch.no_grad():
+        return folder, model(IDS).logits
+
+
+@pytest.mark.parametrize("modules", [BOTH, BOTH[:1], BOTH[1:]], ids=" ".join)
+def test_two_copies_of_a_tied_weight_compute_as_peft_does(tmp_path, modules):
+    path, expected = trained_by_peft(tmp_path / "theirs", modules)
+    model = llama()
+    handle = veneer.load(model, path)
+    assert error(model(IDS).logits, expected) < 1e-5
+    assert error(llama()(IDS).logits, expected) > 1e-2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert error(causal_loss(model, {"input_ids": IDS, "labels": IDS}), peft_loss(path)) < 1e-5
+
+    ours = handle.save(tmp_path / "ours")
+    again = llama()
+    veneer.load(again, ours)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    theirs = peft.PeftModel.from_pretrained(llama(), ours).eval()
+    assert error(theirs(IDS).logits, expected) < 1e-5
+    with veneer.use(model, None):
+        assert torch.equal(model(IDS).logits, llama()(IDS).logits)
+
+
+def peft_loss(path):
+    return peft.PeftModel.from_pretrained(llama(), path).eval()(IDS, labels=IDS).loss
+
+
+def test_the_two_copies_train_apart_and_equal_ones_as_one(tmp_path):
+    path, _ = trained_by_peft(tmp_path / "two")
+    handle = veneer.load(llama(), path, trainable=True)
+    assert {HEAD, EMBED} <= dict(handle.named_parameters()).keys()
+    path, expected = trained_by_peft(tmp_path / "one", ensure_weight_tying=True)
+    model = llama()
+    handle = veneer.load(model, path, trainable=True)
+    assert len({HEAD, EMBED} & dict(handle.named_parameters()).keys()) == 1
+    assert error(model(IDS).logits, expected) < 1e-5
+    handle.merge()  # one value: nothing to untie
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert error(model(IDS).logits, expected) < 1e-5
+    assert not verify(path, llama()).errors
+
+
+def test_the_bank_keeps_the_two_copies_apart(tmp_path):
+    path, expected = trained_by_peft(tmp_path / "theirs")
+    model = llama()
+    bank = veneer.Bank(model)
+    bank.register("two", path)
+    with torch.no_grad(), bank.rows(["two", None]):
+        rows = model(IDS).logits
+    assert error(rows[0], expected[0]) < 1e-5
+    assert error(rows[1], llama()(IDS).logits[1]) < 1e-5
+
+
+@pytest.mark.parametrize("modules", [BOTH, BOTH[:1], BOTH[1:]], ids=" ".join)
+def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
+    path, expected = trained_by_peft(tmp_path / "theirs", modules)
+    model = llama()
+    handle = veneer.load(model, path)
+    with pytest.raises(MergeError, match=r"one weight.*\n?.*untie the base first"):
+        handle.merge()
+    assert error(model(IDS).logits, expected) < 1e-5  # untouched
+    llama().save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError, match=r"one weight.*\n?.*untie the base first"):
+        merge_checkpoint(tmp_path / "base", [path], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    report = verify(path, tmp_path / "base")
+    assert any("values of their own" in finding.message for finding in report.warnings), str(report)
+    assert any("values of their own" in finding.message for finding in verify(path, llama()).warnings)
+
+
+def test_the_way_out_of_the_refusal_gives_peft_s_numbers(tmp_path):
+    path, expected = trained_by_peft(tmp_path / "theirs")
+    model = llama(tied=False)
+    handle = veneer.load(model, path)
+    handle.merge()
+    assert error(model(IDS).logits, expected) < 1e-5
+    llama(tied=False).save_pretrained(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", [path], tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert error(merged(IDS).logits, expected) < 1e-5
+    assert not any("values of their own" in finding.message for finding in verify(path, tmp_path / "base").warnings)
+
+
+def test_composing_and_converting_keep_the_two_copies(tmp_path):
+    path, expected = trained_by_peft(tmp_path / "theirs")
+    veneer.compose([path], tmp_path / "same")
+    model = llama()
+    veneer.load(model, tmp_path / "same")
+    assert error(model(IDS).logits, expected) < 1e-5
+    convert(path, tmp_path / "dense.safetensors", to="dense", base=llama())
+    convert(tmp_path / "dense.safetensors", tmp_path / "back", to="veneer", base=llama())
+    model = llama()
+    veneer.load(model, tmp_path / "back")
+    assert error(model(IDS).logits, expected) < 1e-4

@@ -1,0 +1,229 @@
+"""Where a bank's calls, loads and modes meet: what one row, one thread or one mode does reaches no other."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from tests.support.banks import Linears, alone, saved
+from tests.support.toys import error, randomise
+from torch import nn
+
+import veneer
+import veneer.bank
+from veneer.bank.batch_state import BatchState
+from veneer.bases import BASES
+from veneer.errors import SelectionError
+
+pytestmark = pytest.mark.usefixtures("kernel")
+#: what lays numbers out
+laid_out = pytest.mark.parametrize("kernel", ["tensors"], indirect=True)
+
+DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
+
+
+def bank_of(model, folder, *names, **given):
+    bank = veneer.Bank(model, **given)
+    for name in names:
+        bank.add(folder / name)
+    return bank
+
+
+def test_a_row_that_is_not_finite_stays_alone(tmp_path):
+    model = saved(Linears(), tmp_path, "a", "b")
+    bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(3, 1, 12)
+    x[0] = torch.nan
+    with torch.no_grad(), bank.rows(["a", None, "b"]):
+        y = model(x)
+    for row, name in ((1, None), (2, "b")):
+        assert error(y[row : row + 1], alone(model, tmp_path, name, x[row : row + 1])) < 1e-6
+
+
+@laid_out
+def test_a_slot_keeps_nothing_of_who_had_it(tmp_path):
+    model = saved(Linears(), tmp_path, "a")
+    bank, x = bank_of(model, tmp_path, "a"), torch.randn(1, 1, 12)
+    with torch.no_grad(), bank.rows(["a"]):
+        model(x)
+    (batch_state,), held = bank._batch_states, bank._entries["a"].held
+    for key, layer in batch_state.layers.items():
+        layer.blocks[8].A.fill_(torch.nan)  # of an adapter of a larger rank that was not finite
+        layer.blocks[8].put(0, held.parts[key])
+    with torch.no_grad(), bank.rows(["a"]):
+        y = model(x)
+    assert error(y, alone(model, tmp_path, "a", x)) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
+    model = saved(Linears(), tmp_path, "a", "b", config=veneer.LoraConfig(rank=2, targets="all", variant=variant))
+    bank, x = veneer.Bank(model), torch.randn(2, 3, 12)
+    for name in "ab":
+        bank.register(name, tmp_path / name)
+    with torch.inference_mode(), bank.rows(["a", None]):
+        model(x)
+    with torch.no_grad(), bank.rows(["b", None]):  # takes the slot of a
+        y = model(x)
+    assert error(y[:1], alone(model, tmp_path, "b", x[:1])) < 1e-6
+    x.requires_grad_()
+    with bank.rows(["a", None]):
+        model(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_numbers_wider_than_the_base(tokens, tmp_path):
+    model = saved(Linears().bfloat16(), tmp_path, "a")
+    bank, x = bank_of(model, tmp_path, "a", dtype=torch.float32), torch.randn(2, tokens, 12).bfloat16()
+    with torch.no_grad(), bank.rows(["a", None]):
+        y = model(x)
+    assert error(y[:1].float(), alone(model, tmp_path, "a", x)[:1].float()) < 2e-2
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+def test_rows_that_may_lie_along_either_axis_are_refused(tmp_path):
+    model = saved(TimeFirst(), tmp_path, "a", config=veneer.LoraConfig(rank=2, targets=["head"]))
+    bank = bank_of(model, tmp_path, "a")
+    with torch.no_grad(), bank.rows(["a", None]), pytest.raises(SelectionError, match="along two axes"):
+        model(torch.randn(2, 2, 8))
+
+
+def test_nothing_is_loaded_onto_merged_weights(tmp_path):
+    model, x = saved(Linears(), tmp_path, "a", "b", config=DORA), torch.randn(1, 1, 12)
+    wanted = alone(model, tmp_path, "b", x)
+    own = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), name="own")
+    randomise(own, 0.5)
+    bank = bank_of(model, tmp_path, "a")  # the fingerprints of the base are known now
+    own.merge()
+    with pytest.raises(SelectionError, match="unmerged"):
+        bank.add(tmp_path / "b")
+    own.unmerge()
+    bank.add(tmp_path / "b")
+    with torch.no_grad(), bank.rows(["b"]):
+        assert error(model(x), wanted) < 1e-6
+
+
+def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
+    model = saved(Linears(), tmp_path, "a", "b")
+    bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
+    with bank.rows(["a", "a"]):
+        taken = contextvars.copy_context()  # as a task that is started here has it
+    with torch.no_grad(), bank.rows(["b", "b"]), pytest.raises(SelectionError, match="has ended"):
+        taken.run(model, x)
+
+
+@laid_out
+def test_an_adapter_removed_in_use_keeps_its_slot_and_leaves_nothing(tmp_path, monkeypatch):
+    model = saved(Linears(128), tmp_path, "a", "b")
+    bank, x, puts = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
+    put = BatchState._put
+    monkeypatch.setattr(BatchState, "_put", lambda *given: (puts.append(given[1].uid), put(*given)))
+    lease = bank.acquire({"a": 1.0}).result()
+    for turn in range(3):
+        with torch.no_grad(), bank.rows([lease, "b"]):
+            model(x)
+        if not turn:
+            bank.remove("a")
+    assert len(puts) == 2
+    held = weakref.ref(lease.uses[0][0])
+    lease.release()
+    bank.remove("b")
+    del lease, puts[:]
+    gc.collect()
+    assert held() is None
+    (batch_state,) = bank._batch_states
+    assert not batch_state.buckets
+    assert not any(layer.blocks for layer in batch_state.layers.values())
+
+
+def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(tmp_path):
+    model = saved(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path, "a")
+    bank, x = bank_of(model, tmp_path, "a"), torch.randn(2, 3, 8)
+    lease = bank.acquire({"a": 1.0}).result()
+    held = weakref.ref(lease.uses[0][0])
+    with bank.rows([lease, None]), torch.no_grad():
+        model(x)
+        bank.remove("a")
+        lease.release()
+    del lease
+    gc.collect()
+    assert held() is None
+    assert not bank.nbytes
+
+
+def slow_load(monkeypatch, begun, go):
+    hold = veneer.bank.hold
+
+    def slow(*args, **given):
+        begun.set()
+        assert go.wait(10)
+        return hold(*args, **given)
+
+    monkeypatch.setattr(veneer.bank, "hold", slow)
+
+
+def test_a_bank_that_loads_is_not_closed(tmp_path, monkeypatch):
+    model = saved(Linears(), tmp_path, "a", "b")
+    bank, begun, go = bank_of(model, tmp_path, "a"), threading.Event(), threading.Event()
+    slow_load(monkeypatch, begun, go)
+    thread = threading.Thread(target=lambda: bank.add(tmp_path / "b", "a", replace=True))
+    thread.start()
+    assert begun.wait(10)
+    with pytest.raises(SelectionError, match="loads"):
+        bank.close()
+    go.set()
+    thread.join()
+    bank.close()
+    assert type(model.one) is nn.Linear
+    assert not bank.nbytes
+
+
+def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
+    model = saved(Linears(), tmp_path, *"abcd")
+    bank = bank_of(model, tmp_path, "a")
+    bank.capacity = int(2.5 * bank.nbytes)
+    for name in "bcd":
+        bank.register(name, tmp_path / name)
+    bank.remove("a")
+    bank.register("a", tmp_path / "a")
+    monkeypatch.setattr(veneer.bank, "PATIENCE", 2.0)
+    hold, outcomes = veneer.bank.hold, []
+    monkeypatch.setattr(veneer.bank, "hold", lambda *args, **given: (time.sleep(0.1), hold(*args, **given))[1])
+
+    def blend(*names):
+        with bank.rows([dict.fromkeys(names, 0.5)]):
+            outcomes.append(names)
+
+    threads = [threading.Thread(target=blend, args=names) for names in ("ab", "cd")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 2
+
+
+def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):
+    """What ``prepare`` set on a module is undone by the last of banks and adapters, whichever that is."""
+    model = saved(Linears(), tmp_path, "a")
+    released = []
+    monkeypatch.setattr(type(BASES["plain"]), "release", lambda self, module: released.append(module))
+    bank = veneer.Bank(model)
+    bank.add(tmp_path / "a")
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+    veneer.detach(model)
+    assert released == []
+    bank.close()
+    assert {id(module) for module in released} == {id(module) for module in (model.one, model.two, model.last)}

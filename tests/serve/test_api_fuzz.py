@@ -1,0 +1,147 @@
+"""Whatever is sent, no answer is a 500, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from tests.support.api_server import BASE, serving
+
+FEW = {"max_examples": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
+CHAT = {
+    "model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": 1, "stop": ["w1"], "seed": 1,
+    "temperature": 0.5, "top_p": 0.5, "stream": False, "stream_options": {"include_usage": True}, "logprobs": True,
+    "top_logprobs": 2, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+    "adapters": {"french": 0.5},
+}  # fmt: skip
+TEXT = {"model": "french", "prompt": ["a", "b"], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 1, "stream": True}
+VECTORS = {"model": BASE, "input": "a", "encoding_format": "base64", "dimensions": 3}
+LOAD = {"lora_name": "new", "lora_path": "french", "load_inplace": True, "pin": True}
+BODIES = {
+    "/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/embeddings": VECTORS, "/v1/load_lora_adapter": LOAD,
+    "/v1/unload_lora_adapter": {"lora_name": "new"},
+}  # fmt: skip
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+)
+
+
+@st.composite
+def mutated(draw, value):
+    """A body that is right but for some places."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value)))
+        changed = {**value, key: draw(mutated(value[key]))}
+        if draw(st.integers(0, 5)) == 0:
+            del changed[key]
+        return changed
+    if isinstance(value, list) and value and draw(st.booleans()):
+        return [draw(mutated(value[0])), *value[1:], *draw(st.lists(anything, max_size=2))]
+    return draw(anything)
+
+
+@pytest.fixture(scope="module")
+def it(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("fuzz") / "dir", "french", words=3) as served:
+        served.service.length = 64
+        yield served
+
+
+@pytest.fixture(scope="module")
+def http(it):
+    with it.http() as client:
+        yield client
+
+
+def survives(answer):
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400 and answer.content and "json" in answer.headers.get("content-type", ""):
+        assert answer.json()["error"]["message"]
+
+
+cases = st.sampled_from(sorted(BODIES)).flatmap(lambda route: st.tuples(st.just(route), mutated(BODIES[route])))
+
+
+def bodies(http, examples):
+    @settings(**{**FEW, "max_examples": examples})
+    @given(cases)
+    def run(case):
+        route, body = case
+        content = json.dumps(body).encode(errors="surrogatepass")
+        survives(http.post(route, content=content, headers={"Content-Type": "application/json"}))
+
+    run()
+    assert http.get("/health").status_code == 200
+
+
+def test_bodies(http):
+    bodies(http, 100)
+
+
+@pytest.mark.slow
+def test_many_bodies(http):
+    bodies(http, 5000)
+
+
+def test_bytes(http):
+    @settings(**FEW)
+    @given(st.sampled_from(sorted(BODIES)), st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+    def run(route, content):
+        survives(http.post(route, content=content, headers={"Content-Type": "application/json"}))
+
+    run()
+
+
+def test_paths_and_headers(http):
+    words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
+
+    @settings(**FEW)
+    @given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]), words, words, words)
+    def run(method, path, query, value):
+        headers = {"Authorization": value, "Content-Type": value, "Accept": value, "Expect": value}
+        try:
+            url = httpx.URL(str(http.base_url), raw_path=f"/v1/models/{path}?{query}".encode())
+        except httpx.InvalidURL:
+            reject()
+        survives(http.request(method, url, headers=headers))
+
+    run()
+
+
+# ---------------------------------------------------------------------------------------------- described requests
+
+
+def described(it, examples):
+    """Requests that schemathesis makes of what the server says of itself: right ones and wrong ones."""
+    description = schemathesis.openapi.from_dict(httpx.get(f"{it.url}/openapi.json").json())
+    operations = [found.ok() for found in description.get_all_operations()]
+    assert {operation.path for operation in operations} >= {*BODIES, "/v1/models", "/v1/adapters", "/metrics"}
+    for operation in operations:
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+            @settings(**{**FEW, "max_examples": examples})
+            @given(operation.as_strategy(generation_mode=mode))
+            def run(case):
+                answer = case.call(base_url=it.url)
+                assert answer.status_code < 500, answer.content
+
+            with suppress(Unsatisfiable):  # an operation without parameters has no wrong request
+                run()
+
+
+def test_described_requests(it):
+    described(it, 8)
+
+
+@pytest.mark.slow
+def test_many_described_requests(it):
+    described(it, 300)

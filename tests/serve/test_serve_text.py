@@ -1,0 +1,133 @@
+"""Tokens → text: pieces joined are the text, none ends within a character, none shows a stop string."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.tiny import tiny_tokenizer
+
+from veneer.serve.text import UNKNOWN, Detokenizer, Text
+
+TOKENIZER = tiny_tokenizer()
+
+
+def byte_fallback():
+    """A tokenizer as Llama 2's: words with ▁ for their space, bytes for what it does not know."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "▁a": 257, "▁": 258, "b": 259, "▁ab": 260}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", clean_up_tokenization_spaces=False)
+
+
+FALLBACK = byte_fallback()
+
+
+def pieces(words: Detokenizer, prompt, ids, stop=()):
+    """The pieces that come out, token by token and at the end; whether a stop string ended it."""
+    text, out = Text(words, prompt, stop), []
+    for token in ids:
+        piece, stopped = text.add(token)
+        out.append(piece)
+        if stopped:
+            return out, True
+    return [*out, text.end()], False
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=st.text(max_size=6), text=st.text(max_size=30))
+def test_pieces_joined_are_the_text_and_each_is_whole(before, text):
+    out, _ = pieces(Detokenizer(TOKENIZER), TOKENIZER(before)["input_ids"], TOKENIZER(text)["input_ids"])
+    assert "".join(out) == text
+    assert all(UNKNOWN not in piece for piece in out) or UNKNOWN in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=20), cut=st.integers(0, 60))
+def test_a_prompt_may_end_within_a_character(text, cut):
+    ids = TOKENIZER(text)["input_ids"]
+    out, _ = pieces(Detokenizer(TOKENIZER), ids[:cut], ids[cut:])
+    raw = text.encode()
+    if not (cut < len(raw) and raw[cut] & 0xC0 == 0x80):
+        assert "".join(out) == raw[cut:].decode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(3, 258), max_size=40))
+def test_bytes_that_are_no_characters_come_out_as_decoding_shows_them(ids):
+    out, _ = pieces(Detokenizer(TOKENIZER), (), ids)
+    assert "".join(out) == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 260), max_size=40))
+def test_bytes_of_a_tokenizer_that_falls_back_on_them(ids):
+    """What it shows for broken bytes changes with what follows; no text is lost or repeated without end."""
+    out, _ = pieces(Detokenizer(FALLBACK), (257,), ids)
+    assert len("".join(out)) <= 2 * len(ids) + len(FALLBACK.decode(ids))
+    good = [token for token in ids if not 1 <= token <= 256]
+    out, _ = pieces(Detokenizer(FALLBACK), (257,), good)
+    assert "a" + "".join(out) == FALLBACK.decode([257, *good], skip_special_tokens=True)
+
+
+def test_the_space_before_the_first_word_stays():
+    words = Detokenizer(FALLBACK)
+    assert pieces(words, (257,), (257, 259))[0] == [" a", "b", ""]
+    assert words.decode((257, 259)) == "ab"  # decoding from the start drops it
+
+
+def test_an_emoji_waits_for_its_last_byte():
+    out, _ = pieces(Detokenizer(TOKENIZER), (), TOKENIZER("a😀b")["input_ids"])
+    assert out == ["a", "", "", "", "😀", "b", ""]
+    out, _ = pieces(Detokenizer(TOKENIZER), (), TOKENIZER("a😀")["input_ids"][:-1])
+    assert out == ["a", "", "", "", UNKNOWN]
+
+
+def test_special_tokens_have_no_text_and_a_name():
+    words = Detokenizer(TOKENIZER)
+    assert pieces(words, (), [2, *TOKENIZER("hi")["input_ids"], 2])[0] == ["", "h", "i", "", ""]
+    assert words.text(2) == "<|im_end|>"
+    assert words.text(TOKENIZER("h")["input_ids"][0]) == "h"
+
+
+def test_a_tokenizer_without_a_backend_decodes_by_its_own_method():
+    class Slow:
+        def decode(self, ids, **options):
+            return TOKENIZER.decode(ids, **options)
+
+    out, _ = pieces(Detokenizer(Slow()), (), TOKENIZER("a😀b")["input_ids"])
+    assert "".join(out) == "a😀b"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("ab.\n", max_size=30), stop=st.lists(st.text("ab.\n", min_size=1, max_size=4), max_size=3),
+)  # fmt: skip
+def test_no_letter_of_a_stop_string_comes_out(text, stop):
+    out, stopped = pieces(Detokenizer(TOKENIZER), (), TOKENIZER(text)["input_ids"], stop)
+    ends = [text.find(word) + len(word) for word in stop if word in text]
+    assert stopped == bool(ends)
+    if not ends:
+        assert "".join(out) == text
+        return
+    seen = text[: min(ends)]  # the token that completed the first of them
+    wanted = min(seen.find(word) for word in stop if word in seen)
+    assert "".join(out) == text[:wanted]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted"),
+    [
+        ("one\n\ntwo", ("\n\n",), ["o", "n", "e", "", ""]),
+        ("one\ntwo", ("\n\n",), ["o", "n", "e", "", "\nt", "w", "o", ""]),
+        ("aab", ("ab",), ["", "a", ""]),
+        ("x</s", ("</s>",), ["x", "", "", "", "</s"]),
+        ("é!", ("!",), ["", "é", ""]),
+    ],
+)
+def test_text_is_held_back_until_it_is_decided(text, stop, wanted):
+    assert pieces(Detokenizer(TOKENIZER), (), TOKENIZER(text)["input_ids"], stop)[0] == wanted

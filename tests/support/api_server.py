@@ -1,0 +1,276 @@
+"""A server to test: the real application on a real port, with an engine that says what it is told and a bank of names.
+
+    with serving(tmp_path, "french") as it:
+        it.client().models.list()
+
+The engine's answer to a prompt of n tokens is "w0 w1 w2 …", in words of one token; an answer with a seed starts at
+that number. It ends after ``words`` of them, and waits ``pause`` seconds before each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+from tests.support.tiny import tiny_tokenizer
+
+from veneer.errors import AdapterError, SelectionError
+from veneer.serve.access import Keyring
+from veneer.serve.api import create
+from veneer.serve.catalogue import Catalogue
+from veneer.serve.listen import bind, make
+from veneer.serve.metrics import Metrics
+from veneer.serve.requests import Busy, Piece, Request, Token
+from veneer.serve.service import Service
+
+BASE = "tiny"
+
+
+@dataclass
+class Ticket:
+    request: Request
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class FakeEngine:
+    """A thread for each answer."""
+
+    def __init__(self, words: int = 8, pause: float = 0.0, observer: Any = None) -> None:
+        self.words, self.pause, self.observer = words, pause, observer
+        self.seen: list[Request] = []
+        self.tickets: list[Ticket] = []
+        self.threads: list[threading.Thread] = []
+        self.ready, self.full, self.fails, self.late, self.refuses = True, False, "", False, False
+        self.cause: Any = None
+        self.lock = threading.Lock()
+        self.running = self.waiting = 0
+
+    def submit(self, request: Request, deliver: Any) -> Ticket:
+        if self.full or self.refuses:
+            raise Busy("Found: a full queue. Expected: room. Do: wait.", 2.3)
+        ticket = Ticket(request)
+        with self.lock:
+            self.running += 1
+        self.seen.append(request)
+        self.tickets.append(ticket)
+        thread = threading.Thread(target=self._write, args=(ticket, deliver), daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return ticket
+
+    def _write(self, ticket: Ticket, deliver: Any) -> None:
+        request, finish = ticket.request, "length"
+        sampling, text, generated = request.sampling, "", 0
+        mix = request.mix
+        if self.observer:
+            self.observer.started(mix, 0.01)
+        for number in range(min(self.words, sampling.max_tokens)):
+            if ticket.cancelled.wait(self.pause):
+                finish = "cancelled"
+                break
+            if self.fails or self.late:
+                finish = "error" if self.fails else "timeout"
+                break
+            word = f"w{number + (sampling.seed or 0)} "
+            stop = next((stop for stop in sampling.stop if stop in text + word), None)
+            shown = word if stop is None else word[: max(0, (text + word).index(stop) - len(text))]
+            top = tuple((9, f"x{i}", -1.0 - i) for i in range(sampling.logprobs or 0))
+            token = Token(7, word, None if sampling.logprobs is None else -0.5, top)
+            text, generated = text + word, generated + 1
+            deliver(Piece(shown, (token,)))
+            if stop is not None:
+                finish = "stop"
+                break
+        else:
+            finish = "length" if sampling.max_tokens <= self.words else "stop"
+        with self.lock:
+            self.running -= 1
+        if self.observer:
+            self.observer.first_token(mix, 0.02)
+            self.observer.tokens(mix, len(request.prompt), generated)
+            self.observer.finished(mix, finish, 0.1)
+        deliver(Piece("", (), finish, self.fails or None, self.cause if self.fails else None))
+
+    def drain(self, seconds: float) -> None:
+        self.refuses = True
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+        for thread in self.threads:
+            thread.join(timeout=10)
+
+
+class FakeBank:
+    """Names and paths; a folder whose config says {"broken": true} does not load."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, Path] = {}
+        self.resident: set[str] = set()
+        self.pinned: set[str] = set()
+        self.loads = 0
+        self.on_event: Any = None
+
+    def throttle_loads(self) -> None:
+        """Nothing here takes long."""
+
+    def register(self, name: str, path: Path) -> None:
+        if name in self.paths:
+            raise SelectionError(f"Found: {name}, which is taken.")
+        if not (path / "adapter_model.safetensors").is_file():
+            raise AdapterError(f"Found: no tensors in {path}.")
+        self.paths[name] = path
+
+    def add(self, path: Path, name: str, *, replace: bool = False) -> str:
+        if json.loads((path / "adapter_config.json").read_text()).get("broken"):
+            raise AdapterError(f"Found: a damaged adapter {path.name}.")
+        if replace:
+            self.paths.pop(name, None)
+        self.register(name, path)
+        self.loads += 1
+        self.resident.add(name)
+        return name
+
+    def remove(self, name: str) -> None:
+        del self.paths[name]
+        self.resident.discard(name)
+        self.pinned.discard(name)
+        if self.on_event:
+            self.on_event("remove", name, 0.0)
+
+    def pin(self, name: str) -> None:
+        assert name in self.paths
+        self.resident.add(name)
+        self.pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        self.pinned.discard(name)
+
+    def status(self) -> list[Any]:
+        return [
+            SimpleNamespace(
+                name=name, path=path, resident=name in self.resident, bytes=100 * (name in self.resident),
+                pinned=name in self.pinned, users=0, rank=4, variant="lora",
+            )
+            for name, path in list(self.paths.items())
+        ]  # fmt: skip
+
+    def acquire(self, mix: Mapping[str, float]) -> Future[Any]:
+        raise AssertionError("the fake engine asks for no lease")
+
+
+def adapter_at(path: Path, **fields: Any) -> Path:
+    """What looks like an adapter folder to whoever does not read it."""
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **fields}))
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    return path
+
+
+@dataclass
+class Served:
+    url: str
+    service: Service
+    engine: FakeEngine
+    bank: FakeBank
+    folder: Path
+    server: Any
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """One for each key, open as long as the server is."""
+        if key not in self.clients:
+            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return self.clients[key]
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+
+
+def fake_service(folder: Path, *names: str, keys: Keyring | None = None, **engine: Any) -> Service:
+    """A service with an adapter folder that holds these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not (folder / name).exists():
+            adapter_at(folder / name)
+    bank = FakeBank()
+    catalogue = Catalogue(folder, bank, BASE)
+    metrics = Metrics(catalogue.known)
+    bank.on_event = metrics.event
+    fake = FakeEngine(observer=metrics, **engine)
+    metrics.watch(fake, bank)
+    return Service(
+        base=BASE, source="folder/tiny", tokenizer=tiny_tokenizer(), bank=bank, catalogue=catalogue,
+        keys=keys or Keyring(), metrics=metrics, length=512, vocabulary=259, engine=fake,
+    )  # fmt: skip
+
+
+@contextmanager
+def listening(service: Service, grace: float = 5.0, *routers: Any) -> Iterator[tuple[str, Any]]:
+    """The address of a service on a port of its own, and its server."""
+    up, socket = threading.Event(), bind("127.0.0.1", 0)
+    server = make(create(service, *routers), service.drain, grace, up.set)
+    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
+    thread.start()
+    assert up.wait(20)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}", server
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        service.close()
+        assert not thread.is_alive()
+
+
+@contextmanager
+def serving(folder: Path, *names: str, keys: Keyring | None = None, grace: float = 5.0, **engine: Any) -> Iterator[Any]:
+    """A running server with fakes behind it."""
+    service = fake_service(folder, *names, keys=keys, **engine)
+    with listening(service, grace) as (url, server):
+        served = Served(url, service, service.engine, service.bank, folder, server)
+        yield served
+        for client in served.clients.values():
+            client.close()
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def main() -> None:
+    """A server in a process of its own, for signals: `python api_server.py FOLDER PAUSE GRACE`. Prints its address."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    folder, pause, grace = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    service = fake_service(folder, "french", words=20, pause=pause)
+    socket = bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    make(create(service), service.drain, grace, lambda: print(address, flush=True)).run([socket])
+    service.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Adapters on the disk for a bank."""
+
+from __future__ import annotations
+
+import torch
+from tests.support.toys import randomise
+from torch import nn
+
+import veneer
+
+# transformers' Conv1D is a kind only once transformers has been imported
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
+
+
+def saved(model, folder, *names, config=None, size=0.3, **given):
+    """Adapters of a model, each in a folder of its own; the model is as it was."""
+    for name in names:
+        handle = veneer.attach(model, config or veneer.LoraConfig(rank=2, targets="all"), name="own", **given)
+        randomise(handle, size)
+        handle.save(folder / name)
+        handle.detach()
+    return model
+
+
+def alone(model, folder, name, *args, **kwargs):
+    """What a model answers under one adapter that is attached to it."""
+    if name is None:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    handle = veneer.load(model, folder / name, name="alone")
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    finally:
+        handle.detach()
+
+
+class Linears(nn.Module):
+    """Three layers of which two read one input, and the last one has a bias."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.one, self.two = nn.Linear(width, 10, bias=False), nn.Linear(width, 10, bias=False)
+        self.last = nn.Linear(10, 7)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.one(x)) * self.two(x))

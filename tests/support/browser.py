@@ -1,0 +1,58 @@
+"""The served page in Chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from playwright import sync_api
+
+expect = sync_api.expect
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+# Chromium's own services look up hosts of Google's at each start
+QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    if CHROMIUM is None:
+        why = "no Chromium: apt-get install chromium (Debian), or put chromium or google-chrome on the PATH"
+        assert os.environ.get("VENEER_CHROMIUM") != "required", why  # where CI says so, nothing passes by being skipped
+        pytest.skip(why)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+def column(page: sync_api.Page, place: int) -> sync_api.Locator:
+    return page.locator(".column").nth(place)
+
+
+def answer(page: sync_api.Page, place: int) -> sync_api.Locator:
+    return column(page, place).locator(".text")
+
+
+def send(page: sync_api.Page, prompt: str = "one two three", tokens: int = 6) -> None:
+    page.get_by_label("Max tokens").fill(str(tokens))
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Send").click()
+
+
+def load(page: sync_api.Page, folder: str, name: str | None = None) -> None:
+    """Fill in the form of the shelf, which is open, and send it."""
+    if name is not None:
+        page.get_by_label("Name").fill(name)
+    page.get_by_label("Folder").fill(folder)
+    page.get_by_role("button", name="Load", exact=True).click()
+
+
+def ended(page: sync_api.Page, *states: str) -> None:
+    for place, state in enumerate(states):
+        expect(column(page, place)).to_have_attribute("data-state", state)

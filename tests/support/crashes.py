@@ -1,0 +1,143 @@
+"""Children that do things to an adapter or a library, and die of it: by kill -9 at some moment, or by themselves before
+the k-th step on the disk. They are forked from a server that has imported everything, so that one costs some
+milliseconds. For ``test_crashes.py``."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import veneer
+from veneer.fileio import atomic
+from veneer.store.library import Library
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["veneer", "veneer.store.library"])  # not this file: the server does not know its folder
+DIED = 77
+#: every call by which anything changes on the disk
+STEPS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "utime", "chmod")
+
+
+def make(path: Path, seed: int) -> Path:
+    """An adapter folder whose numbers depend on the seed."""
+    torch.manual_seed(seed)
+    handle = veneer.attach(nn.Sequential(nn.Linear(6, 5)), veneer.LoraConfig(rank=2))
+    for parameter in handle.parameters():
+        parameter.data.normal_()
+    return handle.save(path, overwrite=True, provenance={"seed": seed})
+
+
+# ---------------------------------------------------------------------------------------------- what a child does
+
+
+def save(folder: Path, number: int) -> None:
+    make(folder / "adapter", number)
+
+
+def _library(folder: Path) -> Library:
+    return Library(folder / "library")
+
+
+def add(folder: Path, number: int) -> None:
+    """New names, known content, names that are replaced: by turns."""
+    name = f"new-{number}" if number % 3 else "replaced"
+    _library(folder).add(folder / "sources" / str(number % 4), name, tags=["t"], overwrite=True)
+
+
+def tag(folder: Path, number: int) -> None:
+    _library(folder).tag("kept", f"t{number}", remove=[] if number == 0 else [f"t{number - 1}"])
+
+
+def remove(folder: Path, number: int) -> None:
+    library = _library(folder)
+    library.add(folder / "sources" / str(number % 4), "gone", overwrite=True)
+    library.remove("gone")
+
+
+def gc(folder: Path, number: int) -> None:
+    library = _library(folder)
+    library.add(folder / "sources" / str(number % 4), "gone", overwrite=True)
+    library.remove("gone")
+    library.gc(grace=0)
+
+
+def rebuild(folder: Path, number: int) -> None:
+    _library(folder).rebuild()
+
+
+OPERATIONS = {"save": save, "add": add, "tag": tag, "remove": remove, "gc": gc, "rebuild": rebuild}
+
+
+# ---------------------------------------------------------------------------------------------- how it ends
+
+
+def loop(operation: str, folder: Path, ready: Any) -> None:
+    """Do it again and again until killed. A tag's number goes on from the one that is there."""
+    numbers = itertools.count(1000)
+    if operation == "tag":
+        (last,) = _library(folder).entry("kept").tags
+        numbers = itertools.count(int(last[1:]) + 1)
+    ready.set()
+    for number in numbers:
+        OPERATIONS[operation](folder, number)
+
+
+def die_at(operation: str, folder: Path, number: int, step: int) -> None:
+    """Do it once and die instead of the given step on the disk; exit normally if there are fewer."""
+    left = itertools.count(step, -1)
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(left) == 0:
+                os._exit(DIED)
+            return function(*args, **options)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+    atomic._exchange = counted(atomic._exchange)
+    folder.save_file = counted(folder.save_file)
+    OPERATIONS[operation](folder, number)
+
+
+def work(folder: Path, who: int, count: int, failed: Any) -> None:
+    """One of several processes that use one library at once."""
+    library, choice = _library(folder), random.Random(who)
+    try:
+        for number in range(count):
+            name = f"p{who}-{number}"
+            library.add(folder / "sources" / str(choice.randrange(4)), name, tags=["new"])
+            library.tag("kept", name)
+            veneer.adapter_files.read(library.get(name))
+            library.add(folder / "sources" / str(choice.randrange(4)), f"own-{who}", overwrite=True)
+            if number % 2:
+                library.remove(name)
+            if choice.random() < 0.5:
+                library.gc(grace=0)
+            veneer.adapter_files.read(library.get(f"own-{who}"))
+    except BaseException as error:
+        failed.put(f"{who}: {error!r}")
+        raise
+
+
+def look(folder: Path, stop: Any, seen: Any, failed: Any) -> None:
+    """A reader beside the writers: every index that it reads is whole."""
+    library, counted = _library(folder), 0
+    try:
+        while not stop.is_set():
+            entries = library.list()
+            assert {"kept"} <= {entry.name for entry in entries}
+            veneer.adapter_files.read(library.get("kept"))
+            counted += 1
+        seen.put(counted)
+    except BaseException as error:
+        failed.put(f"reader: {error!r}")
+        raise

@@ -1,0 +1,62 @@
+"""What a layer computes, by its definition."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tests.support.toys import cast, definition, flat
+from torch.utils import _pytree as pytree
+
+import veneer
+from veneer.attach.adapted_module import weight_of
+
+# transformers' Conv1D is a kind only once transformers has been imported
+import transformers.pytorch_utils  # noqa: F401  # isort: skip
+
+
+PATHS = [None, "materialised"]
+
+
+def reference(handle, args):
+    """(y, the float64 leaves, args) in float64 from the definition: the module's own forward on gain ⊙ (W + ΔW)."""
+    module = copy.deepcopy(handle.model)
+    veneer.detach(module)
+    module = module.double()
+    args = pytree.tree_map(lambda x: x.double().requires_grad_() if _float(x) else x, args)
+    leaves, values = {}, {}
+    for path, change in handle.changes.items():
+        own = {name: p.detach().double().requires_grad_() for name, p in change.named_parameters()}
+        leaves |= {f"{path}.{name}": p for name, p in own.items()}
+        numbers = {**{name: b.double() for name, b in change.named_buffers()}, **own}
+        base = change.storage.dense(weight_at(module, path))
+        if (
+            change.frozen_input is not None and "A" in numbers
+        ):  # the column of an input that never changes is no part of ΔW
+            numbers["A"] = numbers["A"] * (torch.arange(change.dims.in_) != change.frozen_input)
+        low, gain = change.variant.resolve(
+            numbers, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
+        )
+        low = low if change.frozen_input is None else low.without(change.frozen_input)
+        weight = base.detach() + change.layer.fold(torch.einsum("gor,gri->goi", low.B, low.A) * low.scale, base.shape)
+        if gain is not None:
+            weight = weight * change.layer.spread(gain, change.dims, base.shape)
+        values[path] = weight
+    for path, part in handle.layers.items():
+        for name, parameter in part.full.named_parameters():
+            at = f"{path}.{name}".lstrip(".")
+            leaves[at] = values[at] = parameter.detach().double().requires_grad_()
+        values |= {
+            f"{path}.{name}".lstrip("."): cast(buffer.clone(), torch.float64)
+            for name, buffer in part.full.named_buffers()
+        }
+    return flat(definition(module, values, cast(args, torch.float64))), leaves, args
+
+
+def weight_at(module, path):
+    above, _, name = path.rpartition(".")
+    return weight_of(module.get_submodule(above), name)
+
+
+def _float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()

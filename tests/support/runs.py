@@ -1,0 +1,32 @@
+"""Training runs that end early, and their equality."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from veneer.train.run import Result
+
+
+class Crash(TrainerCallback):
+    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would leave behind."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise ZeroDivisionError("a crash, as the test asked for")
+
+
+def same(one: Result, other: Result) -> None:
+    """Equal to the last bit: losses, evaluations, and the adapter's numbers."""
+    assert one.losses == other.losses
+    assert one.eval_losses == other.eval_losses
+    assert one.tokens == other.tokens
+    first, second = (load_file(result.adapter / "adapter_model.safetensors") for result in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)

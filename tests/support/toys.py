@@ -1,0 +1,196 @@
+"""A variant and a layer kind as a user would add them: tests find them through the registries, as they find Veneer's
+own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+import veneer
+from veneer.layers import LAYERS, Layer
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+from veneer.variants.lora import LORA
+
+
+def _init(start):
+    return {**LORA.init(start), "gain": torch.ones(start.groups * start.out)}
+
+
+def _resolve(numbers, scale, base):
+    assert base().shape[0] == numbers["A"].shape[0]  # the frozen weight can be asked for
+    return LowRank(numbers["A"], numbers["B"], scale), numbers["gain"]
+
+
+#: rescales every output row: the ``gain`` of the equation, which no variant of Veneer's own uses yet
+SCALED = replace(LORA, name="toy_scaled", init=_init, resolve=_resolve, peft=None)
+
+
+class Squared(nn.Linear):
+    """A linear layer with a forward of its own, which is not even linear in its weight."""
+
+    def forward(self, input):
+        return F.linear(input, self.weight * self.weight.abs(), self.bias)
+
+
+class Diagonal(nn.Module):
+    """A layer that Veneer does not know: y = x · scale for each row of a table."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, width))
+
+    def forward(self, x):
+        return (x[..., None, :] * self.table).sum(-1)
+
+
+class DiagonalKind(Layer):
+    """The few lines that CONTRIBUTING shows."""
+
+    name = "toy_diagonal"
+    weight = "table"
+
+    def types(self):
+        return (Diagonal,)
+
+    def op(self, module, x, weight, bias):
+        return (x[..., None, :] * weight).sum(-1)
+
+    def update(self, module, x, low, y):
+        change = F.linear(F.linear(x, low.A[0]), low.B[0] * low.scale)
+        return change if y is None else y + change
+
+    def examples(self):
+        yield Diagonal(5, 7), torch.randn(3, 7)
+
+
+def register_toys() -> None:
+    if SCALED.name not in VARIANTS.names():
+        VARIANTS.add(SCALED.name, SCALED)
+        LAYERS.add(DiagonalKind.name, DiagonalKind())
+
+
+def randomise(handle, size: float = 0.3) -> None:
+    """Give every trained number of an adapter a random value, so that nothing is hidden by a zero."""
+    around_one = ("gain", "magnitude")
+    for change in handle.changes.values():
+        for name, parameter in change.named_parameters():
+            noise = torch.randn(parameter.shape, dtype=torch.float64) * size
+            parameter.data.copy_(noise + (parameter.detach().double() if name in around_one else 0))
+    for part in handle.layers.values():
+        for parameter in part.full.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * size)
+
+
+#: a change of everything, with a scale that is not 1
+ALL = veneer.LoraConfig(rank=2, targets="all", alpha=3)
+
+
+def adapt(model, *names, config=ALL, size=0.3):
+    """``model`` with random adapters of these names."""
+    for name in names:
+        randomise(veneer.attach(model, config, name), size)
+    return model
+
+
+def example(kind, number=0, dtype=torch.float32):
+    """A layer of this kind in eval mode, and its arguments."""
+    torch.manual_seed(number)
+    module, args = list(LAYERS[kind].examples())[number]
+    return module.to(dtype).eval(), cast(args if isinstance(args, tuple) else (args,), dtype)
+
+
+def numbers(model, name="a"):
+    """Copies of what an adapter trains, under the keys of the model's state dict."""
+    marks = {"veneer", name}
+    found = {key: p.detach().clone() for key, p in model.named_parameters() if marks <= set(key.split("."))}
+    assert found
+    return found
+
+
+def selected(model, name, *args):
+    """What a model answers with this adapter, without gradients."""
+    with veneer.use(model, name), torch.no_grad():
+        return model(*args)
+
+
+def definition(module, values, args):
+    """A module's own forward on other parameters, buffers included: what every path must equal."""
+    other = copy.deepcopy(module)
+    for path, value in values.items():
+        above, _, name = path.rpartition(".")
+        holder = other.get_submodule(above)
+        own = holder._parameters if name in holder._parameters else holder._buffers
+        own[name] = value
+    if getattr(other, "sparse", False):
+        other.sparse = False  # torch cannot carry a sparse gradient on from a weight that is computed
+    if isinstance(other, nn.RNNBase):
+        other._flat_weights = [other._parameters[name] for name in other._flat_weights_names]
+    return other(*args)
+
+
+def flat(output):
+    """Every tensor of a nested output, one after the other."""
+    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in pytree.tree_leaves(output)]
+    return torch.cat(
+        [leaf.reshape(-1) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    )
+
+
+def cast(args, dtype):
+    """Arguments with their floating-point tensors in another dtype."""
+
+    def one(leaf):
+        if isinstance(leaf, PackedSequence):
+            return leaf.to(dtype)
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(one, args)
+
+
+def error(actual, expected) -> float:
+    """Relative error in the Frobenius norm, in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def calibration(model, variant, args=(), loss=None) -> dict:
+    """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those of a call."""
+    needs, given = VARIANTS[variant].needs, {}
+    if needs & {"inputs", "gradient"}:
+        given["batches"] = [args]
+    if "gradient" in needs:
+        given["loss"] = loss or (lambda model, batch: flat(model(*batch)).float().square().sum())
+    if "original" in needs:
+        state = {path: value for path, value in model.state_dict().items() if value.is_floating_point()}
+        given["original"] = {path: value + 0.1 * torch.randn_like(value) for path, value in state.items()}
+    return given
+
+
+def bits(model) -> dict:
+    """Copies of everything that a model's state dict holds of the base."""
+    return {name: value.clone() for name, value in model.state_dict().items() if "veneer" not in name.split(".")}
+
+
+def works(handle, *args, within=1e-5) -> None:
+    """Assert what every adapter does: it changes the output, the merged weights give that output too, unmerging and
+    detaching give the very bits back."""
+    model, before = handle.model.eval(), bits(handle.model)
+    with torch.no_grad():
+        forward = flat(model(*args))
+        with veneer.use(model, None):
+            base = flat(model(*args))
+        assert error(forward, base) > 1e-3
+        handle.merge()
+        assert error(flat(model(*args)), forward) < within
+        handle.unmerge()
+        assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+        assert torch.equal(flat(model(*args)), forward)
+        handle.detach()
+        assert error(flat(model(*args)), base) < 1e-6  # what needs no gradient may run another kernel
