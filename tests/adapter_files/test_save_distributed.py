@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import nn
 
 import veneer
 from veneer import distributed
+from veneer.distributed import whole
 from veneer.errors import AdapterError, CheckError, MergeError, OutputExistsError, SelectionError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,13 +163,32 @@ def a_rank_that_fails_or_stays_away_is_an_error(rank: int, folder: Path) -> None
             raise RuntimeError("on purpose")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("veneer.adapter_files.save_load.filed_changes", broken)
+            patch.setattr("veneer.adapter_files.save_load.peft_entries", broken)
             fails(RuntimeError, "^on purpose", lambda: handle.save(folder / "adapter"))
     else:
         fails(AdapterError, "On rank 1: on purpose", lambda: handle.save(folder / "adapter"))
     assert sorted(path.name for path in folder.iterdir()) == ["alone", "together"]
     dist.barrier()
     distributed.PATIENCE, distributed.ALONE = 300.0, 30.0
+
+
+def trainers_let_rank_0_save(rank: int, folder: Path) -> None:
+    model, handle = attached()
+    run = nn.parallel.DistributedDataParallel(model)
+    train(run, handle, slice(2 * rank, 2 * rank + 2))
+    if rank == 0:
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", distributed.SavedAlone)
+            model.save_pretrained(folder / "new")
+            model.save_pretrained(folder / "new")  # among the files that are there
+        assert time.monotonic() - started < distributed.ALONE
+    dist.barrier()
+    handle.save(folder / "together")
+    shard(model)
+    state = {key: whole(value) for key, value in model.state_dict().items()}
+    if rank == 0:  # as Trainer does under FSDP
+        model.save_pretrained(folder / "whole state", state_dict=state)
 
 
 def what_needs_whole_weights_is_refused(rank: int, folder: Path) -> None:
@@ -190,6 +211,7 @@ TASKS = (
     ddp_saves_on_every_rank,
     ranks_that_differ_keep_the_old_folder,
     a_rank_that_fails_or_stays_away_is_an_error,
+    trainers_let_rank_0_save,
     what_needs_whole_weights_is_refused,
 )
 
@@ -298,3 +320,9 @@ def test_a_rank_that_fails_or_stays_away_is_an_error_on_the_others_before_long(r
 
 def test_what_needs_whole_weights_is_refused_of_spread_ones(ran: Any) -> None:
     ran(what_needs_whole_weights_is_refused)
+
+
+def test_the_main_process_of_a_trainer_saves_without_the_others(ran: Any) -> None:
+    folder = ran(trainers_let_rank_0_save)
+    same_folder(folder / "new", folder / "together")
+    same_folder(folder / "whole state", folder / "together")

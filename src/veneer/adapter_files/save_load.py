@@ -69,7 +69,8 @@ def save(
         FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
     """
     model, path = unwrap(model), Path(path)
-    reshard(model)
+    if not alone:
+        reshard(model)
     ranks = meet(str(path), model, alone=alone)
 
     def collected() -> dict[str, Any]:

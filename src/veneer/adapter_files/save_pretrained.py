@@ -39,6 +39,7 @@ from veneer.attach.adapted_module import layer_states, own_class, walk
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.method_overrides import original, put, stands
 from veneer.attach.state import STATE, LayerState
+from veneer.distributed import is_spread
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
 
@@ -138,14 +139,14 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     _must_be_an_adapters(options)
     state = _state(options)
     if not options.get("is_main_process", True):
-        if not state and any(hasattr(p, "full_tensor") for p in model.parameters()):
+        if not state and is_spread(model.modules()):
             save(model, folder, name=name, overwrite=True)  # every process has a part of what the main one writes
         return
     _must_hold_no_model(model, folder)
     if state:
-        _with_state(model, name, state, lambda: _write(model, name, folder))
+        _with_state(model, name, state, lambda: _write(model, name, folder, alone=True))
     else:
-        _write(model, name, folder)
+        _write(model, name, folder, alone=not is_spread(model.modules()))
     _tell(model, folder)
     if options.get("push_to_hub"):
         known = ("commit_message", "private", "token", "revision", "create_pr")
@@ -191,17 +192,18 @@ def _base_name(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
-def _write(model: nn.Module, name: str, folder: Path) -> None:
-    """The files of an adapter among those that a folder holds already, each whole or not at all."""
+def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
+    """The files of an adapter among those that a folder holds already, each whole or not at all. ``alone``: a process
+    that holds all of it waits for no other, as trainers let the main one save by itself."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        save(model, folder, name=name)
+        save(model, folder, name=name, overwrite=alone, alone=alone)
         return
     with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=folder) as temporary:
         made = Path(temporary) / "adapter"
         if (folder / model_card.NAME).is_file():  # whose notes are kept
             made.mkdir()
             (made / model_card.NAME).write_bytes((folder / model_card.NAME).read_bytes())
-        save(model, made, name=name, overwrite=True)
+        save(model, made, name=name, overwrite=True, alone=alone)
         for file in FILES if (made / peft.TENSORS).exists() else ():
             if (made / file).exists():
                 (made / file).replace(folder / file)
