@@ -98,7 +98,8 @@ bench: setup
 	$(KEEP) $(BENCH)/mixed.py
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
-	$(BENCH)/train_step.py
+	$(BENCH)/train_step.py --apart
+	$(BENCH)/train_step.py --apart --layers 12
 	$(BENCH)/train_step.py --others --runs 3
 	$(KEEP) $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
 	$(BENCH)/scaling.py

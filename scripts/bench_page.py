@@ -14,8 +14,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 #: results in the order of the page, and the program that each is of
 PROGRAMS = {
-    "train_step": "train_step", "train_step_others": "train_step", "train_step_tuned": "train_step",
-    "train_step_grid": "train_step",
+    "train_step": "train_step", "train_step_small": "train_step", "train_step_others": "train_step",
+    "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
     "fingerprints": "fingerprints",

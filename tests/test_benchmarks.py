@@ -98,6 +98,17 @@ def test_train_step(arch, tmp_path):
             check(row)
 
 
+def test_a_step_is_measured_a_few_rows_a_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "PROCESSES", (("peft", "veneer"), ("loralib", "peft, bf16 adapters")))
+    small = [*SHAPE, "--arch", "llama", "--dtype", "float32", "--tokens", "16", "--rank", "4", "--runs", "1"]
+    train_step.main([*small, "--apart", "--out", str(tmp_path)])
+    (case,) = written(tmp_path, "train_step")["cases"]
+    assert list(case["rows"]) == ["floor", "peft", "loralib", "veneer"]  # of float32 no row with other adapters
+    for row in case["rows"].values():
+        check(row)
+    assert all(row in candidates.names("llama", "bfloat16") for rows in train_step.PROCESSES for row in rows)
+
+
 def test_the_grid_has_every_case():
     cases = list(train_step.grid(list(candidates.ARCHITECTURES), list(candidates.DTYPES)))
     assert len({tuple(case.items()) for case in cases}) == 4 * 2 * 4 * 3
