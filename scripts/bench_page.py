@@ -1,4 +1,4 @@
-"""Tables of what benchmarks/results/*.json hold: a few for the README, all of them for docs/benchmarks.md."""
+"""Tables of what benchmarks/results/*.json hold: one for the README, all of them for docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PROGRAMS = {
     "serve_cold": "serve", "serve_vanish": "serve",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-#: rows of the README's first table, and how they are called there
-README_ROWS = {
+#: rows of the summary's first table, and how they are called there
+STEP_ROWS = {
     "full fine-tuning": "full fine-tuning",
     "peft": "PEFT",
     "peft, dropout": "PEFT, dropout 0.05",
@@ -70,8 +70,58 @@ def said(setting: Mapping[str, Any]) -> str:
 
 
 def readme() -> str:
-    """The tables of the README: the step, the way to a target, forward, serving, and a line about the rest."""
+    """The README's table: a row for each thing that was measured, Veneer beside PEFT."""
     found = results()
+    rows = [*_ratios_beside_peft(found), *_served_beside_peft(found)]
+    if not rows:
+        return ""
+    lead = (
+        "Times and memory are ratios to the floor or the plain base of the same run (the smaller, the better), medians "
+        "of CPU time of one thread, with quartiles: SmolLM2-135M's shape, rank 8 on all linear layers."
+    )
+    return "\n".join([lead, "", *table(["", "Veneer", "PEFT"], rows)]).rstrip()
+
+
+def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
+    own = "veneer, model's own attention and loss"
+    for name, title, who, number in (
+        ("train_step", "a training step", "veneer", ""),
+        ("train_step", "the same, with the model's own attention and loss", own, ""),
+        ("train_memory", "its peak memory", "veneer", "peak"),
+        ("train_memory", "saved for backward", "veneer", "saved"),
+    ):
+        for case in found.get(name, {"cases": []})["cases"]:
+            sides = [case["rows"].get(side) or {} for side in (who, "peft")]
+            cells = [side.get(number) if number else side for side in sides]
+            if all(cells):
+                yield [f"{title}, {SHORT[case['setting']['dtype']]}", *(ratio(cell, not number) for cell in cells)]
+    for case in found.get("forward", {"cases": []})["cases"]:
+        if case["setting"]["dtype"] == "float32" and case["setting"]["tokens"] in (1, 256):
+            title = f"a forward pass of {_tokens(case['setting']['tokens'])}, fp32"
+            yield [title, ratio(case["rows"]["veneer"]), ratio(case["rows"]["peft"])]
+    for case in found.get("mixed", {"cases": []})["cases"]:
+        if case["setting"]["call"] == "decode":
+            title = f"decoding 16 rows that use 8 adapters, {SHORT[case['setting']['dtype']]}"
+            yield [title, ratio(case["rows"]["bank, 8"]), ratio(case["rows"]["peft, 8"])]
+    if "import_time" in found:
+        rows = found["import_time"]["cases"][0]["rows"]
+        yield ["importing it, over `import torch`", ratio(rows["veneer"]), ratio(rows["peft"])]
+
+
+def _served_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
+    for case in found.get("serve", {"cases": []})["cases"]:
+        setting, rows = case["setting"], case["rows"]
+        title = f"tokens/s, served to {setting['clients']} clients over {setting['adapters']} adapters"
+        rates = [f"{rows[who]['rate']:,.0f}" if who in rows else "–" for who in ("veneer", "peft, mixed batches")]
+        yield [f"{title}, {SHORT[setting['dtype']]}", *rates]
+
+
+# ---------------------------------------------------------------------------------------------- docs/benchmarks.md
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """The first tables of docs/benchmarks.md: the step, the way to a target, forward, serving, and a line about the
+    rest."""
     parts = [
         _step_table(found),
         _target_table(found),
@@ -80,7 +130,9 @@ def readme() -> str:
         _serve_table(found),
         _rest(found),
     ]
-    return "\n".join(line for part in parts for line in part).rstrip()
+    lines = [line for part in parts for line in part]
+    lead = "Medians of CPU time of one thread, as ratios to the plain base in the same run."
+    return ["## In short", "", lead, "", *lines] if lines else []
 
 
 def _step_table(found: Mapping[str, Any]) -> list[str]:
@@ -92,7 +144,7 @@ def _step_table(found: Mapping[str, Any]) -> list[str]:
     if not columns:
         return []
     rows = []
-    for key, label in README_ROWS.items():
+    for key, label in STEP_ROWS.items():
         cells = [(case["rows"].get(key) or {}) for _, case, _ in columns]
         cells = [cell.get(number) if number else cell for cell, (_, _, number) in zip(cells, columns, strict=True)]
         if any(cells):
@@ -195,9 +247,6 @@ def _rest(found: Mapping[str, Any]) -> list[str]:
     return [f"{'; '.join(texts)}.", ""] if texts else []
 
 
-# ---------------------------------------------------------------------------------------------- docs/benchmarks.md
-
-
 def page() -> str:
     """Every result, with what was predicted before it, where it was measured, and quartiles."""
     lines = [
@@ -209,7 +258,9 @@ def page() -> str:
         "predictions stay as they were, right or wrong.",
         "",
     ]
-    for name, result in results().items():
+    found = results()
+    lines += summary(found)
+    for name, result in found.items():
         lines += [f"## {name}", "", *_about(PROGRAMS[name], name), _made(result), ""]
         for group in _groups(result["cases"]):
             lines += _case_tables(name, group)

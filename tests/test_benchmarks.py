@@ -341,7 +341,9 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     assert len(says) == 13
     assert page.count("> Predicted") == len(says)
     assert "| veneer, dropout |" in page
-    assert "| **Veneer**, dropout 0.05 |" in readme
+    assert "| **Veneer**, dropout 0.05 |" in page
+    assert "| | Veneer | PEFT |" in readme
+    assert "| a training step, fp32 |" in readme
     for text in (page, readme):
         lines = text.splitlines()
         heads = [number for number, line in enumerate(lines) if line.startswith("|---")]

@@ -74,11 +74,12 @@ MEANINGS = {
     "forward": "in float64, a call as it is made, and on both paths that it can be told to take (adding ΔW x, and "
     "forming W + ΔW), is within 1e-10 of the definition: the module's own forward on gain ⊙ (W + ΔW), with ΔW and gain "
     "as the variant's paper says",
-    "gradient": "on the same paths, of every trained number and input, within 1e-9 of autograd through the definition",
+    "gradient": "on the same paths, of every adapter parameter and input, within 1e-9 of autograd through the "
+    "definition",
     "merge": "the merged outputs are within 1e-10 of the adapted ones; in bfloat16 every merged weight is W + ΔW "
     "rounded to the nearest",
     "unmerge": f"in bfloat16, after each of {CYCLES} merges and unmerges, every bit of the base is back",
-    "save/load": "on a fresh base, the same config, the same trained numbers and the same bits of output",
+    "save/load": "on a fresh base, the same config, the same adapter parameters and the same bits of output",
     "mixed batch": "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows of "
     "whole batches",
     "bank": "the same of a `veneer.Bank` that holds the adapters from their folders, on a base of its own",
