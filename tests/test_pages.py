@@ -1,0 +1,271 @@
+"""The pages are whole: what they link to, name and draw is there, what they import is public, nothing of PEFT is
+missing. (``test_docs.py`` runs their snippets.)"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import veneer
+from veneer.errors import AdapterError
+from veneer.formats import peft as peft_format
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "veneer"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+#: public modules that do not say yet what of theirs is public: there, names without an underscore of their own
+WITHOUT_ALL = {
+    "veneer.adapter_files.verify", "veneer.errors", "veneer.formats", "veneer.formats.vllm", "veneer.kernels.rounding",
+    "veneer.lowrank", "veneer.models.attention", "veneer.models.load", "veneer.optim", "veneer.store.library",
+    "veneer.store.remote", "veneer.tools.compare", "veneer.tools.compose", "veneer.tools.convert",
+    "veneer.tools.merge_checkpoint", "veneer.train.loss", "veneer.variants.lora",
+}  # fmt: skip
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code_of(page: Path) -> str:
+    """What a page shows as code: its blocks, and what stands between backticks."""
+    text = page.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])
+
+
+# ---- links and names ---------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The addresses of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_lead_somewhere():
+    wrong = []
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+            there = page.parent / target if target else page
+            if "://" not in target and (not there.exists() or (anchor and anchor not in anchors(there))):
+                wrong.append(f"{named(page)} links to {target}#{anchor}")
+    assert not wrong
+
+
+def test_files_that_are_named_exist():
+    """By their path from the root of the repository or from ``src/veneer``."""
+    folders = "|".join(path.name for path in SOURCE.iterdir() if path.is_dir())
+    roots = "src/veneer|tests|docs|benchmarks|scripts|examples|demo"
+    wrong = []
+    for page in PAGES:
+        code = code_of(page)
+        at_root = re.findall(rf"\b((?:{roots})/[\w/-]+\.(?:py|md|yaml))\b", code)
+        inside = re.findall(rf"(?<![\w/])((?:{folders})/[\w/]+\.py)\b", code)
+        missing = [path for path in at_root if not (ROOT / path).exists()]
+        missing += [path for path in inside if not (SOURCE / path).exists()]
+        wrong += [f"{named(page)} names {path}" for path in missing]
+    assert not wrong
+
+
+def test_tests_that_are_named_exist():
+    """A page that names a test names its file too."""
+    wrong = []
+    for page in PAGES:
+        code = code_of(page)
+        files = [ROOT / path for path in re.findall(r"\btests/[\w/]+\.py\b", code)]
+        tests = "\n".join(file.read_text() for file in files if file.exists())
+        for name in re.findall(r"\btest_\w+", code):
+            if f"def {name}(" not in tests and not any(file.stem == name for file in files):
+                wrong.append(f"{named(page)} names {name}")
+    assert not wrong
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        asked = set(re.findall(r"(?:^ *|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE))
+        assert asked <= targets, f"{named(page)}: {asked - targets}"
+
+
+def test_pages_use_the_words_of_the_field():
+    """The glossary has the words that are ours; others that once were are gone."""
+    private = r"\b(?:artefacts?|hollow|lineup|fitting|filing|trained numbers|deck|held\.py|readers\.py|adapted\.py)\b"
+    wrong = [(named(page), *re.findall(private, page.read_text(), re.IGNORECASE)) for page in PAGES]
+    assert not [found for found in wrong if len(found) > 1]
+
+
+def test_the_package_names_no_address():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "urls" not in project
+    assert not any("email" in author for author in project["authors"])
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (SOURCE / "py.typed").exists()
+
+
+def test_the_changelog_has_the_form_that_it_names():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert releases[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", release) for release in releases[1:])
+    sections = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= sections
+
+
+# ---- README, overview, decisions ---------------------------------------------------------------------------------
+
+
+def test_the_readme_is_three_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_the_overview_is_two_pages():
+    lines = (ROOT / "docs" / "overview.md").read_text().splitlines()
+    assert len(lines) <= 140
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_the_drawing_is_of_the_house():
+    """Everything at the top of the package is drawn, and what is drawn is there."""
+    drawing = (ROOT / "docs" / "overview.md").read_text().split("src/veneer/\n", 1)[1].split("```", 1)[0]
+    top = set(re.findall(r"^  (\w+(?:\.py|/))", drawing, re.MULTILINE))
+    there = {path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert top == there - {"__init__.py", "__pycache__/"}
+    folder = SOURCE
+    for line in drawing.splitlines():
+        if head := re.match(r"  (\w+)(/?)", line):
+            folder = SOURCE / head[1] if head[2] else SOURCE
+        for file in re.findall(r"\b\w+\.py\b", line):
+            assert (folder / file).exists(), f"{folder.name}/{file} is drawn"
+
+
+def test_the_glossary_is_short():
+    glossary = (ROOT / "docs" / "overview.md").read_text().split("## Glossary", 1)[1]
+    words = re.findall(r"^\| ([^|]+) \|", glossary, re.MULTILINE)[1:]
+    assert 10 < len(words) <= 25
+    assert len(set(words)) == len(words)
+
+
+def test_decisions_are_numbered_and_listed():
+    assert [int(page.name[:3]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text()
+    for page in DECISIONS:
+        title = page.read_text().splitlines()[0].removeprefix(f"# {page.name[:3]}. ")
+        assert f"- [{page.name[:3]}]({page.name}) {title}\n" in index
+
+
+def test_a_decision_says_why_what_instead_of_what_and_how_to_check():
+    for page in DECISIONS:
+        lines = page.read_text().splitlines()
+        assert all(len(line) <= 100 for line in lines), page.name
+        heads = [line.split("**")[1] for line in lines if line.startswith("**")]
+        assert heads == ["Context.", "Decision.", "Rejected.", "How to check."], page.name
+
+
+# ---- what is public ----------------------------------------------------------------------------------------------
+
+
+def public_modules() -> set[str]:
+    table = (ROOT / "docs" / "public-api.md").read_text().split("## How long", 1)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `veneer")]
+    return {name for row in rows for name in re.findall(r"`(veneer[\w.]*)`", row.split("|")[1])}
+
+
+def public_names(module: str) -> set[str]:
+    value = importlib.import_module(module)
+    if hasattr(value, "__all__"):
+        return set(value.__all__)
+    imported = {
+        name
+        for name, item in vars(value).items()
+        if inspect.ismodule(item) or ((inspect.isclass(item) or inspect.isroutine(item)) and item.__module__ != module)
+    }
+    return {name for name in vars(value).keys() - imported if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", sorted(public_modules()))
+def test_a_public_module_says_what_is_public(module):
+    value = importlib.import_module(module)
+    assert value.__doc__
+    if module in WITHOUT_ALL:
+        assert not hasattr(value, "__all__"), f"{module} has its __all__: take it out of WITHOUT_ALL"
+        return
+    for name in value.__all__:
+        assert hasattr(value, name), f"{module}.__all__ names {name}"
+
+
+def test_what_the_docs_import_is_public():
+    """In README, docs and examples: from a module that public-api.md lists, and in its ``__all__``."""
+    modules, wrong = public_modules(), []
+    measured = ROOT / "docs" / "benchmarks.md"  # says what was measured, also of the inside
+    for page in [*PAGES, *(ROOT / "examples").glob("*.py")]:
+        if page == measured:
+            continue
+        code = page.read_text() if page.suffix == ".py" else code_of(page)
+        asked = [
+            (module, name.split(" as ")[0].strip())
+            for module, names in re.findall(r"^from (veneer[\w.]*) import ([^#\n]+)", code, re.MULTILINE)
+            for name in names.split(",")
+        ]
+        for chain in re.findall(r"(?<![\w./])veneer((?:\.\w+)+)", code):
+            parts = chain.strip(".").split(".")
+            if parts[0] not in ("json", "safetensors"):  # names of files
+                depth = max(n for n in range(len(parts) + 1) if ".".join(["veneer", *parts[:n]]) in modules)
+                asked += [(".".join(["veneer", *parts[:depth]]), parts[depth])] if depth < len(parts) else []
+        for module, name in asked:
+            if module not in modules or (name not in public_names(module) and f"{module}.{name}" not in modules):
+                wrong.append(f"{named(page)}: {module}.{name}")
+    assert not wrong
+
+
+# ---- From PEFT ---------------------------------------------------------------------------------------------------
+
+FROM_PEFT = (ROOT / "docs" / "from-peft.md").read_text()
+
+
+def rows_of(section: str) -> dict[str, list[str]]:
+    """The table of a section, by its first column."""
+    text = FROM_PEFT.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    table = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
+
+
+def test_every_field_of_pefts_config_has_its_row():
+    peft = pytest.importorskip("peft")
+    rows = {re.match(r"`(\w+)`", cell)[1]: cells for cell, cells in rows_of("The fields of `LoraConfig`").items()}
+    assert rows.keys() == {field.name for field in fields(peft.LoraConfig)}
+    ours = {field.name for field in fields(veneer.LoraConfig)}
+    told = set(re.findall(r"`(\w+)`", " ".join(cells[0].split(":")[0] for cells in rows.values())))
+    assert told >= {"rank", "alpha", "dropout", "targets", "exclude", "layers", "ranks", "alphas", "train_also", "bias"}
+    assert ours - told <= {"slices", "variant", "dtype"}
+
+
+def test_what_loading_refuses_of_a_config_is_what_the_page_says():
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
+    for cell, (_, loaded) in rows_of("The fields of `LoraConfig`").items():
+        name = re.match(r"`(\w+)`", cell)[1]
+        refused = False
+        try:
+            peft_format.check_config({**config, name: {"a": 1}})
+        except AdapterError as error:
+            refused = f"{name}={{'a': 1}}" in str(error) and "a field that Veneer can honour" in str(error)
+        assert refused == (loaded == "refused"), name
+
+
+def test_every_helper_of_peft_has_its_row():
+    peft = pytest.importorskip("peft")
+    module = set(dir(torch.nn.Module))
+    functions = {name for name in peft.__all__ if inspect.isfunction(getattr(peft, name))}
+    methods = {name for part in (peft.PeftModel, peft.LoraModel) for name in vars(part) if not name.startswith("_")}
+    told = set(re.findall(r"\w+", " ".join([*rows_of("Helpers"), *rows_of("Methods of the model")])))
+    assert functions <= told, functions - told
+    assert methods - module <= told, methods - module - told
