@@ -3,7 +3,7 @@ thread, in interleaved rounds.
 
 The floor is what any step over a frozen base must do: forward, and the gradient carried back to the embedded input. It
 and the peers take loss, attention and layout from the model, as their documentation does; Veneer takes its own loss
-and its own attention, as `veneer train` does, and of convolutions the channels last, as the README says; the rows
+and its own attention, as `veneer train` does, and of convolutions the channels last, as docs/python.md says; the rows
 "model's own …" tell the gains apart. Dropout is 0.05. "bf16 adapters" is PEFT with autocast_adapter_dtype=False.
 
     python benchmarks/train_step.py --apart                 SmolLM2-135M's shape, 4 × 256 tokens, rank 8
