@@ -87,8 +87,8 @@ def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
     for name, title, who, number in (
         ("train_step", "a training step", "veneer", ""),
         ("train_step", "the same, with the model's own attention and loss", own, ""),
-        ("train_memory", "its peak memory", "veneer", "peak"),
-        ("train_memory", "saved for backward", "veneer", "saved"),
+        ("train_memory", "peak memory of a step", "veneer", "peak"),
+        ("train_memory", "kept by a step for backward", "veneer", "saved"),
     ):
         for case in found.get(name, {"cases": []})["cases"]:
             sides = [case["rows"].get(side) or {} for side in (who, "peft")]
