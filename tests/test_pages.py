@@ -22,12 +22,7 @@ SOURCE = ROOT / "src" / "veneer"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
 #: public modules that do not say yet what of theirs is public: there, names without an underscore of their own
-WITHOUT_ALL = {
-    "veneer.adapter_files.verify", "veneer.errors", "veneer.formats", "veneer.formats.vllm", "veneer.kernels.rounding",
-    "veneer.lowrank", "veneer.models.attention", "veneer.models.load", "veneer.optim", "veneer.store.library",
-    "veneer.store.remote", "veneer.tools.compare", "veneer.tools.compose", "veneer.tools.convert",
-    "veneer.tools.merge_checkpoint", "veneer.train.loss", "veneer.variants.lora",
-}  # fmt: skip
+WITHOUT_ALL = {"veneer.store.library", "veneer.tools.merge_checkpoint"}
 
 
 def named(page: Path) -> str:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from veneer.precision import double
 
+__all__ = ["LowRank", "Svd"]
+
 
 class Svd(NamedTuple):
     """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k, in]."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, listing, raise_all, sentence
 
+__all__ = ["RankBudget", "freeze_a", "lora_plus", "regulariser"]
+
 Named = Iterable[tuple[str, nn.Parameter]]
 
 #: A, or one of several such as A1 and A2

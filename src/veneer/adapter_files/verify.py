@@ -59,6 +59,8 @@ from veneer.models.meta import meta_model
 from veneer.models.named_weights import Value, of_folder, of_module
 from veneer.models.safetensors_dir import open_checkpoint
 
+__all__ = ["Finding", "Report", "verify"]
+
 T = TypeVar("T")
 Level = Literal["ok", "warning", "error"]
 

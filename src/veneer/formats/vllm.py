@@ -17,6 +17,8 @@ from typing import Any
 from veneer.errors import listing
 from veneer.formats import peft
 
+__all__ = ["problems"]
+
 #: vLLM's own default of ``max_lora_rank``, and the ranks that it may be set to
 MAX_RANK = 16
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -39,6 +39,8 @@ from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 from veneer.precision import has_float64, place
 
+__all__ = ["Folded", "fold"]
+
 #: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
 #: doubt at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19

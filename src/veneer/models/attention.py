@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+__all__ = ["use_products"]
+
 
 #: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"

@@ -26,6 +26,17 @@ from veneer.models.attention import asks_for_sdpa, use_products
 from veneer.models.locate import find_base
 from veneer.models.messages import explained, first_line, quiet
 
+__all__ = [
+    "Base",
+    "Precision",
+    "context_length",
+    "load_base",
+    "load_tokenizer",
+    "pick_dtype",
+    "save_plain",
+    "stored_dtype",
+]
+
 Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
 
 

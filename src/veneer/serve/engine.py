@@ -8,7 +8,8 @@ pieces, beside the running rows, and joins them when it is whole.
 
     submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running → end
 
-Transformers' own continuous batching was measured and not taken: docs/architecture.md says why.
+Transformers' own continuous batching was measured and not taken, for the reasons in
+``docs/decisions/060-the-server-has-an-engine-of-its-own.md``.
 """
 
 from __future__ import annotations

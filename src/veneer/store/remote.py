@@ -39,6 +39,8 @@ from veneer.errors import AdapterError, RemoteError, VeneerError, sentence
 from veneer.fileio.atomic import new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
 
+__all__ = ["pull", "push"]
+
 HUB = "hf://"
 LATEST = "latest"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

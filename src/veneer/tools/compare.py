@@ -33,6 +33,8 @@ from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied
 
+__all__ = ["Difference", "FullDifference", "LayerDifference", "Space", "compare"]
+
 #: singular values below this share of the largest are rounding: no direction of a change
 ROUNDING = 1e-6
 

@@ -48,6 +48,8 @@ from veneer.errors import ConfigError, sentence
 from veneer.kernels import fused
 from veneer.train.tokens import IGNORED
 
+__all__ = ["TokenLoss", "causal_loss", "token_loss"]
+
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
 #: a share of the softmax whose logarithm is exact in float32

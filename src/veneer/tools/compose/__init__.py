@@ -39,6 +39,8 @@ from veneer.tools.compose.full_params import Mixing, combined
 from veneer.tools.compose.mixing import RECIPES
 from veneer.variants import VARIANTS
 
+__all__ = ["ComposeReport", "LayerReport", "compose"]
+
 METHODS = ("sum", "svd", *RECIPES)
 _MAGNITUDE = VARIANTS["dora"].peft_keys["magnitude"]
 
