@@ -77,7 +77,8 @@ def readme() -> str:
         return ""
     lead = (
         "Times and memory are ratios to the floor or the plain base of the same run (the smaller, the better), medians "
-        "of CPU time of one thread, with quartiles: SmolLM2-135M's shape, rank 8 on all linear layers."
+        "of CPU time of one thread, with quartiles: SmolLM2-135M's shape, rank 8 on all linear layers. Rates are "
+        "also over PEFT's."
     )
     return "\n".join([lead, "", *table(["", "Veneer", "PEFT"], rows)]).rstrip()
 
@@ -94,7 +95,7 @@ def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
             sides = [case["rows"].get(side) or {} for side in (who, "peft")]
             cells = [side.get(number) if number else side for side in sides]
             if all(cells):
-                yield [f"{title}, {SHORT[case['setting']['dtype']]}", *(ratio(cell, not number) for cell in cells)]
+                yield [f"{title}, {SHORT[case['setting']['dtype']]}", *map(ratio, cells)]
     for case in found.get("forward", {"cases": []})["cases"]:
         if case["setting"]["dtype"] == "float32" and case["setting"]["tokens"] in (1, 256):
             title = f"a forward pass of {_tokens(case['setting']['tokens'])}, fp32"
@@ -112,8 +113,11 @@ def _served_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
     for case in found.get("serve", {"cases": []})["cases"]:
         setting, rows = case["setting"], case["rows"]
         title = f"tokens/s, served to {setting['clients']} clients over {setting['adapters']} adapters"
-        rates = [f"{rows[who]['rate']:,.0f}" if who in rows else "–" for who in ("veneer", "peft, mixed batches")]
-        yield [f"{title}, {SHORT[setting['dtype']]}", *rates]
+        ours, theirs = rows.get("veneer"), rows.get("peft, mixed batches")
+        if ours and theirs:  # the peer is the floor: its time over ours is how many times its rate we have
+            times = ratio({"ratio": 1 / ours["ratio"], "low": 1 / ours["high"], "high": 1 / ours["low"]})
+            cells = [f"{ours['rate']:,.0f}, × {times}", f"{theirs['rate']:,.0f}"]
+            yield [f"{title}, {SHORT[setting['dtype']]}", *cells]
 
 
 # ---------------------------------------------------------------------------------------------- docs/benchmarks.md

@@ -338,7 +338,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     for name in shown:
         assert f"## {name}\n" in page
     says = [name for name in shown if "\nPredicted" in str(sys.modules[bench_page.PROGRAMS[name]].__doc__)]
-    assert len(says) == 13
+    assert len(says) == 14
     assert page.count("> Predicted") == len(says)
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in page

@@ -231,7 +231,8 @@ def test_the_pages_show_them(tmp_path, monkeypatch, capsys):
     for name in recorded():
         assert f"## {name}\n" in page
     assert "veneer / vllm: 1.75" in capsys.readouterr().out
-    assert "| **Veneer** | 93 | 1 | 2 |" in bench_page.readme()
+    assert "| **Veneer** | 93 | 1 | 2 |" in page
+    assert " | 93, × 2.06 (1.80–2.40) | " in bench_page.readme()
     for text in (page, bench_page.readme()):
         lines = text.splitlines()
         for number in (number for number, line in enumerate(lines) if line.startswith("|---")):
