@@ -1,4 +1,12 @@
-"""veneer.attach.adapted_module."""
+"""The adapted subclass of a layer's class, whose forward asks which adapter is selected.
+
+    nn.Linear  --install-->  a subclass of nn.Linear with the same name, the child ``veneer`` (LayerState) in the layer
+               <-uninstall-
+
+The layer stays the same object with the same parameters; only its class changes. There is one subclass for each class
+of layer and each set of methods besides ``forward`` that read a changed weight (``entries``). Why a subclass and no
+wrapper or hook: see ``layer_adapter.py``.
+"""
 
 from __future__ import annotations
 

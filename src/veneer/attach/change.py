@@ -1,4 +1,11 @@
-"""veneer.attach.change."""
+"""The change of one weight: adapter parameters, and how they become ΔW.
+
+    resolve(W)   ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
+    changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scale · B A
+
+A ``Change`` brings three questions together that know nothing of each other: the variant makes the pair of factors, the
+storage reads the frozen weight, and the layer lays [g, out, in] into the weight's shape.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""veneer.attach.fresh_weights."""
+"""Weights that no checkpoint held, such as a new classification head: transformers initialises them at random.
+
+An adapter that neither trains nor stores them is worth little to whoever loads it, as the next load makes other ones.
+``fresh`` finds them by the marks that transformers leaves on what it has loaded, ``warn_fresh`` says which an adapter
+does not hold.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,6 @@ from veneer.errors import listing
 class FreshWeights(UserWarning):
     """Parameters that the checkpoint did not hold, and that the adapter does not hold either: who loads the adapter
     later gets other numbers there."""
-
-
-# ---------------------------------------------------------------------------------------------- fresh parameters
 
 
 def fresh(names: Names) -> dict[int, ParamRef]:

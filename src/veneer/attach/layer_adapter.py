@@ -1,13 +1,10 @@
-"""The one mechanism that puts an adapter into a layer.
+"""What one adapter does at one layer, and the choice of the arithmetic for a call.
 
-An adapted layer is the same object with the same parameters. Only its class changes, to a subclass made once for each
-class of layer, whose ``forward`` asks which adapter is selected:
-
-    Linear, adapted (Adapted, nn.Linear)
+    Linear, adapted (a subclass of nn.Linear: ``adapted_module.py``)
       .weight, .bias                      the base's own Parameters, untouched
-      ._modules["veneer"]: Site           the adapters of this layer, by name
+      ._modules["veneer"]: LayerState     the adapters of this layer, by name
           ["default"]: LayerAdapter       what this adapter does here
-              .low["weight"]: Change      the trained numbers A, B, … of one weight
+              .low["weight"]: Change      the adapter parameters A, B, … of one weight
               .full                       parameters that are trained in full, and running statistics
 
 So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class

@@ -1,4 +1,10 @@
-"""veneer.attach.lookup."""
+"""Find what is attached to a model: its adapters, the layers that one of them changes, the weights that change there.
+
+adapters_of(model)      what all adapters of a model share, or None       seen through DDP and ``torch.compile``
+need_adapters(model)    the same, or the error that says what to do
+adapters(model, name)   (path, module, LayerAdapter) of each layer that the adapter changes
+changes(model, name)    (path, module, weight, Change) of each weight with a low-rank change, a tied one once
+"""
 
 from __future__ import annotations
 

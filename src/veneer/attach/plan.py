@@ -1,10 +1,10 @@
-"""Attach and detach: from (model, config) to plans, from plans to sites.
+"""From (model, config) to a plan: which weight gets which rank, who reads it, and what is trained in full.
 
-    plan(model, config) -> Plans    which weight gets which rank, who reads it, what is trained in full
-    install(model, name, plans)     makes the trained numbers, then puts them in place
-    detach(model)                   gives back the very model
+    plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
 
-``plan`` finds every problem before anything changes, and raises once.
+A ``LowRankPlan`` is one weight with a low-rank change: its owner, every module that shares it (a tie), and every method
+that reads it past those modules. What has no two axes to factor (a bias, the scale of a norm) is trained in full, and
+stands in ``Plans.full`` by module.
 """
 
 from __future__ import annotations

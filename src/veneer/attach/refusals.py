@@ -1,4 +1,12 @@
-"""veneer.attach.refusals."""
+"""Why a weight cannot be changed, in words: one function for each kind of reason, none of which changes the model.
+
+    refusals_of     a low-rank change of a weight, for every module that holds or reads it
+    check_full      parameters that are trained in full
+    name_problems   an adapter of this name, whatever it is
+
+A refusal is a text and no exception: ``plan`` collects all of them and raises once. An adapter that the model's forward
+would never see is refused here, so that none is trained without effect.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""veneer.attach.state."""
+"""What an adapted model remembers.
+
+    ModelAdapters       one a model, under the attribute ``_veneer``: names and configs of the adapters, which is merged
+    LayerState          one an adapted layer, its child ``veneer``: the adapters of the layer, how it reads its weights
+    ActiveAdapter       what one call uses: for the key of each layer, what the adapter does there
+
+A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's ``uid``; without an entry
+it is the model's default. So selection belongs to the thread or task that calls, and nothing on the model changes for it.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +28,14 @@ from veneer.layers import Layer
 if TYPE_CHECKING:
     from veneer.attach.layer_adapter import LayerAdapter
 
-
 STATE = "veneer"
 
-
 ADAPTERS = "_veneer"
-
 
 #: from a module to one below it, by the names of children
 ModulePath = tuple[str, ...]
 
-
 P = ParamSpec("P")
-
 
 R = TypeVar("R")
 
@@ -48,7 +51,6 @@ class ActiveAdapter:
 
 
 BASE = ActiveAdapter(None, {})
-
 
 AMBIGUOUS = ActiveAdapter(None, None)
 

@@ -1,4 +1,14 @@
-"""veneer.attach.views."""
+"""Run a module's own forward on changed weights, without touching the module.
+
+    y = forward(view of the module with gain ⊙ (W + ΔW) in the place of W)
+
+A view is another object of the module's class that shares everything with it but the weights that change. This is the
+general path, right for every module there is; ``layer_adapter.py`` has the faster ones. What forward does to the
+attributes of the view (a cache, a counter) is written back to the module afterwards.
+
+Rejected: ``torch.func.functional_call``, which swaps the weights in the module itself for the time of a call: two
+threads that call one model with two adapters would meet each other's weights.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,13 @@
-"""Other people's file formats: key names and layouts only. A file here registers its format, and ``veneer convert``
-finds it."""
+"""Other people's file formats: how each names and lays out the factors of an adapter.
+
+    _base       the contract of a format: what recognises a file, reads it, writes it, or says why it cannot
+    peft        the layout of the adapter folder itself, as PEFT 0.21 reads it; patterns: its regular expressions
+    kohya, diffusers, gguf, vllm, dense     one file a format; a new one is one new file, found through the registry
+    parts, gguf_claims      weights that a file splits or joins; sizes that a GGUF file claims
+
+In: tensors by key, and the fields beside them. Out: changes by module path, and back. A format knows keys and shapes;
+what a path means in a model is asked of whoever calls.
+"""
 
 from veneer.formats._base import (
     FORMATS,

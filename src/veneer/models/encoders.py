@@ -1,4 +1,10 @@
-"""veneer.models.encoders."""
+"""Text encoders: whether a base is one, and loading it with the pooling that its sentence-transformers files name.
+
+    is_causal("folder")         what the config alone says of a base
+    load_encoder("folder")      Encoder(model, tokenizer, name, pooling, normal, length)
+
+The pooling is read from the files of sentence-transformers; the library itself is not needed.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import ConfigError, sentence
 from veneer.fileio.untrusted import parse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.models.load import Precision, pick_dtype, tokenizer_at
 from veneer.models.locate import find_base
 from veneer.models.messages import explained, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Encoder(NamedTuple):

@@ -1,4 +1,10 @@
-"""veneer.models.gguf."""
+"""A GGUF file as a folder that transformers loads in seconds.
+
+A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks the result as
+quantised, whereupon it refuses to be saved or trained; so the weights are put into the plain class of the architecture
+and kept, exactly dequantised in fp32, under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2
+s.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +15,11 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
-
-if TYPE_CHECKING:
-    pass
 from veneer.models.messages import first_line, log, quiet
-
-# ---------------------------------------------------------------------------------------------- GGUF
 
 
 def cache_dir() -> Path:

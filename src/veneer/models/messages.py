@@ -1,4 +1,4 @@
-"""veneer.models.messages."""
+"""transformers kept quiet while it loads, and its errors in words that say what to do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("veneer.models")
 

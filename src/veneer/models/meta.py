@@ -1,4 +1,11 @@
-"""veneer.models.meta."""
+"""A model of transformers without its weights, and which parameter each tensor of a checkpoint is in it.
+
+    meta_model("folder")                    every module, name, shape and tie, on torch's meta device: no memory
+    map_checkpoint_names(model, names)      the name of a tensor in a file -> the parameter, or part of one, that it is
+
+A file may name and cut tensors otherwise than the model does (a prefix, q, k and v as one, an expert a tensor);
+transformers maps them as it loads, and this asks it how.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import ConfigError, sentence
+from veneer.models.messages import explained, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from veneer.models.messages import explained, quiet
-
-# ---------------------------------------------------------------------------------------------- without weights
 
 
 class Place(NamedTuple):
@@ -137,8 +142,8 @@ def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> 
         sizes = [state[target].shape[0] for target in targets]
         ends = [sum(sizes[: count + 1]) for count in range(len(sizes))]
         within = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        map_checkpoint_names = (Place(target, (), (rows,)) for target, rows in zip(targets, within, strict=True))
-        return {tensors[0][0]: tuple(map_checkpoint_names)}
+        places = (Place(target, (), (rows,)) for target, rows in zip(targets, within, strict=True))
+        return {tensors[0][0]: tuple(places)}
     stacked = "MergeModulelist" in steps
     known = steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
     if not known or steps.get("MergeModulelist", 0) != 0 or steps.get("Concatenate", int(stacked)) != int(stacked):
