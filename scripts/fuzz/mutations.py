@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from veneer.adapter_files.folder import CORE, NUMBERS, RECORD, _hash_record, _hash_tensors
+from veneer.adapter_files.folder import CORE
+from veneer.adapter_files.record import PARAMETERS, RECORD, hash_record, hash_tensors
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft
 
@@ -129,9 +130,9 @@ def forge(folder: Path) -> bool:
         tensors, metadata = tensors_in(folder / TENSORS)
         record = json.loads(metadata["veneer"])
         config = json.loads((folder / CONFIG).read_text())
-        record["hashes"] |= {"tensors": _hash_tensors(tensors), CONFIG: hash_json(config)}
-        if (folder / NUMBERS).exists():
-            record["hashes"][NUMBERS] = _hash_tensors(tensors_in(folder / NUMBERS)[0])
+        record["hashes"] |= {"tensors": hash_tensors(tensors), CONFIG: hash_json(config)}
+        if (folder / PARAMETERS).exists():
+            record["hashes"][PARAMETERS] = hash_tensors(tensors_in(folder / PARAMETERS)[0])
         return put_record(folder, record)
     except Exception:
         return False  # damaged beyond that: the reader will see it as well
@@ -140,7 +141,7 @@ def forge(folder: Path) -> bool:
 def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
     """Write a record to both of its places, with its own hash made right if ``hashed``."""
     if hashed:
-        record["hashes"]["record"] = _hash_record(record)
+        record["hashes"]["record"] = hash_record(record)
     text = dumps(record)
     (folder / RECORD).write_text(text)
     header, data = read(folder / TENSORS)
@@ -197,7 +198,7 @@ def flip_bits(m: Mutant) -> None:
 
 @mutation
 def flip_header(m: Mutant) -> None:
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     data = bytearray(file.read_bytes())
     end = 8 + struct.unpack("<Q", data[:8])[0]
     position = m.random.randrange(end)
@@ -208,7 +209,7 @@ def flip_header(m: Mutant) -> None:
 
 @mutation
 def flip_data(m: Mutant) -> None:
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     data = bytearray(file.read_bytes())
     position = m.random.randrange(8 + struct.unpack("<Q", data[:8])[0], len(data))
     data[position] ^= 1 << m.random.randrange(8)
@@ -257,7 +258,7 @@ def remove(m: Mutant) -> None:
 
 @mutation
 def lie_about_length(m: Mutant) -> None:
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     data = file.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     lie = m.random.choice([0, 1, length - 1, length + 1, length + 8, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1])
@@ -266,7 +267,7 @@ def lie_about_length(m: Mutant) -> None:
 
 
 def edit_header(m: Mutant, edit: Callable[[dict[str, Any], str], Any]) -> None:
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     name = m.random.choice([key for key in header if key != "__metadata__"])
     m.note(file.name, name, edit(header, name))
@@ -358,7 +359,7 @@ def swap_offsets(m: Mutant) -> None:
 @mutation
 def reorder(m: Mutant) -> None:
     """The entries of a header in another order, or the data as well; both are valid, and say the same."""
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     names = list(header)
     m.random.shuffle(names)
@@ -400,7 +401,7 @@ def rename(m: Mutant) -> None:
 @mutation
 def odd_header(m: Mutant) -> None:
     """Keys twice, padding, nesting, metadata of other types."""
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     text = json.dumps(header)
     first = next(key for key in header if key != "__metadata__")
@@ -446,7 +447,7 @@ def odd_header(m: Mutant) -> None:
 
 
 def edit_tensors(m: Mutant, edit: Callable[[dict[str, torch.Tensor], str], Any]) -> None:
-    file = m.file(TENSORS, NUMBERS)
+    file = m.file(TENSORS, PARAMETERS)
     tensors, metadata = tensors_in(file)
     name = m.random.choice(sorted(tensors))
     m.note(file.name, name, edit(tensors, name))
@@ -672,7 +673,7 @@ class Runs:
 @mutation
 def pickles(m: Mutant) -> None:
     names = ["adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth", "optimizer.pt"]
-    name = m.random.choice([TENSORS, NUMBERS, CONFIG, RECORD, *names])
+    name = m.random.choice([TENSORS, PARAMETERS, CONFIG, RECORD, *names])
     if m.random.random() < 0.5 and name != TENSORS:
         (m.folder / TENSORS).unlink()
     if m.random.random() < 0.5:

@@ -342,9 +342,9 @@ def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
     they have no effect, and stand as zeros in a file."""
     found: dict[str, Tensor] = {}
     for at, change in handle.changes.items():
-        found |= {f"{at}.{name}": value for name, value in change.numbers.items()}
-        if change.frozen_input is not None and "A" in change.numbers:
-            found[f"{at}.A"] = change.numbers["A"].index_fill(2, torch.tensor([change.frozen_input]), 0)
+        found |= {f"{at}.{name}": value for name, value in change.adapter_parameters.items()}
+        if change.frozen_input is not None and "A" in change.adapter_parameters:
+            found[f"{at}.A"] = change.adapter_parameters["A"].index_fill(2, torch.tensor([change.frozen_input]), 0)
     for at, part in handle.layers.items():
         found |= {f"{at}.{name}": value for name, value in part.full.state_dict().items()}
     return {name: value.detach() for name, value in found.items()}

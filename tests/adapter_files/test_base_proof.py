@@ -215,7 +215,7 @@ def old(path):
 
     write(
         path, load_file(path / "adapter_model.safetensors"), files.peft_config, base=base,
-        changes=files.metadata["changes"], config=files.config, provenance={}, overwrite=True, numbers={},
+        changes=files.metadata["changes"], config=files.config, provenance={}, overwrite=True, parameters={},
     )  # fmt: skip
     return path
 

@@ -39,7 +39,7 @@ from tests.support.toys import bits, calibration, error, flat, randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.folder import NUMBERS, _hash_record
+from veneer.adapter_files.record import PARAMETERS, hash_record
 from veneer.attach.adapted_module import weight_of
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError, OutputExistsError, TargetError
@@ -158,7 +158,7 @@ def test_round_trip_of_every_variant(tmp_path, variant, dtype):
     if variant == "adalora":
         handle.changes["linear.weight"].mask[0, 1] = 0
     comes_back(handle, tmp_path, [x])
-    assert (tmp_path / "adapter" / NUMBERS).exists() == (variant not in PLAIN)
+    assert (tmp_path / "adapter" / PARAMETERS).exists() == (variant not in PLAIN)
 
 
 @pytest.mark.parametrize("fields", list(FUSED.values()), ids=list(FUSED))
@@ -312,7 +312,7 @@ def damage_format(path):
     tensors = load_file(path / TENSORS)
     record = json.loads((path / RECORD).read_text())
     record["format"] = 99
-    record["hashes"]["record"] = _hash_record(record)
+    record["hashes"]["record"] = hash_record(record)
     (path / RECORD).write_text(json.dumps(record))
     save_file(tensors, path / TENSORS, metadata={"veneer": json.dumps(record)})
 
@@ -427,14 +427,14 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 def test_the_file_of_a_variant_is_there_and_is_its_own(tmp_path):
     path = small_adapter(tmp_path / "adapter", "vera")
     other = small_adapter(tmp_path / "other", "vera", rank=1)
-    shutil.copy(other / NUMBERS, path / NUMBERS)
+    shutil.copy(other / PARAMETERS, path / PARAMETERS)
     refused(small(), path, "veneer.safetensors, which changed after it was written")
-    (path / NUMBERS).write_bytes(b"")
+    (path / PARAMETERS).write_bytes(b"")
     refused(small(), path, "veneer.safetensors cannot be read")
-    (path / NUMBERS).unlink()
+    (path / PARAMETERS).unlink()
     refused(small(), path, "no veneer.safetensors in .*, which holds the numbers of variant 'vera'")
     plain = small_adapter(tmp_path / "plain")
-    shutil.copy(other / NUMBERS, plain / NUMBERS)
+    shutil.copy(other / PARAMETERS, plain / PARAMETERS)
     refused(small(), plain, "veneer.safetensors, of which the record says nothing")
 
 
@@ -449,7 +449,7 @@ def test_the_record_stripped_off_a_variant_leaves_the_plain_change(tmp_path):
     state, x = bits(model), torch.randn(4, 6)
     path = small_adapter(tmp_path / "adapter", "vera", model)
     expected = model(x)
-    for file in (RECORD, NUMBERS):
+    for file in (RECORD, PARAMETERS):
         (path / file).unlink()
     save_file(load_file(path / TENSORS), path / TENSORS)
     other = nn.Sequential(nn.Linear(6, 9))
@@ -483,7 +483,12 @@ def test_changes_as_values(tmp_path, variant):
         owner, _, weight = at.rpartition(".")
         expected, _ = change.resolve(weight_of(model.get_submodule(owner), weight))
         assert low.norm() == pytest.approx(expected.norm(), rel=1e-5)
-    held = sum(v.numel() for c in handle.changes.values() for n, v in c.numbers.items() if n not in c.variant.derived)
+    held = sum(
+        v.numel()
+        for c in handle.changes.values()
+        for n, v in c.adapter_parameters.items()
+        if n not in c.variant.derived
+    )
     tied = files.layers["head"].A.numel() + files.layers["head"].B.numel()
     assert files.parameters == held + tied
 

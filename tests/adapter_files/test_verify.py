@@ -19,7 +19,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.folder import NUMBERS
+from veneer.adapter_files.record import PARAMETERS
 from veneer.adapter_files.verify import Finding, Report, verify, weights_of
 from veneer.errors import AdapterError, CheckpointError
 from veneer.models.safetensors_dir import Checkpoint
@@ -80,7 +80,7 @@ def test_a_good_adapter_is_good(tmp_path, variant):
     assert report.ok
     assert {finding.level for finding in report.findings} == {"ok"}
     assert [f.check for f in report.findings] == ["files", "tensors", "record", "numbers", "layers", "norms"]
-    assert (NUMBERS in said(report, "ok", "record")) == (tmp_path / "adapter" / NUMBERS).exists()
+    assert (PARAMETERS in said(report, "ok", "record")) == (tmp_path / "adapter" / PARAMETERS).exists()
     assert str(report).endswith("good (0 errors, 0 warnings)")
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
@@ -217,7 +217,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     (path / "adapter_model.bin").write_bytes(pickle.dumps(Runs()))
     config = json.loads((path / CONFIG).read_text())
     (path / CONFIG).write_text(json.dumps({**config, "lora_alpha": 4}))
-    for file in (TENSORS, NUMBERS):
+    for file in (TENSORS, PARAMETERS):
         data = bytearray((path / file).read_bytes())
         data[-3:] = b"\x7f\xff\x7f"
         (path / file).write_bytes(data)
@@ -225,7 +225,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     report = verify(path)
     assert "a pickle, which runs whatever code" in said(report, "error", "files")
     changed = said(report, "error", "record")
-    for what in ("its tensors", CONFIG, NUMBERS):
+    for what in ("its tensors", CONFIG, PARAMETERS):
         assert f"{what} changed after it was written" in changed
     assert "setup.py is a program" in said(report, "warning", "files")
     assert len(report.errors) == 5
@@ -287,7 +287,7 @@ def test_what_is_not_there():
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     path = small_adapter(tmp_path / "adapter", "vera")
-    for name in (CONFIG, TENSORS, RECORD, NUMBERS):
+    for name in (CONFIG, TENSORS, RECORD, PARAMETERS):
         shutil.move(path / name, tmp_path / name)
         (path / name).symlink_to("/dev/zero")
         report = verify(path)
@@ -319,7 +319,7 @@ def test_an_adapter_that_changes_nothing(tmp_path):
     handle = veneer.attach(small(), veneer.LoraConfig(rank=2, targets="all"))
     assert "changes nothing" in said(verify(handle.save(tmp_path / "untrained")), "warning", "norms")
     randomise(handle)
-    handle.changes["conv.weight"].numbers["B"].data.zero_()
+    handle.changes["conv.weight"].adapter_parameters["B"].data.zero_()
     assert "changes of zero, as before training, at conv" in said(
         verify(handle.save(tmp_path / "one")), "warning", "norms"
     )
@@ -342,7 +342,7 @@ class Layers(nn.Module):
 def test_a_layer_far_from_its_like(tmp_path, factor, odd):
     handle = veneer.attach(Layers(), veneer.LoraConfig(rank=2))
     randomise(handle, 0.05)
-    handle.changes["layers.5.weight"].numbers["B"].data.mul_(factor)
+    handle.changes["layers.5.weight"].adapter_parameters["B"].data.mul_(factor)
     report = verify(handle.save(tmp_path / "adapter"))
     found = said(report, "warning", "norms")
     assert report.ok
@@ -354,7 +354,7 @@ def test_changes_larger_than_the_weight(tmp_path):
     model = language_model()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj", "v_proj"]))
     randomise(handle, 0.02)
-    handle.changes["model.layers.0.self_attn.q_proj.weight"].numbers["B"].data.mul_(1000)
+    handle.changes["model.layers.0.self_attn.q_proj.weight"].adapter_parameters["B"].data.mul_(1000)
     path = handle.save(tmp_path / "adapter")
     report = verify(path, checkpoint(tmp_path / "base", language_model()))
     assert report.ok

@@ -97,8 +97,8 @@ def resolve_is_wrong(patch):
     for name in VARIANT_NAMES:
         original = VARIANTS[name].resolve
 
-        def resolve(numbers, scale, base, original=original):
-            return original({**numbers, "B": numbers["B"].flip(2)}, scale, base)
+        def resolve(parameters, scale, base, original=original):
+            return original({**parameters, "B": parameters["B"].flip(2)}, scale, base)
 
         patch.setitem(vars(VARIANTS[name]), "resolve", resolve)
 
@@ -200,13 +200,13 @@ def load_loses_alpha(patch):
 
 
 def load_is_off_by_a_bit(patch):
-    original = match_model._numbers
+    original = match_model.parameters_of
 
     def numbers(*args):
         found = original(*args)
         return {**found, "A": torch.nextafter(found["A"], found["A"] + 1)}
 
-    patch.setattr(match_model, "_numbers", numbers)
+    patch.setattr(match_model, "parameters_of", numbers)
 
 
 def first_row_decides(patch):

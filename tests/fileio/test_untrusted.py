@@ -21,7 +21,7 @@ from tests.support.adapters import CONFIG, RECORD, TENSORS, forge, put, refused,
 from tests.support.hostile import Runs, stripped
 
 import veneer
-from veneer.adapter_files.folder import NUMBERS
+from veneer.adapter_files.record import PARAMETERS
 from veneer.errors import AdapterError
 from veneer.fileio.untrusted import (
     BITS,
@@ -293,7 +293,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
             (path / name).unlink()
         shutil.move(outside, path / name)
     veneer.load(small(), path)
-    (path / NUMBERS).symlink_to("/dev/zero")
+    (path / PARAMETERS).symlink_to("/dev/zero")
     refused(small(), path, "a link to /dev/zero")
 
 
@@ -405,13 +405,13 @@ def test_a_field_of_another_type_is_refused(tmp_path, field, value, foreign):
     ids=str,
 )
 def test_a_record_of_other_types_is_refused(tmp_path, at, value, words):
-    from veneer.adapter_files.folder import _hash_record
+    from veneer.adapter_files.record import hash_record
 
     path = small_adapter(tmp_path / "adapter")
     record = json.loads((path / RECORD).read_text())
     put(at, value)(record)
     if isinstance(record["hashes"], dict):
-        record["hashes"]["record"] = _hash_record(record)
+        record["hashes"]["record"] = hash_record(record)
     (path / RECORD).write_text(json.dumps(record))
     with safe_open(path / TENSORS, framework="pt") as opened:
         names = opened.keys()

@@ -11,7 +11,7 @@ from tests.support.toys import bits, randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.folder import NUMBERS, _hash_record, _hash_tensors
+from veneer.adapter_files.record import PARAMETERS, hash_record, hash_tensors
 from veneer.errors import AdapterError
 from veneer.fileio.hashing import hash_json
 from veneer.layers.parameter import Experts
@@ -23,7 +23,7 @@ def numbers(handle) -> dict:
     """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is no part of it."""
     found = {}
     for path, change in handle.changes.items():
-        for name, value in change.numbers.items():
+        for name, value in change.adapter_parameters.items():
             value = value.detach().clone()
             if name == "A" and change.frozen_input is not None:
                 value[..., change.frozen_input] = 0
@@ -115,15 +115,15 @@ def forge(path, tensors=None, record=None, config=None, own=None):
     change the main tensors, the record, PEFT's config and the tensors of veneer.safetensors in place."""
     kept, told = load_file(path / TENSORS), json.loads((path / RECORD).read_text())
     said = json.loads((path / CONFIG).read_text())
-    numbers = load_file(path / NUMBERS) if (path / NUMBERS).exists() else {}
+    numbers = load_file(path / PARAMETERS) if (path / PARAMETERS).exists() else {}
     for change, value in ((tensors, kept), (record, told), (config, said), (own, numbers)):
         if change is not None:
             change(value)
-    told["hashes"] |= {"tensors": _hash_tensors(kept), CONFIG: hash_json(said)}
+    told["hashes"] |= {"tensors": hash_tensors(kept), CONFIG: hash_json(said)}
     if numbers:
-        told["hashes"][NUMBERS] = _hash_tensors(numbers)
-        save_file(numbers, path / NUMBERS)
-    told["hashes"]["record"] = _hash_record(told)
+        told["hashes"][PARAMETERS] = hash_tensors(numbers)
+        save_file(numbers, path / PARAMETERS)
+    told["hashes"]["record"] = hash_record(told)
     (path / CONFIG).write_text(json.dumps(said))
     (path / RECORD).write_text(json.dumps(told))
     save_file(kept, path / TENSORS, metadata={"veneer": json.dumps(told)})

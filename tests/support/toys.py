@@ -23,9 +23,9 @@ def _init(start):
     return {**LORA.init(start), "gain": torch.ones(start.groups * start.out)}
 
 
-def _resolve(numbers, scale, base):
-    assert base().shape[0] == numbers["A"].shape[0]  # the frozen weight can be asked for
-    return LowRank(numbers["A"], numbers["B"], scale), numbers["gain"]
+def _resolve(parameters, scale, base):
+    assert base().shape[0] == parameters["A"].shape[0]  # the frozen weight can be asked for
+    return LowRank(parameters["A"], parameters["B"], scale), parameters["gain"]
 
 
 #: rescales every output row: the ``gain`` of the equation, which no variant of Veneer's own uses yet

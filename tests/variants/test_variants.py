@@ -36,23 +36,23 @@ def start_of(groups=1, out=6, in_=8, rank=3, dtype=torch.float32) -> InitContext
 
 def trained(variant, start) -> dict[str, torch.Tensor]:
     """Numbers in float64 as training may leave them: frozen ones as they were, a mask with gaps."""
-    numbers = {name: value.double() for name, value in variant.init(start).items()}
-    for name, value in numbers.items():
+    parameters = {name: value.double() for name, value in variant.init(start).items()}
+    for name, value in parameters.items():
         if name == "mask":
-            numbers[name] = (torch.rand_like(value) < 0.6).double()
+            parameters[name] = (torch.rand_like(value) < 0.6).double()
         elif name not in variant.frozen:
-            numbers[name] = value + 0.3 * torch.randn_like(value)
-    return numbers
+            parameters[name] = value + 0.3 * torch.randn_like(value)
+    return parameters
 
 
-def changed(variant, numbers, scale, W):
+def changed(variant, parameters, scale, W):
     """gain ⊙ (W + ΔW) [g, out, in], as a layer uses what ``resolve`` gives."""
-    low, gain = variant.resolve(numbers, scale, lambda: W)
+    low, gain = variant.resolve(parameters, scale, lambda: W)
     dense = W + low.delta()
     return dense if gain is None else dense * gain.view(W.shape[0], W.shape[1], 1)
 
 
-# What each paper says, for one group: (numbers of the group, scale, W) -> the changed weight.
+# What each paper says, for one group: (parameters of the group, scale, W) -> the changed weight.
 def _product(n, s, W):
     return W + s * n["B"] @ n["A"]
 
@@ -83,7 +83,7 @@ DEFINITIONS = {
     "lokr": lambda n, s, W: W + s * torch.kron(n["C"], n["B2"] @ n["A2"]),
 }
 
-#: the trained numbers that have a gradient at the very start; every trained number has one after a step
+#: the trained parameters that have a gradient at the very start; every trained number has one after a step
 FIRST = {
     "lora": {"B"},
     "rslora": {"B"},
@@ -110,10 +110,10 @@ FIRST = {
 def test_resolve_is_the_definition(variant, groups, out, in_, data, scale):
     rank = data.draw(st.integers(1, min(out, in_)))
     start = start_of(groups, out, in_, rank)
-    numbers, W = trained(variant, start), start.base().double()
-    actual = changed(variant, numbers, scale, W)
+    parameters, W = trained(variant, start), start.base().double()
+    actual = changed(variant, parameters, scale, W)
     whole = {
-        name: value.unflatten(0, (groups, -1)) if name == "magnitude" else value for name, value in numbers.items()
+        name: value.unflatten(0, (groups, -1)) if name == "magnitude" else value for name, value in parameters.items()
     }
     by_group = [{name: value[g] for name, value in whole.items()} for g in range(groups)]
     expected = torch.stack([DEFINITIONS[variant.name](own, scale, w) for own, w in zip(by_group, W, strict=True)])
@@ -124,17 +124,17 @@ def test_resolve_is_the_definition(variant, groups, out, in_, data, scale):
 @every
 def test_numbers_of_a_start(variant, groups):
     start = start_of(groups)
-    numbers = variant.init(start)
-    assert variant.frozen <= set(numbers)
+    parameters = variant.init(start)
+    assert variant.frozen <= set(parameters)
     assert variant.needs <= set(EVIDENCE)
-    assert set(variant.peft_keys) <= set(numbers)
-    for name, value in numbers.items():
+    assert set(variant.peft_keys) <= set(parameters)
+    for name, value in parameters.items():
         assert value.dtype == torch.float32
         assert value.is_contiguous()
         assert value.untyped_storage().nbytes() == 4 * value.numel()  # no view that keeps a whole SVD alive
         assert value.isfinite().all()
         assert value.shape[0] == (groups * start.out if name == "magnitude" else groups)
-    low, gain = variant.resolve(numbers, 1.0, start.base)
+    low, gain = variant.resolve(parameters, 1.0, start.base)
     assert low.A.shape == (groups, low.rank, start.in_)
     assert low.B.shape == (groups, start.out, low.rank)
     assert gain is None or gain.shape == (groups * start.out,)
@@ -146,9 +146,9 @@ def test_numbers_of_a_start(variant, groups):
 def test_the_start_is_the_base_if_it_says_so(variant, groups):
     for dtype in (torch.float32, torch.float64):
         start = start_of(groups, dtype=dtype)
-        numbers = {name: value.to(dtype) for name, value in variant.init(start).items()}
+        parameters = {name: value.to(dtype) for name, value in variant.init(start).items()}
         W = start.base()
-        moved = (changed(variant, numbers, 2.0, W) - W).norm() / W.norm()
+        moved = (changed(variant, parameters, 2.0, W) - W).norm() / W.norm()
         assert (moved == 0) if variant.exact_start else (moved > 1e-3)
 
 
@@ -156,8 +156,8 @@ def test_the_start_is_the_base_if_it_says_so(variant, groups):
 def test_the_start_stays_the_base_when_numbers_are_rounded(variant):
     if not variant.exact_start or variant.name == "dora":
         pytest.skip("DoRA's magnitude is rounded too")
-    numbers = {name: value.bfloat16() for name, value in variant.init(start_of()).items()}
-    low, _ = variant.resolve(numbers, 2.0, start_of().base)
+    parameters = {name: value.bfloat16() for name, value in variant.init(start_of()).items()}
+    low, _ = variant.resolve(parameters, 2.0, start_of().base)
     assert low.delta().abs().max() == 0
 
 
@@ -165,26 +165,26 @@ def test_the_start_stays_the_base_when_numbers_are_rounded(variant):
 def test_gradients_reach_every_trained_number(variant):
     start = start_of(3)
     W, target = start.base(), torch.randn(3, start.out, start.in_)
-    numbers = {name: nn.Parameter(v, name not in variant.frozen) for name, v in variant.init(start).items()}
-    learnt = {name: value for name, value in numbers.items() if name not in variant.frozen}
+    parameters = {name: nn.Parameter(v, name not in variant.frozen) for name, v in variant.init(start).items()}
+    learnt = {name: value for name, value in parameters.items() if name not in variant.frozen}
     optimiser = torch.optim.SGD(learnt.values(), lr=1e-2)
     reached = []
     for _ in range(2):
         optimiser.zero_grad()
-        F.mse_loss(changed(variant, numbers, 1.0, W), target).backward()
+        F.mse_loss(changed(variant, parameters, 1.0, W), target).backward()
         reached.append({name for name, value in learnt.items() if value.grad is not None and value.grad.any()})
         optimiser.step()
     assert reached == [FIRST[variant.name], set(learnt)]
-    assert all(numbers[name].grad is None for name in variant.frozen)
+    assert all(parameters[name].grad is None for name in variant.frozen)
 
 
 @every
 def test_resolve_compiles_in_one_piece(variant):
     start = start_of()
-    numbers, W = {name: value.float() for name, value in trained(variant, start).items()}, start.base()
+    parameters, W = {name: value.float() for name, value in trained(variant, start).items()}, start.base()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda numbers: changed(variant, numbers, 0.5, W), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(numbers), changed(variant, numbers, 0.5, W))
+    compiled = torch.compile(lambda parameters: changed(variant, parameters, 0.5, W), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(parameters), changed(variant, parameters, 0.5, W))
 
 
 @every
@@ -202,9 +202,9 @@ def test_a_start_without_memory(variant):
     with torch.device("meta"):
         calibration = [torch.empty(1, *shape) for shape in ((6, 8), (8, 8), (6, 8), (6, 8))]
         W, x, G, original = (lambda value=value: value for value in calibration)
-        numbers = variant.init(InitContext(1, 6, 8, 3, 8, W, x, G, original))
-        low, _ = variant.resolve(numbers, 1.0, W)
-    assert all(value.is_meta for value in numbers.values())
+        parameters = variant.init(InitContext(1, 6, 8, 3, 8, W, x, G, original))
+        low, _ = variant.resolve(parameters, 1.0, W)
+    assert all(value.is_meta for value in parameters.values())
     assert low.delta().shape == (1, 6, 8)
 
 
@@ -214,16 +214,16 @@ def test_a_start_without_memory(variant):
 def test_dora_gives_a_row_of_zeros_gain_one():
     W = torch.randn(1, 6, 8)
     W[0, 2] = 0
-    numbers = {
+    parameters = {
         name: nn.Parameter(value)
         for name, value in VARIANTS["dora"].init(InitContext(1, 6, 8, 2, 8, lambda: W)).items()
     }
-    low, gain = VARIANTS["dora"].resolve(numbers, 2.0, lambda: W)
+    low, gain = VARIANTS["dora"].resolve(parameters, 2.0, lambda: W)
     assert gain.tolist() == [1.0] * 6
     (gain.view(1, 6, 1) * (W + low.delta())).square().sum().backward()
-    assert all(value.grad.isfinite().all() for value in numbers.values())
-    numbers["B"].data.normal_()  # the row now has a direction, and its magnitude is still 0
-    _, gain = VARIANTS["dora"].resolve(numbers, 2.0, lambda: W)
+    assert all(value.grad.isfinite().all() for value in parameters.values())
+    parameters["B"].data.normal_()  # the row now has a direction, and its magnitude is still 0
+    _, gain = VARIANTS["dora"].resolve(parameters, 2.0, lambda: W)
     assert gain[2] == 0
     assert gain.isfinite().all()
 
@@ -241,10 +241,10 @@ def test_dora_norms_do_not_cancel():
 
 def test_dora_norms_ignore_autocast():
     start = start_of()
-    numbers = {name: value.float() for name, value in trained(VARIANTS["dora"], start).items()}
-    _, expected = VARIANTS["dora"].resolve(numbers, 2.0, start.base)
+    parameters = {name: value.float() for name, value in trained(VARIANTS["dora"], start).items()}
+    _, expected = VARIANTS["dora"].resolve(parameters, 2.0, start.base)
     with torch.autocast("cpu", torch.bfloat16):
-        _, gain = VARIANTS["dora"].resolve(numbers, 2.0, start.base)
+        _, gain = VARIANTS["dora"].resolve(parameters, 2.0, start.base)
     assert torch.equal(gain, expected)
 
 
@@ -277,8 +277,8 @@ def test_dora_is_pefts():
     start = start_of(1, 6, 8, 3)
     W, x = start.base(), torch.randn(5, 8)
     _, layer = peft_linear(W[0], 3, 6, use_dora=True)
-    numbers = {name: value.float() for name, value in trained(VARIANTS["dora"], start).items()}
-    numbers = {name: nn.Parameter(value) for name, value in numbers.items()}
+    parameters = {name: value.float() for name, value in trained(VARIANTS["dora"], start).items()}
+    parameters = {name: nn.Parameter(value) for name, value in parameters.items()}
     theirs = {
         "A": layer.lora_A["default"].weight,
         "B": layer.lora_B["default"].weight,
@@ -286,14 +286,14 @@ def test_dora_is_pefts():
     }
     torch.testing.assert_close(VARIANTS["dora"].init(start)["magnitude"], theirs["magnitude"].detach())
     for name, value in theirs.items():
-        value.data.copy_(numbers[name].data.view_as(value))
-    y = F.linear(x, changed(VARIANTS["dora"], numbers, 2.0, W)[0])
+        value.data.copy_(parameters[name].data.view_as(value))
+    y = F.linear(x, changed(VARIANTS["dora"], parameters, 2.0, W)[0])
     expected = layer(x)
     torch.testing.assert_close(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()
     for name, value in theirs.items():
-        torch.testing.assert_close(numbers[name].grad.view_as(value), value.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parameters[name].grad.view_as(value), value.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
@@ -439,12 +439,12 @@ def start_of_size(groups, out, in_, rank) -> InitContext:
 
 
 def test_veras_pair_never_changes():
-    """No file holds the pair: other numbers here would be another meaning of every VeRA adapter that was saved."""
-    numbers = VARIANTS["vera"].init(start_of_size(1, 2, 3, 2))
+    """No file holds the pair: other parameters here would be another meaning of every VeRA adapter that was saved."""
+    parameters = VARIANTS["vera"].init(start_of_size(1, 2, 3, 2))
     A = [[-1.4142134, -1.2633338, 0.16206272], [1.0039605, 0.7309137, -1.1094493]]
     B = [[0.092341676, 1.4807701], [0.5213656, 1.4538827]]
-    torch.testing.assert_close(numbers["A"][0], torch.tensor(A), rtol=3e-7, atol=0)
-    torch.testing.assert_close(numbers["B"][0], torch.tensor(B), rtol=3e-7, atol=0)
+    torch.testing.assert_close(parameters["A"][0], torch.tensor(A), rtol=3e-7, atol=0)
+    torch.testing.assert_close(parameters["B"][0], torch.tensor(B), rtol=3e-7, atol=0)
     large = VARIANTS["vera"].init(start_of_size(1, 256, 512, 64))
     for part, fan_in in ((large["A"], 512), (large["B"], 64)):
         bound = (6 / fan_in) ** 0.5
@@ -456,14 +456,14 @@ def test_veras_pair_never_changes():
 
 def test_adalora_prunes_without_stopping_the_gradient_of_e():
     adalora, start = VARIANTS["adalora"], start_of()
-    numbers = trained(adalora, start)
-    numbers["mask"] = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
-    E = numbers["E"].requires_grad_()
-    low, _ = adalora.resolve(numbers, 1.0, start.base)
+    parameters = trained(adalora, start)
+    parameters["mask"] = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    E = parameters["E"].requires_grad_()
+    low, _ = adalora.resolve(parameters, 1.0, start.base)
     G = torch.randn(1, 6, 8, dtype=torch.float64)
     (low.delta() * G).sum().backward()
     assert not low.B[0, :, 1].any()
-    expected = torch.einsum("gor,goi,gri->gr", numbers["B"], G, numbers["A"])
+    expected = torch.einsum("gor,goi,gri->gr", parameters["B"], G, parameters["A"])
     torch.testing.assert_close(E.grad, expected)
 
 
@@ -479,8 +479,8 @@ def test_lokr_factors_as_lycoris_does(length):
 def test_lokr_takes_the_thinner_of_its_two_forms():
     tall = VARIANTS["lokr"].init(start_of(1, 36, 4, 2))  # l = 6, m = 2
     wide = VARIANTS["lokr"].init(start_of(1, 4, 36, 2))  # l = 2, m = 6
-    for numbers in (tall, wide):
-        low, _ = VARIANTS["lokr"].resolve(numbers, 1.0, lambda: None)
+    for parameters in (tall, wide):
+        low, _ = VARIANTS["lokr"].resolve(parameters, 1.0, lambda: None)
         assert low.rank == 2 * 2
 
 

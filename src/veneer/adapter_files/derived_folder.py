@@ -78,7 +78,7 @@ def write_derived(
         base = _divided(base, changes or {}, full)
     write(
         path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
-        overwrite=overwrite, numbers={},
+        overwrite=overwrite, parameters={},
     )  # fmt: skip
     return path
 

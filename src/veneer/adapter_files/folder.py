@@ -1,21 +1,19 @@
-"""The artefact: a folder that PEFT, vLLM, SGLang and transformers load unchanged, and that proves what it is.
+"""The adapter folder: PEFT, vLLM, SGLang and transformers load it unchanged, and it proves what it is.
 
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
     veneer.json                   the same record, for people
     README.md                     the model card, for people too
-    veneer.safetensors            the trained numbers of variants that PEFT does not have; the file above then holds
+    veneer.safetensors            the adapter parameters of variants that PEFT does not have; the file above then holds
                                   the plain LoRA that they amount to
 
-The record names the base and a fingerprint of each tensor of it (``proof.py``: those that the adapter changes apart
-from the rest, of which folders of an earlier Veneer say nothing), hashes of the tensors and of the config, the
-LoraConfig, library versions and the provenance that the caller gives. It hashes itself too. ``read``
-believes nothing that it has not checked (``headers.py``: sizes, JSON, links; here: hashes, types and magnitudes);
-``load`` also compares the fingerprints with the model at hand.
+    write(path, tensors, …)       all of it in one step
+    read(path) -> AdapterFiles    checked, without a model
 
-A hash tells what an accident or a thoughtless edit changed. It keeps out nobody who means harm, as whoever writes a
-folder can write its hashes. So nothing that a folder says decides about more than the adapter itself: no code in it is
-run, no memory is taken by a number in it, no other file is opened for it.
+``read`` believes nothing that it has not checked (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
+here: types and magnitudes); ``load`` also compares the fingerprints with the model at hand. Nothing that a folder says
+decides about more than the adapter itself: no code in it is run, no memory is taken by a number in it, no other file is
+opened for it.
 
 A fingerprint is the SHA-256 of a weight rounded to bfloat16. So a base may be loaded in float32 or in bfloat16,
 whichever of the two it was published in, and still be recognised; a base that was fine-tuned, or has one bit of a
@@ -32,7 +30,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +39,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter_files import model_card
+from veneer.adapter_files.record import (
+    FORMAT,
+    PARAMETERS,
+    RECORD,
+    altered,
+    altered_parameters,
+    malformed,
+    must_belong,
+    record_in,
+    sealed,
+)
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
-from veneer.fileio.hashing import digest, hash_json
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import MAX_JSON, misplaced, parse, pickled, read_header, read_json
 from veneer.formats import peft
@@ -53,12 +60,9 @@ from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-RECORD = "veneer.json"
-NUMBERS = "veneer.safetensors"
 #: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
-CORE = (peft.CONFIG, peft.TENSORS, RECORD, NUMBERS)
+CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 FILES = (*CORE, model_card.NAME)
-FORMAT = 1
 #: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
@@ -71,7 +75,7 @@ class AdapterFiles:
     """An adapter folder that was read and verified, without a model.
 
     ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
-    by the path there, ``numbers`` those of ``veneer.safetensors`` by the path of the weight.
+    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight.
     """
 
     path: Path
@@ -80,7 +84,7 @@ class AdapterFiles:
     record: Mapping[str, Any] | None
     low: Mapping[str, peft.PeftLayer]
     full: Mapping[str, Mapping[str, Tensor]]
-    numbers: Mapping[str, Mapping[str, Tensor]]
+    adapter_parameters: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -112,12 +116,12 @@ class AdapterFiles:
     def parameters(self) -> int:
         """How many numbers the adapter holds: a variant's own where it has a file for them, else those of the PEFT
         file."""
-        own = {part for at in self.numbers for part in (at, at.rpartition(".")[0])}
-        held = [tensor for numbers in self.numbers.values() for tensor in numbers.values()]
-        held += [tensor for tensors in self.full.values() for tensor in tensors.values()]
+        own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
+        tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]
+        tensors += [tensor for named in self.full.values() for tensor in named.values()]
         for entry in self.low.values():
-            held += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
-        return sum(tensor.numel() for tensor in held)
+            tensors += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
+        return sum(tensor.numel() for tensor in tensors)
 
 
 def write(
@@ -130,7 +134,7 @@ def write(
     config: LoraConfig,
     provenance: Mapping[str, Any],
     overwrite: bool,
-    numbers: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
 ) -> None:
     """Write the files as one folder, in one step. Notes in the card of a folder that it replaces are kept.
 
@@ -139,24 +143,24 @@ def write(
             known, "rest": those of the other tensors by name, and "fresh": names. None where nobody knows the base: the
             folder then holds PEFT's two files alone, without a record.
         changes: what each change is (rank, alpha, rows), by the path of its weight.
-        numbers: what goes into ``veneer.safetensors``; nothing if empty.
+        parameters: what goes into ``veneer.safetensors``; nothing if empty.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False.
         AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is absurdly large, names
             that no file may hold, a provenance that is not JSON or too long.
     """
-    raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **numbers}, "train it again")))
+    raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **parameters}, "train it again")))
     record = None
     if base is not None:
         record = {"format": FORMAT, "base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
-        record = _sealed(record, tensors, peft_config, provenance, numbers)
-    elif numbers:
+        record = sealed(record, tensors, peft_config, provenance, parameters)
+    elif parameters:
         raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
     with _could_be_read(path):
         peft.check_config(peft_config, ours=record is not None)
         raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
-        assemble(path, peft_config, record, tensors, numbers)
+        assemble(path, peft_config, record, tensors, parameters)
     texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
@@ -167,38 +171,13 @@ def write(
     with new_folder(path, overwrite=overwrite) as folder:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
-        if numbers:
-            save_file(dict(numbers), folder / NUMBERS, metadata={"format": "pt"})
+        if parameters:
+            save_file(dict(parameters), folder / PARAMETERS, metadata={"format": "pt"})
         header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
         with _could_be_read(path):
-            for file in (peft.TENSORS, *((NUMBERS,) if numbers else ())):
+            for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(folder / file)
-
-
-def _sealed(
-    record: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    peft_config: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    numbers: Mapping[str, Tensor],
-) -> dict[str, Any]:
-    """A record with the hashes of everything, its own included."""
-    record |= {
-        "hashes": {"tensors": _hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
-        "versions": dict(_installed("veneer", "torch", "transformers")),
-        "provenance": _plain(dict(provenance)),
-    }
-    if numbers:
-        record["hashes"][NUMBERS] = _hash_tensors(numbers)
-    try:
-        record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
-    except TypeError as error:
-        raise AdapterError(
-            sentence(f"a provenance that is not JSON ({error})", "plain values", "convert it")
-        ) from error
-    record["hashes"]["record"] = _hash_record(record)
-    return record
 
 
 def _old_card(path: Path) -> str | None:
@@ -221,18 +200,6 @@ def content_hash(path: Path) -> str:
             with (path / name).open("rb") as stream:
                 whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number, and half of a
-    surrogate pair, as a file name may hold one, is "?"."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(below) for key, below in value.items()}
-    return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
 
 
 def _must_be_readable(file: str, text: str) -> None:
@@ -268,16 +235,16 @@ def read(path: str | Path) -> AdapterFiles:
     peft_config = read_json(path / peft.CONFIG)
     tensors, header = read_tensors(path / peft.TENSORS)
     record = record_in(path, header)
-    numbers: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     if record is not None:
         must_belong(altered(path, record, peft_config, tensors), path)
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
     peft.check_config(peft_config, ours=record is not None)
     if record is not None:
-        numbers = read_numbers(path, record)
-        must_belong(altered_numbers(record, numbers), path)
-    raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **numbers}, "get another copy")))
-    return assemble(path, peft_config, record, tensors, numbers)
+        parameters = read_parameters(path, record)
+        must_belong(altered_parameters(record, parameters), path)
+    raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
+    return assemble(path, peft_config, record, tensors, parameters)
 
 
 def assemble(
@@ -285,14 +252,14 @@ def assemble(
     peft_config: Mapping[str, Any],
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
-    numbers: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
 ) -> AdapterFiles:
     """An adapter from files that were checked one by one: do they make up one?"""
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
     raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
     by_weight: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in numbers.items():
+    for key, tensor in parameters.items():
         weight, _, name = key.rpartition(".")
         by_weight.setdefault(weight, {})[name] = tensor
     try:
@@ -315,18 +282,18 @@ def missing(path: Path) -> list[str]:
     return problems
 
 
-def read_numbers(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of ``veneer.safetensors``, which must be there if the record speaks of it, and else must not."""
-    if NUMBERS not in record["hashes"]:
-        if (path / NUMBERS).exists():
-            found = f"{path / NUMBERS}, of which the record says nothing"
+    if PARAMETERS not in record["hashes"]:
+        if (path / PARAMETERS).exists():
+            found = f"{path / PARAMETERS}, of which the record says nothing"
             raise AdapterError(sentence(found, "files that belong together", "remove it, or get another copy"))
         return {}
-    if not (path / NUMBERS).is_file():
-        found = f"no {NUMBERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
+    if not (path / PARAMETERS).is_file():
+        found = f"no {PARAMETERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
         do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
         raise AdapterError(sentence(found, "the folder as it was saved", do))
-    return read_tensors(path / NUMBERS)[0]
+    return read_tensors(path / PARAMETERS)[0]
 
 
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
@@ -351,100 +318,6 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         variant=variant.name,
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
     )
-
-
-def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The record in the header of the tensors, which are another library's if there is none."""
-    if "veneer" not in metadata:
-        if (path / RECORD).exists():
-            found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
-            do = f"remove {RECORD} if another library rewrote the tensors"
-            raise AdapterError(sentence(found, "files that belong together", do))
-        return None
-    try:
-        record = parse(metadata["veneer"])
-    except ValueError as error:
-        raise AdapterError(_damaged(path, str(error))) from error
-    if not isinstance(record, dict) or not isinstance(record.get("hashes"), dict):
-        raise AdapterError(_damaged(path, "it holds no hashes"))
-    return record
-
-
-def _damaged(path: Path, why: str) -> str:
-    return sentence(f"a damaged record in {path / peft.TENSORS} ({why})", "Veneer's record", "get it again")
-
-
-def altered(
-    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, bool]:
-    """For each part of a folder that the record has a hash of, in words: whether it has changed."""
-    hashes = record["hashes"]
-    checks = {
-        "the record in its header": _hash_record(record) != hashes.get("record"),
-        "its tensors": _hash_tensors(tensors) != hashes.get("tensors"),
-        peft.CONFIG: hash_json(config) != hashes.get(peft.CONFIG),
-    }
-    if (path / RECORD).exists():
-        checks[RECORD] = read_json(path / RECORD) != record
-    return checks
-
-
-def altered_numbers(record: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, bool]:
-    """The same of ``veneer.safetensors``."""
-    expected = record["hashes"].get(NUMBERS)
-    return {NUMBERS: _hash_tensors(numbers) != expected} if expected is not None or numbers else {}
-
-
-def must_belong(checks: Mapping[str, bool], path: Path) -> None:
-    changed = [what for what, other in checks.items() if other]
-    if changed:
-        found = f"{path}, of which {' and '.join(changed)} changed after it was written"
-        if changed == [NUMBERS]:
-            found = f"{path / NUMBERS}, which changed after it was written"
-        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
-
-
-def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """What is wrong with a record, as far as it can be told without a model."""
-    if record.get("format") != FORMAT:
-        yield sentence(f"format {_brief(record.get('format'))} in {path}", f"{FORMAT}", "install a newer Veneer")
-        return
-    base, changes = record.get("base"), record.get("changes")
-    weights = base.get("weights") if isinstance(base, dict) else None
-    if not isinstance(weights, dict) or not isinstance(changes, dict) or not isinstance(record.get("config"), dict):
-        yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
-        return
-    texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
-    tables = [record.get(name, {}) for name in ("versions", "provenance")]
-    rest, fresh = base.get("rest", {}), base.get("fresh", [])
-    if isinstance(rest, dict) and isinstance(fresh, list):
-        texts += [*rest.values(), *fresh]
-    else:
-        tables.append(None)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
-        expected = "text for names and hashes, and versions and provenance by name"
-        yield sentence("fields of other types", expected, "get another copy")
-    if weights.keys() != changes.keys():
-        odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
-        yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
-    for at, change in changes.items():
-        said = change if isinstance(change, dict) else {}
-        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows")
-        if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
-            expected = "a rank of at least 1 and a number"
-            yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
-        if "rows" in said and not _row_pairs(rows):
-            yield sentence(f"rows {_brief(rows)} for {at!r}", "(start, stop) pairs", "get another copy")
-
-
-def _row_pairs(rows: Any) -> bool:
-    pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
-    return bool(pairs) and all(type(end) is int for part in rows for end in part)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -500,23 +373,3 @@ def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
         if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
             found = f"a variance below zero in {path}.running_var"
             yield sentence(found, "variances", "get the file again")
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    whole = hashlib.sha256()
-    for key in throttled(sorted(tensors)):
-        whole.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
-    return whole.hexdigest()
-
-
-def _hash_record(record: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in record["hashes"].items() if key != "record"}
-    return hash_json({**record, "hashes": rest})
-
-
-def _installed(*packages: str) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue

@@ -39,7 +39,7 @@ class PeftEntry:
     """One change as the PEFT file holds it, for one of the modules that have its weight.
 
     ``where`` is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``),
-    ``low`` what this module reads. ``exact`` says that the file holds the very numbers of the change.
+    ``low`` what this module reads. ``exact`` says that the file holds the very parameters of the change.
     """
 
     where: str
@@ -73,7 +73,7 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
             if parameter:
                 target = parameter_path(path, weight)
                 wraps[path] = wraps.get(path, 0) + 1
-            exact = set(change.numbers) <= {"A", "B", *change.variant.peft_keys}
+            exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
             alpha = change.alpha if exact else low.scale * low.rank
             low = low.T if layer_state.transposed else low
             peft_form.append(
@@ -118,7 +118,7 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
             tensors[peft.key(entry.where, suffix)] = written(tensor)
         for number, suffix in change.variant.peft_keys.items():
-            whole = _whole(change, held, change.numbers[number])
+            whole = _whole(change, held, change.adapter_parameters[number])
             tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
     wraps = _wraps(peft_form)
     for path, _, part in adapters(model, name):

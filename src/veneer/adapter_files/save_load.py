@@ -74,7 +74,7 @@ def save(
     ranks = meet(str(path), model, alone=alone)
 
     def collected() -> dict[str, Any]:
-        with _whole_numbers(model, only_name(model, name)):
+        with _whole_parameters(model, only_name(model, name)):
             return _content(model, only_name(model, name), base_name, fingerprints)
 
     def written_to(content: Mapping[str, Any]) -> Path:
@@ -89,8 +89,8 @@ def save(
 
 
 def _outline(model: nn.Module, name: str) -> list[Any]:
-    """What an adapter consists of, without its numbers."""
-    low = [(path, weight, [[*value.shape] for value in change.numbers.values()])
+    """What an adapter consists of, without the values."""
+    low = [(path, weight, [[*value.shape] for value in change.adapter_parameters.values()])
            for path, _, weight, change in changes(model, name)]  # fmt: skip
     full = [(path, [(key, [*value.shape]) for key, value in part.full.state_dict().items()])
             for path, _, part in adapters(model, name)]  # fmt: skip
@@ -99,14 +99,14 @@ def _outline(model: nn.Module, name: str) -> list[Any]:
 
 def _mark(content: Mapping[str, Any]) -> str:
     """A hash of all that the folder will hold, but for the provenance."""
-    tensors = {key: digest(tensor) for part in ("tensors", "numbers") for key, tensor in content[part].items()}
-    rest = {key: value for key, value in content.items() if key not in ("tensors", "numbers", "config")}
+    tensors = {key: digest(tensor) for part in ("tensors", "parameters") for key, tensor in content[part].items()}
+    rest = {key: value for key, value in content.items() if key not in ("tensors", "parameters", "config")}
     return hash_json([tensors, rest, content["config"].to_dict()])
 
 
 @contextmanager
-def _whole_numbers(model: nn.Module, name: str) -> Iterator[None]:
-    """A block in which an adapter's numbers that are spread over processes are whole."""
+def _whole_parameters(model: nn.Module, name: str) -> Iterator[None]:
+    """A block in which an adapter's parameters that are spread over processes are whole."""
     holders = [change for *_, change in changes(model, name)]
     tables = [holder._parameters for holder in holders] + [holder._buffers for holder in holders]
     tables += [table for _, _, part in adapters(model, name) for table in (part.full._parameters, part.full._buffers)]
@@ -124,7 +124,7 @@ def _whole_numbers(model: nn.Module, name: str) -> Iterator[None]:
 def _content(
     model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """What ``saved.write`` takes of an adapter."""
+    """What ``folder.write`` takes of an adapter."""
     config = need_adapters(model, name).configs[name]
     if VARIANTS[config.variant].peft is None:
         found = f"variant {config.variant!r}"
@@ -148,12 +148,12 @@ def _content(
         },
         "changes": {at: _described(change) for at, (_, change) in weights.items()},
         "config": config,
-        "numbers": {
-            f"{at}.{number}": written(value)
+        "parameters": {
+            f"{at}.{key}": written(value)
             for at, (_, change) in weights.items()
             if not exact[id(change)]
-            for number, value in change.numbers.items()
-            if number not in change.variant.derived
+            for key, value in change.adapter_parameters.items()
+            if key not in change.variant.derived
         },
     }
 
@@ -197,7 +197,7 @@ def install_from(
     means weights, so that it does not matter where PEFT would compute something else.
     """
     load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
-    install(model, name, load_plan.plans, trainable=trainable, numbers=load_plan.numbers)
+    install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
     load_plan.fill({at: part for at, _, part in adapters(model, name)})
 
 

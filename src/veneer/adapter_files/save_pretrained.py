@@ -5,7 +5,7 @@
         a merged adapter    d holds the plain model, its changed weights under their own names
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        the numbers in the folder are copied into those that train
+        the parameters in the folder are copied into those that train
 
 Without this, transformers would write all that ``state_dict()`` holds: the base, and beside it tensors of which
 ``from_pretrained`` knows nothing and which it would leave out.
@@ -298,7 +298,8 @@ class _Writer(nn.Module):
 
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
-    """Copy the numbers of an adapter folder into the selected adapter (or the only one), which an optimiser may hold.
+    """Copy the parameters of an adapter folder into those of the selected adapter (or the only one), which an optimiser
+    may hold.
 
     Raises:
         AdapterError: the folder is damaged or does not fit the model, or the adapter there is made otherwise (other
@@ -312,13 +313,13 @@ def refill(model: nn.Module, folder: str | Path) -> None:
         found = f"{need_adapters(model).merged!r} merged into the weights"
         raise MergeError(sentence(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first"))
     load_plan = match(model, folder, [])
-    numbers = {parameter_path(*ref): values for ref, values in load_plan.numbers.items()}
+    parameters = {parameter_path(*ref): values for ref, values in load_plan.adapter_parameters.items()}
     own = {parameter_path(path, weight): change for path, _, weight, change in changes(model, name)}
     parts = {path: part for path, _, part in adapters(model, name)}
     raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(model, name, load_plan)))
     for at, change in own.items():
-        for number, value in numbers[at].items():
-            change.numbers[number].copy_(value)
+        for key, value in parameters[at].items():
+            change.adapter_parameters[key].copy_(value)
     load_plan.fill(parts)
 
 

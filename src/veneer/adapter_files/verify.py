@@ -35,19 +35,14 @@ from veneer.adapter_files.folder import (
     CORE,
     FILES,
     FLOATS,
-    NUMBERS,
-    RECORD,
     AdapterFiles,
-    altered,
-    altered_numbers,
     assemble,
-    malformed,
     missing,
     odd_numbers,
-    read_numbers,
+    read_parameters,
     read_tensors,
-    record_in,
 )
+from veneer.adapter_files.record import PARAMETERS, RECORD, altered, altered_parameters, malformed, record_in
 from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
@@ -171,7 +166,7 @@ def _findings(path: Path, weights: Weights | None) -> Findings:
     yield Finding("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
     record = yield from _tried("record", lambda: record_in(path, metadata))
     numbers: dict[str, Tensor] | None = {}
-    if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, NUMBERS)):
+    if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)):
         record, numbers = None, None  # said above; what is no file of the folder is not opened
     if record is not None:
         sound, numbers = yield from _recorded(path, record, config or {}, tensors)
@@ -261,9 +256,9 @@ def _recorded(
     checks = (yield from _tried("record", lambda: altered(path, record, config, tensors))) or {}
     problems = list(malformed(record, path))
     yield from (Finding("error", "record", problem) for problem in problems)
-    numbers = None if problems else (yield from _tried("record", lambda: read_numbers(path, record)))
+    numbers = None if problems else (yield from _tried("record", lambda: read_parameters(path, record)))
     if numbers is not None:
-        checks |= altered_numbers(record, numbers)
+        checks |= altered_parameters(record, numbers)
     changed = [what for what, other in checks.items() if other]
     for what in changed:
         found = sentence(f"{what} changed after it was written", "the files as they were saved", "get another copy")

@@ -24,7 +24,7 @@ from veneer.variants import Variant
 
 
 class Change(nn.Module):
-    """One adapter's change of one weight: the trained numbers, and how they become ΔW.
+    """One adapter's change of one weight: adapter parameters, and how they become ΔW.
 
     ``rows`` are the indices of the outputs that change (None: all); ``frozen_input`` is the input that never does.
     """
@@ -37,7 +37,7 @@ class Change(nn.Module):
 
     def __init__(
         self,
-        numbers: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
         *,
         layer: Layer,
         variant: Variant,
@@ -54,7 +54,7 @@ class Change(nn.Module):
         self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
         self.scale = variant.scale(alpha, rank)
         self.rows = rows
-        for name, value in numbers.items():
+        for name, value in parameters.items():
             if name in variant.frozen:
                 self.register_buffer(name, value)
             else:
@@ -64,19 +64,23 @@ class Change(nn.Module):
         return f"{self.variant.name}, rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
     @property
-    def numbers(self) -> dict[str, Any]:
-        """The variant's numbers, trained and frozen, by name."""
+    def adapter_parameters(self) -> dict[str, Any]:
+        """The variant's parameters, trained and frozen, by name."""
         return {**self._parameters, **self._buffers}
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the trained numbers; in
+        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the adapter parameters; in
         ``dtype`` if that is given."""
-        numbers = self.numbers
+        parameters = self.adapter_parameters
         if dtype is not None:
-            numbers = {name: precision.cast(value, dtype) for name, value in numbers.items()}
-        if self.frozen_input is not None and "A" in numbers:  # a gain may depend on ΔW, of which that input is no part
-            numbers["A"] = numbers["A"].index_fill(2, torch.tensor([self.frozen_input], device=numbers["A"].device), 0)
-        low, gain = self.variant.resolve(numbers, self.scale, lambda: self._dense(weight, dtype))
+            parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
+        if (
+            self.frozen_input is not None and "A" in parameters
+        ):  # a gain may depend on ΔW, of which that input is no part
+            parameters["A"] = parameters["A"].index_fill(
+                2, torch.tensor([self.frozen_input], device=parameters["A"].device), 0
+            )
+        low, gain = self.variant.resolve(parameters, self.scale, lambda: self._dense(weight, dtype))
         if self.rows is not None:
             rows = self.rows.to(low.B.device)
             low = low.place(rows, self.dims.out)

@@ -43,27 +43,27 @@ Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
 
 
 @in_turn
-@torch.inference_mode(False)  # the numbers can be trained later, wherever this is called
+@torch.inference_mode(False)  # the parameters can be trained later, wherever this is called
 def install(
     model: nn.Module,
     name: str,
     plans: Plans,
     *,
     trainable: bool = True,
-    numbers: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
+    parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> None:
     """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched.
 
     Args:
-        numbers: the trained numbers of each weight; made anew without.
-        evidence: what a variant may look at of one weight besides the weight itself, by name.
+        parameters: the adapter parameters of each weight; made anew without.
+        calibration: what a variant may look at of one weight besides the weight itself, by name.
     """
     raise_all(
         TargetError, "Nothing was attached", list(name_problems(model, name))
     )  # another thread may have been faster
     names = Names(model)
-    parts = build(names, plans, trainable=trainable, numbers=numbers, calibration=calibration)
+    parts = build(names, plans, trainable=trainable, parameters=parameters, calibration=calibration)
     attached = enlist(model)
     selected = place(names, attached, plans, parts)
     for path, part in parts.items():
@@ -79,7 +79,7 @@ def build(
     plans: Plans,
     *,
     trainable: bool,
-    numbers: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
+    parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
     """The parts of a planned adapter by the path of their module. The model does not know them yet.
@@ -87,7 +87,7 @@ def build(
     Raises:
         TargetError: a variant cannot start from these weights.
     """
-    modules, given = names.modules, numbers or {}
+    modules, given = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
     made, problems = [], []
@@ -228,7 +228,7 @@ def make_change(
     given: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> Change:
-    """The numbers of one weight on its device: those that are given, or the variant's start."""
+    """The adapter parameters of one weight on its device: those that are given, or the variant's start."""
     layer, variant = entry.layer, VARIANTS[config.variant]
     module = modules[entry.path]
     weight = weight_of(module, entry.weight)
@@ -247,21 +247,22 @@ def make_change(
     }
     start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
     device = getattr(weight, "device", None) or entry.storage.dense(weight).device
-    numbers = {name: value.to(device) for name, value in given.items()}
+    parameters = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                numbers = {**variant.init(start), **numbers}
+                parameters = {**variant.init(start), **parameters}
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
             found = f"{parameter_path(*entry.ref)!r}, from which variant {variant.name!r} cannot start ({error})"
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
             raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
-    numbers = {
-        name: value if name in variant.derived else value.to(dtype, copy=bool(given)) for name, value in numbers.items()
+    parameters = {
+        name: value if name in variant.derived else value.to(dtype, copy=bool(given))
+        for name, value in parameters.items()
     }
     return Change(
-        numbers, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
+        parameters, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
         alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
     )  # fmt: skip
 

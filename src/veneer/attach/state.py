@@ -5,7 +5,7 @@
     ActiveAdapter       what one call uses: for the key of each layer, what the adapter does there
 
 A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's ``uid``; without an entry
-it is the model's default. So selection belongs to the thread or task that calls, and nothing on the model changes for it.
+it is the model's default. So selection belongs to the thread or task that calls, and the model stays as it is.
 """
 
 from __future__ import annotations

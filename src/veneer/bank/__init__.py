@@ -437,7 +437,7 @@ class Bank:
             self._room(_expected(entry.path), wanted)
             resident = hold(
                 self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
-                known=self._cache, recipes=self._recipes,
+                cache=self._cache, recipes=self._recipes,
             )  # fmt: skip
             self._room(resident.nbytes, wanted)
         except BaseException:

@@ -119,13 +119,13 @@ class ResidentAdapter:
 
 @torch.inference_mode(False)  # calls of any mode use what is made here
 def hold(
-    model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, known: MatchCache, recipes: Recipes
+    model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, cache: MatchCache, recipes: Recipes
 ) -> ResidentAdapter:
     """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
 
     Args:
         dtype: of the numbers; None takes that of each weight.
-        known, recipes: what is known of the model and of such adapters already; what is found out is added.
+        cache, recipes: what is known of the model and of such adapters already; what is found out is added.
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
@@ -135,13 +135,13 @@ def hold(
     if attached is not None and attached.merged is not None:
         found = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
         raise SelectionError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
-    load_plan, names = match(model, path, [], verify_base=verify_base, known=known), known.names
+    load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.saved.config, load_plan.plans.low
-    recipe = recipes.get(id(low))  # that very tuple is kept in ``known``
+    recipe = recipes.get(id(low))  # that very tuple is kept in ``cache``
     if recipe is not None and not load_plan.full and recipe.config == config:
-        tables = recipe.table(load_plan.numbers, dtype)
+        tables = recipe.table(load_plan.adapter_parameters, dtype)
         return _held(path, config.variant, tables, [], len(tables))
-    parts = build(names, load_plan.plans, trainable=False, numbers=load_plan.numbers)
+    parts = build(names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters)
     load_plan.fill(parts)
     table = _placed(model, names, load_plan.plans, parts)
     resolved_low, general = _divided(names, parts, dtype)
@@ -172,14 +172,14 @@ class Recipe:
 
     @torch.no_grad()
     def table(
-        self, numbers: Mapping[ParamRef, Mapping[str, Tensor]], dtype: torch.dtype | None
+        self, parameters: Mapping[ParamRef, Mapping[str, Tensor]], dtype: torch.dtype | None
     ) -> dict[Any, ResolvedLowRank]:
         variant = VARIANTS[self.config.variant]
         resolved = []
         for entry, module in throttled(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             trained = trained_dtype(self.config, weight.dtype)
-            own = {name: value.to(weight.device, trained) for name, value in numbers[entry.ref].items()}
+            own = {name: value.to(weight.device, trained) for name, value in parameters[entry.ref].items()}
             low, gain = variant.resolve(
                 own, variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
@@ -275,7 +275,9 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     low, gain = change.resolve(weight)
     if (layer_state.transposed and gain is not None) or len(low.A) > 1:
         return None
-    trained = sum(value.numel() for key, value in change.numbers.items() if key not in change.variant.derived)
+    trained = sum(
+        value.numel() for key, value in change.adapter_parameters.items() if key not in change.variant.derived
+    )
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
     wanted: torch.dtype = weight.dtype if dtype is None else dtype

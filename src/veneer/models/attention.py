@@ -1,8 +1,8 @@
 """Attention as plain matrix products, for transformers' models, in the calls in which torch's fused kernel is slower.
 
 On a CPU that is so for short rows in 16 bits, and under a causal mask (``kernels/attention.py`` says when).
-``use_products``
-registers an attention function with transformers that chooses call by call, and else is transformers' own "sdpa".
+``use_products`` registers an attention function with transformers that chooses call by call, and else is transformers'
+own "sdpa".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the trained numbers become ΔW: one file a variant, found through the registry ``VARIANTS``."""
+"""How adapter parameters become ΔW: one file a variant, found through the registry ``VARIANTS``."""
 
 from veneer.registry import import_all
 from veneer.variants._base import EVIDENCE, VARIANTS, Base, InitContext, Variant, kaiming_uniform, register

@@ -1,7 +1,7 @@
-"""The contract of a variant: which numbers are trained, how they start, and how they become (LowRank, gain).
+"""The contract of a variant: which parameters an adapter has, how they start, and how they become (LowRank, gain).
 
     init(start) -> {"A": [g, r, in], "B": [g, out, r], …}
-    resolve(numbers, scale, base) -> (LowRank, gain [g · out], or None for 1)
+    resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
 A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
@@ -35,7 +35,7 @@ def _missing() -> Tensor:
 
 @dataclass(frozen=True)
 class InitContext:
-    """What a variant may look at when it makes its numbers.
+    """What a variant may look at when it makes its parameters.
 
     Fields:
         groups, out, in_, rank: the sizes of ΔW and of the bottleneck.
@@ -65,16 +65,16 @@ class Variant:
         name, paper: the name in ``LoraConfig(variant=…)``, and where it comes from.
         default_alpha: of ``LoraConfig(alpha=None)``.
         scale: (alpha, rank) -> the factor of B @ A.
-        init: (start) -> the numbers, float32, on the current default device.
-        resolve: (numbers, scale, base) -> (LowRank, gain [g · out] or None), differentiable in the numbers. The
+        init: (start) -> the parameters, float32, on the current default device.
+        resolve: (parameters, scale, base) -> (LowRank, gain [g · out] or None), differentiable in the parameters. The
             LowRank may have another rank than the config's.
-        frozen: names of numbers that are not trained: they are buffers.
-        derived: names of frozen numbers that the sizes alone determine: no file holds them.
+        frozen: names of parameters that are not trained: they are buffers.
+        derived: names of frozen parameters that the sizes alone determine: no file holds them.
         needs: what of ``EVIDENCE`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
         exact_start: the attached model equals its base before the first step.
         peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that PEFT could read.
-        peft_keys: numbers besides A and B that PEFT knows: our name -> PEFT's key after the module's path. A variant
-            with other numbers is written for PEFT as the plain LoRA that ``resolve`` gives, and its numbers beside it.
+        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the module's path. A variant
+            with other parameters is written for PEFT as the plain LoRA that ``resolve`` gives, and its own beside it.
     """
 
     name: str

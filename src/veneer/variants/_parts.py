@@ -43,7 +43,7 @@ def balanced(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def with_start(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The numbers of a variant that starts at B @ A: trained A and B, and frozen copies A0 and B0, all float32."""
+    """The parameters of a variant that starts at B @ A: trained A and B, and frozen copies A0 and B0, all float32."""
     A, B = own(A), own(B)
     return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
@@ -53,7 +53,7 @@ def own(part: Tensor) -> Tensor:
     return part.to(torch.float32).clone(memory_format=torch.contiguous_format)
 
 
-def since_start(numbers: Mapping[str, Tensor], scale: float) -> LowRank:
+def since_start(parameters: Mapping[str, Tensor], scale: float) -> LowRank:
     """``scale · (B A − B0 A0)`` as one LowRank of twice the rank, exactly zero at the start."""
-    A, B, A0, B0 = (numbers[name] for name in ("A", "B", "A0", "B0"))
+    A, B, A0, B0 = (parameters[name] for name in ("A", "B", "A0", "B0"))
     return LowRank(torch.cat([A, A - A0], dim=1), torch.cat([B - B0, B0], dim=2), scale)

@@ -33,10 +33,10 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    E = numbers["E"]
-    kept = E + (E * numbers["mask"] - E).detach()  # E ⊙ mask exactly, with the gradient of E
-    return LowRank(numbers["A"], numbers["B"] * kept[:, None, :], scale), None
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    E = parameters["E"]
+    kept = E + (E * parameters["mask"] - E).detach()  # E ⊙ mask exactly, with the gradient of E
+    return LowRank(parameters["A"], parameters["B"] * kept[:, None, :], scale), None
 
 
 ADALORA = register(

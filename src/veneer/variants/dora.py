@@ -29,14 +29,14 @@ CHUNK = 1 << 20
 
 def init(start: InitContext) -> dict[str, Tensor]:
     """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at least float32)."""
-    numbers = LORA.init(start)
-    return {**numbers, "magnitude": row_norms(start.base(), LowRank(numbers["A"], numbers["B"], 1.0))}
+    parameters = LORA.init(start)
+    return {**parameters, "magnitude": row_norms(start.base(), LowRank(parameters["A"], parameters["B"], 1.0))}
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    low = LowRank(numbers["A"], numbers["B"], scale)
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    low = LowRank(parameters["A"], parameters["B"], scale)
     norms = row_norms(base(), low)
-    gain = numbers["magnitude"] / norms.masked_fill(norms == 0, 1)
+    gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
     return low, torch.where(norms == 0, torch.ones_like(gain), gain)
 
 

@@ -29,13 +29,13 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return with_start(*balanced(start.original().to(base) - base, start.rank))
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    A, B = numbers["A"], numbers["B"]
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    A, B = parameters["A"], parameters["B"]
     if scale == 1:
         return LowRank(A, B, scale), None
     # scale · (B A + (1 / scale − 1) · B₀ A₀)
-    A = torch.cat([A, numbers["A0"]], dim=1)
-    return LowRank(A, torch.cat([B, (1 / scale - 1) * numbers["B0"]], dim=2), scale), None
+    A = torch.cat([A, parameters["A0"]], dim=1)
+    return LowRank(A, torch.cat([B, (1 / scale - 1) * parameters["B0"]], dim=2), scale), None
 
 
 LOFTQ = register(

@@ -29,8 +29,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    A1, B1, A2, B2 = (numbers[name] for name in ("A1", "B1", "A2", "B2"))
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    A1, B1, A2, B2 = (parameters[name] for name in ("A1", "B1", "A2", "B2"))
     A = (A1[:, :, None, :] * A2[:, None, :, :]).flatten(1, 2)  # [g, r·r, in]
     B = (B1[:, :, :, None] * B2[:, :, None, :]).flatten(2, 3)  # [g, out, r·r]
     return LowRank(A, B, scale), None

@@ -39,12 +39,12 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    C = numbers["C"]
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    C = parameters["C"]
     _, l, m = C.shape  # noqa: E741
     identity = torch.eye(min(l, m), dtype=C.dtype, device=C.device)[None]
     left, right = (C, identity) if m <= l else (identity, C)
-    return LowRank(_kron(right, numbers["A2"]), _kron(left, numbers["B2"]), scale), None
+    return LowRank(_kron(right, parameters["A2"]), _kron(left, parameters["B2"]), scale), None
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:

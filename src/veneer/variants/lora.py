@@ -18,8 +18,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": kaiming_uniform(start), "B": torch.zeros(start.groups, start.out, start.rank)}
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    return LowRank(numbers["A"], numbers["B"], scale), None
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    return LowRank(parameters["A"], parameters["B"], scale), None
 
 
 LORA = register(

@@ -23,8 +23,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": A, "B": B, "R": A.new_zeros(start.groups, start.rank, start.rank)}
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    return LowRank(numbers["A"], numbers["B"] @ numbers["R"], scale), None
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    return LowRank(parameters["A"], parameters["B"] @ parameters["R"], scale), None
 
 
 LORA_XS = register(

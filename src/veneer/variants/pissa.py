@@ -22,8 +22,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return with_start(*balanced(start.base(), start.rank))
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    return since_start(numbers, scale), None
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    return since_start(parameters, scale), None
 
 
 PISSA = register(

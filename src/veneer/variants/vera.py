@@ -2,7 +2,7 @@
 vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
 
 b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, not divided by the rank, and
-defaults to 1. A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their numbers
+defaults to 1. A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their elements
 are hashes of their positions: no file holds them, so they must be the same on every device, machine and release, which
 no seeded generator promises. While any layer holds a pair, ``init`` gives that very pair: whoever copies these tensors
 loses the sharing. (The paper and PEFT slice one pair of the largest sizes for all layers, which then depends on which
@@ -56,9 +56,9 @@ def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.devi
     return (((x >> 8).to(torch.float32) + 0.5) / 2**23 - 1).mul_(math.sqrt(6 / fan_in)).view(shape)
 
 
-def resolve(numbers: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    B = numbers["b"][:, :, None] * numbers["B"] * numbers["d"][:, None, :]
-    return LowRank(numbers["A"].to(B.dtype), B, scale), None
+def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+    B = parameters["b"][:, :, None] * parameters["B"] * parameters["d"][:, None, :]
+    return LowRank(parameters["A"].to(B.dtype), B, scale), None
 
 
 VERA = register(

@@ -415,7 +415,7 @@ def _to_peft(saved: AdapterFiles, out: Path, options: Options, overwrite: bool) 
     tensors = {key: cast(tensor, options.dtype) for key, tensor in tensors.items()}
     folder.write(
         out, tensors, saved.peft_config, base=None, changes=None, config=saved.config, provenance={},
-        overwrite=overwrite, numbers={},
+        overwrite=overwrite, parameters={},
     )  # fmt: skip
 
 
@@ -425,7 +425,7 @@ def _lost(saved: AdapterFiles, to: str) -> list[str]:
     if saved.metadata and to != "veneer":
         kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
         lost.append(f"the record: {kept} and provenance")
-    if saved.numbers and to != "veneer":
+    if saved.adapter_parameters and to != "veneer":
         lost.append(f"the numbers of variant {config.variant!r}; the change that they amount to is kept")
     if config.dropout and to not in ("veneer", "peft"):
         lost.append(f"dropout {config.dropout:g}, which counts in training alone")

@@ -143,7 +143,7 @@ def put(
         train_also=tuple(full), dtype="float32",
     )  # fmt: skip
     plans = Plans(config, tuple(low), own, held, full_readers(names, own), apart(names, full))
-    install(model, NAME, plans, trainable=False, numbers=numbers)
+    install(model, NAME, plans, trainable=False, parameters=numbers)
     with torch.no_grad():
         for at, _, part in adapters(model, NAME):
             for key, value in full.get(at, {}).items():

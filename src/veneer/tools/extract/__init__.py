@@ -258,7 +258,7 @@ def _write(
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
     try:
-        install(both.model, name, plans, trainable=False, numbers=numbers)
+        install(both.model, name, plans, trainable=False, parameters=numbers)
         _fill(both, name, {path for one, _ in whole for path in one.entry.names})
         fingerprints = _prints_of_rest(both, names, products)
         fingerprints |= {product.pair.path: product.fingerprint for product in products}

@@ -335,7 +335,7 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
     def need() -> Tensor:
         raise _NeedsBase
 
-    numbers: dict[str, Any] = {name: value.double() for name, value in change.numbers.items()}
+    numbers: dict[str, Any] = {name: value.double() for name, value in change.adapter_parameters.items()}
     try:
         low, _ = change.variant.resolve(numbers, change.scale, need)
     except _NeedsBase:

@@ -1,0 +1,96 @@
+"""Is a model the base that an adapter was trained on? Its fingerprints against those in the adapter's record.
+
+    must_be_base    raises where a tensor differs; warns where the record and the model speak of other tensors
+    warn_foreign    of a folder that another library wrote, which has no fingerprint
+
+What a fingerprint is: ``base_proof.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from veneer.adapter_files.base_proof import base_tensors, prints_of
+from veneer.adapter_files.folder import AdapterFiles
+from veneer.attach.targets import Names
+from veneer.errors import BaseMismatchError, listing, sentence
+from veneer.fileio.hashing import prints_in
+from veneer.formats import peft
+
+
+class UnverifiedAdapter(UserWarning):
+    """Nobody can tell whether an adapter was made for this base: another library wrote it, so it carries no
+    fingerprint, or the base has parameters of which its record does not speak."""
+
+
+def must_be_base(names: Names, saved: AdapterFiles, fingerprints: dict[str, str]) -> None:
+    """Compare the fingerprint of every tensor of the base that the record speaks of."""
+    record = saved.metadata["base"]
+    recorded = prints_in(record)
+    missing = recorded.keys() - fingerprints.keys()
+    if missing:
+        lacking = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
+        for tensor, fingerprint in zip(lacking, prints_of(lacking), strict=True):
+            fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
+    different = [name for name, expected in recorded.items() if fingerprints.get(name, expected) != expected]
+    if different:
+        raise BaseMismatchError(_another_base(saved, different))
+    _warn_unproven(names, saved, [name for name in recorded if name not in fingerprints])
+
+
+def warn_foreign(path: str | Path) -> None:
+    """Warn of a folder without a record. Whoever called ``veneer.load`` is four frames above."""
+    warnings.warn(
+        f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "
+        "model, but only you can tell whether it was trained on these weights. Save it with veneer.save to have it "
+        "checked from now on.",
+        UnverifiedAdapter,
+        stacklevel=5,
+    )
+
+
+def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:
+    record, parts = saved.metadata["base"], []
+    for key, what in (("weights", "adapted layers"), ("rest", "other tensors")):
+        names = [name for name in different if name in record.get(key, {})]
+        parts += [f"{len(names)} of {len(record[key])} {what} ({listing(names, 3)})"] if names else []
+    found = f"other weights in {' and '.join(parts)}"
+    expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
+    do = "load that base, or pass verify_base=False if these are the same weights in another precision"
+    lost = [name for name in record.get("fresh", ()) if name in different]
+    if lost:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+        found += f", of which {listing(lost, 3)} were random as the adapter was trained, and are in no file"
+        do = f"train it anew with train_also={modules[:3]!r}, or {do}"
+    return f"The adapter {saved.path} was made for another base. {sentence(found, expected, do)}"
+
+
+def _warn_unproven(names: Names, saved: AdapterFiles, lacking: Sequence[str]) -> None:
+    """Warn where the record and the model do not speak of the same tensors. A record of an earlier Veneer speaks of
+    adapted layers alone."""
+    record = saved.metadata["base"]
+    if "rest" not in record:
+        return
+    told = {*prints_in(record), *record.get("fresh", ())}
+    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in saved.full.items() for name in full}
+    unknown = [
+        tensor.path
+        for tensor in base_tensors(names)
+        if isinstance(tensor.held, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
+    ]
+    if lacking or unknown:
+        parts = []
+        if unknown:
+            parts.append(f"{len(unknown)} parameters of this model are not in its record ({listing(unknown, 3)})")
+        if lacking:
+            parts.append(f"{len(lacking)} tensors of its record are not in this model ({listing(lacking, 3)})")
+        warnings.warn(
+            f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
+            "you use reads them.",
+            UnverifiedAdapter,
+            stacklevel=6,
+        )
