@@ -94,6 +94,18 @@ class LoraConfig:
         object.__setattr__(self, "slices", slices)
 
     def _problems(self):
+        yield from self._strength_problems()
+        yield from self._target_problems()
+        if not _number(self.dropout) or not 0 <= self.dropout < 1:
+            yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
+        if self.bias not in BIASES:
+            yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')
+        if not isinstance(self.variant, str) or not self.variant:
+            yield sentence(f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"')
+        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
+            yield sentence(f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None")
+
+    def _strength_problems(self):
         yield from _whole("rank", self.rank)
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
@@ -112,8 +124,8 @@ class LoraConfig:
         if not isinstance(self.slices, Mapping) or not all(map(_slices, self.slices.values())):
             expected = "a mapping of pattern to bools or to (start, stop) ranges"
             yield sentence(f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}")
-        if not _number(self.dropout) or not 0 <= self.dropout < 1:
-            yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
+
+    def _target_problems(self):
         if not callable(self.targets) and not _patterns(self.targets):
             yield sentence(
                 f"targets={self.targets!r}", "a pattern, a list of patterns or a callable", 'use "all-linear"'
@@ -125,12 +137,6 @@ class LoraConfig:
         indices = isinstance(self.layers, tuple) and self.layers and all(type(index) is int for index in self.layers)
         if self.layers is not None and not indices:
             yield sentence(f"layers={self.layers!r}", "a list of block indices", "use e.g. [0, 1, -1], or None for all")
-        if self.bias not in BIASES:
-            yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')
-        if not isinstance(self.variant, str) or not self.variant:
-            yield sentence(f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"')
-        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-            yield sentence(f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that it chose."""

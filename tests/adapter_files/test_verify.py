@@ -19,8 +19,9 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
+from veneer.adapter_files.base_weights import weights_of
 from veneer.adapter_files.record import PARAMETERS
-from veneer.adapter_files.verify import Finding, Report, verify, weights_of
+from veneer.adapter_files.verify import Finding, Report, verify
 from veneer.errors import AdapterError, CheckpointError
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.variants import VARIANTS

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import context
-from veneer.attach.weight_readers import alike
+from veneer.attach.source_analysis import same_input
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
@@ -90,7 +90,7 @@ def test_layers_that_read_one_value_are_computed_together():
 def test_what_real_models_compute_together(name, groups):
     module, _, cls = f"transformers.models.{name}".rpartition(".")
     __import__(module)
-    assert set(alike(getattr(sys.modules[module], cls))) == groups
+    assert set(same_input(getattr(sys.modules[module], cls))) == groups
 
 
 class Branches(nn.Module):
@@ -112,7 +112,7 @@ class Branches(nn.Module):
 
 
 def test_branches_and_new_values_are_not_alike():
-    assert alike(Branches) == ()
+    assert same_input(Branches) == ()
     module, handle = adapted(Branches(), targets=["a", "b", "d", "e"])
     assert together(handle) == []
     x = torch.randn(3, 4, dtype=torch.float64)

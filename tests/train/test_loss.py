@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import veneer
+from veneer.attach.source_analysis import submodule_calls
 from veneer.errors import ConfigError
 from veneer.train import loss as lean
 from veneer.train.loss import IGNORED, causal_loss, token_loss
@@ -681,12 +682,12 @@ def test_accuracy_counts_the_right_tokens(name: str, chunk: int, grad: bool) -> 
 
 def test_what_reading_a_forward_finds() -> None:
     """Where each of transformers' causal models is cut, by its class alone."""
-    assert dict(lean._calls(_source(transformers.OPTForCausalLM)))["model", "decoder"] is False
-    assert dict(lean._calls(_source(transformers.Gemma2ForCausalLM)))["model",] is False
-    assert dict(lean._calls(_source(transformers.MixtralForCausalLM)))["model",] is False
-    assert dict(lean._calls(_source(transformers.ProphetNetForCausalLM)))["prophetnet", "decoder"] is True
-    assert dict(lean._calls(_source(MaskedHead)))["model",] is True
-    assert lean._calls(len) == ()
+    assert dict(submodule_calls(_source(transformers.OPTForCausalLM)))["model", "decoder"] is False
+    assert dict(submodule_calls(_source(transformers.Gemma2ForCausalLM)))["model",] is False
+    assert dict(submodule_calls(_source(transformers.MixtralForCausalLM)))["model",] is False
+    assert dict(submodule_calls(_source(transformers.ProphetNetForCausalLM)))["prophetnet", "decoder"] is True
+    assert dict(submodule_calls(_source(MaskedHead)))["model",] is True
+    assert submodule_calls(len) == ()
 
 
 def _source(cls: Any) -> Any:

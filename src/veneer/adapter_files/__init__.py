@@ -11,7 +11,7 @@
     model_card      README.md of a folder
     base_proof      fingerprints of every tensor of a base
     save_pretrained a model with adapters saved by transformers, or by a trainer
-    verify          what can be proven of a folder
+    verify          what can be proven of a folder    base_weights    the weights of a base by path, for that
 
 In: a path, or a model with adapters. Out: ``AdapterFiles``, or a folder written in one step.
 """

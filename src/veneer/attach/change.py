@@ -74,12 +74,10 @@ class Change(nn.Module):
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
-        if (
-            self.frozen_input is not None and "A" in parameters
-        ):  # a gain may depend on ΔW, of which that input is no part
-            parameters["A"] = parameters["A"].index_fill(
-                2, torch.tensor([self.frozen_input], device=parameters["A"].device), 0
-            )
+        if self.frozen_input is not None and "A" in parameters:
+            # a gain may depend on ΔW, of which that input is no part
+            A = parameters["A"]
+            parameters["A"] = A.index_fill(2, torch.tensor([self.frozen_input], device=A.device), 0)
         low, gain = self.variant.resolve(parameters, self.scale, lambda: self._dense(weight, dtype))
         if self.rows is not None:
             rows = self.rows.to(low.B.device)

@@ -10,6 +10,7 @@ variant that cannot start from these weights changes nothing. ``place`` changes 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import enter, layer_states, own_class, set_child, state_of, uninstall, walk, weight_of
-from veneer.attach.adapted_module import install as install_site
+from veneer.attach.adapted_module import install as make_adapted
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.fused_linear import Together
@@ -26,12 +27,13 @@ from veneer.attach.lookup import adapters_of, need_adapters, parameter_path, unw
 from veneer.attach.method_overrides import take_back
 from veneer.attach.plan import LowRankPlan, Plans
 from veneer.attach.refusals import kind_for, name_problems
+from veneer.attach.source_analysis import same_input
 from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
 from veneer.attach.targets import (
     Names,
     ParamRef,
 )
-from veneer.attach.weight_readers import alike, bound, switched, switches
+from veneer.attach.weight_readers import bound, switched, switches
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import MergeError, TargetError, raise_all, sentence
@@ -90,10 +92,10 @@ def build(
     modules, given = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
-    made, problems = [], []
+    changes, problems = [], []
     for entry in plans.low:
         try:
-            made.append((entry, make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)))
+            changes.append((entry, make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)))
         except _BadStartError as error:
             problems.append(str(error))
     if problems:
@@ -101,41 +103,47 @@ def build(
             if state_of(modules[entry.path]) is None:
                 entry.storage.release(modules[entry.path])
     raise_all(TargetError, "Nothing was attached", problems)
-    parts: dict[str, LayerAdapter] = {}
-
-    def part(path: str) -> LayerAdapter:
-        return parts.setdefault(path, LayerAdapter())
-
-    for entry, change in made:
-        part(entry.path).low._modules[entry.weight] = change
+    parts: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
+    for entry, change in changes:
+        parts[entry.path].low._modules[entry.weight] = change
         for path, weight in entry.holders:
-            part(path).changes[weight] = change
-    # A frozen base keeps its running statistics too: what training would move becomes a copy that the adapter owns.
+            parts[path].changes[weight] = change
+    _copy_all_full(parts, modules, plans)
+    _link_readers(parts, names, plans)
+    for path, part in parts.items():
+        part.requires_grad_(trainable).train(modules[path].training)
+    return {path: parts[path] for path in modules if path in parts}
+
+
+def _copy_all_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans) -> None:
+    """Give the parts copies of what is trained in full. A frozen base keeps its running statistics too: what training
+    would move becomes a copy that the adapter owns."""
     moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
     copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**plans.full, **moving}.items():
         whole = path in plans.whole or _keeps_statistics(modules[path])
-        alone = {own: (path, own) for own in parameters if (path, own) in plans.apart}
-        _copy_full(part(path).full, modules[path], parameters, plans.config, whole, copies, alone)
-    for weight_reader in (
-        *(weight_reader for entry in plans.low for weight_reader in entry.weight_readers),
-        *plans.full_readers,
-    ):
-        below = part(names.canonical[".".join((weight_reader.path, *weight_reader.way)).strip(".")])
-        if weight_reader.method == "forward":
-            part(weight_reader.path).read_below[weight_reader.way] = below
+        alone = {name: (path, name) for name in parameters if (path, name) in plans.apart}
+        _copy_full(parts[path].full, modules[path], parameters, plans.config, whole, copies, alone)
+
+
+def _link_readers(parts: defaultdict[str, LayerAdapter], names: Names, plans: Plans) -> None:
+    """Tell the part of each module that reads a changed weight past its holder of that holder's part, and give one to
+    each module whose fused fast path must be turned off."""
+    readers = [reader for entry in plans.low for reader in entry.weight_readers]
+    for reader in (*readers, *plans.full_readers):
+        below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
+        part = parts[reader.path]
+        if reader.method == "forward":
+            part.read_below[reader.below] = below
         else:
-            part(weight_reader.path).entries.setdefault(weight_reader.method, {})[weight_reader.way] = below
+            part.entries.setdefault(reader.method, {})[reader.below] = below
     for path in list(parts):
         for above in switched(names, path):
-            part(above)
-    for path, adapter in parts.items():
-        adapter.requires_grad_(trainable).train(modules[path].training)
-    return {path: parts[path] for path in modules if path in parts}
+            parts[above]  # makes it
 
 
 def enlist(model: nn.Module) -> ModelAdapters:
-    """The group of a model; where it had none, a new one, and a frozen base."""
+    """The ``ModelAdapters`` of a model; where it had none, a new one, and a frozen base."""
     attached = adapters_of(model)
     if attached is None:
         attached = ModelAdapters()
@@ -151,7 +159,7 @@ def place(
     names: Names, attached: ModelAdapters, plans: Plans, parts: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
     """Make the modules of these parts adapted, and return the table of the parts by what calls them (see
-    ``adapted.ActiveAdapter``). The sites do not hold the parts yet."""
+    ``state.ActiveAdapter``). The layer states do not hold the parts yet."""
     modules = names.modules
     transposed = {
         path for entry in plans.low for path, _ in entry.holders
@@ -171,7 +179,7 @@ def place(
 def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
     """Let layers that read one input be computed together."""
     for path, module in names.modules.items():
-        for children in alike(own_class(module)):
+        for children in same_input(own_class(module)):
             paths = [names.canonical.get(parameter_path(path, child), "") for child in children]
             known = [(names.modules[p], parts[p]) for p in dict.fromkeys(paths) if p in parts and p != path]
             by_size: dict[Any, list[tuple[nn.Module, LayerAdapter]]] = {}
@@ -186,7 +194,7 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
 
 
 def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
-    """The module's site, made if need be."""
+    """The module's state, made if need be."""
     layer_state = state_of(module)
     if layer_state is None:
         kind = kind_of(module)
@@ -197,7 +205,7 @@ def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
         layer_state = LayerState(attached, kind, factored, switches(module), product)
         layer_state.bound = tuple(bound(module))
         layer_state.train(module.training)
-        install_site(module, layer_state)
+        make_adapted(module, layer_state)
     return layer_state
 
 

@@ -90,7 +90,7 @@ class LayerAdapter(nn.Module):
             self.direct = direct(changes[0], module, cast(Layer, layer_state.layer))
 
     def seen(self, method: str = "forward") -> Iterator[int]:
-        """The identities of what a call of this layer sees: this part, its changes, and those of hosted parts."""
+        """The identities of what a call of this layer sees: this part, its changes, and the parts that it reads."""
         yield id(self)
         yield from map(id, self.changes.values())
         for part in self.below(method).values():
@@ -148,8 +148,8 @@ class LayerAdapter(nn.Module):
         change = self.changes[reader.weight]
         weight = weight_of(module, reader.weight)
         low, gain = change.resolve(weight)
-        way = cost_model.choose(gain_fits=gain is None or not layer_state.transposed, forced=now.path)
-        run = self._factored if way == cost_model.FACTORED else self._materialised
+        path = cost_model.choose(gain_fits=gain is None or not layer_state.transposed, forced=now.path)
+        run = self._factored if path == cost_model.FACTORED else self._materialised
         return run(change, module, base, layer_state, low, gain, full, args, kwargs)
 
     def _factored(

@@ -1,12 +1,26 @@
-"""What a method reads below ``self``, found in its source.
+"""Questions that are answered by reading the source of a model's Python code; nothing else in Veneer parses source.
+
+    reads(cls, method)              which parameters below ``self`` a method reads and writes
+    mentions(cls, method)           a superset of the names in it, told without parsing
+    same_input(cls)                 which children forward calls on one value: ("q_proj", "k_proj", "v_proj")
+    submodule_calls(forward)        which modules below a forward calls, and whether inputs are used after that
+    compares_attention(model)       whether the code of a model asks if its attention is called "sdpa"
+
+``reads`` gives chains of attributes below ``self``:
 
     self.lm_head.weight                       ("lm_head", "weight")
     for i, l in enumerate(self.ls): l.weight  ("ls", "*", "weight")           "*" is any index
     project(h, self.emb)                      what project reads of that parameter: ("emb", "weight")
 
-``reads`` follows a method into what it calls of its own class, of the classes above and of plain Python functions that
-are given something of ``self``; through local names, loops, tuples, properties and what a call returns. Code in C, or
-made at run time, shows nothing.
+It follows a method into what it calls of its own class, of the classes above and of plain Python functions that are
+given something of ``self``; through local names, loops, tuples, properties and what a call returns.
+
+Limits. Code in C, or made at run time, shows nothing, nor does a class without source (typed into a prompt); a name
+that is computed (``getattr(self, name)``) is no name; calls are followed to a depth of 16. Flow of control is not
+followed, so that a branch that never runs counts as read. Hence no answer here is a promise: a weight that is read in a
+way that cannot be seen is found by ``veneer.check`` on a live model; layers that may share an input are only computed
+together if the tensors are one at the call (``fused_linear.py``); and a forward is only cut where a trial on a few rows
+gives the same (``train/loss.py``).
 """
 
 from __future__ import annotations
@@ -14,47 +28,24 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
+import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-ModulePath = tuple[str, ...]
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-
-#: What may be asked of a weight without reading its values.
-_ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
-_ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
-
-#: Calls that give what they are given, one after the other; the tables and methods of a module that give what is in it.
-_SAME = {"list", "tuple", "iter", "reversed", "sorted"}
-_TABLES = {"_modules", "_parameters", "_buffers"}
-_VALUES = {"values", "children"}
-_PAIRS = {"items", "named_children"}
-_BY_PATH = {"get_submodule", "get_parameter"}
-
-#: So many calls deep code is followed.
-_DEPTH = 16
-
-
-@dataclass(frozen=True)
-class Reads:
-    """The chains below ``self`` that a method, with what it calls, reads and writes, and the code of all that runs on
-    ``self``."""
-
-    read: set[ModulePath] = field(default_factory=set)
-    written: set[ModulePath] = field(default_factory=set)
-    code: list[Function] = field(default_factory=list)
+from veneer.attach.source_reader import Reader, Reads, attribute, of_torch, plain
+from veneer.attach.state import ModulePath
 
 
 @functools.cache
 def reads(cls: type[nn.Module], method: str, within: frozenset[str] = frozenset()) -> Reads:
     """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names. Where
     another method than forward calls the module, that is a call like any other."""
-    reader = _Reader(cls, within, follow_forward=method == "forward")
+    reader = Reader(cls, within, follow_forward=method == "forward")
     reader.follow(plain(attribute(cls, method)), [{()}])
     return reader.found
 
@@ -74,9 +65,9 @@ def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
         found |= words
         todo += [one for word in words & own.keys() for one in own[word]]
         outside = [function.__globals__.get(word) for word in words]
-        for module in [one for one in outside if isinstance(one, ModuleType) and not _torch(one.__name__)]:
+        for module in [one for one in outside if isinstance(one, ModuleType) and not of_torch(one.__name__)]:
             outside += [vars(module).get(word) for word in words]
-        todo += [one for one in outside if isinstance(one, FunctionType) and not _torch(one.__module__)]
+        todo += [one for one in outside if isinstance(one, FunctionType) and not of_torch(one.__module__)]
     return frozenset(found)
 
 
@@ -97,271 +88,141 @@ def _words(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*texts, *inner)
 
 
-def attribute(cls: type, name: str) -> Any:
-    """What a class keeps under a name, as it is written there."""
-    return next((vars(above)[name] for above in cls.__mro__ if name in vars(above)), None)
+@functools.cache
+def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
+    other: ("q_proj", "k_proj", "v_proj"). Calls on two branches of an ``if`` are not the same value, nor is a name that
+    has been assigned anew. Whether the value is one tensor is seen when they are called (``fused_linear.Together``)."""
+    children: list[tuple[str, ...]] = []
+    for method in reads(cls, "forward").code:
+        finder = _SameInput()
+        finder.block(method.body if isinstance(method, ast.FunctionDef) else [])
+        children += [tuple(names) for names in finder.calls.values() if len(names) > 1]
+    return tuple(children)
 
 
-def plain(value: Any) -> FunctionType | None:
-    """The function in a class's attribute: of a method, whatever it is decorated with, or of a property."""
-    value = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
-    value = inspect.unwrap(value) if callable(value) else value
-    return value if isinstance(value, FunctionType) else None
+#: expressions of which a part may not be evaluated, or more than once
+_PARTLY = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class _SameInput:
+    """Collects ``self.child(name)`` by the value of the name, in the order of evaluation."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[int, str, int], list[str]] = {}
+        self.blocks, self.here = 0, 0
+        self.assigned: dict[str, int] = {}
+
+    def block(self, statements: list[ast.stmt]) -> None:
+        """Statements that run one after the other, or not at all."""
+        outer, self.blocks = self.here, self.blocks + 1
+        self.here = self.blocks
+        for statement in statements:
+            self.node(statement)
+        self.here = outer
+
+    def node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            return  # runs at another time
+        if isinstance(node, ast.Name):
+            if not isinstance(node.ctx, ast.Load):
+                self.assigned[node.id] = self.assigned.get(node.id, 0) + 1
+            return
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
+            self.node(node.value)  # evaluated first
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                self.node(target)
+            return
+        for _, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                self.block(value)
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, ast.AST):
+                    self.apart(item) if isinstance(node, _PARTLY) else self.node(item)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            self.call(node.func, node)
+
+    def apart(self, node: ast.AST) -> None:
+        outer, self.blocks = self.here, self.blocks + 1
+        self.here = self.blocks
+        self.node(node)
+        self.here = outer
+
+    def call(self, called: ast.Attribute, node: ast.Call) -> None:
+        """``self.child(name)``, once its argument has been evaluated."""
+        of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
+        if of_self and len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name):
+            value = node.args[0].id
+            names = self.calls.setdefault((self.here, value, self.assigned.get(value, 0)), [])
+            if called.attr not in names:
+                names.append(called.attr)
 
 
 @functools.cache
-def _tree(function: FunctionType) -> Function | None:
-    """The syntax tree of a function, if there is source for it."""
+def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
+    """(chain, late) of each call `self.chain(…)` in the source of a forward. `late`: whether what follows reads another
+    input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
+    would be the view.
+
+    Left out are the parts of the code that do not run here (with labels, for router logits) or do nothing
+    (`logits_to_keep`).
+    """
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    return next((node for node in ast.walk(tree) if isinstance(node, Function)), None)
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ()  # made at run time, or written in C
+    function: Any = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return ()
+    inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
+    inputs = {name for name in inputs if not name.startswith("output_")}
+    reads: list[tuple[int, int]] = []
+    calls: list[tuple[ModulePath, tuple[int, int]]] = []
 
-
-class _Reader(ast.NodeVisitor):
-    """Visits a function's code with the chains that each local name may stand for."""
-
-    def __init__(self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool) -> None:
-        self.cls, self.within, self.follow_forward = cls, within | {"*"}, follow_forward
-        self.found = Reads()
-        self.returned: dict[Any, set[ModulePath]] = {}  # by function and arguments
-        self.stack: list[FunctionType] = []
-        self.names: dict[str, set[ModulePath]] = {}
-        self.returns: set[ModulePath] = set()
-
-    def follow(
-        self,
-        function: FunctionType | None,
-        given: Sequence[set[ModulePath]],
-        named: dict[str, set[ModulePath]] | None = None,
-    ) -> set[ModulePath]:
-        """Visit a function that is called with these arguments; the chains that it returns."""
-        tree = None if function is None or len(self.stack) > _DEPTH else _tree(function)
-        if function is None or tree is None:
-            return set()
-        parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
-        names = {**dict(zip(parameters, given, strict=False)), **(named or {})}
-        key = function, frozenset((name, frozenset(chains)) for name, chains in names.items() if chains)
-        if key not in self.returned:
-            outside = self.names, self.returns
-            self.names, self.returns = dict(names), self.returned.setdefault(key, set())
-            self.stack.append(function)
-            if given[:1] == [{()}] and tree not in self.found.code:
-                self.found.code.append(tree)
-            if isinstance(tree, ast.Lambda):
-                self.returns |= self.chains(tree.body)
-                self.visit(tree.body)
-            for statement in () if isinstance(tree, ast.Lambda) else tree.body:
-                self.visit(statement)
-            self.stack.pop()
-            self.names, self.returns = outside
-        return self.returned[key]
-
-    # What an expression stands for.
-
-    def chains(self, node: ast.AST | None) -> set[ModulePath]:
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id, set())
-        if isinstance(node, ast.Attribute):
-            return self.attribute(self.chains(node.value), node.attr)
-        if isinstance(node, ast.Subscript):
-            above = self.chains(node.value)
-            return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
-        if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
-            return self.chains(node.value)
-        if isinstance(node, ast.IfExp):
-            return self.chains(node.body) | self.chains(node.orelse)
-        if isinstance(node, ast.BoolOp):
-            return set().union(*map(self.chains, node.values))
-        return self.called(node) if isinstance(node, ast.Call) else set()
-
-    def attribute(self, above: set[ModulePath], name: str) -> set[ModulePath]:
-        if name in _TABLES:
-            return above
-        own = attribute(self.cls, name) if () in above else None
-        computed = self.follow(plain(own), [{()}]) if isinstance(own, property) else set()
-        return {(*chain, name) for chain in above if chain or name in self.within} | computed
-
-    def called(self, node: ast.Call) -> set[ModulePath]:
-        """What a call gives, and whatever it reads."""
-        called, first = node.func, self.chains(node.args[0]) if node.args else set()
-        if isinstance(called, ast.Name) and called.id in (*_SAME, "next", "getattr"):
-            name = "*" if called.id == "next" else _text(node.args[1]) if called.id == "getattr" else None
-            return first if called.id in _SAME else self.attribute(first, name) if name else set()
-        if isinstance(called, ast.Attribute) and called.attr in _VALUES and not (node.args or node.keywords):
-            return self.chains(called.value)
-        if (
-            isinstance(called, ast.Attribute)
-            and called.attr in _BY_PATH
-            and node.args
-            and (path := _text(node.args[0]))
+    def visit(node: Any) -> None:
+        if isinstance(node, ast.If) and (
+            _names_in(node.test) & {"labels", "output_router_logits"} or "logits_to_keep" in _names_in(node)
         ):
-            return {(*chain, *path.split(".")) for chain in self.chains(called.value)}
-        function, given = self.function(called)
-        given = [*given, *map(self.chains, node.args)]
-        named = {one.arg: self.chains(one.value) for one in node.keywords if one.arg}
-        return self.follow(function, given, named) if any((*given, *named.values())) else set()
-
-    def function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
-        """The function that an expression calls, and the arguments that go before those of the call."""
-        if () in self.chains(node) and self.follow_forward:
-            return plain(self.cls.forward), [{()}]
-        if isinstance(node, ast.Attribute):
-            if _is_call(node.value, "super"):
-                own = next((c for c in self.cls.__mro__ if self.stack[-1] in map(plain, vars(c).values())), self.cls)
-                above = self.cls.__mro__[self.cls.__mro__.index(own) + 1 :]
-                found = next((vars(c)[node.attr] for c in above if node.attr in vars(c)), None)
-                return (None if _of_every_module(node.attr) else plain(found)), [{()}]
-            if () in self.chains(node.value):
-                found = attribute(self.cls, node.attr)
-                left = _of_every_module(node.attr) or (node.attr == "forward" and not self.follow_forward)
-                return (None if left else plain(found)), [] if isinstance(found, staticmethod) else [{()}]
-        known = self.known(node)
-        function = plain(known) if isinstance(known, FunctionType | staticmethod) else None
-        return (None if function is None or _torch(function.__module__) else function), []
-
-    def known(self, node: ast.expr) -> Any:
-        """What an expression names outside of the function: a function, a class, a module or something of them."""
-        if isinstance(node, ast.Name):
-            return None if node.id in self.names else self.stack[-1].__globals__.get(node.id)
-        if isinstance(node, ast.Attribute):
-            holder = self.known(node.value)
-            if () in self.chains(node.value) and node.attr == "__class__":
-                return self.cls
-            if isinstance(holder, type):
-                return attribute(holder, node.attr)
-            return vars(holder).get(node.attr) if isinstance(holder, ModuleType) else None
-        return self.cls if _is_call(node, "type") and () in self.chains(cast(ast.Call, node).args[0]) else None
-
-    # What names stand for.
-
-    def bind(self, target: ast.AST, chains: set[ModulePath]) -> None:
-        """``target`` stands for something of these."""
-        if isinstance(target, ast.Name):
-            self.names[target.id] = self.names.get(target.id, set()) | chains
-        for one in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
-            self.bind(one, _below(chains, "*"))
-
-    def assign(self, target: ast.AST, value: ast.AST | None) -> None:
-        """``target = value``"""
-        pairs = [node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)]
-        if len(pairs) == 2:
-            for one, other in zip(*pairs, strict=False):
-                self.assign(one, other)
-        else:
-            self.bind(target, self.chains(value))
-
-    def loop(self, target: ast.AST, values: ast.AST) -> None:
-        """``for target in values``"""
-        parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
-        call = values if isinstance(values, ast.Call) else None
-        if call and _is_call(call, "enumerate") and len(parts) == 2:
-            self.loop(parts[1], call.args[0])
-        elif call and _is_call(call, "zip") and parts:
-            for one, other in zip(parts, call.args, strict=False):
-                self.loop(one, other)
-        elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIRS:
-            self.bind(parts[-1] if parts else target, _below(self.chains(call.func.value), "*"))
-        elif isinstance(values, ast.Tuple | ast.List):
-            for value in values.elts:
-                self.assign(target, value)
-        else:
-            self.bind(target, _below(self.chains(values), "*"))
-
-    # What is read and written.
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.use(node)
-
-    def visit_Name(self, node: ast.Name) -> None:
-        pass  # what it stands for was read where it got its name
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.use(node.value if isinstance(node.ctx, ast.Load) else node)  # weight[0] reads weight
-        self.visit(node.slice)
-
-    def use(self, node: ast.expr) -> None:
-        chains = self.chains(node)
-        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            self.write(node)
-        else:
-            self.found.read.update(chain for chain in chains if chain and chain[-1] not in _ABOUT)
-        if not chains:
-            self.generic_visit(node)
-
-    def write(self, node: ast.AST | None) -> None:
-        """What an expression stands for is written: its chains, and the names in it, whatever those are below."""
-        self.found.written.update(self.chains(node))
-        while isinstance(node, ast.Attribute | ast.Subscript):
-            self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
-            node = node.value
-
-    def visit_Call(self, node: ast.Call) -> None:
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if isinstance(node.func, ast.Name) and name in _ABOUT_CALLS:
+            for below in node.orelse:
+                visit(below)
             return
-        if name.endswith("_") and not name.endswith("__"):  # w.copy_(x), nn.init.zeros_(w)
-            holder = node.func.value if isinstance(node.func, ast.Attribute) else None
-            outside = holder is None or isinstance(self.known(holder), ModuleType)
-            self.write(node.args[0] if outside and node.args else holder)
-        elif name == "setattr":
-            self.found.written.update(_below(self.chains(node.args[0]), _text(node.args[1]) or "*"))
-        self.found.read.update(chain for chain in self.called(node) if chain)
-        if isinstance(node.func, ast.Attribute) and name not in _ABOUT:
-            self.use(node.func.value)  # weight.t() reads weight
-        elif not isinstance(node.func, ast.Attribute):
-            self.visit(node.func)
-        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            self.visit(argument)
+        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _self_chain(node)
+        if writes or (isinstance(node, ast.Name) and node.id in inputs):
+            reads.append((node.lineno, node.col_offset))
+        if isinstance(node, ast.Call) and (chain := _self_chain(node.func)):
+            calls.append((chain, (node.end_lineno or 0, node.end_col_offset or 0)))
+        for below in ast.iter_child_nodes(node):
+            visit(below)
 
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self.assign(target, node.value)
-        self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self.assign(node.target, node.value)
-        self.generic_visit(node)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self.assign(node.target, node.value)
-        self.visit(node.value)
-
-    def visit_For(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> None:
-        self.loop(node.target, node.iter)
-        self.generic_visit(node)
-
-    visit_AsyncFor = visit_For  # noqa: N815
-
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        for generator in node.generators:
-            self.loop(generator.target, generator.iter)
-        self.generic_visit(node)
-
-    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
-
-    def visit_Return(self, node: ast.Return) -> None:
-        self.returns |= self.chains(node.value)
-        self.generic_visit(node)
+    for statement in function.body:
+        visit(statement)
+    return tuple((chain, any(read > end for read in reads)) for chain, end in calls)
 
 
-def _below(chains: set[ModulePath], name: str) -> set[ModulePath]:
-    return {(*chain, name) for chain in chains}
+def _names_in(node: ast.AST) -> set[str]:
+    return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
 
 
-def _text(node: ast.AST) -> str | None:
-    value = node.value if isinstance(node, ast.Constant) else None
-    return value if isinstance(value, str) else None
+def _self_chain(node: ast.AST) -> ModulePath | None:
+    """("a", "b") of `self.a.b`."""
+    if isinstance(node, ast.Name):
+        return () if node.id == "self" else None
+    above = _self_chain(node.value) if isinstance(node, ast.Attribute) else None
+    return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_call(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+#: code that asks whether a model's attention is transformers' "sdpa"
+_ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)""")
 
 
-def _of_every_module(name: str) -> bool:
-    return hasattr(nn.Module, name) and name != "forward"
+def compares_attention(model: nn.Module) -> bool:
+    """Whether the code of one of the model's modules compares the name of its attention with "sdpa". Only the files of
+    transformers, and code that came with a model through it, are looked at."""
+    return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
 
 
-def _torch(module: str | None) -> bool:
-    return (module or "").partition(".")[0] == "torch"
+@functools.cache
+def _compares(module: str) -> bool:
+    return module.startswith("transformers") and _ASKS.search(inspect.getsource(sys.modules[module])) is not None

@@ -6,15 +6,13 @@
     model.encode(x)                           another method reads a weight, and is called from outside
     self.q(x), self.k(x), self.v(x)           several layers read one input
 
-``weight_readers`` finds the methods whose code reads a weight like this (``reading.py``). They run on a view in which
-the weight
-is changed (see ``adapted.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which
-every adapter is seen. What reading code cannot show is proven on a live model by ``veneer.check``.
+``weight_readers`` finds the methods whose code reads a weight like this (``source_analysis.py``). They run on a view in
+which the weight is changed (see ``views.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain
+path, on which every adapter is seen. What reading code cannot show is proven on a live model by ``veneer.check``.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 from collections.abc import Iterator
 from types import FunctionType, MethodType
@@ -24,7 +22,9 @@ import torch
 from torch import nn
 
 from veneer.attach.adapted_module import own_class
-from veneer.attach.source_analysis import ModulePath, attribute, mentions, reads
+from veneer.attach.source_analysis import mentions, reads
+from veneer.attach.source_reader import attribute
+from veneer.attach.state import ModulePath
 from veneer.attach.targets import Names, own_parameters
 
 #: Attributes that turn a fused fast path off, by module class.
@@ -32,15 +32,15 @@ SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
-#: Modules that run or give whatever is in them, which a site would be too.
+#: Modules that run or give whatever is in them, which a layer's state would be too.
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightReader(NamedTuple):
-    """A method of the module at ``path`` that reads a weight; ``way`` leads from there to the weight's holder."""
+    """A method of the module at ``path`` that reads a weight; ``below`` leads from there to the weight's holder."""
 
     path: str
-    way: ModulePath
+    below: ModulePath
     method: str = "forward"
 
 
@@ -57,40 +57,40 @@ def switched(names: Names, path: str) -> Iterator[str]:
 def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReader]:
     """Who reads ``weight`` of the module at ``path`` other than through that one's forward."""
     if not has_forward(names.modules[path]):
-        for above, way in _above(names, path):
-            if way and has_forward(names.modules[above]):
-                yield WeightReader(above, way)
+        for above, below in _above(names, path):
+            if below and has_forward(names.modules[above]):
+                yield WeightReader(above, below)
                 break
-    for above, way in _above(names, path):
-        module, chain = names.modules[above], (*way, weight)
+    for above, below in _above(names, path):
+        module, chain = names.modules[above], (*below, weight)
         cls = own_class(module)
-        forward = ("forward", *bound(module).values()) if way and not switches(module) else ()
+        forward = ("forward", *bound(module).values()) if below and not switches(module) else ()
         if any(_reads(module, method, chain) for method in forward):
-            yield WeightReader(above, way)
+            yield WeightReader(above, below)
         for method in _methods(cls):
             words = mentions(cls, method)
             named = weight in words and (chain[0] in words or chain[0].isdigit())
             if named and _reads(module, method, chain):
-                yield WeightReader(above, way, method)
+                yield WeightReader(above, below, method)
 
 
-def _reads(module: nn.Module, method: str, way: ModulePath) -> bool:
-    """Whether a method reads what is at ``way``. One that writes it too, or another of its name, means the base's own
-    numbers."""
+def _reads(module: nn.Module, method: str, below: ModulePath) -> bool:
+    """Whether a method reads what is at ``below``. One that writes it too, or another of its name, means the base's own
+    values."""
     found = reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
-    written = method != "forward" and any(_fits(c, way[: len(c)]) or way[-1] in c for c in found.written)
-    return not written and any(_fits(chain, way) for chain in found.read)
+    written = method != "forward" and any(_fits(c, below[: len(c)]) or below[-1] in c for c in found.written)
+    return not written and any(_fits(chain, below) for chain in found.read)
 
 
 def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
     """(the path of a module above, an attribute) for all that forward methods above ask of the module at ``path``
     itself, such as a convolution's stride."""
-    for above, way in _above(names, path):
+    for above, below in _above(names, path):
         module = names.modules[above]
-        if way and has_forward(module):
+        if below and has_forward(module):
             found = reads(own_class(module), "forward", frozenset((*module._modules, *own_parameters(module))))
-            below = sorted({chain[len(way)] for chain in found.read if len(chain) > len(way) and _fits(chain, way)})
-            yield from ((above, name) for name in below if name != "*")
+            asked_names = {chain[len(below)] for chain in found.read if len(chain) > len(below) and _fits(chain, below)}
+            yield from ((above, name) for name in sorted(asked_names) if name != "*")
 
 
 #: What of a class may read a weight when it is used.
@@ -136,7 +136,7 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
 
 
 def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
-    """(path, way down) of the module itself and of every module above it, the nearest first, under each of its
+    """(path, path down) of the module itself and of every module above it, the nearest first, under each of its
     names."""
     seen: set[tuple[str, ModulePath]] = set()
     for alias in names.aliases[path]:
@@ -148,76 +148,5 @@ def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
                 yield entry
 
 
-def _fits(chain: ModulePath, way: ModulePath) -> bool:
-    return len(chain) >= len(way) and all(said in ("*", actual) for said, actual in zip(chain, way, strict=False))
-
-
-@functools.cache
-def alike(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
-    other: ("q_proj", "k_proj", "v_proj"). Calls on two branches of an ``if`` are not the same value, nor is a name that
-    has been assigned anew. Whether the value is one tensor is seen when they are called (``adapted.Together``)."""
-    groups: list[tuple[str, ...]] = []
-    for method in reads(cls, "forward").code:
-        finder = _Alike()
-        finder.block(method.body if isinstance(method, ast.FunctionDef) else [])
-        groups += [tuple(names) for names in finder.calls.values() if len(names) > 1]
-    return tuple(groups)
-
-
-#: expressions of which a part may not be evaluated, or more than once
-_PARTLY = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-class _Alike:
-    """Collects ``self.child(name)`` by the value of the name, in the order of evaluation."""
-
-    def __init__(self) -> None:
-        self.calls: dict[tuple[int, str, int], list[str]] = {}
-        self.blocks, self.here = 0, 0
-        self.assigned: dict[str, int] = {}
-
-    def block(self, statements: list[ast.stmt]) -> None:
-        """Statements that run one after the other, or not at all."""
-        outer, self.blocks = self.here, self.blocks + 1
-        self.here = self.blocks
-        for statement in statements:
-            self.node(statement)
-        self.here = outer
-
-    def node(self, node: ast.AST) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            return  # runs at another time
-        if isinstance(node, ast.Name):
-            if not isinstance(node.ctx, ast.Load):
-                self.assigned[node.id] = self.assigned.get(node.id, 0) + 1
-            return
-        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            self.node(node.value)  # evaluated first
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                self.node(target)
-            return
-        for _, value in ast.iter_fields(node):
-            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
-                self.block(value)
-                continue
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, ast.AST):
-                    self.apart(item) if isinstance(node, _PARTLY) else self.node(item)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            self.call(node.func, node)
-
-    def apart(self, node: ast.AST) -> None:
-        outer, self.blocks = self.here, self.blocks + 1
-        self.here = self.blocks
-        self.node(node)
-        self.here = outer
-
-    def call(self, called: ast.Attribute, node: ast.Call) -> None:
-        """``self.child(name)``, once its argument has been evaluated."""
-        of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
-        if of_self and len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name):
-            value = node.args[0].id
-            names = self.calls.setdefault((self.here, value, self.assigned.get(value, 0)), [])
-            if called.attr not in names:
-                names.append(called.attr)
+def _fits(chain: ModulePath, below: ModulePath) -> bool:
+    return len(chain) >= len(below) and all(said in ("*", actual) for said, actual in zip(chain, below, strict=False))

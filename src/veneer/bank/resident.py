@@ -275,9 +275,8 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
     low, gain = change.resolve(weight)
     if (layer_state.transposed and gain is not None) or len(low.A) > 1:
         return None
-    trained = sum(
-        value.numel() for key, value in change.adapter_parameters.items() if key not in change.variant.derived
-    )
+    parameters, derived = change.adapter_parameters, change.variant.derived
+    trained = sum(value.numel() for key, value in parameters.items() if key not in derived)
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
     wanted: torch.dtype = weight.dtype if dtype is None else dtype

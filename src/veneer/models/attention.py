@@ -8,16 +8,13 @@ own "sdpa".
 from __future__ import annotations
 
 import functools
-import inspect
-import re
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from veneer.attach.source_analysis import compares_attention
 from veneer.errors import sentence
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 __all__ = ["use_products"]
@@ -25,10 +22,6 @@ __all__ = ["use_products"]
 
 #: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"
-
-
-#: code that asks whether a model's attention is transformers' "sdpa"
-ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)""")
 
 
 def use_products(model: PreTrainedModel) -> None:
@@ -39,7 +32,7 @@ def use_products(model: PreTrainedModel) -> None:
         ValueError: as transformers says, for a model whose attention cannot be chosen; or the model does something else
             with an attention of another name than "sdpa", such as leaving out the mask of a sparse one.
     """
-    if asks_for_sdpa(model):
+    if compares_attention(model):
         found = f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
         raise ValueError(sentence(found, "one that treats every attention alike", 'keep attention="sdpa"'))
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -48,17 +41,6 @@ def use_products(model: PreTrainedModel) -> None:
     ALL_ATTENTION_FUNCTIONS.register(PRODUCTS, _attention())
     ALL_MASK_ATTENTION_FUNCTIONS.register(PRODUCTS, sdpa_mask)
     model.set_attn_implementation(PRODUCTS)
-
-
-def asks_for_sdpa(model: nn.Module) -> bool:
-    """Whether the code of one of the model's modules compares the name of its attention with "sdpa"."""
-    return any(_asks(name) for name in {type(module).__module__ for module in model.modules()})
-
-
-@functools.cache
-def _asks(name: str) -> bool:
-    """The same of one of transformers' files, or of code that came with a model."""
-    return name.startswith("transformers") and ASKS.search(inspect.getsource(sys.modules[name])) is not None
 
 
 @functools.cache

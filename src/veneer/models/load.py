@@ -12,9 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from veneer.attach.source_analysis import compares_attention
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
-from veneer.models.attention import asks_for_sdpa, use_products
+from veneer.models.attention import use_products
 from veneer.models.locate import find_base
 from veneer.models.messages import explained, first_line, quiet
 
@@ -73,7 +74,7 @@ def load_base(
         model = _load_model(place, dtype, name, attention)
         tokenizer = tokenizer_at(place, name)
         usual = device == "cpu" and model.config._attn_implementation == "sdpa"
-        if attention == "products" or (attention == "auto" and usual and not asks_for_sdpa(model)):
+        if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
             use_products(model)
     return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
 

@@ -21,11 +21,8 @@ off the GPU it scores every position.
 
 from __future__ import annotations
 
-import ast
 import copy
-import functools
 import inspect
-import textwrap
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -43,6 +40,7 @@ from veneer.attach.adapted_module import own_class
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
+from veneer.attach.source_analysis import submodule_calls
 from veneer.attach.views import view
 from veneer.errors import ConfigError, sentence
 from veneer.kernels import fused
@@ -399,7 +397,7 @@ def _leaves(output: Tensor) -> list[Tensor]:
 
 
 def _body(model: nn.Module) -> ModulePath | None:
-    """The way to the module whose output is a model's hidden states, if the model's forward can be cut there."""
+    """The path to the module whose output is a model's hidden states, if the model's forward can be cut there."""
     if not hasattr(type(model), "base_model_prefix"):
         return None  # none of transformers', or one inside a wrapper that needs to see each call (DDP, FSDP)
     if torch.compiler.is_compiling() or model.__dict__.get("_compiled_call_impl") is not None:
@@ -412,7 +410,7 @@ def _body(model: nn.Module) -> ModulePath | None:
         isinstance(forward, MethodType) and forward.__self__ is model and inspect.unwrap(forward.__func__) is own
     ):
         return None  # replaced by something else than a wrapper of the model's own, such as accelerate's autocast
-    found = [(chain, late) for chain, late in _calls(own) if _is_model(model, chain)]
+    found = [(chain, late) for chain, late in submodule_calls(own) if _is_model(model, chain)]
     if len(found) != 1 or found[0][1]:
         return None
     for parameter in model.parameters():
@@ -432,60 +430,6 @@ def _is_model(model: nn.Module, chain: ModulePath) -> bool:
     for name in chain:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return hasattr(type(module), "base_model_prefix")
-
-
-@functools.cache
-def _calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
-    """(chain, late) of each call `self.chain(…)` in the source of a forward. `late`: whether what follows reads another
-    input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
-    would be the view.
-
-    Left out are the parts of the code that do not run here (with labels, for router logits) or do nothing
-    (`logits_to_keep`).
-    """
-    try:
-        source = inspect.getsource(forward)
-    except (OSError, TypeError):
-        return ()  # made at run time, or written in C
-    function: Any = ast.parse(textwrap.dedent(source)).body[0]
-    if not isinstance(function, ast.FunctionDef):
-        return ()
-    inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
-    inputs = {name for name in inputs if not name.startswith("output_")}
-    reads: list[tuple[int, int]] = []
-    calls: list[tuple[ModulePath, tuple[int, int]]] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, ast.If) and (
-            _names(node.test) & {"labels", "output_router_logits"} or "logits_to_keep" in _names(node)
-        ):
-            for below in node.orelse:
-                visit(below)
-            return
-        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _chain(node)
-        if writes or (isinstance(node, ast.Name) and node.id in inputs):
-            reads.append((node.lineno, node.col_offset))
-        if isinstance(node, ast.Call) and (chain := _chain(node.func)):
-            calls.append((chain, (node.end_lineno or 0, node.end_col_offset or 0)))
-        for below in ast.iter_child_nodes(node):
-            visit(below)
-
-    for statement in function.body:
-        visit(statement)
-    return tuple((chain, any(read > end for read in reads)) for chain, end in calls)
-
-
-def _names(node: ast.AST) -> set[str]:
-    return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
-
-
-def _chain(node: ast.AST) -> ModulePath | None:
-    """("a", "b") of `self.a.b`."""
-    if isinstance(node, ast.Name):
-        return () if node.id == "self" else None
-    above = _chain(node.value) if isinstance(node, ast.Attribute) else None
-    return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -> nn.Module:

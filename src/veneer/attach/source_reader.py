@@ -1,0 +1,316 @@
+"""Follows a method through its syntax tree: which chains of attributes below ``self`` it reads and writes.
+
+``Reader`` is the engine of ``source_analysis.reads``, where its results and limits are described. It visits a function
+with the chains that each local name may stand for, and does the same with the functions that it calls.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any, cast
+
+from torch import nn
+
+from veneer.attach.state import ModulePath
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+#: What may be asked of a weight without reading its values.
+_ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
+_ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
+
+#: Calls that give what they are given, one after the other; the tables and methods of a module that give what is in it.
+_SAME = {"list", "tuple", "iter", "reversed", "sorted"}
+_TABLES = {"_modules", "_parameters", "_buffers"}
+_VALUES = {"values", "children"}
+_PAIRS = {"items", "named_children"}
+_BY_PATH = {"get_submodule", "get_parameter"}
+
+#: So many calls deep code is followed.
+_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The chains below ``self`` that a method, with what it calls, reads and writes, and the code of all that runs on
+    ``self``."""
+
+    read: set[ModulePath] = field(default_factory=set)
+    written: set[ModulePath] = field(default_factory=set)
+    code: list[Function] = field(default_factory=list)
+
+
+def attribute(cls: type, name: str) -> Any:
+    """What a class keeps under a name, as it is written there."""
+    return next((vars(above)[name] for above in cls.__mro__ if name in vars(above)), None)
+
+
+def plain(value: Any) -> FunctionType | None:
+    """The function in a class's attribute: of a method, whatever it is decorated with, or of a property."""
+    value = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
+    value = inspect.unwrap(value) if callable(value) else value
+    return value if isinstance(value, FunctionType) else None
+
+
+@functools.cache
+def _tree(function: FunctionType) -> Function | None:
+    """The syntax tree of a function, if there is source for it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return next((node for node in ast.walk(tree) if isinstance(node, Function)), None)
+
+
+class Reader(ast.NodeVisitor):
+    """Visits a function's code with the chains that each local name may stand for."""
+
+    def __init__(self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool) -> None:
+        self.cls, self.within, self.follow_forward = cls, within | {"*"}, follow_forward
+        self.found = Reads()
+        self.returned: dict[Any, set[ModulePath]] = {}  # by function and arguments
+        self.stack: list[FunctionType] = []
+        self.names: dict[str, set[ModulePath]] = {}
+        self.returns: set[ModulePath] = set()
+
+    def follow(
+        self,
+        function: FunctionType | None,
+        given: Sequence[set[ModulePath]],
+        named: dict[str, set[ModulePath]] | None = None,
+    ) -> set[ModulePath]:
+        """Visit a function that is called with these arguments; the chains that it returns."""
+        tree = None if function is None or len(self.stack) > _DEPTH else _tree(function)
+        if function is None or tree is None:
+            return set()
+        parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
+        names = {**dict(zip(parameters, given, strict=False)), **(named or {})}
+        key = function, frozenset((name, frozenset(chains)) for name, chains in names.items() if chains)
+        if key not in self.returned:
+            outside = self.names, self.returns
+            self.names, self.returns = dict(names), self.returned.setdefault(key, set())
+            self.stack.append(function)
+            if given[:1] == [{()}] and tree not in self.found.code:
+                self.found.code.append(tree)
+            if isinstance(tree, ast.Lambda):
+                self.returns |= self.chains(tree.body)
+                self.visit(tree.body)
+            for statement in () if isinstance(tree, ast.Lambda) else tree.body:
+                self.visit(statement)
+            self.stack.pop()
+            self.names, self.returns = outside
+        return self.returned[key]
+
+    # What an expression stands for.
+
+    def chains(self, node: ast.AST | None) -> set[ModulePath]:
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, set())
+        if isinstance(node, ast.Attribute):
+            return self.attribute(self.chains(node.value), node.attr)
+        if isinstance(node, ast.Subscript):
+            above = self.chains(node.value)
+            return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
+        if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
+            return self.chains(node.value)
+        if isinstance(node, ast.IfExp):
+            return self.chains(node.body) | self.chains(node.orelse)
+        if isinstance(node, ast.BoolOp):
+            return set().union(*map(self.chains, node.values))
+        return self.called(node) if isinstance(node, ast.Call) else set()
+
+    def attribute(self, above: set[ModulePath], name: str) -> set[ModulePath]:
+        if name in _TABLES:
+            return above
+        own = attribute(self.cls, name) if () in above else None
+        computed = self.follow(plain(own), [{()}]) if isinstance(own, property) else set()
+        return {(*chain, name) for chain in above if chain or name in self.within} | computed
+
+    def called(self, node: ast.Call) -> set[ModulePath]:
+        """What a call gives, and whatever it reads."""
+        called, first = node.func, self.chains(node.args[0]) if node.args else set()
+        if isinstance(called, ast.Name) and called.id in (*_SAME, "next", "getattr"):
+            name = "*" if called.id == "next" else _text(node.args[1]) if called.id == "getattr" else None
+            return first if called.id in _SAME else self.attribute(first, name) if name else set()
+        if isinstance(called, ast.Attribute) and called.attr in _VALUES and not (node.args or node.keywords):
+            return self.chains(called.value)
+        if (
+            isinstance(called, ast.Attribute)
+            and called.attr in _BY_PATH
+            and node.args
+            and (path := _text(node.args[0]))
+        ):
+            return {(*chain, *path.split(".")) for chain in self.chains(called.value)}
+        function, given = self.function(called)
+        given = [*given, *map(self.chains, node.args)]
+        named = {one.arg: self.chains(one.value) for one in node.keywords if one.arg}
+        return self.follow(function, given, named) if any((*given, *named.values())) else set()
+
+    def function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
+        """The function that an expression calls, and the arguments that go before those of the call."""
+        if () in self.chains(node) and self.follow_forward:
+            return plain(self.cls.forward), [{()}]
+        if isinstance(node, ast.Attribute):
+            if _is_call(node.value, "super"):
+                own = next((c for c in self.cls.__mro__ if self.stack[-1] in map(plain, vars(c).values())), self.cls)
+                above = self.cls.__mro__[self.cls.__mro__.index(own) + 1 :]
+                found = next((vars(c)[node.attr] for c in above if node.attr in vars(c)), None)
+                return (None if _of_every_module(node.attr) else plain(found)), [{()}]
+            if () in self.chains(node.value):
+                found = attribute(self.cls, node.attr)
+                left = _of_every_module(node.attr) or (node.attr == "forward" and not self.follow_forward)
+                return (None if left else plain(found)), [] if isinstance(found, staticmethod) else [{()}]
+        known = self.known(node)
+        function = plain(known) if isinstance(known, FunctionType | staticmethod) else None
+        return (None if function is None or of_torch(function.__module__) else function), []
+
+    def known(self, node: ast.expr) -> Any:
+        """What an expression names outside of the function: a function, a class, a module or something of them."""
+        if isinstance(node, ast.Name):
+            return None if node.id in self.names else self.stack[-1].__globals__.get(node.id)
+        if isinstance(node, ast.Attribute):
+            holder = self.known(node.value)
+            if () in self.chains(node.value) and node.attr == "__class__":
+                return self.cls
+            if isinstance(holder, type):
+                return attribute(holder, node.attr)
+            return vars(holder).get(node.attr) if isinstance(holder, ModuleType) else None
+        return self.cls if _is_call(node, "type") and () in self.chains(cast(ast.Call, node).args[0]) else None
+
+    # What names stand for.
+
+    def bind(self, target: ast.AST, chains: set[ModulePath]) -> None:
+        """``target`` stands for something of these."""
+        if isinstance(target, ast.Name):
+            self.names[target.id] = self.names.get(target.id, set()) | chains
+        for one in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
+            self.bind(one, _below(chains, "*"))
+
+    def assign(self, target: ast.AST, value: ast.AST | None) -> None:
+        """``target = value``"""
+        pairs = [node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)]
+        if len(pairs) == 2:
+            for one, other in zip(*pairs, strict=False):
+                self.assign(one, other)
+        else:
+            self.bind(target, self.chains(value))
+
+    def loop(self, target: ast.AST, values: ast.AST) -> None:
+        """``for target in values``"""
+        parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
+        call = values if isinstance(values, ast.Call) else None
+        if call and _is_call(call, "enumerate") and len(parts) == 2:
+            self.loop(parts[1], call.args[0])
+        elif call and _is_call(call, "zip") and parts:
+            for one, other in zip(parts, call.args, strict=False):
+                self.loop(one, other)
+        elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIRS:
+            self.bind(parts[-1] if parts else target, _below(self.chains(call.func.value), "*"))
+        elif isinstance(values, ast.Tuple | ast.List):
+            for value in values.elts:
+                self.assign(target, value)
+        else:
+            self.bind(target, _below(self.chains(values), "*"))
+
+    # What is read and written.
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.use(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        pass  # what it stands for was read where it got its name
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self.use(node.value if isinstance(node.ctx, ast.Load) else node)  # weight[0] reads weight
+        self.visit(node.slice)
+
+    def use(self, node: ast.expr) -> None:
+        chains = self.chains(node)
+        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            self.write(node)
+        else:
+            self.found.read.update(chain for chain in chains if chain and chain[-1] not in _ABOUT)
+        if not chains:
+            self.generic_visit(node)
+
+    def write(self, node: ast.AST | None) -> None:
+        """What an expression stands for is written: its chains, and the names in it, whatever those are below."""
+        self.found.written.update(self.chains(node))
+        while isinstance(node, ast.Attribute | ast.Subscript):
+            self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
+            node = node.value
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if isinstance(node.func, ast.Name) and name in _ABOUT_CALLS:
+            return
+        if name.endswith("_") and not name.endswith("__"):  # w.copy_(x), nn.init.zeros_(w)
+            holder = node.func.value if isinstance(node.func, ast.Attribute) else None
+            outside = holder is None or isinstance(self.known(holder), ModuleType)
+            self.write(node.args[0] if outside and node.args else holder)
+        elif name == "setattr":
+            self.found.written.update(_below(self.chains(node.args[0]), _text(node.args[1]) or "*"))
+        self.found.read.update(chain for chain in self.called(node) if chain)
+        if isinstance(node.func, ast.Attribute) and name not in _ABOUT:
+            self.use(node.func.value)  # weight.t() reads weight
+        elif not isinstance(node.func, ast.Attribute):
+            self.visit(node.func)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+            self.visit(argument)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self.assign(target, node.value)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.assign(node.target, node.value)
+        self.generic_visit(node)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self.assign(node.target, node.value)
+        self.visit(node.value)
+
+    def visit_For(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> None:
+        self.loop(node.target, node.iter)
+        self.generic_visit(node)
+
+    visit_AsyncFor = visit_For  # noqa: N815
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
+        for generator in node.generators:
+            self.loop(generator.target, generator.iter)
+        self.generic_visit(node)
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
+
+    def visit_Return(self, node: ast.Return) -> None:
+        self.returns |= self.chains(node.value)
+        self.generic_visit(node)
+
+
+def _below(chains: set[ModulePath], name: str) -> set[ModulePath]:
+    return {(*chain, name) for chain in chains}
+
+
+def _text(node: ast.AST) -> str | None:
+    value = node.value if isinstance(node, ast.Constant) else None
+    return value if isinstance(value, str) else None
+
+
+def _is_call(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _of_every_module(name: str) -> bool:
+    return hasattr(nn.Module, name) and name != "forward"
+
+
+def of_torch(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "torch"
