@@ -21,7 +21,7 @@ call that runs meanwhile sees weights of which some are merged: let no call run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from veneer.attach.adapted_module import layer_states, walk, weight_of
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.state import in_turn
+from veneer.attach.state import ModelAdapters, in_turn
 from veneer.attach.weight_tying import torn
 from veneer.bases import BASES, Storage
 from veneer.distributed import spread_problem
@@ -110,7 +110,7 @@ class _StoredWeight:
 
 @dataclass(frozen=True)
 class _Write:
-    """One slot's new content, ready to be written."""
+    """The new content of one stored weight, ready to be written."""
 
     stored_weight: _StoredWeight
     stored: dict[str, Tensor]
@@ -119,7 +119,7 @@ class _Write:
 
 @dataclass(frozen=True)
 class _Full:
-    """Values that replace a slot's: in float64, or of a buffer as they are."""
+    """Values that replace a weight's: in float64, or of a buffer as they are."""
 
     stored_weight: _StoredWeight
     values: Tensor
@@ -127,7 +127,7 @@ class _Full:
 
 @dataclass(frozen=True)
 class _Low:
-    """A low-rank change of a slot, [g, out, in] by ``dims``."""
+    """A low-rank change of a weight, [g, out, in] by ``dims``."""
 
     stored_weight: _StoredWeight
     change: Change
@@ -181,25 +181,19 @@ def merge(
         )
     _must_be_whole(model, "a merge")
     known_rounding(rounding)
-    moments = dict(inputs or {})
+    return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
+
+
+def _merge_all(
+    model: nn.Module, attached: ModelAdapters, name: str, keep: bool, rounding: str, moments: dict[str, Tensor]
+) -> MergeReport:
+    """Write all weights, or leave all of them as they are."""
     parts, problems = list(_parts(model, name)), [*_untied(model, name), *torn(model, name)]
-    reports: list[LayerMerge] = []
     stored_weights, spill = [part.stored_weight for part in parts], None if keep else Spill()
     try:
         _forget(stored_weights)  # what an interrupt in the last line of an unmerge has left
         attached.merging, attached.merged = True, name
-        for part in parts:
-            moment = moments.pop(part.stored_weight.where, None) if isinstance(part, _Low) else None
-            with torch.no_grad():
-                for write in _written(part, rounding, moment, problems):
-                    if not problems:
-                        _keep(write, spill)
-                        write.stored_weight.write(write.stored)
-                    reports += [write.report] if write.report else []
-        problems += [
-            sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
-            for path in moments
-        ]
+        reports = _write_all(parts, rounding, moments, spill, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         attached.merging = False
     except BaseException:
@@ -212,6 +206,30 @@ def merge(
     if not keep:
         _forget(stored_weights)
     return MergeReport(name, tuple(reports))
+
+
+def _write_all(
+    parts: Sequence[_Low | _Full],
+    rounding: str,
+    moments: dict[str, Tensor],
+    spill: Spill | None,
+    problems: list[str],
+) -> list[LayerMerge]:
+    """Write each weight as long as there are no problems, once its old bits are kept; then only look for more."""
+    reports: list[LayerMerge] = []
+    for part in parts:
+        moment = moments.pop(part.stored_weight.where, None) if isinstance(part, _Low) else None
+        with torch.no_grad():
+            for write in _written(part, rounding, moment, problems):
+                if not problems:
+                    _keep(write, spill)
+                    write.stored_weight.write(write.stored)
+                reports += [write.report] if write.report else []
+    problems += [
+        sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
+        for path in moments
+    ]
+    return reports
 
 
 @in_turn
@@ -403,8 +421,8 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: st
 
 
 def _keep(write: _Write, spill: Spill | None = None) -> None:
-    """Put a slot's bits aside, all of them in one step. In ``spill`` they are for a failure alone, and nobody will ask
-    whether the merged weight was edited."""
+    """Put a weight's old bits aside, all of them in one step. In ``spill`` they are for a failure alone, and nobody will
+    ask whether the merged weight was edited."""
     stored_weight = write.stored_weight
     bits = {
         key: aside(tensor) if spill is None else spill.put(tensor) for key, tensor in stored_weight.stored().items()

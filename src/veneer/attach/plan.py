@@ -10,7 +10,7 @@ stands in ``Plans.full`` by module.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,8 +87,8 @@ class LowRankPlan:
 @dataclass(frozen=True)
 class Plans:
     """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_readers`` are the methods that read those past their modules, ``apart`` the places in ``full`` whose
-    parameter is tied to another in the model, and has values of its own in this adapter."""
+    ``full_readers`` are the methods that read those past their modules, ``apart`` those in
+    ``full`` that are tied to another parameter in the model, and have values of their own in this adapter."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -116,54 +116,93 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
-    names, variant = Names(model), VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+    names = Names(model)
     frozen = frozen_on_purpose(names)
     targets, more = select(names, config)
     problems += more
     also = expand(names, config.train_also, "train_also", problems)
-    explicit = callable(config.targets) or any(t not in WORDS for t in _strings(config.targets))
-    for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
-        problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
-    head = [] if explicit else _untrained_head(names, config, frozen)
-    targets = [ref for ref in targets if ref[0] not in also and ref not in head]
-    everything = not callable(config.targets) and "all" in _strings(config.targets)
-    if everything:
-        targets = _attachable(names, targets, frozen)
-    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
-        problems += unmatched(names, patterns, field_name, targets)
-
-    alpha = variant.default_alpha if config.alpha is None else config.alpha
-    low_slots = [ref for ref in targets if is_matrix(names, ref)]
-    wanted = {
-        ref: TargetSpec(
-            int(value_for(names, ref, config.ranks, config.rank)),
-            value_for(names, ref, config.alphas, alpha),
-            value_for(names, ref, config.slices, None),
-            # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
-            clamp=everything and value_for(names, ref, config.ranks, None) is None,
-        )
-        for ref in low_slots
-    }
-    low = plan_low(names, wanted, problems)
-    vectors: dict[str, tuple[str, ...]] = {}
-    for path, vector in (*head, *targets):
-        if (path, vector) not in wanted:
-            vectors[path] = (*vectors.get(path, ()), vector)
-    full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
-    for source in (vectors, _bias_plan(names, config, [entry.path for entry in low], also, problems)):
-        for path, found in source.items():
-            full[path] = tuple(dict.fromkeys((*full.get(path, ()), *found)))
-    full = with_ties(names, full)
+    targets, head = _divided(names, config, targets, also, frozen, problems)
+    specs = _specs(names, config, targets)
+    low = plan_low(names, specs, problems)
+    vectors = [ref for ref in (*head, *targets) if ref not in specs]
+    full = _plan_full(names, config, vectors, also, low, problems)
     check_full(names, full, problems, frozen)
-    for path, name in {ref for entry in low for ref in entry.holders}:
-        if name in full.get(path, ()):
-            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
-            problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
+    problems += _planned_twice(low, full)
     problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
     return Plans(config, tuple(low), full, frozenset(also), full_readers(names, full))
+
+
+def _divided(
+    names: Names,
+    config: LoraConfig,
+    targets: list[ParamRef],
+    also: Sequence[str],
+    frozen: Set[int],
+    problems: list[str],
+) -> tuple[list[ParamRef], list[ParamRef]]:
+    """The targets that are left for the adapter, and those of an untrained head, which is trained in full."""
+    explicit = callable(config.targets) or any(word not in WORDS for word in _strings(config.targets))
+    for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
+        problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
+    head = [] if explicit else _untrained_head(names, config, frozen)
+    targets = [ref for ref in targets if ref[0] not in also and ref not in head]
+    if _everything(config):
+        targets = _attachable(names, targets, frozen)
+    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
+        problems += unmatched(names, patterns, field_name, targets)
+    return targets, head
+
+
+def _specs(names: Names, config: LoraConfig, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
+    """Rank, alpha and slices of each target that takes a low-rank change."""
+    variant = VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+    alpha = variant.default_alpha if config.alpha is None else config.alpha
+    return {
+        ref: TargetSpec(
+            int(value_for(names, ref, config.ranks, config.rank)),
+            value_for(names, ref, config.alphas, alpha),
+            value_for(names, ref, config.slices, None),
+            # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
+            clamp=_everything(config) and value_for(names, ref, config.ranks, None) is None,
+        )
+        for ref in targets
+        if is_matrix(names, ref)
+    }
+
+
+def _plan_full(
+    names: Names,
+    config: LoraConfig,
+    vectors: Sequence[ParamRef],
+    also: Sequence[str],
+    low: Sequence[LowRankPlan],
+    problems: list[str],
+) -> dict[str, tuple[str, ...]]:
+    """The parameters that are trained in full, by module: all of those in ``train_also``, targets with no two axes to
+    factor, biases, and whatever is tied to one of these."""
+    full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
+    by_path: dict[str, tuple[str, ...]] = {}
+    for path, name in vectors:
+        by_path[path] = (*by_path.get(path, ()), name)
+    for more in (by_path, _bias_plan(names, config, [entry.path for entry in low], also, problems)):
+        for path, parameters in more.items():
+            full[path] = tuple(dict.fromkeys((*full.get(path, ()), *parameters)))
+    return with_ties(names, full)
+
+
+def _planned_twice(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Problems of parameters that would be changed at a low rank and trained in full."""
+    for path, name in {ref for entry in low for ref in entry.holders}:
+        if name in full.get(path, ()):
+            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+            yield sentence(found, "one of them", "leave one of the tied modules out of train_also")
+
+
+def _everything(config: LoraConfig) -> bool:
+    return not callable(config.targets) and "all" in _strings(config.targets)
 
 
 def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[ParamRef]:
@@ -177,18 +216,18 @@ def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[
 
 
 def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
-    """Every place whose parameter an adapter changes or replaces."""
-    own = [ref for entry in low for ref in entry.holders]
-    return [*own, *((path, name) for path, parameters in full.items() for name in parameters)]
+    """(path, name) of every parameter that an adapter changes or replaces, under each name of a tied one."""
+    low_refs = [ref for entry in low for ref in entry.holders]
+    return [*low_refs, *((path, name) for path, parameters in full.items() for name in parameters)]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """``full`` with every other place that holds the same parameters: a tie is trained as one."""
-    held, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
+    """``full`` with every other module that holds the same parameters: a tie is trained as one."""
+    by_identity, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
     for path, parameters in full.items():
         for name in parameters:
-            for other, own in held.get(id(names.modules[path]._parameters.get(name)), ()):
-                whole.setdefault(other, {})[own] = None
+            for other, other_name in by_identity.get(id(names.modules[path]._parameters.get(name)), ()):
+                whole.setdefault(other, {})[other_name] = None
     return {path: tuple(parameters) for path, parameters in whole.items()}
 
 
@@ -215,10 +254,10 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 
 def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list[ParamRef]:
     """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
-    held = holders(names)
+    by_identity = holders(names)
     refused: dict[ParamRef, str] = {}
     for ref in targets:
-        reason = next(refusals_of(names, ref, held), None)
+        reason = next(refusals_of(names, ref, by_identity), None)
         if reason is None and not is_matrix(names, ref):
             problems: list[str] = []
             check_full(names, {ref[0]: (ref[1],)}, problems, frozen)
@@ -227,13 +266,13 @@ def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list
             refused[ref] = reason
     if refused:
         lines = "\n".join(f"  {reason}" for reason in refused.values())
-        warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=4)
+        warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=5)
     return [ref for ref in targets if ref not in refused]
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is wanted for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each of its
+    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each of its
     equal parts. ``clamp`` lowers the rank to what the shape allows."""
 
     rank: int
@@ -242,16 +281,16 @@ class TargetSpec:
     clamp: bool = False
 
 
-def plan_low(names: Names, wanted: Mapping[ParamRef, TargetSpec], problems: list[str]) -> list[LowRankPlan]:
-    """A plan for each wanted weight, with everyone who holds or reads it; problems are added."""
-    held = holders(names)
+def plan_low(names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> list[LowRankPlan]:
+    """A plan for each weight in ``specs``, with every module that holds or reads it; problems are added."""
+    by_identity = holders(names)
     plans: dict[ParamRef, LowRankPlan] = {}
-    for ref, spec in wanted.items():
-        found = list(refusals_of(names, ref, held))
+    for ref, spec in specs.items():
+        found = list(refusals_of(names, ref, by_identity))
         if found:
             problems += found
             continue
-        entry = _low_plan(names, holders_of(names, ref, held), spec, problems)
+        entry = _low_plan(names, holders_of(names, ref, by_identity), spec, problems)
         if entry is not None:
             plans.setdefault(entry.ref, entry)
     return list(plans.values())

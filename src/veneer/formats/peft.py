@@ -214,27 +214,40 @@ def split(
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
-    low: dict[str, PeftLayer] = {}
+    low = {}
     for path, entry in pairs.items():
-        if "A" not in entry or "B" not in entry:
-            problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
-            continue
-        if entry["A"].dim() < 2 or entry["B"].dim() < 2:
-            found = f"A {tuple(entry['A'].shape)} and B {tuple(entry['B'].shape)} at {path!r}"
-            problems.append(sentence(found, "matrices", "get the whole file again"))
-            continue
-        A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
-        more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
-        rank, alpha, scale = strength(config, *named, unnested(attention_of(path) or path)[0])
-        at = named[0] if named else unnested(path)[0]
-        layer = PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
-        if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
-            found = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
-            do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
-            problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
-        low[path] = layer
+        layer = _layer(path, entry, extras, config, ours, problems)
+        if layer is not None:
+            low[path] = layer
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
     return low, full
+
+
+def _layer(
+    path: str,
+    entry: Mapping[str, Any],
+    extras: Iterable[str],
+    config: Mapping[str, Any],
+    ours: bool,
+    problems: list[str],
+) -> PeftLayer | None:
+    """The change of one path of the file, from its tensors by side ("A", "B", a suffix of ``extras``)."""
+    if "A" not in entry or "B" not in entry:
+        problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
+        return None
+    if entry["A"].dim() < 2 or entry["B"].dim() < 2:
+        found = f"A {tuple(entry['A'].shape)} and B {tuple(entry['B'].shape)} at {path!r}"
+        problems.append(sentence(found, "matrices", "get the whole file again"))
+        return None
+    A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
+    more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
+    rank, alpha, scale = strength(config, *named, unnested(attention_of(path) or path)[0])
+    at = named[0] if named else unnested(path)[0]
+    if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
+        found = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
+        do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
+        problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
+    return PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
 
 
 def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
