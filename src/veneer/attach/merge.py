@@ -421,8 +421,8 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: st
 
 
 def _keep(write: _Write, spill: Spill | None = None) -> None:
-    """Put a weight's old bits aside, all of them in one step. In ``spill`` they are for a failure alone, and nobody will
-    ask whether the merged weight was edited."""
+    """Put a weight's old bits aside, all of them in one step. In ``spill`` they are for a failure alone, and
+    nobody will ask whether the merged weight was edited."""
     stored_weight = write.stored_weight
     bits = {
         key: aside(tensor) if spill is None else spill.put(tensor) for key, tensor in stored_weight.stored().items()
