@@ -15,7 +15,7 @@ from tests.support.toys import error, randomise
 from torch import nn
 
 import veneer
-import veneer.bank
+import veneer.bank.bank
 from veneer.bank.batch_state import BatchState
 from veneer.bases import BASES
 from veneer.errors import SelectionError
@@ -165,14 +165,14 @@ def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(t
 
 
 def slow_load(monkeypatch, begun, go):
-    hold = veneer.bank.hold
+    load = veneer.bank.bank.load_resident
 
     def slow(*args, **given):
         begun.set()
         assert go.wait(10)
-        return hold(*args, **given)
+        return load(*args, **given)
 
-    monkeypatch.setattr(veneer.bank, "hold", slow)
+    monkeypatch.setattr(veneer.bank.bank, "load_resident", slow)
 
 
 def test_a_bank_that_loads_is_not_closed(tmp_path, monkeypatch):
@@ -199,9 +199,11 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
         bank.register(name, tmp_path / name)
     bank.remove("a")
     bank.register("a", tmp_path / "a")
-    monkeypatch.setattr(veneer.bank, "PATIENCE", 2.0)
-    hold, outcomes = veneer.bank.hold, []
-    monkeypatch.setattr(veneer.bank, "hold", lambda *args, **given: (time.sleep(0.1), hold(*args, **given))[1])
+    monkeypatch.setattr(veneer.bank.bank, "PATIENCE", 2.0)
+    load, outcomes = veneer.bank.bank.load_resident, []
+    monkeypatch.setattr(
+        veneer.bank.bank, "load_resident", lambda *args, **given: (time.sleep(0.1), load(*args, **given))[1]
+    )
 
     def blend(*names):
         with bank.rows([dict.fromkeys(names, 0.5)]):

@@ -1,18 +1,18 @@
-"""The adapters of one call, as ``kernels/mixed.py`` reads them, or laid out for ``kernels/batched.py``.
+"""The adapters of one call, as ``kernels/compiled/mixed_rows.py`` reads them, or laid out for ``kernels/batched.py``.
 
-    deck ─ layers      each changed by one of two kernels
-         ─ lineups     what the rows of a call use: groups, addresses or runs, gains and biases
-         ─ racks       one for each size of adapter: slots, and which adapter has which
+    BatchState ─ layers         each changed by one of two kernels
+               ─ assignments    what the rows of a call use: addresses or runs, groups of rows, gains and biases
+               ─ buckets        one for each size of rank: lanes, and which adapter has which
 
-``mixed`` is compiled and reads the numbers where they are held. It is for float32 and bfloat16 on a processor, and of
-prompts on few threads, as it has one. Where numba is missing, on other devices and in other dtypes it is ``batched``,
-plain tensor code, for which each layer has A [slots, r, in] and B [slots, r, out] of each rack. An adapter that is used
-takes a slot, the same one in every layer, and keeps it until another needs it. So who uses the same adapters again
-finds them laid out, and one that comes copies its own numbers alone. A layer that an adapter leaves alone, or changes
-at a smaller rank, has zeros there.
+``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and bfloat16 on a
+processor, and of prompts on few threads, as it has one. Where numba is missing, on other devices and in other dtypes it
+is ``batched``, plain tensor code, for which each layer has A [lanes, r, in] and B [lanes, r, out] of each bucket. An
+adapter that is used takes a lane, the same one in every layer, and keeps it until another needs it. So who uses the
+same adapters again finds them laid out, and one that comes copies its own factors alone. A layer that an adapter leaves
+alone, or changes at a smaller rank, has zeros there.
 
-One call at a time has a deck: nothing moves under it. Slots belong to a ``ResidentAdapter`` by its ``uid``, which is
-never used again, so an adapter that was removed cannot be met under its name.
+One call at a time has a batch state: nothing moves under it. Lanes belong to a ``ResidentAdapter`` by its ``uid``,
+which is never used again, so an adapter that was removed cannot be met under its name.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import THREADS, batched, fused, has_numba
 from veneer.kernels.batched import Grouping
 
-#: ranks are rounded up to powers of two from this on: adapters that come to the same share a rack
+#: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
 SMALLEST = 8
-#: calls in a row that need at most half of a rack's slots before the others are given up
+#: calls in a row that need at most half of a bucket's lanes before the others are given up
 PATIENCE = 8
-#: how many lineups are kept: a server's, for the rows that decode and those that begin
+#: how many assignments are kept: a server's, for the rows that decode and those that begin
 KEPT = 4
 #: tokens a row up to which rows are grouped
 FEW = 4
@@ -46,8 +46,8 @@ Uses = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class Frame:
-    """What a bank knows of the model that its adapters are for: its modules by the keys of their sites, and how its
-    calls are selected."""
+    """What a bank knows of the model that its adapters are for: its modules by the keys of their layer states, and how
+    its calls are selected."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
@@ -55,7 +55,7 @@ class Frame:
 
 
 class RankBucket:
-    """Slots for adapters of about one rank."""
+    """Lanes for adapters of about one rank."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.lanes, self.slack = rank, 0, 0
@@ -66,13 +66,13 @@ class RankBucket:
 
 
 class Block:
-    """A layer's factors in one rack: A [slots, r, in], B [slots, r, out]."""
+    """A layer's factors in one bucket: A [lanes, r, in], B [lanes, r, out]."""
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = A, B
 
     def lanes(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Those of so many slots."""
+        """Those of so many lanes."""
         if count == len(self.A):
             return self.A, self.B
         return self.A.narrow(0, first, count), self.B.narrow(0, first, count)
@@ -82,11 +82,11 @@ class Block:
         if resolved_low is not None:
             self.A[lane, :rank] = resolved_low.A
             self.B[lane, :rank] = resolved_low.B
-        self.A[lane, rank:] = self.B[lane, rank:] = 0  # whoever had this slot before; 0 · NaN would be NaN
+        self.A[lane, rank:] = self.B[lane, rank:] = 0  # whoever had this lane before; 0 · NaN would be NaN
 
 
 def compiled(weight: Tensor, factors: torch.dtype) -> Any:
-    """``kernels.mixed`` where it is for such a weight, else None."""
+    """``mixed_rows`` where it is for such a weight, else None."""
     if not has_numba() or weight.device.type != "cpu":
         return None
     from veneer.kernels.compiled import mixed_rows
@@ -104,7 +104,7 @@ def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 class Layer:
-    """One layer in a deck."""
+    """One layer as a batch state has it."""
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
@@ -118,7 +118,7 @@ class Layer:
         self.compiled = compiled(own, self.factors)
 
     def room(self, bucket: RankBucket) -> None:
-        """Zeros for all slots of a rack, where the kernel wants them."""
+        """Zeros for all lanes of a bucket, where the kernel wants them."""
         if self.compiled is not None:
             return
         A, B = (
@@ -202,7 +202,7 @@ class Layer:
 
 
 class BatchAssignment:
-    """What the rows of a call use. ``table`` is what is called in the place of each site's layer."""
+    """What the rows of a call use. ``table`` is what is called in the place of each layer."""
 
     def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
@@ -230,13 +230,13 @@ class BatchAssignment:
 
     @cached_property
     def together(self) -> Any:
-        """The rows as ``kernels.mixed`` has them."""
+        """The rows as ``mixed_rows`` has them."""
         from veneer.kernels.compiled import mixed_rows
 
         return mixed_rows.rows([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
 
     def table_of(self, layer: Layer) -> Any:
-        """Where the factors of a layer are that is for ``kernels.mixed``; they stay there as long as this lineup."""
+        """Where the factors of a layer are that is for ``mixed_rows``; they stay there as long as this."""
         parts = [resident.parts.get(layer.key) for uses in self.distinct for resident, _ in uses]
         self.tables[layer.key] = layer.compiled.table([None if one is None else (one.A, one.B) for one in parts])
         return self.tables[layer.key]
@@ -256,7 +256,7 @@ class BatchAssignment:
         return self.made[layer.key]
 
     def groupings(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[tuple[int, Grouping]]:
-        """How rows of so many tokens are grouped in each rack that they use."""
+        """How rows of so many tokens are grouped in each bucket that they use."""
         key = tokens, device, dtype
         found = self.plans.get(key)
         if found is None:
@@ -291,36 +291,36 @@ class BatchAssignment:
 def _grouping(
     rows: Sequence[Uses], bucket: RankBucket, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Grouping:
-    """The rows that use adapters of a rack, by their slots."""
+    """The rows that use adapters of a bucket, by their lanes."""
     used = [bucket.taken[resident.uid] for uses in rows for resident, _ in uses if resident.uid in bucket.taken]
     lowest, count = min(used), max(used) - min(used) + 1
-    places: list[list[tuple[int, float]]] = [[] for _ in range(count)]
-    mine: list[list[tuple[int, int]]] = []  # for each row, (slot, number within its group)
+    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in range(count)]
+    mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
     for row, uses in enumerate(rows):
         mine.append([])
         for resident, weight in uses:
             if resident.uid in bucket.taken:
                 lane = bucket.taken[resident.uid] - lowest
-                mine[row].append((lane, len(places[lane])))
-                places[lane].append((row, weight))
-    size = max(map(len, places))
-    padded = [place + [(0, 0.0)] * (size - len(place)) for place in places]
+                mine[row].append((lane, len(rows_of_lane[lane])))
+                rows_of_lane[lane].append((row, weight))
+    size = max(map(len, rows_of_lane))
+    padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
 
     def of_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or places as those of their tokens; None where these are 0, 1, 2, …"""
+        """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
         wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
         flat = wide.flatten()
         same = len(flat) == count * size * tokens == len(rows) * tokens
         return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
 
-    order = of_tokens([row for place in padded for row, _ in place])
-    strength = torch.tensor([[weight for _, weight in place] for place in padded], dtype=dtype, device=device)
-    plain = all(weight in (0.0, 1.0) for place in padded for _, weight in place)
+    order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
+    strength = torch.tensor([[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device=device)
+    plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
     weights = None if plain else strength.repeat_interleave(tokens, 1)[:, None]
     back = []
     for number in range(max(map(len, mine))):
         has = [len(own) > number for own in mine]
-        own = [place[number] if some else (0, 0) for place, some in zip(mine, has, strict=True)]
+        own = [entry[number] if some else (0, 0) for entry, some in zip(mine, has, strict=True)]
         index = of_tokens([lane * size + within for lane, within in own])
         lacks = None
         if not all(has):
@@ -330,7 +330,7 @@ def _grouping(
 
 
 class BatchState:
-    """Racks, layers, and what the running call uses."""
+    """Buckets, layers, and what the running call uses."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
@@ -341,12 +341,12 @@ class BatchState:
 
     @property
     def uids(self) -> set[int]:
-        """Whose numbers are laid out or held."""
+        """Whose factors are laid out or kept."""
         laid = {uid for bucket in self.buckets.values() for uid in bucket.taken}
         return laid.union(resident.uid for assignment in self.assignments.values() for resident in assignment.members)
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
-        """Lay out what the rows use, and make it what calls of the deck's layers mean."""
+        """Lay out what the rows use, and make it what calls of its layers mean."""
         members = list({resident: None for uses in rows for resident, _ in uses})
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
         self._give_up(members)
@@ -371,8 +371,8 @@ class BatchState:
         return BatchAssignment(self, rows)
 
     def forget(self, uid: int) -> None:
-        """An adapter is no longer in memory: its slot is free, and nothing here holds it. A rack that nobody has a slot
-        of is given up."""
+        """An adapter is no longer in memory: its lane is free, and nothing here holds it. A bucket without
+        adapters is given up."""
         self._vacate(uid)
         for bucket in [one for one in self.buckets.values() if not one.taken]:
             del self.buckets[bucket.rank]
@@ -387,7 +387,7 @@ class BatchState:
         }
 
     def _give_up(self, members: Sequence[ResidentAdapter]) -> None:
-        """Slots that have long been more than twice of what is needed."""
+        """Lanes that have long been more than twice of what is needed."""
         for bucket in self.buckets.values():
             needed = sum(bool(resident.rank) and _size(resident) == bucket.rank for resident in members)
             bucket.slack = bucket.slack + 1 if needed and 2 * needed <= bucket.lanes else 0
@@ -445,5 +445,5 @@ class BatchState:
 
 
 def _size(resident: ResidentAdapter) -> int:
-    """The rank of the rack for an adapter."""
+    """The rank of the bucket for an adapter."""
     return max(SMALLEST, 1 << (resident.rank - 1).bit_length())

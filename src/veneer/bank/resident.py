@@ -1,13 +1,13 @@
-"""An adapter that a bank holds in memory: the parts of its sites, without the model's knowing it.
+"""An adapter in memory: what it does at each layer, without the model's knowing it.
 
-    place       what stands in a site's place in a call: for the key of each site
-        Thin    a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
-        LayerAdapter    everything else there is
+    parts       what runs in the place of a layer's forward: by the key of its ``LayerState``
+        ResolvedLowRank     a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
+        LayerAdapter        everything else there is
 
-A ``ResolvedLowRank`` is a few views of one block of memory that holds all thin numbers of the adapter in the dtype of
-the base.
-So an adapter takes the bytes of its numbers and little more, and gives them back at once. What is resolved here (the
-gain of DoRA, the products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains here.
+A ``ResolvedLowRank`` is a few views of one block of memory that holds all factors of the adapter in the dtype of the
+base. So an adapter takes the bytes of its factors and little more, and gives them back at once. What is resolved here
+(the gain of DoRA, the products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains
+here.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError, sentence
 from veneer.fileio.throttle import throttled
+from veneer.formats import peft
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: how much larger than the trained numbers their product may be: a variant that trains little for a large rank stays as
-#: it is
+#: how much larger than the adapter parameters the factors that they resolve to may be: a variant that trains little for
+#: a large rank stays as it is
 SWELL = 2.0
-#: bytes that Python takes for a part besides its numbers, about
+#: bytes that Python takes for a part besides its tensors, about
 OVERHEAD = 1 << 10
 
 _COUNT = itertools.count()
@@ -96,16 +97,16 @@ class ResolvedLowRank:
     def run(
         self, module: nn.Module, base: Any, layer_state: LayerState, args: tuple, kwargs: dict, now: Any, **how: Any
     ) -> Any:
-        """The way for calls that the batched products are not for (autocast, gradients): W + ΔW, formed."""
+        """For calls that the batched products are not for (autocast, gradients): on W + ΔW, formed."""
         return viewed(self, module, base, layer_state, args, kwargs, how.get("method", "forward"))
 
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``adapted.ActiveAdapter`` has it.
+    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``state.ActiveAdapter`` has it.
 
-    ``nbytes`` counts its numbers and what Python takes for its parts, ``rank`` is the largest of its thin changes, and
-    ``general`` are the keys of the sites where it is more than a ``ResolvedLowRank``.
+    ``nbytes`` counts its tensors and what Python takes for its parts, ``rank`` is the largest of its low-rank changes,
+    and ``general`` are the keys of the layers where it is more than a ``ResolvedLowRank``.
     """
 
     path: Path
@@ -117,14 +118,20 @@ class ResidentAdapter:
     uid: int = field(default_factory=_COUNT.__next__)
 
 
+def expected_bytes(path: Path) -> int:
+    """Bytes that an adapter will take at least about: those of its file, of which a 16-bit base keeps half."""
+    file = path / peft.TENSORS
+    return file.stat().st_size // 2 if file.is_file() else 0
+
+
 @torch.inference_mode(False)  # calls of any mode use what is made here
-def hold(
+def load_resident(
     model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, cache: MatchCache, recipes: Recipes
 ) -> ResidentAdapter:
     """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
 
     Args:
-        dtype: of the numbers; None takes that of each weight.
+        dtype: of the factors; None takes that of each weight.
         cache, recipes: what is known of the model and of such adapters already; what is found out is added.
 
     Raises:
@@ -140,7 +147,7 @@ def hold(
     recipe = recipes.get(id(low))  # that very tuple is kept in ``cache``
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)
-        return _held(path, config.variant, tables, [], len(tables))
+        return _resident(path, config.variant, tables, [], len(tables))
     parts = build(names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters)
     load_plan.fill(parts)
     table = _placed(model, names, load_plan.plans, parts)
@@ -154,7 +161,7 @@ def hold(
         and _ordinary(low, names)
     ):
         recipes[id(low)] = Recipe(config, low, [names.modules[entry.path] for entry in low])
-    return _held(path, config.variant, tables, general, len(parts))
+    return _resident(path, config.variant, tables, general, len(parts))
 
 
 @in_turn
@@ -164,7 +171,8 @@ def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, La
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """An adapter that was all thin: another one of the same plan is made without the modules that training needs."""
+    """An adapter that was all ``ResolvedLowRank``: another one of the same plan is made without the modules that training
+    needs."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -186,7 +194,7 @@ class Recipe:
             )  # fmt: skip
             wanted = weight.dtype if dtype is None else dtype
             resolved.append((module, entry.dims, [*_flattened(low, gain, wanted), None]))
-        resolved_low = _thin(resolved)
+        resolved_low = _in_one_block(resolved)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
         return {layer_state.key: one for layer_state, one in zip(layer_states, resolved_low, strict=True)}
 
@@ -204,11 +212,11 @@ def _ordinary(low: Sequence[LowRankPlan], names: Names) -> bool:
     return plain and not any(layer_state is None or layer_state.transposed for layer_state in layer_states)
 
 
-def _held(
+def _resident(
     path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int
 ) -> ResidentAdapter:
     resolved_low = {id(one): one for one in tables.values() if isinstance(one, ResolvedLowRank)}.values()
-    numbers = {
+    general_bytes = {
         id(value): value.numel() * value.element_size()
         for part in general
         for value in (*part.parameters(), *part.buffers())
@@ -218,7 +226,7 @@ def _held(
         path,
         variant,
         tables,
-        size + sum(numbers.values()) + OVERHEAD * parts,
+        size + sum(general_bytes.values()) + OVERHEAD * parts,
         max((one.A.shape[0] for one in resolved_low), default=0),
         frozenset(key for key, part in tables.items() if not isinstance(part, ResolvedLowRank)),
     )
@@ -231,7 +239,7 @@ def _bytes(tensor: Tensor | None) -> int:
 def _divided(
     names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
-    """The thin parts by the identity of what they were made of, and the parts that stay."""
+    """The ``ResolvedLowRank`` parts by the identity of what they were made of, and the parts that stay."""
     resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
     split, general = [], []
     below = {
@@ -242,22 +250,22 @@ def _divided(
     }
     for path, part in parts.items():
         module = names.modules[path]
-        numbers = None if id(part) in below else _resolved(part, module, dtype)
-        if numbers is None:
+        tensors = None if id(part) in below else _resolved(part, module, dtype)
+        if tensors is None:
             general.append(part)
         else:
             (change,) = part.changes.values()
             split.append(id(part))
-            resolved.append((module, change.dims, numbers))
-    return dict(zip(split, _thin(resolved), strict=True)), general
+            resolved.append((module, change.dims, tensors))
+    return dict(zip(split, _in_one_block(resolved), strict=True)), general
 
 
-def _thin(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -> list[ResolvedLowRank]:
-    """The parts of modules with these dims and [A, B, gain, bias], whose numbers lie together."""
-    flat = _together([value for *_, numbers in resolved for value in numbers if value is not None])
+def _in_one_block(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -> list[ResolvedLowRank]:
+    """The parts of modules with these dims and [A, B, gain, bias], whose tensors lie together."""
+    flat = _together([value for *_, tensors in resolved for value in tensors if value is not None])
     made = []
-    for module, dims, numbers in throttled(resolved):
-        A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in numbers])
+    for module, dims, tensors in throttled(resolved):
+        A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in tensors])
         layer_state: Any = state_of(module)
         made.append(ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims))
     return made
@@ -299,11 +307,11 @@ def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
     """Copies of tensors, one after the other in one block of memory for each dtype and device. Each begins at a
     multiple of 64 bytes."""
     starts: dict[Any, int] = {}
-    places = []
+    offsets = []
     for value in values:
         kind, step = (value.dtype, value.device), 64 // value.element_size()
-        places.append((kind, starts.get(kind, 0)))
-        starts[kind] = places[-1][1] + -(-value.numel() // step) * step
+        offsets.append((kind, starts.get(kind, 0)))
+        starts[kind] = offsets[-1][1] + -(-value.numel() // step) * step
     blocks = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()}
-    for value, (kind, start) in zip(values, places, strict=True):
+    for value, (kind, start) in zip(values, offsets, strict=True):
         yield blocks[kind][start : start + value.numel()].view(value.shape).copy_(value)

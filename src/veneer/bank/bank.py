@@ -1,0 +1,497 @@
+"""The adapters of one model: named, loaded when they are used, evicted when memory is needed, used row by row.
+
+An adapter is on disk, in memory, or in memory and in use. What is in use or pinned stays; of the rest, what was used
+longest ago makes room. Nothing is registered with the model: its ``state_dict`` and its parameters are those of the
+base, and a call outside of ``rows`` is the base's own. Threads may use one bank at once: each call has a batch state to
+itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import context
+from veneer.adapter_files.folder import missing
+from veneer.adapter_files.match_model import MatchCache
+from veneer.attach.adapted_module import layer_states, walk
+from veneer.attach.blend import finite_weights
+from veneer.attach.install import abandon, enlist
+from veneer.attach.lookup import adapters_of, strangers, unwrap
+from veneer.attach.select_rows import time_first
+from veneer.attach.state import BASE, ActiveAdapter, in_turn
+from veneer.attach.targets import Names
+from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
+from veneer.bank.lease import Entry, Lease, Status, weights_of
+from veneer.bank.resident import Recipes, ResidentAdapter, expected_bytes, load_resident
+from veneer.distributed import spread_problem
+from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
+from veneer.fileio import throttle
+
+#: seconds for which a load waits for memory that others use
+PATIENCE = 60.0
+#: seconds after a call in which the next one is expected
+QUIET = 0.05
+
+
+class Bank:
+    """The adapters of one model.
+
+    Args:
+        model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
+            are frozen. ``close`` gives both back.
+        capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the running calls have laid
+            out comes on top: the factors of the adapters that they use, once more.
+        dtype: of the adapters' parameters in memory; None takes that of each base weight.
+        verify_base: False accepts other base weights of the same shapes.
+
+    Attributes:
+        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a "fail" of a load, from
+            the thread where it happened.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity_bytes: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        verify_base: bool = True,
+    ) -> None:
+        model = unwrap(model)
+        if problem := strangers(model):
+            raise SelectionError(problem)
+        if problem := spread_problem(
+            (module for _, module in walk(model)), "a bank", "give it a model that one process holds"
+        ):
+            raise SelectionError(problem)
+        prepare(model, dtype)
+        self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base
+        self.on_event: Callable[[str, str, float], None] | None = None
+        self._attached = _joined(model)
+        self._frame = Frame(self._attached.uid, time_first(model))
+        self._entries: dict[str, Entry] = {}
+        self._cache = MatchCache(Names(model))
+        self._recipes: Recipes = {}
+        self._changed = threading.Condition(threading.RLock())
+        self._loading = threading.Lock()
+        self._loader: ThreadPoolExecutor | None = None
+        self._batch_states: list[BatchState] = []  # that no call uses
+        self._calls, self._ended = 0, -QUIET
+        self._clock = 0
+        self._bytes = 0
+        self._alive: set[int] = set()  # who takes these bytes, by ``ResidentAdapter.uid``
+        self._drops = 0
+        self._crowded = 0
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------ names
+
+    def register(self, name: str, path: str | Path) -> None:
+        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used.
+
+        Raises:
+            SelectionError: the name is taken, or no name.
+            AdapterError: there is no adapter at the path.
+        """
+        path = Path(path)
+        if not isinstance(name, str) or not name:
+            raise SelectionError(sentence(f"the name {name!r}", "a text", "choose one"))
+        raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
+        with self._changed:
+            self._open()
+            if name in self._entries:
+                found = f"adapter name {name!r}, which is taken"
+                raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
+            self._entries[name] = Entry(name, path)
+
+    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False) -> str:
+        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now. ``replace`` lets
+        it take the place of what has the name already, at the moment when it is loaded; both are in memory until then.
+
+        Raises:
+            AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
+        """
+        name = Path(path).name if name is None else name
+        if replace and name in self:
+            self._replace(name, Path(path), pin)
+            return name
+        self.register(name, path)
+        entry = self._entries.get(name)
+        try:
+            self._acquire({name: 1.0}).release()
+        except BaseException:
+            with self._changed:
+                if entry is not None and self._entries.get(name) is entry:
+                    del self._entries[name]
+                    if not entry.users:  # a call of another thread may have had more luck with it
+                        self._drop(entry)
+            raise
+        if pin:
+            self.pin(name)
+        return name
+
+    def _replace(self, name: str, path: Path, pin: bool) -> None:
+        """Load an adapter beside the one of its name, and then let the name mean the new one."""
+        raise_all(AdapterError, f"{name!r} cannot be replaced", missing(path))
+        with self._loading:
+            with self._changed:
+                self._open()
+                new = Entry(name, path, users=1)
+                self._clock += 1
+                new.used = self._clock
+            lease = self._loaded({name: 1.0}, [new])
+            with self._changed:
+                old = self._entries.get(name)
+                self._entries[name] = new
+                new.pinned = pin or (old is not None and old.pinned)
+                if old is not None and not old.users:
+                    self._drop(old)
+            lease.release()
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""
+        with self._changed:
+            entry = self._need(name)
+            del self._entries[name]
+            if not entry.users:
+                self._drop(entry)
+        self._tell("remove", name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter in memory; a cold one is loaded.
+
+        Raises:
+            SelectionError, AdapterError, BaseMismatchError, BankFullError: nothing has changed.
+        """
+        with self._acquire({name: 1.0}), self._changed:
+            self._need(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        with self._changed:
+            self._need(name).pinned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapters in memory."""
+        return self._bytes
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a load waits for memory that is in use: the longer, the more leases are taken meanwhile."""
+        return self._crowded > 0
+
+    def status(self) -> list[Status]:
+        with self._changed:
+            return [
+                Status(
+                    entry.name, entry.path, entry.resident is not None, entry.resident.nbytes if entry.resident else 0,
+                    entry.pinned, entry.users, *(entry.seen or (None, None)),
+                )
+                for entry in self._entries.values()
+            ]  # fmt: skip
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    # ------------------------------------------------------------------------------------------ use
+
+    def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
+        """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they are in memory: at
+        once, or once a thread has loaded those that are not.
+
+        Raises:
+            SelectionError: an unknown name or a weight that is no finite number, at once. What loading raises comes
+                through the future.
+        """
+        done: Future[Lease] = Future()
+        with self._changed:
+            finite_weights(adapter_weights)
+            if all(self._need(name).resident is not None for name in adapter_weights):
+                done.set_result(self._lease(adapter_weights, self._taken(adapter_weights)))
+                return done
+            if self._loader is None:
+                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads)
+            return self._loader.submit(self._acquire, dict(adapter_weights))
+
+    def prefetch(self, name: str) -> Future[Lease]:
+        """Load an adapter in the background, and keep it no more than any other."""
+        future = self.acquire({name: 1.0})
+        future.add_done_callback(lambda done: None if done.exception() else done.result().release())
+        return future
+
+    @contextmanager
+    def rows(self, choices: Sequence[Any]) -> Iterator[None]:
+        """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a blend {name: weight},
+        or a ``Lease``. Adapters that are not in memory are loaded first. It holds for the calls of this thread or
+        task.
+
+        Raises:
+            SelectionError: an unknown name, no rows.
+            AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
+        """
+        if isinstance(choices, str | Mapping) or not len(choices):
+            found = "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
+            raise SelectionError(sentence(found, "one choice for each row", "name an adapter or None for each row"))
+        row_weights = [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
+        lease: Lease | None = None
+        try:
+            names = {name: 1.0 for weights in row_weights if weights for name in weights}
+            lease = self._acquire(names) if names else None
+            resident = {} if lease is None else dict(zip(lease.adapter_weights, lease.uses, strict=True))
+            uses = tuple(
+                tuple((adapter, weight) for adapter, weight in self._own(choice).uses if weight)
+                if weights is None
+                else tuple((resident[name][0], weight) for name, weight in weights.items() if weight)
+                for choice, weights in zip(choices, row_weights, strict=True)
+            )
+            with self._using(uses):
+                yield
+        finally:
+            if lease is not None:
+                lease.release()
+
+    def generate(self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any) -> Any:
+        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams and returned sequences
+        of a row use what the row uses.
+
+        Raises:
+            SelectionError: as ``rows``; also where an encoder runs before the rows are multiplied.
+        """
+        model: Any = self.model
+        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        beams, sequences = (
+            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        times = max(beams, sequences)
+        if times > 1 and getattr(model.config, "is_encoder_decoder", False):
+            found = f"{times} sequences a row from an encoder and a decoder, of which the encoder sees each row once"
+            raise SelectionError(sentence(found, "one sequence a row", "repeat the rows of the inputs yourself"))
+        with self.rows([choice for choice in adapters for _ in range(times)]):
+            return model.generate(inputs, **kwargs)
+
+    def throttle_loads(self) -> None:
+        """From now on, let what this thread loads pause while calls run, which then hardly feel it: a load takes a
+        second. A call that has just ended is followed by another one."""
+        throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
+
+    def close(self) -> None:
+        """Forget all adapters and give the model its classes and ``requires_grad`` back.
+
+        Raises:
+            SelectionError: an adapter is in use or being loaded. Nothing has changed.
+        """
+        if not self._loading.acquire(blocking=False):
+            raise SelectionError(sentence("a bank that loads an adapter", "no running load", "let it end first"))
+        try:
+            self._shut()
+        finally:
+            self._loading.release()
+
+    def _shut(self) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            used = [entry.name for entry in self._entries.values() if entry.users]
+            if used or self._calls:
+                found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
+                raise SelectionError(sentence(found, "no running call", "let the calls end first"))
+            self._closed = True
+            for entry in self._entries.values():
+                self._drop(entry)
+            self._entries.clear()
+            self._batch_states.clear()
+            if self._loader is not None:
+                self._loader.shutdown(wait=False)
+        _left(self.model, self._attached)
+
+    # ------------------------------------------------------------------------------------------ within
+
+    def _open(self) -> None:
+        if self._closed:
+            raise SelectionError(sentence("a bank that was closed", "an open one", "make another"))
+
+    def _need(self, name: str) -> Entry:
+        self._open()
+        entry = self._entries.get(name)
+        if entry is None:
+            found = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
+            raise SelectionError(sentence(found, "a name that is registered", "register it, or check the spelling"))
+        return entry
+
+    def _own(self, lease: Any) -> Lease:
+        if not isinstance(lease, Lease) or lease._bank is not self or len(lease._entries) != len(lease.uses):
+            raise SelectionError(sentence("a lease that was released, or of another bank", "a live one", "acquire one"))
+        return lease
+
+    def _taken(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
+        """The entries of a blend, each with one user more: from now on none of them is evicted."""
+        entries = [self._need(name) for name in adapter_weights]
+        self._clock += 1
+        for entry in entries:
+            entry.users += 1
+            entry.used = self._clock
+        return entries
+
+    def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
+        """A lease, now; this thread loads what is cold. It holds nothing while it waits for its turn: what is loaded
+        before it may need the room."""
+        with self._changed:
+            if all(self._need(name).resident is not None for name in adapter_weights):
+                return self._lease(adapter_weights, self._taken(adapter_weights))
+        with self._loading:  # one at a time: it is work for all cores
+            with self._changed:
+                entries = self._taken(adapter_weights)
+            return self._loaded(adapter_weights, entries)
+
+    def _lease(self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
+        resident = [(entry, entry.resident) for entry in entries]
+        return Lease(self, adapter_weights, resident)  # pyright: ignore[reportArgumentType]
+
+    def _loaded(self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
+        """A lease on taken entries; who calls has the turn to load."""
+        try:
+            for entry in entries:
+                if entry.resident is None:
+                    self._load(entry, entries)
+        except BaseException:
+            self._release(entries)
+            raise
+        with self._changed:
+            return self._lease(adapter_weights, entries)
+
+    def _load(self, entry: Entry, wanted: Sequence[Entry]) -> None:
+        start = time.monotonic()
+        try:
+            self._room(expected_bytes(entry.path), wanted)
+            resident = load_resident(
+                self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
+                cache=self._cache, recipes=self._recipes,
+            )  # fmt: skip
+            self._room(resident.nbytes, wanted)
+        except BaseException:
+            self._tell("fail", entry.name, time.monotonic() - start)
+            raise
+        with self._changed:
+            self._learn(resident)
+            entry.resident, entry.seen = resident, (resident.rank, resident.variant)
+            self._bytes += resident.nbytes
+            self._alive.add(resident.uid)
+        self._tell("load", entry.name, time.monotonic() - start)
+
+    def _learn(self, resident: ResidentAdapter) -> None:
+        """Note modules that no adapter changed before."""
+        if any(key not in self._frame.modules for key in resident.parts):
+            self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
+
+    def _room(self, count: int, wanted: Sequence[Entry]) -> None:
+        """Evict until ``count`` bytes fit."""
+        if self.capacity is None:
+            return
+        deadline = time.monotonic() + PATIENCE
+        with self._changed:
+            while self._bytes + count > self.capacity:
+                idle = [e for e in self._entries.values() if e.resident is not None and not e.users and not e.pinned]
+                if idle:
+                    oldest = min(idle, key=lambda entry: entry.used)
+                    self._drop(oldest)
+                    self._tell("evict", oldest.name)
+                    continue
+                kept = {id(e): e.resident.nbytes for e in (*self._entries.values(), *wanted)
+                        if e.resident is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
+                waits = sum(kept.values()) + count <= self.capacity
+                if not waits or not self._freed(deadline - time.monotonic()):
+                    if waits and self._bytes + count <= self.capacity:
+                        continue
+                    found = (
+                        f"{count:,} bytes to load beside {sum(kept.values()):,} that are pinned or asked for with it"
+                    )
+                    found += "" if not waits else f", and others in use for {PATIENCE:g} s"
+                    do = "give the bank more, unpin adapters, or use fewer at once"
+                    raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
+
+    def _freed(self, seconds: float) -> bool:
+        """Wait for a change of who uses what; False if none comes in time."""
+        self._crowded += 1
+        try:
+            return self._changed.wait(max(0.0, seconds))
+        finally:
+            self._crowded -= 1
+
+    def _drop(self, entry: Entry) -> None:
+        resident, entry.resident, entry.pinned = entry.resident, None, False
+        if resident is not None:
+            self._bytes -= resident.nbytes
+            self._alive.discard(resident.uid)
+            self._drops += 1
+            for batch_state in self._batch_states:  # those that are in use do so as they come back
+                batch_state.forget(resident.uid)
+            self._changed.notify_all()
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        with self._changed:
+            for entry in entries:
+                entry.users -= 1
+                if not entry.users and self._entries.get(entry.name) is not entry:
+                    self._drop(entry)
+            if entries:
+                self._changed.notify_all()
+
+    @contextmanager
+    def _using(self, uses: tuple[Uses, ...]) -> Iterator[None]:
+        """A block of calls whose rows use these."""
+        with self._changed:
+            self._open()
+            batch_state, drops = (
+                self._batch_states.pop() if self._batch_states else BatchState(self._frame),
+                self._drops,
+            )
+            self._calls += 1
+        selected = None
+        try:
+            if any(uses):
+                selected = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
+            chosen = BASE if selected is None else selected
+            with context.changed(selection={**context.current.selection, self._attached.uid: chosen}):
+                yield
+        finally:
+            if selected is not None:  # who took this context along must not meet the next call's rows
+                selected.name, selected.parts = "the rows of a bank's block that has ended", None
+            batch_state.rest()
+            with self._changed:
+                if drops != self._drops:
+                    for uid in batch_state.uids - self._alive:
+                        batch_state.forget(uid)
+                self._batch_states.append(batch_state)
+                self._calls, self._ended = self._calls - 1, time.monotonic()
+
+    def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
+        if self.on_event is not None:
+            self.on_event(kind, name, seconds)
+
+
+@in_turn
+def _joined(model: nn.Module) -> Any:
+    attached = enlist(model)
+    attached.banks += 1
+    return attached
+
+
+@in_turn
+def _left(model: nn.Module, attached: Any) -> None:
+    attached.banks -= 1
+    if adapters_of(model) is attached:
+        abandon(model, attached)
