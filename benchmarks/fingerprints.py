@@ -47,14 +47,14 @@ def calls(model: nn.Module, file: Path) -> dict[str, Callable[[], float]]:
 
     def hashed() -> float:
         base_proof.forget()
-        return timed(lambda: base_proof.prints_of(tensors))
+        return timed(lambda: base_proof.fingerprints_of(tensors))
 
     def one_thread() -> Any:
         return list(hashing.fingerprints([tensor.content({}).dense for tensor in tensors], threads=1))
 
     def again() -> float:
-        base_proof.prints_of(tensors)
-        return timed(lambda: base_proof.prints_of(tensors))
+        base_proof.fingerprints_of(tensors)
+        return timed(lambda: base_proof.fingerprints_of(tensors))
 
     return {
         "read": lambda: timed(read), "hash": hashed, "hash, one thread": lambda: timed(one_thread), "again": again,

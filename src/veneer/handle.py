@@ -65,8 +65,8 @@ def attach(
     install(model, name, plans, calibration=calibration)
     cover(model)
     names = Names(model)
-    held = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
-    lost = [slot for key, slot in fresh(names).items() if key not in held]
+    in_full = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
+    lost = [ref for key, ref in fresh(names).items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 

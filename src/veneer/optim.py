@@ -1,8 +1,8 @@
-"""Ways to train an adapter's numbers: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks. Any optimiser of torch does the
+"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks. Any optimiser of torch does the
 steps; what stands here chooses learning rates, what is trained, and which triplets a layer keeps.
 
-Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end in the number's
-name (``"layers.0.q_proj.weight.A"``), or modules that hold the numbers.
+Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end in the parameter's
+name (``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
 
         optimiser = torch.optim.AdamW(freeze_a(handle), lr=1e-3)
 
-    B A x needs x for the gradient of A alone. With A frozen the factored path keeps only A x, rank numbers a token in
+    B A x needs x for the gradient of A alone. With A frozen the factored path keeps only A x, rank values a token in
     place of ``in``; gradients of what is trained stay exact. Undo it with ``A.requires_grad_()``.
 
     Args:
@@ -93,33 +93,33 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
     layers: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in named:
         layers.setdefault(name.rpartition(".")[0], {})[_last(name)] = parameter
-    low = {path: numbers for path, numbers in layers.items() if any(_is_number(name) for name in numbers)}
+    low = {path: own for path, own in layers.items() if any(_is_adapter_parameter(name) for name in own)}
     started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
     problems = [
         sentence(f"{reason} at {path or 'the top'}", "a random A and a B, both trained", 'use variant "lora"')
-        for path, numbers in low.items()
-        if (reason := _why_not_frozen(numbers, path in started))
+        for path, parameters in low.items()
+        if (reason := _why_not_frozen(parameters, path in started))
     ]
     if not low:
         problems.append(sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters"))
     raise_all(ConfigError, "A cannot be frozen", problems)
-    for numbers in low.values():
-        numbers["A"].requires_grad_(False)
-        numbers["A"].grad = None
+    for parameters in low.values():
+        parameters["A"].requires_grad_(False)
+        parameters["A"].grad = None
     return [parameter for _, parameter in named if parameter.requires_grad]
 
 
-def _is_number(name: str) -> bool:
+def _is_adapter_parameter(name: str) -> bool:
     return name in ("B", "C", "E", "R", "b", "d") or _IN_FACTOR.fullmatch(name) is not None
 
 
-def _why_not_frozen(numbers: dict[str, nn.Parameter], started: bool) -> str | None:
-    trained = [name for name, number in numbers.items() if number.requires_grad or name == "A"]
-    if not {"A", "B"} <= set(trained) or "E" in numbers:
+def _why_not_frozen(parameters: dict[str, nn.Parameter], started: bool) -> str | None:
+    trained = [name for name, value in parameters.items() if value.requires_grad or name == "A"]
+    if not {"A", "B"} <= set(trained) or "E" in parameters:
         return f"trained numbers {listing(trained)}"
     if started:
         return "an A that did not start at random"
-    if not numbers["A"].detach().any(dim=-1).all():
+    if not parameters["A"].detach().any(dim=-1).all():
         return "an A with rows of zeros"
     return None
 
@@ -178,8 +178,8 @@ class RankBudget:
             problems.append(sentence(f"beta1={beta1}, beta2={beta2}", "numbers in (0, 1)", "use 0.85"))
         raise_all(ConfigError, "This RankBudget cannot be used", problems)
         self.settled = False
-        self._sensitivity = {key: _averages_of(number) for key, number in self._numbers()}
-        self._uncertainty = {key: _averages_of(number) for key, number in self._numbers()}
+        self._sensitivity = {key: _averages_of(parameter) for key, parameter in self._parameters()}
+        self._uncertainty = {key: _averages_of(parameter) for key, parameter in self._parameters()}
 
     def budget(self, step_number: int) -> int:
         """How many triplets all layers together keep at this step."""
@@ -236,19 +236,19 @@ class RankBudget:
                 value.copy_(state[name][key])
         self.settled = bool(state["settled"])
 
-    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for path, layer in self.layers.items():
             for name in ("A", "B", "E"):
                 yield f"{path}.{name}".lstrip("."), getattr(layer, name)
 
     def _observe(self) -> None:
-        missing = [key for key, number in self._numbers() if number.grad is None]
+        missing = [key for key, parameter in self._parameters() if parameter.grad is None]
         if missing:
             found = f"no gradient at {listing(missing)}"
             raise ConfigError(sentence(found, "one", "call step after backward and before zero_grad"))
-        for key, number in self._numbers():
-            smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, number.grad)
-            now = (number * gradient).abs().to(smooth)
+        for key, parameter in self._parameters():
+            smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, parameter.grad)
+            now = (parameter * gradient).abs().to(smooth)
             now = torch.where(now.isfinite(), now, smooth)  # a step that a gradient scaler skips teaches nothing
             smooth.lerp_(now, 1 - self.beta1)
             unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
@@ -301,7 +301,7 @@ def _last(name: str) -> str:
 
 
 def _parts(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of everything in ``source`` that may hold an adapter's numbers, each once."""
+    """(path, module) of everything in ``source`` that may hold adapter parameters, each once."""
     if isinstance(source, nn.Module):
         pairs: Any = source.named_modules()
     elif isinstance(getattr(source, "changes", None), Mapping):  # a handle's

@@ -332,7 +332,7 @@ def test_threads_that_load_at_once_hash_once(hashed, tmp_path):
     other = net()
     hashed.clear()
     tensors = base_proof.base_tensors(Names(other))
-    threads = [threading.Thread(target=base_proof.prints_of, args=(tensors,)) for _ in range(8)]
+    threads = [threading.Thread(target=base_proof.fingerprints_of, args=(tensors,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -16,7 +16,7 @@ from torch import nn
 import veneer
 from veneer.errors import TargetError
 from veneer.lowrank import LowRank
-from veneer.variants import EVIDENCE, VARIANTS, InitContext
+from veneer.variants import CALIBRATION, VARIANTS, InitContext
 from veneer.variants import _parts as parts
 from veneer.variants import dora as dora_file
 from veneer.variants.lokr import factors
@@ -26,7 +26,7 @@ every = pytest.mark.parametrize("variant", OWN, ids=lambda variant: variant.name
 
 
 def start_of(groups=1, out=6, in_=8, rank=3, dtype=torch.float32) -> InitContext:
-    """A start with random evidence of every kind."""
+    """A start with random calibration data of every kind."""
     W = torch.randn(groups, out, in_, dtype=dtype)
     x = torch.randn(groups, 40, in_, dtype=torch.float64)
     G = torch.randn(groups, out, in_, dtype=torch.float64)
@@ -83,7 +83,7 @@ DEFINITIONS = {
     "lokr": lambda n, s, W: W + s * torch.kron(n["C"], n["B2"] @ n["A2"]),
 }
 
-#: the trained parameters that have a gradient at the very start; every trained number has one after a step
+#: the trained parameters that have a gradient at the very start; every trained parameter has one after a step
 FIRST = {
     "lora": {"B"},
     "rslora": {"B"},
@@ -126,7 +126,7 @@ def test_numbers_of_a_start(variant, groups):
     start = start_of(groups)
     parameters = variant.init(start)
     assert variant.frozen <= set(parameters)
-    assert variant.needs <= set(EVIDENCE)
+    assert variant.needs <= set(CALIBRATION)
     assert set(variant.peft_keys) <= set(parameters)
     for name, value in parameters.items():
         assert value.dtype == torch.float32

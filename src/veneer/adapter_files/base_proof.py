@@ -9,9 +9,9 @@ them is another base. What is no part of it: buffers that the model computes its
 what the adapter holds a copy of, such as running statistics.
 
 A fingerprint that was computed is kept as long as its weight lives, for saving again and for the next adapter. It holds
-while the weight has the same memory, shape and type, torch counts no write to it, and a sample of its numbers is the
+while the weight has the same memory, shape and type, torch counts no write to it, and a sample of its elements is the
 same. Rejected: the count alone, as torch does not count what is written through ``.data``, which is how much code
-initialises or adds to a weight. What writes a few numbers of a large weight that way is not seen; ``forget`` is for
+initialises or adds to a weight. What writes a few elements of a large weight that way is not seen; ``forget`` is for
 whoever does.
 """
 
@@ -35,18 +35,18 @@ from veneer.fileio.hashing import fingerprints
 from veneer.fileio.throttle import gives_way
 from veneer.models.named_weights import Named, named
 
-#: numbers of a weight that are looked at to tell whether it was written to
+#: elements of a weight that are looked at to tell whether it was written to
 SAMPLE = 1024
 
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A parameter or lasting buffer of a base. ``held`` is what its module keeps under its name, ``storage`` how that
+    """A parameter or lasting buffer of a base. ``weight`` is what its module keeps under its name, ``storage`` how that
     is stored (None: as it is)."""
 
     names: tuple[str, ...]
     module: nn.Module
-    held: Any
+    weight: Any
     storage: Storage | None
 
     @property
@@ -55,27 +55,27 @@ class BaseTensor:
 
     @property
     def known(self) -> bool:
-        """Whether its numbers are here and can be read: not on the meta device, nor packed by somebody unknown."""
-        own = self.held.parameters() if isinstance(self.held, nn.Module) else [self.held]
+        """Whether its values are here and can be read: not on the meta device, nor packed by somebody unknown."""
+        own = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
         if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in own):
             return False
-        return self.storage is not None or type(self.held).__module__.partition(".")[0] == "torch"
+        return self.storage is not None or type(self.weight).__module__.partition(".")[0] == "torch"
 
     def content(self, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
         """What it holds; of a weight into which an adapter is merged what it held before, which ``bits`` has by
         identity. The storage must be prepared."""
-        before = bits.get(id(self.held))
+        before = bits.get(id(self.weight))
         if before:
             stored, anchor = dict(before), next(iter(before.values()))
         else:
-            stored, anchor = {} if self.storage is None else self.storage.stored(self.held), self.held
-        return Content(self.held, self.storage, stored, anchor)
+            stored, anchor = {} if self.storage is None else self.storage.stored(self.weight), self.weight
+        return Content(self.weight, self.storage, stored, anchor)
 
 
 @dataclass(frozen=True)
 class Content:
-    """The numbers of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor`` itself.
-    ``anchor`` lives as long as these numbers."""
+    """The values of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor`` itself.
+    ``anchor`` lives as long as these."""
 
     weight: Any
     storage: Storage | None
@@ -113,7 +113,7 @@ def _base_tensor(names: Names, entry: Named) -> BaseTensor:
 # ---------------------------------------------------------------------------------------------- fingerprints
 
 
-#: (stamp, fingerprint) by the identity of what holds the numbers
+#: (stamp, fingerprint) by the identity of the tensor
 _KNOWN: Any = WeakIdKeyDictionary()
 
 
@@ -121,7 +121,7 @@ _KNOWN: Any = WeakIdKeyDictionary()
 _HASHING = threading.RLock()
 
 
-def prints_of(tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None) -> list[str]:
+def fingerprints_of(tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None) -> list[str]:
     """The fingerprint of each tensor, computed for those alone that changed since they were last asked for.
 
     Args:
@@ -180,7 +180,7 @@ def _stamp(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> bytes:
-    """Some numbers from all over the memory of a tensor, and all of a small one."""
+    """Some elements from all over the memory of a tensor, and all of a small one."""
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not tensor.numel():
         return b""
@@ -207,8 +207,8 @@ def record_of(
         left_out: the identities of what is neither: what the adapter replaces.
         prints: the fingerprint of each tensor, None of one of which nobody knows.
     """
-    own = {id(tensor.held) for tensor in changed.values()}.union(left_out)
-    rest = [tensor for tensor in tensors if id(tensor.held) not in own and tensor.known]
+    own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
+    rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.known]
     found = prints([*changed.values(), *rest])
     others = zip(rest, found[len(changed) :], strict=True)
     return {

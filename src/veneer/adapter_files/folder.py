@@ -114,7 +114,7 @@ class AdapterFiles:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds: a variant's own where it has a file for them, else those of the PEFT
+        """How many parameters the adapter holds: a variant's own where it has a file for them, else those of the PEFT
         file."""
         own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
         tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]

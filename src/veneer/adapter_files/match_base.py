@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from veneer.adapter_files.base_proof import base_tensors, prints_of
+from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
@@ -34,7 +34,7 @@ def must_be_base(names: Names, saved: AdapterFiles, fingerprints: dict[str, str]
     missing = recorded.keys() - fingerprints.keys()
     if missing:
         lacking = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
-        for tensor, fingerprint in zip(lacking, prints_of(lacking), strict=True):
+        for tensor, fingerprint in zip(lacking, fingerprints_of(lacking), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
     different = [name for name, expected in recorded.items() if fingerprints.get(name, expected) != expected]
     if different:
@@ -80,7 +80,7 @@ def _warn_unproven(names: Names, saved: AdapterFiles, lacking: Sequence[str]) ->
     unknown = [
         tensor.path
         for tensor in base_tensors(names)
-        if isinstance(tensor.held, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
+        if isinstance(tensor.weight, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
     ]
     if lacking or unknown:
         parts = []

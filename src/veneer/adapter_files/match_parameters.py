@@ -32,22 +32,22 @@ from veneer.variants import VARIANTS, InitContext, Variant
 def parameters_of(
     names: Names,
     entry: LowRankPlan,
-    file_of: Mapping[ParamRef, peft.PeftLayer],
+    layers: Mapping[ParamRef, peft.PeftLayer],
     saved: AdapterFiles,
     problems: list[str],
 ) -> dict[str, Tensor]:
     """The adapter parameters of one planned weight, by name; problems are added."""
     found, at = [], parameter_path(*entry.ref)
     for path, name in entry.holders:
-        pair = _pair(names, (path, name), entry, file_of.get((path, name)), saved, problems)
+        pair = _pair(names, (path, name), entry, layers.get((path, name)), saved, problems)
         if pair is None:
             return {}
         found.append(pair)
-    said = [tuple(file_of[ref].extras.values()) for ref in entry.holders]
+    said = [tuple(layers[ref].extras.values()) for ref in entry.holders]
     if any(not _equal((*pair, *more), (*found[0], *said[0])) for pair, more in zip(found, said, strict=True)):
         what = f"different changes for {entry.path!r} and the modules that share its weight"
         problems.append(sentence(what, "one change of a tied weight", "untie the weights first"))
-    (A, B), layer, variant = found[0], file_of[entry.ref], VARIANTS[saved.config.variant]
+    (A, B), layer, variant = found[0], layers[entry.ref], VARIANTS[saved.config.variant]
     frozen_input = entry.layer.frozen_input(names.modules[entry.path])
     if frozen_input is not None and A[..., frozen_input].any():
         what = f"a change of the padding row {frozen_input} of {entry.path!r}"

@@ -112,13 +112,13 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
     """The tensors of the PEFT file."""
     tensors: dict[str, Tensor] = {}
     for entry in peft_form:
-        change, held = entry.change, weight_of(entry.module, entry.weight)
+        change, weight = entry.change, weight_of(entry.module, entry.weight)
         kind = LAYERS[GENERAL] if entry.parameter else kind_for(entry.module, entry.weight)
-        shape = change.storage.shape(held)
+        shape = change.storage.shape(weight)
         for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
             tensors[peft.key(entry.where, suffix)] = written(tensor)
         for number, suffix in change.variant.peft_keys.items():
-            whole = _whole(change, held, change.adapter_parameters[number])
+            whole = _whole(change, weight, change.adapter_parameters[number])
             tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
     wraps = _wraps(peft_form)
     for path, _, part in adapters(model, name):

@@ -1,5 +1,5 @@
 """Between a model and an adapter folder: ``save`` collects what an adapter is, ``install_from`` puts one in place that
-``fitting.py`` has verified against the model. The folder itself is ``saved.py``'s."""
+``match_model.py`` has verified against the model. The folder itself is ``folder.py``'s."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter_files.base_proof import BaseTensor, base_tensors, prints_of, record_of
+from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprints_of, record_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
@@ -52,10 +52,10 @@ def save(
     Args:
         base_name: what to call the base; None takes the name that transformers loaded it by.
         provenance: anything worth knowing about the training, as JSON values (the first rank's). The model card
-            (README.md) shows some keys of it, such as "license" and "metrics": see ``veneer/card.py``.
+            (README.md) shows some keys of it, such as "license" and "metrics": see ``model_card.py``.
         overwrite: replace a folder that exists; notes at the end of its model card are kept.
         fingerprints: of the base's tensors, by their paths, for a model that stands for its base without holding the
-            numbers (``models.meta_model``); those of changed weights must be there. None takes those of the tensors
+            values (``models.meta_model``); those of changed weights must be there. None takes those of the tensors
             that it holds.
         alone: this rank saves by itself and waits for no other: under DDP, where each rank holds all, behind an
             ``if rank == 0``.
@@ -163,7 +163,7 @@ def _proof(
 ) -> dict[str, Any]:
     """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held."""
     model, tensors = names.model, base_tensors(names)
-    by_held = {id(tensor.held): tensor for tensor in tensors}
+    by_identity = {id(tensor.weight): tensor for tensor in tensors}
     replaced = {
         id({**module._parameters, **module._buffers}[key])
         for _, module, part in adapters(model, name)
@@ -178,13 +178,13 @@ def _proof(
     def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
         if fingerprints is not None:
             return [next((fingerprints[at] for at in tensor.names if at in fingerprints), None) for tensor in tensors]
-        return prints_of(tensors, kept_bits(model))
+        return fingerprints_of(tensors, kept_bits(model))
 
     unknown = [at for at, held in weights.items() if id(held) in gone]
     if unknown:
         found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
         raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
-    record = record_of(tensors, {at: by_held[id(held)] for at, held in weights.items()}, left_out, of)
+    record = record_of(tensors, {at: by_identity[id(held)] for at, held in weights.items()}, left_out, of)
     return {**record, **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {})}
 
 

@@ -101,7 +101,7 @@ def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dic
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """A view of a module as it would be without adapters: its own class, no sites, the same parameters."""
+    """A view of a module as it would be without adapters: its own class, no layer states, the same parameters."""
     seen = object.__new__(own_class(module))
     seen.__dict__.update(module.__dict__)
     for name in [name for name in module.__dict__ if stands(module, name)]:
@@ -178,12 +178,12 @@ def _must_be_an_adapters(options: Mapping[str, Any]) -> None:
 
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
     """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
-    held = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
-    if not held or not (folder / "config.json").exists():
+    weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
+    if not weights or not (folder / "config.json").exists():
         return
     base = _base_name(model)
     if not base or Path(base).resolve() != folder.resolve():
-        found = f"{folder}, which holds a whole model ({listing(held, 3)})"
+        found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
         raise OutputExistsError(sentence(found, expected, "choose another folder, or remove the model from it"))
 

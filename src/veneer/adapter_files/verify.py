@@ -13,7 +13,7 @@ of all d (MAD), since means and deviations would be moved by the very layer that
 "Detecting outliers"). A layer is odd where d > 6 · 1.4826 · MAD and its norm is also ten times off.
 
 Rejected: one call of ``load`` on the base. It needs all of its weights in memory; here they are read from the files one
-at a time. Which tensors of the files are which weight is asked of the hollow model that their config means
+at a time. Which tensors of the files are which weight is asked of the model on the meta device that their config means
 (``models.meta_model``), as merging does; of files without such a config the names alone tell.
 """
 
@@ -145,21 +145,21 @@ def _findings(path: Path, weights: Weights | None) -> Findings:
         return
     yield Finding("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
     record = yield from _tried("record", lambda: record_in(path, metadata))
-    numbers: dict[str, Tensor] | None = {}
+    parameters: dict[str, Tensor] | None = {}
     if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)):
-        record, numbers = None, None  # said above; what is no file of the folder is not opened
+        record, parameters = None, None  # said above; what is no file of the folder is not opened
     if record is not None:
-        sound, numbers = yield from _recorded(path, record, config or {}, tensors)
+        sound, parameters = yield from _recorded(path, record, config or {}, tensors)
         record = record if sound else None
     elif not (path / RECORD).exists() and "veneer" not in metadata:
         yield Finding(
             "warning", "record", "written by another library: nothing tells whether it was altered, or for which base"
         )
     config = yield from _checked(config, ours="veneer" in metadata)
-    yield from _values(tensors if not numbers else {**tensors, **numbers})
-    if config is None or numbers is None or (record is None and "veneer" in metadata):
+    yield from _values(tensors if not parameters else {**tensors, **parameters})
+    if config is None or parameters is None or (record is None and "veneer" in metadata):
         return
-    saved = yield from _tried("layers", lambda: assemble(path, config, record, tensors, numbers))
+    saved = yield from _tried("layers", lambda: assemble(path, config, record, tensors, parameters))
     if saved is not None:
         yield from _changes(saved, weights)
 
@@ -236,9 +236,9 @@ def _recorded(
     checks = (yield from _tried("record", lambda: altered(path, record, config, tensors))) or {}
     problems = list(malformed(record, path))
     yield from (Finding("error", "record", problem) for problem in problems)
-    numbers = None if problems else (yield from _tried("record", lambda: read_parameters(path, record)))
-    if numbers is not None:
-        checks |= altered_parameters(record, numbers)
+    parameters = None if problems else (yield from _tried("record", lambda: read_parameters(path, record)))
+    if parameters is not None:
+        checks |= altered_parameters(record, parameters)
     changed = [what for what, other in checks.items() if other]
     for what in changed:
         found = sentence(f"{what} changed after it was written", "the files as they were saved", "get another copy")
@@ -246,7 +246,7 @@ def _recorded(
     sound = bool(checks) and not problems and not changed
     if sound:
         yield Finding("ok", "record", f"the hashes are right: {', '.join(checks)}")
-    return sound, numbers
+    return sound, parameters
 
 
 def _values(tensors: Mapping[str, Tensor]) -> Findings:
@@ -410,17 +410,17 @@ def _in_full(saved: AdapterFiles, weights: Weights) -> Findings:
 
 def _ties(saved: AdapterFiles, weights: Weights) -> Findings:
     """What is trained in full under some names of a tied weight alone, or with different values."""
-    held = {
+    full = {
         f"{peft.unnested(path)[0]}.{name}".lstrip("."): tensor
         for path, tensors in saved.full.items() for name, tensor in tensors.items()
     }  # fmt: skip
-    for names in dict.fromkeys(tuple(weights.names(at)) for at in held):
-        own = [held[at] for at in names if at in held]
+    for names in dict.fromkeys(tuple(weights.names(at)) for at in full):
+        own = [full[at] for at in names if at in full]
         if len(names) < 2 or any(one.shape != own[0].shape for one in own):
             continue
         if len(own) < len(names) or not all(same(one, own[0]) for one in own):
             found = (
-                f"values of their own for {listing([at for at in names if at in held])} of {listing(names)}, one weight"
+                f"values of their own for {listing([at for at in names if at in full])} of {listing(names)}, one weight"
             )
             text = "of the base: they load as PEFT computes them, each place with its own. Before a merge,"
             yield Finding("warning", "base", f"{found} {text} {UNTIE}")

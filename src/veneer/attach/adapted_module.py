@@ -124,7 +124,7 @@ def weight_of(module: nn.Module, name: str) -> Any:
 
 
 def state_of(module: nn.Module) -> LayerState | None:
-    """The module's site, if it is adapted."""
+    """The module's ``LayerState``, if it is adapted."""
     return cast("LayerState | None", module._modules.get(STATE)) if isinstance(module, Adapted) else None
 
 
@@ -149,13 +149,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def uninstall(module: nn.Module) -> None:
     """Give a module its own class back."""
     own = own_class(module)
-    set_child(module, STATE, None)  # first: a module of its own class with a site is a view
+    set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
     module.__class__ = own
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not
-    enter the sites, whose many adapters would make every walk longer, nor the insides of parametrised weights."""
+    enter the layer states, whose many adapters would make every walk longer, nor the insides of parametrised
+    weights."""
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
@@ -170,7 +171,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
-    """(path, module, site) of every adapted module, in the model's order, each once, under its first name."""
+    """(path, module, its state) of every adapted module, in the model's order, each once, under its first name."""
     seen: set[int] = set()
     for path, module in walk(model):
         layer_state = state_of(module)

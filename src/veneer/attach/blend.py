@@ -3,7 +3,7 @@
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
 That defines a blend for every layer and variant, and its gradient: each adapter's is wᵢ times what W' hands on. Where a
-bank's adapters are all thin products, ``kernels/batched.py`` computes the same without forming anything.
+bank's adapters are all low-rank products, ``kernels/batched.py`` computes the same without forming anything.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from veneer.attach.views import viewed
 from veneer.errors import SelectionError, sentence
 
 
-def finite_weights(mix: Mapping[Any, Any]) -> None:
+def finite_weights(weights: Mapping[Any, Any]) -> None:
     """Raise a SelectionError unless every weight of {name: weight} is a finite number."""
-    for name, weight in mix.items():
+    for name, weight in weights.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         try:
             fine = number and math.isfinite(weight)

@@ -39,7 +39,7 @@ from veneer.fileio.spill import aside
 from veneer.layers import kind_of
 from veneer.precision import double, place
 
-#: how far the gradient of a change may be from that of the definition, by the size of the weight's numbers in bytes.
+#: how far the gradient of a change may be from that of the definition, by the size of the weight's elements in bytes.
 #: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this at most.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: gradients that much smaller than the largest are rounding errors of zero, such as that of a key's bias
@@ -79,7 +79,7 @@ class _Item:
 def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
     """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of what comes out.
 
-    The model's modes, gradients, trained numbers and random state are as they were afterwards. It must not run
+    The model's modes, gradients, parameters and random state are as they were afterwards. It must not run
     elsewhere meanwhile.
 
     Args:
@@ -152,7 +152,7 @@ def _is_there(gradients: Iterable[Tensor | None]) -> bool:
 
 def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
     """A problem for each of these, which got no gradient at the start, unless training itself opens the way: once the
-    trained numbers have moved, it is there."""
+    parameters have moved, it is there."""
 
     def ask() -> list[bool]:
         gradients = _gradients(model, trained, args, kwargs)
@@ -294,8 +294,8 @@ def _gradients(model: nn.Module, trained: list[nn.Parameter], args, kwargs) -> d
 
 
 def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The parts of weights that cannot be replaced by W + ΔW, by the key of their site. None if they share a module
-    with others, so that nothing can be compared."""
+    """The parts of weights that cannot be replaced by W + ΔW, by the key of their layer's state. None if they share a
+    module with others, so that nothing can be compared."""
     packed: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
     for _, module, part in adapters(model, name):
@@ -311,7 +311,8 @@ def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
 
 @contextmanager
 def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
-    """The plain model with W + ΔW in place of every W, differentiable in the trained numbers, one weight at a time."""
+    """The plain model with W + ΔW in place of every W, differentiable in the adapter parameters, one weight at a
+    time."""
     undo: list[tuple[dict, Any, Any]] = []
 
     def put(where: dict, key: Any, value: Any) -> None:
@@ -325,7 +326,7 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, part in (attached.selections[name].parts or {}).items():
-            if key not in modules or id(part) in packed_parts:  # that of a method is that of its site
+            if key not in modules or id(part) in packed_parts:  # that of a method is that of its layer
                 continue
             module = modules[key]
             full = part.replacements(module)

@@ -26,7 +26,7 @@ class Direct:
     """One plain low-rank change of a layer that is a matrix product.
 
     Fields:
-        change: the ``adapted.Change``; its numbers A and B are read at each call, as they may be replaced.
+        change: the ``Change``; its A and B are read at each call, as they may be replaced.
         weight, bias: the names of the layer's parameters; None where it cannot have a bias.
         flipped: the weight lies transposed, [in, out].
         forms_above: the number of tokens above which W + ΔW is formed (``plan.forms_above``).
@@ -51,8 +51,8 @@ class Direct:
 
     def reads(self, module: nn.Module) -> tuple[Any, ...]:
         """What the layer's output depends on besides x, to be compared: identities and versions."""
-        numbers, own = self.change._parameters, module._parameters
-        tensors = (own[self.weight], own[self.bias] if self.bias else None, numbers["A"], numbers["B"])
+        factors, own = self.change._parameters, module._parameters
+        tensors = (own[self.weight], own[self.bias] if self.bias else None, factors["A"], factors["B"])
         return self.drops, self.change.scale, *((id(one), one._version) for one in tensors if one is not None)
 
 
@@ -92,7 +92,7 @@ class Together:
 
     ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output is still that of
     its layer is seen when it is taken: by the identities and versions of all that it was computed from. A thread keeps
-    the outputs of one group: what an exception has left there goes with the next one.
+    the outputs of one set of layers: what an exception has left there goes with the next one.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
@@ -106,8 +106,8 @@ class Together:
 
     def output(self, module: nn.Module, part: Any, x: Tensor) -> Tensor:
         """The output of ``module``, whose part this is, of x [*, in] to which this applies."""
-        held, version, ready = getattr(_THREAD, "ready", (None, 0, {}))
-        if held is x and version == x._version and id(part) in ready:
+        shared_input, version, ready = getattr(_THREAD, "ready", (None, 0, {}))
+        if shared_input is x and version == x._version and id(part) in ready:
             y, read = ready.pop(id(part))
             if not ready:
                 del _THREAD.ready

@@ -75,7 +75,7 @@ class LayerAdapter(nn.Module):
             yield layer_state.key, method
 
     def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
-        """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose numbers
+        """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose factors
         the fused kernel can take as they are?"""
         changes = tuple(self.changes.values())
         alone = len(changes) == 1 and not (self.read_below or self.full._parameters or self.full._buffers)
@@ -136,11 +136,11 @@ class LayerAdapter(nn.Module):
                 tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
                 if tokens > known.forms_above or (change.dropout and change.training):
                     return outputs([(module, known)], x)[0]
-                numbers: Any = change._parameters
+                factors: Any = change._parameters
                 bias = None if known.bias is None else own[known.bias]
                 weight = weight.mT if known.flipped else weight
                 run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
-                return run(change.scale, x, weight, bias, numbers["A"], numbers["B"])
+                return run(change.scale, x, weight, bias, factors["A"], factors["B"])
         full = self.replacements(module)
         if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
             return viewed(self, module, base, layer_state, args, kwargs)

@@ -20,7 +20,7 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 
 
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
-    """The group of the adapters attached to ``model``, seen through DDP's and ``torch.compile``'s wrappers."""
+    """What the adapters attached to ``model`` share, seen through DDP's and ``torch.compile``'s wrappers."""
     return unwrap(model).__dict__.get(ADAPTERS)
 
 
@@ -43,8 +43,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
-    """The model's group; a SelectionError if it has none, or no adapter of this name, or if layers of the model belong
-    to another group. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
+    """The model's ``ModelAdapters``; a SelectionError if it has none, or no adapter of this name, or if layers of the
+    model belong to another model's. Without ``walk`` those are looked for only while there is a copied layer
+    anywhere."""
     attached = adapters_of(model)
     if attached is None:
         raise SelectionError(

@@ -3,8 +3,8 @@
     W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
 
 Rounding to nearest would lose most of a small change of 16-bit weights, which lie on the grid already; so where it
-would, a weight is rounded so that what the adapter reads survives (``kernels/feedback.py``). Storages with a grid of
-their own (packed ones) round as they do.
+would, a weight is rounded so that what the adapter reads survives (``kernels/error_feedback.py``). Storages with a grid
+of their own (packed ones) round as they do.
 
 One weight at a time is made, checked, kept and overwritten, so that no more than one is in memory twice. What is found
 wrong, or goes wrong, puts all of them back: the old bits are kept beside the adapter (outside of what state dicts and
@@ -156,7 +156,7 @@ def merge(
             Without, they lie in a temporary file while this runs.
         rounding: of 16-bit weights. "nearest": each number to the nearest. "faithful": each to one of its two
             neighbours, so that the errors cancel on what the adapter reads; takes several times as long, a few seconds
-            for 100 million numbers. "auto": faithful for each weight of which nearest would keep less than 99 % of the
+            for 100 million weights. "auto": faithful for each weight of which nearest would keep less than 99 % of the
             change (or more than 101 %). Weights of more bits, those that are trained in full and embeddings of bounded
             norm are always rounded to nearest, packed ones (bitsandbytes, torchao, GGUF) by their storage's own rule.
         inputs: by the path of a weight, Σ xᵀx of its inputs ([g, in, in], in any scale): faithful rounding keeps the
@@ -320,9 +320,9 @@ def _untied(model: nn.Module, name: str) -> Iterator[str]:
         part = layer_state.get(name)
         if part is None:
             continue
-        for own, numbers in (*part.changes.items(), *part.full._parameters.items()):
+        for own, value in (*part.changes.items(), *part.full._parameters.items()):
             where, weight = parameter_path(path, own), weight_of(module, own)
-            other, target = first.setdefault(id(numbers), (where, weight))
+            other, target = first.setdefault(id(value), (where, weight))
             if weight is not target and not _same_memory(weight, target):
                 found = f"{where!r} and {other!r}, one weight when attached, untied since"
                 do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
@@ -356,8 +356,8 @@ def _written(part: _Low | _Full, rounding: str, moment: Tensor | None, problems:
 
 
 def _folded(part: _Low, rounding: str, moment: Tensor | None, problems: list[str]) -> Iterator[_Write]:
-    """A weight that is stored as its numbers goes through ``fold``, tile by tile. Float64 on the whole is left for what
-    the storage or the layer makes more of."""
+    """A weight that is stored as dense numbers goes through ``fold``, tile by tile. Float64 on the whole is left for
+    what the storage or the layer makes more of."""
     stored_weight, change = part.stored_weight, part.change
     stored_weight.storage.prepare(stored_weight.module)
     low, gain = change.exactly(stored_weight.target)

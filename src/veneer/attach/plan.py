@@ -207,7 +207,7 @@ def _everything(config: LoraConfig) -> bool:
 
 def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[ParamRef]:
     """With "all-linear", a task head that no checkpoint held, which is trained in full: a low-rank change of random
-    numbers, or none at all, would leave the head to whoever loads the adapter."""
+    values, or none at all, would leave the head to whoever loads the adapter."""
     if callable(config.targets) or "all-linear" not in _strings(config.targets):
         return []
     found, left_out = fresh(names), excluded(names, config, [])

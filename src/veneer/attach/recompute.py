@@ -2,7 +2,7 @@
 
 A model on W + ΔW of all its layers would be a second model in memory, and its gradients by the weights a third. Here a
 module's table of parameters makes the tensor at each read; what autograd saves of it is a note of how to make it again;
-and the gradient of the weight goes into that of the few trained numbers before the next one comes.
+and the gradient of the weight goes into that of the few adapter parameters before the next one comes.
 
 Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the base), and a tensor
 subclass that is made by each operation (what a forward does with its type, or below Python, would fail).
@@ -44,7 +44,7 @@ class Recomputed:
         self.latest: tuple[int, Tensor] | None = None
 
     def read(self, change: Change, weight: Any) -> Tensor:
-        """The changed weight, in the dtype of ``weight`` and differentiable in the change's numbers."""
+        """The changed weight, in the dtype of ``weight`` and differentiable in the change's parameters."""
         if self.latest is not None and self.latest[0] == id(change):
             return self.latest[1]  # a forward that asks for its dtype first
         self.latest = None
@@ -141,11 +141,11 @@ class _Changed(torch.autograd.Function):
     """``values``, of which nothing is saved: backward asks for the change anew.
 
     With s = gain, spread over the weight, and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G and
-    ∂s = G ⊙ (W + ΔW); how both depend on the numbers, autograd knows.
+    ∂s = G ⊙ (W + ΔW); how both depend on the parameters, autograd knows.
     """
 
     @staticmethod
-    def forward(ctx: Any, change: Change, weight: Any, *numbers: Tensor) -> Tensor:
+    def forward(ctx: Any, change: Change, weight: Any, *parameters: Tensor) -> Tensor:
         ctx.change, ctx.weight = change, weight
         return values(change, weight)
 
@@ -166,6 +166,6 @@ class _Changed(torch.autograd.Function):
         if there:
             parts.insert(0, given if scale is None else given * scale.detach())
         del given
-        numbers = [number for number in change.parameters() if number.requires_grad]
-        found = iter(torch.autograd.grad(edges, numbers, parts, allow_unused=True))
+        trained = [value for value in change.parameters() if value.requires_grad]
+        found = iter(torch.autograd.grad(edges, trained, parts, allow_unused=True))
         return None, None, *(next(found) if number.requires_grad else None for number in change.parameters())

@@ -40,7 +40,7 @@ def kind_for(module: nn.Module, name: str) -> Any:
 
 
 def holders(names: Names) -> dict[int, list[ParamRef]]:
-    """(path, name) of every place that holds a parameter, by the parameter's identity."""
+    """(path, name) of every module that holds a parameter, by the parameter's identity."""
     found: dict[int, list[ParamRef]] = {}
     for path, module in names.modules.items():
         for name, parameter in module._parameters.items():
@@ -49,25 +49,25 @@ def holders(names: Names) -> dict[int, list[ParamRef]]:
     return found
 
 
-def holders_of(names: Names, ref: ParamRef, held: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
-    """Every place that holds the weight of a slot, in the model's order."""
-    return held.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
+def holders_of(names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]) -> list[ParamRef]:
+    """(path, name) of every module that holds a weight, in the model's order."""
+    return by_identity.get(id(weight_of(names.modules[ref[0]], ref[1])), [ref])
 
 
-def refusals_of(names: Names, ref: ParamRef, held: Mapping[int, list[ParamRef]]) -> Iterator[str]:
+def refusals_of(names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]) -> Iterator[str]:
     """Why a weight cannot be changed, for each module that holds or reads it."""
-    for holder in holders_of(names, ref, held):
+    for holder in holders_of(names, ref, by_identity):
         problem = _refusal(names, holder, ref)
         if problem:
             yield problem
 
 
-def _refusal(names: Names, holder: ParamRef, wanted: ParamRef) -> str | None:
-    """Why the module that holds a weight cannot run on a changed one, or None. ``wanted`` is the target whose weight
+def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
+    """Why the module that holds a weight cannot run on a changed one, or None. ``target`` is the one whose weight
     it shares."""
     (path, name), module = holder, names.modules[holder[0]]
     kind, weight = kind_for(module, name), weight_of(module, name)
-    shared = "" if holder == wanted else f" (it shares the weight of target {parameter_path(*wanted)!r})"
+    shared = "" if holder == target else f" (it shares the weight of target {parameter_path(*target)!r})"
     what = f"{path!r}, a {own_class(module).__name__}{shared}"
     if weight is None:
         found = f"{what}, whose {name!r} is no parameter (computed by a hook?)"
@@ -76,7 +76,7 @@ def _refusal(names: Names, holder: ParamRef, wanted: ParamRef) -> str | None:
     if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
         found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
         return sentence(found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that")
-    if getattr(weight, "is_meta", False) and not names.without_numbers and not nn.parameter.is_lazy(weight):
+    if getattr(weight, "is_meta", False) and not names.on_meta_device and not nn.parameter.is_lazy(weight):
         found = f"{what}, whose weight is on the meta device while others hold numbers (offloaded?)"
         return sentence(found, "a weight that holds numbers", "load it first, or leave it out")
     if nn.parameter.is_lazy(weight):
@@ -152,7 +152,7 @@ def check_full(
             where = parameter_path(path, name)
             if not parameter.is_floating_point():
                 problems.append(sentence(f"{where} of {parameter.dtype}", "floating point", "leave it out"))
-            elif parameter.is_meta and not names.without_numbers:
+            elif parameter.is_meta and not names.on_meta_device:
                 problems.append(sentence(f"{where} on the meta device", "numbers", "load it first"))
             elif id(parameter) in frozen:
                 found = f"{where} trained in full, which you froze (requires_grad=False) among parameters that train"
@@ -174,7 +174,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         )
     if problem := strangers(model):
         yield problem
-    # its numbers would be no part of what is sharded, and of what averages gradients
+    # its parameters would be no part of what is sharded, and of what averages gradients
     do = "attach or load the adapter first, then shard the model (fully_shard)"
     if problem := spread_problem((module for _, module in walk(model)), "an adapter", do):
         yield problem

@@ -29,7 +29,7 @@ _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dt
 
 
 class Parts(Mapping[Any, Any]):
-    """The part at a site: that of each distinct adapter, for its rows.
+    """The part at a layer: that of each distinct adapter, for its rows.
 
     Args:
         selections: what the rows use, each once; ``rows`` are the indices of those that use it, ``count`` is how many

@@ -20,10 +20,10 @@ from veneer.errors import sentence
 _Span = tuple[str, int, int, int]
 
 
-def overlaps(names: Names, wanted: Iterable[ParamRef]) -> Iterator[str]:
-    """A problem for each of the wanted parameters that shares memory with another one of the model, or with itself."""
-    chosen = {id(weight_of(names.modules[path], name)) for path, name in wanted}
-    held: list[tuple[str, Tensor]] = []
+def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
+    """A problem for each of these parameters that shares memory with another one of the model, or with itself."""
+    chosen = {id(weight_of(names.modules[path], name)) for path, name in refs}
+    parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
     seen: set[int] = set()
     for path, module in names.modules.items():
@@ -35,10 +35,10 @@ def overlaps(names: Names, wanted: Iterable[ParamRef]) -> Iterator[str]:
             if id(parameter) in chosen and _overlaps_itself(parameter):
                 found = f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
                 yield sentence(found, "a weight whose elements can change one by one", f"set {where} to a clone of it")
-            spans.append((str(parameter.device), *ends, len(held)))
-            held.append((where, parameter))
+            spans.append((str(parameter.device), *ends, len(parameters)))
+            parameters.append((where, parameter))
     for one, other in _meeting(sorted(spans)):
-        (first, weight), (second, another) = held[min(one, other)], held[max(one, other)]
+        (first, weight), (second, another) = parameters[min(one, other)], parameters[max(one, other)]
         if chosen & {id(weight), id(another)} and _common(weight, another):
             found = f"{first!r} and {second!r}, two parameters that share memory"
             do = f"tie them properly (`{second} = {first}`, one parameter), or clone one of them"

@@ -42,9 +42,9 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """What one call uses: the adapter's name, and its parts by the key of their site; what concerns a method besides
-    forward alone, by (that key, its name). No name is the base alone; no
-    parts, that it cannot be told, or that the adapter has been detached."""
+    """What one call uses: the adapter's name, and its parts by the key of their layer's state; what concerns a method
+    besides forward alone, by (that key, its name). No name is the base alone; no parts, that it cannot be told, or that
+    the adapter has been detached."""
 
     name: str | None
     parts: Mapping[Any, Any] | None
@@ -77,7 +77,7 @@ def detached(name: str | None) -> SelectionError:
 
 
 class ModelAdapters:
-    """What one model's sites share: the adapters' names, configs and parts, and which of them is merged.
+    """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged.
 
     ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
     another. ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its
@@ -95,7 +95,7 @@ class ModelAdapters:
         self.merged: str | None = None
         self.required_grad: dict[str, bool] = {}
         self.keys = 0
-        self.banks = 0  # who need the sites although no adapter of the model's own is there
+        self.banks = 0  # who need adapted layers although no adapter of the model's own is there
 
     def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]) -> None:
         """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
@@ -107,7 +107,7 @@ class ModelAdapters:
         return self.keys
 
     def claim(self, root: nn.Module) -> None:
-        """This is the group of ``root``."""
+        """These are the adapters of ``root``."""
         if self.root is None:
             self.root = weakref.ref(root)
             STRAY.discard(self)
@@ -129,7 +129,7 @@ class ModelAdapters:
         return made
 
 
-#: Groups of copies that have not been seen at the root of a model: of layers that were copied out of one, which may by
+#: Those of copies that have not been seen at the root of a model: of layers that were copied out of one, which may by
 #: now be in another, or in the same.
 STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 

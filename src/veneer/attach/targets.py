@@ -42,8 +42,8 @@ class Names:
         self.canonical = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
 
     @cached_property
-    def without_numbers(self) -> bool:
-        """Whether all of the model is on the meta device: its numbers come later."""
+    def on_meta_device(self) -> bool:
+        """Whether all of the model is on the meta device: its values come later."""
         own = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
         return all(parameter.is_meta for parameter in own)
 
@@ -154,13 +154,13 @@ def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: A
 
 
 def means(names: Names, pattern: str, ref: ParamRef) -> bool:
-    """Whether a pattern that is no word means the module or the parameter of a slot."""
+    """Whether a pattern that is no word means a module or its parameter."""
     test, (path, name) = path_test(pattern), ref
     return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
 
 
 def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]) -> list[str]:
-    """Problems for the patterns that match none of the slots in ``among``."""
+    """Problems for the patterns that match none of the parameters in ``among``."""
     paths = dict.fromkeys(path for path, _ in among)
     return [
         sentence(

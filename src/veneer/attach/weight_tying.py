@@ -27,8 +27,8 @@ UNTIE = (
 
 
 def apart(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-    """The places of tied parameters to which ``full`` (by path and name) gives values of their own. Equal values under
-    every name are the tie's."""
+    """The (path, name) of tied parameters to which ``full`` (by path and name) gives values of their own. Equal values
+    under every name are the tie's."""
     found: set[ParamRef] = set()
     for refs in holders(names).values():
         values = [full[path][name] for path, name in refs if name in full.get(path, ())]

@@ -171,8 +171,8 @@ def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, La
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """An adapter that was all ``ResolvedLowRank``: another one of the same plan is made without the modules that training
-    needs."""
+    """An adapter that was all ``ResolvedLowRank``: another one of the same plan is made without the modules that
+    training needs."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]

@@ -78,17 +78,17 @@ def filled(model: Any) -> Any:
 
     import torch
 
-    held = {
+    on_meta = {
         id(value): value
         for module in model.modules()
         for value in (*module._parameters.values(), *module._buffers.values())
         if value is not None and value.is_meta
     }
-    sizes = {key: -(-value.numel() * value.element_size() // 64) * 64 for key, value in held.items()}
+    sizes = {key: -(-value.numel() * value.element_size() // 64) * 64 for key, value in on_meta.items()}
     # Linux's "do not reserve memory for this", for which Python has no name before 3.13.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000} if sys.platform == "linux" else {}
     room, start, made = mmap.mmap(-1, max(64, sum(sizes.values())), **flags), 0, {}
-    for key, value in held.items():
+    for key, value in on_meta.items():
         flat = torch.frombuffer(room, dtype=torch.uint8, count=sizes[key], offset=start)
         flat = flat[: value.numel() * value.element_size()].view(value.dtype).view(value.shape)
         made[key] = torch.nn.Parameter(flat, value.requires_grad) if isinstance(value, torch.nn.Parameter) else flat
@@ -132,7 +132,7 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pl
 
 
 def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> dict[str, tuple[Place, ...]]:
-    """The places of the tensors that a rule of transformers makes into parameters: into rows of a matrix or of the
+    """The parameters that a rule of transformers makes out of tensors: these become rows of a matrix or of the
     matrices of a stack, or one tensor into several."""
     steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
     if steps == {"Chunk": 0} and len(tensors) == 1:

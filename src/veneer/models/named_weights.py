@@ -93,15 +93,15 @@ class Named:
 
 def named(names: Names) -> list[Named]:
     """The parameters and lasting buffers of a model, each once, in the model's order."""
-    held: dict[int, tuple[ParamRef, list[str], bool]] = {}
+    by_identity: dict[int, tuple[ParamRef, list[str], bool]] = {}
     for path, module in names.modules.items():
         lasting = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
         for name in (*own_parameters(module), *lasting):
             value = module._buffers[name] if name in module._buffers else weight_of(module, name)
             if value is not None:
-                entry = held.setdefault(id(value), ((path, name), [], name in module._buffers))
+                entry = by_identity.setdefault(id(value), ((path, name), [], name in module._buffers))
                 entry[1].extend(f"{alias}.{name}".lstrip(".") for alias in names.aliases[path])
-    return [Named(ref, tuple(paths), buffer) for ref, paths, buffer in held.values()]
+    return [Named(ref, tuple(paths), buffer) for ref, paths, buffer in by_identity.values()]
 
 
 def of_module(model: nn.Module, what: str = "the model") -> Weights:
@@ -111,13 +111,13 @@ def of_module(model: nn.Module, what: str = "the model") -> Weights:
     for entry in named(names):
         path, name = entry.ref
         module = names.modules[path]
-        held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-        storage = None if entry.buffer else storage_of(held)
+        tensor: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
+        storage = None if entry.buffer else storage_of(tensor)
         if storage is None:
-            value = Value(tuple(held.shape), held.dtype, partial(_rows, lambda held=held: held.detach()))
+            value = Value(tuple(tensor.shape), tensor.dtype, partial(_rows, lambda tensor=tensor: tensor.detach()))
         else:
-            dense = partial(_dense, storage, held)
-            value = Value(tuple(storage.shape(held)), storage.dtype(held), partial(_rows, dense))
+            dense = partial(_dense, storage, tensor)
+            value = Value(tuple(storage.shape(tensor)), storage.dtype(tensor), partial(_rows, dense))
         values |= dict.fromkeys(entry.names, value)
     return Weights(what, values)
 

@@ -1,7 +1,7 @@
 """How adapter parameters become ΔW: one file a variant, found through the registry ``VARIANTS``."""
 
 from veneer.registry import import_all
-from veneer.variants._base import EVIDENCE, VARIANTS, Base, InitContext, Variant, kaiming_uniform, register
+from veneer.variants._base import CALIBRATION, VARIANTS, Base, InitContext, Variant, kaiming_uniform, register
 
 import_all(__name__, list(__path__))
 
@@ -11,4 +11,4 @@ def names() -> tuple[str, ...]:
     return VARIANTS.names()
 
 
-__all__ = ["EVIDENCE", "VARIANTS", "Base", "InitContext", "Variant", "kaiming_uniform", "names", "register"]
+__all__ = ["CALIBRATION", "VARIANTS", "Base", "InitContext", "Variant", "kaiming_uniform", "names", "register"]

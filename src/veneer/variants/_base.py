@@ -26,7 +26,7 @@ from veneer.registry import Registry
 Base = Callable[[], Tensor]
 
 #: what ``Variant.needs`` may name
-EVIDENCE = ("inputs", "gradient", "original")
+CALIBRATION = ("inputs", "gradient", "original")
 
 
 def _missing() -> Tensor:
@@ -70,7 +70,7 @@ class Variant:
             LowRank may have another rank than the config's.
         frozen: names of parameters that are not trained: they are buffers.
         derived: names of frozen parameters that the sizes alone determine: no file holds them.
-        needs: what of ``EVIDENCE`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
+        needs: what of ``CALIBRATION`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
         exact_start: the attached model equals its base before the first step.
         peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that PEFT could read.
         peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the module's path. A variant

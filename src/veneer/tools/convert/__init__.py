@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import veneer.formats
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
-from veneer.adapter_files.base_proof import base_tensors, prints_of
+from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import differs, means_parameter, ref_at
@@ -316,7 +316,7 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
     if not verify_base:
         return
     held = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
-    known = {name: print_ for tensor, print_ in zip(held, prints_of(held), strict=True) for name in tensor.names}
+    known = {name: print_ for tensor, print_ in zip(held, fingerprints_of(held), strict=True) for name in tensor.names}
     other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
     other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
     if other:
