@@ -335,17 +335,20 @@ def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
     return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None
 
 
-def _bias_plan(names: Names, config: LoraConfig, low: list[str], also: list[str], problems: list[str]):
+def _bias_plan(
+    names: Names, config: LoraConfig, low: Sequence[str], also: Sequence[str], problems: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """The biases that are trained beside the low-rank changes, by module."""
     if config.bias == "none":
         return {}
     left_out = {*((path, "bias") for path in also), *excluded(names, config, [])}
     candidates = low if config.bias == "targets" else [p for p in names.modules if (p, "bias") not in left_out]
-    own = {path: names.modules[path]._parameters for path in candidates}
-    found = {path: ("bias",) for path, named in own.items() if "bias" in named and named["bias"] is not None}
-    if not found:
-        what = f"bias={config.bias!r} and no bias there"
-        problems.append(sentence(what, "at least one bias to train", 'use bias="none"'))
-    return found
+    tables = {path: names.modules[path]._parameters for path in candidates}
+    biases = {path: ("bias",) for path, table in tables.items() if "bias" in table and table["bias"] is not None}
+    if not biases:
+        found = f"bias={config.bias!r} and no bias there"
+        problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
+    return biases
 
 
 def _strings(targets) -> tuple[str, ...]:
