@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """``selection`` maps a model's id to what it uses (``adapted.Selected``); a model that is missing uses its
+    """``selection`` maps a model's id to what it uses (an ``ActiveAdapter``); a model that is missing uses its
     default. ``path`` forces "factored" or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is
     what holds again after the block."""
 

@@ -338,7 +338,7 @@ def test_removed_adapters_leave_no_memory(tmp_path):
     bank.add(tmp_path / "b")
     with bank.rows(["a", "b"]), torch.no_grad():
         model(torch.randn(2, 12))
-    held = weakref.ref(bank._entries["a"].held)
+    held = weakref.ref(bank._entries["a"].resident)
     bank.remove("a")
     gc.collect()
     assert held() is None

@@ -50,7 +50,7 @@ def test_a_slot_keeps_nothing_of_who_had_it(tmp_path):
     bank, x = bank_of(model, tmp_path, "a"), torch.randn(1, 1, 12)
     with torch.no_grad(), bank.rows(["a"]):
         model(x)
-    (batch_state,), held = bank._batch_states, bank._entries["a"].held
+    (batch_state,), held = bank._batch_states, bank._entries["a"].resident
     for key, layer in batch_state.layers.items():
         layer.blocks[8].A.fill_(torch.nan)  # of an adapter of a larger rank that was not finite
         layer.blocks[8].put(0, held.parts[key])

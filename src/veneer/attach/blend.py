@@ -41,7 +41,7 @@ def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
 
 
 class _Table(Mapping[Any, Any]):
-    """The parts of a blend, as ``adapted.ActiveAdapter`` has them."""
+    """The parts of a blend, as ``state.ActiveAdapter`` has them."""
 
     def __init__(self, uses: Sequence[tuple[ActiveAdapter, float]]) -> None:
         self.uses = uses
