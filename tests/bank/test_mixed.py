@@ -133,7 +133,7 @@ def test_a_bank_without_the_loop_gives_the_same(without, tmp_path, monkeypatch):
 LOOPS = """
 import os
 from called import step
-from veneer.kernels import compiled as kernels
+from veneer.kernels.compiled import numba_ops as kernels
 kernels.sources = lambda: os.environ["SOURCES"]
 def loop(x):
     return step(x)
