@@ -131,16 +131,16 @@ def fingerprints_of(tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[st
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
         known = [_remembered(content, stamp) for content, stamp in zip(contents, stamps, strict=True)]
-        new = [content for content, print_ in zip(contents, known, strict=True) if print_ is None]
+        new = [content for content, value in zip(contents, known, strict=True) if value is None]
         made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None)
-        prints: list[str] = []
-        for content, stamp, print_ in zip(contents, stamps, known, strict=True):
-            if print_ is None:
-                print_ = next(made)
+        found: list[str] = []
+        for content, stamp, value in zip(contents, stamps, known, strict=True):
+            if value is None:
+                value = next(made)
                 if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
-                    _KNOWN[content.anchor] = stamp, print_
-            prints.append(print_)
-        return prints
+                    _KNOWN[content.anchor] = stamp, value
+            found.append(value)
+        return found
 
 
 def forget() -> None:
@@ -198,20 +198,20 @@ def record_of(
     tensors: Sequence[BaseTensor],
     changed: Mapping[str, BaseTensor],
     left_out: Collection[int],
-    prints: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
+    fingerprints_of_all: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
 ) -> dict[str, dict[str, str]]:
     """The fingerprints of a record, "weights" and "rest".
 
     Args:
         changed: what the adapter changes at a low rank, by path.
         left_out: the identities of what is neither: what the adapter replaces.
-        prints: the fingerprint of each tensor, None of one of which nobody knows.
+        fingerprints_of_all: the fingerprint of each tensor, None of one of which nobody knows.
     """
     own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
     rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.known]
-    found = prints([*changed.values(), *rest])
+    found = fingerprints_of_all([*changed.values(), *rest])
     others = zip(rest, found[len(changed) :], strict=True)
     return {
-        "weights": {at: print_ for at, print_ in zip(changed, found, strict=False) if print_ is not None},
-        "rest": {name: print_ for tensor, print_ in others for name in tensor.names if print_ is not None},
+        "weights": {at: value for at, value in zip(changed, found, strict=False) if value is not None},
+        "rest": {name: value for tensor, value in others for name in tensor.names if value is not None},
     }
