@@ -6,7 +6,7 @@
     submodule_calls(forward)        which modules below a forward calls, and whether inputs are used after that
     compares_attention(model)       whether the code of a model asks if its attention is called "sdpa"
 
-``reads`` gives chains of attributes below ``self``:
+``reads`` gives paths of attributes below ``self``:
 
     self.lm_head.weight                       ("lm_head", "weight")
     for i, l in enumerate(self.ls): l.weight  ("ls", "*", "weight")           "*" is any index
@@ -161,7 +161,7 @@ class _SameInput:
 
 @functools.cache
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
-    """(chain, late) of each call `self.chain(…)` in the source of a forward. `late`: whether what follows reads another
+    """(path, late) of each call `self.path(…)` in the source of a forward. `late`: whether what follows reads another
     input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
     would be the view.
 
@@ -178,7 +178,7 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
     inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
     inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
     inputs = {name for name in inputs if not name.startswith("output_")}
-    reads: list[tuple[int, int]] = []
+    uses: list[tuple[int, int]] = []
     calls: list[tuple[ModulePath, tuple[int, int]]] = []
 
     def visit(node: Any) -> None:
@@ -188,28 +188,28 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
             for below in node.orelse:
                 visit(below)
             return
-        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _self_chain(node)
+        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _path_below_self(node)
         if writes or (isinstance(node, ast.Name) and node.id in inputs):
-            reads.append((node.lineno, node.col_offset))
-        if isinstance(node, ast.Call) and (chain := _self_chain(node.func)):
-            calls.append((chain, (node.end_lineno or 0, node.end_col_offset or 0)))
+            uses.append((node.lineno, node.col_offset))
+        if isinstance(node, ast.Call) and (path := _path_below_self(node.func)):
+            calls.append((path, (node.end_lineno or 0, node.end_col_offset or 0)))
         for below in ast.iter_child_nodes(node):
             visit(below)
 
     for statement in function.body:
         visit(statement)
-    return tuple((chain, any(read > end for read in reads)) for chain, end in calls)
+    return tuple((path, any(use > end for use in uses)) for path, end in calls)
 
 
 def _names_in(node: ast.AST) -> set[str]:
     return {below.id for below in ast.walk(node) if isinstance(below, ast.Name)}
 
 
-def _self_chain(node: ast.AST) -> ModulePath | None:
+def _path_below_self(node: ast.AST) -> ModulePath | None:
     """("a", "b") of `self.a.b`."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
-    above = _self_chain(node.value) if isinstance(node, ast.Attribute) else None
+    above = _path_below_self(node.value) if isinstance(node, ast.Attribute) else None
     return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -1,7 +1,7 @@
-"""Follows a method through its syntax tree: which chains of attributes below ``self`` it reads and writes.
+"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and writes.
 
 ``Reader`` is the engine of ``source_analysis.reads``, where its results and limits are described. It visits a function
-with the chains that each local name may stand for, and does the same with the functions that it calls.
+with the paths that each local name may stand for, and does the same with the functions that it calls.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DEPTH = 16
 
 @dataclass(frozen=True)
 class Reads:
-    """The chains below ``self`` that a method, with what it calls, reads and writes, and the code of all that runs on
+    """The paths below ``self`` that a method, with what it calls, reads and writes, and the code of all that runs on
     ``self``."""
 
     read: set[ModulePath] = field(default_factory=set)
@@ -69,7 +69,7 @@ def _tree(function: FunctionType) -> Function | None:
 
 
 class Reader(ast.NodeVisitor):
-    """Visits a function's code with the chains that each local name may stand for."""
+    """Visits a function's code with the paths that each local name may stand for."""
 
     def __init__(self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool) -> None:
         self.cls, self.within, self.follow_forward = cls, within | {"*"}, follow_forward
@@ -85,13 +85,13 @@ class Reader(ast.NodeVisitor):
         given: Sequence[set[ModulePath]],
         named: dict[str, set[ModulePath]] | None = None,
     ) -> set[ModulePath]:
-        """Visit a function that is called with these arguments; the chains that it returns."""
+        """Visit a function that is called with these arguments; the paths that it returns."""
         tree = None if function is None or len(self.stack) > _DEPTH else _tree(function)
         if function is None or tree is None:
             return set()
         parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
         names = {**dict(zip(parameters, given, strict=False)), **(named or {})}
-        key = function, frozenset((name, frozenset(chains)) for name, chains in names.items() if chains)
+        key = function, frozenset((name, frozenset(paths)) for name, paths in names.items() if paths)
         if key not in self.returned:
             outside = self.names, self.returns
             self.names, self.returns = dict(names), self.returned.setdefault(key, set())
@@ -99,7 +99,7 @@ class Reader(ast.NodeVisitor):
             if given[:1] == [{()}] and tree not in self.found.code:
                 self.found.code.append(tree)
             if isinstance(tree, ast.Lambda):
-                self.returns |= self.chains(tree.body)
+                self.returns |= self.paths(tree.body)
                 self.visit(tree.body)
             for statement in () if isinstance(tree, ast.Lambda) else tree.body:
                 self.visit(statement)
@@ -109,20 +109,20 @@ class Reader(ast.NodeVisitor):
 
     # What an expression stands for.
 
-    def chains(self, node: ast.AST | None) -> set[ModulePath]:
+    def paths(self, node: ast.AST | None) -> set[ModulePath]:
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
-            return self.attribute(self.chains(node.value), node.attr)
+            return self.attribute(self.paths(node.value), node.attr)
         if isinstance(node, ast.Subscript):
-            above = self.chains(node.value)
+            above = self.paths(node.value)
             return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
         if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
-            return self.chains(node.value)
+            return self.paths(node.value)
         if isinstance(node, ast.IfExp):
-            return self.chains(node.body) | self.chains(node.orelse)
+            return self.paths(node.body) | self.paths(node.orelse)
         if isinstance(node, ast.BoolOp):
-            return set().union(*map(self.chains, node.values))
+            return set().union(*map(self.paths, node.values))
         return self.called(node) if isinstance(node, ast.Call) else set()
 
     def attribute(self, above: set[ModulePath], name: str) -> set[ModulePath]:
@@ -130,31 +130,31 @@ class Reader(ast.NodeVisitor):
             return above
         own = attribute(self.cls, name) if () in above else None
         computed = self.follow(plain(own), [{()}]) if isinstance(own, property) else set()
-        return {(*chain, name) for chain in above if chain or name in self.within} | computed
+        return {(*path, name) for path in above if path or name in self.within} | computed
 
     def called(self, node: ast.Call) -> set[ModulePath]:
         """What a call gives, and whatever it reads."""
-        called, first = node.func, self.chains(node.args[0]) if node.args else set()
+        called, first = node.func, self.paths(node.args[0]) if node.args else set()
         if isinstance(called, ast.Name) and called.id in (*_SAME, "next", "getattr"):
             name = "*" if called.id == "next" else _text(node.args[1]) if called.id == "getattr" else None
             return first if called.id in _SAME else self.attribute(first, name) if name else set()
         if isinstance(called, ast.Attribute) and called.attr in _VALUES and not (node.args or node.keywords):
-            return self.chains(called.value)
+            return self.paths(called.value)
         if (
             isinstance(called, ast.Attribute)
             and called.attr in _BY_PATH
             and node.args
-            and (path := _text(node.args[0]))
+            and (dotted := _text(node.args[0]))
         ):
-            return {(*chain, *path.split(".")) for chain in self.chains(called.value)}
+            return {(*path, *dotted.split(".")) for path in self.paths(called.value)}
         function, given = self.function(called)
-        given = [*given, *map(self.chains, node.args)]
-        named = {one.arg: self.chains(one.value) for one in node.keywords if one.arg}
+        given = [*given, *map(self.paths, node.args)]
+        named = {one.arg: self.paths(one.value) for one in node.keywords if one.arg}
         return self.follow(function, given, named) if any((*given, *named.values())) else set()
 
     def function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
         """The function that an expression calls, and the arguments that go before those of the call."""
-        if () in self.chains(node) and self.follow_forward:
+        if () in self.paths(node) and self.follow_forward:
             return plain(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
             if _is_call(node.value, "super"):
@@ -162,7 +162,7 @@ class Reader(ast.NodeVisitor):
                 above = self.cls.__mro__[self.cls.__mro__.index(own) + 1 :]
                 found = next((vars(c)[node.attr] for c in above if node.attr in vars(c)), None)
                 return (None if _of_every_module(node.attr) else plain(found)), [{()}]
-            if () in self.chains(node.value):
+            if () in self.paths(node.value):
                 found = attribute(self.cls, node.attr)
                 left = _of_every_module(node.attr) or (node.attr == "forward" and not self.follow_forward)
                 return (None if left else plain(found)), [] if isinstance(found, staticmethod) else [{()}]
@@ -176,21 +176,21 @@ class Reader(ast.NodeVisitor):
             return None if node.id in self.names else self.stack[-1].__globals__.get(node.id)
         if isinstance(node, ast.Attribute):
             holder = self.known(node.value)
-            if () in self.chains(node.value) and node.attr == "__class__":
+            if () in self.paths(node.value) and node.attr == "__class__":
                 return self.cls
             if isinstance(holder, type):
                 return attribute(holder, node.attr)
             return vars(holder).get(node.attr) if isinstance(holder, ModuleType) else None
-        return self.cls if _is_call(node, "type") and () in self.chains(cast(ast.Call, node).args[0]) else None
+        return self.cls if _is_call(node, "type") and () in self.paths(cast(ast.Call, node).args[0]) else None
 
     # What names stand for.
 
-    def bind(self, target: ast.AST, chains: set[ModulePath]) -> None:
+    def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
         """``target`` stands for something of these."""
         if isinstance(target, ast.Name):
-            self.names[target.id] = self.names.get(target.id, set()) | chains
+            self.names[target.id] = self.names.get(target.id, set()) | paths
         for one in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
-            self.bind(one, _below(chains, "*"))
+            self.bind(one, _below(paths, "*"))
 
     def assign(self, target: ast.AST, value: ast.AST | None) -> None:
         """``target = value``"""
@@ -199,7 +199,7 @@ class Reader(ast.NodeVisitor):
             for one, other in zip(*pairs, strict=False):
                 self.assign(one, other)
         else:
-            self.bind(target, self.chains(value))
+            self.bind(target, self.paths(value))
 
     def loop(self, target: ast.AST, values: ast.AST) -> None:
         """``for target in values``"""
@@ -211,12 +211,12 @@ class Reader(ast.NodeVisitor):
             for one, other in zip(parts, call.args, strict=False):
                 self.loop(one, other)
         elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIRS:
-            self.bind(parts[-1] if parts else target, _below(self.chains(call.func.value), "*"))
+            self.bind(parts[-1] if parts else target, _below(self.paths(call.func.value), "*"))
         elif isinstance(values, ast.Tuple | ast.List):
             for value in values.elts:
                 self.assign(target, value)
         else:
-            self.bind(target, _below(self.chains(values), "*"))
+            self.bind(target, _below(self.paths(values), "*"))
 
     # What is read and written.
 
@@ -231,17 +231,17 @@ class Reader(ast.NodeVisitor):
         self.visit(node.slice)
 
     def use(self, node: ast.expr) -> None:
-        chains = self.chains(node)
+        paths = self.paths(node)
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             self.write(node)
         else:
-            self.found.read.update(chain for chain in chains if chain and chain[-1] not in _ABOUT)
-        if not chains:
+            self.found.read.update(path for path in paths if path and path[-1] not in _ABOUT)
+        if not paths:
             self.generic_visit(node)
 
     def write(self, node: ast.AST | None) -> None:
-        """What an expression stands for is written: its chains, and the names in it, whatever those are below."""
-        self.found.written.update(self.chains(node))
+        """What an expression stands for is written: its paths, and the names in it, whatever those are below."""
+        self.found.written.update(self.paths(node))
         while isinstance(node, ast.Attribute | ast.Subscript):
             self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
             node = node.value
@@ -255,8 +255,8 @@ class Reader(ast.NodeVisitor):
             outside = holder is None or isinstance(self.known(holder), ModuleType)
             self.write(node.args[0] if outside and node.args else holder)
         elif name == "setattr":
-            self.found.written.update(_below(self.chains(node.args[0]), _text(node.args[1]) or "*"))
-        self.found.read.update(chain for chain in self.called(node) if chain)
+            self.found.written.update(_below(self.paths(node.args[0]), _text(node.args[1]) or "*"))
+        self.found.read.update(path for path in self.called(node) if path)
         if isinstance(node.func, ast.Attribute) and name not in _ABOUT:
             self.use(node.func.value)  # weight.t() reads weight
         elif not isinstance(node.func, ast.Attribute):
@@ -291,12 +291,12 @@ class Reader(ast.NodeVisitor):
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
 
     def visit_Return(self, node: ast.Return) -> None:
-        self.returns |= self.chains(node.value)
+        self.returns |= self.paths(node.value)
         self.generic_visit(node)
 
 
-def _below(chains: set[ModulePath], name: str) -> set[ModulePath]:
-    return {(*chain, name) for chain in chains}
+def _below(paths: set[ModulePath], name: str) -> set[ModulePath]:
+    return {(*path, name) for path in paths}
 
 
 def _text(node: ast.AST) -> str | None:

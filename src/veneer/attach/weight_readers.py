@@ -62,15 +62,15 @@ def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReade
                 yield WeightReader(above, below)
                 break
     for above, below in _above(names, path):
-        module, chain = names.modules[above], (*below, weight)
+        module, target = names.modules[above], (*below, weight)
         cls = own_class(module)
         forward = ("forward", *bound(module).values()) if below and not switches(module) else ()
-        if any(_reads(module, method, chain) for method in forward):
+        if any(_reads(module, method, target) for method in forward):
             yield WeightReader(above, below)
         for method in _methods(cls):
             words = mentions(cls, method)
-            named = weight in words and (chain[0] in words or chain[0].isdigit())
-            if named and _reads(module, method, chain):
+            named = weight in words and (target[0] in words or target[0].isdigit())
+            if named and _reads(module, method, target):
                 yield WeightReader(above, below, method)
 
 
@@ -79,7 +79,7 @@ def _reads(module: nn.Module, method: str, below: ModulePath) -> bool:
     values."""
     found = reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
     written = method != "forward" and any(_fits(c, below[: len(c)]) or below[-1] in c for c in found.written)
-    return not written and any(_fits(chain, below) for chain in found.read)
+    return not written and any(_fits(read, below) for read in found.read)
 
 
 def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
@@ -89,7 +89,7 @@ def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
         module = names.modules[above]
         if below and has_forward(module):
             found = reads(own_class(module), "forward", frozenset((*module._modules, *own_parameters(module))))
-            asked_names = {chain[len(below)] for chain in found.read if len(chain) > len(below) and _fits(chain, below)}
+            asked_names = {read[len(below)] for read in found.read if len(read) > len(below) and _fits(read, below)}
             yield from ((above, name) for name in sorted(asked_names) if name != "*")
 
 
@@ -148,5 +148,5 @@ def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
                 yield entry
 
 
-def _fits(chain: ModulePath, below: ModulePath) -> bool:
-    return len(chain) >= len(below) and all(said in ("*", actual) for said, actual in zip(chain, below, strict=False))
+def _fits(read: ModulePath, below: ModulePath) -> bool:
+    return len(read) >= len(below) and all(said in ("*", actual) for said, actual in zip(read, below, strict=False))

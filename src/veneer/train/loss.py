@@ -410,7 +410,7 @@ def _body(model: nn.Module) -> ModulePath | None:
         isinstance(forward, MethodType) and forward.__self__ is model and inspect.unwrap(forward.__func__) is own
     ):
         return None  # replaced by something else than a wrapper of the model's own, such as accelerate's autocast
-    found = [(chain, late) for chain, late in submodule_calls(own) if _is_model(model, chain)]
+    found = [(path, late) for path, late in submodule_calls(own) if _is_model(model, path)]
     if len(found) != 1 or found[0][1]:
         return None
     for parameter in model.parameters():
@@ -424,10 +424,10 @@ def _body(model: nn.Module) -> ModulePath | None:
     return found[0][0]
 
 
-def _is_model(model: nn.Module, chain: ModulePath) -> bool:
-    """Whether there is one of transformers' models at the end of a chain of attributes."""
+def _is_model(model: nn.Module, path: ModulePath) -> bool:
+    """Whether there is one of transformers' models at the end of a path of attributes."""
     module: Any = model
-    for name in chain:
+    for name in path:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return hasattr(type(module), "base_model_prefix")
 
