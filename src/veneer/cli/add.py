@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.cli.console import LIBRARY_HELP
+from veneer.cli.options import Library
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -20,7 +19,7 @@ def add(
     name: Annotated[str, typer.Argument(help="Its name there: letters, digits, _ - .", show_default=False)],
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the name stands for.")] = False,
-    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+    library: Library = None,
 ) -> None:
     """Verify an adapter and copy it into a library. Other commands take it as library:NAME.
 

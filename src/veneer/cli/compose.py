@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from veneer.cli.options import Overwrite
 from veneer.errors import ConfigError, sentence
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
@@ -37,7 +38,7 @@ def compose(
         typer.Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the entries that dare keeps.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write the weighted sum, or a mixture, of adapters of one base as a new adapter.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 # What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no pictures for them.
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-
-ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
-LIBRARY_HELP = "Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."
 
 
 class _Notes(logging.Handler):
@@ -63,6 +61,19 @@ def open_pair(base: str, adapter: str | None, precision: str, verify: bool = Tru
     if folder is None:
         return loaded, None
     return loaded, veneer.load(loaded.model, folder, verify_base=verify)
+
+
+def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, str | None]]:
+    """(label, adapter to select) of each model that a command runs: the base if ``base``, the adapter if there is one."""
+    labels: list[tuple[str, str | None]] = [("base", None)] if base or handle is None else []
+    return labels if handle is None else [*labels, ("adapter", handle.name)]
+
+
+def selected(model: Any, handle: Any, name: str | None) -> AbstractContextManager[Any]:
+    """The adapter ``name``, or the base for None, selected on a model that may have no adapter at all."""
+    import veneer
+
+    return nullcontext() if handle is None else veneer.use(model, name)
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -9,43 +9,45 @@ from typing import Annotated, Literal
 
 import typer
 
-from veneer.cli.console import ADAPTER_HELP
+from veneer.cli.options import ADAPTER_HELP, AsJson, Verify
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+# the registry of formats decides what --to may be, so that a new one needs no line here
+In = Annotated[
+    str, typer.Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)]
+To = Annotated[
+    str, typer.Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.", show_default=False)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."),
+]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the numbers; as they are without.")
+]
+Part = Annotated[
+    Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"] | None,
+    typer.Option(help="Which model of an image pipeline the adapter is of."),
+]
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def convert(
-    adapter: Annotated[
-        str,
-        typer.Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.", show_default=False),
-    ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)],
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.", show_default=False
-        ),  # the registry of formats decides, so that a new one needs no line here
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the numbers; as they are without.")
-    ] = None,
-    part: Annotated[
-        Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"] | None,
-        typer.Option(help="Which model of an image pipeline the adapter is of."),
-    ] = None,
+    adapter: In,
+    output: Out,
+    to: To,
+    base: Base = None,
+    dtype: Dtype = None,
+    part: Part = None,
     rank: Annotated[int | None, typer.Option(help="Of dense changes: the rank of the product.", min=1)] = None,
     energy: Annotated[float | None, typer.Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Of dense changes: keep them whole.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
-    verify: Annotated[bool, typer.Option(help="Refuse an adapter of another base.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Verify = True,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter in another format. What it is, is seen from what it holds.
 
@@ -76,16 +78,9 @@ def convert(
             overwrite=overwrite, verify_base=verify,
         )  # fmt: skip
     if as_json:
-        facts = {
-            "path": str(done.path),
-            "from": done.source,
-            "to": done.to,
-            "ranks": dict(done.ranks),
-            "in_full": list(done.full),
-            "left_out": list(done.left_out),
-            "warnings": said,
-            "errors": dict(done.errors),
-        }
+        facts = {"path": str(done.path), "from": done.source, "to": done.to, "ranks": dict(done.ranks),
+                 "in_full": list(done.full), "left_out": list(done.left_out), "warnings": said,
+                 "errors": dict(done.errors)}  # fmt: skip
         typer.echo(json.dumps(facts, indent=2))
         return
     out.print(str(done), soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli.console import ADAPTER_HELP
+from veneer.cli.options import ADAPTER_HELP, AsJson
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -19,7 +19,7 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help=ADAPTER_HELP, show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help=ADAPTER_HELP, show_default=False)],
     layers: Annotated[int, typer.Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with code 1 if they differ.")] = False,
 ) -> None:
     """Show where two adapters change a model, how much, and how far their directions lie apart.

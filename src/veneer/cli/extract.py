@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from veneer.cli.options import AsJson, BaseModel, Overwrite
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def extract(
-    base: Annotated[
-        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
-    ],
+    base: BaseModel,
     tuned: Annotated[str, typer.Argument(help="The same model, fine-tuned in full.", show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the adapter.", show_default=False)],
     rank: Annotated[int | None, typer.Option(help="Rank of every product.", show_default=False)] = None,
@@ -37,8 +37,8 @@ def extract(
         ),
     ] = "auto",
     least: Annotated[float, typer.Option(help="The share of its change below which a weight is lossy.")] = 0.5,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
     layers: Annotated[int, typer.Option(help="Show the so many layers that keep least; 0 shows all.", min=0)] = 12,
 ) -> None:
     """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.cli.console import LIBRARY_HELP
+from veneer.cli.options import Library
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -20,7 +19,7 @@ def gc(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
     ] = False,
-    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+    library: Library = None,
 ) -> None:
     """Delete adapters without a name, and what killed commands left behind.
 

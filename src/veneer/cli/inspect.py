@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli.console import ADAPTER_HELP
+from veneer.cli.options import Adapter, AsJson
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def inspect(
-    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapter: Adapter,
+    as_json: AsJson = False,
     layers: Annotated[
         int, typer.Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
     ] = 12,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from veneer.cli.console import LIBRARY_HELP
+from veneer.cli.options import AsJson, Library
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def list_adapters(
-    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+    library: Library = None,
     tag: Annotated[str | None, typer.Option(help="Only those with this tag.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="Only those for this base.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the adapters of a library.
 

@@ -7,42 +7,45 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from veneer.cli.options import AsJson, Overwrite
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="BASE ADAPTER... OUT",
+        help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
+        "places), each with =WEIGHT behind it if that is not 1; the new folder.",
+        show_default=False,
+    ),
+]
+MergedPrecision = Annotated[
+    Literal["stored", "fp32", "bf16", "fp16"],
+    typer.Option("--precision", help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
+]
+Rounding = Annotated[
+    Literal["auto", "nearest", "faithful"],
+    typer.Option(
+        help="How to round to 16 bits. faithful: up or down so that the change survives; auto: where nearest would "
+        "lose more than 1 % of it."
+    ),
+]
+VerifyBase = Annotated[bool, typer.Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")]
+VerifyResult = Annotated[bool, typer.Option("--verify", help="Read the result again and prove each of its numbers.")]
+Layers = Annotated[int, typer.Option(help="Show the so many layers that keep the least of their change.", min=0)]
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def merge(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="BASE ADAPTER... OUT",
-            help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
-            "places), each with =WEIGHT behind it if that is not 1; the new folder.",
-            show_default=False,
-        ),
-    ],
-    precision: Annotated[
-        Literal["stored", "fp32", "bf16", "fp16"],
-        typer.Option(help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
-    ] = "stored",
-    rounding: Annotated[
-        Literal["auto", "nearest", "faithful"],
-        typer.Option(
-            help="How to round to 16 bits. faithful: up or down so that the change survives; auto: where nearest would "
-            "lose more than 1 % of it."
-        ),
-    ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    verify_base: Annotated[
-        bool, typer.Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")
-    ] = True,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the result again and prove each of its numbers.")
-    ] = False,
-    layers: Annotated[
-        int, typer.Option(help="Show the so many layers that keep the least of their change.", min=0)
-    ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    paths: Paths,
+    precision: MergedPrecision = "stored",
+    rounding: Rounding = "auto",
+    overwrite: Overwrite = False,
+    verify_base: VerifyBase = True,
+    verify: VerifyResult = False,
+    layers: Layers = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write base and adapters as one plain model that transformers loads without Veneer.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.cli.console import LIBRARY_HELP
+from veneer.cli.options import Library
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -15,7 +14,7 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def rm(
     names: Annotated[list[str], typer.Argument(help="Names of adapters.", show_default=False)],
-    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+    library: Library = None,
 ) -> None:
     """Take names out of a library. The files go with the next `veneer gc`, an hour later at the earliest.
 

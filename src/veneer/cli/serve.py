@@ -10,58 +10,62 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from veneer.cli.options import MANY, BaseModel
+
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SHORT: Any = {"float32": "fp32", "bfloat16": "bf16"}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
 
+Adapters = Annotated[Path | None, typer.Option(help="Folder of adapter folders, or a library.", show_default=False)]
+Port = Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)]
+Name = Annotated[
+    str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.", show_default=False)
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.", show_default=False),
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Load this adapter at the start and keep it; {MANY}.", show_default=False),
+]
+Length = Annotated[
+    int, typer.Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
+]
+Keys = Annotated[Path | None, typer.Option(help="File of API keys (see `veneer keygen`).", show_default=False)]
+AllowOpen = Annotated[
+    bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
+]
+StoredPrecision = Annotated[
+    Literal["auto", "stored", "fp32", "bf16", "float32", "bfloat16"],
+    typer.Option(
+        "--precision",
+        "--dtype",
+        help="Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is bf16 where the "
+        "hardware multiplies it natively, else fp32.",
+    ),
+]
+
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def serve(
-    base: Annotated[
-        str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
-    ],
-    adapters: Annotated[
-        Path | None, typer.Option(help="Folder of adapter folders, or a library.", show_default=False)
-    ] = None,
+    base: BaseModel,
+    adapters: Adapters = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = HOST,
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.", show_default=False)
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.", show_default=False),
-    ] = None,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Load this adapter at the start and keep it; may be given several times.", show_default=False
-        ),
-    ] = None,
+    port: Port = PORT,
+    name: Name = None,
+    memory: Memory = None,
+    pin: Pin = None,
     rows: Annotated[int, typer.Option(help="Answers that are written at one time.", min=1, max=4096)] = ROWS,
-    length: Annotated[
-        int, typer.Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
-    ] = LENGTH,
+    length: Length = LENGTH,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.", min=0.1)] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
-    keys: Annotated[
-        Path | None, typer.Option(help="File of API keys (see `veneer keygen`).", show_default=False)
-    ] = None,
-    allow_open: Annotated[
-        bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
-    ] = False,
-    precision: Annotated[
-        Literal["auto", "stored", "fp32", "bf16", "float32", "bfloat16"],
-        typer.Option(
-            "--precision",
-            "--dtype",
-            help="Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is bf16 where the "
-            "hardware multiplies it natively, else fp32.",
-        ),
-    ] = "stored",
+    keys: Keys = None,
+    allow_open: AllowOpen = False,
+    precision: StoredPrecision = "stored",
     engine: Annotated[Literal["veneer", "vllm"], typer.Option(help="Who computes.")] = "veneer",
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.

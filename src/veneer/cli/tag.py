@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veneer.cli.console import LIBRARY_HELP
+from veneer.cli.options import Library
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -17,7 +16,7 @@ def tag(
     name: Annotated[str, typer.Argument(help="Name of an adapter.", show_default=False)],
     tags: Annotated[list[str] | None, typer.Argument(help="Tags to add.", show_default=False)] = None,
     remove: Annotated[list[str] | None, typer.Option(help="A tag to take away; may be given several times.")] = None,
-    library: Annotated[Path | None, typer.Option(help=LIBRARY_HELP, show_default=False)] = None,
+    library: Library = None,
 ) -> None:
     """Add tags to an adapter of a library, or take them away.
 

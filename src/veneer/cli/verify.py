@@ -8,19 +8,19 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.console import ADAPTER_HELP
+from veneer.cli.options import Adapter, AsJson
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def verify(
-    adapter: Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)],
+    adapter: Adapter,
     base: Annotated[
         str | None,
         typer.Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse an adapter with warnings too.")] = False,
 ) -> None:
     """Check an adapter: its files, header, hashes, config, numbers and norms, and that it was made for a base.
