@@ -53,7 +53,7 @@ class Job:
     @property
     def adapter(self) -> str | None:
         """Its one adapter; None is the base."""
-        return next(iter(self.request.mix), None)
+        return next(iter(self.request.blend), None)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -261,7 +261,7 @@ def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
 
             return deliver
 
-        tickets = [engine.submit(replace(job.request, mix={}), hear(job)) for job in batch]
+        tickets = [engine.submit(replace(job.request, blend={}), hear(job)) for job in batch]
         for _ in batch:
             while not left.acquire(timeout=0.2):
                 for job, ticket in zip(batch, tickets, strict=True):

@@ -92,8 +92,8 @@ def test_every_address_of_this_machine_answers_to_its_own_name(veneer, base, mon
     monkeypatch.setattr("veneer.cli.serve._listen", lambda service, *_: served.append(service))
     assert veneer("serve", base, "--port", 0, "--host", "127.0.0.2", "--precision", "fp32").code == 0
     served[0].close()
-    assert "127.0.0.2" in served[0].weight_readers
-    assert "localhost" in served[0].weight_readers
+    assert "127.0.0.2" in served[0].hosts
+    assert "localhost" in served[0].hosts
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_so_is_one_of_embeddings(it, monkeypatch):
     class Fails:
         width = 3
 
-        def submit(self, texts, mix, timeout, owner):
+        def submit(self, texts, blend, timeout, owner):
             future = Future()
             future.set_exception(Refusal(500, "Found: /secret/path.", code="engine_error"))
             return future

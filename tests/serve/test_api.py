@@ -45,17 +45,17 @@ def test_models(client):
         client.models.retrieve("italian")
 
 
-@pytest.mark.parametrize(("model", "mix"), [(BASE, {}), ("french", {"french": 1}), (f"{BASE}:german", {"german": 1})])
-def test_a_model_is_the_base_or_an_adapter(it, client, model, mix):
+@pytest.mark.parametrize(("model", "blend"), [(BASE, {}), ("french", {"french": 1}), (f"{BASE}:german", {"german": 1})])
+def test_a_model_is_the_base_or_an_adapter(it, client, model, blend):
     answer = client.chat.completions.create(model=model, messages=HELLO)
     assert answer.model == model
-    assert it.engine.seen[-1].mix == mix
+    assert it.engine.seen[-1].blend == blend
 
 
 def test_a_blend_is_a_field_of_its_own(it, client):
     weights = {"french": 0.7, "german": 0.3}
     client.completions.create(model=BASE, prompt="a", extra_body={"adapters": weights})
-    assert it.engine.seen[-1].mix == weights
+    assert it.engine.seen[-1].blend == weights
     with pytest.raises(openai.BadRequestError, match="model 'tiny'"):
         client.completions.create(model="french", prompt="a", extra_body={"adapters": weights})
     with pytest.raises(openai.NotFoundError):

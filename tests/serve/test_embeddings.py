@@ -77,7 +77,7 @@ class Leases:
         self.held, self.rows_of, self.waits = 0, [], False
         self.futures = []
 
-    def acquire(self, mix):
+    def acquire(self, blend):
         future = Future()
         self.futures.append(future)
         if not self.waits:
@@ -136,8 +136,8 @@ def test_a_key_with_many_calls_leaves_room_and_time_for_another():
     made = Embedder(Encoder(), Leases(), normal=False, rows=4, queue=100)
     order = []
 
-    def submit(owner, mix, count):
-        future = made.submit([(1,)] * count, mix, 10, owner)
+    def submit(owner, blend, count):
+        future = made.submit([(1,)] * count, blend, 10, owner)
         future.add_done_callback(lambda _: order.append(owner))
         return future
 

@@ -224,21 +224,21 @@ def test_each_row_of_each_call_runs_with_its_lease(opened):
     bank = Recorder()
     engine = opened(bank=bank, rows=3, prefill=64)
     bank.calls.clear()  # of the trial
-    mixes = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.5}]
-    clients = [Client(engine, asked((5, 6, 7), 4, mix=mix, ignore_eos=True)) for mix in mixes]
+    blends = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.5}]
+    clients = [Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True)) for blend in blends]
     for client in clients:
         assert client.wait().finish == "length"
     assert not bank.held
-    seen = [mix for call in bank.calls for mix in call]
-    for mix in mixes:  # a prompt and three tokens behind it
-        assert seen.count(mix) == 4
+    seen = [blend for call in bank.calls for blend in call]
+    for blend in blends:  # a prompt and three tokens behind it
+        assert seen.count(blend) == 4
 
 
 def test_a_request_waits_for_its_adapter_outside_of_the_rows(opened):
     bank = Recorder(slow=["cold"])
     engine = opened(bank=bank, rows=2)
-    cold = [Client(engine, asked((5, 6), 3, mix={"cold": 1.0})) for _ in range(20)]
-    warm = [Client(engine, asked(ask, 5, mix={"warm": 1.0})) for ask in prompts(6, 20)]
+    cold = [Client(engine, asked((5, 6), 3, blend={"cold": 1.0})) for _ in range(20)]
+    warm = [Client(engine, asked(ask, 5, blend={"warm": 1.0})) for ask in prompts(6, 20)]
     for client in warm:
         client.wait()
     assert not any(client.pieces for client in cold)
@@ -252,8 +252,8 @@ def test_a_request_waits_for_its_adapter_outside_of_the_rows(opened):
 def test_an_adapter_that_cannot_be_had_is_an_error_of_its_request_alone(opened):
     bank = Recorder(failing={"gone": ValueError("no adapter 'gone'")})
     engine = opened(bank=bank)
-    gone = Client(engine, asked((5,), mix={"gone": 1.0}))
-    other = Client(engine, asked((5,), mix={"there": 1.0}))
+    gone = Client(engine, asked((5,), blend={"gone": 1.0}))
+    other = Client(engine, asked((5,), blend={"there": 1.0}))
     assert gone.wait().finish == "error"
     assert gone.error == "no adapter 'gone'"
     assert other.wait().finish in ("length", "stop")
@@ -262,26 +262,26 @@ def test_an_adapter_that_cannot_be_had_is_an_error_of_its_request_alone(opened):
 
 def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_back(opened):
     class Small(Recorder):
-        """Holds one mix at a time."""
+        """Holds one blend at a time."""
 
-        def acquire(self, mix):
-            if any(lease.mix != mix for lease in self.held):
+        def acquire(self, blend):
+            if any(lease.blend != blend for lease in self.held):
                 future = Future()
                 future.set_exception(BankFullError("no memory"))
                 return future
-            return super().acquire(mix)
+            return super().acquire(blend)
 
     bank = Small(failing={"huge": BankFullError("larger than all memory")})
     engine = opened(start=False, bank=bank, rows=2)
-    clients = [Client(engine, asked((5, 6), 6, mix={name: 1.0}, ignore_eos=True)) for name in "aabbacab"]
-    huge = Client(engine, asked((5, 6), 6, mix={"huge": 1.0}))
+    clients = [Client(engine, asked((5, 6), 6, blend={name: 1.0}, ignore_eos=True)) for name in "aabbacab"]
+    huge = Client(engine, asked((5, 6), 6, blend={"huge": 1.0}))
     engine.start()
     assert [client.wait().finish for client in clients] == ["length"] * 8
     assert huge.wait().finish == "error"  # once nobody else holds anything
     assert huge.error == "larger than all memory"
     assert not bank.held
     for call in bank.calls:
-        assert len({str(mix) for mix in call}) == 1
+        assert len({str(blend) for blend in call}) == 1
 
 
 def test_an_adapter_with_many_requests_does_not_starve_another(opened):
@@ -293,7 +293,7 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
             if piece.finish:
                 order.append(name)
 
-        return Client(engine, asked((5, 6, 7), 6, mix={name: 1.0}, ignore_eos=True), note)
+        return Client(engine, asked((5, 6, 7), 6, blend={name: 1.0}, ignore_eos=True), note)
 
     clients = [client("many") for _ in range(100)] + [client("few") for _ in range(5)]
     engine.start()
@@ -305,18 +305,18 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
 
 @pytest.mark.parametrize("blends", [False, True], ids=["adapters", "weights of one blend"])
 def test_a_backlog_gets_its_share_beside_24_who_ask_again_when_they_are_answered(blends, opened):
-    """More mixes than rows and places ahead: a mix is idle for a moment between two of its requests."""
+    """More blends than rows and places ahead: a blend is idle for a moment between two of its requests."""
     engine = opened(start=False, bank=Recorder(), rows=4, prefill=64, queue=1000)
     answers, over = Counter(), threading.Event()
 
-    def client(name, mix):
+    def client(name, blend):
         def note(piece):
             if piece.finish and not over.is_set():
                 answers[name] += 1
                 if name != "busy":
-                    client(name, mix)
+                    client(name, blend)
 
-        Client(engine, asked((5, 6, 7), 4, mix=mix, ignore_eos=True), note)
+        Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True), note)
 
     for _ in range(300):
         client("busy", {"busy": 1.0})
@@ -335,9 +335,9 @@ def test_a_key_with_24_adapters_gets_what_a_key_with_one_gets(opened):
     engine = opened(start=False, bank=Recorder(), rows=4, prefill=64, queue=1000)
     answers = Counter()
     for number in range(240):
-        for name, mix in (("many", {f"a{number % 24}": 1.0}), ("one", {"a0": 1.0})):
+        for name, blend in (("many", {f"a{number % 24}": 1.0}), ("one", {"a0": 1.0})):
             note = lambda piece, name=name: answers.update([name] if piece.finish else [])  # noqa: E731
-            Client(engine, replace(asked((5, 6, 7), 4, mix=mix, ignore_eos=True), owner=name), note)
+            Client(engine, replace(asked((5, 6, 7), 4, blend=blend, ignore_eos=True), owner=name), note)
     with torch.inference_mode():
         while sum(answers.values()) < 200:
             engine.step()
@@ -374,7 +374,7 @@ def test_a_schema_whose_mask_fails_ends_its_request_alone(opened, caplog):
     engine = opened(start=False, rows=2)
     sick = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
     well = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
-    sick.ticket._entry.chooser.matcher = Broken()
+    sick.ticket._state.sampler.matcher = Broken()
     engine.start()
     assert sick.wait().finish == "error"
     assert sick.error == "ValueError: too many items"
@@ -386,7 +386,7 @@ def test_a_text_that_cannot_be_ended_ends_its_request_alone(opened, monkeypatch)
     sick = Client(engine, asked((5, 6, 7), 400, ignore_eos=True))
     well = Client(engine, asked((5, 6, 7), 40, ignore_eos=True))
     assert sick.first.wait(60)
-    text = sick.ticket._entry.text
+    text = sick.ticket._state.text
     end = Text.end
     monkeypatch.setattr(Text, "end", lambda self: end(self) if self is not text else 1 / 0)
     sick.ticket.cancel()
@@ -401,7 +401,7 @@ def test_a_request_is_cancelled_in_every_state(state, opened):
     bank = Recorder(slow=["cold"])
     engine = opened(bank=bank, rows=1, prefill=8, start=state != "queued")
     if state == "decoding":
-        client = Client(engine, asked((5, 6, 7), 200, mix={"a": 1.0}, ignore_eos=True))
+        client = Client(engine, asked((5, 6, 7), 200, blend={"a": 1.0}, ignore_eos=True))
         assert client.first.wait(30)
     elif state == "prefilling":
         reached, go = threading.Event(), threading.Event()
@@ -413,12 +413,12 @@ def test_a_request_is_cancelled_in_every_state(state, opened):
             return fill(slots, first, some, start)
 
         engine._forward.fill = filling
-        client = Client(engine, asked((5,) * 100, 5, mix={"a": 1.0}))
+        client = Client(engine, asked((5,) * 100, 5, blend={"a": 1.0}))
         assert reached.wait(30)
     elif state == "over":
-        client = Client(engine, asked((5, 6), 2, mix={"a": 1.0})).wait()
+        client = Client(engine, asked((5, 6), 2, blend={"a": 1.0})).wait()
     else:
-        client = Client(engine, asked((5, 6), 2, mix={"cold" if state == "loading" else "a": 1.0}))
+        client = Client(engine, asked((5, 6), 2, blend={"cold" if state == "loading" else "a": 1.0}))
         time.sleep(0.05)
     client.ticket.cancel()
     if state == "queued":
@@ -431,13 +431,13 @@ def test_a_request_is_cancelled_in_every_state(state, opened):
     assert not bank.held
     assert (engine.running, engine.waiting) == (0, 0)
     assert clean(engine)
-    assert Client(engine, asked((5, 6), 2, mix={"a": 1.0})).wait().finish in ("stop", "length")
+    assert Client(engine, asked((5, 6), 2, blend={"a": 1.0})).wait().finish in ("stop", "length")
 
 
 def test_time_is_up_in_the_queue_while_loading_and_while_running(opened):
     bank = Recorder(slow=["cold"])
     engine = opened(bank=bank, rows=1)
-    loading = Client(engine, asked((5,), mix={"cold": 1.0}, timeout=0.05))
+    loading = Client(engine, asked((5,), blend={"cold": 1.0}, timeout=0.05))
     assert loading.wait().finish == "timeout"  # with nothing else to wake the engine
     decode = engine._forward.decode
     engine._forward.decode = lambda *a: (time.sleep(0.02), decode(*a))[1]
@@ -512,8 +512,8 @@ def test_the_queue_is_bounded(opened):
     clients = []
     with pytest.raises(Busy, match=r"Found: .* wait") as caught:
         for _ in range(9):
-            clients.append(Client(engine, asked((5,), 2, mix={"a": 1.0})))
-    assert len(clients) == 6  # a mix leaves room for others
+            clients.append(Client(engine, asked((5,), 2, blend={"a": 1.0})))
+    assert len(clients) == 6  # a blend leaves room for others
     assert 1 <= caught.value.retry_after <= 60
     clients.append(Client(engine, asked((5,), 2)))
     engine.start()
@@ -558,7 +558,7 @@ def test_drain_finishes_what_was_taken_and_refuses_what_comes(opened):
 
 def test_drain_gives_up_in_time_and_close_cancels_the_rest(opened):
     engine = opened(bank=Recorder(slow=["cold"]), rows=1)
-    waits = Client(engine, asked((5,), mix={"cold": 1.0}))
+    waits = Client(engine, asked((5,), blend={"cold": 1.0}))
     assert not engine.drain(0.05)
     engine.close()
     assert waits.wait().finish == "cancelled"
@@ -580,7 +580,7 @@ def test_the_observer_is_told(opened):
             return lambda *values: told.append((name, *values))
 
     engine = opened(observer=Observer())
-    Client(engine, asked((5, 6, 7), 40, mix={"a": 1.0}, ignore_eos=True)).wait()
+    Client(engine, asked((5, 6, 7), 40, blend={"a": 1.0}, ignore_eos=True)).wait()
     assert engine.drain(10)
     engine.close()
     names = [one[0] for one in told]
@@ -619,8 +619,8 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     draw = random.Random(0)
     clients = []
     for number, ask in enumerate(prompts(200, 40)):
-        mix = {draw.choice("abc"): 1.0}
-        clients.append(Client(engine, asked(ask, draw.randint(1, 30), mix=mix, ignore_eos=True, id=str(number))))
+        blend = {draw.choice("abc"): 1.0}
+        clients.append(Client(engine, asked(ask, draw.randint(1, 30), blend=blend, ignore_eos=True, id=str(number))))
         if draw.random() < 0.7:
             draw.choice(clients).ticket.cancel()
         if draw.random() < 0.2:

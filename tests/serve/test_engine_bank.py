@@ -82,7 +82,7 @@ def test_64_mixed_requests_at_once_are_those_of_merged_models(capacity, serving,
     wanted = [alone(models[name], ask, 8) for ask, name in asks]
     base = [alone(models[None], ask, 8) for ask, _ in asks]
     assert sum(a != b for a, b in zip(wanted, base, strict=True)) > 24  # adapters show
-    clients = [Client(engine, asked(ask, 8, mix={name: 1.0} if name else {})) for ask, name in asks]
+    clients = [Client(engine, asked(ask, 8, blend={name: 1.0} if name else {})) for ask, name in asks]
     assert [client.wait().tokens for client in clients] == wanted
     if largest is not None:
         assert bank.nbytes <= largest
@@ -90,22 +90,22 @@ def test_64_mixed_requests_at_once_are_those_of_merged_models(capacity, serving,
 
 def test_blends_run_beside_others(serving):
     engine, bank = serving(rows=4)
-    mixes = [{"plain": 0.7, "tall": 0.3}, {"magnitudes": 0.5, "plain": -0.25}, {}, {"tall": 1.0}]
-    asks = list(zip(prompts(12, 30, seed=3), mixes * 3, strict=True))
-    clients = [Client(engine, asked(ask, 6, mix=mix)) for ask, mix in asks]
+    blends = [{"plain": 0.7, "tall": 0.3}, {"magnitudes": 0.5, "plain": -0.25}, {}, {"tall": 1.0}]
+    asks = list(zip(prompts(12, 30, seed=3), blends * 3, strict=True))
+    clients = [Client(engine, asked(ask, 6, blend=blend)) for ask, blend in asks]
     found = [client.wait().tokens for client in clients]
     assert engine.drain(30)
     engine.close()
-    for (ask, mix), tokens in zip(asks, found, strict=True):
+    for (ask, blend), tokens in zip(asks, found, strict=True):
         ids = torch.tensor([ask])
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-        assert bank.generate(ids, adapters=[mix], **options)[0, len(ask) :].tolist() == tokens
+        assert bank.generate(ids, adapters=[blend], **options)[0, len(ask) :].tolist() == tokens
 
 
 def test_an_unknown_adapter_is_an_error_of_its_request(serving):
     engine, _ = serving()
-    unknown = Client(engine, asked((5, 6), mix={"plian": 1.0}))
-    known = Client(engine, asked((5, 6), mix={"plain": 1.0}))
+    unknown = Client(engine, asked((5, 6), blend={"plian": 1.0}))
+    known = Client(engine, asked((5, 6), blend={"plain": 1.0}))
     assert unknown.wait().finish == "error"
     assert "plain" in unknown.error
     assert known.wait().finish in ("stop", "length")
@@ -113,12 +113,12 @@ def test_an_unknown_adapter_is_an_error_of_its_request(serving):
 
 def test_a_removed_adapter_serves_those_who_have_it_and_its_name_can_be_another(serving, folders):
     engine, bank = serving(rows=2)
-    running = Client(engine, asked((5, 6, 7), 60, mix={"plain": 1.0}, ignore_eos=True))
+    running = Client(engine, asked((5, 6, 7), 60, blend={"plain": 1.0}, ignore_eos=True))
     assert running.first.wait(30)
     bank.remove("plain")
     bank.register("plain", folders["tall"])
-    other = Client(engine, asked((5, 6, 7), 60, mix={"plain": 1.0}, ignore_eos=True))
-    same = Client(engine, asked((5, 6, 7), 60, mix={"tall": 1.0}, ignore_eos=True))
+    other = Client(engine, asked((5, 6, 7), 60, blend={"plain": 1.0}, ignore_eos=True))
+    same = Client(engine, asked((5, 6, 7), 60, blend={"tall": 1.0}, ignore_eos=True))
     assert other.wait().tokens == same.wait().tokens != running.wait().tokens
     assert running.tokens[:8] == alone(merged(folders, "plain"), (5, 6, 7), 8) or 2 in running.tokens[:8]
 
@@ -142,13 +142,13 @@ def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
             if piece.finish:
                 ended.append(name)
 
-        busy.append(Client(engine, asked((5, 6, 7), 12, mix={name: 1.0}, ignore_eos=True), note))
+        busy.append(Client(engine, asked((5, 6, 7), 12, blend={name: 1.0}, ignore_eos=True), note))
 
     for name in NAMES[1:]:
         ask(name)
     assert busy[0].wait().finish == "length"
     before = len(ended)
-    client = Client(engine, asked((5, 6, 7), 3, mix={cold: 1.0}, ignore_eos=True))
+    client = Client(engine, asked((5, 6, 7), 3, blend={cold: 1.0}, ignore_eos=True))
     assert client.wait().finish == "length"
     after = len(ended)
     over.set()

@@ -1,4 +1,4 @@
-"""Shares of the whole server over a minute: 25 clients of the `openai` package, a real model, more mixes than rows."""
+"""Shares of the whole server over a minute: 25 clients of the `openai` package, a real model, more blends than rows."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_there_are_no_websockets(it):
 
 def test_a_server_without_keys_answers_to_its_own_names(tmp_path):
     service = fake_service(tmp_path / "dir")
-    service.weight_readers = LOOPBACK
+    service.hosts = LOOPBACK
     with listening(service) as (url, _), httpx.Client(base_url=url) as http:
         assert http.get("/v1/models").status_code == 200
         for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:8000", "[::1]"):

@@ -49,13 +49,13 @@ def test_answers_stream_side_by_side(show):
     for place in range(3):
         expect(answer(page, place)).to_contain_text("w0 w1 w2 w3 w4")
     assert isinstance(service.engine, FakeEngine)
-    assert sorted(map(str, (dict(request.mix) for request in service.engine.seen))) == [
+    assert sorted(map(str, (dict(request.blend) for request in service.engine.seen))) == [
         "{'french': 1.0}", "{'german': 1.0}", "{}",
     ]  # fmt: skip
     column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
     send(page, "hello", tokens=2)
     ended(page, "done", "done", "done")
-    assert {"french", "german"} in [set(request.mix) for request in service.engine.seen]
+    assert {"french", "german"} in [set(request.blend) for request in service.engine.seen]
 
 
 def test_a_full_queue_is_told(show):
@@ -96,4 +96,4 @@ def test_keys(show):
     send(page, "hello", tokens=2)
     ended(page, "done")
     expect(page.get_by_text("Load an adapter")).to_be_hidden()
-    assert [dict(request.mix) for request in service.engine.seen] == [{"french": 1.0}]
+    assert [dict(request.blend) for request in service.engine.seen] == [{"french": 1.0}]

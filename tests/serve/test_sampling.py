@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from tests.support.tiny import tiny_tokenizer
 
 from veneer.serve.requests import RequestError, Sampling
-from veneer.serve.sampling import Sampler, Schemas, choose
+from veneer.serve.sampling import Sampler, Schemas, sample
 
 
-def chooser(matcher=None, **options) -> Sampler:
+def sampler(matcher=None, **options) -> Sampler:
     return Sampler(Sampling(**{"max_tokens": 99, **options}), matcher)
 
 
 def shares(logits, draws: int = 20_000, **options):
     """How often each token is chosen, [vocabulary]."""
-    row = chooser(seed=0, **options)
+    row = sampler(seed=0, **options)
     rows = logits.expand(500, -1)
     counts = torch.zeros(len(logits))
     for _ in range(draws // 500):
-        for choice in choose(rows, [row] * 500):
+        for choice in sample(rows, [row] * 500):
             counts[choice.token] += 1
     return counts / draws
 
@@ -65,8 +65,8 @@ def test_tokens_come_as_often_as_the_definition_says(options):
 def test_a_nucleus_that_is_larger_than_what_is_sorted_at_first():
     logits = torch.zeros(5000)
     logits[:2500] = 3.0  # 95 % of the probability, evenly on half of the tokens
-    rows = [chooser(top_p=0.9, seed=seed) for seed in range(400)]
-    found = [choice.token for choice in choose(logits.expand(400, -1), rows)]
+    rows = [sampler(top_p=0.9, seed=seed) for seed in range(400)]
+    found = [choice.token for choice in sample(logits.expand(400, -1), rows)]
     assert max(found) < 2500
     assert len(set(found)) > 300
     assert max(found) > 1500
@@ -74,11 +74,11 @@ def test_a_nucleus_that_is_larger_than_what_is_sorted_at_first():
 
 def test_greedy_rows_take_the_first_of_the_most_likely_beside_others_that_draw():
     logits = torch.randn(4, 50)
-    rows = [chooser(temperature=0.0), chooser(seed=1), chooser(temperature=0.0), chooser(top_p=0.5, seed=2)]
-    found = [choice.token for choice in choose(logits, rows)]
+    rows = [sampler(temperature=0.0), sampler(seed=1), sampler(temperature=0.0), sampler(top_p=0.5, seed=2)]
+    found = [choice.token for choice in sample(logits, rows)]
     assert found[0] == int(logits[0].argmax())
     assert found[2] == int(logits[2].argmax())
-    assert choose(logits[:1], [chooser(temperature=1e-9)])[0].token == found[0]
+    assert sample(logits[:1], [sampler(temperature=1e-9)])[0].token == found[0]
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,13 +90,13 @@ def test_the_same_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(seed, 
     torch.manual_seed(0)
     steps = torch.randn(6, 40)
     place = min(place, others)
-    alone, among = (chooser(seed=seed, top_p=top_p, top_k=top_k) for _ in range(2))
+    alone, among = (sampler(seed=seed, top_p=top_p, top_k=top_k) for _ in range(2))
     for number, logits in enumerate(steps):
         batch = torch.randn(others + 1, 40)
         batch[place] = logits
-        rows = [chooser(seed=number, top_k=i) for i in range(others + 1)]
+        rows = [sampler(seed=number, top_k=i) for i in range(others + 1)]
         rows[place] = among
-        assert choose(batch, rows)[place] == choose(logits[None], [alone])[0]
+        assert sample(batch, rows)[place] == sample(logits[None], [alone])[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.95}])
@@ -107,21 +107,21 @@ def test_the_rounding_of_float32_changes_no_token(options):
     for step in range(12):
         logits = torch.randn(16, 49152, generator=generator) * 2.5
         rounded = logits + torch.randn(logits.shape, generator=generator) * 3e-5
-        rows, same = ([chooser(seed=16 * step + i, **options) for i in range(16)] for _ in range(2))
-        assert [one.token for one in choose(logits, rows)] == [one.token for one in choose(rounded, same)]
+        rows, same = ([sampler(seed=16 * step + i, **options) for i in range(16)] for _ in range(2))
+        assert [one.token for one in sample(logits, rows)] == [one.token for one in sample(rounded, same)]
 
 
 def test_without_a_seed_rows_differ():
     logits = torch.zeros(20, 1000)
-    found = [choice.token for choice in choose(logits, [chooser() for _ in range(20)])]
+    found = [choice.token for choice in sample(logits, [sampler() for _ in range(20)])]
     assert len(set(found)) > 10
 
 
 @given(count=st.integers(0, 5), temperature=st.sampled_from([0.0, 0.3, 1.0]))
 def test_probabilities_are_the_models_own(count, temperature):
     logits = torch.randn(3, 30)
-    asking = chooser(logprobs=count, temperature=temperature, top_k=2, seed=0)
-    plain, found, none = choose(logits, [chooser(), asking, chooser(temperature=0.0)])
+    asking = sampler(logprobs=count, temperature=temperature, top_k=2, seed=0)
+    plain, found, none = sample(logits, [sampler(), asking, sampler(temperature=0.0)])
     wanted = torch.log_softmax(logits[1], -1)
     assert abs(found.logprob - float(wanted[found.token])) < 1e-5
     assert [token for token, _ in found.top] == wanted.topk(count).indices.tolist()
@@ -134,8 +134,8 @@ def test_probabilities_are_the_models_own(count, temperature):
 def test_a_row_whose_logits_are_no_numbers_has_no_token(bad, temperature):
     logits = torch.randn(3, 9)
     logits[1, 4] = bad
-    rows = [chooser(temperature=temperature, logprobs=1) for _ in range(3)]
-    found = choose(logits, rows)
+    rows = [sampler(temperature=temperature, logprobs=1) for _ in range(3)]
+    found = sample(logits, rows)
     assert found[1].token is None
     assert None not in (found[0].token, found[2].token)
 
@@ -144,7 +144,7 @@ def test_bf16_logits_and_a_token_without_any_chance():
     logits = torch.full((2, 9), -torch.inf, dtype=torch.bfloat16)
     logits[:, 5] = 1.0
     for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}):
-        assert {choice.token for choice in choose(logits, [chooser(**options)] * 2)} == {5}
+        assert {choice.token for choice in sample(logits, [sampler(**options)] * 2)} == {5}
 
 
 # ---------------------------------------------------------------------------------------------- schemas
@@ -164,13 +164,13 @@ def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
     schemas = Schemas(tokenizer, 300, [2])  # more logits than tokens
     done = 0
     for seed in range(8):
-        row, tokens = chooser(schemas.matcher(SCHEMA), temperature=temperature, seed=seed), []
-        free = chooser(temperature=0.0)
+        row, tokens = sampler(schemas.matcher(SCHEMA), temperature=temperature, seed=seed), []
+        free = sampler(temperature=0.0)
         torch.manual_seed(seed)
         for _ in range(400):
             logits = torch.randn(2, 300)
             logits[0, tokenizer.convert_tokens_to_ids(['"', "}"])] += 3  # strings and spaces end at some time
-            choice, other = choose(logits, [row, free])
+            choice, other = sample(logits, [row, free])
             assert other.token == int(logits[1].argmax())
             tokens.append(choice.token)
             if row.accept(choice.token):
@@ -191,13 +191,13 @@ def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
     """Whatever it prefers, and whatever the schema says of it, a run of whitespace ends."""
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    row, tokens = chooser(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0), []
+    row, tokens = sampler(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0), []
     logits = torch.zeros(1, 259)
     for text, liking in ((" ", 9.0), ("\t", 8.0), ("\n", 7.0), ('"', 2.0), ("}", 3.0)):
         logits[0, tokenizer(text)["input_ids"][0]] = liking
     logits[0, 2] = 9.0  # the end, where it may be
     for _ in range(200):
-        tokens.append(choose(logits, [row])[0].token)
+        tokens.append(sample(logits, [row])[0].token)
         if row.accept(tokens[-1]):
             break
     assert row.matcher.is_stopped()
@@ -208,7 +208,7 @@ def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
 def test_every_usual_layout_of_json_is_allowed(layout):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    row = chooser(Schemas(tokenizer, 259, [2]).matcher({"type": "object"}))
+    row = sampler(Schemas(tokenizer, 259, [2]).matcher({"type": "object"}))
     for token in [*tokenizer(json.dumps({"a": [1, {"b": "c  d"}], "e": {}}, **layout))["input_ids"], 2]:
         ended = row.accept(token)
     assert ended
@@ -216,7 +216,7 @@ def test_every_usual_layout_of_json_is_allowed(layout):
 
 def test_a_token_that_the_schema_refuses_is_an_error():
     pytest.importorskip("llguidance")
-    row = chooser(Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
+    row = sampler(Schemas(tiny_tokenizer(), 259, [2]).matcher(SCHEMA))
     with pytest.raises(RequestError, match="cannot follow"):
         row.accept(tiny_tokenizer().convert_tokens_to_ids("x"))
 

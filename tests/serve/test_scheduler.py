@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from veneer.serve import scheduler
 from veneer.serve.requests import Busy
-from veneer.serve.scheduler import SHARE, Scheduler, counted_as, fitting, key_of
+from veneer.serve.scheduler import SHARE, Scheduler, counted_as, fit_budget, key_of
 
 
 @dataclass(eq=False)
 class RequestState:
-    mix: dict
+    blend: dict
     number: int = 0
     owner: str = ""
     key: tuple = field(init=False)
     flow: str = field(init=False)
 
     def __post_init__(self):
-        self.key, self.flow = key_of(self.mix), counted_as(self.mix)
+        self.key, self.flow = key_of(self.blend), counted_as(self.blend)
 
 
 def entry(name: str, number: int = 0, owner: str = "") -> RequestState:
@@ -62,8 +62,8 @@ def simulated(clients, rows: int, steps: int, ahead: int = 4) -> dict:
     return got
 
 
-def makes(mix: dict, owner: str = ""):
-    return lambda: RequestState(mix, owner=owner)
+def makes(blend: dict, owner: str = ""):
+    return lambda: RequestState(blend, owner=owner)
 
 
 def test_a_mix_is_one_however_it_is_written():
@@ -207,7 +207,7 @@ def test_a_count_is_kept_until_virtual_time_has_passed_it():
         queue.charge(taken, 20)
         queue.ended(taken)
     queue.add(entry("other"))
-    queue.remove(next(one for one in queue.entries() if one.flow == "other"))
+    queue.remove(next(one for one in queue.waiting_requests() if one.flow == "other"))
     assert len(flows) == 1
 
 
@@ -284,7 +284,7 @@ def test_no_key_fills_the_queue_and_no_adapter_fills_its_keys_places():
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=20), budget=st.integers(1, 512))
 def test_prompts_of_one_call_fit_and_are_hardly_padded(lengths, budget):
-    taken = fitting(lengths, budget)
+    taken = fit_budget(lengths, budget)
     assert taken[:1] == ([0] if lengths else [])
     assert taken == sorted(set(taken))
     if len(taken) > 1:
@@ -294,6 +294,6 @@ def test_prompts_of_one_call_fit_and_are_hardly_padded(lengths, budget):
 
 
 def test_prompts_of_one_length_share_a_call():
-    assert fitting([100] * 9, 512) == [0, 1, 2, 3, 4]
-    assert fitting([600, 5], 512) == [0]
-    assert fitting([100, 20, 90], 512) == [0, 2]
+    assert fit_budget([100] * 9, 512) == [0, 1, 2, 3, 4]
+    assert fit_budget([600, 5], 512) == [0]
+    assert fit_budget([100, 20, 90], 512) == [0, 2]

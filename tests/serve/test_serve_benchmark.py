@@ -27,8 +27,8 @@ def served(tmp_path_factory):
     return folder
 
 
-def request(mix, ids, tokens=TOKENS):
-    return Request(tuple(ids), mix, Sampling(tokens, temperature=0, ignore_eos=True), 60, "r")
+def request(blend, ids, tokens=TOKENS):
+    return Request(tuple(ids), blend, Sampling(tokens, temperature=0, ignore_eos=True), 60, "r")
 
 
 def answers(engine, requests):
@@ -67,11 +67,11 @@ def test_peers_answer_as_the_merged_models_do(served, name):
     engine.start()
     try:
         prompts = [client.prompt(number, 4, 20, VOCABULARY) for number in range(5)]
-        mixes = [{"a0": 1.0}, {"a1": 1.0}, {}, {"a1": 1.0}, {"a0": 1.0}]
-        found, ends = answers(engine, [request(*pair) for pair in zip(mixes, prompts, strict=True)])
+        blends = [{"a0": 1.0}, {"a1": 1.0}, {}, {"a1": 1.0}, {"a0": 1.0}]
+        found, ends = answers(engine, [request(*pair) for pair in zip(blends, prompts, strict=True)])
         assert ends == ["length"] * 5
-        for mix, ids, tokens in zip(mixes, prompts, found, strict=True):
-            assert tokens == alone(served / "merged" / next(iter(mix)) if mix else served / "base", ids)
+        for blend, ids, tokens in zip(blends, prompts, found, strict=True):
+            assert tokens == alone(served / "merged" / next(iter(blend)) if blend else served / "base", ids)
         assert engine.running == engine.waiting == 0
     finally:
         engine.close()

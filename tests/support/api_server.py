@@ -75,9 +75,9 @@ class FakeEngine:
     def _write(self, ticket: Ticket, deliver: Any) -> None:
         request, finish = ticket.request, "length"
         sampling, text, generated = request.sampling, "", 0
-        mix = request.mix
+        blend = request.blend
         if self.observer:
-            self.observer.started(mix, 0.01)
+            self.observer.started(blend, 0.01)
         for number in range(min(self.words, sampling.max_tokens)):
             if ticket.cancelled.wait(self.pause):
                 finish = "cancelled"
@@ -100,9 +100,9 @@ class FakeEngine:
         with self.lock:
             self.running -= 1
         if self.observer:
-            self.observer.first_token(mix, 0.02)
-            self.observer.tokens(mix, len(request.prompt), generated)
-            self.observer.finished(mix, finish, 0.1)
+            self.observer.first_token(blend, 0.02)
+            self.observer.tokens(blend, len(request.prompt), generated)
+            self.observer.finished(blend, finish, 0.1)
         deliver(Piece("", (), finish, self.fails or None, self.cause if self.fails else None))
 
     def drain(self, seconds: float) -> None:
@@ -172,7 +172,7 @@ class FakeBank:
             for name, path in list(self.paths.items())
         ]  # fmt: skip
 
-    def acquire(self, mix: Mapping[str, float]) -> Future[Any]:
+    def acquire(self, blend: Mapping[str, float]) -> Future[Any]:
         raise AssertionError("the fake engine asks for no lease")
 
 

@@ -81,8 +81,8 @@ def alone(model, prompt, tokens: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def asked(prompt, tokens: int = 8, *, mix=None, timeout: float = 60, id: str = "", **sampling) -> Request:
-    return Request(tuple(prompt), mix or {}, Sampling(tokens, **{"temperature": 0.0, **sampling}), timeout, id)
+def asked(prompt, tokens: int = 8, *, blend=None, timeout: float = 60, id: str = "", **sampling) -> Request:
+    return Request(tuple(prompt), blend or {}, Sampling(tokens, **{"temperature": 0.0, **sampling}), timeout, id)
 
 
 class Client:
@@ -128,8 +128,8 @@ class Client:
 
 
 class Lease:
-    def __init__(self, bank: Recorder, mix) -> None:
-        self.bank, self.mix = bank, dict(mix)
+    def __init__(self, bank: Recorder, blend) -> None:
+        self.bank, self.blend = bank, dict(blend)
 
     def release(self) -> None:
         self.bank.held.remove(self)
@@ -138,7 +138,7 @@ class Lease:
 class Recorder:
     """A stand-in for the bank: it holds no adapters and notes who asks for which, and what each call runs with.
 
-    ``slow`` mixes arrive when ``arrive`` is called; ``failing`` maps a name to its error.
+    ``slow`` blends arrive when ``arrive`` is called; ``failing`` maps a name to its error.
     """
 
     crowded = False
@@ -149,30 +149,30 @@ class Recorder:
         self.calls: list[list[object]] = []
         self.pending: queue.Queue[tuple[Future, dict]] = queue.Queue()
 
-    def acquire(self, mix) -> Future:
+    def acquire(self, blend) -> Future:
         future: Future = Future()
-        error = next((self.failing[name] for name in mix if name in self.failing), None)
+        error = next((self.failing[name] for name in blend if name in self.failing), None)
         if error is not None:
             future.set_exception(error)
-        elif self.slow & set(mix):
-            self.pending.put((future, mix))
+        elif self.slow & set(blend):
+            self.pending.put((future, blend))
         else:
-            future.set_result(self._lease(mix))
+            future.set_result(self._lease(blend))
         return future
 
-    def _lease(self, mix) -> Lease:
-        self.held.append(Lease(self, mix))
+    def _lease(self, blend) -> Lease:
+        self.held.append(Lease(self, blend))
         return self.held[-1]
 
     def arrive(self) -> None:
-        """One of the slow mixes is there."""
-        future, mix = self.pending.get(timeout=30)
-        self.slow -= set(mix)
-        future.set_result(self._lease(mix))
+        """One of the slow blends is there."""
+        future, blend = self.pending.get(timeout=30)
+        self.slow -= set(blend)
+        future.set_result(self._lease(blend))
 
     @contextlib.contextmanager
     def rows(self, entries):
         for entry in entries:
             assert entry is None or entry in self.held
-        self.calls.append([None if entry is None else entry.mix for entry in entries])
+        self.calls.append([None if entry is None else entry.blend for entry in entries])
         yield

@@ -64,7 +64,7 @@ def open_pair(base: str, adapter: str | None, precision: str, verify: bool = Tru
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, str | None]]:
-    """(label, adapter to select) of each model that a command runs: the base if ``base``, the adapter if there is one."""
+    """(label, adapter to select) of each model that a command runs: the base if ``base``, the adapter if any."""
     labels: list[tuple[str, str | None]] = [("base", None)] if base or handle is None else []
     return labels if handle is None else [*labels, ("adapter", handle.name)]
 

@@ -101,7 +101,7 @@ def serve(
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
-            service.weight_readers = (*LOOPBACK, host.lower())
+            service.hosts = (*LOOPBACK, host.lower())
         _listen(service, listening, host, port, budget, grace)
     finally:
         listening.close()

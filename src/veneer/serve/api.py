@@ -134,8 +134,8 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
-    mix = await chosen(service, key, model, None)
-    return _card(service, next(iter(mix), None))
+    blend = await chosen(service, key, model, None)
+    return _card(service, next(iter(blend), None))
 
 
 @router.get("/v1/adapters")
@@ -167,18 +167,18 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
-    mix = await _may_generate(service, key, body)
+    blend = await _may_generate(service, key, body)
     size = sum(message.size for message in body.messages)
     prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     tokens = prompts.room([prompt], asked, service.length, short=False)
     form = _form(service, key, body, body.n, [prompt])
-    return await _answer(request, service, key, body, form, mix, [prompt], tokens)
+    return await _answer(request, service, key, body, form, blend, [prompt], tokens)
 
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, service: Serving, key: Asker) -> Response:
-    mix = await _may_generate(service, key, body)
+    blend = await _may_generate(service, key, body)
     sent = body.prompts()
     if body.echo and body.logprobs is not None:
         message = sentence("echo with logprobs", "one of them", "probabilities of a prompt are not computed here")
@@ -194,7 +194,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     texts = await in_text_thread(service, size, echoed) if body.echo else []
     heads = tuple(text for text in texts for _ in range(body.n))
     form = _form(service, key, body, body.n * len(tokens), tokens, heads)
-    return await _answer(request, service, key, body, form, mix, tokens, most)
+    return await _answer(request, service, key, body, form, blend, tokens, most)
 
 
 async def _read(service: Service, sent: Sequence[Any], param: str) -> list[tuple[int, ...]]:
@@ -209,12 +209,12 @@ async def _read(service: Service, sent: Sequence[Any], param: str) -> list[tuple
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
-    mix = await chosen(service, key, body.model, body.adapters)
+    blend = await chosen(service, key, body.model, body.adapters)
     if service.engine is None:
         message = sentence("an encoder", "a causal language model", "use /v1/embeddings, or serve another base")
         raise Refusal(400, message, param="model", code="not_generative")
     prompts.check_schema(body.schema_of_answer())
-    return mix
+    return blend
 
 
 def _form(
@@ -240,12 +240,12 @@ async def _answer(
     key: Key,
     body: Asked,
     form: Form,
-    mix: dict[str, float],
+    blend: dict[str, float],
     prompts_: list[tuple[int, ...]],
     tokens: int,
 ) -> Response:
     jobs = [
-        Job(prompt, mix, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
+        Job(prompt, blend, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
         for number, prompt in enumerate(prompts_)
         for choice in range(body.n)
     ]
@@ -301,7 +301,7 @@ class _Stream(StreamingResponse):
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request, service: Serving, key: Asker) -> Response:
-    mix = await chosen(service, key, body.model, body.adapters)
+    blend = await chosen(service, key, body.model, body.adapters)
     embedder = service.embedder
     if embedder is None:
         message = sentence("a causal language model", "an encoder", "serve one, such as a sentence-transformers model")
@@ -317,7 +317,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
         vectors = await unless_gone(
-            request, asyncio.wrap_future(embedder.submit(tokens, mix, service.timeout, key.owner))
+            request, asyncio.wrap_future(embedder.submit(tokens, blend, service.timeout, key.owner))
         )
     except (AdapterError, SelectionError) as error:  # as the engine has it
         piece = Piece("", finish="error", error=str(error), cause=cause_of(error))

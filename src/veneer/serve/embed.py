@@ -61,7 +61,7 @@ def as_base64(vector: Tensor) -> str:
 @dataclass(eq=False)
 class _Call:
     texts: Sequence[tuple[int, ...]]
-    mix: Mapping[str, float]
+    blend: Mapping[str, float]
     deadline: float
     began: float
     owner: str = ""
@@ -109,7 +109,7 @@ class Embedder:
         return self._texts
 
     def submit(
-        self, texts: Sequence[tuple[int, ...]], mix: Mapping[str, float], timeout: float, owner: str = ""
+        self, texts: Sequence[tuple[int, ...]], blend: Mapping[str, float], timeout: float, owner: str = ""
     ) -> Future[list[Tensor]]:
         """The vectors of some texts, later. To cancel the future drops the call.
 
@@ -120,7 +120,7 @@ class Embedder:
             Busy: too many texts wait, or too many of them are of the same key (without keys: of the same adapter).
         """
         now = time.monotonic()
-        call = _Call(texts, mix, now + timeout, now, owner, key_of(mix), counted_as(mix))
+        call = _Call(texts, blend, now + timeout, now, owner, key_of(blend), counted_as(blend))
         with self._changed:
             own, left = self._held[_holder(call)], self.queue - self._texts
             crowded = self._texts and (len(texts) > left or (own and own + len(texts) > SHARE * left))
@@ -133,7 +133,7 @@ class Embedder:
             self._ready(call)
         else:
             try:
-                held = self.bank.acquire(mix)
+                held = self.bank.acquire(blend)
             except BaseException:
                 self._end(call)
                 raise
@@ -178,7 +178,7 @@ class Embedder:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls.waiting or self._closed)
                 if self._closed:
-                    left = self._calls.entries()
+                    left = self._calls.waiting_requests()
                 else:
                     left, batch = [], self._take()
             if self._closed:
@@ -205,7 +205,7 @@ class Embedder:
                 break
             longest = length
             if not call.next and self.observer is not None:
-                self.observer.started(call.mix, time.monotonic() - call.began)
+                self.observer.started(call.blend, time.monotonic() - call.began)
             batch.append((call, call.next))
             self._calls.charge(call, len(call.texts[call.next]))
             call.next += 1
@@ -231,7 +231,7 @@ class Embedder:
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
                 if self.observer is not None:
-                    self.observer.tokens(call.mix, sum(map(len, call.texts)), 0)
+                    self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
                 self._end(call)
 
     def _fail(self, call: _Call, why: str) -> None:
@@ -260,7 +260,7 @@ class Embedder:
                 call.done.set_exception(error)
         if self.observer is not None:
             reason = "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
-            self.observer.finished(call.mix, reason, time.monotonic() - call.began)
+            self.observer.finished(call.blend, reason, time.monotonic() - call.began)
         with self._changed:
             if call.queued and not self._calls.remove(call):
                 self._calls.ended(call)

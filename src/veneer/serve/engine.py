@@ -21,26 +21,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.errors import BankFullError, sentence
+from veneer.errors import sentence
+from veneer.serve.admission import Admission
 from veneer.serve.forward import Forward, context
 from veneer.serve.request_state import Deliver, RequestState, Ticket
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
-from veneer.serve.sampling import Choice, Sampler, Schemas, choose
-from veneer.serve.scheduler import PROMPT, Key, Scheduler, fitting
+from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
+from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 from veneer.serve.slots import Slots
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
-
-#: requests whose adapters are loaded although no row is free for them yet
-AHEAD = 4
 
 #: seconds without work after which memory that is free is given back to the system
 IDLE = 2.0
@@ -61,8 +58,9 @@ class Engine:
         length: tokens of a prompt and its answer together; the model's own limit, if that is less.
         prefill: tokens of prompts that are computed in one call.
         queue: requests that wait.
-        observer: is told what happens: queued(mix), started(mix, waited), first_token(mix, seconds), tokens(mix,
-            prompt, generated), finished(mix, reason, seconds). Called by the engine's thread, queued by the client's.
+        observer: is told what happens: queued(blend), started(blend, waited), first_token(blend, seconds),
+            tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by the engine's thread, queued by
+            the client's.
 
     Raises:
         ConfigError: an architecture that cannot be served (see ``Forward``).
@@ -74,7 +72,7 @@ class Engine:
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
-        self._bank, self._observer, self._words = bank, observer, Detokenizer(tokenizer)
+        self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._selected([None] * count))
@@ -93,12 +91,11 @@ class Engine:
         self._thread: threading.Thread | None = None
 
         # the engine's thread alone has these
-        self._admitted: list[RequestState] = []  # whose adapters are loading or loaded
+        self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
         self._long: RequestState | None = None  # whose prompt is computed in pieces
         self._running: list[RequestState] = []  # row by row
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
-        self._without: set[Key] = set()  # mixes for which there is no memory before a lease is given back
 
     # ------------------------------------------------------------------------------------------ for clients
 
@@ -115,16 +112,16 @@ class Engine:
             RequestError: a prompt that is empty, too long or of unknown tokens; a schema that is not understood.
             Busy: the queue is full, or the engine is draining.
         """
-        entry = RequestState(request, deliver, self._chooser(request), self._words, self._limit(request))
+        state = RequestState(request, deliver, self._sampler(request), self._detokenizer, self._limit(request))
         with self._wake:
             if self._draining:
                 raise Busy("Found: an engine that ends. Expected: one that runs. Do: try another server.", 5.0)
-            self._scheduler.add(entry)
+            self._scheduler.add(state)
             self._live += 1
-            self._tell("queued", request.mix)
+            self._tell("queued", request.blend)
             self._poked = True
             self._wake.notify_all()
-        return Ticket(entry, self._poke)
+        return Ticket(state, self._poke)
 
     def drain(self, seconds: float) -> bool:
         """Refuse new requests and wait, at most so long, until all others are over; whether they are."""
@@ -151,14 +148,14 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a row or for their adapters."""
-        return self._scheduler.waiting + len(self._admitted)
+        return self._scheduler.waiting + len(self._admission.admitted)
 
     @property
     def ready(self) -> bool:
         """Whether requests are taken and computed."""
         return self._thread is not None and self._thread.is_alive() and not self._draining
 
-    def _chooser(self, request: Request) -> Sampler:
+    def _sampler(self, request: Request) -> Sampler:
         schema = request.sampling.schema
         return Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
 
@@ -190,7 +187,7 @@ class Engine:
         """One turn of the loop; ``start`` has a thread do nothing else."""
         self._worked = True
         self._dismiss(time.monotonic())
-        self._admit()
+        self._admission.admit(self.running)
         self._compute(self._next_prompts(), self._fill)
         self._compute(list(self._running), self._decode)
 
@@ -209,9 +206,9 @@ class Engine:
     def _work(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
-            if not self._running and self._long is None and not self._loaded():
+            if not self._running and self._long is None and not self._admission.loaded:
                 while not (self._poked or self._closing):
-                    waiting = [*self._admitted, *self._scheduler.entries()]
+                    waiting = [*self._admission.admitted, *self._scheduler.waiting_requests()]
                     until = min((one.deadline for one in waiting), default=math.inf) - time.monotonic()
                     if until <= 0:
                         break
@@ -230,80 +227,25 @@ class Engine:
             log.exception("a step of the engine failed; what ran is ended")
             running, self._running, self._long = {*self._running, self._long, *self._called}, [], None
             self._slots, self._aside = self._new_slots()
-            for entry in running:
-                if entry is not None:
-                    entry.row = None
-                    self._end(entry, "error", f"{type(error).__name__}: {error}")
-
-    def _loaded(self) -> list[RequestState]:
-        """Whose adapters are there."""
-        return [entry for entry in self._admitted if entry.lease is not None]
+            for state in running:
+                if state is not None:
+                    state.row = None
+                    self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _dismiss(self, now: float) -> None:
         """End what was cancelled, and what is late."""
         with self._wake:
-            waiting = self._scheduler.entries()
-        for entry in [*waiting, *self._admitted, *self._running, *([self._long] if self._long else [])]:
-            finish = entry.leaves(now)
+            waiting = self._scheduler.waiting_requests()
+        for state in [*waiting, *self._admission.admitted, *self._running, *([self._long] if self._long else [])]:
+            finish = state.leaves(now)
             if finish is not None:
-                self._end(entry, finish)
-
-    def _admit(self) -> None:
-        """Ask for the adapters of those who are next, and see whose are there.
-
-        Of a mix that is being loaded nobody else is admitted: its requests would take the places of others, and hold
-        in memory what the load may be waiting for. And while a load waits for memory, no mix of adapters is admitted
-        beside those that hold it: their requests would follow one another for ever.
-        """
-        for entry in [one for one in self._admitted if one.lease is None]:
-            self._receive(entry)
-        loading = {one.key for one in self._admitted if one.lease is None}
-        while len(self._loaded()) < self.rows - self.running + AHEAD and len(loading) < self.rows:
-            crowded = self._bank is not None and self._bank.crowded and (self.running or self._loaded())
-            with self._wake:
-                others = {one.key for one in self._scheduler.entries() if one.key} if crowded else set()
-                entry = self._scheduler.take(self._without | loading | others)
-            if entry is None:
-                break
-            entry.taken = True
-            self._admitted.append(entry)
-            try:
-                entry.future = _at_once(_NO_BANK) if self._bank is None else self._bank.acquire(entry.request.mix)
-            except Exception as error:
-                self._refuse(entry, error)
-                continue
-            self._receive(entry)
-            if entry.future is not None and entry.lease is None:
-                loading.add(entry.key)
-                entry.future.add_done_callback(lambda _: self._poke())
-
-    def _receive(self, entry: RequestState) -> None:
-        """The lease of an admitted entry, if it has arrived."""
-        if entry.future.done():
-            error = entry.future.exception()
-            if error is None:
-                entry.lease = entry.future.result()
-            else:
-                self._refuse(entry, error)
-
-    def _refuse(self, entry: RequestState, error: BaseException) -> None:
-        """An entry whose adapters cannot be had: now, if others hold the memory; else it ends."""
-        self._admitted.remove(entry)
-        held = self.running or self._admitted
-        if held and isinstance(error, BankFullError):
-            self._without.add(entry.key)
-            entry.future, entry.taken = None, False
-            with self._wake:
-                self._scheduler.push_back(entry)
-            return
-        log.warning("request %s: its adapters cannot be had: %s", entry.request.id, error)
-        self._end(entry, "error", str(error), cause_of(error))
+                self._end(state, finish)
 
     def _next_prompts(self) -> list[RequestState]:
         """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
         if self._long is not None:
             return [self._long]
-        ready = self._loaded()[: self.rows - len(self._running)]
+        ready = self._admission.loaded[: self.rows - len(self._running)]
         if not ready:
             return []
         if len(ready[0].request.prompt) > self.prefill:
@@ -311,152 +253,138 @@ class Engine:
             self._long = ready[0]
         else:
             short = [one for one in ready if len(one.request.prompt) <= self.prefill]
-            group = [short[i] for i in fitting([len(one.request.prompt) for one in short], self.prefill)]
+            group = [short[i] for i in fit_budget([len(one.request.prompt) for one in short], self.prefill)]
         now = time.monotonic()
-        for entry in group:
-            self._admitted.remove(entry)
-            self._tell("started", entry.request.mix, now - entry.submitted)
+        for state in group:
+            self._admission.remove(state)
+            self._tell("started", state.request.blend, now - state.submitted)
             with self._wake:
                 self._scheduler.began(now)
         return group
 
     # ------------------------------------------------------------------------------------------ calls
 
-    def _compute(self, entries: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]) -> None:
-        """One call of the model for some entries, and what follows from it. A failure ends these entries alone."""
-        if not entries:
+    def _compute(self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]) -> None:
+        """One call of the model for some requests, and what follows from it. A failure ends these alone."""
+        if not states:
             return
-        self._called = entries
+        self._called = states
         try:
-            with self._selected([entry.lease for entry in entries]):
-                logits = call(entries)
-            choices = [] if logits is None else choose(logits, [entry.chooser for entry in entries])
+            with self._selected([state.lease for state in states]):
+                logits = call(states)
+            sampled_tokens = [] if logits is None else sample(logits, [state.sampler for state in states])
         except Exception as error:
-            log.exception("a call for %d requests failed", len(entries))
-            self._slots.clear(len(self._running), len(entries))
-            for entry in entries:
-                self._end(entry, "error", f"{type(error).__name__}: {error}")
-            choices = []
-        for entry, choice in zip(entries, choices, strict=False):  # none, where a prompt is not whole yet
-            self._accept(entry, choice)
+            log.exception("a call for %d requests failed", len(states))
+            self._slots.clear(len(self._running), len(states))
+            for state in states:
+                self._end(state, "error", f"{type(error).__name__}: {error}")
+            sampled_tokens = []
+        for state, sampled in zip(states, sampled_tokens, strict=False):  # none, where a prompt is not whole yet
+            self._accept(state, sampled)
         self._called = []
 
     def _selected(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
-    def _fill(self, entries: list[RequestState]) -> Tensor | None:
+    def _fill(self, states: list[RequestState]) -> Tensor | None:
         """Prompts, of which the first tokens are chosen; they run from now on. None: a long one is not whole yet."""
-        if entries[0] is self._long:
-            logits = self._fill_long(entries[0])
+        if states[0] is self._long:
+            logits = self._fill_long(states[0])
         else:
-            prompts = [entry.request.prompt for entry in entries]
+            prompts = [state.request.prompt for state in states]
             logits = self._forward.fill(self._slots, len(self._running), prompts)
         if logits is not None:
-            for entry in entries:
-                entry.length, entry.row = len(entry.request.prompt), len(self._running)
-                self._running.append(entry)
-                self._count(entry, PROMPT * entry.length)
-                self._tell("tokens", entry.request.mix, entry.length, 0)
+            for state in states:
+                state.length, state.row = len(state.request.prompt), len(self._running)
+                self._running.append(state)
+                self._count(state, PROMPT * state.length)
+                self._tell("tokens", state.request.blend, state.length, 0)
         return logits
 
-    def _fill_long(self, entry: RequestState) -> Tensor | None:
+    def _fill_long(self, state: RequestState) -> Tensor | None:
         """The next piece of a long prompt."""
-        prompt, start = entry.request.prompt, entry.length
+        prompt, start = state.request.prompt, state.length
         piece = prompt[start : start + self.prefill]
         logits = self._forward.fill(self._aside, 0, [piece], start)
-        entry.length += len(piece)
-        if entry.length < len(prompt):
+        state.length += len(piece)
+        if state.length < len(prompt):
             return None
-        self._slots.adopt(len(self._running), self._aside, entry.length)
+        self._slots.adopt(len(self._running), self._aside, state.length)
         self._long = None
         return logits
 
-    def _decode(self, entries: list[RequestState]) -> Tensor:
+    def _decode(self, states: list[RequestState]) -> Tensor:
         """The next token of each running row."""
-        tokens, lengths = [entry.last for entry in entries], [entry.length for entry in entries]
+        tokens, lengths = [state.last for state in states], [state.length for state in states]
         logits = self._forward.decode(self._slots, tokens, lengths)
-        for entry in entries:
-            entry.length += 1
+        for state in states:
+            state.length += 1
         return logits
 
-    def _accept(self, entry: RequestState, choice: Choice) -> None:
+    def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         """Deliver a row's next token, and end the row where its answer ends."""
-        if choice.token is None:
-            self._end(entry, "error", choice.error)
+        if sampled.token is None:
+            self._end(state, "error", sampled.error)
             return
-        if not entry.generated:
-            self._tell("first_token", entry.request.mix, time.monotonic() - entry.submitted)
-        self._count(entry, 1)
-        entry.untold += 1
+        if not state.generated:
+            self._tell("first_token", state.request.blend, time.monotonic() - state.submitted)
+        self._count(state, 1)
+        state.untold += 1
         try:
-            finish = entry.accept(choice, self._eos)
+            finish = state.accept(sampled, self._eos)
         except RequestError as error:  # a schema that turns out to be too much
-            self._end(entry, "error", str(error), cause_of(error))
+            self._end(state, "error", str(error), cause_of(error))
             return
         except Exception as error:
-            log.exception("request %s: a token could not be taken", entry.request.id)
-            self._end(entry, "error", f"{type(error).__name__}: {error}")
+            log.exception("request %s: a token could not be taken", state.request.id)
+            self._end(state, "error", f"{type(error).__name__}: {error}")
             return
         if finish is not None:
-            self._end(entry, finish)
-        elif entry.untold >= TOLD:
-            self._tell_tokens(entry)
+            self._end(state, finish)
+        elif state.untold >= TOLD:
+            self._tell_tokens(state)
 
     # ------------------------------------------------------------------------------------------ ends
 
-    def _end(self, entry: RequestState, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
-        """An entry is over, wherever it is: its row, its lease and its place are free, and its client knows."""
-        if entry.done:
+    def _end(self, state: RequestState, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
+        """A request is over, wherever it is: its row, its lease and its place are free, and its client knows."""
+        if state.done:
             return
-        if entry.row is not None:
-            self._leave(entry)
-        if entry is self._long:
+        if state.row is not None:
+            self._leave(state)
+        if state is self._long:
             self._aside.clear(0, 1)
             self._long = None
-        if entry in self._admitted:
-            self._admitted.remove(entry)
-        self._release(entry)
-        self._tell_tokens(entry)
+        self._admission.remove(state)
+        self._admission.release(state)
+        self._tell_tokens(state)
         with self._wake:
-            if entry.taken:
-                self._scheduler.ended(entry)
+            if state.taken:
+                self._scheduler.ended(state)
             else:
-                self._scheduler.remove(entry)
-        entry.end(finish, error, cause)  # who sees the last piece finds the place free
+                self._scheduler.remove(state)
+        state.end(finish, error, cause)  # who sees the last piece finds the place free
         with self._wake:
             self._live -= 1
             self._poked = True  # what it held may be what another waits for
             self._wake.notify_all()
-        self._tell("finished", entry.request.mix, finish, time.monotonic() - entry.submitted)
+        self._tell("finished", state.request.blend, finish, time.monotonic() - state.submitted)
 
-    def _leave(self, entry: RequestState) -> None:
+    def _leave(self, state: RequestState) -> None:
         """Free a running row; the last one takes its place."""
-        row, last = entry.row, self._running[-1]
+        row, last = state.row, self._running[-1]
         assert row is not None
         self._slots.leave(row, len(self._running) - 1)
         self._running[row], last.row = last, row
         self._running.pop()
-        entry.row = None
-
-    def _release(self, entry: RequestState) -> None:
-        """Give the lease back: now, or when it arrives."""
-        future, entry.future, entry.lease = entry.future, None, None
-        if future is None:
-            return
-
-        def release(future: Any) -> None:
-            if not future.cancelled() and future.exception() is None:
-                future.result().release()
-
-        future.add_done_callback(release)  # at once, if it is there
-        self._without.clear()
+        state.row = None
 
     def _abandon(self, finish: Finish) -> None:
         """End everything."""
         with self._wake:
-            waiting = self._scheduler.entries()
-        for entry in [*self._running, *([self._long] if self._long else []), *self._admitted, *waiting]:
-            self._end(entry, finish, "the engine stopped" if finish == "error" else None)
+            waiting = self._scheduler.waiting_requests()
+        for state in [*self._running, *([self._long] if self._long else []), *self._admission.admitted, *waiting]:
+            self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
     def _new_slots(self) -> tuple[Slots, Slots]:
         """Slots of the running rows, and of the long prompt."""
@@ -465,14 +393,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ what is told
 
-    def _count(self, entry: RequestState, tokens: float) -> None:
+    def _count(self, state: RequestState, tokens: float) -> None:
         with self._wake:
-            self._scheduler.charge(entry, tokens)
+            self._scheduler.charge(state, tokens)
 
-    def _tell_tokens(self, entry: RequestState) -> None:
-        if entry.untold:
-            self._tell("tokens", entry.request.mix, 0, entry.untold)
-            entry.untold = 0
+    def _tell_tokens(self, state: RequestState) -> None:
+        if state.untold:
+            self._tell("tokens", state.request.blend, 0, state.untold)
+            state.untold = 0
 
     def _tell(self, what: str, *values: Any) -> None:
         if self._observer is None:
@@ -481,22 +409,6 @@ class Engine:
             getattr(self._observer, what)(*values)
         except Exception:
             log.exception("the engine's observer failed at %r", what)
-
-
-class _NoBank:
-    """Stands for a lease where there is no bank."""
-
-    def release(self) -> None:
-        """There is nothing to give back."""
-
-
-_NO_BANK = _NoBank()
-
-
-def _at_once(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
 
 
 def give_back() -> None:

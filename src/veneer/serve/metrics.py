@@ -42,24 +42,24 @@ class Metrics:
 
     # ------------------------------------------------------------------------------------------ what the engine says
 
-    def queued(self, mix: Mapping[str, float]) -> None:
+    def queued(self, blend: Mapping[str, float]) -> None:
         """Nothing is counted before a request ends; gauges say what waits."""
 
-    def started(self, mix: Mapping[str, float], waited: float) -> None:
+    def started(self, blend: Mapping[str, float], waited: float) -> None:
         self.queue.observe(waited)
 
-    def first_token(self, mix: Mapping[str, float], seconds: float) -> None:
+    def first_token(self, blend: Mapping[str, float], seconds: float) -> None:
         self.first.observe(seconds)
 
-    def tokens(self, mix: Mapping[str, float], prompt: int, generated: int) -> None:
-        label = self.label(mix)
+    def tokens(self, blend: Mapping[str, float], prompt: int, generated: int) -> None:
+        label = self.label(blend)
         if prompt:
             self.prompt_tokens.labels(label).inc(prompt)
         if generated:
             self.generated_tokens.labels(label).inc(generated)
 
-    def finished(self, mix: Mapping[str, float], reason: str, seconds: float) -> None:
-        self.requests.labels(self.label(mix), reason).inc()
+    def finished(self, blend: Mapping[str, float], reason: str, seconds: float) -> None:
+        self.requests.labels(self.label(blend), reason).inc()
 
     # ------------------------------------------------------------------------------------------ what the bank says
 
@@ -86,12 +86,12 @@ class Metrics:
             metric.remove_by_labels({"adapter": label})
         self.requests.remove_by_labels({"adapter": label})
 
-    def label(self, mix: Mapping[str, float]) -> str:
-        if not mix:
+    def label(self, blend: Mapping[str, float]) -> str:
+        if not blend:
             return BASE
-        if len(mix) > 1:
+        if len(blend) > 1:
             return BLEND
-        (name,) = mix
+        (name,) = blend
         return _plain(name) if self._known(name) else OTHER
 
     # ------------------------------------------------------------------------------------------ what is read

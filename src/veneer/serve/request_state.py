@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from veneer.serve.requests import Cause, Finish, Piece, Request, Token
-from veneer.serve.sampling import Choice, Sampler
+from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
 from veneer.serve.text import Detokenizer, Text
 
@@ -30,15 +30,38 @@ class RequestState:
     """
 
     __slots__ = (
-        "_deliver", "_new", "_pending", "_stopped", "_words", "cancelled", "chooser", "deadline", "done", "flow",
-        "future", "generated", "key", "last", "lease", "length", "limit", "owner", "request", "row", "submitted",
-        "taken", "text", "untold",
+        "_deliver",
+        "_detokenizer",
+        "_new",
+        "_pending",
+        "_stopped",
+        "cancelled",
+        "deadline",
+        "done",
+        "flow",
+        "future",
+        "generated",
+        "key",
+        "last",
+        "lease",
+        "length",
+        "limit",
+        "owner",
+        "request",
+        "row",
+        "sampler",
+        "submitted",
+        "taken",
+        "text",
+        "untold",
     )  # fmt: skip
 
-    def __init__(self, request: Request, deliver: Deliver, chooser: Sampler, words: Detokenizer, limit: int) -> None:
-        self.request, self.chooser, self.limit = request, chooser, limit
-        self.key, self.flow, self.owner = key_of(request.mix), counted_as(request.mix), request.owner
-        self.text = Text(words, request.prompt, request.sampling.stop)
+    def __init__(
+        self, request: Request, deliver: Deliver, sampler: Sampler, detokenizer: Detokenizer, limit: int
+    ) -> None:
+        self.request, self.sampler, self.limit = request, sampler, limit
+        self.key, self.flow, self.owner = key_of(request.blend), counted_as(request.blend), request.owner
+        self.text = Text(detokenizer, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout
         self.cancelled = self.taken = self.done = False
@@ -46,7 +69,7 @@ class RequestState:
         self.lease: Any = None
         self.row: int | None = None
         self.length = self.generated = self.last = self.untold = 0
-        self._deliver, self._words = deliver, words
+        self._deliver, self._detokenizer = deliver, detokenizer
         self._pending: list[Token] = []
         self._new, self._stopped = "", False  # text and tokens that are chosen and not delivered
 
@@ -56,14 +79,14 @@ class RequestState:
             return "cancelled"
         return "timeout" if now >= self.deadline else None
 
-    def accept(self, choice: Choice, eos: frozenset[int]) -> Finish | None:
+    def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
         """Take the next token; deliver what became certain, unless the answer ends: why it does."""
-        token, sampling = choice.token, self.request.sampling
+        token, sampling = sampled.token, self.request.sampling
         assert token is not None
         self.last = token
         self.generated += 1
-        self._pending.append(self._token(choice))
-        over = self.chooser.accept(token)
+        self._pending.append(self._token(sampled))
+        over = self.sampler.accept(token)
         if token in eos and not sampling.ignore_eos:
             return "stop"
         self._new, self._stopped = self.text.add(token)
@@ -96,21 +119,21 @@ class RequestState:
             log.exception("request %s: its client could not be given a piece; it is cancelled", self.request.id)
             self.cancelled = True
 
-    def _token(self, choice: Choice) -> Token:
-        assert choice.token is not None
-        if choice.logprob is None:
-            return Token(choice.token, self._words.text(choice.token))
-        top = tuple((id, self._words.text(id), logprob) for id, logprob in choice.top)
-        return Token(choice.token, self._words.text(choice.token), choice.logprob, top)
+    def _token(self, sampled: SampledToken) -> Token:
+        assert sampled.token is not None
+        if sampled.logprob is None:
+            return Token(sampled.token, self._detokenizer.text(sampled.token))
+        top = tuple((id, self._detokenizer.text(id), logprob) for id, logprob in sampled.top)
+        return Token(sampled.token, self._detokenizer.text(sampled.token), sampled.logprob, top)
 
 
 class Ticket:
     """A submitted request, in its client's hands."""
 
-    def __init__(self, entry: RequestState, wake: Callable[[], None]) -> None:
-        self._entry, self._wake = entry, wake
+    def __init__(self, state: RequestState, wake: Callable[[], None]) -> None:
+        self._state, self._wake = state, wake
 
     def cancel(self) -> None:
         """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
-        self._entry.cancelled = True
+        self._state.cancelled = True
         self._wake()

@@ -53,14 +53,14 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        mix: adapters by name with their weights; empty is the base alone.
+        blend: adapters by name with their weights; empty is the base alone.
         timeout: seconds from submit to the last token.
         id: a name for logs.
         owner: the name of the API key that asks; "" where there are no keys. Rows are shared between owners first.
     """
 
     prompt: tuple[int, ...]
-    mix: Mapping[str, float]
+    blend: Mapping[str, float]
     sampling: Sampling
     timeout: float
     id: str

@@ -39,7 +39,7 @@ LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A row's next token, with what ``Sampling.logprobs`` asked for: its log-probability, and (id, log-probability) of
     the most likely ones. ``token`` is None where none can be chosen, for the reason that ``error`` says."""
 
@@ -49,7 +49,7 @@ class Choice:
     error: str | None = None
 
 
-NO_NUMBERS = Choice(None, error="the model's logits are no finite numbers")
+NO_NUMBERS = SampledToken(None, error="the model's logits are no finite numbers")
 
 
 class Sampler:
@@ -87,7 +87,7 @@ class Sampler:
         return self.matcher.is_stopped()
 
 
-def choose(logits: Tensor, rows: Sequence[Sampler]) -> list[Choice]:
+def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     """The next token of each row.
 
     Args:
@@ -96,7 +96,7 @@ def choose(logits: Tensor, rows: Sequence[Sampler]) -> list[Choice]:
     """
     free = logits
     masked = [i for i, row in enumerate(rows) if row.matcher is not None]
-    failed: dict[int, Choice] = {}
+    failed: dict[int, SampledToken] = {}
     if masked:
         free = logits.clone()
         for i in masked:
@@ -104,7 +104,7 @@ def choose(logits: Tensor, rows: Sequence[Sampler]) -> list[Choice]:
                 free[i].masked_fill_(~_allowed(rows[i].matcher, logits), -torch.inf)
             except Exception as error:  # a schema is its client's: no other row ends with it
                 log.exception("a schema's mask could not be computed")
-                failed[i] = Choice(None, error=f"{type(error).__name__}: {error}")
+                failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
                 free[i] = torch.nan
     best, tokens = free.max(dim=-1)
     finite, chosen = torch.isfinite(best).tolist(), tokens.tolist()
@@ -115,11 +115,11 @@ def choose(logits: Tensor, rows: Sequence[Sampler]) -> list[Choice]:
             chosen[i] = token
     told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
     if not told and all(finite):
-        return [Choice(token) for token in chosen]
+        return [SampledToken(token) for token in chosen]
     tale = dict(zip(told, _tell(logits, told, chosen, rows), strict=True)) if told else {}
     nothing: tuple[None, tuple[()]] = (None, ())
     return [
-        Choice(token, *tale.get(i, nothing)) if finite[i] else failed.get(i, NO_NUMBERS)
+        SampledToken(token, *tale.get(i, nothing)) if finite[i] else failed.get(i, NO_NUMBERS)
         for i, token in enumerate(chosen)
     ]
 

@@ -39,22 +39,22 @@ PROMPT = 0.25
 KEPT = 4096
 
 
-def key_of(mix: Mapping[str, float]) -> Key:
-    """A mix as a value: the base is ()."""
-    return tuple(sorted(mix.items()))
+def key_of(blend: Mapping[str, float]) -> Key:
+    """A blend as a value: the base is ()."""
+    return tuple(sorted(blend.items()))
 
 
-def counted_as(mix: Mapping[str, float]) -> str:
-    """The adapter for which a mix is counted: the one with the largest weight, by size; "" for the base."""
-    name = min(mix, key=lambda name: (-abs(mix[name]), name), default="")
-    return name if name and mix[name] else ""
+def counted_as(blend: Mapping[str, float]) -> str:
+    """The adapter for which a blend is counted: the one with the largest weight, by size; "" for the base."""
+    name = min(blend, key=lambda name: (-abs(blend[name]), name), default="")
+    return name if name and blend[name] else ""
 
 
 class Waiting(Protocol):
-    """What the scheduler reads of an entry.
+    """What the scheduler reads of a request.
 
     Attributes:
-        key: its mix.
+        key: its blend.
         flow: what it is counted as (``counted_as``).
         owner: the name of the API key that asks; "" where there are no keys.
     """
@@ -132,82 +132,82 @@ class Scheduler(Generic[E]):
         self._flows: dict[str, Shares] = {}  # of each owner that is busy
         self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
 
-    def add(self, entry: E) -> None:
-        """Put an entry at the end of its line.
+    def add(self, request: E) -> None:
+        """Put a request at the end of its line.
 
         Raises:
             Busy: no place for it.
         """
-        lines = self._lines.get(entry.owner, {})
-        theirs, own = sum(map(len, lines.values())), len(lines.get(entry.flow, ()))
+        lines = self._lines.get(request.owner, {})
+        theirs, own = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         left = float(self.places - self.waiting)
         room = left
-        if entry.owner:  # what the key may still add, before it has three times as many places as are left
+        if request.owner:  # what the key may still add, before it has three times as many places as are left
             room = (SHARE * left - theirs) / (1 + SHARE)
         if room <= 0 or own >= SHARE * room:
-            whose = f"{theirs} of them of the same key and {own}" if entry.owner else f"{own} of them"
+            whose = f"{theirs} of them of the same key and {own}" if request.owner else f"{own} of them"
             raise Busy(
                 f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected: at most "
                 f"{self.places}, with room for others. Do: try again in {self.retry_after():.0f} seconds.",
                 self.retry_after(),
             )
-        self._owners.enter(entry.owner)
-        self._flows.setdefault(entry.owner, Shares()).enter(entry.flow)
-        self._line(entry).append(entry)
+        self._owners.enter(request.owner)
+        self._flows.setdefault(request.owner, Shares()).enter(request.flow)
+        self._line(request).append(request)
         self.waiting += 1
 
-    def push_back(self, entry: E) -> None:
-        """Put an entry that was taken before all others of its line again."""
-        self._line(entry).appendleft(entry)
+    def push_back(self, request: E) -> None:
+        """Put a request that was taken before all others of its line again."""
+        self._line(request).appendleft(request)
         self.waiting += 1
 
-    def go_on(self, entry: E) -> None:
-        """Put an entry that was taken, and has more to do, behind all others of its line."""
-        self._line(entry).append(entry)
+    def go_on(self, request: E) -> None:
+        """Put a request that was taken, and has more to do, behind all others of its line."""
+        self._line(request).append(request)
         self.waiting += 1
 
     def take(self, without: Collection[Key] = ()) -> E | None:
-        """Remove and return who runs next, of other mixes than ``without``. It counts as running until ``ended``."""
+        """Remove and return who runs next, of other blends than ``without``. It counts as running until ``ended``."""
         first = {owner: self._first(lines, without) for owner, lines in self._lines.items()}
-        owners = [owner for owner, entries in first.items() if entries]
+        owners = [owner for owner, requests in first.items() if requests]
         if not owners:
             return None
         owner = self._owners.least(owners)
         flows = self._flows[owner]
         flow = flows.least(first[owner])
-        entry = first[owner][flow]
+        request = first[owner][flow]
         self._owners.turn(owner)
         flows.turn(flow)
-        self._out(entry)
-        return entry
+        self._out(request)
+        return request
 
-    def remove(self, entry: E) -> bool:
-        """Remove an entry that still waits; whether it did."""
-        if entry not in self._lines.get(entry.owner, {}).get(entry.flow, ()):
+    def remove(self, request: E) -> bool:
+        """Remove a request that still waits; whether it did."""
+        if request not in self._lines.get(request.owner, {}).get(request.flow, ()):
             return False
-        self._out(entry)
-        self.ended(entry)
+        self._out(request)
+        self.ended(request)
         return True
 
-    def entries(self) -> list[E]:
+    def waiting_requests(self) -> list[E]:
         """All that wait."""
-        return [entry for lines in self._lines.values() for line in lines.values() for entry in line]
+        return [request for lines in self._lines.values() for line in lines.values() for request in line]
 
-    def charge(self, entry: E, tokens: float) -> None:
-        """Count tokens that were computed for an entry that runs."""
-        self._owners.charge(entry.owner, tokens)
-        self._flows[entry.owner].charge(entry.flow, tokens)
+    def charge(self, request: E, tokens: float) -> None:
+        """Count tokens that were computed for a request that runs."""
+        self._owners.charge(request.owner, tokens)
+        self._flows[request.owner].charge(request.flow, tokens)
 
     def began(self, now: float) -> None:
-        """Note that an entry left the queue for good at ``now``, in seconds."""
+        """Note that a request left the queue for good at ``now``, in seconds."""
         self._starts.append(now)
 
-    def ended(self, entry: E) -> None:
-        """An entry that was taken is over."""
-        self._owners.leave(entry.owner)
-        self._flows[entry.owner].leave(entry.flow)
-        if not len(self._flows[entry.owner]):
-            del self._flows[entry.owner]
+    def ended(self, request: E) -> None:
+        """A request that was taken is over."""
+        self._owners.leave(request.owner)
+        self._flows[request.owner].leave(request.flow)
+        if not len(self._flows[request.owner]):
+            del self._flows[request.owner]
 
     def retry_after(self) -> float:
         """Seconds in which half of the queue begins, at the rate of late; between 1 and 60."""
@@ -216,27 +216,27 @@ class Scheduler(Generic[E]):
         each = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
         return min(60.0, max(1.0, each * self.waiting / 2))
 
-    def _line(self, entry: E) -> deque[E]:
-        return self._lines.setdefault(entry.owner, {}).setdefault(entry.flow, deque())
+    def _line(self, request: E) -> deque[E]:
+        return self._lines.setdefault(request.owner, {}).setdefault(request.flow, deque())
 
-    def _out(self, entry: E) -> None:
-        """Take an entry out of its line."""
-        lines = self._lines[entry.owner]
-        lines[entry.flow].remove(entry)
-        if not lines[entry.flow]:
-            del lines[entry.flow]
+    def _out(self, request: E) -> None:
+        """Take a request out of its line."""
+        lines = self._lines[request.owner]
+        lines[request.flow].remove(request)
+        if not lines[request.flow]:
+            del lines[request.flow]
         if not lines:
-            del self._lines[entry.owner]
+            del self._lines[request.owner]
         self.waiting -= 1
 
     @staticmethod
     def _first(lines: Mapping[str, deque[E]], without: Collection[Key]) -> dict[str, E]:
         """Of each line who is next, if anybody is."""
         found = {flow: next((one for one in line if one.key not in without), None) for flow, line in lines.items()}
-        return {flow: entry for flow, entry in found.items() if entry is not None}
+        return {flow: request for flow, request in found.items() if request is not None}
 
 
-def fitting(lengths: list[int], budget: int) -> list[int]:
+def fit_budget(lengths: list[int], budget: int) -> list[int]:
     """Which of the waiting prompts are computed in the next call, padded to the longest of them.
 
     The first always is. Others join while rows × longest stays within ``budget`` tokens and at most a quarter of

@@ -53,13 +53,13 @@ class Text:
         stop: strings that end it.
     """
 
-    __slots__ = ("_context", "_held", "_ids", "_shown", "_stop", "_words")
+    __slots__ = ("_context", "_detokenizer", "_held", "_ids", "_shown", "_stop")
 
-    def __init__(self, words: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._words, self._stop = words, tuple(word for word in stop if word)
+    def __init__(self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
         self._ids = list(prompt[-BEFORE:])  # what is decoded with each new token: a few tokens of context, then news
         self._context = len(self._ids)
-        self._shown = words.decode(self._ids)  # the part of their text that is out
+        self._shown = detokenizer.decode(self._ids)  # the part of their text that is out
         self._held = ""  # text that is decoded, and may be a part of a stop string
         if self._shown.endswith(UNKNOWN):  # the prompt ends within a character: the answer does not begin with its rest
             self._ids, self._context, self._shown = [], 0, ""
@@ -75,7 +75,7 @@ class Text:
 
     def _decoded(self, *, final: bool) -> str:
         """The text of the tokens at hand that is not out yet, without the beginning of a character at its end."""
-        whole, shown = self._words.decode(self._ids), self._shown
+        whole, shown = self._detokenizer.decode(self._ids), self._shown
         if whole.startswith(shown):
             out = len(shown)
         else:  # bytes that had been no character read otherwise with those that follow
@@ -85,7 +85,7 @@ class Text:
         if new and not waiting:  # these tokens are the context of the next ones
             del self._ids[: self._context]
             self._context = len(self._ids)
-            self._shown = self._words.decode(self._ids)
+            self._shown = self._detokenizer.decode(self._ids)
             return new
         self._shown = whole[: len(whole) - waiting]
         return new[: len(new) - waiting]

@@ -6,7 +6,7 @@ The output head is the largest layer of a small model (a quarter of a step for a
 in fp32, their softmax and their gradient are the largest tensors. So the model's body runs once, the rows without a
 label are dropped, and the head runs on `chunk` rows at a time:
 
-    hidden [b, s, h]  →  rows [n, h]  →  for each chunk:  logits [c, v]  →  Σ -log p,  ∂/∂rows,  ∂/∂(the head's numbers)
+    hidden [b, s, h]  →  rows [n, h]  →  for each chunk:  logits [c, v]  →  Σ -log p,  ∂/∂rows, ∂/∂(head parameters)
 
 The loss is a sum, so each chunk is differentiated as soon as it is known, and nothing of it stays but those gradients;
 `backward` scales them by what comes from above.
@@ -44,14 +44,13 @@ from veneer.attach.source_analysis import submodule_calls
 from veneer.attach.views import view
 from veneer.errors import ConfigError, sentence
 from veneer.kernels import fused
+from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.tokens import IGNORED
 
 __all__ = ["TokenLoss", "causal_loss", "token_loss"]
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
-#: a share of the softmax whose logarithm is exact in float32
-TINY = 1e-30
 
 #: Whether a model's head was found to treat each row alone.
 _ROWWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -183,7 +182,7 @@ def _in_chunks(
             rows = flat[:1]  # nothing to learn, yet the graph must reach the parameters
             return _with_rows(output, rows)
         rows = flat.index_select(0, places.to(flat.device))  # [n, h]
-        first = _leaf(rows[:chunk])
+        first = leaf_of(rows[:chunk])
         return _with_rows(output, first)
 
     outputs = head.reusing(_view(model, path, answer))(**inputs)
@@ -194,11 +193,11 @@ def _in_chunks(
     items, extra = wanted.sum().to(outputs.logits.device), _balance(model, outputs)
     if len(places) == 0:
         return TokenLoss(outputs.logits.to(at_least_float32(outputs.logits.dtype)).sum() * 0.0, items, items, extra)
-    sums = _Sums(outputs.logits, accuracy)
+    sums = ChunkedCrossEntropy(outputs.logits, accuracy)
     sums.add(first, outputs.logits, answers[:chunk])
     del outputs  # and with it these logits
     for start in range(chunk, len(rows), chunk):
-        leaf = _leaf(rows[start : start + chunk])
+        leaf = leaf_of(rows[start : start + chunk])
         sums.add(leaf, head(leaf).logits, answers[start : start + chunk])
     return TokenLoss(sums.differentiable(rows), items, sums.correct, extra)
 
@@ -295,102 +294,6 @@ class _Into(torch.autograd.Function):
 def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = torch.finfo(one.dtype).eps ** 0.5
     return torch.allclose(one, other, rtol=0, atol=tolerance * float(one.abs().max()), equal_nan=True)
-
-
-class _Sums:
-    """Sums over the chunks: of the loss, of its gradients, of the right answers."""
-
-    def __init__(self, like: Tensor, accuracy: bool) -> None:
-        self.accuracy = accuracy
-        self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
-        self.correct = like.new_zeros((), dtype=torch.long)
-        self.rows: list[Tensor] = []
-        self.numbers: dict[Tensor, Tensor] = {}  # gradients by the head's own leaves
-        # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
-        self.shares = like.new_empty(like.shape[-2:], dtype=self.total.dtype)
-        self.wide = None if like.dtype == self.shares.dtype else torch.empty_like(self.shares)
-
-    def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
-        """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say [c]."""
-        answers = answers.to(logits.device)[:, None]
-        wide = logits.detach()[0]
-        if self.wide is not None:
-            wide = self.wide[: len(wide)].copy_(wide)
-        shares = self.shares[: len(wide)]
-        torch.softmax(wide, dim=-1, out=shares)
-        if self.accuracy:
-            self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
-        chosen = shares.gather(1, answers)
-        told = chosen.log()
-        unlikely = (chosen < TINY).squeeze(1)
-        if unlikely.any():  # a share that is too small for its logarithm
-            told[unlikely] = torch.log_softmax(wide[unlikely], dim=-1).gather(1, answers[unlikely])
-        self.total -= told.sum()
-        if not logits.requires_grad:
-            return
-        gradient = shares.scatter_(1, answers, chosen - 1)  # softmax - onehot
-        numbers = [one for one in _leaves(logits) if one is not leaf]
-        with torch.autocast(logits.device.type, enabled=False):
-            found = list(
-                torch.autograd.grad(
-                    logits, [leaf, *numbers] if leaf.requires_grad else numbers, gradient.to(logits.dtype)[None]
-                )
-            )
-        if leaf.requires_grad:
-            self.rows.append(found.pop(0))
-        for one, part in zip(numbers, found, strict=True):
-            if one in self.numbers:
-                self.numbers[one] += part
-            else:  # rounded to 16 bits once, after the last chunk
-                self.numbers[one] = part.to(at_least_float32(part.dtype))
-
-    def differentiable(self, rows: Tensor) -> Tensor:
-        """The total, as a function of all rows and of the head's own numbers."""
-        inputs = ([rows] if self.rows else []) + list(self.numbers)
-        gradients = ([torch.cat(self.rows)] if self.rows else []) + [
-            value.to(one.dtype) for one, value in self.numbers.items()
-        ]
-        return _Known.apply(self.total, gradients, *inputs) if inputs else self.total  # pyright: ignore[reportReturnType]
-
-
-class _Known(torch.autograd.Function):
-    """A scalar whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled():  # the known gradients would silently pass for constants
-            found = "create_graph=True through token_loss, which keeps no graph of the head"
-            do = "differentiate model(**inputs).loss instead"
-            raise NotImplementedError(sentence(found, "one derivative", do))
-        needed = ctx.needs_input_grad[2:]
-        scaled = (
-            known * upstream.to(known.device) if need else None
-            for known, need in zip(ctx.saved_tensors, needed, strict=True)
-        )
-        return None, None, *scaled
-
-
-def _leaf(rows: Tensor) -> Tensor:
-    return rows.detach().requires_grad_(rows.requires_grad)
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves that a tensor was computed from and that want a gradient."""
-    found, seen, todo = [], set(), [output.grad_fn]
-    while todo:
-        node: Any = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # where a graph ends in a leaf
-            found.append(node.variable)
-        todo += [below for below, _ in node.next_functions]
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- where a forward is cut

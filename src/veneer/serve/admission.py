@@ -1,0 +1,131 @@
+"""Which queued requests have their adapters loaded: those whose turn is near, a few more than there are free rows.
+
+    queue  --admit-->  loading  →  loaded  --take-->  a row
+
+Nobody else is admitted for adapters that are being loaded: these requests would take the places of others, and hold in
+memory what the load may be waiting for. And while a load waits for memory, no other adapters are admitted beside those
+that hold it: their requests would follow one another for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any
+
+from veneer.errors import BankFullError
+from veneer.serve.request_state import RequestState
+from veneer.serve.requests import cause_of
+from veneer.serve.scheduler import Key, Scheduler
+
+log = logging.getLogger("veneer.serve")
+
+#: requests whose adapters are loaded although no row is free for them yet
+AHEAD = 4
+
+
+class Admission:
+    """The requests between the queue and the rows. The engine's thread alone calls it.
+
+    Args:
+        bank: the adapters; None serves the base alone.
+        lock: guards the scheduler.
+        rows: requests that run at a time.
+        wake: called, in any thread, when adapters have been loaded.
+        end: ends a request: (state, "error", what went wrong, its cause).
+    """
+
+    def __init__(
+        self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any], rows: int,
+        wake: Callable[[], None], end: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self.admitted: list[RequestState] = []  # whose adapters are loading or loaded
+        self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
+        self._wake, self._end = wake, end
+        self._without: set[Key] = set()  # adapters for which there is no memory before a lease is given back
+
+    @property
+    def loaded(self) -> list[RequestState]:
+        """Whose adapters are there."""
+        return [state for state in self.admitted if state.lease is not None]
+
+    def admit(self, running: int) -> None:
+        """Ask for the adapters of those who are next, and see whose are there. ``running``: rows that are taken."""
+        for state in [each for each in self.admitted if each.lease is None]:
+            self._receive(state, running)
+        loading = {state.key for state in self.admitted if state.lease is None}
+        while len(self.loaded) < self._rows - running + AHEAD and len(loading) < self._rows:
+            crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
+            with self._lock:
+                others = {state.key for state in self._scheduler.waiting_requests() if state.key} if crowded else set()
+                state = self._scheduler.take(self._without | loading | others)
+            if state is None:
+                break
+            state.taken = True
+            self.admitted.append(state)
+            try:
+                state.future = _at_once(_NO_BANK) if self._bank is None else self._bank.acquire(state.request.blend)
+            except Exception as error:
+                self._refuse(state, error, running)
+                continue
+            self._receive(state, running)
+            if state.future is not None and state.lease is None:
+                loading.add(state.key)
+                state.future.add_done_callback(lambda _: self._wake())
+
+    def remove(self, state: RequestState) -> None:
+        """A request that runs now, or is over."""
+        if state in self.admitted:
+            self.admitted.remove(state)
+
+    def release(self, state: RequestState) -> None:
+        """Give a request's lease back: now, or when it arrives."""
+        future, state.future, state.lease = state.future, None, None
+        if future is None:
+            return
+
+        def release(future: Any) -> None:
+            if not future.cancelled() and future.exception() is None:
+                future.result().release()
+
+        future.add_done_callback(release)  # at once, if it is there
+        self._without.clear()
+
+    def _receive(self, state: RequestState, running: int) -> None:
+        """The lease of an admitted request, if it has arrived."""
+        if state.future.done():
+            error = state.future.exception()
+            if error is None:
+                state.lease = state.future.result()
+            else:
+                self._refuse(state, error, running)
+
+    def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
+        """The adapters cannot be had: now, if others hold the memory; else the request ends."""
+        self.admitted.remove(state)
+        if (running or self.admitted) and isinstance(error, BankFullError):
+            self._without.add(state.key)
+            state.future, state.taken = None, False
+            with self._lock:
+                self._scheduler.push_back(state)
+            return
+        log.warning("request %s: its adapters cannot be had: %s", state.request.id, error)
+        self._end(state, "error", str(error), cause_of(error))
+
+
+class _NoBank:
+    """Stands for a lease where there is no bank."""
+
+    def release(self) -> None:
+        """There is nothing to give back."""
+
+
+_NO_BANK = _NoBank()
+
+
+def _at_once(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future

@@ -1,0 +1,117 @@
+"""Cross-entropy over rows of logits that come a chunk at a time, each differentiated as soon as it is known.
+
+    for each chunk:  logits [1, c, v]  →  Σ -log p,  ∂/∂rows [c, h],  ∂/∂(the head's parameters)
+
+The sum of the chunks is then a scalar whose gradients are known: no logits and no graph of the head are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.attach.dtypes import at_least_float32
+from veneer.errors import sentence
+
+#: a share of the softmax whose logarithm is exact in float32
+TINY = 1e-30
+
+
+class ChunkedCrossEntropy:
+    """Sums over the chunks: of the loss, of its gradients, of the right answers.
+
+    Args:
+        like: logits [1, c, v] of the largest chunk, for the shape, dtype and device of the sums.
+        accuracy: whether right answers are counted.
+    """
+
+    def __init__(self, like: Tensor, accuracy: bool) -> None:
+        self.accuracy = accuracy
+        self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
+        self.correct = like.new_zeros((), dtype=torch.long)
+        self.rows: list[Tensor] = []
+        self.gradients: dict[Tensor, Tensor] = {}  # by the head's own parameters
+        # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
+        self.shares = like.new_empty(like.shape[-2:], dtype=self.total.dtype)
+        self.wide = None if like.dtype == self.shares.dtype else torch.empty_like(self.shares)
+
+    def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
+        """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say [c]."""
+        answers = answers.to(logits.device)[:, None]
+        wide = logits.detach()[0]
+        if self.wide is not None:
+            wide = self.wide[: len(wide)].copy_(wide)
+        shares = self.shares[: len(wide)]
+        torch.softmax(wide, dim=-1, out=shares)
+        if self.accuracy:
+            self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
+        chosen = shares.gather(1, answers)
+        told = chosen.log()
+        unlikely = (chosen < TINY).squeeze(1)
+        if unlikely.any():  # a share that is too small for its logarithm
+            told[unlikely] = torch.log_softmax(wide[unlikely], dim=-1).gather(1, answers[unlikely])
+        self.total -= told.sum()
+        if not logits.requires_grad:
+            return
+        gradient = shares.scatter_(1, answers, chosen - 1)  # softmax - onehot
+        parameters = [parameter for parameter in _leaves(logits) if parameter is not leaf]
+        wanted = [leaf, *parameters] if leaf.requires_grad else parameters
+        with torch.autocast(logits.device.type, enabled=False):
+            gradients = list(torch.autograd.grad(logits, wanted, gradient.to(logits.dtype)[None]))
+        if leaf.requires_grad:
+            self.rows.append(gradients.pop(0))
+        for parameter, chunk in zip(parameters, gradients, strict=True):
+            if parameter in self.gradients:
+                self.gradients[parameter] += chunk
+            else:  # rounded to 16 bits once, after the last chunk
+                self.gradients[parameter] = chunk.to(at_least_float32(chunk.dtype))
+
+    def differentiable(self, rows: Tensor) -> Tensor:
+        """The total, as a function of all rows and of the head's own parameters."""
+        inputs = ([rows] if self.rows else []) + list(self.gradients)
+        gradients = ([torch.cat(self.rows)] if self.rows else []) + [
+            gradient.to(parameter.dtype) for parameter, gradient in self.gradients.items()
+        ]
+        return _KnownGradients.apply(self.total, gradients, *inputs) if inputs else self.total  # pyright: ignore[reportReturnType]
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A scalar whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # the known gradients would silently pass for constants
+            found = "create_graph=True through token_loss, which keeps no graph of the head"
+            do = "differentiate model(**inputs).loss instead"
+            raise NotImplementedError(sentence(found, "one derivative", do))
+        needed = ctx.needs_input_grad[2:]
+        scaled = (
+            known * upstream.to(known.device) if need else None
+            for known, need in zip(ctx.saved_tensors, needed, strict=True)
+        )
+        return None, None, *scaled
+
+
+def leaf_of(rows: Tensor) -> Tensor:
+    return rows.detach().requires_grad_(rows.requires_grad)
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """The leaves that a tensor was computed from and that want a gradient."""
+    found, seen, todo = [], set(), [output.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where a graph ends in a leaf
+            found.append(node.variable)
+        todo += [below for below, _ in node.next_functions]
+    return found
