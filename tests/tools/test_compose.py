@@ -23,7 +23,7 @@ from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputEx
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.tools.compose import METHODS, compose
-from veneer.tools.compose.mixing import RECIPES, factored, mix
+from veneer.tools.compose.merge_methods import MERGE_METHODS, factored, merged_vector
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -446,7 +446,7 @@ def ties_by_hand(vectors, weights, density):
 )
 def test_ties_is_the_papers(density, weights):
     vectors = [torch.randn(2, 5, 4, dtype=torch.float64) for _ in weights]
-    found = mix(RECIPES["ties"], [lambda v=v: v for v in vectors], weights, density, "0")
+    found = merged_vector(MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], weights, density, "0")
     torch.testing.assert_close(found, ties_by_hand(vectors, weights, density))
 
 
@@ -456,28 +456,28 @@ def test_mixtures_are_pefts_on_dense_vectors(method):
     vectors = [torch.randn(1, 20, 10, dtype=torch.float64) for _ in range(3)]
     peer = peers.ties if method == "ties" else peers.magnitude_prune
     expected = peer([vector.clone() for vector in vectors], torch.full((3,), 0.7, dtype=torch.float64), 0.2)
-    found = mix(RECIPES[method], [lambda v=v: v for v in vectors], [0.7] * 3, 0.2, "0")
+    found = merged_vector(MERGE_METHODS[method], [lambda v=v: v for v in vectors], [0.7] * 3, 0.2, "0")
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
 def test_dare_drops_at_random_and_rescales(method):
-    ones, recipe = torch.ones(1, 200, 100, dtype=torch.float64), RECIPES[method]
+    ones, merge_method = torch.ones(1, 200, 100, dtype=torch.float64), MERGE_METHODS[method]
 
     def run(seed):
-        return mix(recipe, [lambda: ones], [2.0], 0.25, seed)
+        return merged_vector(merge_method, [lambda: ones], [2.0], 0.25, seed)
 
     found = run("0")
     assert set(found.unique().tolist()) == {0.0, 8.0}
     assert float(found.mean()) == pytest.approx(2, abs=4 * 8 * math.sqrt(0.25 * 0.75 / 20000))
     assert torch.equal(found, run("0"))
     assert not torch.equal(found, run("1"))
-    two = mix(recipe, [lambda: ones, lambda: ones], [1.0, 1.0], 0.25, "0")
+    two = merged_vector(merge_method, [lambda: ones, lambda: ones], [1.0, 1.0], 0.25, "0")
     kinds = {0.0, 4.0, 8.0} if method == "dare" else {0.0, 4.0}  # drawn independently; the mean of those that agree
     assert set(two.unique().tolist()) == kinds
 
 
-@pytest.mark.parametrize("method", list(RECIPES))
+@pytest.mark.parametrize("method", list(MERGE_METHODS))
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_mixtures_of_adapters_are_those_of_their_dense_changes(method, variant, tmp_path):
     """On models with a tie or fused weights; the rank is all there is, so nothing is left out."""
@@ -486,7 +486,7 @@ def test_mixtures_of_adapters_are_those_of_their_dense_changes(method, variant, 
     report = compose(parts, tmp_path / "out", weights=[1, -0.5], method=method, density=0.5, rank=1000, base=model)
     assert report.error < 1e-9
     each, found = [merged(model, part) for part in parts], merged(model, tmp_path / "out")
-    if RECIPES[method].random:
+    if MERGE_METHODS[method].random:
         again = compose(parts, tmp_path / "again", weights=[1, -0.5], method=method, density=0.5, rank=1000, base=model)
         assert torch.equal(flat(merged(model, again.path)), flat(found))
         other = compose(
@@ -496,7 +496,7 @@ def test_mixtures_of_adapters_are_those_of_their_dense_changes(method, variant, 
         return
     for name, base in model.state_dict().items():
         vectors = [one[name] - base.double() for one in each]
-        expected = mix(RECIPES[method], [lambda v=v: v for v in vectors], [1, -0.5], 0.5, "0")
+        expected = merged_vector(MERGE_METHODS[method], [lambda v=v: v for v in vectors], [1, -0.5], 0.5, "0")
         assert error(found[name] - base.double(), expected) < 1e-4 or not expected.any(), name
 
 
@@ -505,7 +505,7 @@ def test_a_mixture_to_a_rank_tells_its_error(tmp_path):
     parts = [trained(model, tmp_path / str(n), rank=3) for n in range(2)]
     report = compose(parts, tmp_path / "out", method="ties", density=0.3, rank=8)
     vectors = [read(part).products["layer"].delta(torch.float64) for part in parts]
-    dense = mix(RECIPES["ties"], [lambda v=v: v for v in vectors], [1, 1], 0.3, "")
+    dense = merged_vector(MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], [1, 1], 0.3, "")
     found = read(tmp_path / "out").products["layer"].delta(torch.float64)
     assert report.layers[0].rank == 8
     assert 0.05 < report.error < 0.9
@@ -776,7 +776,7 @@ def test_a_base_is_no_path(tmp_path):
 
 
 def test_every_method_is_documented():
-    assert set(METHODS) == {"sum", "svd", *RECIPES}
+    assert set(METHODS) == {"sum", "svd", *MERGE_METHODS}
     for method in METHODS:
         assert method in str(sys.modules["veneer.tools.compose"].__doc__)
 

@@ -749,7 +749,7 @@ def test_a_new_format_is_one_registration(tmp_path):
     from dataclasses import replace
 
     def write(adapter, path, base, options):
-        path.write_text(json.dumps(sorted(entry.weight for entry in adapter.entries)))
+        path.write_text(json.dumps(sorted(entry.weight for entry in adapter.changes)))
         return []
 
     new = replace(FORMATS["kohya"], name="toy", recognises=lambda start, keys, header: start[:1] == b"[", write=write)

@@ -4,7 +4,7 @@
     write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
 
 PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them, so
-that numbers pass through untouched. A format knows keys and shapes; what a path means in a model is asked of ``Base``.
+that values pass through untouched. A format knows keys and shapes; what a path means in a model, ``BaseFacts`` says.
 To add one: a file here that calls ``register(Format(...))``. ``convert`` and the tests find it.
 
 Rejected: a pair of functions for each pair of formats. Six formats would be thirty conversions.
@@ -38,7 +38,7 @@ class MisreadElsewhere(UserWarning):
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseFacts:
     """What a format may know of the base: the shape of every parameter by its name, ``config.json``, its name."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LowRankChange:
     """One low-rank change of an adapter that is to be written: the name of its weight, and what kind of change it
     is."""
 
@@ -108,13 +108,13 @@ class Adapter:
     """An adapter that is to be written.
 
     Fields:
-        entries: its low-rank changes, each once under every name that its weight has.
+        changes: its low-rank changes, each once under every name that its weight has.
         full: parameters that are trained in full, by path and name.
         about: its record without hashes, or what is known of it.
         deltas: makes every ΔW by the name of its parameter, with the reasons for those that cannot be told.
     """
 
-    entries: tuple[Entry, ...]
+    changes: tuple[LowRankChange, ...]
     full: Mapping[str, Mapping[str, Tensor]]
     about: Mapping[str, Any]
     deltas: Callable[[], tuple[Mapping[str, Tensor], list[str]]]
@@ -142,8 +142,8 @@ class Format:
     recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool]
     parts: bool = False
     peft: bool = False
-    read: Callable[[Path, Base, Options], Contents] | None = None
-    write: Callable[[Adapter, Path, Base, Options], list[str]] | None = None
+    read: Callable[[Path, BaseFacts, Options], Contents] | None = None
+    write: Callable[[Adapter, Path, BaseFacts, Options], list[str]] | None = None
 
 
 FORMATS: Registry[Format] = Registry("format")
@@ -153,8 +153,8 @@ def register(format_: Format) -> Format:
     return FORMATS.add(format_.name, format_)
 
 
-def kind_of_entry(path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None) -> str:
-    """What kind of change an entry of a PEFT file is, as far as the file and the weight's shape tell."""
+def kind_of_change(path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None) -> str:
+    """What kind of change one of a PEFT file is, as far as the file and the weight's shape tell."""
     low = layer.low
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"

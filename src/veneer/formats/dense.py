@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.untrusted import parse
-from veneer.formats._base import Adapter, Base, Contents, Format, Options, cast, read_tensors, register
+from veneer.formats._base import Adapter, BaseFacts, Contents, Format, Options, cast, read_tensors, register
 
 HEADER = "veneer_dense"
 FORMAT = 1
@@ -31,7 +31,7 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
     return HEADER in header
 
 
-def read(path: Path, base: Base, options: Options) -> Contents:
+def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     try:
         said = parse(header[HEADER])
@@ -58,7 +58,7 @@ def _well_formed(full: Any, base: Any, number: Any) -> bool:
     return texts and hashes and named and type(number) is int
 
 
-def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     deltas, problems = adapter.deltas()
     raise_all(AdapterError, "The dense changes of this adapter cannot be told", problems)
     full = [f"{at}.{name}".lstrip(".") for at, tensors in adapter.full.items() for name in tensors]

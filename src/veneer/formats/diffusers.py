@@ -28,7 +28,7 @@ from veneer.formats._base import (
     MAGNITUDE,
     PAIR,
     Adapter,
-    Base,
+    BaseFacts,
     Contents,
     Format,
     Options,
@@ -56,7 +56,7 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
     return any(key.endswith(tuple(sides)) and not key.startswith(peft.PREFIX) for key in keys)
 
 
-def read(path: Path, base: Base, options: Options) -> Contents:
+def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     groups: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
@@ -109,7 +109,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _problem(at: str, where: str, group: Mapping[str, Tensor], base: Base) -> str | None:
+def _problem(at: str, where: str, group: Mapping[str, Tensor], base: BaseFacts) -> str | None:
     if not {"A", "B"} <= set(group):
         return sentence(f"half a pair at {at!r}", "both factors", "get the whole file again")
     if base.shapes and f"{where}.weight" not in base.shapes:
@@ -144,34 +144,34 @@ def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     return own
 
 
-def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     problems = [
-        sentence(f"{entry.weight!r}, a change of kind {entry.kind}", "linear layers and convolutions", "leave it out")
-        for entry in adapter.entries
-        if entry.kind not in ("linear", "conv")
+        sentence(f"{change.weight!r}, a change of kind {change.kind}", "linear layers and convolutions", "leave it out")
+        for change in adapter.changes
+        if change.kind not in ("linear", "conv")
     ]
     whole = [at or "the model" for at in adapter.full]
     problems += [sentence(f"{listing(whole)} trained in full", "low-rank changes", "merge instead")] if whole else []
-    where = parts.written(adapter.entries, options.part, "diffusers") if not problems else {}
+    where = parts.written(adapter.changes, options.part, "diffusers") if not problems else {}
     here = {part for part, _ in where.values()}
     for part in here:  # PEFT's flag is one for all layers
-        dora = {entry.magnitude is not None for entry in adapter.entries if where[entry.weight][0] == part}
+        dora = {change.magnitude is not None for change in adapter.changes if where[change.weight][0] == part}
         if len(dora) > 1:
             problems.append(sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart"))
     raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part in sorted(here):
-        entries = [entry for entry in adapter.entries if where[entry.weight][0] == part]
+        changes = [change for change in adapter.changes if where[change.weight][0] == part]
         start = "" if part == "model" else f"{part}."
-        for entry in entries:
-            at = f"{start}{where[entry.weight][1]}"
-            for suffix, tensor in zip(PAIR, (entry.layer.A, entry.layer.B), strict=True):
+        for change in changes:
+            at = f"{start}{where[change.weight][1]}"
+            for suffix, tensor in zip(PAIR, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
-            if entry.magnitude is not None:
-                tensors[f"{at}.{MAGNITUDE}"] = cast(entry.magnitude, options.dtype)
-        ranks = {where[entry.weight][1]: entry.layer.rank for entry in entries}
-        alphas = {where[entry.weight][1]: alpha_of(entry.layer) for entry in entries}
+            if change.magnitude is not None:
+                tensors[f"{at}.{MAGNITUDE}"] = cast(change.magnitude, options.dtype)
+        ranks = {where[change.weight][1]: change.layer.rank for change in changes}
+        alphas = {where[change.weight][1]: alpha_of(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)
         alpha = max(alphas.values(), key=list(alphas.values()).count)
         fields = {
@@ -180,7 +180,7 @@ def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[st
             "rank_pattern": peft.patterns_for(ranks, rank),
             "alpha_pattern": peft.patterns_for(alphas, alpha),
             "target_modules": sorted(ranks),
-            "use_dora": any(entry.magnitude is not None for entry in entries),
+            "use_dora": any(change.magnitude is not None for change in changes),
             "lora_bias": False,
         }
         config |= {f"{start}{key}": value for key, value in fields.items()}

@@ -41,10 +41,10 @@ from veneer.formats import gguf_claims
 from veneer.formats._base import (
     EMBEDDING,
     Adapter,
-    Base,
+    BaseFacts,
     Contents,
-    Entry,
     Format,
+    LowRankChange,
     Options,
     cast,
     finite,
@@ -110,7 +110,7 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 class _Names:
     """The names of a base's tensors in llama.cpp. The only state is what the base's config says."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: BaseFacts) -> None:
         library, config = _library(), base.config
         type_ = config.get("model_type")
         if not type_:
@@ -151,14 +151,14 @@ class _Names:
         return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
-def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
+def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     library, names = _library(), _Names(base)
-    problems = [problem for entry in adapter.entries for problem in _refusals(entry, names)]
+    problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
     if adapter.full:
         found = f"{listing([at or 'the model' for at in adapter.full], 3)} trained in full"
         problems.append(sentence(found, "low-rank changes alone", "merge the adapter and convert the model"))
     raise_all(AdapterError, "GGUF cannot hold this adapter", problems)
-    alphas = [alpha_of(entry.layer) for entry in adapter.entries if alpha_of(entry.layer)]
+    alphas = [alpha_of(change.layer) for change in adapter.changes if alpha_of(change.layer)]
     # 0 means scale 1 to llama.cpp, so an adapter of scale 0 has alpha 1 and B zero
     alpha = torch.tensor(max(alphas, key=alphas.count, default=1.0), dtype=torch.float32).item()
     writer = library.GGUFWriter(path, names.name)
@@ -167,8 +167,8 @@ def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[st
     writer.add_float32(library.Keys.Adapter.LORA_ALPHA, alpha)
     if base.name:
         writer.add_name(f"adapter of {base.name}")
-    for entry in adapter.entries:
-        for name, A, B in _tensors(entry, names, alpha):
+    for change in adapter.changes:
+        for name, A, B in _tensors(change, names, alpha):
             _add(writer, f"{name}.lora_a", A, options.dtype)
             _add(writer, f"{name}.lora_b", B, options.dtype)
     writer.write_header_to_file()
@@ -178,31 +178,31 @@ def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[st
     return []
 
 
-def _refusals(entry: Entry, names: _Names) -> Iterable[str]:
-    made, weight = names.of(entry.weight), entry.weight
-    if entry.magnitude is not None:
+def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
+    made, weight = names.of(change.weight), change.weight
+    if change.magnitude is not None:
         yield sentence(f"{weight!r}, changed by DoRA", "a product alone", _DO_MERGE)
-    if entry.kind == "stack" and not (names.family.experts and ".experts." in weight):
+    if change.kind == "stack" and not (names.family.experts and ".experts." in weight):
         yield sentence(f"{weight!r}, a stack of matrices", f"none in {names.name}", _DO_MERGE)
-    elif entry.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
-        yield sentence(f"{weight!r}, a change of kind {entry.kind}", "linear layers and embeddings", _DO_MERGE)
+    elif change.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
+        yield sentence(f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE)
     elif not made:
         yield sentence(f"{weight!r}, for which {names.name} has no tensor in llama.cpp", "one that it has", _DO_MERGE)
     elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
         found = f"{weight!r} of a base whose embedding and head are one weight"
         yield sentence(found, "two weights, or changes elsewhere", _DO_MERGE)
-    elif (made == (_EMBEDDING,)) != (entry.kind == "embedding"):
+    elif (made == (_EMBEDDING,)) != (change.kind == "embedding"):
         yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
 
 
-def _tensors(entry: Entry, names: _Names, alpha: float) -> Iterable[tuple[str, Tensor, Tensor]]:
+def _tensors(change: LowRankChange, names: _Names, alpha: float) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor that a change becomes."""
-    layer, low, made = entry.layer, entry.layer.low, names.of(entry.weight)
+    layer, low, made = change.layer, change.layer.low, names.of(change.weight)
     A, B = low.A, _folded(low.B, layer.scale * layer.rank / alpha)  # [g, r, in], [g, out, r]
-    if entry.kind == "embedding":
+    if change.kind == "embedding":
         yield made[0], A[0].mT, B[0]
-    elif entry.kind != "stack":
-        order = names.order(entry.weight, B.shape[1])
+    elif change.kind != "stack":
+        order = names.order(change.weight, B.shape[1])
         yield made[0], A[0], B[0] if order is None else B[0][order]
     else:
         for name, part in zip(made, B.chunk(len(made), dim=1), strict=True):
@@ -225,7 +225,7 @@ def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> N
         writer.add_tensor(name, (made if made.dtype == torch.float16 else made.float()).numpy())
 
 
-def read(path: Path, base: Base, options: Options) -> Contents:
+def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     library = _library()
     gguf_claims.check(path)
     try:
@@ -271,7 +271,9 @@ def read(path: Path, base: Base, options: Options) -> Contents:
     return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
 
 
-def _layer(weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, names: _Names, base: Base) -> PeftLayer:
+def _layer(
+    weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, names: _Names, base: BaseFacts
+) -> PeftLayer:
     at, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
     embeds, lies = name == _EMBEDDING, names.family.name == "GPT2" and name not in (_EMBEDDING, _HEAD)
     across = A.mT if embeds and A.dim() == 2 else A  # [r, in]
@@ -286,7 +288,7 @@ def _layer(weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, na
 
 
 def _stacked(
-    stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], names: _Names, alpha: float, base: Base
+    stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], names: _Names, alpha: float, base: BaseFacts
 ) -> dict[str, PeftLayer]:
     """Changes of experts, as PEFT's file has them: A [E·r, in] and B [out, r·E], of which the first of several in one
     module stands below a wrapper."""

@@ -33,10 +33,10 @@ from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats import parts
 from veneer.formats._base import (
     Adapter,
-    Base,
+    BaseFacts,
     Contents,
-    Entry,
     Format,
+    LowRankChange,
     MisreadElsewhere,
     Options,
     cast,
@@ -81,7 +81,7 @@ def _prefix(name: str) -> str | None:
     return next((prefix for prefix in sorted(PREFIXES, key=len)[::-1] if name.startswith(f"{prefix}_")), None)
 
 
-def read(path: Path, base: Base, options: Options) -> Contents:
+def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -110,7 +110,7 @@ def read(path: Path, base: Base, options: Options) -> Contents:
     return Contents(low, base_name=base.name, about=about, left_out=tuple(left_out))
 
 
-def _part(name: str, base: Base, problems: list[str]) -> str:
+def _part(name: str, base: BaseFacts, problems: list[str]) -> str:
     prefix = _prefix(name)
     if prefix is None:
         problems.append(sentence(f"{name!r}", f"names that begin with {listing(PREFIXES)}", "check the file"))
@@ -119,7 +119,7 @@ def _part(name: str, base: Base, problems: list[str]) -> str:
     return next((part for part in PREFIXES[prefix] if part in here), PREFIXES[prefix][0])
 
 
-def _flattened(base: Base, before: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
+def _flattened(base: BaseFacts, before: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
     """For each part, the modules that each flattened name may mean."""
     names: dict[str, dict[str, list[str]]] = {}
     for part, start in before.items():
@@ -253,30 +253,30 @@ def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
     return low.A[0], low.B[0], low.scale * low.rank
 
 
-def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[str]:
-    problems = [found for entry in adapter.entries for found in _refusals(entry)]
+def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
+    problems = [found for change in adapter.changes for found in _refusals(change)]
     problems += [
         sentence(f"{at or 'the model'!r} trained in full", "low-rank changes", "merge the adapter instead")
         for at in adapter.full
     ]
     raise_all(AdapterError, "kohya's format cannot hold this adapter", problems)
-    where = parts.written(adapter.entries, options.part, "kohya")
+    where = parts.written(adapter.changes, options.part, "kohya")
     flat = {weight: _key(part, module, where) for weight, (part, module) in where.items()}
     twice = sorted({key for key in flat.values() if list(flat.values()).count(key) > 1})
     if twice:
         found = f"modules that have one name with _ for . ({listing(twice, 3)})"
         raise AdapterError(sentence(found, "names that differ", "use the diffusers format"))
     tensors: dict[str, Tensor] = {}
-    for entry in adapter.entries:
-        key, layer = flat[entry.weight], entry.layer
+    for change in adapter.changes:
+        key, layer = flat[change.weight], change.layer
         tensors[f"{key}.lora_down.weight"] = cast(layer.A, options.dtype)
         tensors[f"{key}.lora_up.weight"] = cast(layer.B, options.dtype)
         tensors[f"{key}.alpha"] = exact_scalar(alpha_of(layer))
-        if entry.magnitude is not None:
+        if change.magnitude is not None:
             ones = [1] * (layer.A.dim() - 1)
-            tensors[f"{key}.dora_scale"] = cast(entry.magnitude.reshape(-1, *ones), options.dtype)
+            tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    for loss in _lost_in_diffusers(adapter.entries):
+    for loss in _lost_in_diffusers(adapter.changes):
         do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
         found = (
             f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN}) leaves out {loss}, so that its outputs differ"
@@ -286,11 +286,13 @@ def write(adapter: Adapter, path: Path, base: Base, options: Options) -> list[st
     return []
 
 
-def _lost_in_diffusers(entries: Sequence[Entry]) -> Iterator[str]:
+def _lost_in_diffusers(changes: Sequence[LowRankChange]) -> Iterator[str]:
     """What diffusers drops of a kohya file that its pipelines load, as its converter is written."""
-    if any(entry.magnitude is not None for entry in entries):
+    if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
-    if len({alpha_of(entry.layer) for entry in entries}) > 1 and any(_of_attention(entry.module) for entry in entries):
+    if len({alpha_of(change.layer) for change in changes}) > 1 and any(
+        _of_attention(change.module) for change in changes
+    ):
         yield "the alphas of attention's projections, which are not those of all layers here"
 
 
@@ -303,10 +305,10 @@ def alpha_of(layer: PeftLayer) -> float:
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 
-def _refusals(entry: Entry) -> Iterable[str]:
-    if entry.kind not in ("linear", "conv"):
+def _refusals(change: LowRankChange) -> Iterable[str]:
+    if change.kind not in ("linear", "conv"):
         expected = "linear layers and convolutions in one group"
-        yield sentence(f"{entry.weight!r}, a change of kind {entry.kind}", expected, "leave it out, or merge")
+        yield sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, "leave it out, or merge")
 
 
 def _key(part: str, module: str, where: Mapping[str, tuple[str, str]]) -> str:
@@ -320,9 +322,9 @@ def _header(adapter: Adapter) -> dict[str, str]:
     """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and the sizes as they
     are."""
     earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
-    ranks = {entry.layer.rank for entry in adapter.entries}
-    alphas = {alpha_of(entry.layer) for entry in adapter.entries}
-    dora = any(entry.magnitude is not None for entry in adapter.entries)
+    ranks = {change.layer.rank for change in adapter.changes}
+    alphas = {alpha_of(change.layer) for change in adapter.changes}
+    dora = any(change.magnitude is not None for change in adapter.changes)
     return {
         "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
         "ss_base_model_version": str((adapter.about.get("base") or {}).get("name") or "unknown"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from veneer.errors import AdapterError, listing, nearest, sentence
-from veneer.formats._base import Base, Entry
+from veneer.formats._base import BaseFacts, LowRankChange
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model")
 
@@ -27,17 +27,17 @@ def part_of(path: str) -> str:
     return first if first in PARTS and first != "model" and first != path else ""
 
 
-def written(entries: Sequence[Entry], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
-    """(part, the path in it) of each entry's module, by its weight.
+def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
+    """(part, the path in it) of each change's module, by its weight.
 
     Raises:
         AdapterError: no part in the paths and none given, or both.
     """
     if part is not None and part not in PARTS:
         raise AdapterError(sentence(f"part {part!r}{nearest(part, PARTS)}", f"one of {', '.join(PARTS)}", "choose one"))
-    inside = {entry.weight: part_of(entry.module) for entry in entries}
+    inside = {change.weight: part_of(change.module) for change in changes}
     if part is None and all(inside.values()):
-        return {entry.weight: (inside[entry.weight], entry.module.partition(".")[2]) for entry in entries}
+        return {change.weight: (inside[change.weight], change.module.partition(".")[2]) for change in changes}
     if part is None:
         bare = next(weight for weight, first in inside.items() if not first)
         found = f"{bare!r}, which does not say which model of a pipeline it belongs to"
@@ -45,10 +45,10 @@ def written(entries: Sequence[Entry], part: str | None, kind: str) -> dict[str, 
     if any(inside.values()):
         both = next(weight for weight, first in inside.items() if first)
         raise AdapterError(sentence(f"part {part!r} and a path {both!r} with one", "one of both", "leave part out"))
-    return {entry.weight: (part, entry.module) for entry in entries}
+    return {change.weight: (part, change.module) for change in changes}
 
 
-def chosen(found: Mapping[str, int], base: Base | None, part: str | None) -> tuple[dict[str, str], list[str]]:
+def chosen(found: Mapping[str, int], base: BaseFacts | None, part: str | None) -> tuple[dict[str, str], list[str]]:
     """Which parts of a file to read: (what to put before the paths of each, what is left out).
 
     Args:

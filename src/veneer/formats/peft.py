@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -182,13 +182,14 @@ def split(
 
     Args:
         suffixes: the (A, B) suffixes that layer kinds use.
-        extras: the suffixes of further numbers that variants use.
+        extras: the suffixes of further parameters that variants use.
         ours: Veneer wrote the config, with whole paths.
 
     Raises:
         AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
     """
     known: dict[str, Any] = {suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)}
+    extras = frozenset(extras)
     known |= {suffix: (None, suffix) for suffix in extras}
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}

@@ -1,7 +1,7 @@
-"""What the blocks below the lowest adapted one put out, computed once for each row of the data.
+"""Hidden-state cache for the frozen lower blocks: computed once for each row of the data.
 
-Over a frozen base, with adapters in the upper blocks alone, it never changes: from the second epoch on it comes from
-memory.
+Over a frozen base, with adapters in the upper blocks alone, the output of the blocks below the lowest adapted one never
+changes: from the second epoch on it comes from memory.
 
     row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  hidden [s, h], kept
     batch of rows         →  their hidden, padded with zeros   →  blocks k …, the head
@@ -36,7 +36,7 @@ INSTEAD = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The lower blocks of a model, and what they put out.
+    """The frozen lower blocks of a model, and their output for each row.
 
     Args:
         model: one of transformers' causal language models, with everything that trains in the upper ones of its blocks.
@@ -48,7 +48,7 @@ class HiddenStateCache:
     def __init__(self, model: nn.Module) -> None:
         self.blocks, self.count = _below(model)
         self.known: dict[bytes, Tensor] = {}  # hidden states [s, h] of a row, in main memory
-        self.beside: tuple[Any, ...] | None = None  # what a block gives besides them; None if it gives no tuple
+        self.extra_outputs: tuple[Any, ...] | None = None  # what a block gives besides them; None if it gives no tuple
 
     @property
     def bytes(self) -> int:
@@ -89,7 +89,7 @@ class HiddenStateCache:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, tuple):
-                self.beside = output[1:]
+                self.extra_outputs = output[1:]
                 output = output[0]
             found.append(output[0].cpu())
             raise _Reached
@@ -108,7 +108,7 @@ class HiddenStateCache:
         """The last of the lower blocks answers with these hidden states, the others with what they are given."""
 
         def form(output: Tensor) -> Any:
-            return output if self.beside is None else (output, *self.beside)
+            return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             return form(args[0] if args else kwargs["hidden_states"])

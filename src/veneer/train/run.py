@@ -88,18 +88,15 @@ def fit(
     models.must_be_causal(config.base)
     tokenizer = models.load_tokenizer(config.base)
     prepared = prepare(config, tokenizer)
-    found = _found(config, output, prepared) if resume else None
-    if found is not None:
-        say(console, f"Resuming from step {found[1]} ({found[0]}).")
-
+    found = _found(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
     _on_one_device(arguments, console)
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     must_not_see_later_tokens(base.model, config.base)
     handle = _attach(config, base.model, found)
-    lower = HiddenStateCache(base.model) if config.cache_lower else None
-    _describe(config, base.model, handle, prepared, lower, console)
+    cached = HiddenStateCache(base.model) if config.cache_lower else None
+    _describe(config, base.model, handle, prepared, cached, console)
     if config.check:
         _check(base.model, prepared)
     before = _open(config, output, prepared, found)  # only now: a run that cannot begin leaves nothing behind
@@ -114,7 +111,7 @@ def fit(
         callbacks=[watch.LossLog(output, before), watch.StopOnNan(), stop, bar, *early_stop(config), *callbacks],
         adapter=handle,
         base_name=config.base,
-        lower=lower,
+        hidden_state_cache=cached,
     )
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
@@ -172,10 +169,13 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, A
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
-def _found(config: TrainConfig, output: Path, prepared: Prepared) -> Found:
+def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
     """The newest checkpoint of the run in `output`, which began with the same data."""
     if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
-        return checkpoint.newest(output)
+        newest = checkpoint.newest(output)
+        if newest is not None:
+            say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
+        return newest
     if config.overwrite:
         return None
     raise ConfigError(
@@ -227,7 +227,12 @@ def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
 
 
 def _describe(
-    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, lower: HiddenStateCache | None, console: Console
+    config: TrainConfig,
+    model: Any,
+    handle: Any,
+    prepared: Prepared,
+    cached: HiddenStateCache | None,
+    console: Console,
 ) -> None:
     train = prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
@@ -249,9 +254,12 @@ def _describe(
         checkpointing=config.activation_checkpointing,
     )  # fmt: skip
     say(console, f"Memory   {expected}")
-    if lower is not None:
+    if cached is not None:
         kept = size(_kept(model, prepared))
-        say(console, f"Lower    {len(lower.blocks)} of {lower.count} blocks run once for each row; {kept} are kept")
+        say(
+            console,
+            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept",
+        )
     say(console, str(handle.summary()))
 
 

@@ -67,11 +67,16 @@ class AdapterTrainer(SFTTrainer):
     Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
         adapter: the handle that `veneer.attach` gave;
         base_name: what the adapter's metadata calls the base;
-        lower: what the blocks below the adapter's put out, if that is to be kept.
+        hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
     """
 
     def __init__(
-        self, *args: Any, adapter: Any, base_name: str, lower: HiddenStateCache | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter: Any,
+        base_name: str,
+        hidden_state_cache: HiddenStateCache | None = None,
+        **kwargs: Any,
     ) -> None:
         model: Any = kwargs.get("model", args[0] if args else None)
         before = model.__dict__.get("forward")
@@ -83,7 +88,7 @@ class AdapterTrainer(SFTTrainer):
             model.forward = before
         self.adapter = adapter
         self.base_name = base_name
-        self.lower = lower
+        self.hidden_state_cache = hidden_state_cache
         # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -110,7 +115,7 @@ class AdapterTrainer(SFTTrainer):
         if return_outputs:
             raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
         training = model.training
-        with nullcontext() if self.lower is None else self.lower.given(model, inputs):
+        with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
             result = token_loss(model, inputs, accuracy=not training)
         if training:
             mask = inputs.get("attention_mask")  # packed rows have none, and no padding

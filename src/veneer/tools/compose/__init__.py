@@ -1,4 +1,4 @@
-"""One adapter out of several: weighted sums, sums of a lower rank, and mixtures of task vectors.
+"""One adapter out of several: weighted sums, sums of a lower rank, and merges of task vectors (TIES, DARE).
 
     sum     ΔW = Σ wᵢ ΔWᵢ       exact: factors side by side; the rank is the sum of the ranks
     svd     the same, to a rank  its best approximation, from the thin factors alone
@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,16 @@ from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing,
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint
 from veneer.formats import peft
-from veneer.tools.compose.align import AlignedWeight, line_up
-from veneer.tools.compose.base_weights import BaseWeight, Grounds, Source
-from veneer.tools.compose.blend import Blend, Recipe, Term, mixed, rescaled, summed
-from veneer.tools.compose.full_params import Mixing, combined
-from veneer.tools.compose.mixing import RECIPES
+from veneer.tools.compose.align import AlignedWeight, align
+from veneer.tools.compose.base_weights import BaseWeight, BaseWeights, Source
+from veneer.tools.compose.blend import Blend, ComposeOptions, Term, merged_by_method, rescaled, summed
+from veneer.tools.compose.full_params import combined
+from veneer.tools.compose.merge_methods import MERGE_METHODS
 from veneer.variants import VARIANTS
 
 __all__ = ["ComposeReport", "LayerReport", "compose"]
 
-METHODS = ("sum", "svd", *RECIPES)
+METHODS = ("sum", "svd", *MERGE_METHODS)
 _MAGNITUDE = VARIANTS["dora"].peft_keys["magnitude"]
 
 
@@ -117,7 +117,7 @@ def compose(
         weights: a number for each; None means 1 each. 0 leaves the adapter out.
         method: one of ``METHODS``; None is "svd" if a rank or an energy is given, else "sum".
         rank: of the result, for every method but "sum" (where it is larger than the weight allows, it is what that
-            allows). The mixtures take the sum of the adapters' ranks if neither it nor an energy is given.
+            allows). The merge methods take the sum of the adapters' ranks if neither it nor an energy is given.
         energy: instead of a rank: the share of ‖ΔW‖² to keep in each layer, in (0, 1].
         density: the share of entries that ties, dare, dare_ties and prune keep of each ΔWᵢ, in (0, 1].
         layers: pattern → a factor for the layers that it matches (patterns as in ``LoraConfig``, the first that matches
@@ -144,34 +144,53 @@ def compose(
     given = [1.0] * len(adapters) if weights is None else list(weights)
     how = _options(len(adapters), given, method, rank, energy, density, layers or {}, seed)
     must_not_exist(Path(out), overwrite)
-    all_ = [adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters]
+    files = [adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters]
     notes = [
-        f"{each.path} has weight 0 and is left out" for each, weight in zip(all_, given, strict=True) if not weight
+        f"{each.path} has weight 0 and is left out" for each, weight in zip(files, given, strict=True) if not weight
     ]
-    used = [number for number, weight in enumerate(given) if weight]
-    sources = [all_[number] for number in used]
-    merged_base(sources)  # of one base, before anything is computed
-    notes += _unproven(sources)
-    base_weights = None if base is None and model is None else Grounds({} if base is None else base, model)
-    aligned_weights = line_up(sources, None if base_weights is None else base_weights.order)
-    base_weights = None if base is None else base_weights
-    weigh = _Weights([given[number] for number in used], _rules(layers or {}, used, aligned_weights, sources))
-    low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
-    recipe = RECIPES.get(how.method)
-    mixing = None if recipe is None else Mixing(recipe, how.density, seed)
-    full = combined(sources, aligned_weights, weigh, mixing, base_weights)
+    provenance = {"composed": _said(files, given, how, layers or {}), **(provenance or {})}
+    composed = _composed(files, given, how, layers or {}, base, model)
     path = write_derived(
-        out, sources, low, full, variant=variant, overwrite=overwrite,
-        provenance={"composed": _said(all_, given, how, layers or {}), **(provenance or {})},
+        out, composed.sources, composed.low, composed.full, variant=composed.variant, overwrite=overwrite,
+        provenance=provenance,
     )  # fmt: skip
-    verified = all(source.record is not None for source in sources)
-    return ComposeReport(path, how.method, tuple(given), tuple(reports), verified, tuple(notes))
+    verified = all(source.record is not None for source in composed.sources)
+    notes += composed.notes
+    return ComposeReport(path, how.method, tuple(given), tuple(composed.reports), verified, tuple(notes))
+
+
+class _Composed(NamedTuple):
+    """What is to be written: the adapters that count, the changes, the parameters trained in full, the variant."""
+
+    sources: list[AdapterFiles]
+    low: dict[str, peft.PeftLayer]
+    full: dict[str, dict[str, Tensor]]
+    variant: str
+    reports: list[LayerReport]
+    notes: list[str]
+
+
+def _composed(
+    files: Sequence[AdapterFiles], given: Sequence[float], how: ComposeOptions,
+    layers: Mapping[str, float | Sequence[float]], base: Source | None, model: nn.Module | None,
+) -> _Composed:  # fmt: skip
+    used = [number for number, weight in enumerate(given) if weight]
+    sources = [files[number] for number in used]
+    merged_base(sources)  # of one base, before anything is computed
+    notes = _unproven(sources)
+    base_weights = None if base is None and model is None else BaseWeights({} if base is None else base, model)
+    aligned_weights = align(sources, None if base_weights is None else base_weights.order)
+    base_weights = None if base is None else base_weights
+    weigh = _Weights([given[number] for number in used], _rules(layers, used, aligned_weights, sources))
+    low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
+    full = combined(sources, aligned_weights, weigh, how, base_weights)
+    return _Composed(sources, low, full, variant, reports, notes)
 
 
 def _options(
     count: int, weights: Sequence[float], method: str | None, rank: int | None, energy: float | None,
     density: float | None, layers: Mapping[str, float | Sequence[float]], seed: int,
-) -> Recipe:  # fmt: skip
+) -> ComposeOptions:  # fmt: skip
     """The options, checked without reading anything."""
     problems = []
     if count == 0:
@@ -205,14 +224,14 @@ def _options(
         problems.append(sentence("a rank or an energy for an exact sum", "none", "use method='svd'"))
     if method == "svd" and rank is None and energy is None:
         problems.append(sentence("neither a rank nor an energy for svd", "one of them", "give rank=16 or energy=0.99"))
-    recipe = RECIPES.get(method)
-    if recipe is not None and not (_finite(density) and 0 < density <= 1):  # type: ignore[operator]
-        do = f"give density={recipe.usual}, as in the paper"
+    merge_method = MERGE_METHODS.get(method)
+    if merge_method is not None and not (_finite(density) and 0 < density <= 1):  # type: ignore[operator]
+        do = f"give density={merge_method.usual}, as in the paper"
         problems.append(sentence(f"density={density!r} for {method}", "a share of entries in (0, 1]", do))
-    if recipe is None and density is not None and method in METHODS:
-        problems.append(sentence(f"a density for {method}", "none", f"use it with one of {listing(RECIPES)}"))
+    if merge_method is None and density is not None and method in METHODS:
+        problems.append(sentence(f"a density for {method}", "none", f"use it with one of {listing(MERGE_METHODS)}"))
     raise_all(ConfigError, "These adapters cannot be composed so", problems)
-    return Recipe(method, rank, energy, density or 1.0, seed)
+    return ComposeOptions(method, rank, energy, density or 1.0, seed)
 
 
 def _finite(value: object) -> bool:
@@ -226,7 +245,7 @@ def _listed(factor: float | Sequence[float]) -> list[float]:
 def _said(
     adapters: Sequence[AdapterFiles],
     weights: Sequence[float],
-    how: Recipe,
+    how: ComposeOptions,
     layers: Mapping[str, float | Sequence[float]],
 ) -> dict[str, Any]:
     """What goes into the record: of each adapter the name of its folder, the hash of its record, and its weight."""
@@ -235,7 +254,7 @@ def _said(
         for each, weight in zip(adapters, weights, strict=True)
     ]
     options: dict[str, Any] = {"rank": how.rank, "energy": how.energy}
-    if how.method in RECIPES:
+    if how.method in MERGE_METHODS:
         options |= {"density": how.density, "seed": how.seed}
     if layers:
         options["layers"] = {pattern: _listed(factor) for pattern, factor in layers.items()}
@@ -313,8 +332,8 @@ def _changes(
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
     weigh: _Weights,
-    how: Recipe,
-    base_weights: Grounds | None,
+    how: ComposeOptions,
+    base_weights: BaseWeights | None,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
     """(every change by its path in the file, a report of each weight, the variant)."""
     tied: dict[str, list[AlignedWeight]] = {}
@@ -327,7 +346,7 @@ def _changes(
         found = {number: weight for number in aligned.layers if (weight := weigh(names, number))}
         weights |= {aligned.at: found} if found and aligned.alias_of is None else {}
     extras = any(aligned.layers[number].extras for aligned in aligned_weights for number in weights.get(aligned.at, ()))
-    rescales = extras and how.method not in RECIPES
+    rescales = extras and how.method not in MERGE_METHODS
     low, reports = {}, []
     for aligned in aligned_weights:
         if aligned.at not in weights:
@@ -347,8 +366,8 @@ def _changes(
 
 
 def _change(
-    aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: Recipe, base_weights:
-    Grounds | None, rescales: bool,
+    aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: ComposeOptions,
+    base_weights: BaseWeights | None, rescales: bool,
 ) -> tuple[Blend, peft.PeftLayer, tuple[int, ...]]:  # fmt: skip
     """One weight's change: as a value, as a file holds it, and the ranks that it is made of."""
     layers = [aligned.layers[number] for number in weights]
@@ -362,14 +381,14 @@ def _change(
         return Blend(low, magnitudes[0], low.norm(), 0.0), layer, ranks
     base_weight = None
     if rescales or any(magnitude is not None for magnitude in magnitudes):
-        base_weight = _ground(aligned, sources, list(weights), base_weights)
+        base_weight = _base_weight(aligned, sources, list(weights), base_weights)
     swapped = base_weight is not None and base_weight.swapped
     terms = [
         Term(layer.low.T if swapped else layer.low, magnitude, weight)
         for layer, magnitude, weight in zip(layers, magnitudes, weights.values(), strict=True)
     ]
-    if how.method in RECIPES:
-        blend = mixed(terms, how, None if base_weight is None else base_weight.weight, aligned.at)
+    if how.method in MERGE_METHODS:
+        blend = merged_by_method(terms, how, None if base_weight is None else base_weight.weight, aligned.at)
     elif base_weight is not None:
         blend = rescaled(terms, how, base_weight.weight, aligned.at, dtype)
     else:
@@ -386,16 +405,16 @@ def _with_magnitude(layer: peft.PeftLayer, aligned: AlignedWeight, magnitude: Te
     return replace(layer, extras={_MAGNITUDE: magnitude.reshape(shape)})
 
 
-def _ground(
-    aligned: AlignedWeight, sources: Sequence[AdapterFiles], numbers: Sequence[int], base_weights: Grounds | None
+def _base_weight(
+    aligned: AlignedWeight, sources: Sequence[AdapterFiles], used: Sequence[int], base_weights: BaseWeights | None
 ) -> BaseWeight:
-    """The weight below a spot, which must be the one that the adapters were made for."""
+    """The base weight below these changes, which must be the one that the adapters were made for."""
     if base_weights is None:
         found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
         raise AdapterError(sentence(found, "the base's weights", "pass base= (--base on the command line)"))
-    base_weight = base_weights.base_weight(aligned, sources[numbers[0]].peft_config)
+    base_weight = base_weights.base_weight(aligned, sources[used[0]].peft_config)
     printed = None
-    for number in numbers:
+    for number in used:
         expected = sources[number].metadata.get("base", {}).get("weights", {}).get(aligned.weight)
         printed = printed or (None if expected is None else fingerprint(base_weight.dense))
         if printed != expected and expected is not None:

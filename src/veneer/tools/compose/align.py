@@ -1,6 +1,6 @@
 """Several adapters side by side: which of their changes are of the same weight.
 
-    line_up(artefacts)  ->  a Spot for each weight that any of them changes: at, path in a file, who changes it
+    align(adapter files)  ->  an AlignedWeight for each weight that any of them changes: at, path, who changes it
 
 Adapters of one model may have other paths for one weight in their files, as PEFT nests what it wraps: so changes are
 matched by ``PeftLayer.at``, and a file of all of them gets paths of its own. A tied weight stands in a file under each
@@ -51,7 +51,7 @@ class AlignedWeight:
 Order = Callable[[str], Sequence[str]]
 
 
-def line_up(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) -> list[AlignedWeight]:
+def align(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) -> list[AlignedWeight]:
     """The weights that these adapters change, in the first one's order.
 
     Raises:
@@ -127,18 +127,18 @@ def _weights(
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
     """(the path of each weight by ``at``, the aliases by ``at``)."""
     weights: dict[str, str] = {}
-    choices: dict[str, dict[tuple[str, bool], None]] = {}
+    candidates: dict[str, dict[tuple[str, bool], None]] = {}
     by_at = [{layer.at: layer for layer in saved.low.values()} for saved in saved_adapters]
     for saved, layers in zip(saved_adapters, by_at, strict=True):
         own = recorded(saved)
         weights |= own
         for at in layers.keys() - own.keys() if saved.record is not None else ():
             found = {(other, t): None for other in own if other in layers for t in _ties(layers[at], layers[other])}
-            choices[at] = {c: None for c in choices.get(at, found) if c in found}
+            candidates[at] = {c: None for c in candidates.get(at, found) if c in found}
     aliases: dict[str, tuple[str, bool]] = {}
-    for at, found in choices.items():
+    for at, found in candidates.items():
         # if several fit, their changes are equal in every adapter, and so is any sum of them
-        fits = [choice for choice in found if all(_agree(layers, at, *choice) for layers in by_at)]
+        fits = [candidate for candidate in found if all(_agree(layers, at, *candidate) for layers in by_at)]
         if fits:
             aliases[at] = fits[0]
         else:

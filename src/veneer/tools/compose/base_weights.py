@@ -1,6 +1,6 @@
 """The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g, out, in].
 
-    ground(spot)  ->  Ground(weight [g, out, in], swapped)        out counts what a gain rescales
+    base_weights.base_weight(aligned)  ->  BaseWeight(weight [g, out, in], swapped)      a gain rescales each of out
 
 A model says how each of its layers uses its weight. Tensors alone have shapes: with those of A and B they tell the kind
 nearly always. Where they do not (a square matrix may lie either way), that is an error which asks for the model, as a
@@ -42,12 +42,12 @@ class BaseWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grounds:
+class BaseWeights:
     """Base weights by path.
 
     Fields:
         source: a model, a mapping, or a function that raises KeyError for a path that it lacks.
-        shell: beside tensors, the model that they are of, without numbers if need be (on the meta device): it says how
+        shell: the model that the tensors are of, without values if need be (on the meta device): it says how
             each weight is used.
     """
 
@@ -110,7 +110,7 @@ class Grounds:
         return held
 
     def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
-        """The weight that a spot changes; ``config`` is the PEFT config of an adapter that changes it.
+        """The weight that these changes are of; ``config`` is the PEFT config of an adapter that changes it.
 
         Raises:
             AdapterError: there is no such weight, or it cannot be told how it is used.
@@ -131,7 +131,7 @@ class Grounds:
         if self.names is not None:
             weight, swapped = _by_kind(self.names, path, dense, aligned)
         else:
-            # beside changes of parameters a file does not say that its layers lie transposed (see filing.peft_config)
+            # with changes of parameters a file does not say that its layers are transposed: see peft_mapping
             lying = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
             weight, swapped = _by_shape(path, dense, aligned, lying)
         groups, _, in_ = aligned.template.low.A.shape

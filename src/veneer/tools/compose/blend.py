@@ -1,4 +1,4 @@
-"""One weight's changes, combined: a weighted sum, its best approximation of a rank, or a mixture of dense ΔW.
+"""One weight's changes, combined: a weighted sum, its best approximation of a rank, or dense ΔW merged (TIES).
 
     plain     Σ wᵢ ΔWᵢ
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)      G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, sentence
 from veneer.lowrank import LowRank
-from veneer.tools.compose.mixing import RECIPES, factored, mix
+from veneer.tools.compose.merge_methods import MERGE_METHODS, factored, merged_vector
 from veneer.variants.dora import row_norms
 
 #: |G| below which a row counts as scaled to nothing
 SMALLEST = 1e-6
 
 
-class Recipe(NamedTuple):
+class ComposeOptions(NamedTuple):
     """How to combine: a method, and what belongs to it."""
 
     method: str
@@ -53,12 +53,12 @@ class Blend(NamedTuple):
     error: float
 
 
-def summed(terms: Sequence[Term], how: Recipe) -> Blend:
+def summed(terms: Sequence[Term], how: ComposeOptions) -> Blend:
     """The sum of plain changes."""
     return _reduced(LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how)
 
 
-def _reduced(total: LowRank, how: Recipe) -> Blend:
+def _reduced(total: LowRank, how: ComposeOptions) -> Blend:
     if how.method == "sum" or (how.rank is not None and total.rank <= min(how.rank, total.largest_rank)):
         return Blend(total.compact(), None, total.norm(), 0.0)
     svd = total.svd()
@@ -67,7 +67,7 @@ def _reduced(total: LowRank, how: Recipe) -> Blend:
     return Blend(low, None, float(svd.S.norm()), error)
 
 
-def rescaled(terms: Sequence[Term], how: Recipe, weight: Tensor, at: str, dtype: torch.dtype) -> Blend:
+def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str, dtype: torch.dtype) -> Blend:
     """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``.
 
     Args:
@@ -88,7 +88,7 @@ def rescaled(terms: Sequence[Term], how: Recipe, weight: Tensor, at: str, dtype:
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
     reduced = _reduced(total, how)
-    # the magnitude is that of the stored numbers, so that the gain is G when they are read
+    # the magnitude is that of the stored factors, so that the gain is G when they are read
     low = reduced.low.to(torch.float64).gained(1 / G).to(dtype)
     return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, reduced.error)
 
@@ -102,8 +102,9 @@ def _gain(term: Term, W: Tensor) -> Tensor:
     return torch.where(norms == 0, torch.ones_like(gain), gain).view(W.shape[:2])
 
 
-def mixed(terms: Sequence[Term], how: Recipe, weight: Tensor | None, at: str) -> Blend:
-    """The mixture of the dense changes, as factors. ``weight`` is needed where a term has a magnitude."""
+def merged_by_method(terms: Sequence[Term], how: ComposeOptions, weight: Tensor | None, at: str) -> Blend:
+    """The dense changes merged by one of ``MERGE_METHODS``, as factors. ``weight`` is needed where a term has a
+    magnitude."""
 
     def dense(term: Term) -> Tensor:
         delta = term.low.delta(torch.float64)
@@ -116,7 +117,7 @@ def mixed(terms: Sequence[Term], how: Recipe, weight: Tensor | None, at: str) ->
 
     vectors = [lambda term=term: dense(term) for term in terms]
     seed = f"{how.seed}/{at}"
-    delta = mix(RECIPES[how.method], vectors, [term.weight for term in terms], how.density, seed)
+    delta = merged_vector(MERGE_METHODS[how.method], vectors, [term.weight for term in terms], how.density, seed)
     rank = how.rank
     if rank is None and how.energy is None:
         rank = sum(term.low.rank for term in terms)

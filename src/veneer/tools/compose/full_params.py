@@ -1,15 +1,14 @@
 """What several adapters train in full, combined: P = P₀ + Σ wᵢ (Pᵢ − P₀), with P₀ the base's.
 
 Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and nobody need know it: a parameter
-that one adapter alone has, with weight 1, or an average. Else the base is needed. The mixtures (TIES and the like) take
-Pᵢ − P₀ as they take ΔWᵢ.
+that one adapter alone has, with weight 1, or an average. Else the base is needed. The merge methods (TIES and the
+like) take Pᵢ − P₀ as they take ΔWᵢ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,18 +18,9 @@ from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, s
 from veneer.fileio.hashing import digest
 from veneer.formats import peft
 from veneer.tools.compose.align import AlignedWeight
-from veneer.tools.compose.base_weights import Grounds
-from veneer.tools.compose.mixing import Recipe, mix
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the mixtures combine vectors; None in its place is a sum."""
-
-    recipe: Recipe
-    density: float
-    seed: int
-
+from veneer.tools.compose.base_weights import BaseWeights
+from veneer.tools.compose.blend import ComposeOptions
+from veneer.tools.compose.merge_methods import MERGE_METHODS, merged_vector
 
 #: (names of a parameter, number of an adapter) -> its weight there
 Weigh = Callable[[Sequence[str], int], float]
@@ -40,8 +30,8 @@ def combined(
     sources: Sequence[AdapterFiles],
     aligned_weights: Sequence[AlignedWeight],
     weigh: Weigh,
-    mixing: Mixing | None,
-    base_weights: Grounds | None,
+    how: ComposeOptions,
+    base_weights: BaseWeights | None,
 ) -> dict[str, dict[str, Tensor]]:
     """The parameters and running statistics by path in a file and name.
 
@@ -69,14 +59,12 @@ def combined(
         elif name == "weight" and at in changed:
             full.setdefault(where[at], {})[name] = _frozen(path, list(tensors.values()))
         else:
-            value = _combined(
-                path, tensors, _weights(weigh, at, path, tensors), mixing, base_weights, problems, lacking
-            )
+            value = _combined(path, tensors, _weights(weigh, at, path, tensors), how, base_weights, problems, lacking)
             if value is not None:
                 full.setdefault(where[at], {})[name] = value
     if lacking:
         found = f"no base values of {listing(lacking)}, which are trained in full with weights that do not add up to 1"
-        if mixing is not None:
+        if how.method in MERGE_METHODS:
             found = f"no base values of {listing(lacking)}, which are trained in full"
         do = "pass the base (--base on the command line), or give these layers other weights (0 leaves them out)"
         problems.append(sentence(found, "the base, from which their changes are counted", do))
@@ -96,17 +84,18 @@ def _frozen(path: str, tensors: list[Tensor]) -> Tensor:
 
 
 def _combined(
-    path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], mixing: Mixing | None,
-    base_weights: Grounds | None, problems: list[str], lacking: list[str],
+    path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], how: ComposeOptions,
+    base_weights: BaseWeights | None, problems: list[str], lacking: list[str],
 ) -> Tensor | None:  # fmt: skip
     """The value of one parameter, or None where its weights are 0 or there is a problem (then added)."""
     if not weights:
         return None  # its layer has the weight 0: the base's own
-    if mixing is None and list(weights.values()) == [1.0]:
+    merge_method = MERGE_METHODS.get(how.method)
+    if merge_method is None and list(weights.values()) == [1.0]:
         return tensors[next(iter(weights))]
     base = None if base_weights is None else base_weights.get(path)
     cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
-    if base is None and (mixing is not None or not cancels):
+    if base is None and (merge_method is not None or not cancels):
         lacking.append(path)
         return None
     like = tensors[next(iter(weights))]
@@ -115,14 +104,14 @@ def _combined(
         problems.append(sentence(found, "one shape", "pass the base that the adapters are of"))
         return None
     start = torch.zeros(like.shape, dtype=torch.float64) if base is None else base.double()
-    if mixing is None:
+    if merge_method is None:
         # without a base P₀ cancels, so that 0 serves as well
         value = start + torch.stack([weight * (tensors[n].double() - start) for n, weight in weights.items()]).sum(0)
     else:
         # of a tie both names draw the same entries, as the seed is the content's
-        seed = "/".join([str(mixing.seed), *(digest(tensors[number]) for number in weights)])
+        seed = "/".join([str(how.seed), *(digest(tensors[number]) for number in weights)])
         vectors = [lambda number=number: tensors[number].double() - start for number in weights]
-        value = start + mix(mixing.recipe, vectors, list(weights.values()), mixing.density, seed)
+        value = start + merged_vector(merge_method, vectors, list(weights.values()), how.density, seed)
     if path.endswith("running_var") and (value < 0).any():
         found = f"a variance below 0 in {path!r}"
         problems.append(sentence(found, "a variance", "give this layer weights that add up to 1"))

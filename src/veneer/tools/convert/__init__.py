@@ -40,14 +40,14 @@ from veneer.formats import peft
 from veneer.formats._base import (
     FORMATS,
     Adapter,
-    Base,
+    BaseFacts,
     Contents,
-    Entry,
     Format,
+    LowRankChange,
     MisreadElsewhere,
     Options,
     cast,
-    kind_of_entry,
+    kind_of_change,
     read_tensors,
     register,
 )
@@ -169,7 +169,6 @@ def conversion(
     if to == "veneer" and base_info is None:
         found = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(sentence(found, "the base that the adapter was made for", 'give base, or choose "peft"'))
-    facts = Base() if base_info is None else base_info.facts
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
         left_out = [*contents.left_out, *_lost(made, to)]
@@ -178,22 +177,19 @@ def conversion(
         elif FORMATS[from_].peft and made.record is None and isinstance(base, nn.Module):
             _refuse_peft_s_own(made, base)
         if to == "veneer" and base_info is not None:
-            provenance = _provenance(from_, made, contents)
-            name = made.peft_config.get("base_model_name_or_path") or facts.name
-            of_weights = not FORMATS[from_].peft
-            with _on(base_info.module(), made, verify_base, of_weights) as (model, adapter):
-                save(model, out, name=adapter, base_name=name, provenance=provenance, overwrite=overwrite)
+            _to_veneer(made, contents, out, base_info, from_, verify_base, overwrite)
         elif to == "peft":
             _to_peft(made, out, options, overwrite)
         else:
-            adapter = _adapter(made, facts, base_info, verify_base, not FORMATS[from_].peft)
-            with new_file(out, overwrite=overwrite) as file:
-                assert format_.write is not None  # every format but the two above has it
-                left_out += format_.write(adapter, file, facts, options)
-        entries = _entries(made, facts)
-        ranks = {entry.weight: entry.layer.rank for entry in entries}
-        full = tuple(parameter_path(at, name) for at, held in made.full.items() for name in held)
+            left_out += _to_file(made, out, format_, base_info, from_, options, verify_base, overwrite)
+        changes = _changes(made, _facts(base_info))
+        ranks = {change.weight: change.layer.rank for change in changes}
+        full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
     return Conversion(out, from_, to, ranks, full, tuple(left_out), errors)
+
+
+def _facts(base_info: BaseInfo | None) -> BaseFacts:
+    return BaseFacts() if base_info is None else base_info.facts
 
 
 def _options(
@@ -270,7 +266,7 @@ def _as_folder(
     reader = FORMATS[from_].read
     if reader is None:
         return folder.read(source), Contents(), {}
-    contents = reader(source, Base() if base_info is None else base_info.facts, options)
+    contents = reader(source, _facts(base_info), options)
     if not contents.low and not contents.deltas:
         raise AdapterError(sentence(f"no change at all in {source}", "at least one", "check the file"))
     if contents.deltas:
@@ -315,8 +311,9 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
     """Compare the fingerprints that a dense file took over from its adapter."""
     if not verify_base:
         return
-    held = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
-    known = {name: print_ for tensor, print_ in zip(held, fingerprints_of(held), strict=True) for name in tensor.names}
+    tensors = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
+    fingerprints = zip(tensors, fingerprints_of(tensors), strict=True)
+    known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
     other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
     other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
     if other:
@@ -327,20 +324,20 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _entries(saved: AdapterFiles, facts: Base) -> tuple[Entry, ...]:
+def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
     """The low-rank changes with the names of their weights."""
     said = saved.metadata.get("changes") or {}
     fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
     transposed = bool(saved.peft_config.get("fan_in_fan_out"))
-    entries = []
+    changes = []
     for path, layer in saved.low.items():
         weight = _weight(path, layer, said, fused, facts)
-        kind = kind_of_entry(path, layer, weight, transposed, facts.shapes.get(weight))
-        entries.append(Entry(weight, layer, kind))
-    return tuple(entries)
+        kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
+        changes.append(LowRankChange(weight, layer, kind))
+    return tuple(changes)
 
 
-def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: Base) -> str:
+def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: BaseFacts) -> str:
     """The parameter that an entry of the file changes: as the record says, or the base, or else as PEFT would."""
     at = layer.at
     if peft.of_parameter(path, layer) or at in said or at in facts.shapes:
@@ -352,17 +349,16 @@ def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[st
     return f"{at}.{name}"
 
 
-def _adapter(
-    saved: AdapterFiles, facts: Base, base_info: BaseInfo | None, verify_base: bool, of_weights: bool
-) -> Adapter:
-    entries = _entries(saved, facts)
+def _adapter(saved: AdapterFiles, base_info: BaseInfo | None, verify_base: bool, of_weights: bool) -> Adapter:
+    facts = _facts(base_info)
+    changes = _changes(saved, facts)
     if str(saved.peft_config.get("peft_type")).startswith(peft.NOT_FOR_PEFT) and not facts.shapes:
         found = f"{saved.path}, with layers that only Veneer and its base know"
         raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
 
     def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
         if base_info is None:
-            return deltas.of_file(entries, saved.full)
+            return deltas.of_file(changes, saved.full)
         with _on(base_info.module(), saved, verify_base, of_weights) as (model, name):
             return deltas.of_model(model, name), []
 
@@ -372,7 +368,7 @@ def _adapter(
         "provenance": saved.metadata.get("provenance", {}),
         "variant": saved.config.variant,
     }
-    return Adapter(entries, saved.full, about, all_deltas)
+    return Adapter(changes, saved.full, about, all_deltas)
 
 
 @contextmanager
@@ -386,10 +382,6 @@ def _on(model: nn.Module, saved: AdapterFiles, verify_base: bool, of_weights: bo
         yield model, deltas.NAME
     finally:
         detach(model, deltas.NAME)
-
-
-def _provenance(from_: str, saved: AdapterFiles, contents: Contents) -> dict[str, Any]:
-    return {"converted from": from_, **contents.about, **saved.metadata.get("provenance", {})}
 
 
 def _refuse_not_for_peft(saved: AdapterFiles) -> None:
@@ -408,6 +400,27 @@ def _refuse_peft_s_own(saved: AdapterFiles, model: nn.Module) -> None:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)
+
+
+def _to_veneer(
+    saved: AdapterFiles, contents: Contents, out: Path, base_info: BaseInfo, from_: str, verify_base: bool,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    provenance = {"converted from": from_, **contents.about, **saved.metadata.get("provenance", {})}
+    base_name = saved.peft_config.get("base_model_name_or_path") or base_info.facts.name
+    with _on(base_info.module(), saved, verify_base, not FORMATS[from_].peft) as (model, name):
+        save(model, out, name=name, base_name=base_name, provenance=provenance, overwrite=overwrite)
+
+
+def _to_file(
+    saved: AdapterFiles, out: Path, format_: Format, base_info: BaseInfo | None, from_: str, options: Options,
+    verify_base: bool, overwrite: bool,
+) -> list[str]:  # fmt: skip
+    """Write one of the formats that are a file; what it left out."""
+    adapter = _adapter(saved, base_info, verify_base, not FORMATS[from_].peft)
+    with new_file(out, overwrite=overwrite) as file:
+        assert format_.write is not None  # only the folders veneer and peft have none
+        return format_.write(adapter, file, _facts(base_info), options)
 
 
 def _to_peft(saved: AdapterFiles, out: Path, options: Options, overwrite: bool) -> None:

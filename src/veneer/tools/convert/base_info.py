@@ -24,7 +24,7 @@ from veneer.attach.targets import Names
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, ConfigError, listing, sentence
 from veneer.fileio.untrusted import read_header, read_json
-from veneer.formats._base import Base
+from veneer.formats._base import BaseFacts
 from veneer.formats.parts import PARTS
 
 
@@ -32,7 +32,7 @@ from veneer.formats.parts import PARTS
 class BaseInfo:
     """A base: what its files say, and how to have the model itself."""
 
-    facts: Base
+    facts: BaseFacts
     module: Callable[[], nn.Module]
 
 
@@ -61,7 +61,7 @@ def _numbered(model: nn.Module) -> nn.Module:
     return model
 
 
-def _facts_of(model: nn.Module, name: str | None = None) -> Base:
+def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     names = Names(model)
     held = {parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)}
     shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in held.items() if weight is not None}
@@ -69,10 +69,10 @@ def _facts_of(model: nn.Module, name: str | None = None) -> Base:
     name = name or getattr(config, "_name_or_path", "") or None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     said = config.to_dict() if hasattr(config, "to_dict") else {}
-    return Base(shapes, said, name)
+    return BaseFacts(shapes, said, name)
 
 
-def _facts_in(path: Path) -> Base:
+def _facts_in(path: Path) -> BaseFacts:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         from veneer.models.meta import meta_model
@@ -87,7 +87,7 @@ def _facts_in(path: Path) -> Base:
     for part in PARTS:
         for file in sorted((path / part).glob("*.safetensors")):
             shapes |= _shapes(file, f"{part}.")
-    return Base(shapes, config.get("text_config") or config, str(path))
+    return BaseFacts(shapes, config.get("text_config") or config, str(path))
 
 
 def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:

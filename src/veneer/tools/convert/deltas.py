@@ -29,7 +29,7 @@ from veneer.attach.weight_tying import apart
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
-from veneer.formats._base import Entry
+from veneer.formats._base import LowRankChange
 from veneer.layers._base import GENERAL
 
 #: the name of an adapter that is on a model for the time of a conversion
@@ -58,23 +58,23 @@ def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {at: delta.float() if delta.is_floating_point() else delta for at, delta in deltas.items()}
 
 
-def of_file(entries: Sequence[Entry], full: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """As ``of_model`` without a model, with the reasons for what cannot be told so."""
     deltas: dict[str, Tensor] = {}
     problems = []
-    for entry in entries:
-        low = entry.layer.low
-        if entry.magnitude is not None:
-            problems.append(_needs_base(entry.weight, "which rescales the weight"))
-        elif entry.kind == "attention" and entry.weight.endswith("out_proj.weight"):
-            problems.append(_needs_base(entry.weight, "which PEFT applies more than once"))
-        elif entry.kind in ("stack", "parameter"):
-            problems.append(_needs_base(entry.weight, "whose shape the file does not tell"))
+    for change in low_rank:
+        low = change.layer.low
+        if change.magnitude is not None:
+            problems.append(_needs_base(change.weight, "which rescales the weight"))
+        elif change.kind == "attention" and change.weight.endswith("out_proj.weight"):
+            problems.append(_needs_base(change.weight, "which PEFT applies more than once"))
+        elif change.kind in ("stack", "parameter"):
+            problems.append(_needs_base(change.weight, "whose shape the file does not tell"))
         else:
             delta = low.delta(torch.float64)  # [g, out, in]
-            shape = {"conv": (-1, *entry.layer.A.shape[1:]), "grouped conv": (-1, *entry.layer.A.shape[1:])}
-            flat = delta.reshape(shape.get(entry.kind, (-1, delta.shape[2])))
-            deltas[entry.weight] = flat.mT if entry.kind in ("embedding", "Conv1D") else flat
+            shape = {"conv": (-1, *change.layer.A.shape[1:]), "grouped conv": (-1, *change.layer.A.shape[1:])}
+            flat = delta.reshape(shape.get(change.kind, (-1, delta.shape[2])))
+            deltas[change.weight] = flat.mT if change.kind in ("embedding", "Conv1D") else flat
     problems += [_needs_base(at or "the model", "which is trained in full") for at in full]
     return {at: delta.float() for at, delta in deltas.items()}, problems
 
@@ -133,13 +133,13 @@ def put(
     check_full(names, own, problems)
     problems += overlaps(names, [*numbers, *((path, key) for path, keys in own.items() for key in keys)])
     raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
-    for entry in low:  # a plan goes by the first module that has the weight
-        first = next(ref for ref in entry.holders if ref in numbers)
-        numbers[entry.ref] = numbers[first]
+    for plan in low:  # a plan goes by the first module that has the weight
+        first = next(ref for ref in plan.holders if ref in numbers)
+        numbers[plan.ref] = numbers[first]
     held = frozenset(path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers))
-    most = max((entry.rank for entry in low), default=1)
+    most = max((plan.rank for plan in low), default=1)
     config = LoraConfig(
-        rank=most, alpha=float(most), targets=tuple(joined(*entry.ref) for entry in low) or "all",
+        rank=most, alpha=float(most), targets=tuple(joined(*plan.ref) for plan in low) or "all",
         train_also=tuple(full), dtype="float32",
     )  # fmt: skip
     plans = Plans(config, tuple(low), own, held, full_readers(names, own), apart(names, full))

@@ -96,7 +96,7 @@ def extract(
             low-rank change. Patterns and "lossy" (weights that keep less than ``least`` of their change, or whose
             product has as many numbers as they) add to that; "none" takes the vectors out.
         least: the share of ‖ΔW‖² below which a weight counts as lossy.
-        model: the structure of a base that transformers cannot build; its numbers are not looked at.
+        model: the structure of a base that transformers cannot build; its values are not looked at.
         base_name: what to call the base; None takes the folder, or the name that transformers loaded it by.
         provenance: anything worth knowing, as JSON values.
         progress: called after each weight.
@@ -106,7 +106,7 @@ def extract(
 
     Raises:
         ConfigError, CheckpointError: an option, or a folder that is no model.
-        ExtractError: the models have other names or shapes, nothing changed, or numbers are not finite.
+        ExtractError: the models have other names or shapes, nothing changed, or values are not finite.
         TargetError: a pattern that matches nothing, or a changed weight that cannot carry an adapter.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
@@ -116,21 +116,11 @@ def extract(
     must_not_exist(out, overwrite)
     both = open_both(base, tuned, model)
     pairs, names = pair(both), Names(both.model)
-    changed = _changed(pairs, both)
-    name = _free_name(both.model)
-    selection = select_weights(
-        names, changed, targets, (exclude,) if isinstance(exclude, str) else exclude, words, name
-    )
+    changed, name = _changed(pairs, both), _free_name(both.model)
+    excluded = (exclude,) if isinstance(exclude, str) else exclude
+    selection = select_weights(names, changed, targets, excluded, words, name)
     dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
-    products, whole = [], list(selection.whole)
-    for number, one in enumerate(selection.low, 1):
-        product = _factored(one, rank, energy, dtype)
-        if progress is not None:
-            progress(product.facts, number, len(selection.low))
-        if LOSSY in words and (product.facts.large or product.facts.kept < least):
-            whole.append((one, LITTLE))
-        else:
-            products.append(product)
+    products, whole = _products(selection, rank, energy, dtype, least if LOSSY in words else None, progress)
     if not products and not whole:
         found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
         raise ExtractError(sentence(found, "something to write", "widen targets or keep"))
@@ -152,6 +142,23 @@ def _odd_options(rank: Any, energy: Any, least: Any) -> Iterator[str]:
         yield sentence(f"energy={energy!r}", "a share between 0 and 1", "use 0.95, or 0.999 to lose next to nothing")
     if not (isinstance(least, int | float) and 0 <= least <= 1):
         yield sentence(f"least={least!r}", "a share from 0 to 1", "use 0.5")
+
+
+def _products(
+    selection: Selection, rank: int | None, energy: float | None, dtype: torch.dtype, least: float | None,
+    progress: Progress | None,
+) -> tuple[list[_Product], list[tuple[WeightPair, str]]]:  # fmt: skip
+    """(the products, what is written whole): also weights whose product keeps less than ``least``, if that is given."""
+    products, whole = [], list(selection.whole)
+    for number, changed in enumerate(selection.low, 1):
+        product = _factored(changed, rank, energy, dtype)
+        if progress is not None:
+            progress(product.facts, number, len(selection.low))
+        if least is not None and (product.facts.large or product.facts.kept < least):
+            whole.append((changed, LITTLE))
+        else:
+            products.append(product)
+    return products, whole
 
 
 def _changed(pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
@@ -180,15 +187,15 @@ def _free_name(model: nn.Module) -> str:
 def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Product:
     """The nearest product of one weight, in ``dtype``."""
     started = time.perf_counter()
-    print_ = fingerprint_of(one.old.shape, (one.old.read(rows) for rows in one.rows))
-    held, frozen_input = None if one.stacked else list(one.matrices()), one.kind.frozen_input(one.module)
-    resting = 0.0
-    for matrix in held or () if frozen_input is not None else ():  # an input that never changes
-        resting += matrix[:, frozen_input].double().square().sum().item()
+    fingerprint = fingerprint_of(one.old.shape, (one.old.read(rows) for rows in one.rows))
+    dense, frozen_input = None if one.stacked else list(one.matrices()), one.kind.frozen_input(one.module)
+    unseen = 0.0
+    for matrix in dense or () if frozen_input is not None else ():  # an input that never changes
+        unseen += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
 
     def matrices() -> Iterator[Tensor]:
-        return iter(held) if held is not None else one.matrices()
+        return iter(dense) if dense is not None else one.matrices()
 
     known = None
     if energy is not None:
@@ -198,7 +205,7 @@ def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: to
             spectra.append(values)
         rank = svd.smallest_rank(spectra, energy)
     assert rank is not None  # one of the two is given
-    rank, change, error, methods, factors = min(rank, one.dims.max_rank), resting, resting, set(), []
+    rank, change, error, methods, factors = min(rank, one.dims.max_rank), unseen, unseen, set(), []
     for number, matrix in enumerate(matrices()):
         if known is not None and one.dims.groups == 1:
             vectors, method = known[:, :rank], "exact"
@@ -220,7 +227,7 @@ def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: to
         method="exact" if methods == {"exact"} else "randomised",
         seconds=time.perf_counter() - started,
     )
-    return _Product(one, A, B, print_, facts)
+    return _Product(one, A, B, fingerprint, facts)
 
 
 def _report(
@@ -254,13 +261,13 @@ def _write(
     raise_all(TargetError, "Nothing was written", problems)
     if both.meta_model:
         _show_forwards([(names.modules[path], weight) for path, weight in ranks])
-    numbers: dict[ParamRef, Mapping[str, Tensor]] = {
+    factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
     try:
-        install(both.model, name, plans, trainable=False, parameters=numbers)
+        install(both.model, name, plans, trainable=False, parameters=factors)
         _fill(both, name, {path for one, _ in whole for path in one.entry.names})
-        fingerprints = _prints_of_rest(both, names, products)
+        fingerprints = _other_fingerprints(both, names, products)
         fingerprints |= {product.pair.path: product.fingerprint for product in products}
         save(both.model, out, name=name, fingerprints=fingerprints, **options)
     finally:
@@ -269,7 +276,7 @@ def _write(
             detach(both.model, name)
 
 
-def _prints_of_rest(both: Both, names: Names, products: Sequence[_Product]) -> dict[str, str]:
+def _other_fingerprints(both: Both, names: Names, products: Sequence[_Product]) -> dict[str, str]:
     """The fingerprints of the base's tensors but those of which there is a product."""
     done = {id(both.old.values.get(product.pair.path)) for product in products}
     fingerprints: dict[str, str] = {}
@@ -281,7 +288,7 @@ def _prints_of_rest(both: Both, names: Names, products: Sequence[_Product]) -> d
 
 
 def _fill(both: Both, name: str, whole: set[str]) -> None:
-    """The numbers of what stands in the adapter in full: the tuned model's, or the base's where only a copy of the
+    """The values of what stands in the adapter in full: the tuned model's, or the base's where only a copy of the
     base is wanted, as for running statistics that did not change or that are left out."""
     for path, _, part in adapters(both.model, name):
         for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
@@ -292,8 +299,8 @@ def _fill(both: Both, name: str, whole: set[str]) -> None:
 
 
 def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Some rows of numbers in each weight of a hollow model that a forward of its own reads: whether that computes
-    what its kind does, which decides whether PEFT may have it, zeros do not tell."""
+    """Some random rows in each weight of a model on the meta device that a forward of its own reads: whether that
+    computes what its kind does, which decides whether PEFT may have it, zeros do not tell."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)

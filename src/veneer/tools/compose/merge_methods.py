@@ -1,4 +1,4 @@
-"""Ways to mix task vectors that are defined entry by entry, on the dense ΔW of one weight after the other.
+"""Ways to merge task vectors that are defined entry by entry, on the dense ΔW of one weight after the other.
 
     sparsify each vector:  keep the largest (magnitude), or keep some at random and rescale them (DARE)
     combine them:          add, or elect a sign for each entry and average those that agree with it (TIES)
@@ -11,7 +11,7 @@
 
 A vector's weight multiplies it before the election, so that a negative one votes for the other sign; with all weights λ
 this is TIES with its λ. What is kept is counted in each weight by itself. Each vector is made when it is needed and
-dropped again, twice for an election: one at a time is in memory, beside three results of that size.
+dropped again, twice for an election: one at a time is in memory, with three results of that size.
 
 Rejected: the same on A and B one by one, as PEFT does. The product of sparse factors is no sparse product, signs of A
 and B are no signs of ΔW, and the result changes if A and B are scaled against each other, which leaves ΔW as it is.
@@ -37,7 +37,7 @@ MORE, ROUNDS = 16, 4
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeMethod:
     """A row of the table above."""
 
     random: bool
@@ -46,16 +46,18 @@ class Recipe:
     usual: float
 
 
-RECIPES = {
-    "ties": Recipe(random=False, elect=True, usual=0.2),
-    "dare": Recipe(random=True, elect=False, usual=0.1),
-    "dare_ties": Recipe(random=True, elect=True, usual=0.1),
-    "prune": Recipe(random=False, elect=False, usual=0.2),
+MERGE_METHODS = {
+    "ties": MergeMethod(random=False, elect=True, usual=0.2),
+    "dare": MergeMethod(random=True, elect=False, usual=0.1),
+    "dare_ties": MergeMethod(random=True, elect=True, usual=0.1),
+    "prune": MergeMethod(random=False, elect=False, usual=0.2),
 }
 
 
-def mix(recipe: Recipe, vectors: Sequence[Vector], weights: Sequence[float], density: float, seed: str) -> Tensor:
-    """The mixed vector, float64.
+def merged_vector(
+    method: MergeMethod, vectors: Sequence[Vector], weights: Sequence[float], density: float, seed: str
+) -> Tensor:
+    """The merged vector, float64.
 
     Args:
         density: the share of entries that each vector keeps, in (0, 1].
@@ -66,14 +68,14 @@ def mix(recipe: Recipe, vectors: Sequence[Vector], weights: Sequence[float], den
 
     def sparse(number: int) -> Tensor:
         vector = vectors[number]() * weights[number]
-        if recipe.random:
+        if method.random:
             return dropped(vector, density, f"{seed}/{number}")
         if number not in least:
             least[number] = threshold(vector, density)
         return vector.where(vector.abs() >= least[number], 0)
 
     total = _added(sparse, len(vectors))
-    return elected(sparse, len(vectors), total) if recipe.elect else total
+    return elected(sparse, len(vectors), total) if method.elect else total
 
 
 def _added(sparse: Callable[[int], Tensor], count: int) -> Tensor:
