@@ -31,6 +31,6 @@ def add(
     from veneer.cli.console import open_library, out
     from veneer.store.library import resolve
 
-    opened = open_library(library)
-    entry = opened.add(resolve(adapter, opened), name, tags=tag or (), overwrite=overwrite)
-    out.print(f"{entry.name}  {opened.get(name)}", soft_wrap=True)
+    store = open_library(library)
+    entry = store.add(resolve(adapter, store), name, tags=tag or (), overwrite=overwrite)
+    out.print(f"{entry.name}  {store.get(name)}", soft_wrap=True)

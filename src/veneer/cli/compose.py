@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,7 +51,7 @@ def compose(
       veneer compose small french legal --rank 16
       veneer compose forget run/adapter=-1
     """
-    from veneer.cli.console import err, out, split_weight
+    from veneer.cli.console import echo_json, err, out, split_weight
     from veneer.tools.compose import compose as combine
 
     paths, weights = zip(*map(split_weight, adapters), strict=True)
@@ -63,7 +62,7 @@ def compose(
             seed=seed, overwrite=overwrite, **({} if base is None else _base(base, paths[0])),
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(_facts(report), indent=2))
+        echo_json(_facts(report))
         return
     out.print(str(report), soft_wrap=True)
     out.print(f"written to {output}", soft_wrap=True)
@@ -91,9 +90,9 @@ def _base(base: str, adapter: str) -> dict[str, Any]:
     folder = models.folder_of(base)
     if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    shell = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
-    values = of_folder(shell, folder).values
-    return {"base": lambda path: values[path].read(None), "model": shell}
+    structure = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
+    values = of_folder(structure, folder).values
+    return {"base": lambda path: values[path].read(None), "model": structure}
 
 
 def _facts(report: Any) -> dict[str, Any]:

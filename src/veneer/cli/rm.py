@@ -24,8 +24,8 @@ def rm(
     """
     from veneer.cli.console import open_library, out
 
-    opened = open_library(library)
+    store = open_library(library)
     for name in names:
-        opened.entry(name)  # all or none, but for what others do meanwhile
+        store.entry(name)  # all or none, but for what others do meanwhile
     for name in names:
-        out.print(f"removed {opened.remove(name).name}", soft_wrap=True)
+        out.print(f"removed {store.remove(name).name}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,12 +33,12 @@ def verify(
       veneer verify run/adapter path/to/base --strict
     """
     from veneer.adapter_files.verify import verify as check
-    from veneer.cli.console import out
+    from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
     report = check(resolve(adapter), None if base is None else _folder(base))
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        echo_json(report.to_dict())
     else:
         out.print(str(report), soft_wrap=True)
     if not report.ok or (strict and report.warnings):

@@ -255,7 +255,7 @@ def scalar(tensor: Tensor, key: str) -> float:
     return float(tensor.item())
 
 
-def finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
     small = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in FLOATS]
     if small:
@@ -274,12 +274,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         AdapterError: it is cut short, or holds a number that is not finite.
     """
     try:
-        with safe_open(path, framework="pt") as opened:
-            names = opened.keys()  # a list: safe_open is no mapping
-            tensors = {key: opened.get_tensor(key) for key in names}
-            header = opened.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()  # a list: safe_open is no mapping
+            tensors = {key: file.get_tensor(key) for key in names}
+            header = file.metadata() or {}
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         found = f"{path}, which cannot be read ({error})"
         raise AdapterError(sentence(found, "a whole safetensors file", "get the file again")) from error
-    finite(tensors, path)
+    require_finite(tensors, path)
     return tensors, header

@@ -52,8 +52,10 @@ def _well_formed(full: Any, base: Any, number: Any) -> bool:
     """Whether the fields of the header have their types: names in a list, a base as Veneer's record has it."""
     texts = isinstance(full, list) and all(isinstance(name, str) for name in full)
     said = base if isinstance(base, dict) else {}
-    prints = [said.get("weights") or {}, said.get("rest") or {}]
-    hashes = all(isinstance(table, dict) and all(isinstance(one, str) for one in table.values()) for table in prints)
+    fingerprints = [said.get("weights") or {}, said.get("rest") or {}]
+    hashes = all(
+        isinstance(table, dict) and all(isinstance(one, str) for one in table.values()) for table in fingerprints
+    )
     named = isinstance(base, dict) and isinstance(base.get("name"), str | None)
     return texts and hashes and named and type(number) is int
 
@@ -73,7 +75,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-DENSE = register(
+register(
     Format(
         name="dense",
         title="safetensors of ΔW by parameter",

@@ -188,7 +188,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-DIFFUSERS = register_format(
+register_format(
     Format(
         name="diffusers",
         title="safetensors of diffusers pipelines",

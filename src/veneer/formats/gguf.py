@@ -47,9 +47,9 @@ from veneer.formats._base import (
     LowRankChange,
     Options,
     cast,
-    finite,
     layer_of,
     register,
+    require_finite,
 )
 from veneer.formats.kohya import alpha_of
 from veneer.formats.peft import PeftLayer
@@ -238,7 +238,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     if said.get("general.type") != "adapter" or said.get("adapter.type") != "lora":
         found = f"{path} with general.type {said.get('general.type')!r}, adapter.type {said.get('adapter.type')!r}"
         raise AdapterError(sentence(found, "a LoRA adapter", "a model is a base: name its adapter here"))
-    finite(tensors, path)
+    require_finite(tensors, path)
     names = _Names(base)
     if not base.shapes:
         raise AdapterError(sentence("no base", "one whose weights have names", "give the base's folder"))
@@ -360,7 +360,7 @@ def _tensor(library: Any, tensor: Any) -> Tensor:
     return torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
-GGUF = register(
+register(
     Format(
         name="gguf",
         title="GGUF adapters of llama.cpp",

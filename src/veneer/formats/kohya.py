@@ -335,7 +335,7 @@ def _header(adapter: Adapter) -> dict[str, str]:
     }
 
 
-KOHYA = register(
+register(
     Format(
         name="kohya",
         title="safetensors of sd-scripts, ComfyUI and LyCORIS",

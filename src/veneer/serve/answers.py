@@ -256,7 +256,7 @@ def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
 
 
 def _named(text: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    return {"token": text, "logprob": _json_logprob(logprob), "bytes": list(text.encode())}
 
 
 def text_logprobs(tokens: Sequence[Token], start: int) -> dict[str, Any]:
@@ -267,12 +267,12 @@ def text_logprobs(tokens: Sequence[Token], start: int) -> dict[str, Any]:
         at += len(token.text)
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": [{text: _finite(logprob) for _, text, logprob in token.top} for token in tokens],
+        "token_logprobs": [_json_logprob(token.logprob) for token in tokens],
+        "top_logprobs": [{text: _json_logprob(logprob) for _, text, logprob in token.top} for token in tokens],
         "text_offset": offsets,
     }
 
 
-def _finite(logprob: float | None) -> float:
+def _json_logprob(logprob: float | None) -> float:
     """JSON has no infinity: a token that could not be drawn has OpenAI's -9999."""
     return -9999.0 if logprob is None or not logprob > -9999.0 else logprob

@@ -81,7 +81,7 @@ class Metrics:
         """Drop the series of an adapter that is registered no more."""
         if self._known(name):
             return
-        label = _plain(name)
+        label = _label_of(name)
         for metric in self._labelled:
             metric.remove_by_labels({"adapter": label})
         self.requests.remove_by_labels({"adapter": label})
@@ -92,7 +92,7 @@ class Metrics:
         if len(blend) > 1:
             return BLEND
         (name,) = blend
-        return _plain(name) if self._known(name) else OTHER
+        return _label_of(name) if self._known(name) else OTHER
 
     # ------------------------------------------------------------------------------------------ what is read
 
@@ -145,5 +145,5 @@ class _Gauges:
             yield GaugeMetricFamily(name, help_, value=value)
 
 
-def _plain(name: str) -> str:
+def _label_of(name: str) -> str:
     return f"adapter:{name}" if name in (BASE, BLEND, OTHER) else name

@@ -49,11 +49,11 @@ class SampledToken:
     error: str | None = None
 
 
-NO_NUMBERS = SampledToken(None, error="the model's logits are no finite numbers")
+NOT_FINITE = SampledToken(None, error="the model's logits are no finite numbers")
 
 
 class Sampler:
-    """What chooses a row's tokens: how, the generator that it draws from, and where it is in its schema."""
+    """Samples a row's tokens: how, the generator that it draws from, and where it is in its schema."""
 
     __slots__ = ("_generator", "matcher", "sampling")
 
@@ -92,7 +92,7 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
 
     Args:
         logits: [rows, vocabulary].
-        rows: who chooses, in the order of ``logits``.
+        rows: each row's sampler, in the order of ``logits``.
     """
     free = logits
     masked = [i for i, row in enumerate(rows) if row.matcher is not None]
@@ -111,20 +111,20 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
     if drawn:
         some = free if len(drawn) == len(rows) else free[drawn]
-        for i, token in zip(drawn, _draw(some.float(), [rows[i] for i in drawn]), strict=True):
+        for i, token in zip(drawn, _draw_tokens(some.float(), [rows[i] for i in drawn]), strict=True):
             chosen[i] = token
-    told = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
-    if not told and all(finite):
+    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
+    if not asked and all(finite):
         return [SampledToken(token) for token in chosen]
-    tale = dict(zip(told, _tell(logits, told, chosen, rows), strict=True)) if told else {}
+    logprobs = dict(zip(asked, _log_probabilities(logits, asked, chosen, rows), strict=True)) if asked else {}
     nothing: tuple[None, tuple[()]] = (None, ())
     return [
-        SampledToken(token, *tale.get(i, nothing)) if finite[i] else failed.get(i, NO_NUMBERS)
+        SampledToken(token, *logprobs.get(i, nothing)) if finite[i] else failed.get(i, NOT_FINITE)
         for i, token in enumerate(chosen)
     ]
 
 
-def _draw(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
+def _draw_tokens(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
     """A token for each row, [rows, vocabulary] in fp32."""
     settings = [row.sampling for row in rows]
     clocks = torch.empty_like(logits)
@@ -157,12 +157,12 @@ def _nucleus(scaled: Tensor, noise: Tensor, settings: Sequence[Sampling]) -> lis
     total = torch.where(some, values.logsumexp(-1), total)
     chances = (values - total[:, None]).exp()
     top_p = torch.tensor([one.top_p for one in settings], device=scaled.device)[:, None]
-    tokens = _first(values, ids, noise, _kept(chances, top_p))
+    tokens = _first(values, ids, noise, _nucleus_mask(chances, top_p))
     short = (chances.sum(-1, keepdim=True) < top_p)[:, 0].tolist()
     for i, one in enumerate(settings):
         if short[i] and not one.top_k and most < vocabulary:  # the nucleus is larger than what was sorted
             order = scaled[i : i + 1].sort(descending=True)
-            kept = _kept(torch.softmax(order.values, -1), top_p[i : i + 1])
+            kept = _nucleus_mask(torch.softmax(order.values, -1), top_p[i : i + 1])
             tokens[i] = _first(order.values, order.indices, noise[i : i + 1], kept)[0]
     return tokens
 
@@ -173,21 +173,21 @@ def _first(values: Tensor, ids: Tensor, noise: Tensor, kept: Tensor) -> list[int
     return ids.gather(-1, rings)[:, 0].tolist()
 
 
-def _kept(chances: Tensor, top_p: Tensor) -> Tensor:
+def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
     """Of sorted probabilities [rows, n] the first that reach ``top_p``, as a mask; the first one always is."""
     kept = chances.cumsum(-1) - chances < top_p
     kept[:, 0] = True
     return kept
 
 
-def _tell(
-    logits: Tensor, told: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
+def _log_probabilities(
+    logits: Tensor, asked: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
 ) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
     """Log-probabilities of the chosen token and of the most likely ones, for the rows that ask."""
-    counts = [rows[i].sampling.logprobs or 0 for i in told]
-    some = logits[list(told)].float()
+    counts = [rows[i].sampling.logprobs or 0 for i in asked]
+    some = logits[list(asked)].float()
     total = some.logsumexp(-1, keepdim=True)
-    ids = torch.tensor([chosen[i] for i in told], device=logits.device)[:, None]
+    ids = torch.tensor([chosen[i] for i in asked], device=logits.device)[:, None]
     own = (some.gather(-1, ids) - total)[:, 0].tolist()
     top = (some - total).topk(min(max(*counts, 1), some.shape[-1]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)

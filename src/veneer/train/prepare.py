@@ -37,9 +37,9 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     """Read, check, split, tokenise and pack the data of `config`, and count the steps."""
     columns = data.Columns(config.messages_column, config.prompt_column, config.completion_column, config.text_column)
     rows = data.read(config.data, columns, split=config.split)
-    held = data.read(config.eval_data, columns) if config.eval_data is not None else None
+    held_out = data.read(config.eval_data, columns) if config.eval_data is not None else None
     if config.eval_fraction:
-        rows, held = split(rows, config.eval_fraction, config.seed)
+        rows, held_out = split(rows, config.eval_fraction, config.seed)
     context = models.context_length(config.base)
     max_length = config.max_length or min(context or LONGEST, LONGEST)
     if context is not None and max_length > context:
@@ -49,7 +49,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
         )
     options: Any = {"max_length": max_length, "too_long": config.too_long, "completion_only": config.completion_only}
     train = tokens.tokenise(rows, tokenizer, **options)
-    evaluation = tokens.tokenise(held, tokenizer, **options) if held is not None else None
+    evaluation = tokens.tokenise(held_out, tokenizer, **options) if held_out is not None else None
     train_set, eval_set = train.dataset(), evaluation.dataset() if evaluation is not None else None
     if config.packing:
         train_set = pack(train_set, max_length)
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batches = math.ceil(len(train_set) / (config.batch_size * world))
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
-    hashes = {"train": rows.sha256, **({"eval": held.sha256} if held is not None else {})}
+    hashes = {"train": rows.sha256, **({"eval": held_out.sha256} if held_out is not None else {})}
     return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes, rows.unused)
 
 

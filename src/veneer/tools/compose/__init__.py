@@ -37,6 +37,7 @@ from veneer.tools.compose.base_weights import BaseWeight, BaseWeights, Source
 from veneer.tools.compose.blend import Blend, ComposeOptions, Term, merged_by_method, rescaled, summed
 from veneer.tools.compose.full_params import combined
 from veneer.tools.compose.merge_methods import MERGE_METHODS
+from veneer.tools.report_text import counted, rank_range
 from veneer.variants import VARIANTS
 
 __all__ = ["ComposeReport", "LayerReport", "compose"]
@@ -78,19 +79,15 @@ class ComposeReport:
         return math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
 
     def __str__(self) -> str:
-        ranks = sorted({layer.rank for layer in self.layers})
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
-        said = f"{self.method} of {_count(self.weights, 'adapter')}: {_count(self.layers, 'layer')}, {span}"
+        ranks = rank_range(layer.rank for layer in self.layers)
+        adapters, layers = counted(len(self.weights), "adapter"), counted(len(self.layers), "layer")
+        said = f"{self.method} of {adapters}: {layers}, {ranks}"
         worst = max(self.layers, key=lambda layer: layer.error, default=None)
         if worst is None or worst.error < 1e-9:  # rounding in float64
             said += ", nothing left out"
         else:
             said += f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
         return "\n".join([said, *(f"note: {note}" for note in self.notes)])
-
-
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 @torch.no_grad()
@@ -148,7 +145,7 @@ def compose(
     notes = [
         f"{each.path} has weight 0 and is left out" for each, weight in zip(files, given, strict=True) if not weight
     ]
-    provenance = {"composed": _said(files, given, how, layers or {}), **(provenance or {})}
+    provenance = {"composed": _provenance(files, given, how, layers or {}), **(provenance or {})}
     composed = _composed(files, given, how, layers or {}, base, model)
     path = write_derived(
         out, composed.sources, composed.low, composed.full, variant=composed.variant, overwrite=overwrite,
@@ -199,7 +196,7 @@ def _options(
         found = f"{len(weights)} weights for {count} adapters"
         problems.append(sentence(found, "one each", "leave them out to weigh all by 1"))
     each = [value for factor in layers.values() for value in _listed(factor)]
-    if not all(map(_finite, [*weights, *each])):
+    if not all(map(_is_finite_number, [*weights, *each])):
         problems.append(sentence(f"weights {[*weights, *each]}", "finite numbers", "correct them"))
     elif weights and not any(weights):
         problems.append(sentence("weights that are all 0", "one that is not", "there would be nothing to write"))
@@ -216,7 +213,7 @@ def _options(
         problems.append(sentence(found, " | ".join(METHODS), 'use "sum"'))
     if rank is not None and (type(rank) is not int or rank < 1):
         problems.append(sentence(f"rank={rank!r}", "a whole number of at least 1", "use 16"))
-    if energy is not None and not (_finite(energy) and 0 < energy <= 1):
+    if energy is not None and not (_is_finite_number(energy) and 0 < energy <= 1):
         problems.append(sentence(f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"))
     if rank is not None and energy is not None:
         problems.append(sentence("both a rank and an energy", "one of them", "leave one out"))
@@ -225,7 +222,7 @@ def _options(
     if method == "svd" and rank is None and energy is None:
         problems.append(sentence("neither a rank nor an energy for svd", "one of them", "give rank=16 or energy=0.99"))
     merge_method = MERGE_METHODS.get(method)
-    if merge_method is not None and not (_finite(density) and 0 < density <= 1):  # type: ignore[operator]
+    if merge_method is not None and not (_is_finite_number(density) and 0 < density <= 1):  # type: ignore[operator]
         do = f"give density={merge_method.usual}, as in the paper"
         problems.append(sentence(f"density={density!r} for {method}", "a share of entries in (0, 1]", do))
     if merge_method is None and density is not None and method in METHODS:
@@ -234,7 +231,7 @@ def _options(
     return ComposeOptions(method, rank, energy, density or 1.0, seed)
 
 
-def _finite(value: object) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -242,7 +239,7 @@ def _listed(factor: float | Sequence[float]) -> list[float]:
     return [factor] if isinstance(factor, int | float) else list(factor)
 
 
-def _said(
+def _provenance(
     adapters: Sequence[AdapterFiles],
     weights: Sequence[float],
     how: ComposeOptions,

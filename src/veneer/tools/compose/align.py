@@ -59,32 +59,32 @@ def align(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) ->
             a module in one and its parameter in another, parameters whose order in a file nobody knows.
     """
     problems: list[str] = []
-    held: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
+    changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for number, saved in enumerate(saved_adapters):
         for path, layer in saved.low.items():
-            held.setdefault(layer.at, {})[number] = path, layer
-    parameters = {at for at, entries in held.items() if any(peft.of_parameter(*entry) for entry in entries.values())}
-    problems += _unlike(saved_adapters, held, parameters)
+            changes.setdefault(layer.at, {})[number] = path, layer
+    parameters = {at for at, entries in changes.items() if any(peft.of_parameter(*entry) for entry in entries.values())}
+    problems += _unlike(saved_adapters, changes, parameters)
     weights, aliases = _weights(saved_adapters, problems)
-    paths = _paths(held, parameters, order, problems)
+    paths = _paths(changes, parameters, order, problems)
     raise_all(AdapterError, "These adapters cannot be put side by side", problems)
     aligned_weights = {
         at: AlignedWeight(
             at, paths[at], at in parameters, weights.get(at),
             {number: layer for number, (_, layer) in entries.items()}, aliases.get(at),
         )
-        for at, entries in held.items()
+        for at, entries in changes.items()
     }  # fmt: skip
     return [aligned_weights[at] for at in paths]
 
 
 def _unlike(
     saved_adapters: Sequence[AdapterFiles],
-    held: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
+    changes: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
     parameters: set[str],
 ) -> Iterator[str]:
     """Changes of one place that cannot be changes of one weight."""
-    for at, entries in held.items():
+    for at, entries in changes.items():
         shapes: dict[tuple, int] = {}
         for number, (path, layer) in entries.items():
             try:
@@ -98,11 +98,11 @@ def _unlike(
             form = layer.suffixes, peft.of_parameter(path, layer), groups, layer.low.B.shape[1], in_, layer.A.shape[1:]
             shapes.setdefault(form, number)
         if len(shapes) > 1:
-            said = [f"{_size(held[at][number][1])} in {saved_adapters[number].path}" for number in shapes.values()]
+            said = [f"{_size(changes[at][number][1])} in {saved_adapters[number].path}" for number in shapes.values()]
             yield sentence(f"changes of {at!r} of {listing(said, 3)}", "changes of one weight", "leave one of them out")
     for at in parameters:
         above = at.rpartition(".")[0]
-        if above in held and above not in parameters:
+        if above in changes and above not in parameters:
             found = f"a change of the module {above!r} in one adapter and of its parameter {at!r} in another"
             yield sentence(found, "one of the two", "load one on its model, attach it by the other name and save it")
 
@@ -163,19 +163,19 @@ def _ties(one: peft.PeftLayer, other: peft.PeftLayer) -> Iterator[bool]:
 
 
 def _paths(
-    held: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
+    changes: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
     parameters: set[str],
     order: Order | None,
     problems: list[str],
 ) -> dict[str, str]:
     """The path of each change in a file of all of them, with the wrappers that PEFT puts around modules."""
     inside: dict[str, list[str]] = {}
-    for at in held:
+    for at in changes:
         if at in parameters:
             inside.setdefault(at.rpartition(".")[0], []).append(at)
     wraps = {module: len(ats) for module, ats in inside.items()}
     paths: dict[str, str] = {}
-    for at, entries in held.items():
+    for at, entries in changes.items():
         if at not in parameters:
             nested = peft.nested(at, wraps)
             if any(peft.attention_of(path) is not None for path, _ in entries.values()):
@@ -184,7 +184,7 @@ def _paths(
             paths[at] = nested
             continue
         module = at.rpartition(".")[0]
-        ordered = _ordered(module, inside.pop(module, []), held, order, problems)
+        ordered = _ordered(module, inside.pop(module, []), changes, order, problems)
         for number, own in enumerate(ordered, 1):
             nests = ["base_layer"] * (len(ordered) - number)
             paths[own] = ".".join([*([peft.nested(module, wraps)] if module else []), *nests])
@@ -194,7 +194,7 @@ def _paths(
 def _ordered(
     module: str,
     ats: list[str],
-    held: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
+    changes: Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]],
     order: Order | None,
     problems: list[str],
 ) -> list[str]:
@@ -205,8 +205,8 @@ def _ordered(
     if order is not None:
         known = [f"{module}.{name}".lstrip(".") for name in order(module)]
         return sorted(ats, key=known.index)
-    for number in {number for at in ats for number in held[at]}:
-        depths = {at: peft.unnested(held[at][number][0])[1] for at in ats if number in held[at]}
+    for number in {number for at in ats for number in changes[at]}:
+        depths = {at: peft.unnested(changes[at][number][0])[1] for at in ats if number in changes[at]}
         if len(depths) == len(ats):
             return sorted(ats, key=lambda at: -depths[at])
     found = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"

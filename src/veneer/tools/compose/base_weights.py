@@ -47,12 +47,12 @@ class BaseWeights:
 
     Fields:
         source: a model, a mapping, or a function that raises KeyError for a path that it lacks.
-        shell: the model that the tensors are of, without values if need be (on the meta device): it says how
+        structure: the model that the tensors are of, without values if need be (on the meta device): it says how
             each weight is used.
     """
 
     source: Source
-    shell: nn.Module | None = None
+    structure: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
@@ -62,7 +62,7 @@ class BaseWeights:
             AdapterError: an adapter is merged into it, so that its weights are not the base's.
         """
         if not isinstance(self.source, nn.Module):
-            return None if self.shell is None else Names(unwrap(self.shell))
+            return None if self.structure is None else Names(unwrap(self.structure))
         attached = adapters_of(self.source)
         if attached is not None and attached.merged is not None:
             found = f"a base into which {attached.merged!r} is merged"
@@ -79,7 +79,7 @@ class BaseWeights:
         """The dense parameter or buffer at this path, or None where there is none.
 
         Raises:
-            AdapterError: it is stored in a way that Veneer does not know, or has no numbers (meta device).
+            AdapterError: it is stored in a way that Veneer does not know, or has no values (meta device).
         """
         source: Any = self.source
         if isinstance(source, nn.Module):
@@ -91,7 +91,7 @@ class BaseWeights:
             except KeyError:
                 tensor = None
         if tensor is not None and tensor.is_meta:
-            raise AdapterError(sentence(f"{path!r} on the meta device", "numbers", "load the base's weights first"))
+            raise AdapterError(sentence(f"{path!r} on the meta device", "values", "load the base's weights first"))
         return None if tensor is None else tensor.detach().cpu()
 
     def _of_model(self, names: Names, path: str) -> Tensor | None:
@@ -99,15 +99,15 @@ class BaseWeights:
         module = names.modules.get(names.canonical.get(above, above))
         if module is None:
             return None
-        held = weight_of(module, name)
-        if held is None:
+        stored = weight_of(module, name)
+        if stored is None:
             return module._buffers.get(name)
-        storage = storage_of(held)
+        storage = storage_of(stored)
         if storage is not None:
-            return storage.dense(held)
-        if isinstance(held, Tensor) and not held.is_floating_point():
-            raise AdapterError(sentence(f"{path!r} of {held.dtype}", "a storage that Veneer knows", "load it dense"))
-        return held
+            return storage.dense(stored)
+        if isinstance(stored, Tensor) and not stored.is_floating_point():
+            raise AdapterError(sentence(f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense"))
+        return stored
 
     def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
         """The weight that these changes are of; ``config`` is the PEFT config of an adapter that changes it.

@@ -40,19 +40,19 @@ def combined(
             every problem at once.
         BaseMismatchError: adapters that carry frozen weights along carry different ones.
     """
-    held: dict[tuple[str, str], dict[int, Tensor]] = {}
+    params: dict[tuple[str, str], dict[int, Tensor]] = {}
     where: dict[str, str] = {}
     for number, source in enumerate(sources):
         for path, tensors in source.full.items():
             at = peft.unnested(path)[0]
             where[at] = path if where.get(at, path) == path else at
             for name, tensor in tensors.items():
-                held.setdefault((at, name), {})[number] = tensor
+                params.setdefault((at, name), {})[number] = tensor
     changed = {aligned.at for aligned in aligned_weights if not aligned.parameter}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     lacking: list[str] = []
-    for (at, name), tensors in held.items():
+    for (at, name), tensors in params.items():
         path = f"{at}.{name}".lstrip(".")
         if len({tensor.shape for tensor in tensors.values()}) > 1:
             problems.append(sentence(f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"))

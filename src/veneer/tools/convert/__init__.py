@@ -55,6 +55,7 @@ from veneer.formats.parts import PARTS
 from veneer.registry import import_all
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, header_of, open_base
+from veneer.tools.report_text import rank_range
 
 register(
     Format(
@@ -104,9 +105,7 @@ class Conversion:
     errors: Mapping[str, float]
 
     def __str__(self) -> str:
-        sizes = sorted(set(self.ranks.values()))
-        rank = f"rank {sizes[0]}" if len(sizes) == 1 else f"ranks {sizes[0]} to {sizes[-1]}" if sizes else "no ranks"
-        lines = [f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank}"]
+        lines = [f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank_range(self.ranks.values())}"]
         lines += [f"in full: {listing(self.full)}"] if self.full else []
         if self.errors:
             worst = max(self.errors, key=lambda name: self.errors[name])
@@ -211,7 +210,7 @@ def _options(
         found = f"rank, energy or whole for a {from_} adapter"
         problems.append(sentence(found, "them for dense changes alone", "leave them out"))
     raise_all(ConfigError, "These options cannot be used", problems)
-    deltas.check_choice(rank, energy, whole)
+    deltas.check_rank_options(rank, energy, whole)
     return Options(None if dtype is None else DTYPES[dtype], part, rank, energy, whole)
 
 

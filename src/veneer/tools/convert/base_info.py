@@ -1,5 +1,5 @@
 """A base as conversions ask for it: the names and shapes of its weights, its config, and the model itself only where
-numbers are needed.
+weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name")  ->  BaseInfo(facts, module)
 
@@ -39,7 +39,7 @@ class BaseInfo:
 def open_base(base: nn.Module | str | Path) -> BaseInfo:
     """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
     if isinstance(base, nn.Module):
-        return BaseInfo(_facts_of(base), lambda: _numbered(base))
+        return BaseInfo(_facts_of(base), lambda: _with_weights(base))
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
         return BaseInfo(_facts_in(path), lambda: _load(base))
@@ -53,7 +53,7 @@ def _load(base: str | Path) -> nn.Module:
     return load_base(base, precision="stored", device="cpu").model
 
 
-def _numbered(model: nn.Module) -> nn.Module:
+def _with_weights(model: nn.Module) -> nn.Module:
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         found = f"a base on the meta device ({listing(empty, 2)})"
@@ -63,8 +63,8 @@ def _numbered(model: nn.Module) -> nn.Module:
 
 def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     names = Names(model)
-    held = {parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)}
-    shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in held.items() if weight is not None}
+    weights = {parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)}
+    shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in weights.items() if weight is not None}
     config: Any = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", "") or None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

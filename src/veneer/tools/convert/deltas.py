@@ -80,7 +80,7 @@ def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple
 
 
 def _needs_base(at: str, why: str) -> str:
-    return sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base")
+    return sentence(f"a change of {at!r}, {why}", "the base with it", "give the base")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def put(
         AdapterError: names or shapes that the model does not have. Nothing was changed.
     """
     names, problems = Names(model), []
-    refs = {name: ref for name in deltas if (ref := _slot(names, name, deltas[name], problems)) is not None}
+    refs = {name: ref for name in deltas if (ref := _ref_of(names, name, deltas[name], problems)) is not None}
     full: dict[str, dict[str, Tensor]] = {}
-    numbers: dict[ParamRef, dict[str, Tensor]] = {}
+    factors: dict[ParamRef, dict[str, Tensor]] = {}
     wanted: dict[ParamRef, TargetSpec] = {}
     report = []
     for name, (path, weight) in refs.items():
@@ -125,17 +125,17 @@ def put(
             continue
         flat = kind.unfold(delta.double(), kind.dims(module, delta.shape))
         A, B, error = factor(flat, rank, energy)
-        numbers[path, weight] = {"A": A, "B": B}
+        factors[path, weight] = {"A": A, "B": B}
         wanted[path, weight] = TargetSpec(A.shape[1], float(A.shape[1]))
         report.append(Factored(name, A.shape[1], error))
     low = plan_low(names, wanted, problems)
     own = {path: tuple(key for key in held if key in names.modules[path]._parameters) for path, held in full.items()}
     check_full(names, own, problems)
-    problems += overlaps(names, [*numbers, *((path, key) for path, keys in own.items() for key in keys)])
+    problems += overlaps(names, [*factors, *((path, key) for path, keys in own.items() for key in keys)])
     raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
     for plan in low:  # a plan goes by the first module that has the weight
-        first = next(ref for ref in plan.holders if ref in numbers)
-        numbers[plan.ref] = numbers[first]
+        first = next(ref for ref in plan.holders if ref in factors)
+        factors[plan.ref] = factors[first]
     held = frozenset(path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers))
     most = max((plan.rank for plan in low), default=1)
     config = LoraConfig(
@@ -143,7 +143,7 @@ def put(
         train_also=tuple(full), dtype="float32",
     )  # fmt: skip
     plans = Plans(config, tuple(low), own, held, full_readers(names, own), apart(names, full))
-    install(model, NAME, plans, trainable=False, parameters=numbers)
+    install(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for at, _, part in adapters(model, NAME):
             for key, value in full.get(at, {}).items():
@@ -151,7 +151,7 @@ def put(
     return report
 
 
-def _slot(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
+def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
     above, _, weight = name.rpartition(".")
     path = names.canonical.get(above)
     module = names.modules.get(path) if path is not None else None
@@ -190,7 +190,7 @@ def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tenso
     return A, B, off / total**0.5 if total else 0.0
 
 
-def check_choice(rank: int | None, energy: float | None, whole: bool) -> None:
+def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
     """Raise AdapterError for a choice of the rank that means nothing."""
     given = [
         name for name, value in (("rank", rank), ("energy", energy), ("whole", whole or None)) if value is not None

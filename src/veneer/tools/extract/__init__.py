@@ -44,8 +44,8 @@ from veneer.kernels import svd
 from veneer.layers._base import GENERAL
 from veneer.models.named_weights import named
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
-from veneer.tools.extract.selection import LITTLE, LOSSY, Selection, keep_words, plan, select_weights
-from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_both, pair
+from veneer.tools.extract.selection import LITTLE, LOSSY, Selection, keep_options, plan, select_weights
+from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_both, pair_weights
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
 
@@ -112,19 +112,19 @@ def extract(
     """
     started, out = time.perf_counter(), Path(out)
     raise_all(ConfigError, "Nothing was extracted", list(_odd_options(rank, energy, least)))
-    words = keep_words(keep)
+    keep_patterns = keep_options(keep)
     must_not_exist(out, overwrite)
     both = open_both(base, tuned, model)
-    pairs, names = pair(both), Names(both.model)
-    changed, name = _changed(pairs, both), _free_name(both.model)
+    weight_pairs, names = pair_weights(both), Names(both.model)
+    changed, name = _changed(weight_pairs, both), _free_name(both.model)
     excluded = (exclude,) if isinstance(exclude, str) else exclude
-    selection = select_weights(names, changed, targets, excluded, words, name)
+    selection = select_weights(names, changed, targets, excluded, keep_patterns, name)
     dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
-    products, whole = _products(selection, rank, energy, dtype, least if LOSSY in words else None, progress)
+    products, whole = _products(selection, rank, energy, dtype, least if LOSSY in keep_patterns else None, progress)
     if not products and not whole:
         found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
         raise ExtractError(sentence(found, "something to write", "widen targets or keep"))
-    report = _report(out, products, whole, selection, len(pairs) - len(changed), both, least)
+    report = _report(out, products, whole, selection, len(weight_pairs) - len(changed), both, least)
     said = {"rank": rank, "energy": energy, "kept": report.kept, "lost": [entry.path for entry in report.lost]}
     _write(
         both, name, products, whole, dtype, out, base_name=base_name or both.name,
@@ -161,10 +161,10 @@ def _products(
     return products, whole
 
 
-def _changed(pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
+def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
     """The pairs that differ."""
     changed, broken = [], []
-    for one in pairs:
+    for one in weight_pairs:
         differs, finite = one.compare()
         changed += [one] if differs else []
         broken += [] if finite or (one.entry.buffer and not differs) else [one.path]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import listing
+from veneer.tools.report_text import rank_range
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,8 @@ class ExtractReport:
     def __str__(self) -> str:
         lines = [f"{self.kept:.2%} of the change in {self.numbers:,} numbers, written to {self.path}"]
         if self.layers:
-            ranks = sorted(layer.rank for layer in self.layers)
             worst = min(self.layers, key=lambda layer: layer.kept)
-            rank = f"rank {ranks[0]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+            rank = rank_range(layer.rank for layer in self.layers)
             lines.append(
                 f"{len(self.layers)} weights as products of {rank}; the worst, {worst.path}, keeps {worst.kept:.2%}"
             )

@@ -74,7 +74,7 @@ def select_weights(
     by_name = _meant(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
-        refs = _slots(names, pair)
+        refs = _refs(names, pair)
         if refs & left_out and not refs & wanted:
             lost.append((pair, EXCLUDED))
         elif refs & by_name:
@@ -111,7 +111,7 @@ def plan(
     return Plans(config, tuple(low), full, buffers, full_readers(names, full))
 
 
-def keep_words(keep: str | Sequence[str]) -> tuple[str, ...]:
+def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     """``keep`` as a tuple.
 
     Raises:
@@ -126,8 +126,8 @@ def keep_words(keep: str | Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def _slots(names: Names, pair: WeightPair) -> set[ParamRef]:
-    """Every slot that holds the parameter or buffer of a pair, under the first name of its module."""
+def _refs(names: Names, pair: WeightPair) -> set[ParamRef]:
+    """Every reference to the parameter or buffer of a pair, under the first name of its module."""
     found = (path.rpartition(".") for path in pair.entry.names)
     return {(names.canonical[above], name) for above, _, name in found}
 

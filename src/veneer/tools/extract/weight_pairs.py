@@ -1,7 +1,7 @@
 """Two models side by side: each parameter of the base with the one that it became, and their difference.
 
     open_both(base, tuned, model) -> Both      structure, base values, tuned values
-    pair(both) -> [WeightPair]                        every name and shape checked
+    pair_weights(both) -> [WeightPair]                every name and shape checked
 
 A ``WeightPair`` reads its two values when it is asked. A stack of matrices [E, out, in] is read one matrix at a time.
 """
@@ -92,7 +92,7 @@ class WeightPair:
         for base, tuned in self.parts():
             for one, other in pieces(base, tuned):
                 changed = changed or not torch.equal(one, other)
-                finite = finite and _finite(one) and _finite(other)
+                finite = finite and _all_finite(one) and _all_finite(other)
         return changed, finite
 
     def change(self) -> float:
@@ -117,7 +117,7 @@ def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield piece.to(wide), other[start : start + PIECE].to(wide)
 
 
-def _finite(values: Tensor) -> bool:
+def _all_finite(values: Tensor) -> bool:
     """Whether all are finite, by the smallest and the largest of them (which are NaN if one is): 16 times faster than
     to look at each of them in bfloat16."""
     return not values.is_floating_point() or all(bool(end.isfinite()) for end in torch.aminmax(values))
@@ -188,7 +188,7 @@ def _folder(source: str | Path, structure: nn.Module | None) -> Path:
     return path if structure is not None and plain else models.folder_of(source)
 
 
-def pair(both: Both) -> list[WeightPair]:
+def pair_weights(both: Both) -> list[WeightPair]:
     """Every parameter and lasting buffer of the base with what it is in the tuned model, in the model's order.
 
     Raises:
@@ -249,9 +249,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _shape(entry: Named, module: nn.Module) -> tuple[int, ...]:
     """The shape that the structure has."""
     name = entry.ref[1]
-    held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-    storage = None if entry.buffer else storage_of(held)
-    return tuple(held.shape if storage is None else storage.shape(held))
+    stored: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
+    storage = None if entry.buffer else storage_of(stored)
+    return tuple(stored.shape if storage is None else storage.shape(stored))
 
 
 def _untied(both: Both, entry: Named, old: Value, new: Value) -> Iterator[str]:
