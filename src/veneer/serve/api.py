@@ -5,9 +5,9 @@
     POST /v1/completions  /v1/chat/completions  /v1/embeddings
     POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 
-A route checks what was sent (schemas), who sent it (access) and which adapters are meant (``chosen``), makes requests
-of it, and hands them to the engine. The event loop computes nothing: tokenizers run in one thread of their own,
-adapters are loaded in another, the model in the engine's.
+A route checks what was sent (schemas), who sent it (access) and which adapters are meant (``requested_adapters``),
+makes requests of it, and hands them to the engine. The event loop computes nothing: tokenizers run in one thread of
+their own, adapters are loaded in another, the model in the engine's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from veneer.serve.schemas import (
     LoadRequest,
     UnloadRequest,
 )
-from veneer.serve.service import Admin, Asker, Route, Service, Serving, chosen, in_text_thread, unless_gone
+from veneer.serve.service import Admin, Asker, Route, Service, Serving, in_text_thread, requested_adapters, unless_gone
 from veneer.serve.validation import refusal_of
 
 router = APIRouter(route_class=Route)
@@ -134,7 +134,7 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
-    blend = await chosen(service, key, model, None)
+    blend = await requested_adapters(service, key, model, None)
     return _card(service, next(iter(blend), None))
 
 
@@ -209,7 +209,7 @@ async def _read(service: Service, sent: Sequence[Any], param: str) -> list[tuple
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
-    blend = await chosen(service, key, body.model, body.adapters)
+    blend = await requested_adapters(service, key, body.model, body.adapters)
     if service.engine is None:
         message = sentence("an encoder", "a causal language model", "use /v1/embeddings, or serve another base")
         raise Refusal(400, message, param="model", code="not_generative")
@@ -301,7 +301,7 @@ class _Stream(StreamingResponse):
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request, service: Serving, key: Asker) -> Response:
-    blend = await chosen(service, key, body.model, body.adapters)
+    blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = service.embedder
     if embedder is None:
         message = sentence("a causal language model", "an encoder", "serve one, such as a sentence-transformers model")

@@ -287,7 +287,7 @@ class Engine:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
     def _fill(self, states: list[RequestState]) -> Tensor | None:
-        """Prompts, of which the first tokens are chosen; they run from now on. None: a long one is not whole yet."""
+        """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is not whole yet."""
         if states[0] is self._long:
             logits = self._fill_long(states[0])
         else:

@@ -26,7 +26,7 @@ from veneer.serve.slots import BLOCK, NOW, Slots
 
 PREFIX = "veneer_slots_"
 
-Rows = Callable[[int], AbstractContextManager[Any]]
+SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Forward:
@@ -132,7 +132,7 @@ class Forward:
 
     # ------------------------------------------------------------------------------------------ the trial
 
-    def prove(self, length: int, rows: Rows = lambda count: nullcontext()) -> None:
+    def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
         """Try the calls on a few tokens, beside the model's own forward.
 
         Raises:
@@ -155,7 +155,7 @@ class Forward:
             if not off < allowed:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
 
-    def _trial(self, ids: Sequence[int], rows: Rows) -> Any:
+    def _trial(self, ids: Sequence[int], rows: SelectRows) -> Any:
         """Logits by column: of two rows that are filled and decode together, and of one that is extended."""
         whole, half = len(ids), (len(ids) + 1) // 2
         slots = Slots(2, whole, self.device)

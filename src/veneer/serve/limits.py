@@ -27,7 +27,7 @@ PROMPTS, CHOICES, ANSWERS = 64, 16, 64
 INPUTS = 256
 #: stop strings, and characters of one
 STOPS, STOP = 16, 256
-#: alternatives beside a chosen token
+#: alternatives told with a token
 ALTERNATIVES = 20
 #: adapters in a blend, and the size of a weight
 BLEND, WEIGHT = 8, 100.0

@@ -25,7 +25,7 @@ class RequestState:
         future, lease: of its adapters, from when its turn is near.
         row: where it is among the running rows; None before.
         length: its tokens of which keys and values are kept.
-        last: the token that was chosen last, which the next step computes.
+        last: the token that was sampled last, which the next step computes.
         done: its finishing piece is delivered.
     """
 
@@ -71,7 +71,7 @@ class RequestState:
         self.length = self.generated = self.last = self.untold = 0
         self._deliver, self._detokenizer = deliver, detokenizer
         self._pending: list[Token] = []
-        self._new, self._stopped = "", False  # text and tokens that are chosen and not delivered
+        self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
 
     def leaves(self, now: float) -> Finish | None:
         """Why it ends without anything being computed, if it does."""

@@ -21,7 +21,7 @@ Cause = Literal["bad_adapter", "model_not_found", "out_of_memory", "bad_request"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are sampled.
 
     Attributes:
         max_tokens: at most so many; the engine's ``length`` may end the answer before.
@@ -30,7 +30,7 @@ class Sampling:
         top_k: from so many most likely tokens; 0 is off.
         seed: the same seed gives the same tokens, in float32 also whoever else is in the batch; None draws one.
         stop: strings that end the answer and are not part of it.
-        logprobs: how many alternatives are told beside the chosen token; None tells no probabilities at all. They
+        logprobs: how many alternatives are told with the sampled token; None tells no probabilities at all. They
             are those of the model, before temperature, top_k, top_p and schema.
         schema: a JSON schema that the answer follows.
         ignore_eos: go on after the end-of-text token.
@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A chosen token. ``logprob`` and ``top`` (id, text, logprob; the most likely first) where they were asked for."""
+    """A sampled token. ``logprob`` and ``top`` (id, text, logprob; the most likely first) where they were asked for."""
 
     id: int
     text: str

@@ -145,7 +145,9 @@ Asker = Annotated[Key, Depends(_key)]
 Admin = Annotated[Key, Depends(_admin)]
 
 
-async def chosen(service: Service, key: Key, model: str, blend: dict[str, float] | None) -> dict[str, float]:
+async def requested_adapters(
+    service: Service, key: Key, model: str, blend: dict[str, float] | None
+) -> dict[str, float]:
     """The adapters that a call means: {name: weight}, {} for the base.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rows from a file or the hub, checked.
+"""Records from a file or the hub, checked.
 
     source (jsonl json csv tsv parquet txt | hub id)  ->  rows of one shape (chat | prompt + completion | text)
 
@@ -43,7 +43,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Records:
     """Raw rows of one shape.
 
     `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each row {"prompt",
@@ -62,7 +62,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, indices: Sequence[int]) -> Rows:
+    def select(self, indices: Sequence[int]) -> Records:
         """The rows at `indices`, in that order."""
         rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
         return replace(self, rows=rows, places=places)
@@ -71,7 +71,7 @@ class Rows:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Rows:
+def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
     """Read and check every row of `source`: a file (see `SUFFIXES`) or the id of a data set on the hub.
 
     Raises `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing
@@ -236,7 +236,7 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
 # ---------------------------------------------------------------------------------------------- checking
 
 
-def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: str) -> Rows:
+def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: str) -> Records:
     """Decide which columns hold what, from the first row, and bring every row into that shape."""
     place, first = raw[0]
     _object(first, source, place)
@@ -260,7 +260,7 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
             )
         rows.append(shaped)
     unused = tuple(name for name in names if name not in picked.values())
-    return Rows(kind, rows, [place for place, _ in raw], source, digest, unused)
+    return Records(kind, rows, [place for place, _ in raw], source, digest, unused)
 
 
 def _object(row: Any, source: str, place: str) -> None:
@@ -298,7 +298,7 @@ def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: s
 
 
 def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
-    """Rows of other tasks, of which a language model would learn something else than they say: preferences and labels.
+    """Records of other tasks (preferences, labels), of which a language model would learn something else than they say.
     Whoever names the columns to read has said what the others are worth."""
     if {"chosen", "rejected"} <= {*names}:
         chat = isinstance(first["chosen"], list)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer.train.data import Rows
+from veneer.train.data import Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tokens import IGNORED, Examples
@@ -67,7 +67,7 @@ def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[st
     }
 
 
-def exact(model: Any, tokenizer: Any, rows: Rows, *, max_new_tokens: int = 64, batch_size: int = 16) -> float:
+def exact(model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16) -> float:
     """Share of prompt/completion rows whose greedy continuation is the completion, surrounding spaces aside."""
     answers = generate(
         model, tokenizer, [row["prompt"] for row in rows.rows], max_new_tokens=max_new_tokens, batch_size=batch_size

@@ -61,7 +61,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes, rows.unused)
 
 
-def split(rows: data.Rows, fraction: float, seed: int) -> tuple[data.Rows, data.Rows]:
+def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
     """(the rest, a random share `fraction` of the rows, at least one), each in its original order; the same for a
     seed."""
     count = max(1, round(len(rows) * fraction))

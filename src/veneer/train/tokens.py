@@ -1,4 +1,4 @@
-"""Rows -> token ids with a label where the loss counts.
+"""Records -> token ids with a label where the loss counts.
 
     row  ->  input_ids [s], labels [s]            labels = input_ids where the loss counts, -100 elsewhere
 
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import DataError
-from veneer.train.data import Kind, Rows
+from veneer.train.data import Kind, Records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Examples:
 
 
 def tokenise(
-    rows: Rows,
+    rows: Records,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -102,7 +102,7 @@ def tokenise(
     return Examples(ids, labels, index, dropped=len(rows) - len(ids), truncated=truncated)
 
 
-def _too_long(rows: Rows, long: list[tuple[int, int]], max_length: int) -> str:
+def _too_long(rows: Records, long: list[tuple[int, int]], max_length: int) -> str:
     length, where = max(long)
     return (
         f"{len(long)} of {len(rows)} examples of {rows.source} {'is' if len(long) == 1 else 'are'} longer than the "
@@ -120,7 +120,7 @@ def _part(kind: Kind) -> str:
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Encoder:
+def _encoder(rows: Records, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Encoder:
     """The function from one row (and its place, for errors) to its tokens and which of them to learn."""
     if rows.kind == "text":
         return lambda row, place: _encode_text(row["text"], tokenizer)

@@ -178,7 +178,7 @@ def _composed(
     base_weights = None if base is None and model is None else BaseWeights({} if base is None else base, model)
     aligned_weights = align(sources, None if base_weights is None else base_weights.order)
     base_weights = None if base is None else base_weights
-    weigh = _Weights([given[number] for number in used], _rules(layers, used, aligned_weights, sources))
+    weigh = _LayerWeights([given[number] for number in used], _rules(layers, used, aligned_weights, sources))
     low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
     full = combined(sources, aligned_weights, weigh, how, base_weights)
     return _Composed(sources, low, full, variant, reports, notes)
@@ -285,7 +285,7 @@ _Rule = tuple[Any, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class _Weights:
+class _LayerWeights:
     """The weight of an adapter in a layer: its own, times the factor of the first rule that a name of the layer
     meets."""
 
@@ -328,7 +328,7 @@ def _rules(
 def _changes(
     aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
-    weigh: _Weights,
+    weigh: _LayerWeights,
     how: ComposeOptions,
     base_weights: BaseWeights | None,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
