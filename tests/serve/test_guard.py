@@ -379,14 +379,9 @@ def test_a_port_that_is_taken():
 @contextmanager
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
-    line = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "support" / "api_server.py"),
-        str(folder),
-        str(pause),
-        str(grace),
-    ]
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "tests.support.api_server", str(folder), str(pause), str(grace)]
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
     try:
         yield child, child.stdout.readline().strip()
     finally:
