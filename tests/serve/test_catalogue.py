@@ -17,7 +17,7 @@ from torch import nn
 
 import veneer
 from veneer.errors import AdapterError, ConfigError, LibraryError
-from veneer.serve.catalogue import MEMORY, Catalogue
+from veneer.serve.catalogue import STATE_FILE, Catalogue
 from veneer.serve.refusal import Refusal
 from veneer.store.library import Library
 
@@ -117,7 +117,7 @@ def test_paths_stay_in_the_folder(linked, where):
     assert caught.value.status in (400, 404)
     assert catalogue._bank.loads == 0
     assert "mine" not in catalogue._bank.paths
-    assert not (linked / MEMORY).exists()
+    assert not (linked / STATE_FILE).exists()
 
 
 def test_outside_looks_like_not_there(linked):
@@ -162,7 +162,7 @@ def test_a_memory_that_leads_out_is_not_followed(linked):
         "pinned": [],
         "hidden": [],
     }
-    (linked / MEMORY).write_text(json.dumps(content))
+    (linked / STATE_FILE).write_text(json.dumps(content))
     assert opened(linked).refresh() == ("french", "german")
 
 
@@ -205,7 +205,7 @@ def test_two_servers_of_one_folder_forget_nothing_of_each_other(folder):
         ]
         for one in done:
             one.result(60)
-    assert len(json.loads((folder / MEMORY).read_text())["names"]) == 50
+    assert len(json.loads((folder / STATE_FILE).read_text())["names"]) == 50
     assert len(servers[0].refresh(force=True)) == 52
 
 
@@ -258,7 +258,7 @@ def test_an_adapter_that_does_not_load_changes_nothing(folder, inplace):
     name = "french" if inplace else "mine"
     with pytest.raises(AdapterError):
         catalogue.load(name, "bad", inplace=inplace)
-    assert not (folder / MEMORY).exists()
+    assert not (folder / STATE_FILE).exists()
     assert catalogue._bank.paths["french"] == folder.resolve() / "french"
     assert "mine" not in catalogue.refresh(force=True)
 
@@ -272,7 +272,7 @@ def test_a_damaged_memory(folder):
         '{"format": 1, "names": {}, "pinned": "french", "hidden": []}',
         '{"format": 1, "names": {}, "pinned": [], "hidden": {"french": 1}}',
     ):
-        (folder / MEMORY).write_text(text)
+        (folder / STATE_FILE).write_text(text)
         with pytest.raises(ConfigError, match="damaged"):
             opened(folder)
 
@@ -280,10 +280,10 @@ def test_a_damaged_memory(folder):
 @pytest.mark.timeout(20)
 def test_a_memory_that_never_ends(folder):
     for make in (lambda file: file.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir):
-        make(folder / MEMORY)
+        make(folder / STATE_FILE)
         with pytest.raises(ConfigError, match="no regular file"):
             opened(folder)
-        (folder / MEMORY).rmdir() if (folder / MEMORY).is_dir() else (folder / MEMORY).unlink()
+        (folder / STATE_FILE).rmdir() if (folder / STATE_FILE).is_dir() else (folder / STATE_FILE).unlink()
 
 
 def test_a_name_that_is_the_bases_now_is_not_served_twice(folder):
@@ -295,7 +295,7 @@ def test_a_name_that_is_the_bases_now_is_not_served_twice(folder):
 
 def test_a_memory_that_is_damaged_later_stops_nothing(folder, caplog):
     catalogue = opened(folder)
-    (folder / MEMORY).write_text("{")
+    (folder / STATE_FILE).write_text("{")
     assert catalogue.refresh(force=True) == ("french", "german")
     assert "damaged" in caplog.text
     catalogue.refresh()
@@ -386,6 +386,6 @@ def test_served_json_says_what_a_client_was_told(folder):
     with serving(folder) as it, it.http() as http:
         http.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "french", "pin": True})
         http.post("/v1/unload_lora_adapter", json={"lora_name": "german"})
-    assert json.loads((folder / MEMORY).read_text()) == {
+    assert json.loads((folder / STATE_FILE).read_text()) == {
         "format": 1, "names": {"a": {"path": "french"}}, "pinned": ["a"], "hidden": ["german"],
     }  # fmt: skip

@@ -36,14 +36,14 @@ from veneer.store.library import INDEX, NAME, OBJECTS, Library
 
 log = logging.getLogger("veneer.serve")
 
-FORMAT, MEMORY = 1, "served.json"
-MAX_MEMORY = 16 * 2**20
+FORMAT, STATE_FILE = 1, "served.json"
+MAX_STATE_FILE = 16 * 2**20
 #: seconds between two looks at the folder
 FRESH = 1.0
 
 
 @dataclass(frozen=True)
-class Memory:
+class SavedState:
     """What ``served.json`` holds: paths by name, what is pinned, what is not served."""
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -80,13 +80,13 @@ class Catalogue:
         self.folder = self.folder.resolve()
         self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
         with self._lock:
-            self._memory = self._recall()
+            self._state = self._read_state()
             self._sync()
 
     @property
     def pinned(self) -> tuple[str, ...]:
         """What was pinned through the API, and is there."""
-        return () if self.folder is None else tuple(sorted(self._memory.pinned & self._paths.keys()))
+        return () if self.folder is None else tuple(sorted(self._state.pinned & self._paths.keys()))
 
     def restore_pins(self) -> None:
         """Load what was pinned through the API. What is damaged by now, or has no room, is named in the log: a server
@@ -106,8 +106,10 @@ class Catalogue:
     def root(self, name: str) -> str:
         """What to send as ``lora_path`` for this adapter: its path in the folder, or its name in the library."""
         path = self._paths.get(name)
-        remembered = self._memory.names.get(name) if self.folder is not None else None
-        return remembered or (name if path is None or self._library is not None else str(path.relative_to(self._top())))
+        remembered = self._state.names.get(name) if self.folder is not None else None
+        return remembered or (
+            name if path is None or self._library is not None else str(path.relative_to(self._root()))
+        )
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
         """Find what has appeared and drop what has gone; all names. Looks at the disk once a second at most."""
@@ -137,7 +139,7 @@ class Catalogue:
             AdapterError: it is damaged, altered, or made for another base.
         """
         with self._lock, _disk():
-            self._top()
+            self._root()
             _check_name(name, self.base)
             self._sync()
             old = self._paths.get(name)
@@ -150,9 +152,9 @@ class Catalogue:
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
                 raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
             if old is None or path != old or inplace or (name not in resident and pin is not False):
-                self._bring(name, path, old)
+                self._load(name, path, old)
             try:
-                self._note(name, where, pin)
+                self._record(name, where, pin)
             except OSError:  # what would be forgotten at a restart is not loaded
                 self._drop(name)
                 if old is not None:
@@ -171,16 +173,16 @@ class Catalogue:
             Refusal: there is no such name.
         """
         with self._lock, _disk():
-            self._top()
+            self._root()
             self._sync()
             if name not in self._paths:
                 message = f"The lora adapter {name[:128]!r} cannot be found{nearest(name, self._paths)}."
                 raise Refusal(404, message, param="lora_name", code="model_not_found", kind="NotFoundError")
-            with _alone(self._top()):
-                memory = self._recall()
-                names = {other: path for other, path in memory.names.items() if other != name}
-                hidden = memory.hidden | ({name} if name in self._scan() else frozenset())
-                self._remember(Memory(names, memory.pinned - {name}, hidden), memory)
+            with _locked(self._root()):
+                state = self._read_state()
+                names = {other: path for other, path in state.names.items() if other != name}
+                hidden = state.hidden | ({name} if name in self._scan() else frozenset())
+                self._write_state(SavedState(names, state.pinned - {name}, hidden), state)
             self._drop(name)
         log.info("Unloaded adapter %r", name)
 
@@ -188,26 +190,26 @@ class Catalogue:
         del self._paths[name]  # first: what hears of the removal asks `known`
         self._bank.remove(name)
 
-    def _bring(self, name: str, path: Path, old: Path | None) -> None:
+    def _load(self, name: str, path: Path, old: Path | None) -> None:
         """Load ``path`` under a name; what stood there before stays if that fails."""
         self._bank.add(path, name=name, replace=old is not None)
         self._paths[name] = path
 
-    def _note(self, name: str, where: str | None, pin: bool | None) -> None:
+    def _record(self, name: str, where: str | None, pin: bool | None) -> None:
         """Remember a loaded name."""
-        with _alone(self._top()):
-            memory = self._recall()
-            own, names = self._scan().get(name), dict(memory.names)
+        with _locked(self._root()):
+            state = self._read_state()
+            own, names = self._scan().get(name), dict(state.names)
             if own == self._paths[name]:
                 names.pop(name, None)
             elif where is not None:
                 names[name] = where
-            pinned = memory.pinned if pin is None else memory.pinned | {name} if pin else memory.pinned - {name}
-            self._remember(Memory(names, pinned, memory.hidden - {name}), memory)
+            pinned = state.pinned if pin is None else state.pinned | {name} if pin else state.pinned - {name}
+            self._write_state(SavedState(names, pinned, state.hidden - {name}), state)
 
     # ------------------------------------------------------------------------------------------ the folder
 
-    def _top(self) -> Path:
+    def _root(self) -> Path:
         if self.folder is None:
             message = sentence("a server without an adapter folder", "one", "start it with --adapters DIR")
             raise Refusal(400, message, code="no_adapter_folder")
@@ -216,9 +218,9 @@ class Catalogue:
     def _sync(self) -> None:
         """Bring bank and names in step with the disk."""
         found = self._scan()
-        memory = self._memory = self._recall()
-        wanted = {name: path for name, path in found.items() if name not in memory.hidden}
-        for name, where in memory.names.items():
+        state = self._state = self._read_state()
+        wanted = {name: path for name, path in found.items() if name not in state.hidden}
+        for name, where in state.names.items():
             if name == self.base:  # the base was called otherwise when this was loaded
                 continue
             try:
@@ -248,7 +250,7 @@ class Catalogue:
 
     def _scan(self) -> dict[str, Path]:
         """The folder's own adapters by name: its subfolders, or a library's names."""
-        top = self._top()
+        top = self._root()
         if self._library is not None:
             return {
                 entry.name: top / OBJECTS / entry.object for entry in self._library.list() if entry.name != self.base
@@ -281,7 +283,7 @@ class Catalogue:
             Refusal: it is not a relative path in the folder, or there is no adapter.
             LibraryError: the library has no such name.
         """
-        top = self._top()
+        top = self._root()
         if self._library is not None:
             return self._library.get(where)
         parts = where.split("/")
@@ -299,14 +301,14 @@ class Catalogue:
 
     # ------------------------------------------------------------------------------------------ what is remembered
 
-    def _recall(self) -> Memory:
-        file = self._top() / MEMORY
+    def _read_state(self) -> SavedState:
+        file = self._root() / STATE_FILE
         try:
             status = file.stat()
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and a device never ends
                 raise ValueError("no regular file")
-            if status.st_size > MAX_MEMORY:
-                raise ValueError(f"more than {MAX_MEMORY:,} bytes")
+            if status.st_size > MAX_STATE_FILE:
+                raise ValueError(f"more than {MAX_STATE_FILE:,} bytes")
             content = parse(file.read_bytes())
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
@@ -316,17 +318,17 @@ class Catalogue:
             words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
             if not all(isinstance(word, str) for word in words) or not all(map(NAME.fullmatch, names)):
                 raise ValueError("names that are none")
-            return Memory(names, frozenset(content["pinned"]), frozenset(content["hidden"]))
+            return SavedState(names, frozenset(content["pinned"]), frozenset(content["hidden"]))
         except FileNotFoundError:
-            return Memory()
+            return SavedState()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             found = f"{file}, which is damaged ({error})"
             raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
 
-    def _remember(self, memory: Memory, before: Memory) -> None:
-        if memory != before:
-            write_whole(self._top() / MEMORY, memory.text())
-        self._memory = memory
+    def _write_state(self, state: SavedState, before: SavedState) -> None:
+        if state != before:
+            write_whole(self._root() / STATE_FILE, state.text())
+        self._state = state
 
 
 def folders(folder: Path) -> dict[str, Path]:
@@ -347,7 +349,7 @@ class _Nobody:
 
 
 @contextmanager
-def _alone(top: Path) -> Iterator[None]:
+def _locked(top: Path) -> Iterator[None]:
     """No other server of this folder changes ``served.json`` meanwhile. The folder itself is locked, since one that is
     mounted to be read only can hold no file for it. Where the system locks no folders, one server is all there is."""
     try:

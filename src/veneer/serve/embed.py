@@ -133,11 +133,11 @@ class Embedder:
             self._ready(call)
         else:
             try:
-                held = self.bank.acquire(blend)
+                acquired = self.bank.acquire(blend)
             except BaseException:
                 self._end(call)
                 raise
-            held.add_done_callback(lambda lease: self._loaded(call, lease))
+            acquired.add_done_callback(lambda lease: self._loaded(call, lease))
         return call.done
 
     def drain(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole, times and what is held.
+"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole, times and memory.
 
 A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones, and when an adapter
 goes its series go with it. (An adapter that is itself called "base" or "blend" has the label "adapter:base".)

@@ -161,7 +161,8 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
     magnitudes = [{layer.at: layer.extras for layer in each.low.values()} for each in pair]
     full = [_full(each) for each in pair]
     only = [
-        tuple(name for held in (products, full) for name in held[side] if name not in held[1 - side]) for side in (0, 1)
+        tuple(name for changes in (products, full) for name in changes[side] if name not in changes[1 - side])
+        for side in (0, 1)
     ]
     base, weights = _base(*pair)
     return Difference(

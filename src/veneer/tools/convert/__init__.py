@@ -4,7 +4,7 @@
 
 Every format meets in the folder, so each is one file that reads and writes it, and a new one is one new file in
 ``formats/``. What a format cannot hold is an error that names every reason; what does not change an output and has no
-place there (the record, a dropout) is told in the report. Numbers are copied, not computed: to ``peft``, ``kohya`` and
+place there (the record, a dropout) is told in the report. Factors are copied, not computed: to ``peft``, ``kohya`` and
 ``diffusers`` they keep their bits. Where a format has another rule for the scale, alpha changes and the product stays.
 
 ``veneer`` is the folder with fingerprints of its base, so it asks for the base itself. All of ``gguf`` and the reading
@@ -70,7 +70,7 @@ register(
     Format(
         name="peft",
         title="an adapter folder of PEFT",
-        lacks="what PEFT would compute otherwise (the folder then says so); the numbers of variants that PEFT lacks",
+        lacks="what PEFT would compute otherwise (the folder then says so); the parameters of variants that PEFT lacks",
         suffix="",
         recognises=lambda start, keys, header: False,
         peft=True,

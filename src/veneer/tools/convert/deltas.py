@@ -129,20 +129,22 @@ def put(
         wanted[path, weight] = TargetSpec(A.shape[1], float(A.shape[1]))
         report.append(Factored(name, A.shape[1], error))
     low = plan_low(names, wanted, problems)
-    own = {path: tuple(key for key in held if key in names.modules[path]._parameters) for path, held in full.items()}
+    own = {
+        path: tuple(key for key in tensors if key in names.modules[path]._parameters) for path, tensors in full.items()
+    }
     check_full(names, own, problems)
     problems += overlaps(names, [*factors, *((path, key) for path, keys in own.items() for key in keys)])
     raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
     for plan in low:  # a plan goes by the first module that has the weight
         first = next(ref for ref in plan.holders if ref in factors)
         factors[plan.ref] = factors[first]
-    held = frozenset(path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers))
+    buffers = frozenset(path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers))
     most = max((plan.rank for plan in low), default=1)
     config = LoraConfig(
         rank=most, alpha=float(most), targets=tuple(joined(*plan.ref) for plan in low) or "all",
         train_also=tuple(full), dtype="float32",
     )  # fmt: skip
-    plans = Plans(config, tuple(low), own, held, full_readers(names, own), apart(names, full))
+    plans = Plans(config, tuple(low), own, buffers, full_readers(names, own), apart(names, full))
     install(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for at, _, part in adapters(model, NAME):
@@ -160,8 +162,8 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
         found = f"a change of {name!r}, which this model lacks{nearest(above, names.canonical)}"
         problems.append(sentence(found, "the same modules", "use the model that it was made for"))
         return None
-    held = weight_of(module, weight) if weight in own_parameters(module) else module._buffers[weight]
-    shape = tuple(storage_of(held).shape(held)) if weight in own_parameters(module) else tuple(held.shape)
+    stored = weight_of(module, weight) if weight in own_parameters(module) else module._buffers[weight]
+    shape = tuple(storage_of(stored).shape(stored)) if weight in own_parameters(module) else tuple(stored.shape)
     if shape != tuple(delta.shape):
         found = f"a change of {name!r} of shape {tuple(delta.shape)}"
         problems.append(sentence(found, f"{shape}", "use the model that it was made for"))
