@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.compiled import needs_loop
 from tests.support.tiny import write_tiny
 from tests.support.toys import register_toys
+
+from veneer.kernels.compiled import switch
 
 register_toys()
 
@@ -23,10 +26,11 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["compiled", "tensors"])
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_loop("mixed_rows")), "tensors"])
 def kernel(request, monkeypatch):
     """With which arithmetic a bank mixes rows: both are for every adapter."""
-    monkeypatch.setattr("veneer.bank.batch_state.has_numba", lambda: request.param == "compiled")
+    if request.param == "tensors":
+        monkeypatch.setattr("veneer.kernels.compiled.switch.ON", switch.ON - {"mixed_rows"})
     return request.param
 
 

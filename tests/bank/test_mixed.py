@@ -12,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.banks import Linears, saved
+from tests.support.compiled import needs_loop
 from tests.support.toys import error
 
 import veneer
 import veneer.bank.batch_state
+from veneer.kernels.compiled import switch
 
-mixed = pytest.importorskip("veneer.kernels.compiled.mixed_rows", reason="numba is not there")
+mixed = pytest.importorskip("veneer.kernels.compiled.mixed_rows", reason="numba is not installed")
+pytestmark = needs_loop("mixed_rows")
 
 needs_dots = pytest.mark.skipif(not mixed.bf16_dot.able(), reason="the processor has no AVX512-BF16")
 #: of the sum of all terms' magnitudes, by the dtype of the rows: in bfloat16 h is rounded, and the result
@@ -108,7 +111,7 @@ def test_bfloat16_is_rounded_to_nearest():
     assert torch.equal(found, wide.bfloat16())
 
 
-@pytest.mark.parametrize("without", ["numba", "few threads"])
+@pytest.mark.parametrize("without", ["numba", "the switch", "few threads"])
 def test_a_bank_without_the_loop_gives_the_same(without, tmp_path, monkeypatch):
     model = saved(Linears(), tmp_path, "a", "b")
     x, found, used = torch.randn(4, 7, 12), [], []
@@ -116,7 +119,9 @@ def test_a_bank_without_the_loop_gives_the_same(without, tmp_path, monkeypatch):
     monkeypatch.setattr(mixed, "change", lambda *given: (used.append(1), change(*given))[1])
     for there in (True, False):
         if without == "numba":
-            monkeypatch.setattr(veneer.bank.batch_state, "has_numba", lambda there=there: there)
+            monkeypatch.setattr(switch, "has_numba", lambda there=there: there)
+        elif without == "the switch":
+            monkeypatch.setattr(switch, "ON", frozenset({"mixed_rows"} if there else ()))
         else:
             monkeypatch.setattr(veneer.bank.batch_state, "THREADS", 3 if there else 0)
         bank = veneer.Bank(model)

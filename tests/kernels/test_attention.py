@@ -12,7 +12,8 @@ from tests.support.toys import error
 from torch.utils.checkpoint import checkpoint
 
 from veneer import models
-from veneer.kernels import THREADS, attention
+from veneer.kernels import attention
+from veneer.kernels.compiled import THREADS
 
 few = st.integers(1, 4)
 

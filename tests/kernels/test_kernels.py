@@ -11,15 +11,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.compiled import needs_loop
 from tests.support.toys import error
 
-from veneer.kernels import THREADS, cost_model, dropout, fused
+from veneer.kernels import compiled, cost_model, dropout, fused
+from veneer.kernels.compiled import MIN_TOKENS, THREADS, has_numba
 
-thin_matmul = pytest.importorskip("veneer.kernels.compiled.thin_matmul", reason="numba is not there")
-alone = pytest.importorskip("veneer.kernels.compiled.single_adapter_bf16", reason="numba is not there")
+if has_numba():
+    from veneer.kernels.compiled import single_adapter_bf16 as alone
+    from veneer.kernels.compiled import thin_matmul
 
+needs_thin, needs_single = needs_loop("thin_matmul"), needs_loop("single_adapter_bf16")
+#: tokens from which on the loop for a single adapter takes the processor's own products
+MANY = 64
 #: whether thin products in float32 are compiled loops, however few tokens there are
-WAYS = pytest.mark.parametrize("loops", [True, False], ids=["loops", "library"])
+WAYS = pytest.mark.parametrize("loops", [pytest.param(True, marks=needs_thin), False], ids=["loops", "library"])
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 sizes = st.integers(1, 9)
 
@@ -70,15 +76,16 @@ def gradients(outputs, weights, tensors):
 @contextmanager
 def way(least):
     """Yields the compiled loops that were called, from that many tokens on."""
-    before, called = fused.LOOPED, []
-    fused.LOOPED = least
-    found = {name: getattr(thin_matmul, name) for name in ("down", "up", "down_grown", "up_grown")}
+    before, called = compiled.MIN_TOKENS, []
+    compiled.MIN_TOKENS = least
+    names = ("down", "up", "down_grown", "up_grown") if has_numba() else ()
+    found = {name: getattr(thin_matmul, name) for name in names}
     for name, loop in found.items():
         setattr(thin_matmul, name, lambda *given, name=name, loop=loop: (called.append(name), loop(*given))[1])
     try:
         yield called
     finally:
-        fused.LOOPED = before
+        compiled.MIN_TOKENS = before
         for name, loop in found.items():
             setattr(thin_matmul, name, loop)
 
@@ -220,6 +227,7 @@ def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
         fused.linears(fused.Settings((1.0,), form=True), x, [W], [b], [A], [B])
 
 
+@needs_thin
 @pytest.mark.parametrize("tokens", [1, 4, 63, 130])
 @pytest.mark.parametrize("rank", [1, 3, 8, 17])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.6])
@@ -248,11 +256,12 @@ def test_the_loops_equal_float64(tokens, rank, p):
     assert torch.equal(x, before)
 
 
+@needs_thin
 @pytest.mark.parametrize(("threads", "loops"), [(1, True), (THREADS + 1, False)])
 def test_a_step_of_many_tokens_is_loops_on_few_threads(threads, loops, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    tensors = trained(make(12, [9, 5], [4, 2], [fused.LOOPED], torch.float32))
-    with way(fused.LOOPED) as called:
+    tensors = trained(make(12, [9, 5], [4, 2], [MIN_TOKENS], torch.float32))
+    with way(MIN_TOKENS) as called:
         outputs = run(tensors, [1.0, 2.0])
         gradients(outputs, [torch.randn(y.shape) for y in outputs], tensors)
     assert sorted(set(called)) == (["down", "down_grown", "up", "up_grown"] if loops else [])
@@ -266,12 +275,14 @@ def test_loops_make_factors_worth_their_while():
     assert one > 2 * other
 
 
+@needs_single
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("threads", [1, THREADS + 1])
 @pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize("tokens", [0, 1, fused.FEW, alone.MANY - 1, alone.MANY])
+@pytest.mark.parametrize("tokens", [0, 1, fused.FEW, MANY - 1, MANY])
 def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypatch):
     """By compiled loops, or torch's products: as near to float64 as those of the graph."""
+    assert alone.MANY == MANY
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(fused, "has_tiles", lambda: tiles)
     x, W, b, A, B = make(40, [24], [5], [3, tokens // 3] if tokens % 3 == 0 else [tokens], torch.bfloat16, bias)
@@ -280,14 +291,15 @@ def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypat
     A, B = A.float()[None], 1e-3 * B.float()[None]
     found, graph = fused.unrecorded(0.5, x, W, b, A, B), fused.linear(0.5, x, W, b, A, B)
     (exact,) = expected([x, W, b, A[0], B[0]], [0.5])
-    assert bool(calls) is (threads == 1 and (0 < tokens < alone.MANY or (tokens > 0 and alone.bf16_dot.able())))
+    assert bool(calls) is (threads == 1 and (0 < tokens < MANY or (tokens > 0 and alone.bf16_dot.able())))
     assert found.shape == exact.shape
     assert not tokens or error(found, exact) < 1.5 * error(graph, exact) < 1e-2
 
 
+@needs_single
 @settings(max_examples=100, deadline=None)
 @given(
-    tokens=st.integers(1, 2 * alone.MANY), in_=st.integers(1, 70), out=st.integers(1, 70), rank=st.integers(1, 17),
+    tokens=st.integers(1, 2 * MANY), in_=st.integers(1, 70), out=st.integers(1, 70), rank=st.integers(1, 17),
     factors=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 1 << 30), dots=st.booleans(),
 )  # fmt: skip
 def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, factors, seed, dots):
@@ -298,7 +310,7 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
         if not dots:
             patch.setattr(alone.bf16_dot, "able", lambda: False)
         able = alone.able(x, A, B)
-        assert able is (tokens < alone.MANY or alone.bf16_dot.able())
+        assert able is (tokens < MANY or alone.bf16_dot.able())
         if able:
             found, wide = alone.change(x, A, B, 0.5), [one.double() for one in (x, A, B)]
             exact, terms = (0.5 * one @ two.mT @ three.mT for one, two, three in (wide, [one.abs() for one in wide]))
@@ -308,6 +320,7 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
     assert not alone.able(x, A, B.half())
 
 
+@needs_thin
 @pytest.mark.parametrize(("dtype", "loaded"), [("float32", "True"), ("bfloat16", "False"), ("float64", "False")])
 def test_a_step_loads_numba_only_where_it_has_loops(dtype, loaded):
     """It takes half a second and 100 MiB."""

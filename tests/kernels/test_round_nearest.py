@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.compiled import needs_loop
 from tests.support.rounding import exact, made, same_bits, ties
 
 from veneer.kernels import rounding
@@ -17,8 +18,10 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="numba is not installed")
 from veneer.kernels.compiled import round_nearest
+
+pytestmark = needs_loop("round_nearest")
 
 
 @contextmanager

@@ -5,7 +5,7 @@
                ─ buckets        one for each size of rank: lanes, and which adapter has which
 
 ``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and bfloat16 on a
-processor, and of prompts on few threads, as it has one. Where numba is missing, on other devices and in other dtypes it
+processor, and of prompts on few threads, as it has one. Where it is turned off, on other devices and in other dtypes it
 is ``batched``, plain tensor code, for which each layer has A [lanes, r, in] and B [lanes, r, out] of each bucket. An
 adapter that is used takes a lane, the same one in every layer, and keeps it until another needs it. So who uses the
 same adapters again finds them laid out, and one that comes copies its own factors alone. A layer that an adapter leaves
@@ -29,8 +29,9 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.select_rows import Parts
 from veneer.attach.state import BASE, ActiveAdapter, LayerState
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
-from veneer.kernels import THREADS, batched, fused, has_numba
+from veneer.kernels import batched, fused
 from veneer.kernels.batched import Grouping
+from veneer.kernels.compiled import THREADS, mixed_rows_loop, row_groups
 
 #: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
 SMALLEST = 8
@@ -85,22 +86,13 @@ class Block:
         self.A[lane, rank:] = self.B[lane, rank:] = 0  # whoever had this lane before; 0 · NaN would be NaN
 
 
-def compiled(weight: Tensor, factors: torch.dtype) -> Any:
-    """``mixed_rows`` where it is for such a weight, else None."""
-    if not has_numba() or weight.device.type != "cpu":
-        return None
-    from veneer.kernels.compiled import mixed_rows
-
-    return mixed_rows if weight.dtype in mixed_rows.DTYPES and factors in mixed_rows.DTYPES else None
-
-
 def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Compile what calls of the model will need, so that none of them waits for it: seconds, once on a machine."""
     for weight in {weight.dtype: weight for weight in model.parameters()}.values():
         factors = weight.dtype if dtype is None else dtype
-        loop = compiled(weight, factors)
+        loop = mixed_rows_loop(weight, factors)
         if loop is not None:
-            loop.change(torch.empty(0, 1, dtype=weight.dtype), 1, loop.rows([([0], [])]), loop.table([]), factors)
+            loop.change(torch.empty(0, 1, dtype=weight.dtype), 1, row_groups([([0], [])]), loop.table([]), factors)
 
 
 class Layer:
@@ -115,7 +107,7 @@ class Layer:
         self.time_first = batch_state.frame.time_first
         self.blocks: dict[int, Block] = {}
         self.factors = resolved_low.A.dtype
-        self.compiled = compiled(own, self.factors)
+        self.compiled = mixed_rows_loop(own, self.factors)
 
     def room(self, bucket: RankBucket) -> None:
         """Zeros for all lanes of a bucket, where the kernel wants them."""
@@ -230,13 +222,11 @@ class BatchAssignment:
 
     @cached_property
     def together(self) -> Any:
-        """The rows as ``mixed_rows`` has them."""
-        from veneer.kernels.compiled import mixed_rows
-
-        return mixed_rows.rows([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
+        """The rows as the compiled loop has them."""
+        return row_groups([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
 
     def table_of(self, layer: Layer) -> Any:
-        """Where the factors of a layer are that is for ``mixed_rows``; they stay there as long as this."""
+        """Where the factors of a layer are that the compiled loop changes; they stay there as long as this."""
         parts = [resident.parts.get(layer.key) for uses in self.distinct for resident, _ in uses]
         self.tables[layer.key] = layer.compiled.table([None if one is None else (one.A, one.B) for one in parts])
         return self.tables[layer.key]

@@ -3,23 +3,8 @@
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 
 import torch
-
-#: torch's threads up to which a compiled loop, which runs on one, is ahead of torch's thin products on all of them
-THREADS = 3
-
-
-@functools.cache
-def has_numba() -> bool:
-    """Whether loops can be compiled (the extra ``fast``)."""
-    return find_spec("numba") is not None
-
-
-def loops_pay() -> bool:
-    """Whether compiled loops are ahead of torch's thin products of many tokens, in the dtypes that they know."""
-    return has_numba() and torch.get_num_threads() <= THREADS
 
 
 @functools.cache

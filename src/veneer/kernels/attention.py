@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from veneer.kernels import THREADS, has_tiles
+from veneer.kernels import has_tiles
+from veneer.kernels.compiled import THREADS
 
 _C: Any = torch._C
 _of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]

@@ -9,8 +9,8 @@
 The cost model counts multiply-adds and numbers moved, and takes one moved number of an activation for as dear as
 ``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does little arithmetic on each number that
 it reads, so its cost is that of reading, and a weight, unlike what the layer before has just written, is in no cache.
-Compiled loops (``thin_matmul``) do a thin product's arithmetic in ``LOOPED`` of a library's time, and read a number for
-``LOOPED_MOVED``.
+Compiled loops (``compiled/thin_matmul.py``) do a thin product's arithmetic in ``LOOPED`` of a library's time, and read
+a number for ``LOOPED_MOVED``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.kernels import loops_pay
+from veneer.kernels.compiled import thin_products_pay
 
 FACTORED = "factored"
 MATERIALISED = "materialised"
@@ -34,7 +34,7 @@ LOOPED, LOOPED_MOVED = 0.6, 3.3
 
 def looped(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the thin products of many tokens are compiled loops, on as many threads as torch has now."""
-    return dtype is torch.float32 and device.type == "cpu" and loops_pay()
+    return dtype is torch.float32 and device.type == "cpu" and thin_products_pay()
 
 
 def choose(*, gain_fits: bool, forced: str | None) -> str:

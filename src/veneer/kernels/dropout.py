@@ -6,7 +6,7 @@ Kingman 1993, "Poisson Processes", section 5.1). That is exactly the distributio
 about p · count random numbers instead of count, and the seed is all that backward has to know.
 
 The numbers of a matrix are drawn a few rows at a time, each such group with a Poisson number of its own, so that a loop
-over rows (``thin_matmul.py``) meets the draws in its order.
+over rows (``compiled/thin_matmul.py``) meets the draws in its order.
 """
 
 from __future__ import annotations

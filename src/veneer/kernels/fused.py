@@ -10,18 +10,17 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
 - ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient of x too. That
   costs no pass of its own, and 16-bit outputs are rounded once, with the change in them: added to an output that has
   been rounded already, a change below half a step of its grid would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
-- saved are x, once for all layers, or what it was made of if that is kept anyway (``kept.py``), and h if it is small;
+- saved are x, once for all layers, or what it was made of if that is saved anyway (``saved_inputs.py``), and h if it is
+  small;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
 The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code,
-which knows no device, but for the thin products of many float32 tokens on a processor: compiled loops do them in half
-the time (``thin_matmul.py``), where numba is installed and torch has few threads.
+which knows no device. ``kernels.compiled`` is asked first for the thin products of many float32 tokens, for bfloat16
+rows without a graph, and for what to save of x.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -30,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import dropout, has_tiles, loops_pay, reference
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
+from veneer.kernels import compiled, dropout, has_tiles, reference
+from veneer.kernels.compiled import SavedInput, again, kept
 from veneer.kernels.dropout import Dropped
 
 _C: Any = torch._C
@@ -59,8 +58,6 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: tokens up to which float32 is the faster dtype of a thin product
 FEW = 32
-#: tokens from which on float32 thin products are compiled loops, on a processor
-LOOPED = 64
 #: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
 CACHE = 3 << 18
 
@@ -133,9 +130,9 @@ def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
     """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32 the other way round
     may take a processor's library five times as long; in 16 bits it is this way which takes longer, so there the result
     lies transposed."""
-    loops = _loops(x)
-    if loops is not None:
-        return loops.down(narrow.contiguous(), x, dropped)
+    found = compiled.thin_down(narrow, x, dropped)
+    if found is not None:
+        return found
     if dropped is not None:
         x = dropout.without(x, dropped.entries())
     if x.dtype.itemsize < 4:
@@ -172,10 +169,11 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
-    loops = _loops(None, h)
-    if loops is not None:
-        return loops.up(h, up.mT.contiguous(), bias).addmm_(tokens, weight.mT)
-    return added(h.mT @ up.mT, tokens, weight, bias)
+    B = up.mT
+    part = compiled.thin_up(h, B, bias)
+    if part is not None:
+        return part.addmm_(tokens, weight.mT)
+    return added(h.mT @ B, tokens, weight, bias)
 
 
 def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -279,19 +277,17 @@ linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors form B A x in
-    float32, where products so small cost less, and compiled loops take these and many bfloat16 tokens where they can
-    (``alone``)."""
+    float32, where products so small cost less, and a compiled loop takes these and many bfloat16 tokens where it
+    can."""
     dtype = x.dtype
     if dtype.itemsize >= 4:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
-    few, loop = tokens.shape[0] <= FEW and A.dtype is torch.float32, _alone(tokens, down, up)
-    if loop is not None:
-        part = loop.change(tokens, down, up, scale)
-    elif few:
+    part = compiled.single_adapter_change(tokens, down, up, scale)
+    if part is None and tokens.shape[0] <= FEW and A.dtype is torch.float32:
         part = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
-    else:
+    if part is None:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     lone = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
     if lone and x.is_cpu and weight.stride(1) == 1 and has_tiles():
@@ -355,9 +351,9 @@ def _gradients(ctx, *gradients):
 def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
     tokens that is still in the processor's cache."""
-    loops = _loops(dy, h)
-    if loops is not None:
-        return loops.down_grown(narrow.contiguous(), dy, h)
+    both = compiled.thin_down_and_gradient(narrow, dy, h)
+    if both is not None:
+        return both
     chunk = _chunk(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), h @ dy
@@ -388,39 +384,15 @@ def _back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None
     for what is not needed."""
-    loops = _loops(x, U) if need_x and need_A else None
-    if loops is not None:
-        return loops.up_grown(U, joined.contiguous(), x, dropped)
+    both = compiled.thin_up_and_gradient(U, joined, x, dropped) if need_x and need_A else None
+    if both is not None:
+        return both
     part = U.mT @ joined if need_x else None
     if dropped is not None:
         entries = dropped.entries()
         x = dropout.without(x, entries) if need_A else x
         part = None if part is None else part.view(-1).index_fill_(0, entries, 0).view(x.shape)
     return part, U @ x if need_A else None
-
-
-def _loops(x: Tensor | None, h: Tensor | None = None) -> Any:
-    """``thin_matmul`` where it takes less time than a library's products with x [T, n] and h [r, T], else None."""
-    like: Any = h if x is None else x
-    if like.dtype is not torch.float32 or like.shape[x is None] < LOOPED or not loops_pay():
-        return None  # without loading numba
-    thin_matmul = _compiled("thin_matmul")
-    return thin_matmul if thin_matmul.able(x, h) else None
-
-
-def _alone(x: Tensor, A: Tensor, B: Tensor) -> Any:
-    """``kernels.compiled.single_adapter_bf16`` where it takes less time than a library's products with bfloat16 x [T,
-    n], else None."""
-    if x.dtype is not torch.bfloat16 or not x.shape[0] or not loops_pay():
-        return None
-    alone = _compiled("single_adapter_bf16")
-    return alone if alone.able(x, A, B) else None
-
-
-@functools.cache
-def _compiled(name: str) -> Any:
-    """A module of compiled loops, loaded when it is first of use: an import in each call takes as long as one token."""
-    return importlib.import_module(f"veneer.kernels.compiled.{name}")
 
 
 def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:

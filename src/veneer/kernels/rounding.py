@@ -14,7 +14,7 @@ overflow and cancellation without a case of its own.
 The second term: r products and their sums, in any order, and the roundings of scale · B and of A to float32. An end of
 the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
 
-**In one loop** over the numbers where numba is installed and a weight is large (``kernels.streaming``), else **in
+**In one loop** over the numbers where numba is installed and a weight is large (``round_nearest.py``), else **in
 tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
 float64 on whole tensors (eight times the weight in temporaries, and many times the time); comparing the low bits of v
 with those of a tie, one pass less (v's own last bit says nothing about its error after a cancellation).
@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import ConfigError, sentence
-from veneer.kernels import has_numba
+from veneer.kernels.compiled import rounding_loop
 from veneer.kernels.error_feedback import directions, faithful
 from veneer.kernels.reference import round_once
 from veneer.kernels.threads import spread, threads_for
@@ -129,7 +129,7 @@ def fold(
         inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
         out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
             that lies in memory as ``weight`` does.
-        compiled: whether numba may be used (``kernels.streaming``): the same bits sooner, and 100 MiB for its code.
+        compiled: whether numba may be used (``round_nearest.py``): the same bits sooner, and 100 MiB for its code.
 
     Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
     device, about as much as a 16-bit weight takes. On a device without float64 (MPS) the processor does it. The bits of
@@ -329,12 +329,8 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
 
 
 def _loop(old: Tensor, new: Tensor) -> Any:
-    """``kernels.streaming``, if numba is there and it is for these; else None. What one may do, both may."""
-    if old.numel() < WORTH or not has_numba():
-        return None
-    from veneer.kernels.compiled import round_nearest
-
-    return round_nearest if round_nearest.able(old, new) else None
+    """The compiled loop where it is for these, else None. What one may do, both may."""
+    return None if old.numel() < WORTH else rounding_loop(old, new)
 
 
 def _largest(shape: torch.Size) -> int:

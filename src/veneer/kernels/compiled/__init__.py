@@ -1,1 +1,140 @@
-"""kernels/compiled."""
+"""Everything that is compiled or edits what autograd saved, behind functions of tensors. All of it can be turned off.
+
+    VENEER_COMPILED=0                          none of it: plain torch throughout
+    VENEER_COMPILED=mixed_rows,bf16_dot        these alone
+    VENEER_COMPILED=1                          all of it, as without the variable
+
+The variable is read once, when veneer is imported (``switch.py``). Each function below returns None where its loop is
+turned off, numba is missing (the extra ``fast``) or the tensors are not ones it is for; the caller then does the same
+with torch. Only ``rounding_loop`` gives the same bits as torch; the others round as any product of matrices may.
+
+Name                   What is computed, and what the loop gains over torch (one thread, rank 8)
+thin_matmul            float32 products with A and B of 64 tokens or more: about half the time of torch's products
+single_adapter_bf16    x ΔWᵀ of bfloat16 rows without a graph: one call in place of five
+mixed_rows             x ΔWᵀ of rows that use different adapters: one call a layer in place of ten
+bf16_dot               the same two by the processor's products of bfloat16 pairs: a quarter of the instructions
+round_nearest          W + ΔW rounded to bfloat16: 0.7 ns a number in place of 5 to 9
+saved_inputs           no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
+                       keeps is made again in backward, for a percent of the layers' time
+
+numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop. Loops run on one
+thread: with more than ``THREADS`` of torch's, its own thin products are ahead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
+from veneer.kernels.compiled.switch import has_numba, on
+from veneer.kernels.dropout import Dropped
+
+__all__ = [
+    "THREADS",
+    "SavedInput",
+    "again",
+    "has_numba",
+    "kept",
+    "mixed_rows_loop",
+    "on",
+    "rounding_loop",
+    "row_groups",
+    "single_adapter_change",
+    "thin_down",
+    "thin_down_and_gradient",
+    "thin_products_pay",
+    "thin_up",
+    "thin_up_and_gradient",
+]
+
+#: torch's threads up to which a loop, which runs on one, is ahead of torch's thin products on all of them
+THREADS = 3
+#: tokens from which on float32 thin products are loops
+MIN_TOKENS = 64
+
+
+def thin_products_pay() -> bool:
+    """Whether loops are ahead of torch's thin products of many float32 tokens on a processor, on as many threads as
+    torch has now."""
+    return on("thin_matmul") and torch.get_num_threads() <= THREADS
+
+
+def thin_down(A: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor | None:
+    """A [R, n] times xᵀ, with x [T, n] without what is dropped: [R, T]."""
+    loops = _thin(x, None)
+    return None if loops is None else loops.down(A.contiguous(), x, dropped)
+
+
+def thin_up(h: Tensor, B: Tensor, bias: Tensor | None) -> Tensor | None:
+    """hᵀ B + bias [T, n] of h [r, T], B [r, n] and bias [n]."""
+    loops = _thin(None, h)
+    return None if loops is None else loops.up(h, B.contiguous(), bias)
+
+
+def thin_down_and_gradient(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T], in one pass over dy."""
+    loops = _thin(dy, h)
+    return None if loops is None else loops.down_grown(B.contiguous(), dy, h)
+
+
+def thin_up_and_gradient(
+    u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped, in one pass."""
+    loops = _thin(x, u)
+    return None if loops is None else loops.up_grown(u, A.contiguous(), x, dropped)
+
+
+def single_adapter_change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
+    """scale · x Aᵀ Bᵀ [T, out] in bfloat16, of x [T, in], A [r, in] and B [out, r]. No gradient."""
+    if x.dtype is not torch.bfloat16 or not x.shape[0] or not on("single_adapter_bf16"):
+        return None
+    if torch.get_num_threads() > THREADS:
+        return None
+    loop = _module("single_adapter_bf16")
+    return loop.change(x, A, B, scale) if loop.able(x, A, B) else None
+
+
+def mixed_rows_loop(weight: Tensor, factors: torch.dtype) -> Any:
+    """The functions ``table`` and ``change`` of ``mixed_rows``, for a layer with this weight and adapters of dtype
+    ``factors``. A table of a layer's adapters is made once for all calls that use them."""
+    if weight.device.type != "cpu" or not on("mixed_rows"):
+        return None
+    loop = _module("mixed_rows")
+    return loop if weight.dtype in loop.DTYPES and factors in loop.DTYPES else None
+
+
+def row_groups(groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Any:
+    """What ``change`` of a ``mixed_rows_loop`` takes as rows: for each group its rows and the weights of the adapters
+    that they use."""
+    return _module("mixed_rows").rows(groups)
+
+
+def rounding_loop(old: Tensor, new: Tensor) -> Any:
+    """The functions ``padded`` and ``rounded`` of ``round_nearest``, for rounding ``old`` with a change into ``new``,
+    both [g, out, in]."""
+    if not on("round_nearest"):
+        return None
+    loop = _module("round_nearest")
+    return loop if loop.able(old, new) else None
+
+
+def _thin(x: Tensor | None, h: Tensor | None) -> Any:
+    """``thin_matmul`` where it takes less time than torch's products with x [T, n] and h [r, T]."""
+    like: Any = h if x is None else x
+    if like.dtype is not torch.float32 or like.shape[x is None] < MIN_TOKENS or not thin_products_pay():
+        return None
+    loops = _module("thin_matmul")
+    return loops if loops.able(x, h) else None
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    """A file of this folder that loads numba. Cached, as an import statement in each call takes as long as a token."""
+    return importlib.import_module(f"veneer.kernels.compiled.{name}")

@@ -1,4 +1,4 @@
-"""``mixed`` for bfloat16 throughout, by the processor's own products of pairs of bfloat16 numbers (AVX512-BF16).
+"""``mixed_rows`` for bfloat16 throughout, by the processor's own products of pairs of bfloat16 numbers (AVX512-BF16).
 
 One instruction multiplies 32 pairs of numbers and adds them to 16 sums in float32. So A meets x as both lie; B meets h
 two rows at a time, h rounded to bfloat16 as any 16-bit product takes it; and y is rounded once, by an instruction of
@@ -24,6 +24,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from veneer.kernels.compiled.numba_ops import at, compiled, narrow, wide
+from veneer.kernels.compiled.switch import on
 from veneer.kernels.compiled.thin_blocks import BLOCK, take
 
 #: columns that one instruction takes of A and x, and makes of y
@@ -31,8 +32,13 @@ PAIRED, MADE = 32, 16
 _LIKE = np.empty(0, np.uint16)
 
 
-@functools.cache
 def able() -> bool:
+    """Whether these products are turned on, and this processor and LLVM have them."""
+    return on("bf16_dot") and _supported()
+
+
+@functools.cache
+def _supported() -> bool:
     """Whether this processor has the instructions, and LLVM takes their operands as bfloat16 (since 16)."""
     features = binding.get_host_cpu_features()
     there = features.get("avx512bf16") and features.get("avx512f")

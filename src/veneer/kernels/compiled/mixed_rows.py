@@ -11,7 +11,7 @@ beside the base's product in a decoding step that counts (``benchmarks/mixed.py`
 processor multiplies it itself, ``bf16_dot`` takes the place of the loop here. Rejected: numba's own threads, beside
 those of torch.
 
-Importing this module loads numba, as ``kernels.compiled`` says.
+Importing this module loads numba: half a second and 100 MiB.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false

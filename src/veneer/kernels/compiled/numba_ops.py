@@ -1,6 +1,6 @@
 """What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free order, addresses.
 
-Importing this module loads numba (half a second, 100 MiB): only where ``kernels.has_numba()`` and it is worth it.
+Importing this module loads numba (half a second, 100 MiB): ``kernels.compiled`` does it when a loop is first used.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false

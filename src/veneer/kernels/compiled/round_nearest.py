@@ -15,7 +15,7 @@ Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from t
 15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
 0.7. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
 
-Importing this module loads numba (half a second, 100 MiB); only ``rounding`` does, for weights that are worth it.
+Importing this module loads numba: half a second and 100 MiB, for large weights only (``rounding.WORTH``).
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false

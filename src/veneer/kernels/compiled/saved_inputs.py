@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.kernels.compiled.switch import on
+
 _C: Any = torch._C
 
 #: numbers in x above which it is worth a look
@@ -61,7 +63,7 @@ class SavedInput(NamedTuple):
 def kept(x: Tensor) -> SavedInput:
     """What to keep of an x that is read by a function with a graph."""
     node: Any = x.grad_fn
-    if node is None or x.numel() <= MANY or node.name() != "MulBackward0" or _hooked():
+    if node is None or x.numel() <= MANY or not on("saved_inputs") or node.name() != "MulBackward0" or _hooked():
         return SavedInput(x)
     try:
         found = _factors(node, x)

@@ -4,7 +4,7 @@
 
 One compiled call takes the place of the five of torch, each longer than the arithmetic of a few tokens. These are
 computed in float32; many take the processor's own products of bfloat16 numbers (``bf16_dot``), for which the factors
-are rounded to bfloat16 first. Importing this module loads numba, as ``kernels.compiled`` says.
+are rounded to bfloat16 first. Importing this module loads numba: half a second and 100 MiB.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false

@@ -1,4 +1,4 @@
-"""The thin products of a training step over a frozen layer, float32 on a processor, by ``blocks``.
+"""The thin products of a training step over a frozen layer, float32 on a processor, by ``thin_blocks``.
 
     forward     h = A x        part = hᵀ B + bias, onto which x Wᵀ comes   A: [R, in]   x: [T, in]   h: [R, T]
     backward    u = B dyᵀ      dB = h dy       in one pass over dy         B: [r, out]   dy: [T, out]

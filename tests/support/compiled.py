@@ -1,0 +1,15 @@
+"""Tests of compiled loops, and which of them can run here."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.kernels.compiled import has_numba, on
+from veneer.kernels.compiled.switch import LOOPS, VARIABLE
+
+
+def needs_loop(name: str) -> pytest.MarkDecorator:
+    """For a test about one of the loops itself."""
+    missing = name in LOOPS and not has_numba()
+    reason = "numba is not installed" if missing else f"{VARIABLE} turns {name} off"
+    return pytest.mark.skipif(not on(name), reason=reason)
