@@ -15,6 +15,7 @@ DEMO_ENV := GOMP_SPINCOUNT=20000 $(KEEP)
 help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
 	@echo "make test       the test suite           make test-slow   the slower checks too"
+	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
@@ -47,6 +48,11 @@ demo: $(VENV)/.demo
 TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
 	$(TESTS) -m "not slow"
+
+# without any compiled loop or edit of what autograd saved: plain torch computes all of it
+.PHONY: test-plain
+test-plain: setup
+	VENEER_COMPILED=0 $(TESTS) -m "not slow"
 
 # The browser in which the page is tested: Debian's own, where we are root. Elsewhere those tests are skipped and say why.
 chromium:

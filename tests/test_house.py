@@ -93,6 +93,32 @@ def test_the_command_line_starts_without_the_libraries_of_its_commands():
     assert python(code).strip() == "[]"
 
 
+def test_names_that_are_imported_late_are_the_ones_that_type_checkers_see():
+    """Rooms of few programs are imported when a name of theirs is first used."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    shown = {
+        (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert {(name, module) for name, module in shown if module != "veneer"} == set(veneer._LAZY.items())
+    assert {name for name, module in shown if module == "veneer"} <= set(veneer._LAZY_MODULES)
+    assert set(veneer.__all__) <= set(dir(veneer))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = veneer.nothing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_import_veneer_loads_what_attaching_needs_and_later_the_rest():
+    code = """
+import sys, veneer
+late = ["veneer.adapter_files", "veneer.bank", "veneer.models", "veneer.tools"]
+print([name for name in late if name in sys.modules])
+from veneer import *
+from veneer import optim
+print(veneer.Bank is Bank, callable(compose), veneer.optim is optim, veneer.models.load_base.__name__, callable(attach))
+"""
+    assert python(code).split("\n")[:2] == ["[]", "True True True load_base True"]
+
+
 def test_public_names():
     assert set(veneer.__all__) >= {
         "attach", "detach", "use", "merge", "unmerge", "save", "load", "check", "LoraConfig", "Handle", "VeneerError",

@@ -10,9 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapter_files.save_load import install_from
-from veneer.adapter_files.save_load import save as save_adapter
-from veneer.adapter_files.save_pretrained import cover
 from veneer.attach.change import Change
 from veneer.attach.data_init import Loss, gather
 from veneer.attach.fresh_weights import fresh, warn_fresh
@@ -25,6 +22,12 @@ from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
 from veneer.attach.targets import Names
 from veneer.config import LoraConfig
+
+
+def _cover(model: nn.Module) -> None:
+    from veneer.adapter_files.save_pretrained import cover  # files take as long to import as the rest: not before use
+
+    cover(model)
 
 
 def attach(
@@ -63,7 +66,7 @@ def attach(
     plans = plan(model, LoraConfig() if config is None else config, name)
     calibration = gather(model, plans, batches=batches, loss=loss, original=original)
     install(model, name, plans, calibration=calibration)
-    cover(model)
+    _cover(model)
     names = Names(model)
     in_full = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
     lost = [ref for key, ref in fresh(names).items() if key not in in_full]
@@ -91,8 +94,10 @@ def load(
         BaseMismatchError: a tensor of the base is another than that it was trained on.
     """
     model, name = unwrap(model), name if name is not None else "default"
+    from veneer.adapter_files.save_load import install_from
+
     install_from(model, path, name, trainable=trainable, verify_base=verify_base)
-    cover(model)
+    _cover(model)
     return Handle(model, name)
 
 
@@ -165,7 +170,9 @@ class Handle:
         alone: bool = False,
     ) -> Path:
         """Write the adapter as a folder. In several processes every rank must call this: see ``veneer.save``."""
-        return save_adapter(
+        from veneer.adapter_files.save_load import save
+
+        return save(
             self.model, path, name=self.name, base_name=base_name, provenance=provenance, overwrite=overwrite,
             alone=alone,
         )  # fmt: skip
