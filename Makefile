@@ -15,6 +15,7 @@ DEMO_ENV := GOMP_SPINCOUNT=20000 $(KEEP)
 help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
 	@echo "make test       the test suite           make test-slow   the slower checks too"
+	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
@@ -48,6 +49,18 @@ demo: $(VENV)/.demo
 TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
 	$(TESTS) -m "not slow"
+
+# What needs torch, pytest and hypothesis alone, in an environment that has nothing else. Tests that need more are skipped.
+CORE := .venv-core
+CORE_TESTS := tests/layers tests/variants tests/kernels tests/fileio tests/formats tests/test_lowrank.py \
+  tests/test_optim.py tests/attach/test_attach.py
+$(CORE)/.core: pyproject.toml
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --editable . pytest pytest-timeout hypothesis
+	@touch $@
+.PHONY: test-core
+test-core: $(CORE)/.core
+	$(PASSIVE) OMP_NUM_THREADS=1 $(CORE)/bin/python -m pytest -m "not slow" -rs $(CORE_TESTS)
 
 # without any compiled loop or edit of what autograd saved: plain torch computes all of it
 .PHONY: test-plain

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support import extras
 from tests.support.compiled import needs_loop
 from tests.support.tiny import write_tiny
 from tests.support.toys import register_toys
@@ -19,6 +20,27 @@ from tests.support.toys import register_toys
 from veneer.kernels.compiled import switch
 
 register_toys()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file whose imports need an extra that is missing is skipped."""
+    report = yield
+    why = extras.reason(report.longrepr) if report.failed else None
+    if why is not None:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {why}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """So is a test that imports one as it runs."""
+    report = yield
+    error = None if call.excinfo is None else call.excinfo.value
+    why = extras.reason(error) if isinstance(error, ModuleNotFoundError) else None
+    if why is not None:
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1], f"Skipped: {why}")
+    return report
 
 
 @pytest.fixture(autouse=True)
