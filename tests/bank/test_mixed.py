@@ -17,9 +17,9 @@ from tests.support.toys import error
 
 import veneer
 import veneer.bank.batch_state
+from veneer.kernels.compiled import mixed_rows as mixed
 from veneer.kernels.compiled import switch
 
-mixed = pytest.importorskip("veneer.kernels.compiled.mixed_rows", reason="numba is not installed")
 pytestmark = needs_loop("mixed_rows")
 
 needs_dots = pytest.mark.skipif(not mixed.bf16_dot.able(), reason="the processor has no AVX512-BF16")

@@ -14,12 +14,10 @@ from tests.support.compiled import needs_loop
 from tests.support.rounding import exact, made, same_bits, ties
 
 from veneer.kernels import rounding
+from veneer.kernels.compiled import round_nearest
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
-
-pytest.importorskip("numba", reason="numba is not installed")
-from veneer.kernels.compiled import round_nearest
 
 pytestmark = needs_loop("round_nearest")
 
