@@ -257,6 +257,10 @@ def agrees(theirs, path, model, *args):
         {"target_modules": TARGETS, "use_dora": True},
         {"target_modules": ["q", "c1"], "modules_to_save": ["head"]},
         {"target_modules": r".*(emb|q)", "rank_pattern": {"emb": 4}, "alpha_pattern": {"q": 7}},
+        {
+            "target_modules": r"^(?!.*c\d).*(?<!h)(?:emb|q)(?=$|\.).*",
+            "rank_pattern": {r"(?!q).mb": 4},
+        },  # ms-swift's form
         {"target_modules": ["q", "emb"], "rank_pattern": {"emb": 4}, "alpha_pattern": {"q": 7}, "use_rslora": True},
         {"target_modules": ["c1", "q"], "bias": "all", "modules_to_save": ["head"]},
         {"target_modules": ["q"], "bias": "lora_only"},

@@ -498,7 +498,8 @@ def test_an_expression_that_never_ends_ends(tmp_path, field, pattern):
         try:
             veneer.load(long(), path)
         except AdapterError as error:
-            assert "no tensors for" in str(error) or field == "target_modules"  # noqa: PT017
+            said = "no tensors for", "longer than any that people use", "of 4,096 at most"
+            assert any(words in str(error) for words in said) or field == "target_modules"  # noqa: PT017
 
 
 def long():
@@ -512,14 +513,12 @@ def long():
     ("pattern", "words"),
     [
         ("(q", "no regular expression"),
-        (r"(?=q)q", "assert"),
-        (r"(q)\1", "groupref"),
-        ("(?i)Q", "flags"),
-        ("(q{1000}){1000}", "states"),
-        ("(" * 2000 + ")" * 2000, "no regular expression|nested too deeply"),
+        ("(q{1000}){1000}", "repeats too often"),
+        ("(" * 2000 + ")" * 2000, "no regular expression|not supported"),
         ("(q|w)" * 1000, "of 4,096 at most"),
         ("((((){999}){999}){999}){999}", "repeats too often"),
         ("(){60000}", "repeats too often"),
+        ("q{e}", "a brace that is not escaped"),
     ],
 )
 def test_an_expression_that_cannot_be_used_is_refused(tmp_path, pattern, words):

@@ -289,8 +289,7 @@ def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str):
             tests.append((field, partial(patterns.whole, config[field])))
-    for pattern in _layers_patterns(config):
-        tests.append(("layers_pattern", partial(patterns.whole, rf"(.*\.)?{pattern}")))
+    tests.append(("layers_pattern", partial(patterns.containers, _layers_patterns(config))))
     for field, test in tests:
         try:
             test()
@@ -299,9 +298,9 @@ def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
             yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)
 
 
-def _layers_patterns(config: Mapping[str, Any]) -> list[str]:
+def _layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
     listed = config.get("layers_pattern") or [r"[^.]+"]
-    return [listed] if isinstance(listed, str) else listed
+    return (listed,) if isinstance(listed, str) else tuple(listed)
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
@@ -315,16 +314,18 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
     if layers is None:
         return chosen
-    above = [patterns.whole(rf"(.*\.)?{pattern}") for pattern in _layers_patterns(config)]
+    above = patterns.containers(_layers_patterns(config))
     return {path for path in chosen if _layer_of(path, above) in layers}
 
 
-def _layer_of(path: str, above: Iterable[patterns.Pattern | patterns.Words]) -> int | None:
+def _layer_of(path: str, above: patterns.Expressions) -> int | None:
     """The first index in a path that stands behind what the first pattern of ``above`` which matches at all means, and
     in front of something."""
     parts = path.split(".")
     places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n and part.isdecimal()]
-    return next((index for pattern in above for index, front in places if pattern.matches(front)), None)
+    hits = ((pattern, place) for place, (_, front) in enumerate(places) for pattern in above.matching(front))
+    first = min(hits, default=None)
+    return places[first[1]][0] if first is not None else None
 
 
 def _named(names: str | Iterable[str], path: str) -> bool:
