@@ -281,15 +281,16 @@ def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
 
 CHILD = """
 import sys, time
-import veneer.shards as shards
-shards.STEP = 1 << 14
-before = shards._Run._store
+import veneer.tools.merge_checkpoint as merging
+from veneer.tools.merge_checkpoint import pipeline
+pipeline.STEP = 1 << 14
+before = pipeline._Writer.store
 def slowly(self, *arguments):
     before(self, *arguments)
     time.sleep(0.03)
-shards._Run._store = slowly
+pipeline._Writer.store = slowly
 print("begun", flush=True)
-shards.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])
+merging.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])
 print("done", flush=True)
 """
 
@@ -341,12 +342,12 @@ def test_a_journal_of_another_merge_is_not_gone_on_from(tmp_path, monkeypatch):
     one = trained(model, tmp_path / "a")
     two = trained(model, tmp_path / "b")
     merge_checkpoint(base, [two], tmp_path / "expected")
-    import veneer.tools.merge_checkpoint as shards
+    import veneer.tools.merge_checkpoint as merging
 
     def interrupted(*arguments, **options):
         """A merge that ends when all tensors are on the disk, and the journal says so."""
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(shards, "_beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(merging, "_aux_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             merge_checkpoint(*arguments, **options)
 
     interrupted(base, [two], tmp_path / "same")
@@ -358,18 +359,40 @@ def test_a_journal_of_another_merge_is_not_gone_on_from(tmp_path, monkeypatch):
     equal(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
 
 
-def test_two_processes_do_not_write_one_result(tmp_path):
-    import fcntl
-
+@pytest.mark.parametrize("fcntl", [True, False])
+def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
+    """Also on a system without fcntl."""
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
-    (tmp_path / ".out.merging").mkdir()
-    held = os.open(tmp_path / ".out.merging", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(MergeError, match="another process"):
-        merge_checkpoint(base, [adapter], tmp_path / "out")
-    os.close(held)
-    merge_checkpoint(base, [adapter], tmp_path / "out")
+    without = "" if fcntl else "import sys; sys.modules['fcntl'] = None"
+    holder = f"""
+        {without}
+        from pathlib import Path
+        from veneer.tools.merge_checkpoint.journal import working_folder
+        with working_folder(Path({str(tmp_path / "out")!r}), "another"):
+            print("held", flush=True)
+            input()
+    """
+    merges = f"""
+        {without}
+        from veneer.errors import MergeError
+        from veneer.tools.merge_checkpoint import merge_checkpoint
+        try:
+            merge_checkpoint({str(base)!r}, [{str(adapter)!r}], {str(tmp_path / "out")!r})
+        except MergeError as error:
+            print(error)
+    """
+    command = [sys.executable, "-W", "ignore", "-c"]
+    held = subprocess.Popen(
+        [*command, textwrap.dedent(holder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert held.stdout.readline() == "held\n"
+    second = [*command, textwrap.dedent(merges)]
+    assert "another process" in subprocess.run(second, capture_output=True, text=True, check=True).stdout
+    held.communicate("\n")
+    assert subprocess.run(second, capture_output=True, text=True, check=True).stdout == ""
+    equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
+    nothing_left(tmp_path, "base", "adapter", "out", "memory")
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -404,8 +427,8 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
     adapter = trained(model, tmp_path / "adapter", targets="all-linear", rank=4)
     del model
     code = f"""
-        import veneer.shards as shards
-        done = shards.merge_checkpoint({str(base)!r}, [{str(adapter)!r}], {str(tmp_path / "out")!r})
+        from veneer.tools.merge_checkpoint import merge_checkpoint
+        done = merge_checkpoint({str(base)!r}, [{str(adapter)!r}], {str(tmp_path / "out")!r})
         import sys
         print("numba" in sys.modules)
         print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -10,7 +10,6 @@ for as long as the system likes, and what is promised here is a bound.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,28 +70,22 @@ class Checkpoint:
             KeyError: no such tensor.
             CheckpointError: the file became shorter since its header was read.
         """
+        shape, size, start = self.shape(name), self.bytes(name), self.start(name)
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            row = size // shape[0] if shape[0] else 0
+            shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
+        flat = torch.empty(size, dtype=torch.uint8, device="cpu")
+        view, done = memoryview(flat.numpy().data), 0
         with (self.folder / self.where[name]).open("rb", buffering=0) as stream:
-            return read_tensor(stream.fileno(), self, name, rows)
-
-
-def read_tensor(
-    descriptor: int, checkpoint: Checkpoint, name: str, rows: slice | None = None, into: Tensor | None = None
-) -> Tensor:
-    """``Checkpoint.read`` from a file that is open already; ``into`` is the memory for it, as bytes."""
-    shape, size, start = checkpoint.shape(name), checkpoint.bytes(name), checkpoint.start(name)
-    if rows is not None:
-        first, last, _ = rows.indices(shape[0])
-        row = size // shape[0] if shape[0] else 0
-        shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
-    flat = torch.empty(size, dtype=torch.uint8) if into is None else into
-    view, done = memoryview(flat.numpy().data), 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + (1 << 27)]], start + done)
-        if not count:
-            found = f"{checkpoint.where[name]}, which ended within {name!r}"
-            raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
-        done += count
-    return flat.view(checkpoint.dtype(name)).reshape(shape)
+            stream.seek(start)
+            while done < size:
+                count = stream.readinto(view[done : done + (1 << 27)])
+                if not count:
+                    found = f"{self.where[name]}, which ended within {name!r}"
+                    raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
+                done += count
+        return flat.view(self.dtype(name)).reshape(shape)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -26,7 +26,7 @@ from veneer.models.safetensors_dir import Checkpoint
 
 def linear_stub_model(checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFiles]) -> nn.Module | None:
     """A model without weights, for ``merge_plan.recipe_for``; None where only the real one will do. It is right for
-    tensors that have the fingerprints in the artefacts' records, which is for the caller to see."""
+    tensors that have the fingerprints in the adapters' records, which is for the caller to see."""
     config = checkpoint.folder / "config.json"
     try:
         vocabularies = set(_sizes(json.loads(config.read_text())))

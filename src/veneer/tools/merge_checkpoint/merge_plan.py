@@ -1,16 +1,15 @@
 """What a merge does to each tensor of a checkpoint, found from names and shapes alone; and doing it to one tensor.
 
-    recipe_for(folder, adapters)  ->  MergePlan: tensor name -> the works on it: (place in the model, changes with
-    weights)
-    apply(work, tensor)       ->  the merged part of the tensor, rounded once, and what rounding did to the change
+    recipe_for(folder, adapters)  ->  MergePlan: the edits of each tensor (place in the model, weighted changes)
+    apply(work, tensor)           ->  the merged part of the tensor, rounded once, and what rounding did to the change
 
-The model is built hollow (``models.meta_model``) and the adapters are loaded onto it, by the code that loads them onto
-a
-real one: so whatever a live merge refuses is refused here, and nothing about layers, ties or variants is written twice.
+The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by the code that loads
+them onto a real one: so whatever a live merge refuses is refused here, and nothing about layers, ties or variants is
+written twice.
 
 transformers, which knows the names, is 140 MB of code and more. A merge that promises a bound for its memory does
 without: adapters of ours say enough of linear layers (``linear_stub_model``), and for all else a child process makes
-the recipe and hands it over.
+the plan and hands it over.
 """
 
 from __future__ import annotations
@@ -293,7 +292,6 @@ def apply(
     dtype: torch.dtype,
     rounding: str,
     compiled: bool,
-    lent: list[Tensor],
 ) -> Folded:
     """The merged part of a tensor: what ``veneer.merge`` writes into a live model, bit for bit.
 
@@ -301,25 +299,14 @@ def apply(
         weight: the part of the tensor that ``work`` is about; not changed.
         rounding: as ``veneer.merge`` takes it.
         compiled: False leaves numba alone.
-        lent: at most one buffer of bytes, large enough for the result. It is taken out, and the result lies there
-            unless the layer cannot have it so.
     """
     shape = _part(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
     low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    out, buffer = None, lent.pop() if lent else None
-    if buffer is not None and dense.is_contiguous() and lies_in(held, dense):
-        out = lead.layer.unfold(buffer[: dense.numel() * dtype.itemsize].view(dtype).view(shape), dims)
-    buffer = None
-    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled)
+    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, compiled=compiled)
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
-
-
-def lies_in(one: Tensor, other: Tensor) -> bool:
-    """Whether a tensor is a view of the memory of another one, or of what that is a view of."""
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, Tensor | None]:

@@ -1,0 +1,216 @@
+"""A merge as it was asked for, and what it makes of one tensor.
+
+    MergeJob       the base's files, what the adapters change (``merge_plan``), dtype, rounding
+    computed(job, name, tensor)  ->  the tensor of the result, and what the merge did to it
+
+Each weight is what ``veneer.merge`` would write into the live model, bit for bit: both call ``kernels.rounding.fold``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapter_files.folder import content_hash, read
+from veneer.attach.merge import LayerMerge
+from veneer.errors import MergeError, listing, sentence
+from veneer.fileio.hashing import fingerprint_of, hash_json
+from veneer.fileio.untrusted import Header
+from veneer.kernels.reference import round_once
+from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
+from veneer.models.safetensors_dir import DTYPES, NAMES, Checkpoint, in_order, open_checkpoint
+from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
+from veneer.tools.merge_checkpoint.merge_plan import (
+    Adapter,
+    MergePlan,
+    TensorEdit,
+    apply,
+    mismatched,
+    recipe_for,
+    refuse,
+    replaced,
+)
+
+#: bytes that numba takes, with what it needs to compile
+NUMBA = 240 * 2**20
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """Everything that a merge will do, before it begins."""
+
+    checkpoint: Checkpoint
+    merge_plan: MergePlan
+    adapters: tuple[Adapter, ...]
+    dtype: torch.dtype | None
+    rounding: str
+    verify_base: bool
+    #: how a parameter that several tensors hold is rounded, found when the first of them is there
+    decided: dict[str, str] = field(default_factory=dict)
+
+    def target(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the result."""
+        own = self.checkpoint.dtype(name)
+        return self.dtype if self.dtype is not None and own in FLOATS else own
+
+    def copied(self, name: str) -> bool:
+        return name not in self.merge_plan.works and self.target(name) == self.checkpoint.dtype(name)
+
+    def written(self, name: str) -> int:
+        """Bytes of a tensor in the result."""
+        own = self.checkpoint.bytes(name)
+        return own // self.checkpoint.dtype(name).itemsize * self.target(name).itemsize
+
+    def both(self, name: str) -> int:
+        """Bytes of a tensor as it was and as it will be."""
+        return self.checkpoint.bytes(name) + self.written(name)
+
+    def room(self) -> tuple[int, bool]:
+        """Bytes for what is between reading and writing, and whether that leaves enough for numba: twice the largest
+        tensor is promised, and the largest is often one that no adapter changes."""
+        limit = max(map(self.both, self.checkpoint.where), default=0)
+        needed = max((self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0)
+        compiled = limit - NUMBA >= needed
+        return (limit - NUMBA if compiled else limit), compiled
+
+    def identity(self) -> str:
+        """What must be the same for a run to go on where another one stopped."""
+        files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.files}
+        said = [(content_hash(path), weight) for path, weight in self.adapters]
+        sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
+        # what was written without comparing the base must not count as compared
+        how = str(self.dtype), self.rounding, self.verify_base
+        return hash_json([version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how])
+
+    def layout(self, file: str) -> tuple[bytes, dict[str, int], int]:
+        """(the bytes before the first tensor, where each tensor begins, the size) of a file of the result."""
+        header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
+        if all(self.target(name) == self.checkpoint.dtype(name) for name in names):
+            with (self.checkpoint.folder / file).open("rb") as stream:
+                head = stream.read(header.data_start)
+            starts = {name: header.data_start + header.tensors[name].start for name in names}
+            return head, starts, header.data_start + max((e.stop for e in header.tensors.values()), default=0)
+        return _layout(header, {name: self.target(name) for name in names})
+
+    def last_of_each(self) -> dict[str, list[str]]:
+        """The parameters whose fingerprint can be told once a tensor is read, by its name."""
+        if not self.verify_base:
+            return {}
+        order = {name: number for number, name in enumerate(self.checkpoint.where)}
+        last: dict[str, list[str]] = {}
+        for path, (tensors, *_) in self.merge_plan.fingerprints.items():
+            last.setdefault(max(tensors, key=order.__getitem__), []).append(path)
+        return last
+
+    def compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
+        """Refuse parameters that are not those of the adapters' base; ``loaded`` are tensors that are there already.
+
+        Raises:
+            BaseMismatchError: names them.
+        """
+        found = [mismatched(self.merge_plan, path, self._fingerprint(path, loaded)) for path in paths]
+        refuse([one for one in found if one], self.checkpoint.folder)
+
+    def _fingerprint(self, path: str, loaded: Mapping[str, Tensor]) -> str:
+        plan = self.merge_plan
+        tensors, shape, _ = plan.fingerprints[path]
+        within = {name: next(own.place.within for own in plan.works[name] if own.path == path) for name in tensors}
+        parts = ((loaded[name] if name in loaded else self.checkpoint.read(name))[within[name]] for name in tensors)
+        return fingerprint_of(shape, parts)
+
+
+def planned(
+    base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any, by_prints: bool = True
+) -> MergeJob:
+    """Check what was asked for and find what it does to each tensor, as ``merge_checkpoint`` takes it. ``by_prints``
+    allows to find the tensors by the fingerprints that the adapters say, if they are compared."""
+    if not adapters:
+        raise MergeError(sentence("no adapter", "one or several", "name them"))
+    known_rounding(rounding)
+    if dtype is not None and dtype not in FLOATS:
+        raise MergeError(
+            sentence(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
+        )
+    given = [
+        Adapter(Path(one)) if isinstance(one, str | Path) else Adapter(Path(one[0]), float(one[1])) for one in adapters
+    ]
+    folder = Path(base).expanduser()
+    checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
+    saved_adapters = [read(path) for path, _ in given]
+    drawn = linear_stub_model(checkpoint, saved_adapters) if model is None and verify_base and by_prints else None
+    merge_plan = recipe_for(folder, given, model if drawn is None else drawn)
+    merge_plan = replace(merge_plan, by_prints=drawn is not None)
+    return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base)
+
+
+def computed(job: MergeJob, name: str, tensor: Tensor, compiled: bool) -> tuple[Tensor, list[LayerMerge]]:
+    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba."""
+    dtype, layers = job.target(name), []
+    result = None
+    for work in job.merge_plan.works.get(name, ()):
+        part = tensor[work.place.within]
+        if work.changes:
+            folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled)
+            value = folded.weight
+            layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
+            finite = folded.finite
+        else:
+            value = replaced(work, part, dtype)
+            finite = not value.is_floating_point() or bool(value.isfinite().all())
+        if not finite:
+            found = f"{name}: W + ΔW is not finite in {dtype}"
+            raise MergeError(sentence(found, "finite weights", "check the adapter, or choose a wider dtype"))
+        if not work.place.within:
+            result = value
+        else:
+            result = _cast(name, tensor, dtype).clone() if result is None else result
+            result[work.place.within] = value
+    return _cast(name, tensor, dtype) if result is None else result, layers
+
+
+def _rounding(job: MergeJob, work: TensorEdit, dtype: torch.dtype, compiled: bool) -> str:
+    """How to round a part of a parameter: as all of it, of which "auto" decides at once."""
+    tensors = job.merge_plan.parts.get(work.path)
+    if tensors is None or job.rounding != "auto" or dtype not in HALF:
+        return job.rounding
+    if work.path not in job.decided:
+        whole = Sums(0.0, 0.0, 0.0, 0.0)
+        for name in tensors:
+            own = next(other for other in job.merge_plan.works[name] if other.path == work.path)
+            part = job.checkpoint.read(name)[own.place.within]
+            whole += apply(own, part, dtype, "nearest", compiled).sums
+        job.decided[work.path] = "faithful" if wanting(whole) else "nearest"
+    return job.decided[work.path]
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
+    if bool((tensor.isfinite() & ~result.isfinite()).any()):
+        found = f"{name}: numbers beyond the range of {dtype}"
+        raise MergeError(sentence(found, "a dtype that holds them", "choose bfloat16 or float32"))
+    return result
+
+
+def _layout(header: Header, dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, dict[str, int], int]:
+    """As ``MergeJob.layout``, for a file whose tensors change their size."""
+    said: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+    stop = 0
+    for name, dtype in dtypes.items():
+        entry, start = header.tensors[name], stop
+        stop += (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * dtype.itemsize
+        said[name] = {"dtype": NAMES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    starts = {name: len(head) + said[name]["data_offsets"][0] for name in dtypes}
+    return head, starts, len(head) + stop
