@@ -104,7 +104,7 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
     atomic._exchange = counted(atomic._exchange)
-    folder.save_file = counted(folder.save_file)
+    veneer.adapter_files.folder.save_file = counted(veneer.adapter_files.folder.save_file)
     OPERATIONS[operation](folder, number)
 
 

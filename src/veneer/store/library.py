@@ -3,7 +3,7 @@
     index.json              {"format": 1, "names": {name: {object, tags, added, size, base, variant, rank}}}
     index.copy.json         the same once more, for the day on which the first is damaged
     objects/<hash>/         an adapter folder, named by the hash of its files; never written to again
-    lock                    whoever changes anything holds it (flock)
+    lock                    whoever changes anything holds it (filelock)
 
 A name is a line in the index, an object is content: the same adapter under two names is stored once. A change is: take
 the lock, read the index, put a whole object in place, replace the index by a rename. So a crash, at any moment, leaves
@@ -18,8 +18,11 @@ An object that no name refers to is deleted by ``gc`` after a grace period, coun
 went (the folder's own time of change, which ``remove`` sets). So a path from ``get`` is good for that long whatever
 others do, and files that are open then stay readable, as POSIX has it.
 
-It needs flock and atomic renames: Linux, macOS, the BSDs, not Windows. On NFS both work where the mount has locking
-(not with ``nolock``), and readers on other machines may see a change some seconds late.
+It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows. On NFS they and locks work where the mount has
+locking (not with ``nolock``), and readers on other machines may see a change some seconds late.
+
+Rejected: SQLite for the index. It is no less code, as names must still be recovered from the folders when it is
+damaged; a reader would need a lock, and a folder that it may write to; and nobody could read it without a tool.
 """
 
 from __future__ import annotations
@@ -252,19 +255,15 @@ class Library:
             raise LibraryError(
                 sentence(f"no library in {self.folder}", "a folder with adapters", "check the path, or add one")
             )
-        try:
-            import fcntl
-        except ImportError as error:
+        import filelock  # here, as it takes a tenth of a second
+
+        if issubclass(filelock.FileLock, filelock.SoftFileLock):  # a killed writer would leave it locked
             raise LibraryError(
                 sentence("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
-            ) from error
+            )
         (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:  # not left to the closing: a process that was forked meanwhile holds the file open too
-                fcntl.flock(stream, fcntl.LOCK_UN)
+        with filelock.FileLock(self.folder / LOCK):
+            yield
 
     @contextmanager
     def _change(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
