@@ -257,12 +257,14 @@ class Library:
             )
         import filelock  # here, as it takes a tenth of a second
 
-        if issubclass(filelock.FileLock, filelock.SoftFileLock):  # a killed writer would leave it locked
+        lock = filelock.FileLock(self.folder / LOCK)
+        soft: type = filelock.SoftFileLock  # a type checker is told that every lock is one
+        if isinstance(lock, soft):  # a killed writer would leave it locked
             raise LibraryError(
                 sentence("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
             )
         (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self.folder / LOCK):
+        with lock:
             yield
 
     @contextmanager
