@@ -127,14 +127,14 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
     def rule(model, names):  # as transformers' own rules of conversion would say it
         return swapped(map_checkpoint_names(model, swapped(dict.fromkeys(names))))
 
-    monkeypatch.setattr(merge_plan.models, "places", rule)
+    monkeypatch.setattr(merge_plan.models, "map_checkpoint_names", rule)
     monkeypatch.setattr(
         merge_plan.subprocess, "run", lambda *given, **how: pytest.fail("the process of its own has other rules")
     )
     whole = tiny(tmp_path / "again")[0]
     real = merge_plan.recipe_for
     monkeypatch.setattr(
-        veneer.tools.merge_checkpoint,
+        veneer.tools.merge_checkpoint.job,
         "recipe_for",
         lambda folder, given, drawn: real(folder, given, whole if drawn is None else drawn),
     )
