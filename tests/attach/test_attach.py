@@ -1136,8 +1136,8 @@ def test_a_tie_and_views_that_do_not_overlap_are_no_shared_memory():
     flat_buffer, whole = torch.randn(200), torch.randn(6, 8)
     for layer, start in (("q", 0), ("v", 24)):
         model.rest[layer].weight = nn.Parameter(flat_buffer[start : start + 24].view(6, 4))
-    model.side, model.aux_files = nn.Linear(4, 6), nn.Linear(4, 6)  # columns of one matrix: woven, but apart
-    model.side.weight, model.aux_files.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    model.side, model.beside = nn.Linear(4, 6), nn.Linear(4, 6)  # columns of one matrix: woven, but apart
+    model.side.weight, model.beside.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
     model.far = nn.Linear(4, 6, device="meta")
     model.farther = nn.Linear(4, 6, device="meta")
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["head", "q", "v", "side", "beside"]))

@@ -106,10 +106,25 @@ def test_a_change_is_measured_without_float64_on_the_device(narrow):
     assert low.core().device == low.svd().U.device == torch.device("cpu")
 
 
-def test_sampling_needs_no_float64_of_the_device(narrow):
-    from veneer.serve.sampling import _inverse
+def test_sampling_needs_no_float64_of_the_device():
+    from veneer.serve import sampling
+    from veneer.serve.requests import Sampling
 
-    assert len(_inverse(torch.zeros(2, 5, device=META), [0.1, 0.9])) == 2
+    seen = []
+
+    class Narrow(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.extend(one.dtype for one in torch.utils._pytree.tree_leaves(out) if isinstance(one, torch.Tensor))
+            return out
+
+    settings = [Sampling(4, temperature=1.0, top_p=0.5, seed=1), Sampling(4, temperature=1.0, top_k=3, seed=2)]
+    rows = [sampling.Sampler(one) for one in settings]
+    with Narrow():
+        tokens = sampling.sample(torch.randn(2, 50), rows)
+    assert len(tokens) == 2
+    assert torch.float32 in seen
+    assert torch.float64 not in seen
 
 
 def test_a_packed_weight_on_such_a_device_is_refused(monkeypatch):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from veneer import models
 from veneer.kernels import attention
 from veneer.kernels.compiled import THREADS
+from veneer.models.attention import PRODUCTS
 
 few = st.integers(1, 4)
 
@@ -301,13 +302,13 @@ def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypat
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_base_on_a_cpu_takes_them(base, precision):
     loaded = models.load_base(base, precision=precision, device="cpu")
-    assert loaded.model.config._attn_implementation == models.PRODUCTS
+    assert loaded.model.config._attn_implementation == PRODUCTS
     assert models.load_base(base, attention="sdpa").model.config._attn_implementation == "sdpa"
-    assert models.load_base(base, attention="products").model.config._attn_implementation == models.PRODUCTS
+    assert models.load_base(base, attention="products").model.config._attn_implementation == PRODUCTS
     assert models.load_base(base, attention="eager").model.config._attn_implementation == "eager"
 
 
 def test_a_saved_model_does_not_ask_for_them(base, tmp_path):
     loaded = models.load_base(base, precision="bf16", device="cpu")
     models.save_plain(loaded.model, loaded.tokenizer, tmp_path / "plain")
-    assert models.PRODUCTS not in (tmp_path / "plain" / "config.json").read_text()
+    assert PRODUCTS not in (tmp_path / "plain" / "config.json").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright import sync_api
 from tests.support.api_server import FakeEngine, adapter_at, fake_service, listening
-from tests.support.browser import answer, browser, column, ended, load, send  # noqa: F401 - a fixture is used by its name
+from tests.support.browser import answer, column, ended, load, send
 
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
@@ -17,7 +17,7 @@ KEYS = Keyring(
 
 
 @pytest.fixture
-def show(browser, tmp_path):  # noqa: F811
+def show(browser, tmp_path):
     """Opens the page; no script may fail on the way."""
     opened, wrong = [], []
 

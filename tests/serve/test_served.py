@@ -142,7 +142,7 @@ def test_a_schema_is_followed(it):
     }  # fmt: skip
     for name in ("tiny", "wide"):
         answer = it.client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=60, seed=1,
+            model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=170, seed=1,
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
         )  # fmt: skip
         found = json.loads(answer.choices[0].message.content)

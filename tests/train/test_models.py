@@ -83,6 +83,6 @@ def test_a_gguf_file_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     ids = [AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), first.tokenizer]
     assert ids[0]("Hello there")["input_ids"] == ids[1]("Hello there")["input_ids"]
-    monkeypatch.setattr(models, "_read_gguf", lambda file: pytest.fail("converted again"))
+    monkeypatch.setattr("veneer.models.gguf._read_gguf", lambda file: pytest.fail("converted again"))
     models.load_base(file, device="cpu")
     shutil.rmtree(tmp_path / "veneer")

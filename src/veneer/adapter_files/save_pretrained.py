@@ -37,8 +37,8 @@ from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import save
 from veneer.attach.adapted_module import layer_states, own_class, walk
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.method_overrides import original, put, stands
-from veneer.attach.state import STATE, LayerState
+from veneer.attach.method_overrides import put, stands, without_adapters
+from veneer.attach.state import STATE
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
@@ -94,35 +94,15 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the module's own method, by name. The first one is the folder in every library."""
-    method = getattr(plain(module), SAVE)
+    method = getattr(without_adapters(module), SAVE)
     bound = inspect.signature(method).bind(*args, **kwargs).arguments
     rest = next((p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD), "")
     return {**{name: value for name, value in bound.items() if name != rest}, **bound.get(rest, {})}
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """A view of a module as it would be without adapters: its own class, no layer states, the same parameters."""
-    seen = object.__new__(own_class(module))
-    seen.__dict__.update(module.__dict__)
-    for name in [name for name in module.__dict__ if stands(module, name)]:
-        before = original(seen.__dict__.pop(name), seen)
-        seen.__dict__.update({} if before is None else {name: before})
-    seen.__dict__["_modules"] = {
-        name: plain(child) if isinstance(child, nn.Module) and _differs(child) else child
-        for name, child in module._modules.items()
-        if not isinstance(child, LayerState)
-    }
-    return seen
-
-
-def _differs(module: nn.Module) -> bool:
-    """Whether a module holds anything of ours, at any depth."""
-    return any(STATE in below._modules or stands(below, SAVE) for _, below in walk(module))
-
-
 def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
     """The module as it would be without adapters."""
-    folder, seen = Path(next(iter(options.values()))), plain(module)
+    folder, seen = Path(next(iter(options.values()))), without_adapters(module)
     if (folder / peft.CONFIG).exists():
         found = f"{folder}, which holds an adapter, for weights into which one is merged"
         expected = "a folder of its own: from_pretrained would load both, and change the weights twice"

@@ -2,6 +2,7 @@
 
     put(module, "save_pretrained", function)     module.save_pretrained(…) is function(module, …)
     take_back(model)                             the objects are as they were
+    without_adapters(model)                      a view of the model as it would be without any of this
 
 What stands there is an attribute of the object, found before the method of its class. Rejected: a subclass, as for
 adapted layers. The forward of every model that has the method would then be ours too, and FSDP2 puts classes of its
@@ -16,6 +17,9 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from veneer.attach.adapted_module import own_class, walk
+from veneer.attach.state import STATE, LayerState
 
 
 class Instead:
@@ -57,3 +61,27 @@ def original(value: Any, module: nn.Module) -> Any:
 def stands(module: nn.Module, name: str) -> bool:
     """Whether something stands in the place of this method."""
     return isinstance(module.__dict__.get(name), Instead)
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """A view of a module as it would be without adapters: its own class, no layer states, the same parameters."""
+    seen = object.__new__(own_class(module))
+    seen.__dict__.update(module.__dict__)
+    for name in [name for name in module.__dict__ if stands(module, name)]:
+        before = original(seen.__dict__.pop(name), seen)
+        seen.__dict__.update({} if before is None else {name: before})
+    seen.__dict__["_modules"] = {
+        name: without_adapters(child) if isinstance(child, nn.Module) and _differs(child) else child
+        for name, child in module._modules.items()
+        if not isinstance(child, LayerState)
+    }
+    return seen
+
+
+def _differs(module: nn.Module) -> bool:
+    """Whether a module holds anything of ours, at any depth."""
+    return any(STATE in below._modules or any(map(_is_ours, below.__dict__.values())) for _, below in walk(module))
+
+
+def _is_ours(value: object) -> bool:
+    return isinstance(value, Instead)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from veneer.attach.method_overrides import without_adapters
 from veneer.attach.source_analysis import compares_attention
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
@@ -172,9 +173,7 @@ def save_plain(
     left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false.
     """
     path = Path(path).expanduser()
-    if state_dict is None:
-        state_dict = {name: value for name, value in model.state_dict().items() if ".veneer." not in f".{name}"}
     with new_folder(path, overwrite=overwrite) as folder, quiet():
-        model.save_pretrained(folder, state_dict=state_dict)
+        without_adapters(model).save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
     return path

@@ -80,7 +80,7 @@ def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple
 
 
 def _needs_base(at: str, why: str) -> str:
-    return sentence(f"a change of {at!r}, {why}", "the base with it", "give the base")
+    return sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base")
 
 
 @dataclass(frozen=True)
