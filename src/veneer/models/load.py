@@ -174,6 +174,7 @@ def save_plain(
     """
     path = Path(path).expanduser()
     with new_folder(path, overwrite=overwrite) as folder, quiet():
-        without_adapters(model).save_pretrained(folder, state_dict=state_dict)
+        plain: Any = without_adapters(model)
+        plain.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
     return path
