@@ -67,7 +67,7 @@ FILES = (*CORE, model_card.NAME)
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WHOLES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -324,8 +324,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file and its metadata, once its header was found to be true."""
     header = read_header(file)
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
+        with safe_open(file, framework="pt") as file_:
+            return {key: file_.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
     except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
         found = f"{file} cannot be read ({error})"
         raise AdapterError(
@@ -335,7 +335,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
     """What is wrong with numbers by themselves: their type, what is not finite, what is absurdly large."""
-    types = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *WHOLES)}
+    types = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *WHOLE_NUMBERS)}
     if types:
         found = f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in {listing(types)}"
         yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")

@@ -32,10 +32,10 @@ def gives_way() -> bool:
 
 def throttled(items: Iterable[Item]) -> Iterable[Item]:
     """``items``; with pauses between them in a thread that gives way."""
-    return _paced(items) if gives_way() else items
+    return _throttled(items) if gives_way() else items
 
 
-def _paced(items: Iterable[Item]) -> Iterator[Item]:
+def _throttled(items: Iterable[Item]) -> Iterator[Item]:
     for item in items:
         if time.thread_time() - _THREAD.since > SLICE:
             if _THREAD.busy():

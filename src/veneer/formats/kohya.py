@@ -65,8 +65,8 @@ PREFIXES = {
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
-_BESIDE = {"alpha", "dora_scale"}
-_KNOWN = _LORA | _HADA | _LOKR | _BESIDE | {"lora_mid.weight"}
+_SCALARS = {"alpha", "dora_scale"}
+_KNOWN = _LORA | _HADA | _LOKR | _SCALARS | {"lora_mid.weight"}
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: block names of the models as first published, under which kohya trains SDXL and Flux
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")

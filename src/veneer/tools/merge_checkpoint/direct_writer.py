@@ -32,7 +32,7 @@ class DirectWriter:
             with path.open("rb") as file:
                 file.seek(self._first)
                 self._buffer[: self._filled] = file.read(self._filled)
-        self.descriptor = self._opened(DIRECT)
+        self.descriptor = self._open(DIRECT)
 
     def write(self, data: memoryview | bytes) -> None:
         data = memoryview(data)
@@ -72,13 +72,13 @@ class DirectWriter:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 os.close(self.descriptor)  # the file system wants other blocks, or part of one was written
-                self.descriptor = self._opened(0)
+                self.descriptor = self._open(0)
 
-    def _opened(self, direct: int) -> int:
+    def _open(self, direct: int) -> int:
         self._direct = direct
         try:
             return os.open(self._path, os.O_RDWR | getattr(os, "O_BINARY", 0) | direct)
         except OSError as error:
             if error.errno != errno.EINVAL or not direct:
                 raise
-            return self._opened(0)
+            return self._open(0)

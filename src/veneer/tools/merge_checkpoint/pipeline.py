@@ -140,7 +140,7 @@ class _Writer:
         """Write the next tensor; None copies it from the base."""
         file, size = self.job.checkpoint.where[name], self.job.checkpoint.bytes(name)
         if file != self._file or self._target is None:
-            self._target = self._opened(file, name)
+            self._target = self._open(file, name)
         if result is None:
             self._copy(self._target, name)
         else:
@@ -157,7 +157,7 @@ class _Writer:
         if self.run.progress is not None:
             self.run.progress(self._passed, self._total, name)
 
-    def _opened(self, file: str, name: str) -> DirectWriter:
+    def _open(self, file: str, name: str) -> DirectWriter:
         head, starts, _ = self.job.layout(file)
         self._file, done = file, self.run.done.get(file, 0)
         target = DirectWriter(self.run.folder / file, starts[name] if done else 0)  # what is behind was not flushed
