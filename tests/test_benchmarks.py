@@ -332,7 +332,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     assert bench_page.readme() == ""
     monkeypatch.setattr(bench_page, "RESULTS", recorded)
     page, readme = bench_page.page(), bench_page.readme()
-    steps = {f"train_step_{more}" for more in ("others", "tuned", "grid")}
+    steps = {f"train_step_{more}" for more in ("small", "others", "tuned", "grid")}
     elsewhere = {*steps, "attach", "serve", "serve_cold", "serve_vanish"}
     shown = bench_page.PROGRAMS.keys() - elsewhere
     for name in shown:

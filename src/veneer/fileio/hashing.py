@@ -7,7 +7,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ def fingerprints(weights: Iterable[Callable[[], Tensor]], threads: int | None = 
     with ThreadPoolExecutor(threads, thread_name_prefix="veneer-hash") as pool:
         for weight in weights:
             waiting.append(pool.submit(fingerprint, weight()))
-            if len(waiting) > threads:
+            # a large weight at the head keeps nobody from hashing what comes after it
+            while len(pending := [future for future in waiting if not future.done()]) > threads:
+                wait(pending, return_when=FIRST_COMPLETED)
+            while waiting and waiting[0].done():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
