@@ -3,7 +3,8 @@
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three, the others take theirs
 
 Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight: what a call needs is known when they are
-attached. ``readers.alike`` finds the layers that may be computed together in the code of the module above them.
+attached. ``source_analysis.same_input`` finds the layers that may be computed together in the code
+of the module above them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and values.
 
 The out-projection is a linear layer below it, a target of its own, whose weight this module reads directly: that is
-found and seen to like every direct read (``readers.py``). ``bias_k`` and ``bias_v`` are biases.
+found and seen to like every direct read (``attach/weight_readers.py``). ``bias_k`` and ``bias_v`` are biases.
 
 ``in_proj_weight[:E]`` makes the queries: ``LoraConfig(slices=…)`` changes those rows alone.
 """

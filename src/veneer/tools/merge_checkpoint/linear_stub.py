@@ -1,6 +1,6 @@
 """The part of a model that adapters change, from what they and the checkpoint say, without the model's code.
 
-    skeleton(checkpoint, artefacts)  ->  a module that has the adapted linear layers, at their paths; or None
+    linear_stub_model(checkpoint, saved_adapters)  ->  a module with the adapted linear layers at their paths, or None
 
 An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint. Where the
 checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing was renamed, turned or joined
