@@ -6,6 +6,7 @@ import copy
 import json
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
 from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import Names
-from veneer.errors import BaseMismatchError
+from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
 
+#: folders as earlier versions wrote them
+WRITTEN_BEFORE = Path(__file__).parent / "written_before"
 #: with hundreds of tensors, each a load
 LARGE = {"unet2d-condition", "mobilenet-v3-small", "whisper", "efficientnet-b0"}
 every_model = pytest.mark.parametrize(
@@ -233,6 +236,54 @@ def test_a_folder_of_the_previous_format_proves_adapted_layers_only(tmp_path):
         veneer.load(other, path)
 
 
+def numbered() -> nn.Module:
+    """The base of the folders in written_before/."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            weight.copy_(torch.arange(weight.numel()).reshape(weight.shape) / 8 + number)
+    return model
+
+
+@pytest.mark.parametrize(("folder", "proven"), [("adapted_layers", 1), ("sha256", 6)])
+def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, proven, tmp_path):
+    """`adapted_layers` is of a Veneer that recorded nothing of the rest, `sha256` of one that had no BLAKE3."""
+    path, model = WRITTEN_BEFORE / folder, numbered()
+    handle = veneer.load(model, path)
+    torch.testing.assert_close(model(torch.ones(1, 4)), torch.tensor([[45.6168, 49.3722]]))
+    report = verify(path, numbered())
+    assert report.ok
+    assert f"{proven} of {proven} tensors proven" in str(report)
+    other = numbered()
+    with torch.no_grad():
+        other[0].weight[1, 1] += 1
+    with pytest.raises(BaseMismatchError):
+        veneer.load(other, path)
+    assert not verify(path, other).ok
+    handle.save(tmp_path / "again")
+    assert all(one.startswith("b3:") for one in hashing.prints_in(record(tmp_path / "again")).values())
+    assert veneer.compare(path, tmp_path / "again").base == "unknown"
+    with pytest.raises(AdapterError, match=f"SHA-256 fingerprints in .*{folder}.*save those of an earlier"):
+        veneer.compose([path, tmp_path / "again"], tmp_path / "no")
+    veneer.compose([path, path], tmp_path / "sum")
+
+
+def test_folders_of_both_hashes_stand_in_one_bank(hashed, tmp_path):
+    veneer.load(numbered(), WRITTEN_BEFORE / "sha256").save(tmp_path / "new")
+    bank = veneer.Bank(numbered())
+    hashed.clear()
+    for name, path in {"old": WRITTEN_BEFORE / "sha256", "new": tmp_path / "new"}.items():
+        bank.add(path, name=name)
+        bank.add(path, name=f"{name} again")
+    assert len(hashed) == 2 * 6, "once for each hash"
+    model = bank.model
+    with torch.no_grad():
+        model[2].weight[0, 0] += 1
+    for path in (WRITTEN_BEFORE / "sha256", tmp_path / "new"):
+        with pytest.raises(BaseMismatchError):
+            veneer.Bank(model).add(path)
+
+
 def test_verify_says_how_much_is_proven(tmp_path):
     path = saved(net(), tmp_path / "a")
     assert "7 of 7 tensors proven" in str(verify(path, net()))
@@ -271,7 +322,9 @@ def hashed(monkeypatch) -> list[int]:
     base_proof.forget()
     sizes: list[int] = []
     plain = hashing.fingerprint
-    monkeypatch.setattr(hashing, "fingerprint", lambda weight: (sizes.append(weight.numel()), plain(weight))[1])
+    monkeypatch.setattr(
+        hashing, "fingerprint", lambda weight, like: (sizes.append(weight.numel()), plain(weight, like))[1]
+    )
     return sizes
 
 
@@ -353,9 +406,9 @@ def test_several_threads_hash_what_one_hashes():
     ]
     made = [lambda weight=weight: weight for weight in weights]
     assert list(hashing.fingerprints(made, 3)) == list(hashing.fingerprints(made, 1))
-    assert (
-        hashing.fingerprint(weights[0]) == "8d8d55dabd45ee450a3d6b98c7538b24"
-    )  # as folders of the first format have it
+    old = "8d8d55dabd45ee450a3d6b98c7538b24"  # as folders of an earlier Veneer have it
+    assert hashing.fingerprint(weights[0], like=old) == old
+    assert hashing.fingerprint(weights[0]).startswith("b3:")
 
 
 # ---------------------------------------------------------------------------------------------- new heads

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from veneer.attach.adapted_module import state_of, weight_of
 from veneer.attach.targets import Names
 from veneer.bases import Storage, storage_of
-from veneer.fileio.hashing import fingerprints
+from veneer.fileio.hashing import BLAKE3, fingerprints
 from veneer.fileio.throttle import gives_way
 from veneer.models.named_weights import Named, named
 
@@ -113,7 +113,7 @@ def _base_tensor(names: Names, entry: Named) -> BaseTensor:
 # ---------------------------------------------------------------------------------------------- fingerprints
 
 
-#: (stamp, fingerprint) by the identity of the tensor
+#: {kind: (stamp, fingerprint)} by the identity of the tensor
 _KNOWN: Any = WeakIdKeyDictionary()
 
 
@@ -121,24 +121,27 @@ _KNOWN: Any = WeakIdKeyDictionary()
 _HASHING = threading.RLock()
 
 
-def fingerprints_of(tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None) -> list[str]:
+def fingerprints_of(
+    tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = BLAKE3
+) -> list[str]:
     """The fingerprint of each tensor, computed for those alone that changed since they were last asked for.
 
     Args:
         bits: what merged weights held before, by identity (``merge.kept_bits``).
+        kind: BLAKE3, or SHA256 to compare with a record that has fingerprints of that kind.
     """
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
-        known = [_remembered(content, stamp) for content, stamp in zip(contents, stamps, strict=True)]
+        known = [_remembered(content, stamp, kind) for content, stamp in zip(contents, stamps, strict=True)]
         new = [content for content, value in zip(contents, known, strict=True) if value is None]
-        made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None)
+        made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None, like=kind)
         found: list[str] = []
         for content, stamp, value in zip(contents, stamps, known, strict=True):
             if value is None:
                 value = next(made)
                 if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
-                    _KNOWN[content.anchor] = stamp, value
+                    _KNOWN.setdefault(content.anchor, {})[kind] = stamp, value
             found.append(value)
         return found
 
@@ -163,8 +166,8 @@ def _prepared(tensors: Sequence[BaseTensor]) -> Iterator[None]:
                 tensor.storage.release(tensor.module)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _remembered(content: Content, stamp: tuple[Any, ...] | None) -> str | None:
-    known = _KNOWN.get(content.anchor)
+def _remembered(content: Content, stamp: tuple[Any, ...] | None, kind: str) -> str | None:
+    known = _KNOWN.get(content.anchor, {}).get(kind)
     return known[1] if known is not None and stamp is not None and known[0] == stamp else None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
-from veneer.fileio.hashing import prints_in
+from veneer.fileio.hashing import BLAKE3, kind_in, prints_in
 from veneer.formats import peft
 
 
@@ -89,10 +89,16 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
 
     Raises:
         BaseMismatchError: they speak of different bases.
+        AdapterError: their fingerprints are of different kinds, so that nobody can tell.
     """
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]
+    old = [source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != BLAKE3]
+    if 0 < len(old) < len(bases):
+        found = f"SHA-256 fingerprints in {listing(map(str, old))}, and BLAKE3 in the others"
+        do = "load and save those of an earlier Veneer again, on their base"
+        raise AdapterError(sentence(found, "fingerprints of one kind, which can be compared", do))
     known: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
         fingerprints = prints_in(base)

@@ -18,7 +18,7 @@ from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
-from veneer.fileio.hashing import prints_in
+from veneer.fileio.hashing import kind_in, prints_in
 from veneer.formats import peft
 
 
@@ -27,14 +27,16 @@ class UnverifiedAdapter(UserWarning):
     fingerprint, or the base has parameters of which its record does not speak."""
 
 
-def must_be_base(names: Names, saved: AdapterFiles, fingerprints: dict[str, str]) -> None:
-    """Compare the fingerprint of every tensor of the base that the record speaks of."""
+def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, str]]) -> None:
+    """Compare the fingerprint of every tensor of the base that the record speaks of. ``known`` are fingerprints of the
+    model by kind and name; what is computed is added."""
     record = saved.metadata["base"]
-    recorded = prints_in(record)
+    recorded, kind = prints_in(record), kind_in(record)
+    fingerprints = known.setdefault(kind, {})
     missing = recorded.keys() - fingerprints.keys()
     if missing:
         lacking = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
-        for tensor, fingerprint in zip(lacking, fingerprints_of(lacking), strict=True):
+        for tensor, fingerprint in zip(lacking, fingerprints_of(lacking, kind=kind), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
     different = [name for name, expected in recorded.items() if fingerprints.get(name, expected) != expected]
     if different:

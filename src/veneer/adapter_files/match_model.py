@@ -71,10 +71,10 @@ class LoadPlan:
 @dataclass
 class MatchCache:
     """What was found out about a model that nobody changes meanwhile, so that further adapters of it are verified in a
-    fraction of the time: the fingerprints of its weights, and what was planned for the same targets."""
+    fraction of the time: the fingerprints of its weights by kind, and what was planned for the same targets."""
 
     names: Names
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
     def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:

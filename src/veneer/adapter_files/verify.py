@@ -322,7 +322,7 @@ def _against(
         elif change is not None and not _fits(products[change], weight.shape):
             low = products[change]
             shapes.append(f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} × {low.A.shape[-1]}")
-        elif recorded and fingerprint(weight) != recorded[at]:
+        elif recorded and fingerprint(weight, recorded[at]) != recorded[at]:
             different.append(at)
         elif change is not None:
             ratio = norms[change] / max(weight.float().norm().item(), 1e-30)
@@ -363,7 +363,7 @@ def _rest(saved: AdapterFiles, weights: Weights, proven: int, do: str) -> Findin
         weight = weights(at)
         if weight is None:
             lacking.append(at)
-        elif fingerprint(weight) != expected:
+        elif fingerprint(weight, expected) != expected:
             different.append(at)
     if different:
         found = f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change "

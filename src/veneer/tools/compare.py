@@ -28,7 +28,7 @@ from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.errors import AdapterError, listing, raise_all, sentence
-from veneer.fileio.hashing import prints_in
+from veneer.fileio.hashing import kind_of, prints_in
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied
@@ -78,7 +78,7 @@ class Difference:
         only_a, only_b: what one of them changes: weights, and parameters that are trained in full.
         layers, full: what both change.
         config: fields of the LoraConfig that differ, as (A's, B's).
-        base: "same", "different" or "unknown" (no record, or no weight in common).
+        base: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of different kinds).
         base_weights: the weights whose fingerprints differ.
     """
 
@@ -252,6 +252,6 @@ def _config(a: AdapterFiles, b: AdapterFiles) -> dict[str, tuple[Any, Any]]:
 
 def _base(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
     mine, theirs = (prints_in(each.metadata.get("base", {})) for each in (a, b))
-    shared = [at for at in mine if at in theirs]
+    shared = [at for at in mine if at in theirs and kind_of(mine[at]) == kind_of(theirs[at])]
     differ = tuple(at for at in shared if mine[at] != theirs[at])
     return ("different" if differ else "same" if shared else "unknown"), differ

@@ -413,7 +413,7 @@ def _base_weight(
     printed = None
     for number in used:
         expected = sources[number].metadata.get("base", {}).get("weights", {}).get(aligned.weight)
-        printed = printed or (None if expected is None else fingerprint(base_weight.dense))
+        printed = printed or (None if expected is None else fingerprint(base_weight.dense, expected))
         if printed != expected and expected is not None:
             found = f"another weight {aligned.weight!r} in the base than {sources[number].path} was made for"
             raise BaseMismatchError(sentence(found, "the base of the adapters", "pass that base"))

@@ -36,6 +36,7 @@ from veneer.attach.targets import Names
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist, new_file
+from veneer.fileio.hashing import kind_in
 from veneer.formats import peft
 from veneer.formats._base import (
     FORMATS,
@@ -311,7 +312,7 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
     if not verify_base:
         return
     tensors = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
-    fingerprints = zip(tensors, fingerprints_of(tensors), strict=True)
+    fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(said)), strict=True)
     known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
     other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
     other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]

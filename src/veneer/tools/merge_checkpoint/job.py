@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.adapter_files.folder import content_hash, read
 from veneer.attach.merge import LayerMerge
 from veneer.errors import MergeError, listing, sentence
-from veneer.fileio.hashing import fingerprint_of, hash_json
+from veneer.fileio.hashing import fingerprint_of, hash_json, kind_of
 from veneer.fileio.untrusted import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
@@ -116,15 +116,22 @@ class MergeJob:
         Raises:
             BaseMismatchError: names them.
         """
-        found = [mismatched(self.merge_plan, path, self._fingerprint(path, loaded)) for path in paths]
+        found = [mismatched(self.merge_plan, path, self._fingerprints(path, loaded)) for path in paths]
         refuse([one for one in found if one], self.checkpoint.folder)
 
-    def _fingerprint(self, path: str, loaded: Mapping[str, Tensor]) -> str:
+    def _fingerprints(self, path: str, loaded: Mapping[str, Tensor]) -> dict[str, str]:
+        """By kind, of those kinds that the adapters have."""
         plan = self.merge_plan
-        tensors, shape, _ = plan.fingerprints[path]
+        tensors, shape, said = plan.fingerprints[path]
         within = {name: next(own.place.within for own in plan.works[name] if own.path == path) for name in tensors}
-        parts = ((loaded[name] if name in loaded else self.checkpoint.read(name))[within[name]] for name in tensors)
-        return fingerprint_of(shape, parts)
+        return {
+            kind: fingerprint_of(
+                shape,
+                ((loaded[name] if name in loaded else self.checkpoint.read(name))[within[name]] for name in tensors),
+                kind,
+            )
+            for kind in {kind_of(expected) for expected in said.values()}
+        }
 
 
 def planned(

@@ -37,6 +37,7 @@ from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.merge import fold_change
 from veneer.attach.weight_tying import torn
 from veneer.errors import BaseMismatchError, CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
+from veneer.fileio.hashing import kind_of
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
@@ -368,10 +369,10 @@ def replaced(work: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return round_once(base + sum(share * (value.double() - base) for share, value in values), dtype)
 
 
-def mismatched(merge_plan: MergePlan, path: str, found: str) -> str | None:
-    """What is wrong with a base weight of this fingerprint, or None."""
+def mismatched(merge_plan: MergePlan, path: str, found: Mapping[str, str]) -> str | None:
+    """What is wrong with a base weight of these fingerprints, by kind, or None."""
     tensors, _, said = merge_plan.fingerprints[path]
-    wrong = [adapter for adapter, expected in said.items() if expected != found]
+    wrong = [adapter for adapter, expected in said.items() if expected != found[kind_of(expected)]]
     return f"{listing(tensors, 2)} (adapter {listing(wrong)})" if wrong else None
 
 
