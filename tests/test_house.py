@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,31 @@ def test_the_house_is_small_at_the_top():
     assert sum(path.is_file() for path in top) <= 12
     assert sum(path.is_dir() for path in top) <= 15
     assert len(FLOORS) <= 11
+
+
+def lengths(tree: ast.AST):
+    """Each function and its lines, without its docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            yield node.name, node.end_lineno - node.lineno - (first.end_lineno - first.lineno if documented else -1)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_files_and_functions_can_be_read_at_once(file):
+    """At most 500 lines a file and 60 a function; ruff (C901, in pyproject.toml) holds the complexity."""
+    text = file.read_text()
+    assert text.count("\n") <= 500
+    assert {name: lines for name, lines in lengths(ast.parse(text)) if lines > 60} == {}
+
+
+def test_ruff_holds_the_complexity():
+    config = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+    assert "C90" in config["select"]
+    assert config["mccabe"]["max-complexity"] <= 15
+    noted = [file for file in SOURCE.rglob("*.py") if "noqa: C901" in file.read_text()]
+    assert noted == []
 
 
 def test_transformers_is_loaded_in_one_room():
