@@ -1,5 +1,5 @@
-"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time of fresh interpreters,
-interleaved.
+"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time around the import, each in a
+fresh interpreter, interleaved.
 
 Predicted before the first run: 1.02 × torch, since the core adds jaxtyping, safetensors and 25 small files.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from report import compare
 
 
 def run(module: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)
-    return time.perf_counter() - start
+    code = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

