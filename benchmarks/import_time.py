@@ -1,5 +1,5 @@
-"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time around the import, each in a
-fresh interpreter, interleaved.
+"""`import veneer` beside `import torch` (the floor) and `import peft` (the peer): wall time around the import, in fresh
+interpreters, interleaved.
 
 Predicted before the first run: 1.02 × torch, since the core adds jaxtyping, safetensors and 25 small files.
 """
