@@ -86,10 +86,10 @@ def readme() -> str:
 def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
     own = "veneer, model's own attention and loss"
     for name, title, who, number in (
-        ("train_step", "a training step", "veneer", ""),
-        ("train_step_small", "a training step of the first 12 layers", "veneer", ""),
-        ("train_step", "a training step with the model's own attention and loss", own, ""),
-        ("train_step_small", "a training step with these, of the first 12 layers", own, ""),
+        ("train_step", "a training step of 30 layers", "veneer", ""),
+        ("train_step_small", "a training step of 12 layers", "veneer", ""),
+        ("train_step", "30 layers, with the model's own attention and loss", own, ""),
+        ("train_step_small", "12 layers, with the model's own attention and loss", own, ""),
         ("train_memory", "peak memory of a step", "veneer", "peak"),
         ("train_memory", "kept by a step for backward", "veneer", "saved"),
     ):
