@@ -52,6 +52,12 @@ def again(path: Path) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(path))
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two logits differ by float32's rounding alone: PEFT, which transformers loads adapters with, adds up in
+    another order than we do."""
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1))
+
+
 def names(path: Path) -> set[str]:
     return {file.name for file in path.iterdir()}
 
@@ -77,7 +83,7 @@ def test_save_pretrained_writes_an_adapter_that_gives_the_adapted_model_again(va
     ours = veneer.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved")
     assert torch.equal(logits(ours.model), expected)
     if variant != "dora":
-        assert torch.allclose(again(tmp_path / "saved"), expected, atol=1e-5)
+        assert same(again(tmp_path / "saved"), expected)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_save_pretrained_writes_an_adapter_that_gives_the_adapted_model_again(va
 def test_what_is_trained_besides_comes_back_too(changes, model, tmp_path):
     attach(model, **changes)
     model.save_pretrained(tmp_path)
-    assert torch.allclose(again(tmp_path), logits(model), atol=1e-5)
+    assert same(again(tmp_path), logits(model))
 
 
 def test_a_folder_keeps_what_else_lies_in_it_and_loses_what_is_stale(model, tmp_path):
@@ -110,7 +116,7 @@ def test_a_folder_keeps_what_else_lies_in_it_and_loses_what_is_stale(model, tmp_
     files = {"optimizer.pt", "README.md", "adapter_config.json", "adapter_model.safetensors", "veneer.json"}
     assert names(tmp_path) == files
     assert "A note of mine." in card.read_text()
-    assert torch.equal(again(tmp_path), logits(model))
+    assert same(again(tmp_path), logits(model))
 
 
 def test_the_selected_adapter_is_saved(model, tmp_path):
@@ -118,7 +124,7 @@ def test_the_selected_adapter_is_saved(model, tmp_path):
     attach(model, "b", variant="rslora")
     with veneer.use(model, "b"):
         model.save_pretrained(tmp_path)
-        assert torch.equal(again(tmp_path), logits(model))
+        assert same(again(tmp_path), logits(model))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler
@@ -128,8 +134,8 @@ def test_a_wrapped_model_saves_its_adapter(model, tmp_path):
     parallel = nn.DataParallel(model)
     parallel.module.save_pretrained(tmp_path / "parallel", state_dict=parallel.state_dict())
     expected = logits(model)
-    assert torch.equal(again(tmp_path / "compiled"), expected)
-    assert torch.equal(again(tmp_path / "parallel"), expected)
+    assert same(again(tmp_path / "compiled"), expected)
+    assert same(again(tmp_path / "parallel"), expected)
 
 
 @ties
@@ -143,7 +149,7 @@ def test_a_state_dict_that_is_passed_is_what_is_saved(prefix, model, tmp_path):
                 parameter.mul_(-2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict={prefix + key: value for key, value in other.state_dict().items()})
-    assert torch.allclose(again(tmp_path), logits(other), atol=1e-5)
+    assert same(again(tmp_path), logits(other))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -164,10 +170,10 @@ def test_a_merged_model_is_saved_as_plain_files(by_hand, model, base, tmp_path):
     assert names(tmp_path / "merged") == WHOLE
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert tensors.keys() == load_file(base / "model.safetensors").keys()
-    assert torch.equal(again(tmp_path / "merged"), logits(model))
+    assert same(again(tmp_path / "merged"), logits(model))
     handle.unmerge()
     handle.detach()
-    assert torch.equal(logits(model), again(base))
+    assert same(logits(model), again(base))
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -263,7 +269,7 @@ def test_the_bases_own_folder_takes_an_adapter_of_it(model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     attach(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(again(tmp_path), logits(model))
+    assert same(again(tmp_path), logits(model))
 
 
 def test_a_base_without_a_name_is_told(tmp_path):
@@ -370,8 +376,8 @@ def test_a_copy_saves_itself(copied, model, tmp_path):
     with torch.no_grad():
         next(parameter for name, parameter in other.named_parameters() if name.endswith(".B")).mul_(3)
     other.save_pretrained(tmp_path)
-    assert torch.equal(again(tmp_path), logits(other))
-    assert not torch.equal(logits(other), logits(model))
+    assert same(again(tmp_path), logits(other))
+    assert not same(logits(other), logits(model))
     veneer.detach(other)
     assert "save_pretrained" not in other.__dict__
 
@@ -410,8 +416,8 @@ def test_the_best_model_is_the_best_adapter(model, tmp_path):
     run.add_callback(Spoil())
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    assert torch.equal(logits(model), again(tmp_path / "checkpoint-4"))
-    assert not torch.equal(logits(model), again(tmp_path / "checkpoint-6"))
+    assert same(logits(model), again(tmp_path / "checkpoint-4"))
+    assert not same(logits(model), again(tmp_path / "checkpoint-6"))
 
 
 def test_an_optimiser_that_was_there_before_goes_on_too(base, tmp_path):
