@@ -19,7 +19,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.base_weights import weights_of
+from veneer.adapter_files.base_weights import BaseWeights
 from veneer.adapter_files.record import PARAMETERS
 from veneer.adapter_files.verify import Finding, Report, verify
 from veneer.errors import AdapterError, CheckpointError
@@ -426,8 +426,8 @@ def test_the_weights_of_a_packed_model_are_read_as_loading_reads_them(tmp_path):
     path = handle.save(tmp_path / "adapter")
     veneer.load(model(), path)
     assert verify(path, model()).ok
-    assert weights_of(model())("0.nothing") is None
-    assert weights_of(model())("nothing.weight") is None
+    assert BaseWeights(model())("0.nothing") is None
+    assert BaseWeights(model())("nothing.weight") is None
 
 
 def test_a_report_is_a_value(adapter):

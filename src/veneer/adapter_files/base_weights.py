@@ -6,10 +6,9 @@ under the names in its files; a path is found there with or without what stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,72 +25,45 @@ TIED = (
 )  # fmt: skip
 
 
-class Weights(NamedTuple):
-    """The weights of a base by the path of the parameter. A call reads one, or gives None where there is none;
-    ``names`` are all the names by which the base is known to hold that one weight."""
-
-    read: Callable[[str], Tensor | None]
-    names: Callable[[str], Sequence[str]]
-
-    def __call__(self, at: str) -> Tensor | None:
-        return self.read(at)
-
-
-def weights_of(base: str | Path | nn.Module) -> Weights:
-    """The weights of a base by the path of the parameter, read one at a time.
+class BaseWeights:
+    """A call reads the weight at the path of a parameter, or gives None where there is none.
 
     Raises:
         CheckpointError: no such folder, no safetensors in it, or damaged ones.
     """
-    if not isinstance(base, nn.Module):
-        return _of_folder(Path(base))
-    held = of_module(unwrap(base)).values
-    return Weights(lambda at: held[at].read(None) if at in held else None, partial(_names, held))
 
+    def __init__(self, base: str | Path | nn.Module) -> None:
+        self.known: Mapping[str, Value] = {}
+        self.files = None if isinstance(base, nn.Module) else open_checkpoint(base)
+        if isinstance(base, nn.Module):
+            self.known = of_module(unwrap(base)).values
+        elif (Path(base) / "config.json").is_file():
+            with suppress(ConfigError):  # no model that transformers has
+                self.known = of_folder(meta_model(base), base).values
 
-def _names(held: Mapping[str, Value], at: str) -> list[str]:
-    value = held.get(at)
-    return [at] if value is None else [name for name, other in held.items() if other is value]
-
-
-def _of_folder(folder: Path) -> Weights:
-    checkpoint = open_checkpoint(folder)
-    known = _by_config(folder)
-
-    def weight(at: str) -> Tensor | None:
-        name = _name_in(known, at)
+    def __call__(self, at: str) -> Tensor | None:
+        if self.files is None:
+            return self.known[at].read(None) if at in self.known else None
+        name = _name_in(self.known, at)
         if name is not None:
-            return known[name].read(None)
-        name = _name_in(checkpoint.where, at)
-        return None if name is None else checkpoint.read(name)
+            return self.known[name].read(None)
+        name = _name_in(self.files.where, at)
+        return None if name is None else self.files.read(name)
 
-    return Weights(weight, partial(_names, known))
-
-
-def _by_config(folder: Path) -> Mapping[str, Value]:
-    """The weights of the model that a folder's config means, by their paths there; none if it means no model that
-    transformers has."""
-    if not (folder / "config.json").is_file():
-        return {}
-    try:
-        model = meta_model(folder)
-    except ConfigError:
-        return {}
-    return of_folder(model, folder).values
+    def names(self, at: str) -> Sequence[str]:
+        """All the names by which the base is known to hold that one weight."""
+        value = self.known.get(at)
+        return [at] if value is None else [name for name, other in self.known.items() if other is value]
 
 
-def _name_in(names: Mapping[str, Any], at: str) -> str | None:
+def _name_in(names: Collection[str], at: str) -> str | None:
     """What a base calls the parameter at a path: the same, with or without what stands in front ("model."), or the
     other name of a tied embedding."""
-    if at in names:
-        return at
     parts = at.split(".")
-    shorter = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
-    found = next((name for name in shorter if name in names), None)
-    if found is not None:
-        return found
-    longer = [name for name in names if name.endswith(f".{at}")]
+    found = [name for name in (".".join(parts[start:]) for start in range(max(1, len(parts) - 1))) if name in names]
+    longer = [] if found else [name for name in names if name.endswith(f".{at}")]
     if len(longer) == 1:
-        return longer[0]
-    tied = ".".join(parts[-2:]) in TIED
-    return next((name for name in names if tied and ".".join(name.split(".")[-2:]) in TIED), None)
+        found = longer
+    if not found and ".".join(parts[-2:]) in TIED:
+        found = [name for name in names if ".".join(name.split(".")[-2:]) in TIED]
+    return next(iter(found), None)

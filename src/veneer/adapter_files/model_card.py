@@ -34,6 +34,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,24 +72,7 @@ def card(
         record: Veneer's record (``AdapterFiles.record``), or None for an adapter of another library.
         shapes: of the tensors in its file, by name, which say more of who can load it.
     """
-    record = record or {}
-    provenance = _told(record)
-    sections = {
-        "Base": _base(peft_config, record),
-        "Data": _data(provenance),
-        "Training": _table("setting", _settings(peft_config, record)),
-        "Metrics": _table("metric", provenance["metrics"]),
-        "Licence": f"{_line(provenance['license'] or 'Not stated')}. The base model has a licence of its own.",
-        "Use": "\n\n".join(_use(peft_config, record, shapes or {})),
-        "Verify": _verify(record),
-    }
-    body = [f"# {_line(_title(peft_config, provenance))}", _what(peft_config, record), _description(provenance)]
-    body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
-    return (
-        f"---\n{front_matter(_metadata(peft_config, record))}---\n\n"
-        + "\n\n".join(filter(None, body))
-        + f"\n\n{LINE}\n"
-    )
+    return _Card(peft_config, record or {}, shapes or {}).text()
 
 
 def renewed(new: str, old: str | None) -> str:
@@ -99,7 +83,160 @@ def renewed(new: str, old: str | None) -> str:
     return new.rstrip("\n") + notes if line else old
 
 
-# ---------------------------------------------------------------------------------------------- front matter
+class _Card:
+    def __init__(
+        self, config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.config, self.record, self.shapes, self.told = config, record, shapes, _told(record)
+        self.base = record.get("base", {})
+        named = config.get("base_model_name_or_path")
+        self.base_name = self.base.get("name") or named
+        self.variant = record.get("config", {}).get("variant", "lora")
+        self.title = self.told["title"] or ("LoRA adapter" + (f" for {_shown(named)}" if named else ""))
+        self.data, self.eval_data = self.told["config"].get("data"), self.told["config"].get("eval_data")
+        # the class of a base that reads images, sounds or another sequence, as transformers names it
+        name = str(self.base.get("architecture"))
+        self.family = name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
+        self.generates = config.get("task_type") == "CAUSAL_LM" and self.family is None
+        kind = str(config.get("peft_type"))
+        self.not_peft = "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
+
+    def text(self) -> str:
+        sections = {
+            "Base": self.of_base(),
+            "Data": self.of_data(),
+            "Training": _table("setting", self.settings()),
+            "Metrics": _table("metric", self.told["metrics"]),
+            "Licence": f"{_line(self.told['license'] or 'Not stated')}. The base model has a licence of its own.",
+            "Use": "\n\n".join(self.use()),
+            "Verify": self.verification(),
+        }
+        body = [f"# {_line(self.title)}", self.what(), self.told["description"].replace(LINE, "").strip()]
+        body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
+        return f"---\n{front_matter(self.metadata())}---\n\n" + "\n\n".join(filter(None, body)) + f"\n\n{LINE}\n"
+
+    def metadata(self) -> dict[str, Any]:
+        """The front matter."""
+        base = _hub_id(self.base_name)
+        datasets = map(_hub_id, (*self.told["datasets"], self.data, self.eval_data))
+        metadata = {
+            "library_name": "veneer" if self.not_peft else "peft",
+            "base_model": base,
+            "base_model_relation": "adapter" if base else None,
+            "pipeline_tag": "text-generation" if self.generates else None,
+            "tags": list(dict.fromkeys(["lora", *(["veneer"] if self.record else []), self.variant])),
+            "language": self.told["language"],
+            "datasets": list(dict.fromkeys(filter(None, datasets))),
+            **_licence(self.told["license"]),
+            "model-index": self.model_index(),
+        }
+        return {key: value for key, value in metadata.items() if value}
+
+    def model_index(self) -> list[dict[str, Any]]:
+        data = self.eval_data or self.data
+        values = {
+            name: value
+            for name, value in self.told["metrics"].items()
+            if name.startswith("eval_") and type(value) in (int, float) and math.isfinite(value)
+        }
+        if not values or not data or not self.generates:
+            return []
+        dataset = {"name": _shown(data), "type": _hub_id(data) or "private"}
+        measured = [
+            {"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in values.items()
+        ]
+        results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}]
+        return [{"name": self.title, "results": results}]
+
+    def what(self) -> str:
+        paths = self.record.get("changes", {})
+        kinds = Counter(".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths)
+        ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        text = (
+            f"A low-rank adapter: variant {_code(self.variant)}, {rank}, alpha {self.config['lora_alpha']:g}. "
+            "It holds the change of some weights of its base, and is of no use without it."
+        )
+        if kinds:
+            listed = [f"{_code(kind)} × {count}" for kind, count in kinds.items()]
+            text += f" It changes {len(paths)} weights: {_some(listed, 24)}."
+        return text
+
+    def of_base(self) -> str:
+        base, text = self.base, _code(self.base_name) if self.base_name else "Not stated"
+        if base.get("architecture"):
+            text += f", a {_code(base['architecture'])}"
+        text += "."
+        if base.get("weights"):
+            text += (
+                f"\n\nFingerprint of the {len(base['weights'])} base weights that it changes: "
+                f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
+            )
+        if base.get("rest"):
+            others = "tensors that the adapter does not change: norms, embeddings, heads"
+            text += f" It also compares {len(base['rest'])} {others}."
+        if base.get("fresh"):
+            lost = _some([_code(name) for name in base["fresh"]], 8)
+            text += f"\n\nParameters that were random as it was trained, and that no file holds: {lost}."
+        return text
+
+    def of_data(self) -> str:
+        named = {"trained on": self.data, "evaluated on": self.eval_data}
+        lines = [f"- {what} {_code(_shown(data))}" for what, data in named.items() if data]
+        lines += [f"- {_code(name)}" for name in self.told["datasets"]]
+        lines += [f"- hash of {_line(name)}: {_code(value)}" for name, value in self.told["data"].items() if value]
+        return "\n".join(lines) or "Not stated."
+
+    def settings(self) -> dict[str, Any]:
+        trained = self.told["config"] or self.record.get("config") or {}
+        known = {name: value for name, value in trained.items() if value not in (None, [], "")}
+        settings = {name: value for name, value in known.items() if name not in _ELSEWHERE}
+        settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
+        return {**settings, **({"finished": self.told["finished"]} if self.told["finished"] else {})}
+
+    def use(self) -> Iterator[str]:
+        name = self.base_name if self.family or self.generates else None
+        plain = name if name and not name.startswith("package:") and not name.endswith(".gguf") else None
+        loader = self.family or "AutoModelForCausalLM"
+        by_transformers = [f"from transformers import {loader}"] if plain else []
+        from_transformers = f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
+        ours, by_ours = from_transformers, by_transformers
+        if name and not self.family:
+            ours, by_ours = f"model = load_base({_quoted(name)}).model", ["from veneer.models import load_base"]
+        yield _python(["import veneer", *by_ours], ours, 'veneer.load(model, ".")  # this folder')
+        if self.not_peft:
+            yield f"PEFT and vLLM cannot load it: {_line(self.not_peft)}."
+            return
+        by_peft = ["from peft import PeftModel", *by_transformers]
+        yield _python(by_peft, from_transformers, 'model = PeftModel.from_pretrained(model, ".")')
+        reasons = list(self.not_vllm())
+        if reasons:
+            yield f"vLLM cannot serve it: {'; '.join(reasons)}."
+            return
+        rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(self.config))
+        options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
+        yield f"```console\nvllm serve {shlex.quote(plain or 'BASE')} {options}\n```"
+        yield "vLLM decides by the architecture of the base which of its layers may have adapters."
+
+    def not_vllm(self) -> Iterator[str]:
+        """What vLLM's loader refuses, or would get wrong."""
+        if not self.generates:
+            yield "it serves language models"
+        if self.config.get("target_parameters"):
+            yield "it adapts modules, not single parameters"
+        if self.config.get("fan_in_fan_out"):
+            yield "it does not read transposed layers"
+        yield from vllm.problems(self.config, self.shapes, shapes=self.shapes)
+
+    def verification(self) -> str:
+        if not self.record:
+            return "Another library wrote it: there is nothing to verify it by."
+        text = "`veneer inspect .` reads every byte of this folder and compares it with the hashes in its record"
+        own = self.record["hashes"].get("record")
+        return f"{text}, whose own is {_code(own)}." if own is not None else f"{text}."
+
+
+# ---------------------------------------------------------------------------------------------- words
 
 
 def front_matter(metadata: Mapping[str, Any]) -> str:
@@ -120,23 +257,6 @@ def _flow(value: Any) -> str:
     return re.sub("[\x7f-\xa0\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
-def _metadata(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    provenance, base = _told(record), _hub_id(_base_name(peft_config, record))
-    variant = record.get("config", {}).get("variant", "lora")
-    metadata = {
-        "library_name": "peft" if _for_peft(peft_config) else "veneer",
-        "base_model": base,
-        "base_model_relation": "adapter" if base else None,
-        "pipeline_tag": "text-generation" if _generates(peft_config, record) else None,
-        "tags": list(dict.fromkeys(["lora", *(["veneer"] if record else []), variant])),
-        "language": provenance["language"],
-        "datasets": list(_datasets(provenance)),
-        **_licence(provenance["license"]),
-        "model-index": _model_index(peft_config, record, provenance),
-    }
-    return {key: value for key, value in metadata.items() if value}
-
-
 def _licence(words: str) -> dict[str, str]:
     """The hub takes a licence from its list, or "other" with a name of the user's."""
     if not words:
@@ -144,199 +264,6 @@ def _licence(words: str) -> dict[str, str]:
     if re.fullmatch(r"[a-z][a-z0-9.+-]*", words.lower()):
         return {"license": words.lower()}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")}
-
-
-def _datasets(provenance: Mapping[str, Any]) -> Iterator[str]:
-    config = provenance["config"]
-    names = [*provenance["datasets"], config.get("data"), config.get("eval_data")]
-    yield from dict.fromkeys(filter(None, map(_hub_id, names)))
-
-
-def _model_index(
-    peft_config: Mapping[str, Any], record: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    metrics, config = provenance["metrics"], provenance["config"]
-    data = config.get("eval_data") or config.get("data")
-    values = {name: value for name, value in metrics.items() if name.startswith("eval_") and _finite(value)}
-    if not values or not data or not _generates(peft_config, record):
-        return []
-    dataset = {"name": _shown(data), "type": _hub_id(data) or "private"}
-    measured = [{"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in values.items()]
-    results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}]
-    return [{"name": _title(peft_config, provenance), "results": results}]
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-# ---------------------------------------------------------------------------------------------- sections
-
-
-def _title(peft_config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    base = peft_config.get("base_model_name_or_path")
-    return provenance["title"] or ("LoRA adapter" + (f" for {_shown(base)}" if base else ""))
-
-
-def _description(provenance: Mapping[str, Any]) -> str:
-    return provenance["description"].replace(LINE, "").strip()
-
-
-def _what(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    variant = record.get("config", {}).get("variant", "lora")
-    paths = list(record.get("changes", {}))
-    kinds: dict[str, int] = {}
-    for path in paths:
-        kind = ".".join(path.split(".")[-2:]).removesuffix(".weight")
-        kinds[kind] = kinds.get(kind, 0) + 1
-    ranks = sorted({peft_config["r"], *(peft_config.get("rank_pattern") or {}).values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    text = (
-        f"A low-rank adapter: variant {_code(variant)}, {rank}, alpha {peft_config['lora_alpha']:g}. "
-        "It holds the change of some weights of its base, and is of no use without it."
-    )
-    if kinds:
-        listed = ", ".join(f"{_code(kind)} × {count}" for kind, count in list(kinds.items())[:24])
-        text += f" It changes {len(paths)} weights: {listed}{', …' if len(kinds) > 24 else ''}."
-    return text
-
-
-def _base(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    base = record.get("base", {})
-    name = _base_name(peft_config, record)
-    text = f"{_code(name) if name else 'Not stated'}"
-    if base.get("architecture"):
-        text += f", a {_code(base['architecture'])}"
-    if base.get("weights"):
-        text += (
-            f".\n\nFingerprint of the {len(base['weights'])} base weights that it changes: "
-            f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
-        )
-    if base.get("rest"):
-        text += (
-            f" It also compares {len(base['rest'])} tensors that the adapter does not change: norms, embeddings, heads."
-        )
-    if base.get("fresh"):
-        text += (
-            f"\n\nParameters that were random as it was trained, and that no file holds: "
-            f"{', '.join(map(_code, base['fresh'][:8]))}{', …' if len(base['fresh']) > 8 else ''}."
-        )
-    return text if text.endswith(".") else f"{text}."
-
-
-def _data(provenance: Mapping[str, Any]) -> str:
-    config = provenance["config"]
-    named = {"trained on": config.get("data"), "evaluated on": config.get("eval_data")}
-    lines = [f"- {what} {_code(_shown(data))}" for what, data in named.items() if data]
-    lines += [f"- {_code(name)}" for name in provenance["datasets"]]
-    lines += [f"- hash of {_line(name)}: {_code(value)}" for name, value in provenance["data"].items() if value]
-    return "\n".join(lines) or "Not stated."
-
-
-def _settings(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = _told(record)
-    trained = provenance["config"] or record.get("config") or {}
-    settings = {
-        name: value for name, value in trained.items() if name not in _ELSEWHERE and value not in (None, [], "")
-    }
-    if not settings:
-        settings = {"rank": peft_config["r"], "alpha": peft_config["lora_alpha"]}
-    return {**settings, **({"finished": provenance["finished"]} if provenance["finished"] else {})}
-
-
-def _table(head: str, values: Mapping[str, Any]) -> str:
-    """A Markdown table of names and values."""
-    if not values:
-        return ""
-    rows = [f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |" for name, value in values.items()]
-    return "\n".join([f"| {head} | value |", "|---|---|", *rows])
-
-
-def _use(
-    peft_config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[str]:
-    name, family = _base_name(peft_config, record), _conditional(record)
-    name = name if family or _generates(peft_config, record) else None
-    plain = name if name and not name.startswith("package:") and not name.endswith(".gguf") else None
-    loader = family or "AutoModelForCausalLM"
-    by_transformers = [f"from transformers import {loader}"] if plain else []
-    from_transformers = f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
-    if family or not name:
-        yield _python(["import veneer", *by_transformers], from_transformers, 'veneer.load(model, ".")  # this folder')
-    else:
-        yield _python(
-            ["import veneer", "from veneer.models import load_base"],
-            f"model = load_base({_quoted(name)}).model",
-            'veneer.load(model, ".")  # this folder',
-        )
-    reason = _not_peft(peft_config)
-    if reason:
-        yield f"PEFT and vLLM cannot load it: {_line(reason)}."
-        return
-    yield _python(
-        ["from peft import PeftModel", *by_transformers],
-        from_transformers,
-        'model = PeftModel.from_pretrained(model, ".")',
-    )
-    reasons = list(_not_vllm(peft_config, record, shapes))
-    if reasons:
-        yield f"vLLM cannot serve it: {'; '.join(reasons)}."
-        return
-    rank = next(rank for rank in vllm.RANKS if rank >= vllm.largest_rank(peft_config))
-    options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter=."
-    yield f"```console\nvllm serve {shlex.quote(plain or 'BASE')} {options}\n```"
-    yield "vLLM decides by the architecture of the base which of its layers may have adapters."
-
-
-def _python(imports: list[str], *lines: str) -> str:
-    return "\n".join(["```python", *imports, "", *lines, "```"])
-
-
-def _verify(record: Mapping[str, Any]) -> str:
-    if not record:
-        return "Another library wrote it: there is nothing to verify it by."
-    text = "`veneer inspect .` reads every byte of this folder and compares it with the hashes in its record"
-    return f"{text}, whose own is {_code(record['hashes']['record'])}." if "record" in record["hashes"] else f"{text}."
-
-
-# ---------------------------------------------------------------------------------------------- who can load it
-
-
-def _for_peft(peft_config: Mapping[str, Any]) -> bool:
-    return _not_peft(peft_config) == ""
-
-
-def _not_peft(peft_config: Mapping[str, Any]) -> str:
-    """Why PEFT refuses it, or an empty text."""
-    kind = str(peft_config.get("peft_type"))
-    return "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
-
-
-def _not_vllm(
-    peft_config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[str]:
-    """What vLLM's loader refuses, or would get wrong."""
-    if not _generates(peft_config, record):
-        yield "it serves language models"
-    if peft_config.get("target_parameters"):
-        yield "it adapts modules, not single parameters"
-    if peft_config.get("fan_in_fan_out"):
-        yield "it does not read transposed layers"
-    yield from vllm.problems(peft_config, shapes, shapes=shapes)
-
-
-def _generates(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether the base is a language model: one that reads text alone."""
-    return peft_config.get("task_type") == "CAUSAL_LM" and _conditional(record) is None
-
-
-def _conditional(record: Mapping[str, Any]) -> str | None:
-    """The class of a base that reads images, sounds or another sequence, as transformers names it; else None."""
-    name = str(record.get("base", {}).get("architecture"))
-    return name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
-
-
-# ---------------------------------------------------------------------------------------------- words
 
 
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,8 +281,18 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _base_name(peft_config: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
-    return record.get("base", {}).get("name") or peft_config.get("base_model_name_or_path")
+def _table(head: str, values: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values."""
+    rows = [f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join([f"| {head} | value |", "|---|---|", *rows]) if rows else ""
+
+
+def _python(imports: list[str], *lines: str) -> str:
+    return "\n".join(["```python", *imports, "", *lines, "```"])
+
+
+def _some(words: list[str], most: int) -> str:
+    return ", ".join([*words[:most], *(["…"] if len(words) > most else [])])
 
 
 def _hub_id(name: Any) -> str | None:
@@ -388,8 +325,7 @@ def _cell(value: Any) -> str:
     """A value in a table."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return _line(text)
+    return _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _quoted(name: Any) -> str:

@@ -34,8 +34,9 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     must_not_exist(path, overwrite)
-    with disk_errors(path):
-        yield from _filled(path)
+    with _temporary(path) as folder:
+        yield folder
+        publish(folder, path)
 
 
 @contextmanager
@@ -49,15 +50,10 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     must_not_exist(path, overwrite)
     if path.is_dir():
         raise OutputExistsError(sentence(f"the folder {path}", "a path for a file", "name a file in it"))
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield folder / path.name
-            _flush(folder, _mode(folder) & 0o666)
-            (folder / path.name).replace(path)
-        finally:
-            _remove(folder)
+    with _temporary(path) as folder:
+        yield folder / path.name
+        _flush(folder, _mode(folder) & 0o666)
+        (folder / path.name).replace(path)
         _flush_folder(path.parent)
 
 
@@ -67,14 +63,16 @@ def write_whole(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _filled(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        publish(temporary, path)
-    finally:
-        _remove(temporary)
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside ``path``, which is gone when the block ends."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield folder
+        finally:
+            _remove(folder)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -10,44 +10,21 @@ import os
 import tempfile
 import weakref
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 #: bytes that stay in memory before the first goes to a file
 ROOM = 1 << 20
-#: bytes that are copied at once
-PIECE = 1 << 20
-
-
-class _File:
-    """A temporary file without a name and without a buffer, closed with the last who refers to it."""
-
-    def __init__(self) -> None:
-        self.raw: Any = tempfile.TemporaryFile(buffering=0, dir=_folder())  # noqa: SIM115
-        weakref.finalize(self, self.raw.close)
-
-    def read(self, offset: int, into: memoryview) -> None:
-        self.raw.seek(offset)
-        for start in range(0, len(into), PIECE):
-            piece = into[start : start + PIECE]
-            if self.raw.readinto(piece) != len(piece):
-                raise OSError(f"a temporary file ended at {offset + start:,} bytes: something has cut it")
-
-    def write(self, offset: int, flat: Tensor) -> None:
-        self.raw.seek(offset)
-        for piece in flat.split(max(1, PIECE // flat.element_size())):
-            rest = _bytes(piece.cpu())
-            while len(rest):
-                rest = rest[self.raw.write(rest) :]
 
 
 @dataclass(frozen=True, eq=False)
 class Spilled:
-    """A tensor in a file, from ``offset`` on."""
+    """A tensor in the file of a ``Spill``, from ``offset`` on."""
 
-    file: _File
+    spill: Spill
     offset: int
     dtype: torch.dtype
     shape: torch.Size
@@ -59,10 +36,13 @@ class Spilled:
         Raises:
             OSError: the file cannot be read.
         """
-        flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-        self.file.read(self.offset, _bytes(flat))
+        size = self.shape.numel() * self.dtype.itemsize
+        self.spill.file.seek(self.offset)
+        raw = numpy.fromfile(self.spill.file, numpy.uint8, size)
+        if len(raw) != size:
+            raise OSError(f"a temporary file ended at {self.offset + len(raw):,} bytes: something has cut it")
         made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
-        return made.copy_(flat.view(self.shape))
+        return made.copy_(torch.from_numpy(raw).view(self.dtype).view(self.shape))
 
     def __deepcopy__(self, memo: Any) -> Spilled:
         return self  # nobody writes to it
@@ -72,13 +52,13 @@ class Spilled:
 
 
 class Spill:
-    """Where ``put`` leaves its tensors: ``ROOM`` bytes in memory, then a file. Where none can be written (a disk that
-    is full, or read-only), they stay in memory."""
+    """Where ``put`` leaves its tensors: ``ROOM`` bytes in memory, then a file without a name, closed with the last who
+    refers to it. Where none can be written (a disk that is full, or read-only), they stay in memory."""
 
     def __init__(self) -> None:
         self.held = 0
         self.end = 0
-        self.file: _File | None = None
+        self.file: Any = None
 
     def put(self, tensor: Tensor) -> Tensor | Spilled:
         """A copy of ``tensor``, which may change afterwards."""
@@ -95,26 +75,20 @@ class Spill:
 
     def _written(self, tensor: Tensor) -> Spilled:
         if self.file is None:
-            self.file = _File()
-        self.file.write(self.end, tensor.detach().reshape(-1))
+            # The usual folder is memory on many systems; /var/tmp is for what is large, unless the user named another.
+            named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+            folder = "/var/tmp" if not named and os.access("/var/tmp", os.W_OK) else None
+            self.file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
+        self.file.seek(self.end)
+        tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy().tofile(self.file)
         strides = torch.empty_like(tensor, device="meta").stride()  # as a copy in memory would lie
-        made = Spilled(self.file, self.end, tensor.dtype, tensor.shape, strides)
+        made = Spilled(self, self.end, tensor.dtype, tensor.shape, strides)
         self.end += tensor.nbytes
         return made
-
-
-def _bytes(flat: Tensor) -> memoryview:
-    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def aside(tensor: Tensor) -> Tensor:
     """A copy of ``tensor`` in memory of the processor."""
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type in ("cpu", "meta") else tensor.to("cpu", copy=True)
-
-
-def _folder() -> str | None:
-    """None for the usual one. On many systems that is memory; ``/var/tmp`` is for what is large there, unless the user
-    has named another."""
-    named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return "/var/tmp" if not named and os.access("/var/tmp", os.W_OK) else None

@@ -30,14 +30,10 @@ def gives_way() -> bool:
     return getattr(_THREAD, "busy", None) is not None
 
 
-def throttled(items: Iterable[Item]) -> Iterable[Item]:
+def throttled(items: Iterable[Item]) -> Iterator[Item]:
     """``items``; with pauses between them in a thread that gives way."""
-    return _throttled(items) if gives_way() else items
-
-
-def _throttled(items: Iterable[Item]) -> Iterator[Item]:
     for item in items:
-        if time.thread_time() - _THREAD.since > SLICE:
+        if gives_way() and time.thread_time() - _THREAD.since > SLICE:
             if _THREAD.busy():
                 time.sleep(PAUSE)
             _THREAD.since = time.thread_time()

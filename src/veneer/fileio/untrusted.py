@@ -17,6 +17,7 @@ lists nested so deep that a reader runs out of stack.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -58,11 +59,6 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
-
-    @property
-    def count(self) -> int:
-        """How many numbers it holds."""
-        return product(self.shape)
 
 
 @dataclass(frozen=True)
@@ -161,9 +157,9 @@ def _entry(name: str, claim: Any, room: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= room:
         return f"{shown} claims the bytes {start:,} to {stop:,} of {room:,}"
-    if product([axis or 1 for axis in shape]) > MAX_COUNT:  # strides are computed of an empty tensor too
+    if math.prod(axis or 1 for axis in shape) > MAX_COUNT:  # strides are computed of an empty tensor too
         return f"{shown} has a shape {_short(shape)} that no memory can hold"
-    bits = product(shape) * BITS[dtype]
+    bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
         return f"{shown} claims {stop - start:,} bytes, and {-(-bits // 8):,} by its shape {_short(shape)} of {dtype}"
     return Entry(dtype, tuple(shape), start, stop)
@@ -175,19 +171,6 @@ def _counts(value: Any) -> bool:
 
 def _short(shape: list[int]) -> str:
     return str(shape) if len(shape) <= 8 else f"[{', '.join(map(str, shape[:8]))}, …]"
-
-
-def product(shape: Iterable[int]) -> int:
-    """The product of whole numbers below 2⁶⁴, or one above ``MAX_COUNT`` as soon as it is clear that it will be."""
-    whole = 1
-    sizes = list(shape)
-    if 0 in sizes:
-        return 0
-    for axis in sizes:
-        whole *= axis
-        if whole > MAX_COUNT:
-            break
-    return whole
 
 
 def _gap(tensors: Mapping[str, Any], room: int) -> str | None:

@@ -11,12 +11,12 @@ file has ended. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from pathlib import Path
 
 from veneer.errors import AdapterError, sentence
-from veneer.fileio.untrusted import product
 
 #: bytes of one value, by the type's number
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -97,6 +97,6 @@ def _tensor(data: mmap.mmap, at: int) -> int:
     if axes > MAX_AXES:
         raise ValueError(f"a tensor of {axes:,} axes, of {MAX_AXES} at most")
     sizes = struct.unpack_from(f"<{axes}Q", data, at + 4)
-    if product(sizes) > 8 * len(data):  # no type has less than a bit for a number
+    if math.prod(sizes) > 8 * len(data):  # no type has less than a bit for a number
         raise ValueError(f"a tensor of {list(sizes)} numbers in {len(data):,} bytes")
     return _within(data, at + 4 + 8 * axes, 12)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
-
 #: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import ConfigError, sentence
 from veneer.fileio.untrusted import parse
-from veneer.models.load import Precision, pick_dtype, tokenizer_at
-from veneer.models.locate import find_base
-from veneer.models.messages import explained, quiet
+from veneer.models.load import Precision, tokenizer_at, type_and_device
+from veneer.models.locate import config_of, find_base
+from veneer.models.messages import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,17 +63,11 @@ def must_be_causal(source: str | Path) -> None:
 
 def _otherwise(name: str) -> str | None:
     """What a base is by its config, in words, unless it is a causal language model."""
-    from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
-    place = find_base(name)
-    if (Path(place) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
+    if (Path(find_base(name)) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
         return "an encoder of sentence-transformers"
-    with quiet():
-        try:
-            config: Any = AutoConfig.from_pretrained(place)
-        except Exception as error:
-            raise explained(name, error) from error
+    config = config_of(name)
     named, values = getattr(config, "architectures", None) or (), [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
     if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:  # also a class that somebody has registered
         found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -95,21 +89,15 @@ def load_encoder(source: str | Path, *, precision: Precision = "auto", device: s
     Raises:
         ConfigError: as ``load_base``, or a pooling that is not known here.
     """
-    import torch
     from transformers import AutoModel
 
     name = str(source)
     place = find_base(name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
+    dtype, device = type_and_device(precision, device)
     pooling, normal, longest = _pooling(Path(place))
-    with quiet():
-        try:
-            model: Any = AutoModel.from_pretrained(place, dtype=dtype)
-        except Exception as error:
-            raise explained(name, error) from error
-        tokenizer = tokenizer_at(place, name)
+    with loading(name):
+        model: Any = AutoModel.from_pretrained(place, dtype=dtype)
+    tokenizer = tokenizer_at(place, name)
     limits = (longest, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     length = min(int(limit) for limit in limits if limit)
     return Encoder(model.to(device).eval(), tokenizer, name, pooling, normal, length)

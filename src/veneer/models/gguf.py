@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 from veneer.fileio.atomic import new_folder
 from veneer.models.messages import first_line, log, quiet
 
@@ -40,26 +40,13 @@ def converted_gguf(file: Path) -> Path:
             f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install 'veneer[train]'."
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
-    with quiet(), contextlib.redirect_stderr(_Shown()):
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # transformers' bar: nothing of it in a log file
+    with quiet(), contextlib.redirect_stderr(shown):
         model, tokenizer = _read_gguf(file)
     with new_folder(target, overwrite=True) as folder, quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target
-
-
-class _Shown(io.StringIO):
-    """stderr while a GGUF file is read: transformers' bar on a terminal, nothing in a log file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = sys.stderr
-
-    def write(self, text: str) -> int:
-        return self.out.write(text) if self.out.isatty() else len(text)
-
-    def flush(self) -> None:
-        self.out.flush()
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
@@ -74,10 +61,10 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     except OSError:
         raise
     except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file
-        raise ConfigError(
-            f"Found: {file} cannot be read as GGUF ({first_line(error)}). Expected: a complete GGUF file of an "
-            "architecture that transformers converts. Do: fetch the file again, or use the model's safetensors."
-        ) from error
+        found = f"{file} cannot be read as GGUF ({first_line(error)})"
+        expected = "a complete GGUF file of an architecture that transformers converts"
+        do = "fetch the file again, or use the model's safetensors"
+        raise ConfigError(sentence(found, expected, do)) from error
     config = type(marked.config)(**marked.config.to_dict())
     config.__dict__.pop("quantization_config", None)
     plain: Any = type(marked)(config)

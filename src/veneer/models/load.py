@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.source_analysis import compares_attention
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
-from veneer.models.locate import find_base
-from veneer.models.messages import explained, first_line, quiet
+from veneer.models.locate import config_of, find_base
+from veneer.models.messages import first_line, loading, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -64,38 +64,30 @@ def load_base(
         ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
             model, no tokenizer, or an unreachable hub.
     """
-    import torch
+    from transformers import AutoModelForCausalLM
 
     name = str(source)
     place = find_base(name)
-    dtype: Any = "auto" if precision == "stored" else pick_dtype(precision)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with quiet():
-        model = _load_model(place, dtype, name, attention)
-        tokenizer = tokenizer_at(place, name)
-        usual = device == "cpu" and model.config._attn_implementation == "sdpa"
-        if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
+    dtype, device = type_and_device(precision, device)
+    chosen = None if attention in ("auto", "products") else attention
+    with loading(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
+    tokenizer = tokenizer_at(place, name)
+    usual = device == "cpu" and model.config._attn_implementation == "sdpa"
+    if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
+        with quiet():
             use_products(model)
-    return Base(model.to(device).eval(), tokenizer, name)  # pyright: ignore[reportArgumentType]
+    return Base(model.to(device).eval(), tokenizer, name)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked first."""
-    with quiet():
-        return tokenizer_at(find_base(str(source)), str(source))
+    return tokenizer_at(find_base(str(source)), str(source))
 
 
 def context_length(source: str | Path) -> int | None:
     """How many positions the base can take, from its config alone; None where the architecture has no limit."""
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(find_base(str(source)))
-        except Exception as error:
-            raise explained(str(source), error) from error
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
 
 
@@ -105,14 +97,7 @@ def stored_dtype(source: str | Path) -> torch.dtype | None:
     Raises:
         ConfigError: as ``load_base``.
     """
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            dtype: Any = AutoConfig.from_pretrained(find_base(str(source))).dtype
-        except Exception as error:
-            raise explained(str(source), error) from error
-    return dtype
+    return config_of(source).dtype
 
 
 def pick_dtype(precision: Precision) -> torch.dtype:
@@ -133,34 +118,26 @@ def _fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-# ---------------------------------------------------------------------------------------------- loading
+def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
+    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there is one."""
+    import torch
 
-
-def _load_model(place: str, dtype: Any, name: str, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        chosen = None if attention in ("auto", "products") else attention
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
-    except Exception as error:
-        raise explained(name, error) from error
+    dtype = "auto" if precision == "stored" else pick_dtype(precision)
+    return dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tokenizer_at(place: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except Exception as error:
-        if Path(place).is_dir():
-            raise ConfigError(
-                f"Found: no usable tokenizer in {name} ({first_line(error)}). Expected: tokenizer.json beside the "
-                "weights. Do: save the tokenizer into the same folder."
-            ) from error
-        raise explained(name, error) from error
-
-
-# ---------------------------------------------------------------------------------------------- writing
+    with loading(name):
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except Exception as error:
+            if not Path(place).is_dir():
+                raise
+            found = f"no usable tokenizer in {name} ({first_line(error)})"
+            do = "save the tokenizer into the same folder"
+            raise ConfigError(sentence(found, "tokenizer.json beside the weights", do)) from error
 
 
 def save_plain(

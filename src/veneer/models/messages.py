@@ -8,40 +8,41 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 
 log = logging.getLogger("veneer.models")
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """A block in which transformers reads what the user calls ``name``: quietly, and with errors that can be read."""
+    with quiet():
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise explained(name, error) from error
 
 
 def explained(name: str, error: Exception) -> Exception:
     """A readable error for what transformers raises when it cannot load; an unknown one is passed on as it is."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
-    if not Path(_expanded(name)).exists() and not name.startswith("package:"):
-        return ConfigError(
-            f"Found: no folder {name} here, and the hub gives no such model ({first_line(error)}). "
-            "Expected: a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
-            "from here. Do: check the spelling and the network; for a private model log in with `hf auth login`."
-        )
+    if not Path(name).expanduser().exists() and not name.startswith("package:"):
+        found = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
+        expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
+        do = "check the spelling and the network; for a private model log in with `hf auth login`"
+        return ConfigError(sentence(found, f"{expected}from here", do))
     if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
-        return ConfigError(_unusable(name, error))
+        found = f"the model in {name} cannot be loaded ({first_line(error)})"
+        expected = "a complete causal language model that this transformers version knows"
+        return ConfigError(sentence(found, expected, "check that the files are complete, or upgrade transformers"))
     return error
 
 
-def _expanded(name: str) -> str:
-    return str(Path(name).expanduser())
-
-
-def _unusable(name: str, error: Exception) -> str:
-    return (
-        f"Found: the model in {name} cannot be loaded ({first_line(error)}). Expected: a complete causal language "
-        "model that this transformers version knows. Do: check that the files are complete, or upgrade transformers."
-    )
-
-
 def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if len(line) <= 200 else line[:199] + "…"
 
 

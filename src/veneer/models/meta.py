@@ -9,13 +9,12 @@ transformers maps them as it loads, and this asks it how.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import ConfigError, sentence
-from veneer.models.messages import explained, quiet
+from veneer.models.messages import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +30,6 @@ class Place(NamedTuple):
     within: tuple[slice, ...] = ()
 
 
-def is_model(found: Any) -> bool:
-    """Whether it is a class of models: the name of it may come from a file, and transformers has other classes too."""
-    from transformers import PreTrainedModel
-
-    return isinstance(found, type) and issubclass(found, PreTrainedModel)
-
-
 def meta_model(folder: str | Path, architecture: str | None = None) -> PreTrainedModel:
     """The model of a folder in all but its weights: every module, name, shape and tie, with zeros that take no memory.
 
@@ -50,52 +42,41 @@ def meta_model(folder: str | Path, architecture: str | None = None) -> PreTraine
     """
     import torch
     import transformers
-    from transformers import AutoConfig
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-            named = [architecture, *(getattr(config, "architectures", None) or ())]
-            known = (getattr(transformers, name, None) for name in named if name)
-            class_: Any = next((found for found in known if is_model(found)), None)
-            if class_ is None:
-                found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
-                raise ConfigError(sentence(found, "a class of transformers", "give the model itself (model=…)"))
-            config.__dict__.pop("quantization_config", None)
-            with torch.device("meta"):
-                model = class_(config)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise explained(str(folder), error) from error
+    with loading(str(folder)):
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        named = [architecture, *(getattr(config, "architectures", None) or ())]
+        known = (getattr(transformers, name, None) for name in named if name)
+        # a name may come from a file, and transformers has other classes than models too
+        models = (cls for cls in known if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+        class_: Any = next(models, None)
+        if class_ is None:
+            found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
+            raise ConfigError(sentence(found, "a class of transformers", "give the model itself (model=…)"))
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            model = class_(config)
     return filled(model.eval())
 
 
 def filled(model: Any) -> Any:
-    """The model, with zeros on the CPU in place of what is on the meta device. They are pages of one map that nobody
-    has touched, so they have addresses and shapes, and no memory."""
-    import mmap
-
+    """The model, with zeros on the CPU in place of what is on the meta device. They are fresh pages that nobody has
+    touched, so they have addresses and shapes, and no memory."""
+    import numpy
     import torch
 
-    on_meta = {
-        id(value): value
-        for module in model.modules()
-        for value in (*module._parameters.values(), *module._buffers.values())
-        if value is not None and value.is_meta
-    }
-    sizes = {key: -(-value.numel() * value.element_size() // 64) * 64 for key, value in on_meta.items()}
-    # Linux's "do not reserve memory for this", for which Python has no name before 3.13.
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000} if sys.platform == "linux" else {}
-    room, start, made = mmap.mmap(-1, max(64, sum(sizes.values())), **flags), 0, {}
-    for key, value in on_meta.items():
-        flat = torch.frombuffer(room, dtype=torch.uint8, count=sizes[key], offset=start)
-        flat = flat[: value.numel() * value.element_size()].view(value.dtype).view(value.shape)
-        made[key] = torch.nn.Parameter(flat, value.requires_grad) if isinstance(value, torch.nn.Parameter) else flat
-        start += sizes[key]
+    made: dict[Any, Any] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
-            own.update({name: made[id(value)] for name, value in own.items() if id(value) in made})
+            for name, value in own.items():
+                if value is None or not value.is_meta:
+                    continue
+                if value not in made:  # a tensor is hashed by its identity, so ties stay
+                    flat = torch.from_numpy(numpy.zeros(value.nbytes, numpy.uint8))
+                    flat = flat.view(value.dtype).view(value.shape)
+                    kept = isinstance(value, torch.nn.Parameter)
+                    made[value] = torch.nn.Parameter(flat, value.requires_grad) if kept else flat
+                own[name] = made[value]
     return model
 
 

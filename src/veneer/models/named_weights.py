@@ -15,6 +15,7 @@ for whoever needs to know that they are equal.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,18 +115,16 @@ def of_module(model: nn.Module, what: str = "the model") -> Weights:
         tensor: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
         storage = None if entry.buffer else storage_of(tensor)
         if storage is None:
-            value = Value(tuple(tensor.shape), tensor.dtype, partial(_rows, lambda tensor=tensor: tensor.detach()))
+            value = _value(tensor.shape, tensor.dtype, tensor.detach)
         else:
-            dense = partial(_dense, storage, tensor)
-            value = Value(tuple(storage.shape(tensor)), storage.dtype(tensor), partial(_rows, dense))
+            value = _value(storage.shape(tensor), storage.dtype(tensor), partial(_dense, storage, tensor))
         values |= dict.fromkeys(entry.names, value)
     return Weights(what, values)
 
 
 def of_state(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "the state dict") -> Weights:
     """The values of a state dict of ``model``; those under names that it does not have are kept, under these."""
-    reads = {name: partial(_rows, lambda tensor=tensor: tensor.detach()) for name, tensor in tensors.items()}
-    found = {name: Value(tuple(tensor.shape), tensor.dtype, reads[name]) for name, tensor in tensors.items()}
+    found = {name: _value(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
     known = model.state_dict().keys()
     odd = {name: value for name, value in found.items() if name not in known}
     return Weights(what, {**odd, **_by_every_name(model, found)})
@@ -152,9 +151,7 @@ def of_folder(model: nn.Module, folder: str | Path) -> Weights:
             expected = f"what makes {path} {list(state[path].shape)}"
             problems.append(sentence(what, expected, "get the files and the configuration of one model"))
             continue
-        dtype = next(iter(dtypes))
-        for other in dtypes:
-            dtype = torch.promote_types(dtype, other)
+        dtype = functools.reduce(torch.promote_types, dtypes)
         values[path] = Value(shape, dtype, partial(_assembled, checkpoint, tuple(own), shape, dtype))
     raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", problems)
     unread = tuple(sorted(checkpoint.where.keys() - found.keys()))
@@ -190,7 +187,7 @@ def _made(names: Names, entry: Named, found: Mapping[str, Value]) -> Value | Non
         return _dense(storage, own)
 
     first = next(value.dtype for value in known.values() if value.dtype.is_floating_point)
-    return Value(tuple(storage.shape(made)), first, partial(_rows, dense))
+    return _value(storage.shape(made), first, dense)
 
 
 def _dense(storage: Any, weight: Any) -> Tensor:
@@ -198,8 +195,9 @@ def _dense(storage: Any, weight: Any) -> Tensor:
         return storage.dense(weight).detach()
 
 
-def _rows(whole: Callable[[], Tensor], rows: slice | None) -> Tensor:
-    return whole() if rows is None else whole()[rows]
+def _value(shape: Sequence[int], dtype: torch.dtype, whole: Callable[[], Tensor]) -> Value:
+    """One of which rows are made with all the others."""
+    return Value(tuple(shape), dtype, lambda rows: whole() if rows is None else whole()[rows])
 
 
 def _filled(
@@ -234,30 +232,16 @@ def _assembled(
     """Rows of the parameter that tensors of the files make: no more of the files is read than these need."""
     name, place = pieces[0]
     if len(pieces) == 1 and not place.index and len(place.within) < 2:
-        return checkpoint.read(name, _inside(place.within, checkpoint.shape(name), rows)).to(dtype)
-    first, last, _ = (rows or slice(None)).indices(shape[0])
-    whole = torch.empty(last - first, *shape[1:], dtype=dtype)
-    for name, place, index in _meeting(pieces, first, last):
-        part = whole[index]
-        part.copy_(checkpoint.read(name)[place.within].reshape(part.shape))
-    return whole
-
-
-def _meeting(
-    pieces: Sequence[tuple[str, Place]], first: int, last: int
-) -> Iterator[tuple[str, Place, tuple[slice, ...]]]:
-    """The pieces that have a part in the rows [first, last), each with where it goes in these. A row is never divided
-    along the first axis: the parts of a stack are whole matrices, and other parameters are read as a whole."""
+        if place.within:
+            meant = range(checkpoint.shape(name)[0])[place.within[0]][rows or slice(None)]
+            rows = slice(meant.start, meant.stop)
+        return checkpoint.read(name, rows).to(dtype)
+    asked = range(shape[0])[rows or slice(None)]
+    whole = torch.empty(len(asked), *shape[1:], dtype=dtype)
     for name, place in pieces:
-        start, stop, _ = place.index[0].indices(1 << 62)
-        if start < last and first < stop:
-            yield name, place, (slice(start - first, stop - first), *place.index[1:])
-
-
-def _inside(within: tuple[slice, ...], shape: Sequence[int], rows: slice | None) -> slice | None:
-    """The rows ``rows`` of the part ``within`` of a tensor, as rows of the tensor."""
-    if not within:
-        return rows
-    start, stop, _ = within[0].indices(shape[0])
-    first, last, _ = (rows or slice(None)).indices(stop - start)
-    return slice(start + first, start + last)
+        own = range(shape[0])[place.index[0]]
+        # never divided along the first axis: a part of a stack is a whole matrix, other parameters are read as a whole
+        if own.start < asked.stop and asked.start < own.stop:
+            part = whole[(slice(own.start - asked.start, own.stop - asked.start), *place.index[1:])]
+            part.copy_(checkpoint.read(name)[place.within].reshape(part.shape))
+    return whole

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,11 @@ class Checkpoint:
             row = size // shape[0] if shape[0] else 0
             shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
         flat = torch.empty(size, dtype=torch.uint8, device="cpu")
-        view, done = memoryview(flat.numpy().data), 0
-        with (self.folder / self.where[name]).open("rb", buffering=0) as stream:
+        with (self.folder / self.where[name]).open("rb") as stream:
             stream.seek(start)
-            while done < size:
-                count = stream.readinto(view[done : done + (1 << 27)])
-                if not count:
-                    found = f"{self.where[name]}, which ended within {name!r}"
-                    raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
-                done += count
+            if stream.readinto(flat.numpy().data) != size:
+                found = f"{self.where[name]}, which ended within {name!r}"
+                raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
         return flat.view(self.dtype(name)).reshape(shape)
 
 
@@ -98,26 +95,27 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(sentence(f"no folder {folder}", "the folder of a model", "check the path"))
-    indices = sorted(path.name for path in folder.iterdir() if path.name.endswith(INDEX))
+    refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
+    index, index_name, names = None, None, sorted(path.name for path in folder.iterdir())
+    indices, names = ([name for name in names if name.endswith(ending)] for ending in (INDEX, ENDING))
     if len(indices) > 1:
         raise CheckpointError(sentence(f"{listing(indices)} in {folder}", "one index", "keep the files of one model"))
-    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", misplaced(folder, indices))
     if indices:
-        index = _checked(read_json, folder / indices[0])
-        names = _named(folder / indices[0], index)
-    else:
-        index, names = None, sorted(path.name for path in folder.iterdir() if path.name.endswith(ENDING))
-    if len(names) != 1 and index is None:
+        index_name = indices[0]
+        refuse(misplaced(folder, indices))
+        index = _checked(read_json, folder / index_name)
+        names = _named(folder / index_name, index)
+    elif len(names) != 1:
         raise CheckpointError(_which(folder, names))
-    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", misplaced(folder, names))
+    refuse(misplaced(folder, names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         found = f"no {listing(missing)} in {folder}"
         raise CheckpointError(sentence(found, "the files that the index names", "get the whole model"))
     files = {name: _checked(read_header, folder / name) for name in names}
-    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", list(_problems(files, index)))
+    refuse(list(_problems(files, index)))
     where = {tensor: file for file, header in files.items() for tensor in in_order(header)}
-    return Checkpoint(folder, files, index, indices[0] if indices else None, where)
+    return Checkpoint(folder, files, index, index_name, where)
 
 
 def in_order(header: Header) -> list[str]:
