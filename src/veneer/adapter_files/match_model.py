@@ -89,41 +89,6 @@ class MatchCache:
         return self.plans[key]
 
 
-@dataclass
-class _Match:
-    """A folder on its way onto a model. Each stage reads what those before it filled in, and adds its problems."""
-
-    path: str | Path
-    saved: AdapterFiles
-    names: Names
-    problems: list[str]
-    by_peft_rules: bool
-    """Another library wrote it, so that PEFT says what its tensors mean."""
-    layers: dict[ParamRef, peft.PeftLayer] = field(default_factory=dict)
-    specs: dict[ParamRef, TargetSpec] = field(default_factory=dict)
-    low: tuple[LowRankPlan, ...] = ()
-    adapter_parameters: dict[ParamRef, dict[str, Tensor]] = field(default_factory=dict)
-    full: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def full_names(self) -> dict[str, tuple[str, ...]]:
-        """The parameters that are trained in full, by module; ``full`` has buffers too."""
-        modules = self.names.modules
-        return {
-            path: tuple(name for name in tensors if name in modules[path]._parameters)
-            for path, tensors in self.full.items()
-            if path in modules
-        }
-
-    def plan(self) -> LoadPlan:
-        """What came of it, once there are no problems."""
-        names, full, full_names = self.names, self.full, self.full_names
-        whole = frozenset(path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors)
-        readers = full_readers(names, full_names)
-        plans = Plans(self.saved.config, self.low, full_names, whole, readers, apart(names, full))
-        return LoadPlan(self.saved, plans, self.adapter_parameters, full)
-
-
 def match(
     model: nn.Module,
     path: str | Path,
@@ -145,146 +110,153 @@ def match(
     """
     saved = read(path)
     cache = MatchCache(Names(model)) if cache is None else cache
-    folder = _Match(path, saved, cache.names, problems, saved.record is None and not of_weights)
-    _match_modules(folder)
-    _plan_low_rank(folder, cache)
-    _plan_full(folder)
-    _check_complete(folder)
+    folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)
+    folder.match_modules()
+    folder.plan_low_rank(cache)
+    folder.plan_full()
+    folder.check_complete()
     raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
     if saved.record is None:
         warn_foreign(path)
     elif verify_base:
-        must_be_base(folder.names, saved, cache.fingerprints)
+        must_be_base(cache.names, saved, cache.fingerprints)
     return folder.plan()
 
 
-def _match_modules(folder: _Match) -> None:
-    """Find the weight of the model that each change of the file is of."""
-    names, problems = folder.names, folder.problems
-    for file_path, entry in throttled(folder.saved.low.items()):
-        ref = ref_at(names, file_path, folder.saved.peft_config)
-        if ref is None:
-            found = f"a change of {entry.at!r}, which this model lacks{nearest(entry.at, names.modules)}"
-            problems.append(sentence(found, "the same modules", "load it on the model that it was trained on"))
-            continue
-        if ref in folder.layers:
-            found = f"two changes of {parameter_path(*ref)!r} in {folder.path}"
-            problems.append(sentence(found, "one", "get the whole file again"))
-        folder.layers[ref] = _with_strength(folder, ref, file_path, entry)
+class _Match:
+    """A folder on its way onto a model. Each step reads what those before it filled in, and adds its problems."""
 
+    def __init__(self, saved: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool) -> None:
+        """``by_peft_rules``: another library wrote it, so that PEFT says what its tensors mean."""
+        self.saved, self.names, self.problems, self.by_peft_rules = saved, names, problems, by_peft_rules
+        self.layers: dict[ParamRef, peft.PeftLayer] = {}
+        self.low: tuple[LowRankPlan, ...] = ()
+        self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
+        self.full: dict[str, dict[str, Tensor]] = {}
+        #: the parameters among these
+        self.full_names: dict[str, tuple[str, ...]] = {}
 
-def _with_strength(folder: _Match, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
-    """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would do
-    something else with it than change the weight."""
-    names, config = folder.names, folder.saved.peft_config
-    parameter = means_parameter(names, ref, config)
-    nested = attention_above(names, ref) if peft.attention_of(file_path) is not None else None
-    module = names.modules[ref[0]]
-    several = len(kind_for(module, ref[1]).weights(module)) > 1
-    at = parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
-    rank, alpha, scale = peft.strength(config, at)
-    if folder.by_peft_rules:
-        reason = differs(names, ref, parameter, nested)
-        if nested is not None:
-            alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
-            reason = peft.unsure(config) if reason is None else reason
-        if reason is not None:
-            found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
-            folder.problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
-    return replace(entry, rank=rank, alpha=alpha, scale=scale)
+    def problem(self, found: str, expected: str, do: str = "load it on the model that it was trained on") -> None:
+        self.problems.append(sentence(found, expected, do))
 
+    def lacks(self, at: str, path: str) -> None:
+        nearby = nearest(path, self.names.modules)
+        self.problem(f"a change of {at!r}, which this model lacks{nearby}", "the same modules")
 
-def _plan_low_rank(folder: _Match, cache: MatchCache) -> None:
-    """Plan every change, as the record or else the file says, and take its adapter parameters."""
-    names, saved, problems, layers = folder.names, folder.saved, folder.problems, folder.layers
-    recorded = saved.metadata.get("changes")
-    if recorded is None:
-        folder.specs = {ref: TargetSpec(entry.rank, entry.alpha) for ref, entry in layers.items()}
-    else:
-        folder.specs = _recorded(names, recorded, problems)
-    folder.low = cache.plan(folder.specs, problems)
-    folder.adapter_parameters = {
-        entry.ref: parameters_of(names, entry, layers, saved, problems) for entry in throttled(folder.low)
-    }
-    if recorded is not None:
-        meant = {ref for entry in folder.low for ref in entry.holders} | set(folder.specs)
-        unknown = [parameter_path(*ref) for ref in layers if ref not in meant]
-        unknown += sorted(saved.adapter_parameters.keys() - recorded.keys())
-        if unknown:
-            found = f"changes that the record does not know: {listing(unknown)}"
-            problems.append(sentence(found, "the files as they were saved", "get another copy of the folder"))
+    def match_modules(self) -> None:
+        """Find the weight of the model that each change of the file is of."""
+        for file_path, entry in throttled(self.saved.low.items()):
+            ref = ref_at(self.names, file_path, self.saved.peft_config)
+            if ref is None:
+                self.lacks(entry.at, entry.at)
+                continue
+            if ref in self.layers:
+                found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
+                self.problem(found, "one", "get the whole file again")
+            self.layers[ref] = self.with_strength(ref, file_path, entry)
 
+    def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
+        """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would
+        do something else with it than change the weight."""
+        names, config = self.names, self.saved.peft_config
+        parameter = means_parameter(names, ref, config)
+        nested = attention_above(names, ref) if peft.attention_of(file_path) is not None else None
+        module = names.modules[ref[0]]
+        several = len(kind_for(module, ref[1]).weights(module)) > 1
+        at = parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
+        rank, alpha, scale = peft.strength(config, at)
+        if self.by_peft_rules:
+            reason = differs(names, ref, parameter, nested)
+            if nested is not None:
+                alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
+                reason = peft.unsure(config) if reason is None else reason
+            if reason is not None:
+                found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
+                self.problem(found, "a change of the weight", "use PEFT for it")
+        return replace(entry, rank=rank, alpha=alpha, scale=scale)
 
-def _plan_full(folder: _Match) -> None:
-    """Find the parameters and buffers that the folder holds in full."""
-    names, problems = folder.names, folder.problems
-    for file_path, tensors in folder.saved.full.items():
-        folder.full.setdefault(module_at(names, file_path), {}).update(tensors)
-    for entry in folder.low:
-        _take_base_weight(names, entry, folder.full, folder.path)
-    _check_full_tensors(names, folder.full, problems)
-    problems += overlaps(names, changed_refs(folder.low, folder.full_names))
-
-
-def _check_complete(folder: _Match) -> None:
-    """A file without a record may be cut short at a whole tensor: is there one for every target of its config?"""
-    if folder.saved.record is None:
-        lacking = _lacking(folder.names, folder.saved, set(folder.layers))
-        if lacking:
-            found = f"no tensors for {listing(lacking)}"
-            folder.problems.append(sentence(found, "those of every target", "get the whole file"))
-
-
-def _recorded(names: Names, recorded: Mapping[str, Any], problems: list[str]) -> dict[ParamRef, TargetSpec]:
-    """What the record says of each change."""
-    specs: dict[ParamRef, TargetSpec] = {}
-    for at, described in recorded.items():
-        above, _, name = at.rpartition(".")
-        path = names.canonical.get(above)
-        if path is None or name not in own_parameters(names.modules[path]):
-            found = f"a change of {at!r}, which this model lacks{nearest(above, names.modules)}"
-            problems.append(sentence(found, "the same modules", "load it on the model that it was trained on"))
+    def plan_low_rank(self, cache: MatchCache) -> None:
+        """Plan every change, as the record or else the file says, and take its adapter parameters."""
+        saved, layers = self.saved, self.layers
+        recorded = saved.metadata.get("changes")
+        if recorded is None:
+            specs = {ref: TargetSpec(entry.rank, entry.alpha) for ref, entry in layers.items()}
         else:
-            specs[path, name] = TargetSpec(described["rank"], described["alpha"], described.get("rows"))
-    return specs
+            specs = self.recorded(recorded)
+        self.low = cache.plan(specs, self.problems)
+        self.adapter_parameters = {
+            entry.ref: parameters_of(self.names, entry, layers, saved, self.problems) for entry in throttled(self.low)
+        }
+        if recorded is not None:
+            meant = {ref for entry in self.low for ref in entry.holders} | set(specs)
+            unknown = [parameter_path(*ref) for ref in layers if ref not in meant]
+            unknown += sorted(saved.adapter_parameters.keys() - recorded.keys())
+            if unknown:
+                found = f"changes that the record does not know: {listing(unknown)}"
+                self.problem(found, "the files as they were saved", "get another copy of the folder")
 
+    def recorded(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
+        """What the record says of each change."""
+        specs: dict[ParamRef, TargetSpec] = {}
+        for at, described in changes.items():
+            above, _, name = at.rpartition(".")
+            path = self.names.canonical.get(above)
+            if path is None or name not in own_parameters(self.names.modules[path]):
+                self.lacks(at, above)
+            else:
+                specs[path, name] = TargetSpec(described["rank"], described["alpha"], described.get("rows"))
+        return specs
 
-def _lacking(names: Names, saved: AdapterFiles, found: set[ParamRef]) -> list[str]:
-    """The targets of a PEFT config for which the file holds nothing."""
-    config = saved.peft_config
-    modules = {path: kind.weight for path, module in names.modules.items() if (kind := kind_of(module)) is not None}
-    expected = {(path, modules[path]) for path in peft.expected_paths(config, modules) or ()}
-    expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
-    expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
-    return sorted(parameter_path(*ref) for ref in expected - found)
+    def plan_full(self) -> None:
+        """Find the parameters and buffers that the folder holds in full: no such one, another shape and what is not to
+        be trained are problems."""
+        names = self.names
+        for file_path, tensors in self.saved.full.items():
+            self.full.setdefault(module_at(names, file_path), {}).update(tensors)
+        for entry in self.low:
+            self.take_base_weight(entry)
+        for path, tensors in self.full.items():
+            module = names.modules.get(path)
+            there = {**module._parameters, **module._buffers} if module is not None else {}
+            for key, tensor in tensors.items():
+                if there.get(key) is None:
+                    found = f"a tensor for {path}.{key}, which this model lacks"
+                    self.problem(found, "the same modules", "use its model")
+                elif there[key].shape != tensor.shape:
+                    found = f"{path}.{key} of shape {tuple(tensor.shape)}"
+                    self.problem(found, f"{tuple(there[key].shape)}", "use the model that it was trained on")
+            if module is not None:
+                self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
+        check_full(names, self.full_names, self.problems)
+        self.problems += overlaps(names, changed_refs(self.low, self.full_names))
 
+    def take_base_weight(self, entry: LowRankPlan) -> None:
+        """PEFT writes the frozen weight of an adapted embedding or head along (``save_embedding_layers``). It is no
+        part of the change; it tells whether this is the base."""
+        weight = weight_of(self.names.modules[entry.path], entry.weight)
+        for holder, name in entry.holders:
+            written = self.full.get(holder, {}).pop(name, None)
+            if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
+                found = f"another weight of {holder!r} in {self.saved.path} than in this model"
+                raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
 
-def _take_base_weight(
-    names: Names, entry: LowRankPlan, full: Mapping[str, dict[str, Tensor]], path: str | Path
-) -> None:
-    """PEFT writes the frozen weight of an adapted embedding or head along (``save_embedding_layers``). It is no part
-    of the change; it tells whether this is the base."""
-    weight = weight_of(names.modules[entry.path], entry.weight)
-    for holder, name in entry.holders:
-        written = full.get(holder, {}).pop(name, None)
-        if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
-            found = f"another weight of {holder!r} in {path} than in this model"
-            raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
+    def check_complete(self) -> None:
+        """A file without a record may be cut short at a whole tensor: is there one for every target of its config?"""
+        if self.saved.record is not None:
+            return
+        names, config = self.names, self.saved.peft_config
+        modules = {path: kind.weight for path, module in names.modules.items() if (kind := kind_of(module)) is not None}
+        expected = {(path, modules[path]) for path in peft.expected_paths(config, modules) or ()}
+        expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
+        expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
+        lacking = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
+        if lacking:
+            self.problem(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file")
 
-
-def _check_full_tensors(names: Names, full: Mapping[str, Mapping[str, Tensor]], problems: list[str]) -> None:
-    """Problems of what the folder holds in full: no such parameter or buffer, another shape, not to be trained."""
-    parameters: dict[str, tuple[str, ...]] = {}
-    for path, tensors in full.items():
-        module = names.modules.get(path)
-        there = {**module._parameters, **module._buffers} if module is not None else {}
-        for key, tensor in tensors.items():
-            if there.get(key) is None:
-                problems.append(
-                    sentence(f"a tensor for {path}.{key}, which this model lacks", "the same modules", "use its model")
-                )
-            elif there[key].shape != tensor.shape:
-                found = f"{path}.{key} of shape {tuple(tensor.shape)}"
-                problems.append(sentence(found, f"{tuple(there[key].shape)}", "use the model that it was trained on"))
-        parameters[path] = tuple(key for key in tensors if module is not None and key in module._parameters)
-    check_full(names, {path: keys for path, keys in parameters.items() if path in names.modules}, problems)
+    def plan(self) -> LoadPlan:
+        """What came of it, once there are no problems."""
+        names, full = self.names, self.full
+        whole = frozenset(path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors)
+        readers = full_readers(names, self.full_names)
+        plans = Plans(self.saved.config, self.low, self.full_names, whole, readers, apart(names, full))
+        return LoadPlan(self.saved, plans, self.adapter_parameters, full)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprints_of, record_of
 from veneer.adapter_files.folder import write
@@ -77,15 +77,16 @@ def save(
         with _whole_parameters(model, only_name(model, name)):
             return _content(model, only_name(model, name), base_name, fingerprints)
 
-    def written_to(content: Mapping[str, Any]) -> Path:
+    def put(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
-        return path
 
     if ranks is None:
-        return written_to(collected())
+        put(collected())
+        return path
     ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")  # before what is gathered
     content = ranks.each(collected, _mark, "an adapter, or a base,")
-    return ranks.each(lambda: written_to(content) if ranks.writes else path, lambda _: "", "a folder")
+    ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
+    return path
 
 
 def _outline(model: nn.Module, name: str) -> list[Any]:
@@ -104,21 +105,29 @@ def _mark(content: Mapping[str, Any]) -> str:
     return hash_json([tensors, rest, content["config"].to_dict()])
 
 
-@contextmanager
-def _whole_parameters(model: nn.Module, name: str) -> Iterator[None]:
+def _whole_parameters(model: nn.Module, name: str) -> AbstractContextManager[None]:
     """A block in which an adapter's parameters that are spread over processes are whole."""
-    holders = [change for *_, change in changes(model, name)]
-    tables = [holder._parameters for holder in holders] + [holder._buffers for holder in holders]
-    tables += [table for _, _, part in adapters(model, name) for table in (part.full._parameters, part.full._buffers)]
-    found = whole_values(value for table in tables for value in table.values())
+    modules = [change for *_, change in changes(model, name)] + [part.full for _, _, part in adapters(model, name)]
+    return with_values(modules, whole_values(value for m in modules for value in (*m.parameters(), *m.buffers())))
+
+
+@contextmanager
+def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
+    """A block in which modules hold other tensors, ``values`` by the identity of those that they stand for."""
+    tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
     before = [dict(table) for table in tables]
     try:
         for table in tables:
-            table.update({key: found[id(value)] for key, value in table.items() if id(value) in found})  # pyright: ignore[reportArgumentType, reportCallIssue]
+            table.update({key: values[id(value)] for key, value in table.items() if id(value) in values})
         yield
     finally:
         for table, own in zip(tables, before, strict=True):
-            table.update(own)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            table.update(own)
+
+
+def base_name_of(model: nn.Module) -> str | None:
+    """The name by which transformers loaded it."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or None
 
 
 def _content(
@@ -131,8 +140,7 @@ def _content(
         raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
     names = Names(model)
     peft_form = peft_entries(names, name)
-    if base_name is None:
-        base_name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    base_name = base_name_of(model) if base_name is None else base_name
     weights = {
         parameter_path(at, weight): (weight_of(module, weight), change)
         for at, module, weight, change in changes(model, name)
@@ -202,21 +210,13 @@ def install_from(
 
 
 def _described(change: Change) -> dict[str, Any]:
-    rows = None if change.rows is None else change.rows.tolist()
-    return {
-        "kind": change.layer.name,
-        "rank": change.rank,
-        "alpha": change.alpha,
-        **({} if rows is None else {"rows": _ranges(rows)}),
-    }
-
-
-def _ranges(rows: list[int]) -> list[list[int]]:
-    """Ascending runs of indices as (start, stop)."""
-    ranges: list[list[int]] = []
-    for row in rows:
+    described = {"kind": change.layer.name, "rank": change.rank, "alpha": change.alpha}
+    if change.rows is None:
+        return described
+    ranges: list[list[int]] = []  # ascending runs of indices as (start, stop)
+    for row in change.rows.tolist():
         if ranges and ranges[-1][1] == row:
             ranges[-1][1] = row + 1
         else:
             ranges.append([row, row + 1])
-    return ranges
+    return {**described, "rows": ranges}

@@ -19,10 +19,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ from veneer import context
 from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import save
+from veneer.adapter_files.save_load import base_name_of, save, with_values
 from veneer.attach.adapted_module import layer_states, own_class, walk
+from veneer.attach.change import Change
+from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.method_overrides import put, stands, without_adapters
 from veneer.attach.state import STATE
+from veneer.attach.targets import ParamRef
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
@@ -47,8 +51,6 @@ SAVE = "save_pretrained"
 TRAINER = "transformers.trainer"
 #: what a folder that holds a whole model has, of transformers or of a library like it
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
-#: what wrappers put before the names of a state dict
-WRAPPERS = ("_orig_mod.", "module.")
 
 
 class LoadedElsewhere(UserWarning):
@@ -161,15 +163,11 @@ def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
     weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
     if not weights or not (folder / "config.json").exists():
         return
-    base = _base_name(model)
-    if not base or Path(base).resolve() != folder.resolve():
+    base = base_name_of(model)
+    if base is None or Path(base).resolve() != folder.resolve():
         found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
         raise OutputExistsError(sentence(found, expected, "choose another folder, or remove the model from it"))
-
-
-def _base_name(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
 def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
@@ -196,21 +194,18 @@ def _tell(model: nn.Module, folder: Path) -> None:
     if not (folder / peft.CONFIG).exists():
         return
     written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
-    if str(written["peft_type"]).startswith(peft.NOT_FOR_PEFT):
-        text = f"from_pretrained and PEFT will refuse this adapter ({written['peft_type']}): load it with veneer.load"
-        warnings.warn(text, LoadedElsewhere, stacklevel=5)
-    if written.get("use_dora"):
-        text = (
-            "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's own as well; it logs "
-            "them as UNEXPECTED): load it with veneer.load or PEFT"
-        )
-        warnings.warn(text, LoadedElsewhere, stacklevel=5)
-    if hasattr(model, "config") and not _base_name(model):
-        text = (
-            f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
-            "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
-            "set model.config._name_or_path before saving"
-        )
+    kind = str(written["peft_type"])
+    texts = {
+        f"from_pretrained and PEFT will refuse this adapter ({kind}): load it with veneer.load": kind.startswith(
+            peft.NOT_FOR_PEFT
+        ),
+        "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's own as well; it logs "
+        "them as UNEXPECTED): load it with veneer.load or PEFT": written.get("use_dora"),
+        f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
+        "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
+        "set model.config._name_or_path before saving": hasattr(model, "config") and base_name_of(model) is None,
+    }
+    for text in (text for text, applies in texts.items() if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
 
 
@@ -219,12 +214,8 @@ def _tell(model: nn.Module, folder: Path) -> None:
 
 def _state(options: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict that was passed, without what wrappers put before its names."""
-    state: dict[str, Any] = {}
-    for key, value in (options.get("state_dict") or {}).items():
-        for wrapper in WRAPPERS:
-            key = key.removeprefix(wrapper)
-        state[key] = value
-    return state
+    state = options.get("state_dict") or {}
+    return {re.sub(r"^(_orig_mod\.)?(module\.)?", "", key): value for key, value in state.items()}
 
 
 def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]) -> None:
@@ -246,31 +237,18 @@ def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Ca
     if all(key not in state or _is(state[key], value) for key, value in own.items()):
         write()
         return
-    seen: set[int] = set()  # a tied parameter has several names, and the first that is given counts
-    given: dict[str, Tensor] = {}
-    for key, value in own.items():
-        if key in state and id(value) not in seen:
-            seen.add(id(value))
-            kept = isinstance(value, nn.Parameter)
-            given[f"model.{key}"] = nn.Parameter(state[key], requires_grad=False) if kept else state[key]
-    torch.func.functional_call(_Writer(model, write), given, ())
+    given: dict[int, Tensor] = {}  # a tied parameter has several names, and the first that is given counts
+    for key in (key for key in own if key in state):
+        kept = isinstance(own[key], nn.Parameter)
+        given.setdefault(id(own[key]), nn.Parameter(state[key], requires_grad=False) if kept else state[key])
+    with with_values(model.modules(), given):
+        write()
 
 
 def _is(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one place in memory."""
     alike = type(one) is type(other.detach()) or one is other
     return alike and one.shape == other.shape and one.data_ptr() == other.data_ptr()
-
-
-class _Writer(nn.Module):
-    """Its forward writes: ``functional_call`` gives a module other tensors for the time of a forward."""
-
-    def __init__(self, model: nn.Module, write: Callable[[], None]) -> None:
-        super().__init__()
-        self.model, self.write = model, write
-
-    def forward(self) -> None:
-        self.write()
 
 
 # ---------------------------------------------------------------------------------------------- resuming
@@ -293,19 +271,17 @@ def refill(model: nn.Module, folder: str | Path) -> None:
         found = f"{need_adapters(model).merged!r} merged into the weights"
         raise MergeError(sentence(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first"))
     load_plan = match(model, folder, [])
-    parameters = {parameter_path(*ref): values for ref, values in load_plan.adapter_parameters.items()}
-    own = {parameter_path(path, weight): change for path, _, weight, change in changes(model, name)}
+    own = {(path, weight): change for path, _, weight, change in changes(model, name)}
     parts = {path: part for path, _, part in adapters(model, name)}
-    raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(model, name, load_plan)))
-    for at, change in own.items():
-        for key, value in parameters[at].items():
+    raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(own, parts, load_plan)))
+    for ref, change in own.items():
+        for key, value in load_plan.adapter_parameters[ref].items():
             change.adapter_parameters[key].copy_(value)
     load_plan.fill(parts)
 
 
-def _unlike(model: nn.Module, name: str, load_plan: LoadPlan):
+def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], load_plan: LoadPlan) -> Iterator[str]:
     """How the adapter of a folder is made otherwise than the one that is attached."""
-    own = {(path, weight): change for path, _, weight, change in changes(model, name)}
     theirs = {entry.ref: entry for entry in load_plan.plans.low}
     do = "attach with the config of the run that wrote it"
     for found, refs in (("no change of", own.keys() - theirs.keys()), ("a change of", theirs.keys() - own.keys())):
@@ -321,9 +297,9 @@ def _unlike(model: nn.Module, name: str, load_plan: LoadPlan):
             found = "variant {!r}, rank {}, alpha {}, rows {}".format(*there)
             expected = "variant {!r}, rank {}, alpha {}, rows {}".format(*here)
             yield sentence(f"{found} at {parameter_path(*ref)!r}", expected, do)
-    full = {path: part.full.state_dict().keys() for path, _, part in adapters(model, name)}
-    for path in sorted(full.keys() | load_plan.full.keys()):
-        if (here := set(full.get(path, ()))) != (there := set(load_plan.full.get(path, ()))):
+    for path in sorted(parts.keys() | load_plan.full.keys()):
+        here = set(parts[path].full.state_dict()) if path in parts else set()
+        if here != (there := set(load_plan.full.get(path, ()))):
             found = f"{listing(sorted(there))} of {path!r} trained in full"
             yield sentence(found, listing(sorted(here)), do)
 
