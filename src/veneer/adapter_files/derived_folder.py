@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
+from veneer.adapter_files.peft_mapping import config_fields
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import BLAKE3, kind_in, prints_in
 from veneer.formats import peft
@@ -156,10 +157,7 @@ def _config(
     variant: str,
 ) -> dict[str, Any]:
     configs = [source.peft_config for source in sources]
-    named = {peft.pattern_of(path, layer): layer for path, layer in low.items()}
-    ranks = {at: layer.rank for at, layer in named.items()}
-    alphas = {at: layer.alpha for at, layer in named.items()}
-    rank, alpha = peft.common(ranks, alphas, configs[0]["r"], configs[0]["lora_alpha"])
+    sizes = {peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()}
     parameters = list(dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer)))
     targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
     said = [config.get("target_modules") for config in configs]
@@ -172,21 +170,15 @@ def _config(
     types = [str(config.get("peft_type")) for config in configs]
     modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
     biases = [config.get("bias") or "none" for config in configs]
-    return {
+    fields = {
         "peft_type": next((name for name in types if name.startswith(peft.NOT_FOR_PEFT)), types[0]),
         "task_type": configs[0].get("task_type"),
         "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
-        "r": rank,
-        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": whole if low else peft.NO_TARGETS,
-        **({"target_parameters": parameters} if parameters else {}),
-        "rank_pattern": peft.patterns_for(ranks, rank),
-        "alpha_pattern": peft.patterns_for(alphas, alpha),
         "modules_to_save": modules or None,
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
-        "init_lora_weights": True,
-        "inference_mode": True,
         **({"use_dora": True} if variant == "dora" else {}),
     }
+    return config_fields(fields, sizes, (configs[0]["r"], configs[0]["lora_alpha"]), parameters)

@@ -39,22 +39,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter_files import model_card
-from veneer.adapter_files.record import (
-    FORMAT,
-    PARAMETERS,
-    RECORD,
-    altered,
-    altered_parameters,
-    malformed,
-    must_belong,
-    record_in,
-    sealed,
-)
+from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, must_belong, record_in, sealed
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.throttle import throttled
-from veneer.fileio.untrusted import MAX_JSON, misplaced, parse, pickled, read_header, read_json
+from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
 from veneer.formats import peft
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
@@ -153,21 +143,22 @@ def write(
     raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **parameters}, "train it again")))
     record = None
     if base is not None:
-        record = {"format": FORMAT, "base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
+        record = {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
         record = sealed(record, tensors, peft_config, provenance, parameters)
     elif parameters:
         raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
+    if record is not None:
+        texts[RECORD] = json.dumps(record, indent=2) + "\n"
     with _could_be_read(path):
         peft.check_config(peft_config, ours=record is not None)
         raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
         assemble(path, peft_config, record, tensors, parameters)
-    texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
-    if record is not None:
-        texts[RECORD] = json.dumps(record, indent=2) + "\n"
-    for file, text in texts.items():
-        _must_be_readable(file, text)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    texts[model_card.NAME] = model_card.renewed(model_card.card(peft_config, record, shapes), _old_card(path))
+        for file, text in texts.items():
+            json_object(text, file, "give less provenance")
+    shapes, old = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, path / model_card.NAME
+    notes = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else None
+    texts[model_card.NAME] = model_card.renewed(model_card.card(peft_config, record, shapes), notes)
     with new_folder(path, overwrite=overwrite) as folder:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
@@ -178,11 +169,6 @@ def write(
         with _could_be_read(path):
             for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(folder / file)
-
-
-def _old_card(path: Path) -> str | None:
-    file = path / model_card.NAME
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def copy_files(source: Path, folder: Path) -> None:
@@ -200,18 +186,6 @@ def content_hash(path: Path) -> str:
             with (path / name).open("rb") as stream:
                 whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
-
-
-def _must_be_readable(file: str, text: str) -> None:
-    """Refuse to write what ``read`` would refuse."""
-    try:
-        parse(text)
-    except ValueError as error:
-        found = f"a {file} that could not be read again ({error})"
-        raise AdapterError(sentence(found, "plain values", "give less provenance")) from error
-    if len(text) > MAX_JSON:
-        found = f"a {file} of {len(text):,} bytes"
-        raise AdapterError(sentence(found, f"{MAX_JSON:,} at most", "give less provenance"))
 
 
 @contextmanager
@@ -237,12 +211,10 @@ def read(path: str | Path) -> AdapterFiles:
     record = record_in(path, header)
     parameters: dict[str, Tensor] = {}
     if record is not None:
-        must_belong(altered(path, record, peft_config, tensors), path)
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
-    peft.check_config(peft_config, ours=record is not None)
-    if record is not None:
         parameters = read_parameters(path, record)
-        must_belong(altered_parameters(record, parameters), path)
+        must_belong(altered(path, record, peft_config, tensors, parameters), path)
+    peft.check_config(peft_config, ours=record is not None)
     raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
     return assemble(path, peft_config, record, tensors, parameters)
 
@@ -303,17 +275,18 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)
     variant = next(matching, None) if said else VARIANTS["lora"]
     if variant is None:
-        raise AdapterError(
-            sentence(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
-        )
+        found = f"{listing(said)} in {peft.CONFIG}"
+        raise AdapterError(sentence(found, "a variant that Veneer has", "use PEFT for it"))
     targets = config.get("target_modules") or ()
-    if isinstance(targets, str):
-        targets = targets if targets == "all-linear" else f"re:{targets}"
+    if not isinstance(targets, str):
+        targets = [*targets, *(config.get("target_parameters") or ())]
+    elif targets != "all-linear":
+        targets = f"re:{targets}"
     return LoraConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
-        targets=targets if isinstance(targets, str) else [*targets, *(config.get("target_parameters") or ())],
+        targets=targets,
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
@@ -327,10 +300,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as file_:
             return {key: file_.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
     except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
-        found = f"{file} cannot be read ({error})"
-        raise AdapterError(
-            sentence(found, "a whole safetensors file", "get the file again; it may be cut short")
-        ) from error
+        found, do = f"{file} cannot be read ({error})", "get the file again; it may be cut short"
+        raise AdapterError(sentence(found, "a whole safetensors file", do)) from error
 
 
 def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:

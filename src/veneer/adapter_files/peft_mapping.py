@@ -10,8 +10,9 @@ better than one that loads and computes something else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,51 +59,44 @@ class PeftEntry:
 def peft_entries(names: Names, name: str) -> list[PeftEntry]:
     """Every change under every module that holds its weight, each time as that module reads it, so that a library
     which adapts modules one by one gives the same outputs."""
-    peft_form: list[PeftEntry] = []
-    wraps: dict[str, int] = {}
+    found: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
         part = layer_state.get(name)
         for weight in own_parameters(module) if part is not None else ():
-            change = part.changes.get(weight)
-            if change is None:
-                continue
-            low, _ = change.resolve(weight_of(module, weight))
-            kind, target = kind_for(module, weight), path
-            parameter = kind.name == GENERAL or (kind.name == "linear" and peft.taken_for_experts(path, parameters))
-            if parameter:
-                target = parameter_path(path, weight)
-                wraps[path] = wraps.get(path, 0) + 1
-            exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
-            alpha = change.alpha if exact else low.scale * low.rank
-            low = low.T if layer_state.transposed else low
-            peft_form.append(
-                PeftEntry(
-                    "", target, parameter, path, module, weight, change, low, layer_state.transposed, alpha, exact
-                )
-            )
-    seen: dict[str, int] = {}
-    for number, entry in enumerate(peft_form):
-        where = peft.nested(entry.path, wraps)
-        if entry.parameter:  # each further parameter of a module wraps the one before
-            seen[entry.path] = seen.get(entry.path, 0) + 1
-            where = ".".join([*([where] if where else []), *["base_layer"] * (wraps[entry.path] - seen[entry.path])])
-        elif _several(entry):
-            where = parameter_path(where, entry.weight)
-        peft_form[number] = replace(entry, where=where)
-    return peft_form
+            if weight in part.changes:
+                kind = kind_for(module, weight).name
+                parameter = kind == GENERAL or (kind == "linear" and peft.taken_for_experts(path, parameters))
+                found.append((path, module, weight, part.changes[weight], layer_state.transposed, parameter))
+    wraps = Counter(path for path, *_, parameter in found if parameter)
+    inside, entries = Counter(wraps), []
+    for path, module, weight, change, transposed, parameter in found:
+        where, target = peft.nested(path, wraps), path
+        if parameter:  # each further parameter of a module wraps the one before
+            inside[path] -= 1
+            where = ".".join([*([where] if where else []), *["base_layer"] * inside[path]])
+            target = parameter_path(path, weight)
+        elif _several(module, weight):
+            where = parameter_path(where, weight)
+        low, _ = change.resolve(weight_of(module, weight))
+        exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
+        alpha = change.alpha if exact else low.scale * low.rank
+        low = low.T if transposed else low
+        made = PeftEntry(where, target, parameter, path, module, weight, change, low, transposed, alpha, exact)
+        entries.append(made)
+    return entries
 
 
-def _several(entry: PeftEntry) -> bool:
+def _several(module: nn.Module, weight: str) -> bool:
     """Whether the file holds several weights of this module, each under its own name."""
-    return not entry.parameter and len(kind_for(entry.module, entry.weight).weights(entry.module)) > 1
+    return len(kind_for(module, weight).weights(module)) > 1
 
 
 def _wraps(peft_form: list[PeftEntry]) -> dict[str, int]:
     """How many wrappers PEFT puts around each module."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for entry in peft_form:
-        counts[entry.path] = counts.get(entry.path, 0) + 1 if entry.parameter else 1
+        counts[entry.path] = counts[entry.path] + 1 if entry.parameter else 1
         if isinstance(entry.module, nn.MultiheadAttention):  # PEFT adapts its out-projection along
             counts[parameter_path(entry.path, "out_proj")] = 1
     return counts
@@ -147,35 +141,52 @@ def written(tensor: Tensor) -> Tensor:
 def peft_config(
     names: Names, name: str, config: LoraConfig, base_name: str | None, peft_form: list[PeftEntry]
 ) -> dict[str, Any]:
-    model, variant = names.model, VARIANTS[config.variant]
+    variant = VARIANTS[config.variant]
     # of several weights of one module, for which PEFT has no name, each has a rank of its own
-    named = [peft.unnested(entry.where)[0] if _several(entry) else entry.target for entry in peft_form]
-    ranks = {at: entry.low.rank for at, entry in zip(named, peft_form, strict=True)}
-    alphas = {at: entry.alpha for at, entry in zip(named, peft_form, strict=True)}
+    named = {
+        peft.unnested(e.where)[0] if not e.parameter and _several(e.module, e.weight) else e.target: e
+        for e in peft_form
+    }
     parameters = list(dict.fromkeys(entry.target for entry in peft_form if entry.parameter))  # in the order of wrapping
     targets = list(dict.fromkeys(entry.target for entry in peft_form if not entry.parameter))
-    alpha = variant.default_alpha if config.alpha is None else config.alpha
-    rank, alpha = peft.common(ranks, alphas, config.rank, alpha)
     # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
     plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form)
     kinds = {kind_for(entry.module, entry.weight).name for entry in peft_form}
-    return {
+    fields = {
         "peft_type": _peft_type(names, peft_form),
-        "task_type": _task(model),
+        "task_type": _task(names.model),
         "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
         "lora_dropout": config.dropout if plain else 0.0,
         "target_modules": peft.targets_for(targets, filter(None, names.modules)) if peft_form else peft.NO_TARGETS,
-        **({"target_parameters": parameters} if parameters else {}),
-        "rank_pattern": peft.patterns_for(ranks, rank),
-        "alpha_pattern": peft.patterns_for(alphas, alpha),
         "modules_to_save": _whole_modules(names, name, _wraps(peft_form)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
+        **(variant.peft or {}),
+    }
+    alpha = variant.default_alpha if config.alpha is None else config.alpha
+    sizes = {at: (entry.low.rank, entry.alpha) for at, entry in named.items()}
+    return config_fields(fields, sizes, (config.rank, alpha), parameters)
+
+
+def config_fields(
+    fields: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, float]],
+    usual: tuple[int, float],
+    parameters: Sequence[str],
+) -> dict[str, Any]:
+    """A PEFT config of these fields, with what PEFT has for the rank and alpha of each path, in ``sizes``."""
+    ranks = {at: rank for at, (rank, _) in sizes.items()}
+    alphas = {at: alpha for at, (_, alpha) in sizes.items()}
+    rank, alpha = peft.common(ranks, alphas, *usual)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        **({"target_parameters": list(parameters)} if parameters else {}),
+        "rank_pattern": peft.patterns_for(ranks, rank),
+        "alpha_pattern": peft.patterns_for(alphas, alpha),
         "init_lora_weights": True,
         "inference_mode": True,
-        **(variant.peft or {}),
+        **fields,
     }
 
 
@@ -204,33 +215,22 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
             reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
-        reason = reason or _cannot_run(names, entry.path)
+        for above, attribute in asked(names, entry.path) if reason is None else ():
+            if peft.lacks(attribute):  # then the forward fails
+                found = f"{above or 'the model'!r} reads its {attribute!r}, which"
+                reason = f"{found} the module that PEFT puts around it lacks"
+                break
         if reason is not None:
             return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
     return "LORA"
 
 
-def _cannot_run(names: Names, path: str) -> str | None:
-    """Why a model with PEFT's module around this one fails in its forward, or None."""
-    for above, attribute in asked(names, path):
-        if peft.lacks(attribute):
-            return f"{above or 'the model'!r} reads its {attribute!r}, which the module that PEFT puts around it lacks"
-    return None
-
-
 #: what the forward of PEFT's model for a task gives to the base's by name, whatever the caller gave
-_GIVEN = (
-    "input_ids",
-    "attention_mask",
-    "inputs_embeds",
-    "labels",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-)
+_OUTPUTS = {"labels", "output_attentions", "output_hidden_states", "return_dict"}
+_INPUTS = {"input_ids", "attention_mask", "inputs_embeds"}
 _TASKS = {
-    "CAUSAL_LM": _GIVEN,
-    "SEQ_2_SEQ_LM": (*_GIVEN, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    "CAUSAL_LM": _INPUTS | _OUTPUTS,
+    "SEQ_2_SEQ_LM": _INPUTS | _OUTPUTS | {f"decoder_{name}" for name in _INPUTS},
 }
 
 
@@ -246,7 +246,7 @@ def _task(model: nn.Module) -> str | None:
     taken = inspect.signature(cls.forward).parameters
     rest = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
     tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}  # what is in the rest is no input
-    return task if tokens <= taken.keys() and (rest or set(_TASKS[task]) <= taken.keys()) else None
+    return task if tokens <= taken.keys() and (rest or _TASKS[task] <= taken.keys()) else None
 
 
 def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = None) -> str | None:
@@ -264,7 +264,8 @@ def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = N
     if path == "":
         return "PEFT cannot wrap the model itself"
     if parameter:
-        return "its kernel reads a list of weights that PEFT leaves as it was" if _recurrent(module) else None
+        recurrent = isinstance(module, nn.RNNBase)
+        return "its kernel reads a list of weights that PEFT leaves as it was" if recurrent else None
     reason = peft.differs(kind.name, module)
     if reason is None and not _plain_forward(kind, module, name):
         reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
@@ -276,10 +277,6 @@ def attention_above(names: Names, ref: ParamRef) -> str | None:
     above, _, last = ref[0].rpartition(".")
     found = last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
     return above if found else None
-
-
-def _recurrent(module: nn.Module) -> bool:
-    return isinstance(module, nn.RNNBase)
 
 
 def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:

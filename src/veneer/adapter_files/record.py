@@ -44,7 +44,9 @@ def sealed(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """A record with the hashes of everything, its own included."""
-    record |= {
+    record = {
+        "format": FORMAT,
+        **record,
         "hashes": {"tensors": hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
         "versions": dict(_installed("veneer", "torch", "transformers")),
         "provenance": _plain(dict(provenance)),
@@ -95,9 +97,17 @@ def _damaged(path: Path, why: str) -> str:
 
 
 def altered(
-    path: Path, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: Path,
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """For each part of a folder that the record has a hash of, in words: whether it has changed."""
+    """For each part of a folder that the record has a hash of, in words: whether it has changed.
+
+    Args:
+        parameters: those of ``veneer.safetensors``; None if they could not be read.
+    """
     hashes = record["hashes"]
     checks = {
         "the record in its header": hash_record(record) != hashes.get("record"),
@@ -106,13 +116,9 @@ def altered(
     }
     if (path / RECORD).exists():
         checks[RECORD] = read_json(path / RECORD) != record
+    if parameters is not None and (parameters or PARAMETERS in hashes):
+        checks[PARAMETERS] = hash_tensors(parameters) != hashes.get(PARAMETERS)
     return checks
-
-
-def altered_parameters(record: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, bool]:
-    """The same of ``veneer.safetensors``."""
-    expected = record["hashes"].get(PARAMETERS)
-    return {PARAMETERS: hash_tensors(parameters) != expected} if expected is not None or parameters else {}
 
 
 def must_belong(checks: Mapping[str, bool], path: Path) -> None:

@@ -42,7 +42,7 @@ from veneer.adapter_files.folder import (
     read_parameters,
     read_tensors,
 )
-from veneer.adapter_files.record import PARAMETERS, RECORD, altered, altered_parameters, malformed, record_in
+from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, record_in
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, listing, sentence
 from veneer.fileio.hashing import fingerprint
@@ -230,11 +230,9 @@ class _Checks:
         self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[bool, dict[str, Tensor] | None]:
         """(whether the record can be used, the tensors of veneer.safetensors)."""
-        checks = self.tried("record", altered, self.path, record, config, tensors) or {}
         problems = list(malformed(record, self.path))
         parameters = None if problems else self.tried("record", read_parameters, self.path, record)
-        if parameters is not None:
-            checks |= altered_parameters(record, parameters)
+        checks = self.tried("record", altered, self.path, record, config, tensors, parameters) or {}
         for what in (what for what, other in checks.items() if other):
             text = sentence(f"{what} changed after it was written", "the files as they were saved", "get another copy")
             problems.append(text)

@@ -93,13 +93,11 @@ def read_header(path: str | Path) -> Header:
     except ValueError as error:
         raise AdapterError(_unreadable(path, f"its header is not JSON: {error}")) from error
     metadata = content.pop("__metadata__", {})
-    problems = [_metadata_problem(metadata)]
     tensors = {name: _entry(name, claim, size - 8 - length) for name, claim in throttled(content.items())}
     wrong = [claim for claim in tensors.values() if isinstance(claim, str)]
-    problems += wrong or [_gap(tensors, size - 8 - length)]
-    found = [problem for problem in problems if problem]
-    if found:
-        raise AdapterError(_unreadable(path, listing(found, 3)))
+    problems = [_metadata_problem(metadata), *(wrong or [_gap(tensors, size - 8 - length)])]
+    if any(problems):
+        raise AdapterError(_unreadable(path, listing(filter(None, problems), 3)))
     return Header(tensors, metadata, 8 + length)  # pyright: ignore[reportArgumentType]
 
 
@@ -200,9 +198,8 @@ def parse(text: str | bytes) -> Any:
         raise ValueError(f"more than {MAX_MARKS:,} values")
     decoded = raw.decode("utf-8")
     try:
-        value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite
-        )
+        hooks = {"parse_constant": _finite, "parse_int": _whole, "parse_float": _finite}
+        value = json.loads(decoded, object_pairs_hook=_unique, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     _shallow(value)
@@ -220,10 +217,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word}, which is no JSON")
-
-
 def _whole(digits: str) -> int:
     number = int(digits) if len(digits) <= 20 else 2**64
     if not -(2**63) <= number < 2**64:
@@ -232,6 +225,8 @@ def _whole(digits: str) -> int:
 
 
 def _finite(digits: str) -> float:
+    if digits.endswith(("NaN", "Infinity")):
+        raise ValueError(f"{digits}, which is no JSON")
     number = float(digits) if len(digits) <= 400 else float("inf")
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"the number {digits[:40]}, which no float holds")
@@ -241,30 +236,31 @@ def _finite(digits: str) -> float:
 def _shallow(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [
-            below
-            for above in level
-            if isinstance(above, dict | list)
-            for below in (above.values() if isinstance(above, dict) else above)
-        ]
+        nested = (
+            above.values() if isinstance(above, dict) else above for above in level if isinstance(above, dict | list)
+        )
+        level = [below for values in nested for below in values]
         if not level:
             return
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most ``MAX_JSON`` bytes.
+    """A JSON object from a file, as ``json_object``."""
+    with file.open("rb") as stream:
+        return json_object(stream.read(MAX_JSON + 1), str(file))
+
+
+def json_object(text: str | bytes, file: str, do: str = "get the file again") -> dict[str, Any]:
+    """A JSON object of at most ``MAX_JSON`` bytes.
 
     Raises:
         AdapterError: it is larger, no JSON, or no object; says where and why.
     """
-    with file.open("rb") as stream:
-        raw = stream.read(MAX_JSON + 1)
-    do = "get the file again"
-    if len(raw) > MAX_JSON:
+    if len(text) > MAX_JSON:
         raise AdapterError(sentence(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do))
     try:
-        content = parse(raw)
+        content = parse(text)
     except ValueError as error:
         raise AdapterError(sentence(f"{file}, which is not JSON ({error})", "a JSON object", do)) from error
     if not isinstance(content, dict):
@@ -306,11 +302,9 @@ def _places(folder: Path) -> list[Path]:
 def pickled(folder: Path) -> list[str]:
     """A problem for each pickle of an adapter in the folder. None is opened."""
     there = [name for name in PICKLES if os.path.lexists(folder / name)]
-    if not there:
-        return []
     found = f"{', '.join(there)} in {folder}: a pickle, which runs whatever code its author put into it when it is read"
     do = (
         "remove it if adapter_model.safetensors is there; if not, and you trust its author, let PEFT write it anew "
         "(PeftModel.from_pretrained, then save_pretrained)"
     )
-    return [sentence(found, "tensors as adapter_model.safetensors alone", do)]
+    return [sentence(found, "tensors as adapter_model.safetensors alone", do)] if there else []
