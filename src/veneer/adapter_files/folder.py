@@ -14,10 +14,6 @@
 here: types and magnitudes); ``load`` also compares the fingerprints with the model at hand. Nothing that a folder says
 decides about more than the adapter itself: no code in it is run, no memory is taken by a number in it, no other file is
 opened for it.
-
-A fingerprint is the hash of a weight rounded to bfloat16 (BLAKE3; SHA-256 in folders of an earlier Veneer). So a base
-may be loaded in float32 or in bfloat16, whichever of the two it was published in, and still be recognised; a base that
-was fine-tuned, or has one bit of a bfloat16 weight flipped, is another base.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,58 +37,52 @@ def parameters_of(
     problems: list[str],
 ) -> dict[str, Tensor]:
     """The adapter parameters of one planned weight, by name; problems are added."""
-    found, at = [], parameter_path(*entry.ref)
-    for path, name in entry.holders:
-        pair = _pair(names, (path, name), entry, layers.get((path, name)), saved, problems)
+
+    def problem(found: str, expected: str, do: str = "get another copy of the folder") -> None:
+        problems.append(sentence(found, expected, do))
+
+    at, changes = parameter_path(*entry.ref), []
+    for ref in entry.holders:
+        pair = _pair(names, ref, entry, layers.get(ref), saved, problems)
         if pair is None:
             return {}
-        found.append(pair)
-    said = [tuple(layers[ref].extras.values()) for ref in entry.holders]
-    if any(not _equal((*pair, *more), (*found[0], *said[0])) for pair, more in zip(found, said, strict=True)):
-        what = f"different changes for {entry.path!r} and the modules that share its weight"
-        problems.append(sentence(what, "one change of a tied weight", "untie the weights first"))
-    (A, B), layer, variant = found[0], layers[entry.ref], VARIANTS[saved.config.variant]
+        changes.append((*pair, *layers[ref].extras.values()))
+    (A, B, *_), layer, variant = changes[0], layers[entry.ref], VARIANTS[saved.config.variant]
+    if any(len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0])) for one in changes):
+        found = f"different changes for {entry.path!r} and the modules that share its weight"
+        problem(found, "one change of a tied weight", "untie the weights first")
     frozen_input = entry.layer.frozen_input(names.modules[entry.path])
     if frozen_input is not None and A[..., frozen_input].any():
-        what = f"a change of the padding row {frozen_input} of {entry.path!r}"
-        problems.append(sentence(what, "none, as Veneer keeps that row at rest", "set it to zero, or use PEFT for it"))
+        found = f"a change of the padding row {frozen_input} of {entry.path!r}"
+        problem(found, "none, as Veneer keeps that row at rest", "set it to zero, or use PEFT for it")
     if layer.extras.keys() != set(variant.peft_keys.values()):
-        what = f"{listing(layer.extras)} at {entry.path!r}"
         expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
-        problems.append(sentence(what, expected, "get both files again"))
+        problem(f"{listing(layer.extras)} at {entry.path!r}", expected, "get both files again")
         return {}
     stored = saved.adapter_parameters.get(at)
     if stored is not None:
-        problem = _unlike(names, entry, dict(stored), LowRank(A, B, layer.scale), variant)
-        if problem:
-            do = "get another copy of the folder"
-            problems.append(sentence(f"{problem} in {PARAMETERS} for {at!r}", f"what {peft.TENSORS} holds of it", do))
+        unlike = _unlike(names, entry, dict(stored), LowRank(A, B, layer.scale), variant)
+        if unlike:
+            problem(f"{unlike} in {PARAMETERS} for {at!r}", f"what {peft.TENSORS} holds of it")
         return dict(stored)
     lacking = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
     if lacking and saved.record is not None:
-        what = f"no {listing(sorted(lacking))} of {at!r} in {PARAMETERS}"
-        problems.append(sentence(what, f"those of variant {variant.name!r}", "get another copy of the folder"))
+        problem(f"no {listing(sorted(lacking))} of {at!r} in {PARAMETERS}", f"those of variant {variant.name!r}")
     scale = variant.scale(entry.alpha, entry.rank)
     if entry.rank != layer.rank or not math.isclose(scale, layer.scale):
-        what = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
-        expected = f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}"
-        problems.append(sentence(what, expected, "get another copy of the folder"))
+        found = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
+        problem(found, f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}")
     rows = None if entry.rows is None else torch.tensor(entry.rows)
     if rows is not None and B.index_fill(1, rows, 0).any():
-        what = f"a change outside the rows that the record names for {at!r}"
-        problems.append(sentence(what, "zeros there", "get another copy of the folder"))
+        problem(f"a change outside the rows that the record names for {at!r}", "zeros there")
     parameters = {"A": A, "B": B if rows is None else B[:, rows]}
     for name, suffix in variant.peft_keys.items():
         vector = layer.extras[suffix].reshape(-1)
         if vector.numel() != entry.dims.groups * entry.dims.out:
-            problems.append(sentence(f"no {suffix!r} that fits {entry.path!r}", "one number an output", "get it again"))
+            problem(f"no {suffix!r} that fits {entry.path!r}", "one number an output", "get it again")
             return {}
         parameters[name] = vector if rows is None else vector[rows]
     return parameters
-
-
-def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _pair(

@@ -236,9 +236,6 @@ class _Card:
         return f"{text}, whose own is {_code(own)}." if own is not None else f"{text}."
 
 
-# ---------------------------------------------------------------------------------------------- words
-
-
 def front_matter(metadata: Mapping[str, Any]) -> str:
     """Lines ``key: value`` of YAML, each value in JSON's form. What YAML 1.1 reads otherwise than JSON is written so
     that both agree: floats have a point, and what YAML does not print is escaped."""

@@ -179,6 +179,7 @@ def config_fields(
     alphas = {at: alpha for at, (_, alpha) in sizes.items()}
     rank, alpha = peft.common(ranks, alphas, *usual)
     return {
+        **fields,
         "r": rank,
         "lora_alpha": alpha,
         **({"target_parameters": list(parameters)} if parameters else {}),
@@ -186,7 +187,6 @@ def config_fields(
         "alpha_pattern": peft.patterns_for(alphas, alpha),
         "init_lora_weights": True,
         "inference_mode": True,
-        **fields,
     }
 
 

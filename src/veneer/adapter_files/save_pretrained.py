@@ -67,9 +67,6 @@ def cover(model: nn.Module) -> None:
         when_imported(TRAINER, learn)
 
 
-# ---------------------------------------------------------------------------------------------- saving
-
-
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """What ``module.save_pretrained(…)`` does, with the arguments of its own method, while there are adapters.
 
@@ -209,9 +206,6 @@ def _tell(model: nn.Module, folder: Path) -> None:
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
 
 
-# ---------------------------------------------------------------------------------------------- a state dict by hand
-
-
 def _state(options: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict that was passed, without what wrappers put before its names."""
     state = options.get("state_dict") or {}
@@ -249,9 +243,6 @@ def _is(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one place in memory."""
     alike = type(one) is type(other.detach()) or one is other
     return alike and one.shape == other.shape and one.data_ptr() == other.data_ptr()
-
-
-# ---------------------------------------------------------------------------------------------- resuming
 
 
 @torch.no_grad()

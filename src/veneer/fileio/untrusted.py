@@ -47,6 +47,12 @@ MAX_COUNT = 2**63 - 1
 
 #: files that hold an adapter's tensors as a pickle
 PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle"))
+_BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes one: a pickle, which runs code when it is read",
+    b"version https://": "a pointer of Git LFS, not the file that it points to (run git lfs pull)",
+    b"GGUF": "a GGUF file",
+    b"<": "a web page",
+}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MARKS = (b",", b":", b"[", b"{")
 
@@ -120,15 +126,9 @@ def _not_a_header(head: bytes, size: int, length: int) -> str:
 
 def what_it_is(head: bytes) -> str | None:
     """What a file is by its first bytes, if it is one of the things that are taken for tensors; None if not known."""
-    if head.startswith(b"PK\x03\x04"):
-        return "a zip archive, as torch.save writes one: a pickle, which runs code when it is read"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[2:8] != bytes(6):
         return "a pickle, which runs code when it is read"
-    if head.startswith(b"version https://"):
-        return "a pointer of Git LFS, not the file that it points to (run git lfs pull)"
-    if head.startswith(b"GGUF"):
-        return "a GGUF file"
-    return "a web page" if head[:1] == b"<" else None
+    return next((words for start, words in _BEGINNINGS.items() if head.startswith(start)), None)
 
 
 def _metadata_problem(metadata: Any) -> str | None:
@@ -181,9 +181,6 @@ def _gap(tensors: Mapping[str, Any], room: int) -> str | None:
             return f"{entry.start - reached:,} bytes before tensor {name!r} belong to none"
         reached, before = entry.stop, f"tensor {name!r}"
     return f"{room - reached:,} bytes behind {before} belong to none" if reached != room else None
-
-
-# ---------------------------------------------------------------------------------------------- JSON
 
 
 def parse(text: str | bytes) -> Any:
@@ -266,9 +263,6 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
     if not isinstance(content, dict):
         raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", do))
     return content
-
-
-# ---------------------------------------------------------------------------------------------- folders
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> list[str]:

@@ -1,14 +1,5 @@
 """Base models and their files: found, loaded, converted, read tensor by tensor.
 
-    load            a causal language model and its tokenizer            encoders    one that embeds
-    locate          where a base is: a folder, a .gguf file, a package, a hub id
-    messages        transformers kept quiet, its errors explained
-    gguf            a .gguf file as a folder that loads in seconds
-    attention       attention as plain matrix products, for transformers' models
-    meta            a model without its numbers, and what each tensor of a file is in it
-    safetensors_dir a folder of safetensors, read tensor by tensor
-    named_weights   the weights of a model by name, wherever they lie
-
 In: what a user calls a base. Out: modules, or tensors by name. The one room below train/ and serve/ that imports
 transformers, and only when it is called.
 """
