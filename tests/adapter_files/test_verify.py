@@ -19,9 +19,8 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.base_weights import BaseWeights
 from veneer.adapter_files.record import PARAMETERS
-from veneer.adapter_files.verify import Finding, Report, verify
+from veneer.adapter_files.verify import BaseWeights, Finding, Report, verify
 from veneer.errors import AdapterError, CheckpointError
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.variants import VARIANTS

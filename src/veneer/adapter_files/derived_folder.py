@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
-from veneer.adapter_files.peft_mapping import config_fields
+from veneer.adapter_files.peft_mapping import config_fields, written
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import BLAKE3, kind_in, prints_in
 from veneer.formats import peft
@@ -55,14 +55,14 @@ def write_derived(
         raise AdapterError(sentence("no change at all", "at least one", "check what was left out"))
     raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))  # ``read`` would refuse it
     tensors = {
-        peft.key(at, suffix): tensor.detach().cpu().contiguous().clone()
+        peft.key(at, suffix): written(tensor)
         for at, layer in low.items()
         for suffix, tensor in ((layer.suffixes[0], layer.A), (layer.suffixes[1], layer.B), *layer.extras.items())
     }
     for at, parameters in full.items():
         # what is trained in full stands below the wrapper of an adapted module
         inside = f"{at}.base_layer".lstrip(".") if at in low else at
-        tensors |= {peft.key(inside, name): tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+        tensors |= {peft.key(inside, name): written(tensor) for name, tensor in parameters.items()}
     config = _config(sources, low, full, variant)
     base = merged_base(sources)
     changes = None if base is None else _changes(sources, low)
@@ -123,11 +123,12 @@ def _divided(
     """The record of a base for an adapter of these changes: a weight that is left out is one of the rest again, and
     what is trained in full is no part of the base."""
     whole = {**base, "weights": {at: base["weights"][at] for at in changes}}
-    if "rest" in base:
-        own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
-        rest = {name: print_ for name, print_ in prints_in(base).items() if name not in changes and name not in own}
-        whole |= {"rest": rest, "fresh": [name for name in base.get("fresh", ()) if name not in own]}
-    return {key: value for key, value in whole.items() if key != "fresh" or value}
+    if "rest" not in base:
+        return whole
+    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
+    whole["rest"] = {at: print_ for at, print_ in prints_in(base).items() if at not in changes and at not in own}
+    fresh = [name for name in whole.pop("fresh", ()) if name not in own]
+    return whole | ({"fresh": fresh} if fresh else {})
 
 
 def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
@@ -140,13 +141,9 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
             layer = layers.get(weight) or layers.get(weight.rpartition(".")[0])
             if layer is None:
                 continue
-            known = changes.get(weight)
-            described = {"rank": layer.rank, "alpha": layer.alpha}
-            if "kind" in said and (known is None or known.get("kind") == said["kind"]):
-                described = {"kind": said["kind"], **described}
-            if "rows" in said and (known is None or known.get("rows") == said["rows"]):
-                described["rows"] = said["rows"]
-            changes[weight] = described
+            known = changes.get(weight, said)
+            same = {key: said[key] for key in ("kind", "rows") if key in said and known.get(key) == said[key]}
+            changes[weight] = {"rank": layer.rank, "alpha": layer.alpha, **same}
     return changes
 
 

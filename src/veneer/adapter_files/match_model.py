@@ -4,7 +4,7 @@
 
     read            the folder by itself                                    folder
     match modules   each change of the file to a weight of the model        peft_mapping
-    plan            ranks and readers of each change, its parameters        match_parameters
+    plan            ranks and readers of each change, its parameters
     plan full       what the folder holds in full
     complete        is there a tensor for every target?
     verify          the fingerprints of the base                            match_base
@@ -15,6 +15,8 @@ The model stays as it is, and all problems up to the last stage are raised at on
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign
-from veneer.adapter_files.match_parameters import parameters_of
 from veneer.adapter_files.peft_mapping import (
     all_refs,
     attention_above,
@@ -35,6 +36,7 @@ from veneer.adapter_files.peft_mapping import (
     module_at,
     ref_at,
 )
+from veneer.adapter_files.record import PARAMETERS
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
@@ -47,7 +49,13 @@ from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, rai
 from veneer.fileio.hashing import fingerprint
 from veneer.fileio.throttle import throttled
 from veneer.formats import peft
-from veneer.layers import kind_of
+from veneer.layers import LAYERS, kind_of
+from veneer.layers._base import GENERAL
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS, InitContext, Variant
+
+#: what to do about files that do not belong together
+COPY = "get another copy of the folder"
 
 
 @dataclass(frozen=True)
@@ -184,16 +192,89 @@ class _Match:
         else:
             specs = self.recorded(recorded)
         self.low = cache.plan(specs, self.problems)
-        self.adapter_parameters = {
-            entry.ref: parameters_of(self.names, entry, layers, saved, self.problems) for entry in throttled(self.low)
-        }
+        self.adapter_parameters = {entry.ref: self.parameters_of(entry) for entry in throttled(self.low)}
         if recorded is not None:
             meant = {ref for entry in self.low for ref in entry.holders} | set(specs)
             unknown = [parameter_path(*ref) for ref in layers if ref not in meant]
             unknown += sorted(saved.adapter_parameters.keys() - recorded.keys())
             if unknown:
                 found = f"changes that the record does not know: {listing(unknown)}"
-                self.problem(found, "the files as they were saved", "get another copy of the folder")
+                self.problem(found, "the files as they were saved", COPY)
+
+    def parameters_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
+        """The adapter parameters of one planned weight, by name. A variant's own are those of ``veneer.safetensors``,
+        where PEFT has none like them; A and B beside it are then the plain change that they amount to."""
+        at, saved, changes = parameter_path(*entry.ref), self.saved, []
+        for ref in entry.holders:
+            pair = self.pair(ref, entry)
+            if pair is None:
+                return {}
+            changes.append((*pair, *self.layers[ref].extras.values()))
+        (A, B, *_), layer, variant = changes[0], self.layers[entry.ref], VARIANTS[saved.config.variant]
+        if any(len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0])) for one in changes):
+            found = f"different changes for {entry.path!r} and the modules that share its weight"
+            self.problem(found, "one change of a tied weight", "untie the weights first")
+        frozen_input = entry.layer.frozen_input(self.names.modules[entry.path])
+        if frozen_input is not None and A[..., frozen_input].any():
+            found = f"a change of the padding row {frozen_input} of {entry.path!r}"
+            self.problem(found, "none, as Veneer keeps that row at rest", "set it to zero, or use PEFT for it")
+        if layer.extras.keys() != set(variant.peft_keys.values()):
+            expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
+            self.problem(f"{listing(layer.extras)} at {entry.path!r}", expected, "get both files again")
+            return {}
+        stored = saved.adapter_parameters.get(at)
+        if stored is not None:
+            unlike = _unlike(self.names, entry, dict(stored), LowRank(A, B, layer.scale), variant)
+            if unlike:
+                self.problem(f"{unlike} in {PARAMETERS} for {at!r}", f"what {peft.TENSORS} holds of it", COPY)
+            return dict(stored)
+        lacking = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
+        if lacking and saved.record is not None:
+            found = f"no {listing(sorted(lacking))} of {at!r} in {PARAMETERS}"
+            self.problem(found, f"those of variant {variant.name!r}", COPY)
+        scale = variant.scale(entry.alpha, entry.rank)
+        if entry.rank != layer.rank or not math.isclose(scale, layer.scale):
+            found = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
+            self.problem(found, f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}", COPY)
+        rows = None if entry.rows is None else torch.tensor(entry.rows)
+        if rows is not None and B.index_fill(1, rows, 0).any():
+            self.problem(f"a change outside the rows that the record names for {at!r}", "zeros there", COPY)
+        parameters = {"A": A, "B": B if rows is None else B[:, rows]}
+        for name, suffix in variant.peft_keys.items():
+            vector = layer.extras[suffix].reshape(-1)
+            if vector.numel() != entry.dims.groups * entry.dims.out:
+                self.problem(f"no {suffix!r} that fits {entry.path!r}", "one number an output", "get it again")
+                return {}
+            parameters[name] = vector if rows is None else vector[rows]
+        return parameters
+
+    def pair(self, ref: ParamRef, entry: LowRankPlan) -> tuple[Tensor, Tensor] | None:
+        """A and B that the file holds for one module with the weight, in the shapes of the weight's own layer."""
+        (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
+        if layer is None:
+            found = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
+            if ref == entry.ref:
+                found = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
+            self.problem(found, "one change for a tied weight, under every name", "untie the weights first")
+            return None
+        kind = kind_for(module, name)
+        if means_parameter(self.names, ref, self.saved.peft_config):
+            kind = LAYERS[GENERAL]  # as PEFT reads a parameter, whatever its module makes of it
+        shape = entry.storage.shape(weight_of(module, name))
+        pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
+        if pair is not None and kind.out_axis != entry.layer.out_axis:
+            pair = pair[1].mT, pair[0].mT
+        groups, out, in_ = entry.dims
+        if pair is None or pair[0].shape[::2] != (groups, in_) or pair[1].shape[:2] != (groups, out):
+            found = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
+            expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(module, shape))}"
+            self.problem(found, expected)
+            return None
+        if pair[0].shape[1] != layer.rank:
+            found = f"rank {pair[0].shape[1]} at {path!r}"
+            self.problem(found, f"{layer.rank}, as the config says", "get both files again")
+            return None
+        return pair
 
     def recorded(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
         """What the record says of each change."""
@@ -260,3 +341,42 @@ class _Match:
         readers = full_readers(names, self.full_names)
         plans = Plans(self.saved.config, self.low, self.full_names, whole, readers, apart(names, full))
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)
+
+
+@functools.cache
+def _parameter_names(variant: str) -> frozenset[str]:
+    """The names of a variant's parameters that a file holds, from a start as small as can be."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        eye = torch.eye(2)[None]
+        start = InitContext(1, 2, 2, 1, 2, lambda: eye, eye.double, eye.double, lambda: eye)
+        return frozenset(VARIANTS[variant].init(start)) - VARIANTS[variant].derived
+
+
+@torch.no_grad()
+def _unlike(
+    names: Names, entry: LowRankPlan, stored: dict[str, Tensor], peft_form: LowRank, variant: Variant
+) -> str | None:
+    """Why a variant's own parameters are not those of the plain change that the PEFT file holds, or None."""
+    if stored.keys() != _parameter_names(variant.name):
+        return f"numbers {listing(sorted(stored))}"
+    module, dims = names.modules[entry.path], entry.start_dims
+
+    def base() -> Tensor:
+        dense = entry.storage.dense(weight_of(module, entry.weight)).float()
+        dense = entry.layer.unfold(dense, entry.dims)
+        return dense if entry.rows is None else dense[:, torch.tensor(entry.rows)]
+
+    try:
+        if variant.derived:
+            start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, entry.layer.fan_in(entry.dims))
+            stored = {**variant.init(start), **stored}
+        low, _ = variant.resolve(stored, variant.scale(entry.alpha, entry.rank), base)
+        low = low if entry.rows is None else low.place(torch.tensor(entry.rows), entry.dims.out)
+        frozen_input = entry.layer.frozen_input(module)
+        low = low if frozen_input is None else low.without(frozen_input)
+        A, B = torch.cat([low.A, peft_form.A], 1), torch.cat([low.B * low.scale, -peft_form.B * peft_form.scale], 2)
+        off = LowRank(A, B, 1.0).norm()
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"shapes that do not fit ({str(error).splitlines()[0]})"
+    # what is stored in 16 bits may round otherwise elsewhere
+    return f"another change (off by {off:.2g})" if off > 1e-2 * peft_form.norm() else None
