@@ -120,8 +120,7 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
 def _divided(
     base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """The record of a base for an adapter of these changes: a weight that is left out is one of the rest again, and
-    what is trained in full is no part of the base."""
+    """A base's record for these changes: what is left out is one of the rest again, what is trained in full is none."""
     whole = {**base, "weights": {at: base["weights"][at] for at in changes}}
     if "rest" not in base:
         return whole
@@ -132,8 +131,7 @@ def _divided(
 
 
 def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
-    """The record of each weight that still changes: its rank and alpha, and the rows where all sources name the
-    same."""
+    """The record of each weight that still changes, with the kind and the rows that all sources name."""
     layers = {layer.at: layer for layer in low.values()}
     changes: dict[str, Any] = {}
     for source in sources:

@@ -100,8 +100,7 @@ class AdapterFiles:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter holds: a variant's own where it has a file for them, else those of the PEFT
-        file."""
+        """How many parameters the adapter holds: a variant's own if it has any, else those of the PEFT file."""
         own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
         tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]
         tensors += [tensor for named in self.full.values() for tensor in named.values()]

@@ -60,8 +60,7 @@ COPY = "get another copy of the folder"
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """An adapter folder that was verified against a model: what to plan, the adapter parameters of each weight, and
-    what is trained in full, by module."""
+    """A folder that fits a model: its plans, its adapter parameters, and what is trained in full, by module."""
 
     saved: AdapterFiles
     plans: Plans
@@ -289,8 +288,7 @@ class _Match:
         return specs
 
     def plan_full(self) -> None:
-        """Find the parameters and buffers that the folder holds in full: no such one, another shape and what is not to
-        be trained are problems."""
+        """Find the parameters and buffers that the folder holds in full, and whether they are there and fit."""
         names = self.names
         for file_path, tensors in self.saved.full.items():
             self.full.setdefault(module_at(names, file_path), {}).update(tensors)

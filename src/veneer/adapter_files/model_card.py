@@ -264,8 +264,7 @@ def _licence(words: str) -> dict[str, str]:
 
 
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the provenance that a card reads. A provenance may hold anything, so what has another form than the
-    one above counts as not told."""
+    """The keys of a provenance that a card reads. It may hold anything: what has another form counts as not told."""
     given = record.get("provenance", {})
     told: dict[str, Any] = {}
     for key in ("title", "description", "license", "finished"):

@@ -57,8 +57,7 @@ class PeftEntry:
 
 
 def peft_entries(names: Names, name: str) -> list[PeftEntry]:
-    """Every change under every module that holds its weight, each time as that module reads it, so that a library
-    which adapts modules one by one gives the same outputs."""
+    """Every change under every module that holds its weight, as that module reads it: PEFT adapts them one by one."""
     found: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
@@ -191,8 +190,7 @@ def config_fields(
 
 
 def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
-    """The modules that are trained in full and that PEFT can replace, which goes by the ends of paths. What else is
-    trained in full it loads into the base, as it does with biases."""
+    """The modules trained in full that PEFT can replace, by the ends of paths; the rest it loads into the base."""
     trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
     above = {path.rpartition(".")[0] for path in names.modules}
     whole = {
@@ -323,8 +321,7 @@ def module_at(names: Names, file_path: str) -> str:
 
 
 def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
-    """The weight that a path of a PEFT file means: that of a module with one weight, one of several weights by its
-    own path, or one of several nested parameters."""
+    """The weight that a path of a PEFT file means: a module's only one, one by its own path, or a nested parameter."""
     path, depth, rest = found_at(names, file_path)
     module = names.modules[path]
     if rest:

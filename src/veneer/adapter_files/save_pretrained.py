@@ -54,8 +54,7 @@ WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 
 
 class LoadedElsewhere(UserWarning):
-    """``save_pretrained`` wrote an adapter that ``from_pretrained`` cannot load, or not whole; the text says why, and
-    what loads it."""
+    """What ``save_pretrained`` wrote ``from_pretrained`` cannot load, or not whole; the text says why, and what can."""
 
 
 def cover(model: nn.Module) -> None:
@@ -168,8 +167,7 @@ def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
 
 
 def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
-    """The files of an adapter among those that a folder holds already, each whole or not at all. ``alone``: a process
-    that holds all of it waits for no other, as trainers let the main one save by itself."""
+    """The files of an adapter among those that a folder holds already. ``alone``: trainers let one process save."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         save(model, folder, name=name, overwrite=alone, alone=alone)
         return
@@ -301,7 +299,6 @@ def learn(module: Any) -> None:
     if hasattr(trainer, "_asks_veneer"):
         return
     trainer._asks_veneer = True
-    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
 
     def ours(self: Any, model: nn.Module) -> bool:
         # FSDP and DeepSpeed keep the whole state of the model in files of their own
@@ -309,22 +306,27 @@ def learn(module: Any) -> None:
         attached = adapters_of(model)
         return not apart and attached is not None and bool(attached.configs) and stands(unwrap(model), SAVE)
 
-    @functools.wraps(load)
-    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        target = self.model if model is None else model
-        if ours(self, target):
-            refill(target, resume_from_checkpoint)
-        else:
-            load(self, resume_from_checkpoint, model)
+    def teach(name: str, meant: Callable[..., tuple[nn.Module, str]]) -> None:
+        load = getattr(trainer, name)
 
-    @functools.wraps(load_best)
-    def load_best_model(self: Any) -> None:
-        if ours(self, self.model):
-            refill(self.model, self.state.best_model_checkpoint)
-        else:
-            load_best(self)
+        @functools.wraps(load)
+        def method(self: Any, *args: Any, **kwargs: Any) -> None:
+            model, folder = meant(self, *args, **kwargs)
+            if ours(self, model):
+                refill(model, folder)
+            else:
+                load(self, *args, **kwargs)
 
-    trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
+        setattr(trainer, name, method)
+
+    teach("_load_best_model", lambda self: (self.model, self.state.best_model_checkpoint))
+    teach(
+        "_load_from_checkpoint",
+        lambda self, resume_from_checkpoint, model=None: (
+            self.model if model is None else model,
+            resume_from_checkpoint,
+        ),
+    )
 
 
 def when_imported(name: str, call: Callable[[Any], None]) -> None:

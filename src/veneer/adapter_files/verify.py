@@ -31,17 +31,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.folder import (
-    CORE,
-    FILES,
-    FLOATS,
-    AdapterFiles,
-    assemble,
-    missing,
-    odd_numbers,
-    read_parameters,
-    read_tensors,
-)
+from veneer.adapter_files import folder
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, record_in
 from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
@@ -80,8 +71,7 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        """One line, or more that are indented: names in an adapter may hold what would look like another finding, or
-        what steers a terminal."""
+        """Indented from its second line on: names may hold what looks like another finding, or steers a terminal."""
         shown = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in self.message)
         return f"{self.level:<8} {self.check:<8} {shown}".replace("\n", "\n" + " " * 18)
 
@@ -133,7 +123,7 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
         CheckpointError: ``base`` is a path without such files, or they are damaged.
     """
     checks = _Checks(Path(path), None if base is None else BaseWeights(base))
-    checks.folder()
+    checks.run()
     return Report(checks.path, tuple(checks.findings))
 
 
@@ -163,16 +153,16 @@ class _Checks:
             self.add("error", check, str(error))
             return None
 
-    def folder(self) -> None:
+    def run(self) -> None:
         """Everything, as far as the check before allows the next."""
         path = self.path
-        self.judge("files", missing(path), f"{peft.CONFIG} and {peft.TENSORS} are there, and no pickle of them")
+        self.judge("files", folder.missing(path), f"{peft.CONFIG} and {peft.TENSORS} are there, and no pickle of them")
         if not path.is_dir():
             return
         self.strangers()
-        usable = {name for name in CORE if (path / name).is_file() and not misplaced(path, [name])}
+        usable = {name for name in folder.CORE if (path / name).is_file() and not misplaced(path, [name])}
         config = self.tried("config", read_json, path / peft.CONFIG) if peft.CONFIG in usable else None
-        opened = self.tried("tensors", read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
+        opened = self.tried("tensors", folder.read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
         if opened is None:
             return
         tensors, metadata = opened
@@ -193,7 +183,7 @@ class _Checks:
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return
-        saved = self.tried("layers", assemble, path, config, record, tensors, parameters)
+        saved = self.tried("layers", folder.assemble, path, config, record, tensors, parameters)
         products = None if saved is None else self.tried("layers", lambda: saved.products)
         if saved is not None and products is not None:
             self.changes(saved, products)
@@ -222,7 +212,7 @@ class _Checks:
     def strangers(self) -> None:
         """Files that an adapter has no need of and that could do harm."""
         for file in sorted(self.path.iterdir()):
-            if file.name in FILES or (file.is_dir() and not file.is_symlink()):
+            if file.name in folder.FILES or (file.is_dir() and not file.is_symlink()):
                 continue
             if misplaced(self.path, [file.name]) or not file.is_file():
                 self.add("warning", "files", f"{file.name} is a link that leads elsewhere, or no regular file")
@@ -242,7 +232,7 @@ class _Checks:
     ) -> tuple[bool, dict[str, Tensor] | None]:
         """(whether the record can be used, the tensors of veneer.safetensors)."""
         problems = list(malformed(record, self.path))
-        parameters = None if problems else self.tried("record", read_parameters, self.path, record)
+        parameters = None if problems else self.tried("record", folder.read_parameters, self.path, record)
         checks = self.tried("record", altered, self.path, record, config, tensors, parameters) or {}
         for what in (what for what, other in checks.items() if other):
             text = sentence(f"{what} changed after it was written", "the files as they were saved", "get another copy")
@@ -254,9 +244,9 @@ class _Checks:
         return bool(checks) and not problems, parameters
 
     def numbers(self, tensors: Mapping[str, Tensor]) -> None:
-        self.judge("numbers", odd_numbers(tensors, "get another copy"), "every number is finite")
+        self.judge("numbers", folder.odd_numbers(tensors, "get another copy"), "every number is finite")
         types = sorted(
-            {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.dtype in FLOATS}
+            {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.dtype in folder.FLOATS}
         )
         if len(types) > 1:
             self.add("warning", "numbers", f"stored in several types: {', '.join(types)}")
@@ -322,8 +312,7 @@ class _Checks:
         self.in_full(saved, weights)
 
     def rest(self, record: Mapping[str, Any], weights: BaseWeights, proven: int, do: str) -> None:
-        """Each other tensor that the adapted model computes with, as the base has it; ``proven`` of the changed ones
-        are right."""
+        """Each other tensor that the model computes with; ``proven`` of the changed ones are right."""
         rest, changed = record.get("rest"), len(record["weights"])
         if rest is None:
             known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
@@ -344,8 +333,7 @@ class _Checks:
         self.add("ok", "proof", f"{proven} of {len(rest) + changed} tensors proven")
 
     def in_full(self, saved: AdapterFiles, weights: BaseWeights) -> None:
-        """What is trained in full, beside what the base has there; also under some names of a tied weight alone, or
-        with different values."""
+        """What is trained in full, beside what the base has there; of a tied weight, under each of its names."""
         full = {
             f"{peft.unnested(path)[0]}.{name}".lstrip("."): tensor
             for path, tensors in saved.full.items()
@@ -439,8 +427,7 @@ class BaseWeights:
 
 
 def _name_in(names: Collection[str], at: str) -> str | None:
-    """What a base calls the parameter at a path: the same, with or without what stands in front ("model."), or the
-    other name of a tied embedding."""
+    """What a base calls a parameter: the same, with or without a prefix, or the other name of a tied embedding."""
     parts = at.split(".")
     found = [name for name in (".".join(parts[start:]) for start in range(max(1, len(parts) - 1))) if name in names]
     longer = [] if found else [name for name in names if name.endswith(f".{at}")]

@@ -63,8 +63,7 @@ class Bitsandbytes8bit(Storage):
         return isinstance(weight, nn.Parameter) and weight.dtype == torch.int8 and hasattr(weight, "SCB")
 
     def prepare(self, module: Any) -> None:
-        """Move the scale as the first call would, and let the weight know it too, until the next ``write``. Nothing is
-        copied or changed."""
+        """Move the scale as the first call would, and let the weight know it too, until the next ``write``."""
         weight, state = module.weight, getattr(module, "state", None)
         if state is not None and weight.CB is not None:
             module.init_8bit_state()

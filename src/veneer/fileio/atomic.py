@@ -115,8 +115,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise when a write fails into the OSError that it was, so that a full disk is one
-    error, whichever library met it."""
+    """Turn what torch and safetensors raise when a write fails into the OSError that it was."""
     try:
         yield
     except Exception as error:

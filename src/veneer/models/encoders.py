@@ -37,11 +37,7 @@ class Encoder(NamedTuple):
 
 
 def is_causal(source: str | Path) -> bool:
-    """Whether a base is a causal language model, rather than an encoder. Reads its config alone.
-
-    Raises:
-        ConfigError: as ``load_base``.
-    """
+    """Whether a base is a causal language model, by its config alone. Raises as ``load_base``."""
     return _otherwise(str(source)) is None
 
 

@@ -92,11 +92,7 @@ def context_length(source: str | Path) -> int | None:
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype of a base's weights as its config has it; None where it does not say.
-
-    Raises:
-        ConfigError: as ``load_base``.
-    """
+    """The torch dtype of a base's weights as its config has it; None where it does not say. Raises as ``load_base``."""
     return config_of(source).dtype
 
 
@@ -143,8 +139,7 @@ def tokenizer_at(place: str, name: str) -> Any:
 def save_plain(
     model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False, state_dict: dict[str, Any] | None = None
 ) -> Path:
-    """Write model and tokenizer as a folder that transformers loads without Veneer. The folder appears whole or not at
-    all.
+    """Write model and tokenizer as a folder that transformers loads without Veneer, whole or not at all.
 
     `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of attached adapters are
     left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false.

@@ -25,12 +25,7 @@ _announce = functools.cache(log.info)
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a base's files: a hub id is downloaded (safetensors, tokenizer and configuration), a GGUF file
-    converted.
-
-    Raises:
-        ConfigError: as ``load_base``.
-    """
+    """The folder of a base's files: a hub id is downloaded, a GGUF file converted. Raises as ``load_base``."""
     place = find_base(str(source))
     if Path(place).is_dir():
         return Path(place)

@@ -60,8 +60,7 @@ def meta_model(folder: str | Path, architecture: str | None = None) -> PreTraine
 
 
 def filled(model: Any) -> Any:
-    """The model, with zeros on the CPU in place of what is on the meta device. They are fresh pages that nobody has
-    touched, so they have addresses and shapes, and no memory."""
+    """The model, with zeros on the CPU for what is on the meta device: pages that nobody touches take no memory."""
     import numpy
     import torch
 
@@ -113,8 +112,7 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pl
 
 
 def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> dict[str, tuple[Place, ...]]:
-    """The parameters that a rule of transformers makes out of tensors: these become rows of a matrix or of the
-    matrices of a stack, or one tensor into several."""
+    """The parameters that a rule of transformers stacks or joins out of tensors, or cuts out of one."""
     steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
     if steps == {"Chunk": 0} and len(tensors) == 1:
         targets = [path.replace(rule.target_patterns[0], other) for other in rule.target_patterns]

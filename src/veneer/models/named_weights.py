@@ -59,8 +59,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weights:
-    """The values of a model by every name that they have. ``unread`` are tensors of the files that are no part of the
-    model, such as frequencies that it computes itself."""
+    """The values of a model by every name that they have. ``unread`` are tensors of the files that are none of it."""
 
     what: str
     values: Mapping[str, Value]
@@ -203,8 +202,7 @@ def _value(shape: Sequence[int], dtype: torch.dtype, whole: Callable[[], Tensor]
 def _filled(
     checkpoint: Checkpoint, pieces: Sequence[tuple[str, Place]], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The shape of the parameter that these tensors make; None if they leave a part of ``shape`` open. A tensor that
-    is all of one parameter says its shape itself."""
+    """The shape of what these tensors make, of which one alone has its own; None if they do not fill ``shape``."""
     if len(pieces) == 1 and not pieces[0][1].index and not pieces[0][1].within:
         return checkpoint.shape(pieces[0][0])
     count = 0
