@@ -87,13 +87,12 @@ class MatchCache:
     def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:
         """As ``plan_low``."""
         key = tuple((ref, spec.rank, spec.alpha, repr(spec.slices)) for ref, spec in specs.items())
-        if key not in self.plans:
-            before = len(problems)
-            low = tuple(plan_low(self.names, specs, problems))
-            if len(problems) > before:
-                return low
+        if key in self.plans:
+            return self.plans[key]
+        before, low = len(problems), tuple(plan_low(self.names, specs, problems))
+        if len(problems) == before:
             self.plans[key] = low
-        return self.plans[key]
+        return low
 
 
 def match(

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,8 @@ def sealed(
     try:
         record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
     except TypeError as error:
-        raise AdapterError(
-            sentence(f"a provenance that is not JSON ({error})", "plain values", "convert it")
-        ) from error
+        found = f"a provenance that is not JSON ({error})"
+        raise AdapterError(sentence(found, "plain values", "convert it")) from error
     record["hashes"]["record"] = hash_record(record)
     return record
 
@@ -85,15 +85,12 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     try:
         record = parse(metadata["veneer"])
+        if not isinstance(record, dict) or not isinstance(record.get("hashes"), dict):
+            raise ValueError("it holds no hashes")
+        return record
     except ValueError as error:
-        raise AdapterError(_damaged(path, str(error))) from error
-    if not isinstance(record, dict) or not isinstance(record.get("hashes"), dict):
-        raise AdapterError(_damaged(path, "it holds no hashes"))
-    return record
-
-
-def _damaged(path: Path, why: str) -> str:
-    return sentence(f"a damaged record in {path / peft.TENSORS} ({why})", "Veneer's record", "get it again")
+        found = f"a damaged record in {path / peft.TENSORS} ({error})"
+        raise AdapterError(sentence(found, "Veneer's record", "get it again")) from error
 
 
 def altered(
@@ -187,7 +184,5 @@ def hash_record(record: Mapping[str, Any]) -> str:
 
 def _installed(*packages: str) -> Iterator[tuple[str, str]]:
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             yield package, version(package)
-        except PackageNotFoundError:
-            continue

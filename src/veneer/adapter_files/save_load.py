@@ -91,11 +91,9 @@ def save(
 
 def _outline(model: nn.Module, name: str) -> list[Any]:
     """What an adapter consists of, without the values."""
-    low = [(path, weight, [[*value.shape] for value in change.adapter_parameters.values()])
-           for path, _, weight, change in changes(model, name)]  # fmt: skip
-    full = [(path, [(key, [*value.shape]) for key, value in part.full.state_dict().items()])
-            for path, _, part in adapters(model, name)]  # fmt: skip
-    return [name, need_adapters(model, name).configs[name].to_dict(), low, full]
+    parts = {path: part.state_dict() for path, _, part in adapters(model, name)}
+    shapes = [(path, key, [*value.shape]) for path, part in parts.items() for key, value in part.items()]
+    return [name, need_adapters(model, name).configs[name].to_dict(), shapes]
 
 
 def _mark(content: Mapping[str, Any]) -> str:

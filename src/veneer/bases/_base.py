@@ -47,13 +47,16 @@ class Storage(ABC):
         """Dense float64 ``values`` as this storage would hold them, rounded once; nothing is written."""
 
     @abstractmethod
+    def examples(self) -> Iterator[nn.Module]:
+        """Small linear layers (16-divisible sizes where packing needs it) whose ``weight`` is stored this way."""
+
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         """Put stored tensors into ``weight`` in place: it keeps its identity, and so its ties. Writing what
         ``stored`` gave before restores every bit."""
-
-    @abstractmethod
-    def examples(self) -> Iterator[nn.Module]:
-        """Small linear layers (16-divisible sizes where packing needs it) whose ``weight`` is stored this way."""
+        own = self.stored(weight)
+        with torch.no_grad():
+            for name, values in stored.items():
+                own[name].copy_(values)
 
     def dense(self, weight: Any) -> Tensor:
         """The weight as a dense floating-point tensor, exactly."""

@@ -77,10 +77,6 @@ class Gguf(Storage):
         blocks = torch.where((kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new)))
         return {"blocks": blocks.view(old["blocks"].shape)}
 
-    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            weight.as_tensor().copy_(stored["blocks"])
-
     def examples(self) -> Iterator[nn.Module]:
         if find_spec("gguf") is None or find_spec("diffusers") is None:
             return

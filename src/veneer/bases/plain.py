@@ -41,10 +41,6 @@ class Plain(Storage):
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         return {"values": round_once(values, weight.dtype)}
 
-    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            weight.copy_(stored["values"])
-
     def examples(self) -> Iterator[nn.Module]:
         for dtype in DTYPES:
             yield nn.Linear(4, 3, dtype=dtype)

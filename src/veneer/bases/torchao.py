@@ -74,11 +74,6 @@ class Torchao(Storage):
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
         return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
 
-    def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, values in stored.items():
-                getattr(weight, name).copy_(values)
-
     def dtype(self, weight: Any) -> torch.dtype:
         return torch.float32 if type(weight).__name__ in WRITABLE else weight.dtype
 

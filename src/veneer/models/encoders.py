@@ -118,8 +118,7 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
     if unknown or len(chosen) != 1 or chosen[0] not in names:
         found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
-        raise ConfigError(
-            sentence(found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another")
-        )
+        expected = "a transformer, one pooling of mean, cls or max, and Normalize"
+        raise ConfigError(sentence(found, expected, "use another"))
     longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
     return names[chosen[0]], "Normalize" in kinds, longest
