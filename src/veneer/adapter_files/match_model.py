@@ -31,7 +31,6 @@ from veneer.adapter_files.peft_mapping import (
     all_refs,
     attention_above,
     differs,
-    kind_for,
     means_parameter,
     module_at,
     ref_at,
@@ -41,7 +40,7 @@ from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
 from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
-from veneer.attach.refusals import check_full
+from veneer.attach.refusals import GENERAL_KIND, check_full, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.weight_tying import apart
@@ -49,8 +48,7 @@ from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, rai
 from veneer.fileio.hashing import fingerprint
 from veneer.fileio.throttle import throttled
 from veneer.formats import peft
-from veneer.layers import LAYERS, kind_of
-from veneer.layers._base import GENERAL
+from veneer.layers import kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
 
@@ -257,7 +255,7 @@ class _Match:
             return None
         kind = kind_for(module, name)
         if means_parameter(self.names, ref, self.saved.peft_config):
-            kind = LAYERS[GENERAL]  # as PEFT reads a parameter, whatever its module makes of it
+            kind = GENERAL_KIND  # as PEFT reads a parameter, whatever its module makes of it
         shape = entry.storage.shape(weight_of(module, name))
         pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
         if pair is not None and kind.out_axis != entry.layer.out_axis:

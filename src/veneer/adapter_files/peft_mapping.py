@@ -22,6 +22,7 @@ from veneer.attach.adapted_module import layer_states, own_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters, parameter_path
+from veneer.attach.refusals import GENERAL_KIND, kind_for
 from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.views import view
 from veneer.attach.weight_readers import asked, weight_readers
@@ -29,8 +30,7 @@ from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.distributed import is_sharded, whole
 from veneer.formats import peft
-from veneer.layers import LAYERS, Layer, kind_of
-from veneer.layers._base import GENERAL
+from veneer.layers import Layer, kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
@@ -65,7 +65,7 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
         for weight in own_parameters(module) if part is not None else ():
             if weight in part.changes:
                 kind = kind_for(module, weight).name
-                parameter = kind == GENERAL or (kind == "linear" and peft.taken_for_experts(path, parameters))
+                parameter = kind == GENERAL_KIND.name or (kind == "linear" and peft.taken_for_experts(path, parameters))
                 found.append((path, module, weight, part.changes[weight], layer_state.transposed, parameter))
     wraps = Counter(path for path, *_, parameter in found if parameter)
     inside, entries = Counter(wraps), []
@@ -106,7 +106,7 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
     tensors: dict[str, Tensor] = {}
     for entry in peft_form:
         change, weight = entry.change, weight_of(entry.module, entry.weight)
-        kind = LAYERS[GENERAL] if entry.parameter else kind_for(entry.module, entry.weight)
+        kind = GENERAL_KIND if entry.parameter else kind_for(entry.module, entry.weight)
         shape = change.storage.shape(weight)
         for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
             tensors[peft.key(entry.where, suffix)] = written(tensor)
@@ -287,9 +287,7 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     embeds = kind.name == "embedding"
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
-    spread = {name: whole(own) for name, own in module._parameters.items() if is_sharded(own)}
-    if spread:
-        module = view(module, base, spread)
+    module = view(module, base, {name: whole(own) for name, own in module._parameters.items() if is_sharded(own)})
     try:
         y = base.forward(module, x)
         expected = kind.op(module, x, dense, module._parameters.get("bias"))
@@ -337,11 +335,6 @@ def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> b
     """Whether a PEFT config means this weight as a parameter, not by its module."""
     path, name = ref
     return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
-
-
-def kind_for(module: nn.Module, weight: str) -> Any:
-    kind = kind_of(module)
-    return kind if kind is not None and weight in kind.weights(module) else LAYERS[GENERAL]
 
 
 def all_refs(names: Names) -> list[ParamRef]:
