@@ -178,8 +178,8 @@ class _Checks:
         elif not (path / RECORD).exists() and not ours:
             text = "written by another library: nothing tells whether it was altered, or for which base"
             self.add("warning", "record", text)
-        if config is not None:  # and if each of its fields is one that can be honoured
-            config = self.tried("config", lambda: peft.check_config(config, ours) or config)
+        if (said := config) is not None:  # and if each of its fields is one that can be honoured
+            config = self.tried("config", lambda: peft.check_config(said, ours) or said)
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return
