@@ -318,7 +318,9 @@ class _Checks:
             known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
-        prints = {at: None if (weight := weights(at)) is None else fingerprint(weight, like) for at, like in rest.items()}
+        prints = {
+            at: None if (weight := weights(at)) is None else fingerprint(weight, like) for at, like in rest.items()
+        }
         lacking = [at for at, value in prints.items() if value is None]
         different = [at for at, value in prints.items() if value not in (None, rest[at])]
         if different:
