@@ -318,9 +318,8 @@ class _Checks:
             known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
-        prints = {
-            at: None if (weight := weights(at)) is None else fingerprint(weight, like) for at, like in rest.items()
-        }
+        held = ((at, weights(at)) for at in rest)
+        prints = {at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held}
         lacking = [at for at, value in prints.items() if value is None]
         different = [at for at, value in prints.items() if value not in (None, rest[at])]
         if different:
