@@ -65,12 +65,9 @@ def test_what_the_library_writes_is_read(tmp_path_factory, shapes, dtype):
     }
     data = path.read_bytes()[header.data_start :]
     for name, found in header.tensors.items():
-        assert math.prod(found.shape) == tensors[name].numel()
-        assert (
-            found.stop - found.start
-            == math.prod(found.shape) * tensors[name].element_size()
-            == math.prod(found.shape) * BITS[found.dtype] / 8
-        )
+        count = math.prod(found.shape)
+        assert count == tensors[name].numel()
+        assert found.stop - found.start == count * tensors[name].element_size() == count * BITS[found.dtype] / 8
         assert data[found.start : found.stop] == bytes(tensors[name].reshape(-1).view(torch.uint8).tolist())
 
 

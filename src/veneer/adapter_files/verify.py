@@ -162,16 +162,16 @@ class _Checks:
         self.strangers()
         usable = {name for name in folder.CORE if (path / name).is_file() and not misplaced(path, [name])}
         config = self.tried("config", read_json, path / peft.CONFIG) if peft.CONFIG in usable else None
-        opened = self.tried("tensors", folder.read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
-        if opened is None:
+        content = self.tried("tensors", folder.read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
+        if content is None:
             return
-        tensors, metadata = opened
+        tensors, metadata = content
         ours = "veneer" in metadata
         self.add("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
         record = self.tried("record", record_in, path, metadata)
         parameters: dict[str, Tensor] | None = {}
         if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)):
-            record, parameters = None, None  # said above; what is no file of the folder is not opened
+            record, parameters = None, None  # said above; what is no file of the folder is not content
         if record is not None:
             sound, parameters = self.recorded(record, config or {}, tensors)
             record = record if sound else None
@@ -319,9 +319,9 @@ class _Checks:
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
         held = ((at, weights(at)) for at in rest)
-        prints = {at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held}
-        lacking = [at for at, value in prints.items() if value is None]
-        different = [at for at, value in prints.items() if value not in (None, rest[at])]
+        fingerprints = {at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held}
+        lacking = [at for at, value in fingerprints.items() if value is None]
+        different = [at for at, value in fingerprints.items() if value not in (None, rest[at])]
         if different:
             found = (
                 f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change "
