@@ -171,7 +171,7 @@ class _Checks:
         record = self.tried("record", record_in, path, metadata)
         parameters: dict[str, Tensor] | None = {}
         if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)):
-            record, parameters = None, None  # said above; what is no file of the folder is not content
+            record, parameters = None, None  # said above; what is no file of the folder is not opened
         if record is not None:
             sound, parameters = self.recorded(record, config or {}, tensors)
             record = record if sound else None
