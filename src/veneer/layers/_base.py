@@ -4,9 +4,7 @@
 
 A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies in the weight
 (``fold`` and ``unfold``). That is enough: the module's own forward then runs on W + ΔW. A kind whose output is linear
-in its one weight also offers ``op`` and ``update``, and gets the factored path. It knows no variant and no storage.
-
-To add a kind: a file here, a final subclass of ``Layer``, ``@register``. Its ``examples`` put it into the tests.
+in its one weight also offers ``op`` and ``update``, and gets the factored path. How to add one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Dims(NamedTuple):
 
 
 class Layer(ABC):
-    """One kind of layer. Final subclasses only, without state: the registry holds one instance of each."""
+    """One kind of layer, without state. Subclasses are abstract or final; the registry holds one instance of each."""
 
     name: str
     #: the weight's name in a module with one weight
@@ -45,12 +43,11 @@ class Layer(ABC):
     out_axis: int = 0
     #: keys of A and B in a PEFT file, after the module's path; None where PEFT has no such layer
     file_keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    #: False where inputs are indices: dropout then drops whole tokens of the update, as it would on their one-hot rows
+    #: False where inputs are indices: dropout then drops whole tokens of the update
     drops_input: bool = True
     #: whether the words "all-linear", "attention" and "mlp" mean this kind
     linear: bool = False
-    #: whether forward is y = x Wᵀ + bias on the last axis of x and nothing else (W lies transposed if out_axis is 1):
-    #: the fused kernel computes it
+    #: whether forward is y = x Wᵀ + bias and nothing else (W lies transposed if out_axis is 1)
     product: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,8 +67,7 @@ class Layer(ABC):
         return (self.weight,)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        """The names of the vectors that are changed along with the weights, at their full shape: a vector has no
-        smaller change than itself."""
+        """The names of the vectors that are changed along with the weights, at their full shape."""
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
@@ -79,16 +75,17 @@ class Layer(ABC):
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        """The size of a change of a weight of this shape (the dense weight's, however it is stored)."""
-        return Dims(1, *shape)
+        """The size of a change of a weight of this shape (the dense weight's, however it is stored): by default that of
+        a matrix [out, in], or [in, out] if ``out_axis`` is 1."""
+        return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
         """ΔW [g, out, in] in the weight's shape."""
-        return delta.reshape(shape)
+        return delta[0].mT if self.out_axis else delta.reshape(shape)
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
         """A tensor of the weight's shape as [g, out, in]: the inverse of ``fold``."""
-        return weight.reshape(dims)
+        return weight.mT[None] if self.out_axis else weight.reshape(dims)
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
         """One value an output, [g · out], shaped to broadcast over the weight."""
@@ -139,7 +136,7 @@ class Layer(ABC):
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call with these arguments,
-        [g, tokens, in], for variants that start from them."""
+        [g, tokens, in]."""
         raise NotImplementedError
 
     # The materialised path runs the module's own forward on a view of it.
@@ -194,10 +191,8 @@ class Layer(ABC):
 
 def joined(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
     """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and reorder that axis."""
-    flat = [pytree.tree_flatten(output) for output in outputs]
-    spec = flat[0][1]
-    whole = []
-    for position, parts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+    spec, whole = pytree.tree_structure(outputs[0]), []
+    for position, parts in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
         if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
             whole.append(parts[0])
             continue
@@ -227,8 +222,7 @@ GENERAL = "parameter"
 def kind_of(module: Any) -> Layer | None:
     """The kind of a module with something to change; a user's own kind comes before ours, as it was registered
     later. None for a module without parameters of its own."""
-    kind = next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), None)
-    kind = LAYERS[GENERAL] if kind is None else kind
+    kind = next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), LAYERS[GENERAL])
     return kind if kind.weights(module) or kind.vectors(module) else None
 
 

@@ -1,9 +1,7 @@
 """``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and values.
 
-The out-projection is a linear layer below it, a target of its own, whose weight this module reads directly: that is
-found and seen to like every direct read (``attach/weight_readers.py``). ``bias_k`` and ``bias_v`` are biases.
-
-``in_proj_weight[:E]`` makes the queries: ``LoraConfig(slices=…)`` changes those rows alone.
+The out-projection is a linear layer below it, a target of its own, whose weight this module reads directly
+(``attach/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries: ``LoraConfig(slices=…)`` changes those rows.
 """
 
 from __future__ import annotations
@@ -58,9 +56,9 @@ class Attention(Layer):
         names, more = _ARGUMENTS, args[len(_ARGUMENTS) :]  # of a subclass
         given = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1
-        if any(given[name].dim() != 3 or given[name].shape[axis] != count for name in names[:3]):
-            raise LookupError
         for name in names[:3]:
+            if given[name].dim() != 3 or given[name].shape[axis] != count:
+                raise LookupError
             given[name] = given[name].index_select(axis, rows.to(given[name].device))
         if given.get("key_padding_mask") is not None:
             given["key_padding_mask"] = given["key_padding_mask"].index_select(0, rows)

@@ -1,14 +1,14 @@
-"""``nn.Conv1d``, ``Conv2d``, ``Conv3d``: weight [out, in/g, *k], every stride, padding and padding mode, dilation,
-groups.
+"""Convolutions over 1 to 3 axes with every option: ``nn.Conv1d`` …, weight [out, in/g, *k], ``nn.ConvTranspose1d`` …,
+weight [in, out/g, *k].
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (A has g · r
-outputs in g groups, and inherits stride, padding, padding mode and dilation from the module), followed by a 1 × 1
-convolution with B. A change of a grouped weight is grouped itself; PEFT's is not (its A spans all groups), which is
-why that can't be merged.
+A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (g · r outputs in
+g groups, and the module's other options), followed by a 1 × 1 convolution with B. An output of ΔW is a channel, in a
+transposed convolution too, and not a channel at a place of the kernel. A change of a grouped weight is grouped itself;
+PEFT's is not (its A spans all groups), which is why that can't be merged.
 
-In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1.
+In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1. It has none of transposed ones.
 """
 
 from __future__ import annotations
@@ -20,27 +20,54 @@ import torch
 from torch import Tensor, nn, randn
 
 from veneer.kernels import conv
-from veneer.layers._base import Dims, Layer, register
+from veneer.layers._base import LAYERS, Dims, Layer
 from veneer.lowrank import LowRank
 
+_POINTWISE = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
-class _Conv(Layer):
-    """What the three convolutions share; ``spatial`` is the number of their spatial axes."""
 
-    spatial: int
+class _Convolution(Layer):
+    """What all of them share; ``spatial`` is the number of their spatial axes."""
 
+    def __init__(self, name: str, spatial: int, cls: type[nn.Module]) -> None:
+        self.name, self.spatial, self._cls = name, spatial, cls
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (self._cls,)
+
+    def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
+        """The layer with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
+        raise NotImplementedError
+
+    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
+        B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
+        change = _POINTWISE[self.spatial - 1](self.bottleneck(module, x, low.A), B, groups=module.groups)
+        return change if y is None else y + change
+
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        # The rows of ΔW's input are the patches that meet at each output: a bottleneck that is the identity.
+        x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
+        patches = self.bottleneck(module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_))
+        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
+        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)  # [g, positions, in/g · |k|]
+
+    def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * self.spatial)
+
+    def example(self, size: int, *args: int, **options: Any) -> tuple[nn.Module, Tensor]:
+        return self._cls(*args, **options), randn(2, args[0], *[size] * self.spatial)
+
+
+class Conv(_Convolution):
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        out, in_, *kernel = shape
-        return Dims(module.groups, out // module.groups, in_ * torch.Size(kernel).numel())
+        return Dims(module.groups, shape[0] // module.groups, shape[1:].numel())
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return module._conv_forward(x, weight, bias)
 
-    def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        A, B = self._as_weights(low, module.weight.shape)
-        h = module._conv_forward(x, A, None)  # [N, g·r, *spatial]
-        change = self._pointwise(h, B * low.scale, groups=module.groups)  # [N, out, *spatial]
-        return change if y is None else y + change
+    def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
+        return module._conv_forward(x, A.reshape(-1, *module.weight.shape[1:]), None)
 
     def fused(
         self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
@@ -52,80 +79,67 @@ class _Conv(Layer):
         geometry = conv.Geometry(module.stride, module.padding, module.dilation)
         return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)
 
-    def _as_weights(self, low: LowRank, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        _, in_, *kernel = shape
-        A = low.A.reshape(-1, in_, *kernel)  # [g·r, in/g, *k]
-        B = low.B.reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
-        return A, B
-
-    def _pointwise(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[self.spatial - 1]
-        return convolution(x, weight, groups=groups)
-
-    def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
-        return values.reshape(-1, *[1] * self.spatial)
-
-    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The rows of ΔW's input are the patches under the kernel: a convolution with the identity as its kernel.
-        x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
-        patch = torch.eye(in_, dtype=x.dtype, device=x.device).reshape(in_, *module.weight.shape[1:])
-        patches = module._conv_forward(x, patch.repeat(groups, *[1] * (self.spatial + 1)), None)
-        batched = patches if patches.dim() == self.spatial + 2 else patches[None]
-        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)  # [g, positions, in/g · |k|]
-
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        return self._as_weights(low, shape)
+        return low.A.reshape(-1, *shape[1:]), low.B.reshape(-1, low.rank, *[1] * self.spatial)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
         return values.reshape(1, -1, *[1] * self.spatial)
 
     def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-        groups, out, in_ = self.dims(module, shape)
-        rank = B.shape[1] if B.dim() > 1 else 0
-        fits = A.shape == (groups * rank, *shape[1:]) and B.shape == (groups * out, rank, *[1] * self.spatial)
-        return (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
-
-    def _example(self, shape: int, *args: int, **options) -> tuple[nn.Module, Tensor]:
-        return self.types()[0](*args, **options), randn(2, args[0], *[shape] * self.spatial)
+        if A.shape[1:] != shape[1:] or B.shape[2:] != (1,) * self.spatial:
+            return None
+        return super().unpack(A.flatten(1), B.flatten(1), module, shape)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        yield self._example(6, 4, 6, 3)
-        yield self._example(7, 4, 6, 3, stride=2, padding=1, bias=False)
-        yield self._example(7, 4, 6, 3, padding=2, dilation=2)
-        yield self._example(7, 4, 6, 3, padding="same", dilation=2)
-        yield self._example(7, 4, 6, 3, padding=1, padding_mode="circular")
-        yield self._example(7, 4, 6, 3, padding="same", padding_mode="reflect", dilation=2)
-        yield self._example(6, 4, 6, 3, padding=1, groups=2)
-        yield self._example(6, 4, 8, 3, padding=1, groups=4)  # depthwise, two outputs a channel
-        yield self._example(6, 4, 6, 1)
+        yield self.example(6, 4, 6, 3)
+        yield self.example(7, 4, 6, 3, stride=2, padding=1, bias=False)
+        yield self.example(7, 4, 6, 3, padding=2, dilation=2)
+        yield self.example(7, 4, 6, 3, padding="same", dilation=2)
+        yield self.example(7, 4, 6, 3, padding=1, padding_mode="circular")
+        yield self.example(7, 4, 6, 3, padding="same", padding_mode="reflect", dilation=2)
+        yield self.example(6, 4, 6, 3, padding=1, groups=2)
+        yield self.example(6, 4, 8, 3, padding=1, groups=4)  # depthwise, two outputs a channel
+        yield self.example(6, 4, 6, 1)
+        if self.spatial == 3:
+            yield nn.Conv3d(4, 6, (1, 1, 3)), randn(2, 4, 4, 4, 4)
 
 
-@register
-class Conv1d(_Conv):
-    name = "conv1d"
-    spatial = 1
+class ConvTranspose(_Convolution):
+    out_axis = 1
 
-    def types(self) -> tuple[type[nn.Module], ...]:
-        return (nn.Conv1d,)
+    def dims(self, module: Any, shape: torch.Size) -> Dims:
+        return Dims(module.groups, shape[1], shape[0] // module.groups * shape[2:].numel())
+
+    def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
+        groups, out, _ = delta.shape
+        return delta.reshape(groups, out, shape[0] // groups, -1).transpose(1, 2).reshape(shape)
+
+    def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
+        groups, out, _ = dims
+        return weight.reshape(groups, weight.shape[0] // groups, out, -1).transpose(1, 2).reshape(dims)
+
+    def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
+        groups, out, _ = dims
+        channels = values.reshape(groups, 1, out).expand(groups, shape[0] // groups, out)
+        return channels.reshape(shape[0], out, *[1] * self.spatial)
+
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        options = module.stride, module.padding, module.output_padding, module.groups, module.dilation
+        return _TRANSPOSED[self.spatial - 1](x, weight, bias, *options)
+
+    def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
+        in_, _, *kernel = module.weight.shape
+        return self.op(module, x, self.fold(A, torch.Size((in_, A.shape[1], *kernel))), None)
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        yield self.example(4, 4, 6, 3)
+        yield self.example(4, 4, 6, 3, stride=2, padding=1, output_padding=1)
+        yield self.example(4, 4, 6, 3, dilation=2, padding=1, bias=False)
+        yield self.example(4, 4, 6, 2, groups=2, stride=2)
+        yield self.example(4, 4, 4, 3, groups=4)
 
 
-@register
-class Conv2d(_Conv):
-    name = "conv2d"
-    spatial = 2
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        return (nn.Conv2d,)
-
-
-@register
-class Conv3d(_Conv):
-    name = "conv3d"
-    spatial = 3
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        return (nn.Conv3d,)
-
-    def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        yield from super().examples()
-        yield self.types()[0](4, 6, (1, 1, 3)), randn(2, 4, 4, 4, 4)
+for number, plain in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+    LAYERS.add(f"conv{number}d", Conv(f"conv{number}d", number, plain))
+for number, transposed in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1):
+    LAYERS.add(f"conv_transpose{number}d", ConvTranspose(f"conv_transpose{number}d", number, transposed))

@@ -1,5 +1,5 @@
-"""``nn.Embedding``: y = W[ids], weight [V, d]. As a linear map it takes one-hot rows: in = V, out = d, ΔW[id] = (B @
-A)[:, id].
+"""``nn.Embedding``, y = W[ids], weight [V, d], and ``nn.EmbeddingBag``, sums, means or maxima of such rows. As a linear
+map an embedding takes one-hot rows: in = V, out = d, ΔW[id] = (B @ A)[:, id].
 
 So the bottleneck is a lookup in A and a product with B. What follows from the one-hot reading:
 
@@ -24,22 +24,36 @@ from veneer.layers._base import Dims, Layer, register
 from veneer.lowrank import LowRank
 
 
-@register
-class Embedding(Layer):
-    name = "embedding"
+class _Lookup(Layer):
     out_axis = 1
     file_keys = ("lora_embedding_A", "lora_embedding_B")
     drops_input = False
 
+    def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
+        """Rows scaled down to ``max_norm``, as forward does in place to each row that it reads."""
+        if module.max_norm is None:
+            return weight
+        norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
+        return torch.where(norms > module.max_norm, weight * (module.max_norm / (norms + 1e-7)), weight)
+
+    def fan_in(self, dims: Dims) -> int:
+        return 1
+
+    def frozen_input(self, module: Any) -> int | None:
+        return module.padding_idx
+
+    def bind(self, seen: Any, values: Any) -> None:
+        seen.sparse = False  # a sparse gradient cannot flow on into A and B
+
+
+@register
+class Embedding(_Lookup):
+    name = "embedding"
+
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Embedding,)
 
-    def dims(self, module: Any, shape: torch.Size) -> Dims:
-        vocabulary, width = shape
-        return Dims(1, width, vocabulary)
-
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Never sparse: a sparse gradient cannot flow on into A and B.
         options = module.max_norm, module.norm_type, module.scale_grad_by_freq
         return F.embedding(x, weight, module.padding_idx, *options)
 
@@ -52,26 +66,8 @@ class Embedding(Layer):
         # A gradient that is divided by how often a row occurs is none of B alone; a row of bounded norm is not linear.
         return not module.scale_grad_by_freq and module.max_norm is None
 
-    def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        return bounded(module, weight)
-
-    def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
-        return delta[0].mT
-
-    def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
-        return weight.mT[None]
-
-    def fan_in(self, dims: Dims) -> int:
-        return 1
-
-    def frozen_input(self, module: Any) -> int | None:
-        return module.padding_idx
-
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         return F.one_hot(args[0].reshape(1, -1), module.num_embeddings).to(module.weight.dtype)
-
-    def bind(self, seen: Any, values: Any) -> None:
-        seen.sparse = False
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         ids = torch.tensor([[0, 3, 3], [8, 1, 0]])
@@ -82,9 +78,43 @@ class Embedding(Layer):
         yield nn.Embedding(9, 5, sparse=True), ids
 
 
-def bounded(module: Any, weight: Tensor) -> Tensor:
-    """Rows scaled down to ``max_norm``, as the layer's forward does in place to each row that it reads."""
-    if module.max_norm is None:
-        return weight
-    norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
-    return torch.where(norms > module.max_norm, weight * (module.max_norm / (norms + 1e-7)), weight)
+@register
+class EmbeddingBag(_Lookup):
+    name = "embedding_bag"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.EmbeddingBag,)
+
+    def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
+        # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a maximum, the rows alone.
+        ids, (offsets, weights) = args[0], (*args[1:], None, None)[:2]
+        identity = torch.eye(module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device)
+        if module.mode == "max":
+            return identity[ids.reshape(1, -1)]
+        last, padding = module.include_last_offset, module.padding_idx
+        options = {"mode": module.mode, "include_last_offset": last, "padding_idx": padding}
+        return F.embedding_bag(ids, identity, offsets, per_sample_weights=weights, **options)[None]
+
+    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+        given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+        ids, offsets, weights = given["input"], given.get("offsets"), given.get("per_sample_weights")
+        if offsets is None:
+            return super().take(module, args, kwargs, rows, count)
+        if len(offsets) - module.include_last_offset != count:
+            raise LookupError
+        ends = offsets[1:] if module.include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        spans = [torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows]
+        lengths = torch.tensor([0, *map(len, spans)], device=ids.device).cumsum(0)
+        where = torch.cat(spans)
+        starts = lengths if module.include_last_offset else lengths[:-1]
+        return (ids[where], starts.to(offsets.dtype), None if weights is None else weights[where]), {}
+
+    def examples(self) -> Iterator[tuple[nn.Module, Any]]:
+        bags, offsets = torch.tensor([[0, 3, 3], [8, 1, 0]]), torch.tensor([0, 2])
+        flat, weights = torch.tensor([0, 3, 3, 8, 1]), torch.tensor([0.5, -1.0, 2.0, 1.5, 0.3])
+        yield nn.EmbeddingBag(9, 5), bags
+        yield nn.EmbeddingBag(9, 5, mode="sum", padding_idx=3), (flat, offsets)
+        yield nn.EmbeddingBag(9, 5, mode="sum"), (flat, offsets, weights)
+        yield nn.EmbeddingBag(9, 5, mode="max"), bags
+        yield nn.EmbeddingBag(9, 5, mode="sum", sparse=True), bags
+        yield nn.EmbeddingBag(9, 5, max_norm=1.0), bags

@@ -1,10 +1,17 @@
-"""``nn.Linear``: y = x Wᵀ + bias, weight [out, in]."""
+"""``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with a
+weight that lies transposed, [in, out].
+
+That class is looked up where it has been imported already: a model that holds one has imported transformers, and
+``import veneer`` must not.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, randn
 
@@ -13,23 +20,45 @@ from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
 
-@register
-class Linear(Layer):
-    name = "linear"
+class _Product(Layer):
     linear = True
     product = True
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        return (nn.Linear,)
-
-    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         return args[0].reshape(1, -1, args[0].shape[-1])
+
+
+@register
+class Conv1D(_Product):
+    name = "conv1d_transformers"
+    out_axis = 1
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        module = sys.modules.get("transformers.pytorch_utils")
+        return (module.Conv1D,) if module else ()
+
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        for cls in self.types():
+            yield cls(5, 7), randn(3, 4, 7)
+
+
+@register
+class Linear(_Product):
+    name = "linear"
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        return (nn.Linear,)
+
+    def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def examples(self) -> Iterator[tuple[nn.Module, Tensor]]:
         yield nn.Linear(7, 5), randn(3, 4, 7)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, randn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from veneer.layers._base import Layer, joined, register
 
@@ -49,11 +50,7 @@ class Recurrent(Layer):
             raise LookupError
         else:
             x = x.index_select(axis, rows.to(x.device))
-        if isinstance(states, tuple):
-            states = tuple(state.index_select(1, rows.to(state.device)) for state in states)
-        elif states is not None:
-            states = states.index_select(1, rows.to(states.device))
-        return (x, states), {}
+        return (x, pytree.tree_map_only(Tensor, lambda state: state.index_select(1, rows.to(state.device)), states)), {}
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         if isinstance(outputs[0][0], PackedSequence):
