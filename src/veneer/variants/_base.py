@@ -5,15 +5,14 @@
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
 A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
-only if it asks. The base is never written: a variant that starts from a part of W keeps a frozen copy of that start
-and subtracts it in ``resolve``. To add one: a file here that calls ``register(Variant(...))``. The tests find it.
+only if it asks. The base is never written. How to add one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +23,10 @@ from veneer.registry import Registry
 
 #: returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own dtype for ``resolve``
 Base = Callable[[], Tensor]
+
+#: the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or None for 1
+Parameters = Mapping[str, Tensor]
+Resolved = tuple[LowRank, Tensor | None]
 
 #: what ``Variant.needs`` may name
 CALIBRATION = ("inputs", "gradient", "original")
@@ -73,8 +76,7 @@ class Variant:
         needs: what of ``CALIBRATION`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
         exact_start: the attached model equals its base before the first step.
         peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that PEFT could read.
-        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the module's path. A variant
-            with other parameters is written for PEFT as the plain LoRA that ``resolve`` gives, and its own beside it.
+        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the module's path.
     """
 
     name: str
@@ -82,7 +84,7 @@ class Variant:
     default_alpha: float
     scale: Callable[[float, int], float]
     init: Callable[[InitContext], dict[str, Tensor]]
-    resolve: Callable[[Mapping[str, Tensor], float, Base], tuple[LowRank, Tensor | None]]
+    resolve: Callable[[Parameters, float, Base], Resolved]
     frozen: frozenset[str] = frozenset()
     derived: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
@@ -102,7 +104,9 @@ def variant_named(name: str):
     return VARIANTS[name]
 
 
-def register(variant: Variant) -> Variant:
+def register(variant: Variant, **other: Any) -> Variant:
+    """Put a variant into the registry: this one, or one that is like it but for ``other`` fields."""
+    variant = replace(variant, **other) if other else variant
     return VARIANTS.add(variant.name, variant)
 
 

@@ -1,21 +1,9 @@
-"""What several variants share: the largest singular triplets of a matrix, and a change that is zero wherever it starts.
-
-    ΔW = scale · (B A − B₀ A₀) = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
-
-PiSSA, OLoRA and LoRA-GA start from a product that is not zero and take it off the base weight. Here the base is never
-written: the start stays beside it and is subtracted. Rejected: [B, −B₀] @ [A ; A₀], the same matrix as a difference of
-two large products. In 16 bits its rounding error is as large as a small ΔW; written as above both factors are exactly
-zero at the start, in every dtype, and errors are relative to what was learnt.
-"""
+"""What several variants share: the largest singular triplets of a matrix, and a start that is not zero."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-
-from veneer.lowrank import LowRank
 
 #: matrices whose smaller side is at most this get a full SVD: a second at 2,048, and the cube of it beyond
 EXACT = 1024
@@ -51,9 +39,3 @@ def with_start(A: Tensor, B: Tensor) -> dict[str, Tensor]:
 def own(part: Tensor) -> Tensor:
     """``part`` in float32 in memory of its own, so that it does not keep alive the larger tensor it is a part of."""
     return part.to(torch.float32).clone(memory_format=torch.contiguous_format)
-
-
-def since_start(parameters: Mapping[str, Tensor], scale: float) -> LowRank:
-    """``scale · (B A − B0 A0)`` as one LowRank of twice the rank, exactly zero at the start."""
-    A, B, A0, B0 = (parameters[name] for name in ("A", "B", "A0", "B0"))
-    return LowRank(torch.cat([A, A - A0], dim=1), torch.cat([B - B0, B0], dim=2), scale)

@@ -3,20 +3,16 @@ triplets are taken away. Zhang et al. 2023, arXiv:2303.10512.
 
 B is the paper's P, A its Q, E its Λ. ``veneer.optim.RankBudget`` decides which triplets a layer keeps, by writing 0 or
 1 into ``mask``; ``veneer.optim.regulariser`` keeps A and B near orthogonal. The gradient of E ignores the mask, as the
-paper's does: a triplet that was taken away goes on being judged, and may come back. alpha defaults to 32, as for
-``lora``.
+paper's does: a triplet that was taken away goes on being judged, and may come back.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
 from veneer.variants.lora import LORA
 
 DEVIATION = 0.02
@@ -33,19 +29,17 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     E = parameters["E"]
     kept = E + (E * parameters["mask"] - E).detach()  # E ⊙ mask exactly, with the gradient of E
     return LowRank(parameters["A"], parameters["B"] * kept[:, None, :], scale), None
 
 
-ADALORA = register(
-    replace(
-        LORA,
-        name="adalora",
-        paper="Zhang et al. 2023, arXiv:2303.10512",
-        init=init,
-        resolve=resolve,
-        frozen=frozenset({"mask"}),
-    )
+register(
+    LORA,
+    name="adalora",
+    paper="Zhang et al. 2023, arXiv:2303.10512",
+    init=init,
+    resolve=resolve,
+    frozen=frozenset({"mask"}),
 )

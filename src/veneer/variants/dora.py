@@ -1,26 +1,24 @@
 """DoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ per output row, ΔW = alpha / rank · B @ A. Liu et al. 2024, arXiv:2402.09353.
 
 So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖: every gain starts at 1. As in section
-4.3 of the paper no gradient flows through the norm. alpha defaults to 32, as for ``lora``.
+4.3 of the paper no gradient flows through the norm.
 
 The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few rows at a time: a
 sum that stays in the cache costs a third of one that does not. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but
 cancels where ΔW undoes a row: a norm of ‖W‖ / 100 would lose four digits.
 
-A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn. (0 / 0 would be NaN.)
+A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
 from veneer.variants.lora import LORA
 
 #: how many bytes of W + ΔW are formed at a time on a CPU
@@ -33,7 +31,7 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {**parameters, "magnitude": row_norms(start.base(), LowRank(parameters["A"], parameters["B"], 1.0))}
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
     norms = row_norms(base(), low)
     gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
@@ -44,11 +42,9 @@ def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple
 def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W and ΔW, and at least
     float32. A part of W at a time is in that dtype."""
-    dtype, device = (
-        torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32),
-        weight.device.type,
-    )
-    low, whole = low.to(dtype), device != "cpu" or torch.compiler.is_compiling()
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32)
+    low, device = low.to(dtype), weight.device.type
+    whole = device != "cpu" or torch.compiler.is_compiling()
     rows = weight.shape[1] if whole else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
@@ -57,14 +53,12 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
         return torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in changed], dim=1).flatten()
 
 
-DORA = register(
-    replace(
-        LORA,
-        name="dora",
-        paper="Liu et al. 2024, arXiv:2402.09353",
-        init=init,
-        resolve=resolve,
-        peft={"use_dora": True},
-        peft_keys={"magnitude": "lora_magnitude_vector"},
-    )
+register(
+    LORA,
+    name="dora",
+    paper="Liu et al. 2024, arXiv:2402.09353",
+    init=init,
+    resolve=resolve,
+    peft={"use_dora": True},
+    peft_keys={"magnitude": "lora_magnitude_vector"},
 )

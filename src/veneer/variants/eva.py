@@ -1,13 +1,11 @@
 """EVA: ΔW = alpha / rank · B @ A, where the rows of A are the r directions in which the layer's inputs vary most: the
 right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx. Paischer et al. 2024, arXiv:2410.07170.
 
-B starts at zero. alpha defaults to 32, as for ``lora``: a row of A has norm 1, of Kaiming's 1 / √3. The paper may also
-move ranks between layers; here every layer has the rank that the config gives it. PEFT centres the inputs first.
+B starts at zero. A row of A has norm 1, of Kaiming's 1 / √3. The paper may also move ranks between layers; here every
+layer has the rank that the config gives it. PEFT centres the inputs first.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,6 +21,4 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": A, "B": A.new_zeros(start.groups, start.out, start.rank)}
 
 
-EVA = register(
-    replace(LORA, name="eva", paper="Paischer et al. 2024, arXiv:2410.07170", init=init, needs=frozenset({"inputs"}))
-)
+register(LORA, name="eva", paper="Paischer et al. 2024, arXiv:2410.07170", init=init, needs=frozenset({"inputs"}))

@@ -9,13 +9,12 @@ normal with deviation 0.1, A1 and A2 with deviation 1, B2 zero; alpha defaults t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
+from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
@@ -29,20 +28,18 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     A1, B1, A2, B2 = (parameters[name] for name in ("A1", "B1", "A2", "B2"))
     A = (A1[:, :, None, :] * A2[:, None, :, :]).flatten(1, 2)  # [g, r·r, in]
     B = (B1[:, :, :, None] * B2[:, :, None, :]).flatten(2, 3)  # [g, out, r·r]
     return LowRank(A, B, scale), None
 
 
-LOHA = register(
-    Variant(
-        name="loha",
-        paper="Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859",
-        default_alpha=1,
-        scale=lambda alpha, rank: alpha / rank,
-        init=init,
-        resolve=resolve,
-    )
+register(
+    LORA,
+    name="loha",
+    paper="Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859",
+    default_alpha=1,
+    init=init,
+    resolve=resolve,
 )

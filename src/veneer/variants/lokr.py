@@ -5,21 +5,20 @@
 
 With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank min(l, m) · q. q is the
 rank, or min(k, n) if that is less: more could express nothing else (LyCORIS then trains one full matrix instead). C
-and A2 start Kaiming-uniform, so that their product has the size of LoRA's A, and B2 zero, which stands where LoRA's B
-does (LyCORIS zeroes the other). alpha defaults to 32, as for ``lora``. All inputs of a row count as one length here,
-for a convolution its kernel positions too.
+and A2 start Kaiming-uniform, so that their product has the size of LoRA's A, and B2 zero, as LoRA's B does (LyCORIS
+zeroes the other). A convolution's kernel positions count as inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
+from veneer.variants.lora import LORA
 
 
 def factors(length: int) -> tuple[int, int]:
@@ -39,7 +38,7 @@ def init(start: InitContext) -> dict[str, Tensor]:
     }
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     C = parameters["C"]
     _, l, m = C.shape  # noqa: E741
     identity = torch.eye(min(l, m), dtype=C.dtype, device=C.device)[None]
@@ -52,13 +51,11 @@ def _kron(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, :, None, :, None] * y[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
 
 
-LOKR = register(
-    Variant(
-        name="lokr",
-        paper="Edalati et al. 2022, arXiv:2212.10650; Yeh et al. 2023, arXiv:2309.14859",
-        default_alpha=32,
-        scale=lambda alpha, rank: alpha / rank,
-        init=init,
-        resolve=resolve,
-    )
+register(
+    LORA,
+    name="lokr",
+    paper="Edalati et al. 2022, arXiv:2212.10650; Yeh et al. 2023, arXiv:2309.14859",
+    default_alpha=32,
+    init=init,
+    resolve=resolve,
 )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, kaiming_uniform, register
-
-__all__ = ["LORA"]
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, Variant, kaiming_uniform, register
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
@@ -18,7 +14,7 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": kaiming_uniform(start), "B": torch.zeros(start.groups, start.out, start.rank)}
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     return LowRank(parameters["A"], parameters["B"], scale), None
 
 

@@ -3,14 +3,13 @@ of A and B moves W as a step of full fine-tuning would. Wang et al. 2024, arXiv:
 
     A₀ = ⁴√out / √γ · V[:, :r]ᵀ        B₀ = ⁴√out / √γ · U[:, r:2r]        γ = 16
 
-The paper takes B₀ A₀ off W; here W itself stays as it is. alpha defaults to 16, the paper's. Where W has fewer than 2r
-singular values, B₀ takes the last r of those there are. PEFT differs from the paper: it scales B₀ alone, and by S too.
+alpha defaults to 16, the paper's. Where W has fewer than 2r singular values, B₀ takes the last r of those there are.
+PEFT differs from the paper: it scales B₀ alone, and by S too.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -23,20 +22,17 @@ GAMMA = 16
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     U, _, Vh = principal(start.gradient(), 2 * start.rank)
     size = start.out**0.25 / math.sqrt(GAMMA)
     return with_start(size * Vh[:, : start.rank], size * U[..., -start.rank :])
 
 
-LORA_GA = register(
-    replace(
-        PISSA,
-        name="lora_ga",
-        paper="Wang et al. 2024, arXiv:2407.05000",
-        default_alpha=16,
-        scale=lambda alpha, rank: alpha / math.sqrt(rank),
-        init=init,
-        needs=frozenset({"gradient"}),
-    )
+register(
+    PISSA,
+    name="lora_ga",
+    paper="Wang et al. 2024, arXiv:2407.05000",
+    default_alpha=16,
+    scale=lambda alpha, rank: alpha / math.sqrt(rank),
+    init=init,
+    needs=frozenset({"gradient"}),
 )

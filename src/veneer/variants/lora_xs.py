@@ -2,18 +2,17 @@
 r × r matrix R is trained. Bałazy et al. 2024, arXiv:2405.17604.
 
 R starts at zero (the paper: normal with deviation 1e-5), so that the attached model equals its base; its gradient
-Bᵀ G Aᵀ is not zero there. alpha defaults to 16, which gives scale 1 at the default rank of 16.
+Bᵀ G Aᵀ is not zero there. alpha defaults to 16: scale 1 at the default rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
 from veneer.variants._parts import own, principal
+from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
@@ -23,18 +22,16 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": A, "B": B, "R": A.new_zeros(start.groups, start.rank, start.rank)}
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     return LowRank(parameters["A"], parameters["B"] @ parameters["R"], scale), None
 
 
-LORA_XS = register(
-    Variant(
-        name="lora_xs",
-        paper="Bałazy et al. 2024, arXiv:2405.17604",
-        default_alpha=16,
-        scale=lambda alpha, rank: alpha / rank,
-        init=init,
-        resolve=resolve,
-        frozen=frozenset({"A", "B"}),
-    )
+register(
+    LORA,
+    name="lora_xs",
+    paper="Bałazy et al. 2024, arXiv:2405.17604",
+    default_alpha=16,
+    init=init,
+    resolve=resolve,
+    frozen=frozenset({"A", "B"}),
 )

@@ -5,12 +5,10 @@ https://datta0.github.io/posts/rethink-lora-init.
 PEFT turns the bottleneck by a random rotation Q: A = (Y Q[0::2])ᵀ / 10, B = Xᵀ Q[1::2] / 10, with X and Y normal.
 There B @ A is zero up to rounding, which is no longer small in 16 bits, and only even ranks have two halves. Here Q
 is the identity, which spans the same directions: the first ⌈r / 2⌉ rows of A and the other columns of B are normal
-with deviation 0.1, the rest is zero, and B @ A is exactly zero at every rank. alpha defaults to 32, as for ``lora``.
+with deviation 0.1, the rest is zero, and B @ A is exactly zero at every rank.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +29,4 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": A, "B": B}
 
 
-ORTHOGONAL = register(
-    replace(LORA, name="orthogonal", paper="Datta, https://datta0.github.io/posts/rethink-lora-init", init=init)
-)
+register(LORA, name="orthogonal", paper="Datta, https://datta0.github.io/posts/rethink-lora-init", init=init)

@@ -1,39 +1,40 @@
 """PiSSA: ΔW = alpha / rank · (B A − B₀ A₀), from the principal part of W: A₀ = √S Vᵀ, B₀ = U √S of its r largest
-singular values. Meng et al. 2024, arXiv:2404.02948.
+singular values. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16: the paper's scale, 1, at the default rank.
 
-The paper trains B A on top of the residual W − B₀ A₀, which is the same weight; here W itself stays as it is. It uses
-alpha = rank: alpha defaults to 16, which gives scale 1 at the default rank of 16. At another scale s the trained part
-is s · B A, and s multiplies the step that training takes, as for ``lora``.
+    ΔW = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
+
+PiSSA, OLoRA and LoRA-GA start from a product that is not zero and take it off the base weight. Here the base is never
+written: the start stays beside it and is subtracted. All of A and B has a gradient from the first step. Rejected: [B,
+−B₀] @ [A ; A₀], the same matrix as a difference of two large products. In 16 bits its rounding error is as large as a
+small ΔW; written as above ΔW is exactly zero at the start, in every dtype, and errors are relative to what was learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, register
-from veneer.variants._parts import balanced, since_start, with_start
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
+from veneer.variants._parts import balanced, with_start
+from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in], B [g, out, r] and their frozen copies. All of A and B has a gradient from the first step."""
     return with_start(*balanced(start.base(), start.rank))
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
-    return since_start(parameters, scale), None
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
+    A, B, A0, B0 = (parameters[name] for name in ("A", "B", "A0", "B0"))
+    return LowRank(torch.cat([A, A - A0], dim=1), torch.cat([B - B0, B0], dim=2), scale), None
 
 
 PISSA = register(
-    Variant(
-        name="pissa",
-        paper="Meng et al. 2024, arXiv:2404.02948",
-        default_alpha=16,
-        scale=lambda alpha, rank: alpha / rank,
-        init=init,
-        resolve=resolve,
-        frozen=frozenset({"A0", "B0"}),
-    )
+    LORA,
+    name="pissa",
+    paper="Meng et al. 2024, arXiv:2404.02948",
+    default_alpha=16,
+    init=init,
+    resolve=resolve,
+    frozen=frozenset({"A0", "B0"}),
 )

@@ -1,25 +1,24 @@
 """VeRA: ΔW = alpha · diag(b) B diag(d) A. A and B are random, frozen and shared by all layers of equal sizes; only the
 vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
 
-b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, not divided by the rank, and
-defaults to 1. A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their elements
-are hashes of their positions: no file holds them, so they must be the same on every device, machine and release, which
-no seeded generator promises. While any layer holds a pair, ``init`` gives that very pair: whoever copies these tensors
-loses the sharing. (The paper and PEFT slice one pair of the largest sizes for all layers, which then depends on which
-layers are attached.)
+b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, and defaults to 1. A [g, r, in] and
+B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their elements are hashes of their positions: no
+file holds them, so they must be the same on every device, machine and release, which no seeded generator promises.
+While any layer holds a pair, ``init`` gives that very pair. (The paper and PEFT slice one pair of the largest sizes for
+all layers, which then depends on which layers are attached.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Variant, register
+from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
+from veneer.variants.lora import LORA
 
 D_START = 0.1
 
@@ -30,19 +29,13 @@ _SHARED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 def init(start: InitContext) -> dict[str, Tensor]:
     """Shared A and B, d [g, r] and b [g, out]. b has a gradient at the first step, d from the second."""
     d = torch.full((start.groups, start.rank), D_START)
-    A, B = shared_pair(start, d.device)
-    return {"A": A, "B": B, "d": d, "b": torch.zeros(start.groups, start.out)}
-
-
-def shared_pair(start: InitContext, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The one A [g, r, in] and B [g, out, r] for these sizes on this device."""
-    sizes = (start.groups, start.out, start.in_, start.rank, start.fan_in, device)
+    sizes = (start.groups, start.out, start.in_, start.rank, start.fan_in, d.device)
     A, B = _SHARED.get(("A", *sizes)), _SHARED.get(("B", *sizes))
     if A is None or B is None:
-        A = _spread((start.groups, start.rank, start.in_), start.fan_in, 0, device)
-        B = _spread((start.groups, start.out, start.rank), start.rank, 1, device)
+        A = _spread((start.groups, start.rank, start.in_), start.fan_in, 0, d.device)
+        B = _spread((start.groups, start.out, start.rank), start.rank, 1, d.device)
         _SHARED[("A", *sizes)], _SHARED[("B", *sizes)] = A, B
-    return A, B
+    return {"A": A, "B": B, "d": d, "b": torch.zeros(start.groups, start.out)}
 
 
 def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
@@ -56,20 +49,19 @@ def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.devi
     return (((x >> 8).to(torch.float32) + 0.5) / 2**23 - 1).mul_(math.sqrt(6 / fan_in)).view(shape)
 
 
-def resolve(parameters: Mapping[str, Tensor], scale: float, base: Base) -> tuple[LowRank, Tensor | None]:
+def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     B = parameters["b"][:, :, None] * parameters["B"] * parameters["d"][:, None, :]
     return LowRank(parameters["A"].to(B.dtype), B, scale), None
 
 
-VERA = register(
-    Variant(
-        name="vera",
-        paper="Kopiczko et al. 2023, arXiv:2310.11454",
-        default_alpha=1,
-        scale=lambda alpha, rank: alpha,
-        init=init,
-        resolve=resolve,
-        frozen=frozenset({"A", "B"}),
-        derived=frozenset({"A", "B"}),
-    )
+register(
+    LORA,
+    name="vera",
+    paper="Kopiczko et al. 2023, arXiv:2310.11454",
+    default_alpha=1,
+    scale=lambda alpha, rank: alpha,
+    init=init,
+    resolve=resolve,
+    frozen=frozenset({"A", "B"}),
+    derived=frozenset({"A", "B"}),
 )
