@@ -15,7 +15,8 @@ from tests.support.compiled import needs_loop
 from tests.support.toys import error
 
 from veneer.kernels import compiled, cost_model, dropout, fused
-from veneer.kernels.compiled import MIN_TOKENS, THREADS, has_numba
+from veneer.kernels.compiled import MIN_TOKENS, THREADS
+from veneer.kernels.compiled.switch import has_numba
 
 if has_numba():
     from veneer.kernels.compiled import single_adapter_bf16 as alone

@@ -148,8 +148,10 @@ class LayerAdapter(nn.Module):
         change = self.changes[reader.weight]
         weight = weight_of(module, reader.weight)
         low, gain = change.resolve(weight)
-        path = cost_model.choose(gain_fits=gain is None or not layer_state.transposed, forced=now.path)
-        run = self._factored if path == cost_model.FACTORED else self._materialised
+        # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
+        # right; elsewhere the caller's choice counts
+        fits = gain is None or not layer_state.transposed
+        run = self._factored if fits and now.path != cost_model.MATERIALISED else self._materialised
         return run(change, module, base, layer_state, low, gain, full, args, kwargs)
 
     def _factored(

@@ -2,11 +2,10 @@
 
     scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ,    chances = softmax(scores),    output = chances value
 
-As plain matrix products: a key-value head serves the g query heads of its group in one product. Under a causal mask
-alone (``causal``) a few rows and heads are taken at a time, with the keys up to the last of these rows: scores that
-nobody sees are not computed, the others stay in the processor's cache, and none are kept, as backward makes them again
-(Dao et al. 2022, arXiv:2205.14135). In 16 bits the numbers differ from those of the fused kernel as those of
-transformers' "eager" do: scores are rounded before the softmax.
+A key-value head serves the g query heads of its group in one product. Under a causal mask alone (``causal``) a few rows
+and heads are taken at a time, with the keys up to the last of these rows: scores that nobody sees are not computed, the
+others stay in the processor's cache, and none are kept, as backward makes them again (Dao et al. 2022,
+arXiv:2205.14135). In 16 bits scores are rounded before the softmax, as in transformers' "eager".
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ _of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivate
 
 #: Keys up to which the products are the faster way in 16 bits.
 LONGEST = 288
-#: Keys from which on and up to which ``causal`` is, by the bytes of a number; in 16 bits, on cores with matrix units,
-#: ``LONGEST`` counts where there is a backward.
+#: Keys from which on and up to which ``causal`` is, by the bytes of a number.
 SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
 #: Rows of a query head that it takes at a time: in float32 where a key-value head serves several, and else; and scores
 #: for each of torch's threads.
@@ -123,7 +121,8 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scal
             torch.bmm(below, values.mT, out=scores)
             _of_softmax(scores, chances, -1, scores.dtype, grad_input=onward)
             for total, left, right in zip(totals, (onward, chances), (rows, below), strict=True):
-                _collect(total[:, : keys.shape[1]], left.mT, right)
+                into = total[:, : keys.shape[1]]
+                into.baddbmm_(left.mT, right) if wide is left.dtype else into.add_(left.mT @ right)
             torch.mul((onward @ keys).view(place.shape), scale, out=place)
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
@@ -192,14 +191,6 @@ def _by_head(x: Tensor, key: Tensor) -> Tensor:
     return x.unflatten(1, (key.shape[1], -1))
 
 
-def _collect(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += left @ right
-
-
 def products(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None, dropout: float = 0.0,
     *, causal: bool = False,
@@ -222,8 +213,13 @@ def products(
     grouped = (query * (d**-0.5 if scale is None else scale)).reshape(b * heads, group, s, d)
     keys, values = key.reshape(b * heads, length, d).mT, value.reshape(b * heads, length, -1)
     if not causal:
-        rows, tall = grouped.flatten(1, 2), _tall(bias, b, heads, group)
-        scores = rows @ keys if tall is None else torch.baddbmm(tall, rows, keys)
+        rows = grouped.flatten(1, 2)
+        if bias is None:
+            scores = rows @ keys
+        else:
+            tall = bias.repeat(1, 1, group, 1)  # for the heads of a group below each other
+            tall = tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
+            scores = torch.baddbmm(tall, rows, keys)
         return _output(scores, values, dropout).view(b, h, s, -1)
     hidden = torch.full((PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu_(1)
     found = []
@@ -239,14 +235,6 @@ def products(
 def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
     chances = torch.softmax(scores, dim=-1)
     return (F.dropout(chances, dropout) if dropout else chances) @ values
-
-
-def _tall(bias: Tensor | None, b: int, heads: int, group: int) -> Tensor | None:
-    """A bias [1 or b, 1, s, k] for the heads of a group below each other: [1 or b · heads, group · s, k]."""
-    if bias is None:
-        return None
-    tall = bias.repeat(1, 1, group, 1)
-    return tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:

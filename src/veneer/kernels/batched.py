@@ -6,19 +6,15 @@ two batched products:
     h = A xᵀ            A: [S, r, in]   x, grouped: [S, n, in]   h: [S, r, n]
     Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
-Each adapter's numbers are read once, and a group's place that no row fills costs no memory. They are float32 whatever
-the base is: a processor's batched products of thin matrices take several times as long in 16 bits. A row that blends k
-adapters stands in k groups.
+Adapters' numbers are float32 whatever the base is: a processor's batched products of thin matrices take several times
+as long in 16 bits. A row that blends k adapters stands in k groups.
 
 **Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with theirs.
 
-x Wᵀ is added to Δ within its own product (``fused.added``), so that 16-bit outputs are rounded with the change in them.
-
-Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, the layer itself taking
-246 µs in float32: all adapters side by side in one matrix and a mask over the ranks (48 µs, and 106 for 16 adapters:
-it multiplies every row with every adapter; the groups take 15 and 31), a product an adapter (a call costs 3 to 5 µs),
-gathering each row's factors (copies every adapter once a row; Chen et al. 2023, "Punica", arXiv:2310.18547, gathers
-in a kernel of its own).
+Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, where groups take 15 µs
+and the layer itself 246 in float32: all adapters side by side and a mask over the ranks (48 µs), a product an adapter
+(3 to 5 µs each), gathering each row's factors (copies every adapter once a row; Chen et al. 2023, "Punica",
+arXiv:2310.18547, gathers in a kernel of its own).
 """
 
 from __future__ import annotations

@@ -3,29 +3,29 @@
     y = conv(x; W) + bias + s · B conv(drop(x); A)
     x: [n, in, *size]   W: [out, in, *k]   A: [r, in · |k|]   B: [out, r]   y: [n, out, *positions]
 
-What autograd would do with the two convolutions costs more than it must:
+Against the two convolutions and their sum in autograd:
 
-- with many positions, W + s B A is formed in float32 (``plan``) in forward and in backward: the bottleneck's way
-  through an output and through the gradient of x falls away, and the gradients of A and B need thin products only;
+- with many positions, W + s B A is formed in float32, in forward and in backward: the bottleneck's way through an
+  output and through the gradient of x falls away, and the gradients of A and B need thin products only;
 - with few, or in 16 bits, the bottleneck's part is added in place by a batched matrix product;
-- a kernel of one position is a matrix product, and one with strides reads every so many positions of x: those are
-  copied once, saved in place of x, and nothing else looks at the others;
+- a kernel of one position is a matrix product, and one with strides copies the positions of x that it reads once, and
+  saves those in place of x;
 - where channels lie last in memory (``torch.channels_last``), positions are rows of a matrix: a kernel of one position
   is a linear layer, and goes the way of those (``fused``), and so do the products with B;
-- saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed, from which backward drops the same
-  entries again.
+- saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed.
 
-The backward of the backward goes through plain differentiable code. It knows no device.
+The backward of the backward goes through plain differentiable code.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import cost_model, dropout, fused
+from veneer.kernels import cost_model, dropout, fused, reference
 
 #: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
 SMALL = 1 << 17
@@ -129,7 +129,8 @@ class _Conv(torch.autograd.Function):
         settings, (x, weight, bias, A, B, h) = ctx.settings, ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, *_differentiable(needs, settings, x, weight, bias, A, B, dy)
+            plain = functools.partial(_definition, settings)
+            return None, *reference.gradients_of(plain, (x, weight, bias, A, B), needs, [dy], settings.drops)
         need_x, _, need_bias, need_A, need_B = needs
         with torch.autocast(x.device.type, enabled=False):
             dy, down, up = _laid(dy, settings.last), A.to(x.dtype), B.to(x.dtype)
@@ -143,7 +144,8 @@ class _Conv(torch.autograd.Function):
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
                 through = _formed(weight, down, up, settings.scale) if settings.form else weight
-                dx = _sum(_laid(_backward(settings, dy, x, through, (True, False, False))[0], settings.last), dx)
+                onto, dx = dx, _laid(_backward(settings, dy, x, through, (True, False, False))[0], settings.last)
+                dx = dx if onto is None else dx.add_(onto)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
@@ -230,26 +232,14 @@ def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A:
     return dx, dA
 
 
-def _sum(one: Tensor, other: Tensor | None) -> Tensor:
-    return one if other is None else one.add_(other)
-
-
 def _backward(settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:
     """The gradients of x, of the weight and of a bias, those that are asked for."""
     none, geometry = [0] * len(settings.geometry.stride), settings.geometry
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)
 
 
-def _differentiable(needs, settings: Settings, x, weight, bias, A, B, dy: Tensor) -> list[Tensor | None]:
-    """The gradients as functions that have gradients themselves. It runs on aliases: x may itself depend on the
-    bias, and that is not this call's part of its gradient."""
-    if settings.drops:
-        raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
-    values: list[Any] = [None if one is None else one.view_as(one) for one in (x, weight, bias, A, B)]
-    x, weight, bias, A, B = values
+def _definition(settings: Settings, x, weight, bias, A, B) -> list[Tensor]:
     h = _plain(settings, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
     part = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
     y = _plain(settings, x, weight, bias)
-    wanted = [value for value, need in zip(values, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y + part.view_as(y), wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return [y + part.view_as(y)]

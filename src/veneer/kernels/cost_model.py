@@ -1,10 +1,8 @@
 """Which of the ways to compute an adapted layer is cheapest.
 
-- factored: ``op(x; W) + op(x; ΔW)`` with ΔW kept as two thin matrices: T · r · (in + out) more multiplications for T
-  tokens.
-- materialised: ``op(x; W + ΔW)``, which defines the meaning and is right for every layer whatever its forward does.
-  out · in · r more multiplications, and one more matrix of W's size to write, however many tokens there are. It forms
-  W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
+- factored: ``op(x; W) + op(x; ΔW)``: T · r · (in + out) more multiplications for T tokens.
+- materialised: ``op(x; W + ΔW)``: out · in · r more multiplications, and one more matrix of W's size to write, however
+  many tokens there are. It forms W + ΔW in at least float32, as a 16-bit sum would lose a small ΔW.
 
 The cost model counts multiply-adds and numbers moved, and takes one moved number of an activation for as dear as
 ``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does little arithmetic on each number that
@@ -35,16 +33,6 @@ LOOPED, LOOPED_MOVED = 0.6, 3.3
 def looped(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the thin products of many tokens are compiled loops, on as many threads as torch has now."""
     return dtype is torch.float32 and device.type == "cpu" and thin_products_pay()
-
-
-def choose(*, gain_fits: bool, forced: str | None) -> str:
-    """The path of one call of a layer that has both and runs outside the fused kernel.
-
-    Args:
-        gain_fits: False where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs.
-        forced: the caller's choice, which counts wherever both paths are right.
-    """
-    return (forced or FACTORED) if gain_fits else MATERIALISED
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Dropout for a small probability: draw the entries that are dropped, not a random number for each.
 
 A Poisson number of draws with replacement, with λ = -ln(1 - p) an entry, hits each entry a Poisson(λ) number of times,
-independently of the others: it is missed with probability exp(-λ) = 1 - p (the colouring theorem of Poisson processes;
-Kingman 1993, "Poisson Processes", section 5.1). That is exactly the distribution of a mask of independent entries, from
-about p · count random numbers instead of count, and the seed is all that backward has to know.
+independently of the others: it is missed with probability exp(-λ) = 1 - p (Kingman 1993, "Poisson Processes", section
+5.1). That is exactly the distribution of a mask of independent entries, from about p · count random numbers.
 
 The numbers of a matrix are drawn a few rows at a time, each such group with a Poisson number of its own, so that a loop
 over rows (``compiled/thin_matmul.py``) meets the draws in its order.
@@ -80,22 +79,14 @@ def of_rows(x: Tensor, p: float, seed: int) -> Dropped:
     return drawn(x.numel(), p, seed, x.device, ROWS * x.shape[1])
 
 
-def zeroed(x: Tensor, p: float, seed: int) -> Tensor:
-    """A copy of x, of any shape, with zeros in the entries that are dropped; not rescaled; differentiable."""
-    return without(x, drawn(x.numel(), p, seed, x.device).entries())
-
-
 def without(x: Tensor, entries: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros in these entries; differentiable."""
     return x.reshape(-1).index_fill(0, entries, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``F.dropout(x, p)``: zeros with probability p, the rest divided by 1 - p. Differentiable.
-
-    A compiled graph cannot hold a number of draws that varies, and ``torch.func`` has its own rules for random numbers:
-    there it is torch's own dropout.
-    """
+    """``F.dropout(x, p)``, and that itself where a number of draws cannot vary (a compiled graph) or random numbers are
+    under rules of their own (``torch.func``)."""
     if torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None:
         return F.dropout(x, p)
-    return zeroed(x, p, seed()) / (1 - p)
+    return without(x, drawn(x.numel(), p, seed(), x.device).entries()) / (1 - p)

@@ -3,13 +3,13 @@
     V = gain ⊙ (W + ΔW), exact      W' of a 16-bit type: each number one of V's two neighbours      E = W' - V
     minimise  ‖E Fᵀ‖² + λ ‖E‖²      F: [k, in], the directions to protect: those of A's rows, and given ones
 
-W lies on the grid already. A change that is small beside the grid's step is lost to nearest where it does not reach the
-next tie, and that loss has the shape of ΔW itself. But what an adapter adds is B (A x): of all the errors of a row of
-numbers, only the k numbers E Fᵀ stand against it, and there are many more roundings to choose than that. So the columns
-are rounded one after the other, each number up or down, whichever leaves the smaller residual R = E Fᵀ of its row:
-error feedback, as in sigma-delta converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, also goes by columns, but
-repairs an error by moving the columns still to come, which are then rounded to nearest: small repairs would vanish as
-ΔW does.) λ weighs the plain error, which keeps numbers from going far for little.
+A change that is small beside the grid's step is lost to nearest where it does not reach the next tie, and that loss
+has the shape of ΔW itself. But what an adapter adds is B (A x): of all the errors of a row of numbers, only the k
+numbers E Fᵀ stand against it, and there are many more roundings to choose than that. So the columns are rounded one
+after the other, each number up or down, whichever leaves the smaller residual R = E Fᵀ of its row: error feedback, as
+in sigma-delta converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, repairs an error by moving the columns still to
+come, which are then rounded to nearest: small repairs would vanish as ΔW does.) λ weighs the plain error, which keeps
+numbers from going far for little.
 
     e = mid - copysign(half, t)     t = fᵀ R + mid (‖f‖² + λ)     f: the column of F;  its cell, less V: mid ± half
 
@@ -18,24 +18,10 @@ are brought forward by the Gram matrix FᵀF of the chunk, in blocks, so that mo
 float64: V's neighbours are then V's own, and the order in which a product is summed (by another machine, or count of
 threads) turns one choice in 10¹² or so.
 
-What it keeps: for inputs in the span of A's rows, ΔW within 4 % at ‖ΔW‖ = 10⁻⁴ ‖W‖ and 1 % at 10⁻³, where nearest keeps
-6 and 55 % of it. What it costs: for other inputs an error that is 1.6 times that of nearest at 10⁻³ (three times at
-10⁻⁴, where nearest has hardly an error but the loss of ΔW), three quarters of that of stochastic rounding.
-
-**On a real model** (``benchmarks/merge_fidelity.py``: SmolLM2 on pronunciations, divergence of the predictions from the
-unmerged adapter's in float32, × 10⁻⁵; bfloat16 arithmetic alone makes 95 to 160):
-
-    rate, steps    nearest   stochastic   A's rows   B's columns   A's rows and 16 directions of measured inputs
-    10⁻⁴, 15          2675            5         16            12                                              3
-    10⁻⁴, 60          3771           21         40            80                                              4
-    10⁻³, 15           153            7         24            15                                              2
-    10⁻³, 60            14            9         12             6                                              2
-
-Nearest is what must not happen; between the others, bfloat16 sees no difference. B's columns (the transposed problem:
-no input then gets an error in what B writes) pay no more than A's rows, so they are the choice for embeddings alone,
-whose inputs are indices and have no directions. Stochastic rounding is slightly better here: real inputs lie mostly
-outside of A's rows, and presumably their few large channels suit an error that is even in every column. For what A
-reads it is 20 times worse, and it makes another weight each time. Measured inputs are best by far, if they can be had.
+Other inputs than those in the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ = 10⁻³ ‖W‖ (three times
+at 10⁻⁴), three quarters of that of stochastic rounding (``benchmarks/merge_fidelity.py``). B's columns in place of A's
+rows (the transposed problem) pay no more on a real model, so they are for embeddings alone, whose inputs are indices
+and have no directions. Measured inputs are best by far, if they can be had.
 """
 
 from __future__ import annotations
@@ -122,7 +108,9 @@ def faithful(
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (one.gather(2, order[:, None].expand_as(one)) for one in (F, A))
         kept = _transposed(weight[piece]).to(held)  # [g, in, rows]
-        factor = None if gain is None else _gains(gain[own], some, order)
+        factor = gain
+        if gain is not None:  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
+            factor = gain[own, some].mT if gain.shape[2] == 1 else gain[own].mT.gather(1, order[:, :, None])
         inner = _Rows(kept, order, F, A, B[:, :, some], factor, out.dtype).run()
         _transposed(kept.to(out.dtype), out[piece])
         return inner
@@ -138,11 +126,6 @@ def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:
     else:
         into.copy_(one.mT)
     return into
-
-
-def _gains(gain: Tensor, rows: slice, order: Tensor) -> Tensor:
-    """One a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns."""
-    return gain[:, rows].mT if gain.shape[2] == 1 else gain.mT.gather(1, order[:, :, None])
 
 
 class _Rows:

@@ -3,7 +3,7 @@
     y_i = x W_iᵀ + bias_i + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]
 
-What autograd would do with ``reference.matmul_update`` layer by layer costs more than it must:
+Against ``reference.matmul_update`` layer by layer in autograd:
 
 - h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once; skinny products are oriented
   (rank, tokens), which BLAS runs up to several times faster than (tokens, rank);
@@ -14,13 +14,13 @@ What autograd would do with ``reference.matmul_update`` layer by layer costs mor
   small;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
-The backward of the backward (``create_graph=True``) goes through the reference. Everything here is plain tensor code,
-which knows no device. ``kernels.compiled`` is asked first for the thin products of many float32 tokens, for bfloat16
-rows without a graph, and for what to save of x.
+The backward of the backward (``create_graph=True``) goes through the reference. ``kernels.compiled`` is asked first for
+thin products and for what to save of x.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from veneer.kernels import compiled, dropout, has_tiles, reference
-from veneer.kernels.compiled import SavedInput, again, kept
+from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import Dropped
 
 _C: Any = torch._C
@@ -38,8 +38,7 @@ _C: Any = torch._C
 
 def applies(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
-    Everything else (``torch.compile``, ``torch.jit.trace``, ``torch.func``, forward-mode AD, autocast, tensor
-    subclasses) takes the reference, which is plain differentiable code."""
+    Everything else (torch.compile, torch.func, autocast, tensor subclasses, …) takes the reference."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
@@ -103,19 +102,6 @@ def linears(
     return _apply(settings, x, *weights, *biases, *A, *B)
 
 
-def _forward(settings: Settings, x, weights, biases, A, B):
-    """(outputs, scaled h [R, T], and what ``_cast`` makes); the last two None where W + ΔW is formed."""
-    tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-    if settings.form:
-        factors = zip(weights, biases, A, B, settings.scales, strict=True)
-        ys = [_shaped(F.linear(tokens, _formed(W, A, B, s), bias), x) for W, bias, A, B, s in factors]
-        return ys, None, None
-    joined, ups = cast_ = _cast(A, B, x.dtype)
-    h = _scaled(thin(joined, tokens, _dropped(settings, tokens)), ups, settings)  # [R, T]
-    factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
-    return [_shaped(onto(part, up, tokens, W, bias), x) for part, up, W, bias in factors], h, cast_
-
-
 def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
     """The factors A below each other [R, in], and each B [out, r], in a dtype."""
     joined = _matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
@@ -130,9 +116,9 @@ def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
     """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32 the other way round
     may take a processor's library five times as long; in 16 bits it is this way which takes longer, so there the result
     lies transposed."""
-    found = compiled.thin_down(narrow, x, dropped)
-    if found is not None:
-        return found
+    loops = compiled.thin_loops(x, None)
+    if loops is not None:
+        return loops.down(narrow, x, dropped)
     if dropped is not None:
         x = dropout.without(x, dropped.entries())
     if x.dtype.itemsize < 4:
@@ -159,7 +145,7 @@ def _by_layer(rows: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
 def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
     """Each layer's rows [r_i, T] of [R, T] times its scale, in place."""
     scales = settings.scales
-    if len(scales) == 1 or scales.count(scales[0]) == len(scales):
+    if scales.count(scales[0]) == len(scales):
         rows *= scales[0] / (1 - settings.dropout)
     else:
         for part, scale in zip(_by_layer(rows, ups), scales, strict=True):
@@ -170,9 +156,9 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
     B = up.mT
-    part = compiled.thin_up(h, B, bias)
-    if part is not None:
-        return part.addmm_(tokens, weight.mT)
+    loops = compiled.thin_loops(None, h)
+    if loops is not None:
+        return loops.up(h, B, bias).addmm_(tokens, weight.mT)
     return added(h.mT @ B, tokens, weight, bias)
 
 
@@ -186,12 +172,6 @@ def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> 
     if part.device.type == "cpu" and part.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(tokens, part, weight, bias, "add")
     return part.addmm_(tokens, weight.mT).add_(bias)  # rounded twice
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y [T, out] as [*, out]. ``data`` forgets that it is a view: those that a function makes may not be modified in
-    place, as ``nn.ReLU(inplace=True)`` does."""
-    return y.view(*x.shape[:-1], y.shape[1]).data
 
 
 def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,37 +188,49 @@ def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.mT, down.mT, up.mT, alpha=scale).mT
 
 
-def _worth(narrow, tensors: Sequence) -> Sequence[Tensor | None]:
-    """What ``_cast`` made, if it had something to cast: backward needs it too."""
-    count = len(tensors) // 4
-    if narrow is None or tensors[2 * count].dtype == narrow[0].dtype:
-        return (None,) * (1 + count)
-    return narrow[0], *narrow[1]
+def _backward(ctx, *gradients):
+    """Of both functions: in the dtypes of forward, which ran without autocast."""
+    if not _C._is_any_autocast_enabled():
+        return _gradients(ctx, *gradients)
+    device = next(gradient.device.type for gradient in gradients if gradient is not None)
+    with torch.autocast(device, enabled=False):
+        return _gradients(ctx, *gradients)
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, *tensors):
-        outputs, h, narrow = _forward(settings, x, *_apart(tensors))
+        weights, biases, A, B = _apart(tensors)
+        tokens = x.reshape(-1, x.shape[-1])  # [T, in]
+        h, cast_ = None, (None,) * (1 + len(B))
+        if settings.form:
+            factors = zip(weights, biases, A, B, settings.scales, strict=True)
+            ys = [F.linear(tokens, _formed(W, down, up, s), bias) for W, bias, down, up, s in factors]
+        else:
+            joined, ups = _cast(A, B, x.dtype)
+            h = _scaled(thin(joined, tokens, _dropped(settings, tokens)), ups, settings)  # [R, T]
+            factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
+            ys = [onto(part, up, tokens, W, bias) for part, up, W, bias in factors]
+            # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
+            h = h if h.shape[0] * 8 <= x.shape[-1] else None
+            if A[0].dtype != x.dtype:  # backward needs what was cast
+                cast_ = joined, *ups
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape = settings, x.shape
-        # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
-        keep = h is not None and h.shape[0] * 8 <= x.shape[-1]
         *made_of, ctx.gate = kept(x)
-        ctx.save_for_backward(*made_of, h if keep else None, *_worth(narrow, tensors), *tensors)
-        return tuple(outputs)
+        ctx.save_for_backward(*made_of, h, *cast_, *tensors)
+        # `data` forgets that it is a view: those that a function makes may not be modified in place, as
+        # ``nn.ReLU(inplace=True)`` does
+        return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
-    @staticmethod
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(ctx, *gradients)
+    backward = staticmethod(_backward)
 
 
 class _Linear(torch.autograd.Function):
-    """The same for one layer without dropout."""
+    """The same for one layer without dropout, in as few Python calls as can be. Without ctx nothing is kept."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
-        """``_forward``, in as few Python calls as can be. Without ctx nothing is kept."""
         tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         dtype = x.dtype
         down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
@@ -264,9 +256,7 @@ class _Linear(torch.autograd.Function):
             ctx.to_save = x, second, third, keep, down if cast else None, up if cast else None, weight, bias, A, B
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
-    @staticmethod
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(ctx, *gradients)
+    backward = staticmethod(_backward)
 
 
 # ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``applies``).
@@ -297,15 +287,6 @@ def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: 
     return part.view(*x.shape[:-1], part.shape[1])
 
 
-def _backward(ctx, *gradients):
-    """Of both functions: in the dtypes of forward, which ran without autocast."""
-    if not _C._is_any_autocast_enabled():
-        return _gradients(ctx, *gradients)
-    device = next(gradient.device.type for gradient in gradients if gradient is not None)
-    with torch.autocast(device, enabled=False):
-        return _gradients(ctx, *gradients)
-
-
 def _gradients(ctx, *gradients):
     first, second, third, h, joined, *rest = ctx.saved_tensors
     x = again(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
@@ -313,9 +294,10 @@ def _gradients(ctx, *gradients):
     ups, tensors = rest[:count], rest[count:]
     if not isinstance(ctx.settings, Settings):
         ctx.settings = Settings((ctx.settings,))
-    settings, weights, biases, A, B = ctx.settings, *_apart(tensors)
+    settings, weights, _, A, B = ctx.settings, *_apart(tensors)
     if torch.is_grad_enabled():
-        return _differentiable(ctx, x, weights, biases, A, B, gradients)
+        plain, needs = functools.partial(_definition, settings.scales), ctx.needs_input_grad[1:]
+        return None, *reference.gradients_of(plain, (x, *tensors), needs, gradients, settings.dropout)
     need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     dropped = _dropped(settings, tokens)
@@ -327,19 +309,21 @@ def _gradients(ctx, *gradients):
     rows, dB = [], []
     for dy, up, part, need in zip(dys, ups, _by_layer(h, ups), need_B, strict=True):
         if dy is None:
-            rows.append(torch.zeros_like(part))
-        elif need:
-            carried, gradient = thin_twice(up.mT, dy, part)
-            rows.append(carried)
-            dB.append(gradient)
-            continue
+            carried, gradient = torch.zeros_like(part), None
         else:
-            rows.append(thin(up.mT, dy))
-        dB.append(None)
+            carried, gradient = thin_twice(up.mT, dy, part) if need else (thin(up.mT, dy), None)
+        rows.append(carried)
+        dB.append(gradient)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
     part, grown = _back(U, joined, tokens, dropped, need_x and not settings.form, True in need_A)
-    dx = _carried(dys, weights, A, B, part, settings, tokens).view(ctx.shape) if need_x else None
+    dx = part
+    if need_x:  # dy W of all layers onto that of the thin products, or dy (W + ΔW)
+        for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
+            if dy is not None:
+                through = _formed(weight, down, up, scale) if settings.form else weight
+                dx = dy @ through if dx is None else dx.addmm_(dy, through)
+        dx = (torch.zeros_like(tokens) if dx is None else dx).view(ctx.shape)
     dA: list[Any] = [None] * len(A)
     if grown is not None:
         parts = _by_layer(grown, ups)
@@ -351,9 +335,9 @@ def _gradients(ctx, *gradients):
 def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
     tokens that is still in the processor's cache."""
-    both = compiled.thin_down_and_gradient(narrow, dy, h)
-    if both is not None:
-        return both
+    loops = compiled.thin_loops(dy, h)
+    if loops is not None:
+        return loops.down_grown(narrow, dy, h)
     chunk = _chunk(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), h @ dy
@@ -384,9 +368,9 @@ def _back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None
     for what is not needed."""
-    both = compiled.thin_up_and_gradient(U, joined, x, dropped) if need_x and need_A else None
-    if both is not None:
-        return both
+    loops = compiled.thin_loops(x, U) if need_x and need_A else None
+    if loops is not None:
+        return loops.up_grown(U, joined, x, dropped)
     part = U.mT @ joined if need_x else None
     if dropped is not None:
         entries = dropped.entries()
@@ -395,35 +379,14 @@ def _back(
     return part, U @ x if need_A else None
 
 
-def _carried(dys, weights, A, B, dx: Tensor | None, settings: Settings, like: Tensor) -> Tensor:
-    """The gradient of x [T, in]: dy W of all layers onto ``dx``, that of the thin products, or dy (W + ΔW)."""
-    for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
-        if dy is not None:
-            through = _formed(weight, down, up, scale) if settings.form else weight
-            dx = dy @ through if dx is None else dx.addmm_(dy, through)
-    return torch.zeros_like(like) if dx is None else dx
-
-
 def _apart(items: Sequence):
     """(weights, biases, A, B) from one sequence of them all."""
     count = len(items) // 4
     return tuple(items[part * count : (part + 1) * count] for part in range(4))
 
 
-def _differentiable(ctx, x, weights, biases, A, B, gradients):
-    """The gradients as functions that have gradients themselves, by the reference. It runs on aliases: x may itself
-    depend on the bias, if the layer is called twice, and that is not this call's part of its gradient."""
-    if ctx.settings.dropout:
-        raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
-    tensors: list[Any] = [None if one is None else one.view_as(one) for one in (x, *weights, *biases, *A, *B)]
-    x, (weights, biases, A, B) = tensors[0], _apart(tensors[1:])
-    A, B = ([one if one.ndim == 2 else one[0] for one in factors] for factors in (A, B))
-    ys = [
-        reference.matmul_update(x, down.to(x.dtype), up.to(x.dtype), scale, F.linear(x, weight, bias))
-        for weight, bias, down, up, scale in zip(weights, biases, A, B, ctx.settings.scales, strict=True)
+def _definition(scales: Sequence[float], x: Tensor, *tensors) -> list[Tensor]:
+    return [
+        reference.matmul_update(x, _matrix(down, x.dtype), _matrix(up, x.dtype), scale, F.linear(x, weight, bias))
+        for weight, bias, down, up, scale in zip(*_apart(tensors), scales, strict=True)
     ]
-    known = [(y, gradient) for y, gradient in zip(ys, gradients, strict=True) if gradient is not None]
-    wanted = [value for value, need in zip(tensors, ctx.needs_input_grad[1:], strict=True) if need]
-    outputs, weights_of = zip(*known, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, weights_of, create_graph=True, allow_unused=True))
-    return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])

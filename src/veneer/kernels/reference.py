@@ -8,6 +8,9 @@ of y's size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,10 +31,28 @@ def matmul_update(
     # Under autocast h may be of another dtype than y, as y may come from a layer that autocast leaves alone.
     if torch.compiler.is_compiling():
         h, scale = h * scale, 1  # `alpha` is a constant of a compiled graph, which each adapter would compile anew
-    flat = torch.addmm(
-        y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype), B.mT.to(y.dtype), alpha=scale
-    )
-    return flat.view(y.shape)
+    h = h.reshape(-1, h.shape[-1]).to(y.dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.mT.to(y.dtype), alpha=scale).view(y.shape)
+
+
+def gradients_of(
+    function: Callable[..., Sequence[Tensor]],
+    values: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    dropout: float,
+) -> list[Tensor | None]:
+    """The gradients of ``values`` from those of the outputs of ``function(*values)``, as functions that have gradients
+    themselves. It runs on aliases: x may itself depend on the bias, if a layer is called twice, and that is not this
+    call's part of its gradient."""
+    if dropout:
+        raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
+    own = [None if one is None else one.view_as(one) for one in values]
+    known = [pair for pair in zip(function(*own), gradients, strict=True) if pair[1] is not None]
+    outputs, given = zip(*known, strict=True)
+    wanted: Any = [value for value, need in zip(own, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 def round_once(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

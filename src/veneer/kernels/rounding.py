@@ -15,15 +15,15 @@ The second term: r products and their sums, in any order, and the roundings of s
 the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
 
 **In one loop** over the numbers where numba is installed and a weight is large (``round_nearest.py``), else **in
-tiles** of ``TILE`` numbers, whose buffers stay in the cache, so that memory is read and written once. Rejected:
-float64 on whole tensors (eight times the weight in temporaries, and many times the time); comparing the low bits of v
-with those of a tie, one pass less (v's own last bit says nothing about its error after a cancellation).
+tiles** of ``TILE`` numbers, whose buffers stay in the cache. Rejected: comparing the low bits of v with those of a tie,
+one pass less (v's own last bit says nothing about its error after a cancellation).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -41,16 +41,13 @@ from veneer.precision import has_float64, place
 
 __all__ = ["Folded", "fold"]
 
-#: numbers in a tile, whose buffers fit into a cache, and columns at most; numbers in a slab, which is searched for
-#: doubt at once. Fixed, so that the sums of a report do not depend on who asks
+#: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers that a compiled loop
+#: gets at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
 #: of a weight on another device: the share of it that is a tile, and numbers in one at least and at most
 SHARE, SMALLEST, LARGEST = 16, 1 << 10, 1 << 22
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
-#: 64-bit words that are looked at as one, and the 16-bit numbers in them
-LANES = 16
-WORDS = 4 * LANES
 WORKERS = 8
 #: numbers in a weight for which numba is loaded
 WORTH = 1 << 20
@@ -60,7 +57,7 @@ ROUNDINGS = ("auto", "nearest", "faithful")
 HALF = (torch.bfloat16, torch.float16)
 UNIT, TINY = 2.0**-24, 2.0**-126
 
-Tile = tuple[slice, slice, slice]
+Piece = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,9 @@ class Folded:
     """A weight with a change in it, and what rounding did to the change.
 
     ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the share of ΔW that
-    the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes. ``rounding`` is what was done,
-    "nearest" or "faithful". Unless ``finite``, the weight holds infinities or NaN. ``sums`` are those of nearest.
-
-    W is the base as it was given. Where it is finer than the target, W' - W also holds the rounding of W itself, which
-    knows nothing of ΔW: the share then is near 1, however small ΔW is beside that noise.
+    the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes; near 1 where W is finer than the
+    target, as W' - W then also holds the rounding of W itself. ``rounding`` is what was done, "nearest" or "faithful".
+    Unless ``finite``, the weight holds infinities or NaN. ``sums`` are those of nearest.
     """
 
     weight: Float[Tensor, "g out in_"]
@@ -122,19 +117,17 @@ def fold(
     Args:
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
         gain: one factor a row, [g · out].
-        rounding: "nearest"; "faithful", which 16-bit targets alone have (others are rounded to nearest); "auto":
-            faithful where nearest would change the change by more than 1 % (see ``wanting``).
-        side: what faithful rounding protects of the change: "inputs", those that A reads, or "outputs", those that B
-            writes (for a layer whose inputs are indices).
+        rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto": faithful where nearest
+            would change the change by more than 1 % (see ``wanting``).
+        side: what faithful rounding protects: "inputs", those that A reads, or "outputs", those that B writes.
         inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
-        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``. None makes a tensor
+        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``; by default a tensor
             that lies in memory as ``weight`` does.
-        compiled: whether numba may be used (``round_nearest.py``): the same bits sooner, and 100 MiB for its code.
+        compiled: whether numba may be used: the same bits sooner, and 100 MiB for its code.
 
     Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
-    device, about as much as a 16-bit weight takes. On a device without float64 (MPS) the processor does it. The bits of
-    the result depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded
-    faithfully.
+    device, about as much as a 16-bit weight takes. Without float64 there (MPS) the processor does it. The bits depend
+    on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -174,10 +167,10 @@ def known_rounding(rounding: str) -> None:
 
 
 def wanting(sums: Sums) -> bool:
-    """Whether rounding to nearest is not good enough for ΔW: it keeps less or more than 99 to 101 % of it. Whoever
-    loses 1 % of ΔW adds an error of a tenth of it; less than that is chance, in a weight of few numbers. Where W is
-    finer than the target, what is lost hides in the rounding of W itself: there the error alone tells, a third of ΔW,
-    which is what nearest adds to a W of the grid as it comes to lose that 1 %."""
+    """Whether rounding to nearest is not good enough for ΔW: it keeps less or more than 99 to 101 % of it. Losing 1 %
+    adds an error of a tenth of ΔW; less is chance, in a weight of few numbers. Where W is finer than the target, what
+    is lost hides in the rounding of W: there the error alone tells, a third of ΔW, as nearest adds to a W of the grid
+    when it comes to lose that 1 %."""
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
@@ -189,22 +182,14 @@ def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, com
     if bound is None:
         sums = _in_float64(old, factors, spread, new)
     else:
-        sums = _in_float32(old, factors, bound, new, _loop(old, new) if compiled else None)
+        loop = rounding_loop(old, new) if compiled and old.numel() >= WORTH else None
+        sums = _in_float32(old, factors, bound, new, loop)
     ordinary = all(map(math.isfinite, (sums.realised, sums.moved, sums.base)))
-    finite = ordinary or _finite(new)
+    tiles = () if ordinary else _pieces(new.shape, _tile(new), WIDEST)
+    finite = all(bool(new[tile].isfinite().all()) for tile in tiles)
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
     return sums, finite
-
-
-def _slabs(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Pieces of [g, out, in] that lie in one: whole groups if they are small, else rows of one."""
-    groups, rows, columns = shape
-    many = max(1, SLAB // max(1, rows * columns))
-    high = min(rows, max(1, SLAB // max(1, columns)))
-    for group in range(0, groups, many):
-        for row in range(0, rows, high):
-            yield slice(group, min(group + many, groups)), slice(row, min(row + high, rows))
 
 
 def _tile(like: Tensor) -> int:
@@ -214,38 +199,13 @@ def _tile(like: Tensor) -> int:
     return TILE if like.device.type == "cpu" else min(max(like.numel() // SHARE, SMALLEST), LARGEST)
 
 
-def _size(shape: torch.Size, most: int = TILE) -> tuple[int, int, int]:
-    """The largest tile of [g, out, in] with ``most`` numbers."""
-    _, rows, columns = shape
-    wide = max(1, min(columns, WIDEST, most))
+def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator[Piece]:
+    """Slices of [g, out, in] with about ``most`` numbers: groups if those are small, else rows of one, or what of these
+    lies in ``widest`` columns."""
+    groups, rows, columns = shape
+    wide = max(1, min(columns, widest or columns, most if widest else columns))
     high = max(1, min(rows, most // wide))
-    return max(1, most // (high * wide)), high, wide
-
-
-def _parts(
-    old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor, marks: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """These, tile by tile, as ``_Bench.fold`` takes them."""
-    (groups, rows, columns), (many, high, wide) = old.shape, _size(old.shape)
-    for group in range(0, groups, many):
-        some = [_cut(one, 0, group, many) for one in (old, B, bound, new, marks)]
-        inputs = _cut(A, 0, group, many)
-        for row in range(0, rows, high):
-            own, outputs, error, into, marked = (_cut(one, 1, row, high) for one in some)
-            for column in range(0, columns, wide):
-                one, factor, to, mark = (_cut(each, 2, column, wide) for each in (own, inputs, into, marked))
-                yield one, outputs, factor, error, to, mark
-
-
-def _cut(one: Tensor, axis: int, first: int, count: int) -> Tensor:
-    """``one[first : first + count]`` along an axis, which ``narrow`` makes in a third of the time."""
-    size = one.shape[axis]
-    return one if size <= count else one.narrow(axis, first, min(count, size - first))
-
-
-def _tiles(like: Tensor) -> Iterator[Tile]:
-    """Slices of [g, out, in] that are worked on at once."""
-    (groups, rows, columns), (many, high, wide) = like.shape, _size(like.shape, _tile(like))
+    many = max(1, most // (high * wide))
     for group in range(0, groups, many):
         for row in range(0, rows, high):
             for column in range(0, columns, wide):
@@ -262,7 +222,7 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
     if gain is not None and gain.shape[2] == 1:
         gain = gain.expand(-1, old.shape[1], -1)
 
-    def of_tile(tile: Tile, _: None) -> Tensor:
+    def of_tile(tile: Piece, _: None) -> Tensor:
         groups, rows, columns = tile
         base = old[tile].double()
         value = torch.bmm(low.B[groups, rows], low.A[groups, :, columns]).mul_(low.scale).add_(base)
@@ -273,7 +233,8 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
         base = base.flatten()
         return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
 
-    sums = spread(list(_tiles(old)), lambda: None, of_tile, threads=threads_for(old, WORKERS))
+    tiles = list(_pieces(old.shape, _tile(old), WIDEST))
+    sums = spread(tiles, lambda: None, of_tile, threads_for(old, WORKERS))
     return Sums(*torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)]).sum(0).tolist())
 
 
@@ -294,84 +255,50 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 
 
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
-    A, B = low.A.float(), (low.B * low.scale).float()
-    threads, columns = threads_for(old, WORKERS), low.A
+    A, B, threads, more = low.A.float(), (low.B * low.scale).float(), threads_for(old, WORKERS), 0.0
     if loop is not None:
         A, B, columns = loop.padded(A, 1), loop.padded(B, 2), low.A.mT.contiguous()
 
-    def in_one_loop(place: tuple[slice, slice], _: None) -> Tensor:
-        groups, _rows = place
-        own = (B[place], A[groups], bound[place], low.B[place], columns[groups], low.scale)
-        return loop.rounded(old[place], *own, new[place])
+        def in_one_loop(piece: Piece, _: None) -> Tensor:
+            groups, rows, _all = piece
+            place = groups, rows
+            own = (B[place], A[groups], bound[place], low.B[place], columns[groups], low.scale)
+            return loop.rounded(old[place], *own, new[place])
 
-    def of_slab(place: tuple[slice, slice], room: _Room) -> tuple[Tensor, Tensor]:
-        """(sums of products, positions in the whole that are in doubt) of a slab."""
-        groups, rows = place
-        slab = old[place]
-        marks = room.marks[: slab.numel()].view(slab.shape)
-        products: list[Tensor] = []
-        for part in _parts(slab, B[place], A[groups], bound[place], new[place], marks):
-            products += room.bench(part[0].shape).fold(*part)
-        length = -(-slab.numel() // WORDS) * WORDS
-        room.marks[slab.numel() : length] = 0
-        first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
-        return torch.stack(products).double().view(-1, 3).sum(0), _marked(room.marks[:length]) + first
-
-    slabs, more = list(_slabs(old.shape)), 0.0
-    if loop is not None:
-        done = spread(slabs, lambda: None, in_one_loop, threads)
+        sums = spread(list(_pieces(old.shape, SLAB)), lambda: None, in_one_loop, threads)
     else:
-        found = spread(slabs, lambda: _Room(old.shape, new.dtype), of_slab, threads)
-        more = _again(torch.cat([doubtful for _, doubtful in found]), old, low, new)
-        done = [sums for sums, _ in found]
-    realised, moved, base = torch.stack(done).sum(0).tolist()
+
+        def in_tiles(piece: Piece, tile: Callable[[torch.Size], _Tile]) -> tuple[Tensor, Tensor]:
+            groups, rows, _all = piece
+            place, first = (groups, rows), (groups.start * old.shape[1] + rows.start) * old.shape[2]
+            slab = old[place]
+            sums, doubtful = tile(slab.shape).fold(slab, B[place], A[groups], bound[place], new[place])
+            return sums, doubtful + first
+
+        pieces = list(_pieces(old.shape, TILE))
+        found = spread(pieces, lambda: functools.cache(lambda shape: _Tile(shape, new.dtype)), in_tiles, threads)
+        sums, doubtful = zip(*found, strict=True)
+        more = _again(torch.cat(doubtful), old, low, new)
+    realised, moved, base = torch.stack(sums).double().sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
 
 
-def _loop(old: Tensor, new: Tensor) -> Any:
-    """The compiled loop where it is for these, else None. What one may do, both may."""
-    return None if old.numel() < WORTH else rounding_loop(old, new)
-
-
-def _largest(shape: torch.Size) -> int:
-    """Numbers in a slab at most."""
-    return min(shape.numel(), max(SLAB, shape[2]))
-
-
-class _Room:
-    """What one thread works in: the buffers of a tile, and the marks of a slab."""
+class _Tile:
+    """The buffers of a tile; all tiles of that shape which a thread works on pass through them."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        tile = -(-min(shape.numel(), TILE) // LINE) * LINE
-        slab = _largest(shape) + WORDS
-        self.wide = torch.empty(4, tile, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
-        self.half = torch.empty(tile, dtype=dtype, device="cpu")
-        self.marks = torch.empty(slab, dtype=torch.int16, device="cpu")
-        self.benches: dict[torch.Size, _Bench] = {}
-
-    def bench(self, shape: torch.Size) -> _Bench:
-        if shape not in self.benches:
-            self.benches[shape] = _Bench(shape, self.wide, self.half)
-        return self.benches[shape]
-
-
-class _Bench:
-    """The buffers of a tile, in the shape of one; all tiles of that shape pass through it."""
-
-    def __init__(self, shape: torch.Size, wide: Tensor, half: Tensor) -> None:
-        whole = wide[:, : shape.numel()]
-        _, self.flat_change, _, self.flat_end = whole.unbind()
-        length = -(-shape.numel() // LINE) * LINE
-        self.lines, self.tail = wide[0, :length].view(-1, LINE), wide[0, shape.numel() : length]
-        self.base, self.change, self.value, self.end = whole.view(4, *shape).unbind()
-        self.half = half[: shape.numel()].view(shape)
+        count = shape.numel()
+        whole = -(-count // LINE) * LINE
+        wide = torch.zeros(4, whole, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+        half, marks = (torch.zeros(whole, dtype=one, device="cpu") for one in (dtype, torch.int16))
+        self.lines, self.words = wide[0].view(-1, LINE), marks.view(torch.int64)
+        _, self.flat_change, _, self.flat_end = wide[:, :count].unbind()
+        self.base, self.change, self.value, self.end = wide[:, :count].view(4, *shape).unbind()
+        self.half, self.marks = half[:count].view(shape), marks[:count].view(shape)
         self.bits = self.half.view(torch.int16)
 
-    def fold(
-        self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor, marks: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns ⟨ΔW, W' - W⟩, ⟨W' - W,
-        W' - W⟩ and ⟨W, W⟩."""
+    def fold(self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill ``new``; returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩, and the positions of what is in doubt."""
         self.base.copy_(old)
         torch.bmm(B, A, out=self.change)
         torch.add(self.base, self.change, out=self.value)
@@ -379,24 +306,14 @@ class _Bench:
         self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
         self.half.copy_(self.end)
         new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))  # 2 v less that end: the other one
-        torch.bitwise_xor(self.bits, new.view(torch.int16), out=marks)
+        torch.bitwise_xor(self.bits, new.view(torch.int16), out=self.marks)
         self.end.copy_(new)
         self.end.sub_(self.base)
-        self.tail.zero_()
         change, moved, base = self.flat_change, self.flat_end, torch.linalg.vector_norm(self.lines, dim=1)
-        return change.dot(moved), moved.dot(moved), base.dot(base)
-
-
-def _marked(marks: Tensor) -> Tensor:
-    """The positions of what is not 0 among a multiple of ``WORDS`` 16-bit numbers, of which nearly all are: four are
-    looked at as one word, and ``LANES`` words as one."""
-    words = marks.view(torch.int64).view(LANES, -1)
-    seen = words
-    while len(seen) > 1:
-        seen = seen[: len(seen) // 2] | seen[len(seen) // 2 :]
-    columns = seen[0].nonzero().squeeze(1)
-    lane, column, part = words[:, columns].view(torch.int16).view(LANES, -1, 4).nonzero().unbind(1)
-    return (lane * words.shape[1] + columns[column]) * 4 + part
+        # nearly none is in doubt: four are looked at as one word
+        words = self.words.nonzero().squeeze(1)
+        word, part = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
+        return torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]), words[word] * 4 + part
 
 
 def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
@@ -413,7 +330,3 @@ def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
         more += float((change * (rounded.double() - new[at].double())).sum())
         new[at] = rounded
     return more
-
-
-def _finite(new: Tensor) -> bool:
-    return all(bool(new[tile].isfinite().all()) for tile in _tiles(new))

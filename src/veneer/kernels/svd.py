@@ -9,15 +9,13 @@ columns have the singular values as their norms.
 - Exactly: H is formed in float64 and decomposed. A direction whose singular value is below 1e-8 of the largest drowns
   in the rounding of H, and so do 1e-16 of ‖D‖² at most.
 - Randomised (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.3): H is applied again and again
-  to more random directions than are wanted, orthonormal each time, and never formed. Each pass costs 4 · long · short
-  · directions, where H and its eigenvectors cost 2 · long · short² + 10 · short³. After a pass it is known how much of
-  ‖D‖² the r best directions hold; as the gains of the passes fall like powers, the last two of them tell what the
+  to more random directions than are wanted, orthonormal each time, and never formed. After a pass it is known how much
+  of ‖D‖² the r best directions hold; as the gains of the passes fall like powers, the last two of them tell what the
   limit holds. Directions that are within ``FACTOR`` of that limit are taken; if ``PASSES`` do not get there, the exact
   way is gone.
 
-Everything is summed in float64, in pieces of D that are cast one at a time: D may be float32 and as large as memory
-allows. Rejected: ``torch.linalg.svd`` of D, 3 to 6 times slower than H and its eigenvectors (576 × 1536: 0.42 s against
-0.13 s), in several times the memory.
+Everything is summed in float64, in pieces of D that are cast one at a time. Rejected: ``torch.linalg.svd`` of D, 3 to 6
+times slower than H and its eigenvectors, in several times the memory.
 """
 
 from __future__ import annotations
@@ -84,13 +82,13 @@ def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     root = along.norm(dim=0).sqrt()
     along = along / torch.where(root > 0, root, 1)
     across = vectors * root
-    return (across.mT, along) if _tall(matrix) else (along.mT, across)
+    return (across.mT, along) if len(along) == len(matrix) else (along.mT, across)
 
 
 def distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
     """‖matrix − B A‖², summed in float64 over what A and B hold, whatever their dtype."""
     A, B = A.to(matrix.device, torch.float64), B.to(matrix.device, torch.float64)
-    along, across = (B, A) if _tall(matrix) else (A.mT, B.mT)
+    along, across = (B, A) if len(B) >= A.shape[1] else (A.mT, B.mT)
     total, start = 0.0, 0
     for piece in _pieces(matrix):
         rest = torch.addmm(piece, along[start : start + len(piece)], across, alpha=-1)
@@ -124,13 +122,9 @@ def _randomised(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor
     return None
 
 
-def _tall(matrix: Tensor) -> bool:
-    return matrix.shape[0] >= matrix.shape[1]
-
-
 def _pieces(matrix: Tensor) -> Iterator[Tensor]:
     """The rows of T, some at a time, in float64."""
-    tall = matrix if _tall(matrix) else matrix.mT
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     count = max(1, PIECE // max(1, tall.shape[1]))
     for start in range(0, len(tall), count):
         yield tall[start : start + count].to(torch.float64)

@@ -1,9 +1,9 @@
 """Run independent pieces of work on as many threads as torch may use, each piece on one.
 
-torch splits a single operation over its threads, and waits for all of them after each. A chain of short operations on
+torch splits a single operation over its threads, and waits for all of them after each; a chain of short operations on
 a piece that fits into one core's cache is faster with a thread a piece. So each worker tells torch to use no other
-threads than itself. That setting is the thread's own, except that threads which start later begin with the last one
-made anywhere: so the caller makes its own again as soon as all workers have made theirs.
+threads than itself. Threads that start later begin with the last such setting made anywhere: so the caller makes its
+own again as soon as all workers have made theirs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -21,8 +22,6 @@ from torch import Tensor
 Item = TypeVar("Item")
 State = TypeVar("State")
 Result = TypeVar("Result")
-
-
 _APART: ContextVar[int] = ContextVar("apart")
 
 
@@ -60,42 +59,34 @@ def spread(
             own = state()
             return [work(item, own) for item in items]
     results: dict[int, Result] = {}
-    failed: list[BaseException] = []
-    order, ready = itertools.count(), threading.Barrier(threads + 1)
-    inference = torch.is_inference_mode_enabled()
+    order, ready, stop = itertools.count(), threading.Barrier(threads + 1), threading.Event()
+    inference, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
     def run() -> None:
         torch.get_num_threads()  # the first use in a thread takes over the last setting: before ours, not after
         torch.set_num_threads(1)
-        try:
-            ready.wait()
-            with torch.inference_mode(inference), torch.no_grad():
-                own = state()
-                for index in order:  # `next` of a count is one step for all threads
-                    if index >= len(items) or failed:
-                        return
-                    results[index] = work(items[index], own)
-        except BaseException as error:
-            failed.append(error)
-
-    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
-    before = torch.get_num_threads()
-    try:
-        for worker in workers:
-            worker.start()
         ready.wait()
-    except BaseException:  # the system gives no more threads, or an interrupt: let those that wait go
-        ready.abort()
-        raise
-    finally:
-        torch.set_num_threads(before)
-    try:
-        for worker in workers:
-            worker.join()
-    except BaseException as error:  # an interrupt of the caller
-        failed.append(error)
-        for worker in workers:
-            worker.join()
-    if failed:
-        raise failed[0]
+        with torch.inference_mode(inference), torch.no_grad():
+            own = state()
+            for index in order:  # `next` of a count is one step for all threads
+                if index >= len(items) or stop.is_set():
+                    return
+                results[index] = work(items[index], own)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            workers = [pool.submit(run) for _ in range(threads)]
+            ready.wait()
+        except BaseException:  # the system gives no more threads, or an interrupt: let those that wait go
+            ready.abort()
+            pool.shutdown()  # before torch's setting is made again, as the last one counts
+            raise
+        finally:
+            torch.set_num_threads(before)
+        try:
+            for worker in as_completed(workers):
+                worker.result()
+        except BaseException:
+            stop.set()
+            raise
     return [results[index] for index in range(len(items))]

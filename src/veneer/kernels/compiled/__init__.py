@@ -4,9 +4,9 @@
     VENEER_COMPILED=mixed_rows,bf16_dot        these alone
     VENEER_COMPILED=1                          all of it, as without the variable
 
-The variable is read once, when veneer is imported (``switch.py``). Each function below returns None where its loop is
-turned off, numba is missing (the extra ``fast``) or the tensors are not ones it is for; the caller then does the same
-with torch. Only ``rounding_loop`` gives the same bits as torch; the others round as any product of matrices may.
+Each function below returns None where its loop is turned off, numba is missing (the extra ``fast``) or the tensors are
+not ones it is for; the caller then does the same with torch. Only ``rounding_loop`` gives the same bits as torch; the
+others round as any product of matrices may.
 
 Name                   What is computed, and what the loop gains over torch (one thread, rank 8)
 thin_matmul            float32 products with A and B of 64 tokens or more: about half the time of torch's products
@@ -17,8 +17,7 @@ round_nearest          W + ΔW rounded to bfloat16: 0.7 ns a number in place of 
 saved_inputs           no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
                        keeps is made again in backward, for a percent of the layers' time
 
-numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop. Loops run on one
-thread: with more than ``THREADS`` of torch's, its own thin products are ahead.
+numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop.
 """
 
 from __future__ import annotations
@@ -31,27 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
-from veneer.kernels.compiled.switch import has_numba, on
-from veneer.kernels.dropout import Dropped
-
-__all__ = [
-    "THREADS",
-    "SavedInput",
-    "again",
-    "has_numba",
-    "kept",
-    "mixed_rows_loop",
-    "on",
-    "rounding_loop",
-    "row_groups",
-    "single_adapter_change",
-    "thin_down",
-    "thin_down_and_gradient",
-    "thin_products_pay",
-    "thin_up",
-    "thin_up_and_gradient",
-]
+from veneer.kernels.compiled.switch import on
 
 #: torch's threads up to which a loop, which runs on one, is ahead of torch's thin products on all of them
 THREADS = 3
@@ -60,35 +39,17 @@ MIN_TOKENS = 64
 
 
 def thin_products_pay() -> bool:
-    """Whether loops are ahead of torch's thin products of many float32 tokens on a processor, on as many threads as
-    torch has now."""
+    """Whether loops are ahead of torch's thin products of many float32 tokens on a processor, on its threads of now."""
     return on("thin_matmul") and torch.get_num_threads() <= THREADS
 
 
-def thin_down(A: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor | None:
-    """A [R, n] times xᵀ, with x [T, n] without what is dropped: [R, T]."""
-    loops = _thin(x, None)
-    return None if loops is None else loops.down(A.contiguous(), x, dropped)
-
-
-def thin_up(h: Tensor, B: Tensor, bias: Tensor | None) -> Tensor | None:
-    """hᵀ B + bias [T, n] of h [r, T], B [r, n] and bias [n]."""
-    loops = _thin(None, h)
-    return None if loops is None else loops.up(h, B.contiguous(), bias)
-
-
-def thin_down_and_gradient(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T], in one pass over dy."""
-    loops = _thin(dy, h)
-    return None if loops is None else loops.down_grown(B.contiguous(), dy, h)
-
-
-def thin_up_and_gradient(
-    u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped, in one pass."""
-    loops = _thin(x, u)
-    return None if loops is None else loops.up_grown(u, A.contiguous(), x, dropped)
+def thin_loops(x: Tensor | None, h: Tensor | None) -> Any:
+    """The functions of ``thin_matmul``, where they take less time than torch's products with x [T, n] and h [r, T]."""
+    like: Any = h if x is None else x
+    if like.dtype is not torch.float32 or like.shape[x is None] < MIN_TOKENS or not thin_products_pay():
+        return None
+    loops = _module("thin_matmul")
+    return loops if loops.able(x, h) else None
 
 
 def single_adapter_change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
@@ -123,15 +84,6 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
         return None
     loop = _module("round_nearest")
     return loop if loop.able(old, new) else None
-
-
-def _thin(x: Tensor | None, h: Tensor | None) -> Any:
-    """``thin_matmul`` where it takes less time than torch's products with x [T, n] and h [r, T]."""
-    like: Any = h if x is None else x
-    if like.dtype is not torch.float32 or like.shape[x is None] < MIN_TOKENS or not thin_products_pay():
-        return None
-    loops = _module("thin_matmul")
-    return loops if loops.able(x, h) else None
 
 
 @functools.cache

@@ -7,7 +7,7 @@ its own. That is a quarter of the instructions of widening every number first.
     down    h[t, k] = x_t · a_k                          four tokens by four rows, 32 columns at a time
     up      y[t, j] = Σₚ h[t, p] b_p[j] + h[t, p'] b_p'[j]      four tokens by 64 columns, over all pairs of rows
 
-numba has no vectors, so these two are written in LLVM's language, by llvmlite. Importing this module needs numba.
+numba has no vectors, so these two are written in LLVM's language, by llvmlite.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -39,10 +39,9 @@ def able() -> bool:
 
 @functools.cache
 def _supported() -> bool:
-    """Whether this processor has the instructions, and LLVM takes their operands as bfloat16 (since 16)."""
     features = binding.get_host_cpu_features()
     there = features.get("avx512bf16") and features.get("avx512f")
-    return bool(there) and binding.llvm_version_info >= (16,)
+    return bool(there) and binding.llvm_version_info >= (16,)  # which takes operands as bfloat16
 
 
 class _BFloat(ir.Type):
@@ -219,7 +218,8 @@ def _widened(y, count, rows, h, pairs, out):
             own[j] = narrow(s, own[j])
 
 
-def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
+@compiled
+def change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
     rank = pairs = 0
     for g in range(len(groups)):
         ranks = table[groups[g, 2] : groups[g, 3], 2]
@@ -251,6 +251,3 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
                         halves[p, i, 1] = narrow(h[i, k + 1], halves[p, i, 1]) if k + 1 < rank else np.uint16(0)
                     p += 1
             _widened(y, count, rows, halves, p, out)
-
-
-LOOP = compiled(_change)

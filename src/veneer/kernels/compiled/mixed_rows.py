@@ -6,12 +6,8 @@ Rows that use the same stand together. Four of their tokens at a time meet each 
 where they lie, by address: nothing is gathered, padded or laid out. Sums are float32, and y is rounded to the dtype of
 x once.
 
-torch's operations take microseconds each, whatever they do, and the grouped products of ``kernels.batched`` need ten;
-beside the base's product in a decoding step that counts (``benchmarks/mixed.py``). Where all is bfloat16 and the
-processor multiplies it itself, ``bf16_dot`` takes the place of the loop here. Rejected: numba's own threads, beside
-those of torch.
-
-Importing this module loads numba: half a second and 100 MiB.
+Where all is bfloat16 and the processor multiplies it itself, ``bf16_dot`` takes the place of the loop here. Rejected:
+numba's own threads, beside those of torch.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -19,7 +15,7 @@ Importing this module loads numba: half a second and 100 MiB.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -34,19 +30,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 _STORED = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 
 
-class Rows(NamedTuple):
-    """Which rows use the same, and how strongly.
-
-    Fields:
-        order: [N] rows, those that use the same beside each other. int64.
-        groups: [G, 4] of such rows: the first place in ``order`` and the one after the last, and the same of the
-            adapters that they use in ``weights``. int64.
-        weights: [E] float32.
-    """
-
-    order: Any
-    groups: Any
-    weights: Any
+#: order: [N] rows, those that use the same beside each other (int64); groups: [G, 4] of such rows, the first place in
+#: ``order`` and the one after the last, and the same of their adapters in ``weights`` (int64); weights: [E] float32
+Rows = tuple[Any, Any, Any]
 
 
 def rows(groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Rows:
@@ -56,16 +42,14 @@ def rows(groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Rows:
         bounds.append((len(order), len(order) + len(own), len(weights), len(weights) + len(strengths)))
         order.extend(own)
         weights.extend(strengths)
-    return Rows(np.array(order, np.int64), np.array(bounds, np.int64).reshape(-1, 4), np.array(weights, np.float32))
+    return np.array(order, np.int64), np.array(bounds, np.int64).reshape(-1, 4), np.array(weights, np.float32)
 
 
 def table(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Any:
     """The addresses and rank of each A [r, in] and B [r, out], [E, 3]; None changes nothing. Whoever has the table
     keeps the tensors, which are contiguous."""
-    none = (0, 0, 0)
-    return np.array(
-        [none if one is None else (one[0].data_ptr(), one[1].data_ptr(), len(one[0])) for one in factors], np.int64
-    ).reshape(-1, 3)
+    rows = [(one[0].data_ptr(), one[1].data_ptr(), len(one[0])) if one else (0, 0, 0) for one in factors]
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def change(x: Tensor, out: int, rows: Rows, table: Any, factors: torch.dtype) -> Tensor:
@@ -76,12 +60,12 @@ def change(x: Tensor, out: int, rows: Rows, table: Any, factors: torch.dtype) ->
         factors: the dtype of A and B, one of the same two.
     """
     y = x.new_empty(x.shape[0], out)
-    tokens = x.shape[0] // len(rows.order)
+    tokens = x.shape[0] // len(rows[0])
     sizes = x.data_ptr(), y.data_ptr(), tokens, x.shape[1], out
     if x.dtype is factors is torch.bfloat16 and bf16_dot.able():
-        bf16_dot.LOOP(*sizes, *rows, table)
+        bf16_dot.change(*sizes, *rows, table)
     else:
-        _LOOP(*sizes, *rows, table, _STORED[x.dtype], _STORED[factors])
+        _loop(*sizes, *rows, table, _STORED[x.dtype], _STORED[factors])
     return y
 
 
@@ -99,17 +83,15 @@ def _end(stored, y):
         stored[j] = narrow(y[j], stored[j])
 
 
-def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, factor):
+@compiled
+def _loop(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, factor):
     xs = numba.carray(at(x_at, like), (len(order) * tokens, in_))
     ys = numba.carray(at(y_at, like), (len(order) * tokens, out))
     rank = 0
     for e in range(len(table)):
         rank = max(rank, table[e, 2])
-    x, y, h = (
-        np.empty((BLOCK, in_), np.float32),
-        np.empty((BLOCK, out), np.float32),
-        np.empty((BLOCK, rank), np.float32),
-    )
+    x, y = np.empty((BLOCK, in_), np.float32), np.empty((BLOCK, out), np.float32)
+    h = np.empty((BLOCK, rank), np.float32)
     own = np.empty(BLOCK, np.int64)  # of which tokens x and y are
     for g in range(len(groups)):
         place, token, left = groups[g, 0], 0, (groups[g, 1] - groups[g, 0]) * tokens
@@ -130,6 +112,3 @@ def _change(x_at, y_at, tokens, in_, out, order, groups, weights, table, like, f
                     add_one(y[0], h[0], B, 0, table[e, 2], weights[e])
             for i in range(count):
                 _end(ys[own[i]], y[i])
-
-
-_LOOP = compiled(_change)

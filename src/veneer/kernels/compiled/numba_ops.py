@@ -1,7 +1,4 @@
-"""What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free order, addresses.
-
-Importing this module loads numba (half a second, 100 MiB): ``kernels.compiled`` does it when a loop is first used.
-"""
+"""What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free order, addresses."""
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
@@ -17,7 +14,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-NAN = np.uint32(0x7FC0)
+#: a bfloat16 that is no number, by its bits
+NAN = np.uint16(0x7FC0)
+WORD = ir.IntType(32)
 
 
 def sources() -> str:
@@ -39,6 +38,13 @@ def compiled(loop: Any) -> Any:
         return numba.njit(**options)(loop)
 
 
+def raised(builder: Any, value: Any) -> Any:
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
+    bits = builder.bitcast(value, WORD)
+    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+    return builder.add(builder.add(bits, WORD(0x7FFF)), odd)
+
+
 @intrinsic
 def as_float(context: Any, bits: Any):
     """32 bits as the float32 that they are."""
@@ -48,7 +54,7 @@ def as_float(context: Any, bits: Any):
 @intrinsic
 def as_bits(context: Any, value: Any):
     """A float32 as its 32 bits."""
-    return numba.uint32(numba.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+    return numba.uint32(numba.float32), lambda _, builder, __, args: builder.bitcast(args[0], WORD)
 
 
 @intrinsic
@@ -68,7 +74,7 @@ def wide(context: Any, stored: Any):
     def code(_, builder: Any, __, args: Any):
         if stored == numba.float32:
             return args[0]
-        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        bits = builder.shl(builder.zext(args[0], WORD), WORD(16))
         return builder.bitcast(bits, ir.FloatType())
 
     return numba.float32(stored), code
@@ -92,11 +98,8 @@ def narrow(context: Any, value: Any, like: Any):
     def code(_, builder: Any, __, args: Any):
         if like == numba.float32:
             return args[0]
-        word = ir.IntType(32)
-        bits = builder.bitcast(args[0], word)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        nearest = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+        nearest = builder.lshr(raised(builder, args[0]), WORD(16))
         number = builder.fcmp_ordered("ord", args[0], args[0])
-        return builder.trunc(builder.select(number, nearest, word(int(NAN))), ir.IntType(16))
+        return builder.trunc(builder.select(number, nearest, WORD(int(NAN))), ir.IntType(16))
 
     return like(value, like), code

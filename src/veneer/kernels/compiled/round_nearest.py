@@ -2,20 +2,15 @@
 
     Δ = Σₖ (scale · B)[row, k] · A[k, column]        v = W + Δ        W' = bf16(either end of the interval around v)
 
-Arithmetic and proof are those of ``kernels.rounding``: float32, and an interval around v whose two ends must round
-alike. In a block where they do not all, the numbers in doubt are found and computed in float64 at once. So the bits are
-the definition's, whichever of the two paths has run.
+Arithmetic and proof are those of ``kernels.rounding``; the numbers in doubt of a block are computed in float64 at once.
 
 What the compiler may do: contract a product and a sum into one operation, which rounds once where the bound allows
 for twice. What it may not: reorder. It would cancel v against the ends of its interval. The sums of the report alone
 are free of order (``plus``), as they could not run on vectors otherwise. Integers are words of 32 bits in LLVM's own
 terms, as numba makes 64 of each sum of them, and vectors of half as many numbers.
 
-Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. torch does the same in
-15 operations on a tile, each a pass through that cache: 5 to 9 ns of a core for a number at rank 8, where this takes
-0.7. Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where it runs.
-
-Importing this module loads numba: half a second and 100 MiB, for large weights only (``rounding.WORTH``).
+Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. Rejected: C, which must
+be built for every system; torch.compile, which wants a C++ compiler where it runs.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -32,7 +27,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from veneer.kernels.compiled.numba_ops import as_bits, as_float, compiled, plus, wide
+from veneer.kernels.compiled.numba_ops import NAN, WORD, as_bits, as_float, compiled, plus, raised, wide
 
 #: columns of a block: what begins and ends one costs as much as a hundred numbers
 WIDE = 4096
@@ -43,20 +38,12 @@ LINE = 4 * LOOK
 PRODUCTS = 8
 #: 4 · 2⁻²⁴, as ``rounding`` has it
 FARTHER = np.float32(2.0**-22)
-NAN = np.uint16(0x7FC0)
-_WORD = ir.IntType(32)
 
 
 @intrinsic
 def _raised(context: Any, value: Any):
     """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
-
-    def code(_, builder: Any, __, args: Any):
-        bits = builder.bitcast(args[0], _WORD)
-        odd = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(1))
-        return builder.add(builder.add(bits, _WORD(0x7FFF)), odd)
-
-    return types.uint32(types.float32), code
+    return types.uint32(types.float32), lambda _, builder, __, args: raised(builder, args[0])
 
 
 @intrinsic
@@ -76,7 +63,7 @@ def _upper(context: Any, bits: Any):
     """The upper half of 32 bits."""
 
     def code(_, builder: Any, __, args: Any):
-        return builder.trunc(builder.lshr(args[0], _WORD(16)), ir.IntType(16))
+        return builder.trunc(builder.lshr(args[0], WORD(16)), ir.IntType(16))
 
     return types.uint16(types.uint32), code
 
@@ -86,7 +73,7 @@ def _rounded(context: Any, bits: Any):
     """The number whose upper half these bits have, with nothing below."""
 
     def code(_, builder: Any, __, args: Any):
-        return builder.bitcast(builder.and_(args[0], _WORD(0xFFFF0000)), ir.FloatType())
+        return builder.bitcast(builder.and_(args[0], WORD(0xFFFF0000)), ir.FloatType())
 
     return types.float32(types.uint32), code
 
@@ -191,6 +178,7 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
     sums[0] += change * (np.float64(wide(new[j])) - np.float64(before))
 
 
+@compiled
 def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums):
     """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the last, with the distance
     from group to group and from row to row; the wide factors are float64, and B there is without its scale. Returns
@@ -213,9 +201,6 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B,
                     marked = words[: LOOK * looked]
                     found += _again(own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums)
     return found
-
-
-_LOOP = compiled(_slab)
 
 
 def able(old: Tensor, new: Tensor) -> bool:
@@ -241,7 +226,7 @@ def rounded(
         wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in doubt reads a column.
     """
     sums, factors = np.zeros(3), [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)]
-    _LOOP(*_memory(old), *_memory(new), *factors, float(scale), sums)
+    _slab(*_memory(old), *_memory(new), *factors, float(scale), sums)
     return torch.from_numpy(sums)
 
 

@@ -4,11 +4,9 @@
     x = act(g) · b     its node would keep act(g) as well, whose node keeps g                      kept: g, b
     x = (h · r) · w    what reads a normed h; h · r keeps h and r, and w is frozen                 kept: h, r, w
 
-In each x is made again in backward, to the same bits, by a pass or two over memory: a percent of the time of the layers
-that read it. In the second, act(g) is taken from the product's node too, which gets it from the function that has just
-made it again. That is a third of what a step over a frozen Llama keeps.
-
-It is read off the graph, whatever the model calls its modules. Small inputs are kept as they are.
+In each x is made again in backward, to the same bits, by a pass or two over memory. In the second, act(g) is taken from
+the product's node too, which gets it from the function that has just made it again. It is read off the graph, whatever
+the model calls its modules. Small inputs are kept as they are.
 """
 
 from __future__ import annotations
@@ -63,8 +61,10 @@ class SavedInput(NamedTuple):
 def kept(x: Tensor) -> SavedInput:
     """What to keep of an x that is read by a function with a graph."""
     node: Any = x.grad_fn
-    if node is None or x.numel() <= MANY or not on("saved_inputs") or node.name() != "MulBackward0" or _hooked():
+    if node is None or x.numel() <= MANY or not on("saved_inputs") or node.name() != "MulBackward0":
         return SavedInput(x)
+    if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return SavedInput(x)  # checkpointing would compute what autograd keeps again to show it
     try:
         found = _factors(node, x)
     except RuntimeError:  # a backward has freed them, or they have been written to since
@@ -128,8 +128,3 @@ def _gated(node: Any, one: Tensor, other: Tensor) -> SavedInput:
             node.metadata[Gate] = place, gate
             return SavedInput(first, value, None, gate)
     return SavedInput(one, other)
-
-
-def _hooked() -> bool:
-    """Whether what autograd keeps goes through hooks now: checkpointing would compute it again to show it."""
-    return _C._autograd._top_saved_tensors_default_hooks(True) is not None

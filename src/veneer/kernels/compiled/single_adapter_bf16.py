@@ -2,9 +2,8 @@
 
     y_t = s · B (A x_t)        x: [T, in]   A: [r, in]   B: [out, r]   y: [T, out]
 
-One compiled call takes the place of the five of torch, each longer than the arithmetic of a few tokens. These are
-computed in float32; many take the processor's own products of bfloat16 numbers (``bf16_dot``), for which the factors
-are rounded to bfloat16 first. Importing this module loads numba: half a second and 100 MiB.
+A few tokens are computed in float32; many take the processor's own products of bfloat16 numbers (``bf16_dot``), for
+which the factors are rounded to bfloat16 first.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -38,12 +37,13 @@ def able(x: Tensor, A: Tensor, B: Tensor) -> bool:
 def change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """[T, out], rounded to bfloat16 once."""
     y = x.new_empty(x.shape[0], len(B))
-    loop = _FEW if x.shape[0] < MANY else _MANY
+    loop = _few if x.shape[0] < MANY else _many
     sizes = *x.shape, len(B), A.data_ptr(), B.data_ptr(), len(A)
     loop(x.data_ptr(), y.data_ptr(), *sizes, scale, _STORED[A.dtype])
     return y
 
 
+@compiled
 def _few(x_at, y_at, tokens, in_, out, A_at, B_at, rank, scale, factor):
     A, given, weight = carray(at(A_at, factor), (rank, in_)), carray(at(B_at, factor), (out, rank)), np.float32(scale)
     x, h, y = np.empty(in_, np.float32), np.empty(rank, np.float32), np.empty(out, np.float32)
@@ -64,6 +64,7 @@ def _few(x_at, y_at, tokens, in_, out, A_at, B_at, rank, scale, factor):
             into[j] = narrow(y[j], HALF)
 
 
+@compiled
 def _many(x_at, y_at, tokens, in_, out, A_at, B_at, rank, scale, factor):
     given, other = carray(at(A_at, factor), (rank, in_)), carray(at(B_at, factor), (out, rank))
     A, B = np.empty((rank, in_), np.uint16), np.empty((rank, out), np.uint16)
@@ -81,8 +82,4 @@ def _multiplied(x_at, y_at, tokens, A, B, scale):
     """A and B are arguments, as numba would free what nobody needs but for its address."""
     order, groups, weights = np.zeros(1, np.int64), np.array([[0, 1, 0, 1]]), np.array([scale])
     table = np.array([[np.int64(A.ctypes.data), np.int64(B.ctypes.data), np.int64(len(A))]])
-    bf16_dot.LOOP(x_at, y_at, tokens, A.shape[1], B.shape[1], order, groups, weights, table)
-
-
-_FEW = compiled(_few)
-_MANY = compiled(_many)
+    bf16_dot.change(x_at, y_at, tokens, A.shape[1], B.shape[1], order, groups, weights, table)

@@ -5,8 +5,7 @@
                 part = uᵀ A    dA = u x        in one pass over x
 
 h and u lie as [T, R], so that a token's numbers are beside each other. With dropout a loop copies a few rows of x at a
-time, within the processor's nearest cache, and puts zeros where they are drawn. Importing this module loads numba, as
-``kernels.compiled`` says.
+time, within the processor's nearest cache, and puts zeros where they are drawn.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -29,30 +28,33 @@ assert ROWS == BLOCK  # a group of rows is what a loop takes at a time
 
 def down(A: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
     """A [R, n] times xᵀ, with x [T, n] without what is dropped: h [R, T]."""
-    h = x.new_empty(x.shape[0], A.shape[0])
-    _DOWN(h.data_ptr(), x.data_ptr(), A.data_ptr(), *x.shape, A.shape[0], *_drawn(dropped))
+    A, h = A.contiguous(), x.new_empty(x.shape[0], A.shape[0])
+    _down(h.data_ptr(), x.data_ptr(), A.data_ptr(), *x.shape, A.shape[0], *_drawn(dropped))
     return h.mT
 
 
 def up(h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """hᵀ B + bias [T, n] of h [r, T], B [r, n] and bias [n]."""
-    y, bias = h.new_empty(h.shape[1], B.shape[1]), h.new_zeros(B.shape[1]) if bias is None else bias.contiguous()
-    _UP(y.data_ptr(), h.data_ptr(), _step(h), B.data_ptr(), bias.data_ptr(), *y.shape, len(B))
+    bias = h.new_zeros(B.shape[1]) if bias is None else bias.contiguous()
+    B, y = B.contiguous(), h.new_empty(h.shape[1], B.shape[1])
+    _up(y.data_ptr(), h.data_ptr(), _step(h), B.data_ptr(), bias.data_ptr(), *y.shape, len(B))
     return y
 
 
 def down_grown(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(u = B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T]."""
-    u, dB = dy.new_empty(dy.shape[0], B.shape[0]), torch.empty_like(B)
-    _DOWN_GROWN(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), _step(h), *dy.shape, len(B))
+    """(u = B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T], in one pass over dy."""
+    B, u = B.contiguous(), dy.new_empty(dy.shape[0], B.shape[0])
+    dB = torch.empty_like(B)
+    _down_grown(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), _step(h), *dy.shape, len(B))
     return u.mT, dB
 
 
 def up_grown(u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None) -> tuple[Tensor, Tensor]:
-    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped."""
+    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped, in one pass."""
+    A = A.contiguous()
     part, dA = torch.empty_like(x), torch.empty_like(A)
     at_, sizes = (one.data_ptr() for one in (part, dA, u, A, x)), (_step(u), *x.shape, len(A))
-    _UP_GROWN(*at_, *sizes, *_drawn(dropped))
+    _up_grown(*at_, *sizes, *_drawn(dropped))
     return part, dA
 
 
@@ -112,6 +114,7 @@ def _cleared(own, rows, drawn, group):
     return copy
 
 
+@compiled
 def _down(h_at, x_at, A_at, tokens, count, rank, places_at, ends_at, groups):
     h, x, A = _matrix(h_at, tokens, rank), _matrix(x_at, tokens, count), _matrix(A_at, rank, count)
     drawn, own = _drawings(places_at, ends_at, groups), np.empty((BLOCK if groups else 0, count), np.float32)
@@ -120,6 +123,7 @@ def _down(h_at, x_at, A_at, tokens, count, rank, places_at, ends_at, groups):
         dots(h[first:last], _cleared(own, x[first:last], drawn, first // BLOCK), A, 0, last - first)
 
 
+@compiled
 def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
     y, h, B = _matrix(y_at, tokens, count), _matrix(h_at, tokens, step), _matrix(B_at, rank, count)
     bias = _matrix(bias_at, 1, count)[0]
@@ -130,6 +134,7 @@ def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
         add(y, h, B, first, last, 0, rank)
 
 
+@compiled
 def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
     u, dB, dy = _matrix(u_at, tokens, rank), _matrix(dB_at, rank, count), _matrix(dy_at, tokens, count)
     B, h = _matrix(B_at, rank, count), _matrix(h_at, tokens, step).T
@@ -140,6 +145,7 @@ def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
         add(dB, h, dy, 0, rank, first, last)
 
 
+@compiled
 def _up_grown(part_at, dA_at, u_at, A_at, x_at, step, tokens, count, rank, places_at, ends_at, groups):
     part, dA, x = _matrix(part_at, tokens, count), _matrix(dA_at, rank, count), _matrix(x_at, tokens, count)
     A, u = _matrix(A_at, rank, count), _matrix(u_at, tokens, step)
@@ -154,6 +160,3 @@ def _up_grown(part_at, dA_at, u_at, A_at, x_at, step, tokens, count, rank, place
             _clear(part[first:last], drawn, first // BLOCK)
         read = _cleared(own, x[first:last], drawn, first // BLOCK)
         add(dA, by_rank[:, first:last], read, 0, rank, 0, last - first)
-
-
-_DOWN, _UP, _DOWN_GROWN, _UP_GROWN = map(compiled, (_down, _up, _down_grown, _up_grown))
