@@ -8,6 +8,8 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, Variant, kaiming_uniform, register
 
+__all__ = ["LORA"]
+
 
 def init(start: InitContext) -> dict[str, Tensor]:
     """A Kaiming, B zero: the attached model equals its base until the first step."""
