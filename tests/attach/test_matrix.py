@@ -162,10 +162,10 @@ def unmerge_subtracts(patch):
     """W' − (W' − W), where it should put back W."""
     original = merging._keep
 
-    def keep(write, spill=None):
-        original(write, spill)
-        for key, old in write.ref.keeper.__dict__["backup"][write.ref.name].items():
-            new = write.stored[key]
+    def keep(weight, stored, spill=None):
+        original(weight, stored, spill)
+        for key, old in weight.keeper.__dict__["backup"][weight.name].items():
+            new = stored[key]
             old.copy_(new - (new - old))
 
     patch.setattr(merging, "_keep", keep)
@@ -174,10 +174,10 @@ def unmerge_subtracts(patch):
 def unmerge_loses_a_bit(patch):
     original = merging._kept
 
-    def kept(ref):
-        for tensor in original(ref).values():
+    def kept(weight):
+        for tensor in original(weight).values():
             tensor.view(torch.uint8).view(-1)[0] ^= 1
-        return original(ref)
+        return original(weight)
 
     patch.setattr(merging, "_kept", kept)
 

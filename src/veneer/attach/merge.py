@@ -6,16 +6,10 @@ Rounding to nearest would lose most of a small change of 16-bit weights, which l
 would, a weight is rounded so that what the adapter reads survives (``kernels/error_feedback.py``). Storages with a grid
 of their own (packed ones) round as they do.
 
-One weight at a time is made, checked, kept and overwritten, so that no more than one is in memory twice. What is found
-wrong, or goes wrong, puts all of them back: the old bits are kept beside the adapter (outside of what state dicts and
-``.to`` see), so that ``unmerge`` restores instead of subtracting: W' - ΔW is W only when nothing was rounded. Each is
-kept before it is overwritten, and the model counts as merged until the last is back, so that whatever interrupts either
-way, ``unmerge`` can finish it. With ``keep=False`` they are kept too, in a temporary file, until the last is written.
-Rejected there: to make all weights twice, first to check and then to write, which takes twice as long and could not put
-back what it wrote if the second pass fails.
-
-Threads that merge, unmerge, attach and detach take turns. Threads that call the model do not wait for a merge, and a
-call that runs meanwhile sees weights of which some are merged: let no call run.
+One weight at a time is made, checked, kept and overwritten, so that no more than one is in memory twice. The old bits
+are kept beside the adapter (outside of what state dicts and ``.to`` see; with ``keep=False`` in a temporary file until
+the last weight is written). Each is kept before it is overwritten, and the model counts as merged until the last is
+back, so that whatever interrupts either way, ``unmerge`` can finish it.
 """
 
 from __future__ import annotations
@@ -30,7 +24,6 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import layer_states, walk, weight_of
 from veneer.attach.change import Change
-from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.state import ModelAdapters, in_turn
 from veneer.attach.weight_tying import torn
@@ -86,14 +79,20 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _StoredWeight:
-    """One weight, parameter or buffer that an adapter changes, and the part that keeps its old bits while merged."""
+    """One weight, parameter or buffer that an adapter changes: at a low rank (``keeper`` is its ``Change``), or by
+    ``values`` in its place. The keeper has the old bits while it is merged."""
 
     path: str
-    name: str
     module: nn.Module
-    keeper: Change | LayerAdapter
+    name: str
+    keeper: Any
     target: Any
     storage: Storage
+    values: Tensor | None = None
+
+    @property
+    def where(self) -> str:
+        return parameter_path(self.path, self.name)
 
     def stored(self) -> dict[str, Tensor]:
         self.storage.prepare(self.module)
@@ -103,34 +102,13 @@ class _StoredWeight:
         self.storage.write(self.target, stored)
         self.storage.prepare(self.module)
 
-    @property
-    def where(self) -> str:
-        return parameter_path(self.path, self.name)
+    def not_finite(self, dtype: torch.dtype) -> str:
+        found = f"{self.where}: W + ΔW is not finite in {dtype}"
+        return sentence(found, "finite weights", "check the adapter for NaN or overflow")
 
 
-@dataclass(frozen=True)
-class _Write:
-    """The new content of one stored weight, ready to be written."""
-
-    stored_weight: _StoredWeight
-    stored: dict[str, Tensor]
-    report: LayerMerge | None
-
-
-@dataclass(frozen=True)
-class _Full:
-    """Values that replace a weight's: in float64, or of a buffer as they are."""
-
-    stored_weight: _StoredWeight
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class _Low:
-    """A low-rank change of a weight, [g, out, in] by ``dims``."""
-
-    stored_weight: _StoredWeight
-    change: Change
+#: the new content of a stored weight, and what there is to report of it
+_Content = tuple[dict[str, Tensor], LayerMerge | None]
 
 
 @in_turn
@@ -188,47 +166,45 @@ def _merge_all(
     model: nn.Module, attached: ModelAdapters, name: str, keep: bool, rounding: str, moments: dict[str, Tensor]
 ) -> MergeReport:
     """Write all weights, or leave all of them as they are."""
-    parts, problems = list(_parts(model, name)), [*_untied(model, name), *torn(model, name)]
-    stored_weights, spill = [part.stored_weight for part in parts], None if keep else Spill()
+    weights, problems = list(_stored_weights(model, name)), [*_untied(model, name), *torn(model, name)]
+    spill = None if keep else Spill()
     try:
-        _forget(stored_weights)  # what an interrupt in the last line of an unmerge has left
+        _forget(weights)  # what an interrupt in the last line of an unmerge has left
         attached.merging, attached.merged = True, name
-        reports = _write_all(parts, rounding, moments, spill, problems)
+        reports = _write_all(weights, rounding, moments, spill, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         attached.merging = False
     except BaseException:
         if attached.merged is not None:
-            _restore([stored_weight for stored_weight in stored_weights if _is_kept(stored_weight)])
+            _restore(filter(_is_kept, weights))
             attached.merged = None
-        _forget(stored_weights)
+        _forget(weights)
         attached.merging = False
         raise
     if not keep:
-        _forget(stored_weights)
+        _forget(weights)
     return MergeReport(name, tuple(reports))
 
 
 def _write_all(
-    parts: Sequence[_Low | _Full],
-    rounding: str,
-    moments: dict[str, Tensor],
-    spill: Spill | None,
+    weights: Iterable[_StoredWeight], rounding: str, moments: dict[str, Tensor], spill: Spill | None,
     problems: list[str],
-) -> list[LayerMerge]:
+) -> list[LayerMerge]:  # fmt: skip
     """Write each weight as long as there are no problems, once its old bits are kept; then only look for more."""
     reports: list[LayerMerge] = []
-    for part in parts:
-        moment = moments.pop(part.stored_weight.where, None) if isinstance(part, _Low) else None
+    for weight in weights:
+        moment = moments.pop(weight.where, None) if weight.values is None else None
         with torch.no_grad():
-            for write in _written(part, rounding, moment, problems):
-                if not problems:
-                    _keep(write, spill)
-                    write.stored_weight.write(write.stored)
-                reports += [write.report] if write.report else []
-    problems += [
-        sentence(f"inputs of {path!r}", "paths of weights that the adapter changes at a low rank", "leave it out")
-        for path in moments
-    ]
+            content = _content(weight, rounding, moment, problems)
+            if content is None:
+                continue
+            stored, report = content
+            if not problems:
+                _keep(weight, stored, spill)
+                weight.write(stored)
+            reports += [report] if report else []
+    expected = "paths of weights that the adapter changes at a low rank"
+    problems += [sentence(f"inputs of {path!r}", expected, "leave it out") for path in moments]
     return reports
 
 
@@ -246,27 +222,23 @@ def unmerge(model: nn.Module) -> None:
     if attached.merged is None:
         raise MergeError(sentence("a model in which nothing is merged", "a merged adapter", "call veneer.merge first"))
     _must_be_whole(model, "an unmerge")
-    every = [part.stored_weight for part in _parts(model, attached.merged)]
-    stored_weights = [stored_weight for stored_weight in every if _is_kept(stored_weight)]
-    if (
-        len(stored_weights) < len(every) and not attached.merging
-    ):  # of a merge that was cut off, the others are as they were
+    every = list(_stored_weights(model, attached.merged))
+    weights = list(filter(_is_kept, every))
+    if len(weights) < len(every) and not attached.merging:  # of a merge that was cut off, the others are as they were
         found = f"{attached.merged!r}, merged with keep=False"
         raise MergeError(sentence(found, "the weights from before the merge", "load the base again"))
     merged, edited = [], []
-    for stored_weight in stored_weights:
-        found, expected = _digest(stored_weight.stored()), _expected(stored_weight)
+    for weight in weights:
+        found, expected = _digest(weight.stored()), weight.keeper.__dict__.get("digests", {}).get(weight.name)
         if expected is None or found == expected:
-            merged.append(stored_weight)
-        elif found != (kept := _digest(_kept(stored_weight))):  # unless an unmerge that was interrupted has restored it
+            merged.append(weight)
+        elif found != (kept := _digest(_kept(weight))):  # unless an unmerge that was interrupted has restored it
             between = all(found[key] in (kept.get(key), expected.get(key)) for key in found)
-            (merged if between else edited).append(stored_weight)
+            (merged if between else edited).append(weight)
     if edited:
-        paths = listing(stored_weight.where for stored_weight in edited)
-        found = f"weights edited since the merge (also by .to(dtype)): {paths}"
-        raise MergeError(
-            sentence(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
-        )
+        found = f"weights edited since the merge (also by .to(dtype)): {listing(weight.where for weight in edited)}"
+        do = "undo the edit, or detach(model, keep_merged=True) to keep it"
+        raise MergeError(sentence(found, "the merged weights", do))
     _restore(merged)
     attached.merged = None  # what is kept has no meaning from here on
     _forget(every)
@@ -280,41 +252,35 @@ def _must_be_whole(model: nn.Module, what: str) -> None:
 
 
 def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
-    """What the weights held before ``merge``, as their storage names it, by the identity of the weight. Whichever
-    adapter is merged, every other one was made for these too."""
-    attached = need_adapters(model)
-    stored_weights = [] if attached.merged is None else [part.stored_weight for part in _parts(model, attached.merged)]
-    return {
-        id(stored_weight.target): _kept(stored_weight) for stored_weight in stored_weights if _is_kept(stored_weight)
-    }
+    """What the weights held before ``merge``, as their storage names it, by the identity of the weight."""
+    return {id(weight.target): _kept(weight) for weight in _merged(model) if _is_kept(weight)}
 
 
 def unkept(model: nn.Module) -> frozenset[int]:
     """The identities of merged weights of which nobody has what they held before (``keep=False``)."""
+    return frozenset(id(weight.target) for weight in _merged(model) if not _is_kept(weight))
+
+
+def _merged(model: nn.Module) -> Iterator[_StoredWeight]:
     attached = need_adapters(model)
-    stored_weights = [] if attached.merged is None else [part.stored_weight for part in _parts(model, attached.merged)]
-    return frozenset(id(stored_weight.target) for stored_weight in stored_weights if not _is_kept(stored_weight))
+    yield from () if attached.merged is None else _stored_weights(model, attached.merged)
 
 
-def _parts(model: nn.Module, name: str) -> Iterator[_Low | _Full]:
+def _stored_weights(model: nn.Module, name: str) -> Iterator[_StoredWeight]:
     """All that an adapter changes."""
     for path, module, weight, change in changes(model, name):
-        yield _Low(_StoredWeight(path, weight, module, change, weight_of(module, weight), change.storage), change)
+        yield _StoredWeight(path, module, weight, change, weight_of(module, weight), change.storage)
     seen: set[int] = set()  # tied parameters have one copy, and are written once
     for path, module, part in adapters(model, name):
-        for own, value in part.full._parameters.items():
-            if value is not None and id(value) not in seen:
-                seen.add(id(value))
-                stored_weight = _StoredWeight(path, own, module, part, module._parameters[own], BASES["plain"])
-                yield _Full(stored_weight, value)
-        for own, value in part.full._buffers.items():  # running statistics and the like: copied as they are
-            assert value is not None
-            yield _Full(_StoredWeight(path, own, module, part, module._buffers[own], BASES["plain"]), value)
+        full, own = part.full, {**module._buffers, **module._parameters}
+        for weight, values in (*full._parameters.items(), *full._buffers.items()):
+            if values is not None and id(values) not in seen:
+                seen.add(id(values))
+                yield _StoredWeight(path, module, weight, part, own[weight], BASES["plain"], values)
 
 
 def _untied(model: nn.Module, name: str) -> Iterator[str]:
-    """Weights that were one with another module's when the adapter was attached, and no longer are: a merge, which
-    writes once, would miss them."""
+    """Weights that were one when the adapter was attached and are no longer: a merge, which writes once, misses one."""
     first: dict[int, tuple[str, Any]] = {}
     for path, module, layer_state in layer_states(model):
         part = layer_state.get(name)
@@ -323,66 +289,58 @@ def _untied(model: nn.Module, name: str) -> Iterator[str]:
         for own, value in (*part.changes.items(), *part.full._parameters.items()):
             where, weight = parameter_path(path, own), weight_of(module, own)
             other, target = first.setdefault(id(value), (where, weight))
-            if weight is not target and not _same_memory(weight, target):
+            tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
+            if weight is not target and not (tensors and weight.data_ptr() == target.data_ptr() != 0):
                 found = f"{where!r} and {other!r}, one weight when attached, untied since"
                 do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
                 yield sentence(found, "one weight", do)
 
 
-def _same_memory(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.data_ptr() == other.data_ptr() != 0
-
-
-def _written(part: _Low | _Full, rounding: str, moment: Tensor | None, problems: list[str]) -> Iterator[_Write]:
-    stored_weight = part.stored_weight
-    if (
-        isinstance(stored_weight.target, Tensor)
-        and stored_weight.target.is_inference()
-        and not torch.is_inference_mode_enabled()
-    ):
-        found = f"{stored_weight.where}, made under torch.inference_mode, which torch lets nobody write outside it"
+def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]) -> _Content | None:
+    """What is to be written, or None and a problem more."""
+    target, storage, values = weight.target, weight.storage, weight.values
+    plain = isinstance(target, Tensor)
+    if plain and target.is_inference() and not torch.is_inference_mode_enabled():
+        found = f"{weight.where}, made under torch.inference_mode, which torch lets nobody write outside it"
         problems.append(sentence(found, "a weight that can be written", "merge under torch.inference_mode too"))
-    elif stored_weight.storage.dense_name is None and not has_float64(
-        device := stored_weight.storage.dense(stored_weight.target).device
-    ):
-        found = f"{stored_weight.where}, a weight that is stored packed, on {device}, which has no float64"
+        return None
+    if storage.dense_name is None and not has_float64(device := storage.dense(target).device):
+        found = f"{weight.where}, a weight that is stored packed, on {device}, which has no float64"
         problems.append(sentence(found, "a device with float64", 'move the model for the merge: model.to("cpu")'))
-    elif isinstance(part, _Low):
-        yield from _folded(part, rounding, moment, problems)
-    elif not isinstance(stored_weight.target, nn.Parameter) and isinstance(stored_weight.target, Tensor):
-        yield _Write(stored_weight, {"values": part.values.detach().clone()}, None)
-    else:
-        yield from _encoded(stored_weight, double(part.values), problems)
+        return None
+    if values is None:
+        return _folded(weight, rounding, moment, problems)
+    if plain and not isinstance(target, nn.Parameter):  # running statistics and the like: copied as they are
+        return {"values": values.detach().clone()}, None
+    return _encoded(weight, double(values), problems)
 
 
-def _folded(part: _Low, rounding: str, moment: Tensor | None, problems: list[str]) -> Iterator[_Write]:
-    """A weight that is stored as dense numbers goes through ``fold``, tile by tile. Float64 on the whole is left for
-    what the storage or the layer makes more of."""
-    stored_weight, change = part.stored_weight, part.change
-    stored_weight.storage.prepare(stored_weight.module)
-    low, gain = change.exactly(stored_weight.target)
-    dense, name = stored_weight.storage.dense(stored_weight.target).detach(), stored_weight.storage.dense_name
+def _folded(weight: _StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]) -> _Content | None:
+    """Dense numbers go through ``fold``, by tiles. Float64 on the whole is for what storage or layer make more of."""
+    change, storage, where = weight.keeper, weight.storage, weight.where
+    storage.prepare(weight.module)
+    low, gain = change.exactly(weight.target)
+    dense, name = storage.dense(weight.target).detach(), storage.dense_name
     ours = type(dense) in (Tensor, nn.Parameter)  # not one that is spread over processes
-    if name is None or not ours or change.layer.apply_forward_rewrite(stored_weight.module, dense) is not dense:
+    if name is None or not ours or change.layer.apply_forward_rewrite(weight.module, dense) is not dense:
         if moment is not None:
-            found = f"{stored_weight.where}: inputs= of a weight that is rounded as it is stored or read"
+            found = f"{where}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(found, "none: it has no faithful rounding", "leave it out"))
-        exact = change.changed(stored_weight.target, low, gain, torch.float64)
-        yield from _encoded(stored_weight, change.layer.apply_forward_rewrite(stored_weight.module, exact), problems)
-        return
-    weight = change.layer.unfold(dense, change.dims)
-    square = len(weight), *[weight.shape[2]] * 2
+        exact = change.changed(weight.target, low, gain, torch.float64)
+        return _encoded(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
+    matrix = change.layer.unfold(dense, change.dims)
+    square = len(matrix), *[matrix.shape[2]] * 2
     if moment is not None and (moment.shape != square or not moment.isfinite().all()):
         what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
-        found, expected = f"{stored_weight.where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
+        found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
         problems.append(sentence(found, expected, "give that of the inputs of this weight"))
-        return
-    folded = fold_change(change, weight, low, gain, rounding=rounding, inputs=moment)
+        return None
+    folded = fold_change(change, matrix, low, gain, rounding=rounding, inputs=moment)
     if not folded.finite:
-        problems.append(_not_finite(stored_weight, dense.dtype))
-        return
-    report = LayerMerge(stored_weight.where, folded.change, folded.retention, folded.rounding)
-    yield _Write(stored_weight, {name: change.layer.fold(folded.weight, dense.shape)}, report)
+        problems.append(weight.not_finite(dense.dtype))
+        return None
+    report = LayerMerge(where, folded.change, folded.retention, folded.rounding)
+    return {name: change.layer.fold(folded.weight, dense.shape)}, report
 
 
 def fold_change(change: Change, weight: Tensor, low: LowRank, gain: Tensor | None, **options: Any) -> Folded:
@@ -392,91 +350,74 @@ def fold_change(change: Change, weight: Tensor, low: LowRank, gain: Tensor | Non
     return fold(weight, low, gain, side=side, **options)
 
 
-def _encoded(stored_weight: _StoredWeight, values: Tensor, problems: list[str]) -> Iterator[_Write]:
+def _encoded(weight: _StoredWeight, values: Tensor, problems: list[str]) -> _Content | None:
+    storage = weight.storage
     try:
-        stored = stored_weight.storage.encode(stored_weight.target, values)
+        stored = storage.encode(weight.target, values)
     except MergeError as error:
-        problems.append(f"{stored_weight.where}: {error}")
-        return
-    rounded = stored_weight.storage.decode(stored_weight.target, stored)
+        problems.append(f"{weight.where}: {error}")
+        return None
+    rounded = storage.decode(weight.target, stored)
     if not rounded.isfinite().all():
-        problems.append(_not_finite(stored_weight, rounded.dtype))
-        return
-    rounding = "storage" if stored_weight.storage.dense_name is None else "nearest"
-    old = double(stored_weight.storage.dense(stored_weight.target))
-    yield _Write(stored_weight, stored, _report(stored_weight.where, old, values, double(rounded), rounding))
-
-
-def _not_finite(stored_weight: _StoredWeight, dtype: torch.dtype) -> str:
-    found = f"{stored_weight.where}: W + ΔW is not finite in {dtype}"
-    return sentence(found, "finite weights", "check the adapter for NaN or overflow")
+        problems.append(weight.not_finite(rounded.dtype))
+        return None
+    rounding = "storage" if storage.dense_name is None else "nearest"
+    return stored, _report(weight.where, double(storage.dense(weight.target)), values, double(rounded), rounding)
 
 
 def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: str) -> LayerMerge:
     change, realised = exact - old, rounded - old
-    size = change.norm().item()
+    size, base = change.norm().item(), old.norm().item()
     retention = ((change * realised).sum() / (change * change).sum()).item() if size else 1.0
-    base = old.norm().item()
     return LayerMerge(path, size / base if base else float(size > 0), retention, rounding)
 
 
-def _keep(write: _Write, spill: Spill | None = None) -> None:
-    """Put a weight's old bits aside, all of them in one step. In ``spill`` they are for a failure alone, and
-    nobody will ask whether the merged weight was edited."""
-    stored_weight = write.stored_weight
-    bits = {
-        key: aside(tensor) if spill is None else spill.put(tensor) for key, tensor in stored_weight.stored().items()
-    }
-    own = stored_weight.keeper.__dict__
+def _keep(weight: _StoredWeight, new: Mapping[str, Tensor], spill: Spill | None = None) -> None:
+    """Put a weight's old bits aside, all in one step. In ``spill`` they are for a failure alone: without digests."""
+    put, own = aside if spill is None else spill.put, weight.keeper.__dict__
+    bits = {key: put(tensor) for key, tensor in weight.stored().items()}
     if spill is None:
-        own.setdefault("digests", {})[stored_weight.name] = _digest(write.stored)
-    own.setdefault("backup", {})[stored_weight.name] = bits
+        own.setdefault("digests", {})[weight.name] = _digest(new)
+    own.setdefault("backup", {})[weight.name] = bits
 
 
 def _digest(stored: Mapping[str, Tensor]) -> dict[str, str]:
     return {key: digest(tensor) for key, tensor in stored.items()}
 
 
-def _expected(stored_weight: _StoredWeight) -> dict[str, str] | None:
-    return stored_weight.keeper.__dict__.get("digests", {}).get(stored_weight.name)
+def _is_kept(weight: _StoredWeight) -> bool:
+    return weight.name in weight.keeper.__dict__.get("backup", {})
 
 
-def _is_kept(stored_weight: _StoredWeight) -> bool:
-    return stored_weight.name in stored_weight.keeper.__dict__.get("backup", {})
-
-
-def _kept(stored_weight: _StoredWeight) -> dict[str, Tensor]:
-    """The bits from before the merge, in memory of the processor; those of a packed weight, whose parts are read
-    together, on its device."""
-    bits = stored_weight.keeper.__dict__["backup"][stored_weight.name]
+def _kept(weight: _StoredWeight) -> dict[str, Tensor]:
+    """The bits from before the merge, in memory of the processor; those of a packed weight on its device."""
+    bits = weight.keeper.__dict__["backup"][weight.name]
     bits = {key: one.read() if isinstance(one, Spilled) else one for key, one in bits.items()}
-    if stored_weight.storage.dense_name is None:
-        device = next((one.device for one in stored_weight.stored().values()), None)
-        bits = {key: one if device is None else one.to(device) for key, one in bits.items()}
-    return bits
+    stored = weight.stored() if weight.storage.dense_name is None else {}
+    device = next((one.device for one in stored.values()), None)
+    return bits if device is None else {key: one.to(device) for key, one in bits.items()}
 
 
-def _restore(stored_weights: Iterable[_StoredWeight]) -> None:
+def _restore(weights: Iterable[_StoredWeight]) -> None:
     """Write the kept bits back into all of these, also if one fails; then its error is raised."""
     failed: list[BaseException] = []
-    for stored_weight in stored_weights:
+    for weight in weights:
         try:
-            stored_weight.write(_kept(stored_weight))
+            weight.write(_kept(weight))
         except BaseException as error:
             failed.append(error)
     if failed:
         raise failed[0]
 
 
-def _forget(stored_weights: Iterable[_StoredWeight]) -> None:
-    keepers = [stored_weight.keeper for stored_weight in stored_weights]
+def _forget(weights: Sequence[_StoredWeight]) -> None:
     try:
-        _drop(keepers)
+        _drop(weights)
     finally:
-        _drop(keepers)  # again, should the first have been interrupted
+        _drop(weights)  # again, should the first have been interrupted
 
 
-def _drop(keepers: Iterable[Change | LayerAdapter]) -> None:
-    for keeper in keepers:
+def _drop(weights: Sequence[_StoredWeight]) -> None:
+    for weight in weights:
         for name in ("backup", "digests"):
-            keeper.__dict__.pop(name, None)
+            weight.keeper.__dict__.pop(name, None)
