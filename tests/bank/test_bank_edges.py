@@ -16,7 +16,7 @@ from torch import nn
 
 import veneer
 import veneer.bank.bank
-from veneer.bank.batch_state import BatchState
+from veneer.bank.batch_state import Layer
 from veneer.bases import BASES
 from veneer.errors import SelectionError
 
@@ -45,18 +45,19 @@ def test_a_row_that_is_not_finite_stays_alone(tmp_path):
 
 
 @laid_out
-def test_a_slot_keeps_nothing_of_who_had_it(tmp_path):
+def test_a_lane_has_nothing_of_another_adapter(tmp_path):
+    """Whoever was there before, or lies beside it, was of a larger rank and not finite."""
     model = saved(Linears(), tmp_path, "a")
-    bank, x = bank_of(model, tmp_path, "a"), torch.randn(1, 1, 12)
-    with torch.no_grad(), bank.rows(["a"]):
+    saved(model, tmp_path, "b", config=veneer.LoraConfig(rank=8, targets=["one", "two"]))
+    bank, x = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 12)
+    for part in bank._entries["b"].resident.parts.values():
+        part.A.fill_(torch.nan)
+    with torch.no_grad(), bank.rows(["b", None]):
         model(x)
-    (batch_state,), held = bank._batch_states, bank._entries["a"].resident
-    for key, layer in batch_state.layers.items():
-        layer.blocks[8].A.fill_(torch.nan)  # of an adapter of a larger rank that was not finite
-        layer.blocks[8].put(0, held.parts[key])
-    with torch.no_grad(), bank.rows(["a"]):
+    with torch.no_grad(), bank.rows(["b", "a"]):
         y = model(x)
-    assert error(y, alone(model, tmp_path, "a", x)) < 1e-6
+    assert y[0].isnan().all()
+    assert error(y[1:], alone(model, tmp_path, "a", x[1:])) < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -67,7 +68,7 @@ def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
         bank.register(name, tmp_path / name)
     with torch.inference_mode(), bank.rows(["a", None]):
         model(x)
-    with torch.no_grad(), bank.rows(["b", None]):  # takes the slot of a
+    with torch.no_grad(), bank.rows(["b", None]):  # one more, in the same state
         y = model(x)
     assert error(y[:1], alone(model, tmp_path, "b", x[:1])) < 1e-6
     x.requires_grad_()
@@ -126,27 +127,26 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
 
 
 @laid_out
-def test_an_adapter_removed_in_use_keeps_its_slot_and_leaves_nothing(tmp_path, monkeypatch):
+def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, monkeypatch):
     model = saved(Linears(128), tmp_path, "a", "b")
-    bank, x, puts = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
-    put = BatchState._put
-    monkeypatch.setattr(BatchState, "_put", lambda *given: (puts.append(given[1].uid), put(*given)))
+    bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
+    lay_out = Layer.laid_out
+    monkeypatch.setattr(Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1])
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):
         with torch.no_grad(), bank.rows([lease, "b"]):
             model(x)
         if not turn:
             bank.remove("a")
-    assert len(puts) == 2
+    assert len(made) == 3  # layers, each once
     held = weakref.ref(lease.uses[0][0])
     lease.release()
     bank.remove("b")
-    del lease, puts[:]
+    del lease
     gc.collect()
     assert held() is None
     (batch_state,) = bank._batch_states
-    assert not batch_state.buckets
-    assert not any(layer.blocks for layer in batch_state.layers.values())
+    assert not batch_state.assignments
 
 
 def test_an_adapter_without_a_product_leaves_nothing_when_it_is_removed_in_use(tmp_path):

@@ -2,8 +2,8 @@
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-That defines a blend for every layer and variant, and its gradient: each adapter's is wᵢ times what W' hands on. Where a
-bank's adapters are all low-rank products, ``kernels/batched.py`` computes the same without forming anything.
+That defines a blend for every layer and variant, and its gradient. Where a bank's adapters are all low-rank products,
+``kernels/batched.py`` computes the same without forming anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.state import ActiveAdapter, LayerState, ModulePath, detached
+from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError, sentence
 
@@ -46,20 +46,14 @@ class _Table(Mapping[Any, Any]):
     def __init__(self, uses: Sequence[tuple[ActiveAdapter, float]]) -> None:
         self.uses = uses
 
-    def _tables(self) -> Iterator[tuple[Mapping[Any, Any], float]]:
-        for selected, weight in self.uses:
-            if selected.parts is None:
-                raise detached(selected.name)
-            yield selected.parts, weight
-
     def __getitem__(self, key: Any) -> Blend:
-        parts = [(table[key], weight) for table, weight in self._tables() if key in table]
+        parts = [(selected.table[key], weight) for selected, weight in self.uses if key in selected.table]
         if not parts:
             raise KeyError(key)
         return Blend(parts)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(dict.fromkeys(key for table, _ in self._tables() for key in table))
+        return iter(dict.fromkeys(key for selected, _ in self.uses for key in selected.table))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -67,6 +61,8 @@ class _Table(Mapping[Any, Any]):
 
 class Blend:
     """Stands where a ``LayerAdapter`` stands, for one call."""
+
+    run = viewed
 
     def __init__(self, parts: Sequence[tuple[Any, float]]) -> None:
         self.parts = parts
@@ -121,21 +117,14 @@ class Blend:
     def _blended(
         self, values: Sequence[tuple[Mapping[str, Tensor], float]], own: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        blended: dict[str, Tensor] = {}
+        made: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for found, _ in values for name in found):
             base = own[name]
             if not base.is_floating_point():  # a counter of batches
-                blended[name] = next(found[name] for found, _ in values if name in found)
+                made[name] = next(found[name] for found, _ in values if name in found)
                 continue
             wide = base.to(at_least_float32(base.dtype))
-            sum_ = wide
-            for found, weight in values:
-                if name in found:
-                    sum_ = sum_ + weight * (found[name].to(wide.dtype) - wide)
-            blended[name] = sum_.to(base.dtype)
-        return blended
-
-    def run(
-        self, module: nn.Module, base: Any, layer_state: LayerState, args: tuple, kwargs: dict, now: Any, **how: Any
-    ) -> Any:
-        return viewed(self, module, base, layer_state, args, kwargs, how.get("method", "forward"))
+            moved = (weight * (found[name].to(wide.dtype) - wide) for found, weight in values if name in found)
+            total: Any = sum(moved, wide)
+            made[name] = total.to(base.dtype)
+        return made

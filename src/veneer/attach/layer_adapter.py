@@ -1,22 +1,15 @@
 """What one adapter does at one layer, and the choice of the arithmetic for a call.
 
-    Linear, adapted (a subclass of nn.Linear: ``adapted_module.py``)
-      .weight, .bias                      the base's own Parameters, untouched
-      ._modules["veneer"]: LayerState     the adapters of this layer, by name
-          ["default"]: LayerAdapter       what this adapter does here
-              .low["weight"]: Change      the adapter parameters A, B, … of one weight
-              .full                       parameters that are trained in full, and running statistics
+Linear, adapted (a subclass of nn.Linear: ``adapted_module.py``)
+  .weight, .bias                      the base's own Parameters, untouched
+  ._modules["veneer"]: LayerState     the adapters of this layer, by name
+      ["default"]: LayerAdapter       what this adapter does here
+          .low["weight"]: Change      the adapter parameters A, B, … of one weight
+          .full                       parameters that are trained in full, and running statistics
 
-So ``isinstance(layer, nn.Linear)`` holds, every base key of ``state_dict()`` stays, and detaching is giving the class
-back.
-
-Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the
-instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
-weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
-
-    factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers that are linear in their one weight
-    materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
-    viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
+factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers that are linear in their one weight
+materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
+viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
 """
 
 from __future__ import annotations
@@ -55,7 +48,6 @@ class LayerAdapter(nn.Module):
 
     full: nn.Module
     low: nn.Module
-    digests: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +67,7 @@ class LayerAdapter(nn.Module):
             yield layer_state.key, method
 
     def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
-        """Called once all of this part is in place: is it nothing but one product B A for all outputs, whose factors
-        the fused kernel can take as they are?"""
+        """Once all is in place: is it one product B A for all outputs, for the fused kernel to take as it is?"""
         changes = tuple(self.changes.values())
         alone = len(changes) == 1 and not (self.read_below or self.full._parameters or self.full._buffers)
         plain = alone and changes[0].variant.resolve is VARIANTS["lora"].resolve
@@ -111,19 +102,19 @@ class LayerAdapter(nn.Module):
 
     def run(
         self,
-        module: nn.Module,
-        base: type[nn.Module],
-        layer_state: LayerState,
+        module: Any,
+        base: Any,
+        layer_state: Any,
         args: tuple,
         kwargs: dict,
         now: Any,
-        share: bool = True,
-        method: str = "forward",
+        share=True,
+        method="forward",
     ) -> Any:
         """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
         ``share`` allows to compute layers that read the same input together."""
         if method != "forward":
-            return viewed(self, module, base, layer_state, args, kwargs, method)
+            return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
         known = self.direct
         if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
             # Each Python call here is time in every layer of a decoding step.
@@ -143,33 +134,25 @@ class LayerAdapter(nn.Module):
                 return run(change.scale, x, weight, bias, factors["A"], factors["B"])
         full = self.replacements(module)
         if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
-            return viewed(self, module, base, layer_state, args, kwargs)
+            return viewed(self, module, base, layer_state, args, kwargs, now)
         reader: Any = layer_state.layer
         change = self.changes[reader.weight]
         weight = weight_of(module, reader.weight)
         low, gain = change.resolve(weight)
+        x = args[0] if args else next(iter(kwargs.values()))
+        bias = full.get("bias", module._parameters.get("bias"))
         # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
         # right; elsewhere the caller's choice counts
-        fits = gain is None or not layer_state.transposed
-        run = self._factored if fits and now.path != cost_model.MATERIALISED else self._materialised
-        return run(change, module, base, layer_state, low, gain, full, args, kwargs)
-
-    def _factored(
-        self, change: Change, module, base, layer_state: LayerState, low: LowRank, gain, full, args, kwargs
-    ) -> Tensor:
-        reader: Any = layer_state.layer
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weight: Any = weight_of(module, reader.weight)
-        bias = full.get("bias", module._parameters.get("bias"))
-        if layer_state.product and gain is None and fused.applies(x, weight):
-            low, dropout = low.T if layer_state.transposed else low, change.dropout if change.training else 0.0
-            seed = new_seed() if dropout else 0
-            settings = fused.Settings((low.scale,), dropout, seed)
+        if now.path == cost_model.MATERIALISED or (gain is not None and layer_state.transposed):
+            return _materialised(change, reader, module, x, weight, bias, low, gain)
+        dropout = change.dropout if change.training else 0.0
+        if gain is None and layer_state.product and fused.applies(x, weight):
+            low = low.T if layer_state.transposed else low
+            settings = fused.Settings((low.scale,), dropout, new_seed() if dropout else 0)
             matrix = weight.mT if reader.out_axis == 1 else weight
             return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
         if base in reader.types() and gain is None and not layer_state.transposed and fused.applies(x, weight):
-            drops = change.dropout if change.training else 0.0
-            y = None if context.current.path else reader.fused(module, x, weight, bias, low, drops)
+            y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
             if y is not None:
                 return y
         if gain is None and not full and not change.storage.computed:
@@ -177,52 +160,12 @@ class LayerAdapter(nn.Module):
             y = base.forward(plain, *args, **kwargs)
         else:
             dense = change.storage.dense(weight)
-            y = reader.op(
-                module, x, dense.to(x.dtype) if x.is_floating_point() else dense, None if gain is not None else bias
-            )
-        dropout = change.dropout if change.training else 0
-        low = (low.T if layer_state.transposed else low).to(x.dtype if x.is_floating_point() else y.dtype)
-        if not dropout:
-            y = reader.update(module, x, low, y)
-        elif reader.drops_input:
-            y = reader.update(module, drop(x, dropout), low, y)
-        else:
-            y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
-        if gain is not None:
-            y = y * reader.per_output(module, gain, y).to(y.dtype)
-            y = y if bias is None else y + reader.per_output(module, bias, y).to(y.dtype)
-        return y
-
-    def _materialised(
-        self, change: Change, module, base, layer_state: LayerState, low: LowRank, gain, full, args, kwargs
-    ) -> Tensor:
-        reader: Any = layer_state.layer
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weight: Any = weight_of(module, reader.weight)
-        own = change.storage.dtype(weight)
-        dtype = at_least_float32(own)
-        # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one on a narrow x.
-        narrow_x = x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
-        wide = dtype != own or narrow_x
-        bias = full.get("bias", module._parameters.get("bias"))
-        bias = widen(bias, dtype) if wide and bias is not None else bias
-        dropout = change.dropout if change.training else 0
-        with no_autocast(x) if wide else nullcontext():
-            seen = widen(x, dtype) if wide else x
-            changed = change.changed(weight, low, gain, dtype)
-            if not dropout:
-                y = reader.op(module, seen, changed, bias)
-            else:
-                frozen = change.changed(weight, None, gain, dtype)
-                dropped = drop(seen, dropout) if reader.drops_input else seen
-                update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
-                mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
-                y = reader.op(module, seen, frozen, bias) + update * mask
-        return y.to(output_dtype(x, own)) if wide else y
+            dense = dense.to(x.dtype) if x.is_floating_point() else dense
+            y = reader.op(module, x, dense, None if gain is not None else bias)
+        return _with_update(reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout)
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """``gain ⊙ (W + ΔW)`` of every weight that changes here, in at least float32 if ``wide``, else in its own
-        dtype."""
+        """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""
         values = {}
         for name, change in self.changes.items():
             weight = weight_of(module, name)
@@ -231,6 +174,45 @@ class LayerAdapter(nn.Module):
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
             values[name] = value if wide else value.to(own)
         return values
+
+
+def _with_update(
+    reader: Any, module: nn.Module, x: Tensor, y: Tensor, low: LowRank, gain: Tensor | None, bias: Any, dropout: float
+) -> Tensor:
+    """The factored form, given y = op(x; W), which with a gain has no bias yet."""
+    low = low.to(x.dtype if x.is_floating_point() else y.dtype)
+    if dropout and not reader.drops_input:
+        y = y + reader.update(module, x, low, None) * _token_mask(x, dropout, y.dtype)
+    else:
+        y = reader.update(module, drop(x, dropout) if dropout else x, low, y)
+    if gain is not None:
+        y = y * reader.per_output(module, gain, y).to(y.dtype)
+        y = y if bias is None else y + reader.per_output(module, bias, y).to(y.dtype)
+    return y
+
+
+def _materialised(
+    change: Change, reader: Any, module: nn.Module, x: Tensor, weight: Any, bias: Any, low: LowRank, gain: Tensor | None
+) -> Tensor:
+    own = change.storage.dtype(weight)
+    dtype = at_least_float32(own)
+    # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one on a narrow x.
+    narrow_x = x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+    wide = dtype != own or narrow_x
+    bias = widen(bias, dtype) if wide and bias is not None else bias
+    dropout = change.dropout if change.training else 0
+    with no_autocast(x) if wide else nullcontext():
+        seen = widen(x, dtype) if wide else x
+        changed = change.changed(weight, low, gain, dtype)
+        if not dropout:
+            y = reader.op(module, seen, changed, bias)
+        else:
+            frozen = change.changed(weight, None, gain, dtype)
+            dropped = drop(seen, dropout) if reader.drops_input else seen
+            update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
+            mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
+            y = reader.op(module, seen, frozen, bias) + update * mask
+    return y.to(output_dtype(x, own)) if wide else y
 
 
 def _token_mask(ids: Tensor, p: float, dtype: torch.dtype) -> Tensor:

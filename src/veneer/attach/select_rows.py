@@ -1,9 +1,8 @@
 """Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]): model(x)``.
 
 Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
-order. What such a run calls below uses that one adapter too, as it sees its rows alone. That is right for every layer
-whose inputs hold the rows along an axis that its kind knows (``Layer.take``; the leading one, unless the kind says
-another), and an error for any other; batched products that are faster come on top of it.
+order. What such a run calls below uses that one adapter too. That is right for every layer whose inputs hold the rows
+along an axis that its kind knows (``Layer.take``), and an error for any other.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
-from veneer.attach.state import ActiveAdapter, LayerState, ModelAdapters, detached
+from veneer.attach.state import ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError, sentence
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
@@ -44,11 +43,7 @@ class Parts(Mapping[Any, Any]):
         self.order = torch.cat(list(rows)).argsort()
 
     def __getitem__(self, key: Any) -> Any:
-        parts = []
-        for selected in self.selections:
-            if selected.parts is None:
-                raise detached(selected.name)
-            parts.append(selected.parts.get(key))
+        parts = [selected.table.get(key) for selected in self.selections]
         if all(part is None for part in parts):
             raise KeyError(key)
         return _ByRows(self, parts)
@@ -76,18 +71,17 @@ class _ByRows:
 
     def run(
         self,
-        module: nn.Module,
-        base: type[nn.Module],
-        layer_state: LayerState,
+        module: Any,
+        base: Any,
+        layer_state: Any,
         args: tuple,
         kwargs: dict,
         now: Any,
-        method: str = "forward",
+        share=True,
+        method="forward",
     ) -> Any:
         whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
-        alone = all(
-            child is layer_state for child in module._modules.values()
-        )  # nothing below would ask what is selected
+        alone = all(child is layer_state for child in module._modules.values())  # nobody below asks what is selected
         refusal = self._refusal(kind, (args, kwargs), alone)
         if refusal is not None:
             raise _cannot_tell(module, refusal)
@@ -97,35 +91,28 @@ class _ByRows:
                 own, named = kind.take(module, args, kwargs, rows, whole.count)
             except LookupError:
                 raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
-            below = nullcontext() if alone else whole.only(selected)
-            with below:
-                outputs.append(
-                    method_of(base, method)(module, *own, **named)
-                    if part is None
-                    else part.run(module, base, layer_state, own, named, now, share=False, method=method)
-                )
+            with nullcontext() if alone else whole.only(selected):
+                if part is None:
+                    outputs.append(method_of(base, method)(module, *own, **named))
+                else:
+                    outputs.append(part.run(module, base, layer_state, own, named, now, share=False, method=method))
         return kind.put(module, outputs, whole.order)
 
     def _refusal(self, kind: Layer, inputs: Any, alone: bool) -> str | None:
-        """Why the rows of a call cannot be told, although there seem to be some, or None."""
+        """Why the rows of a call cannot be told, or None: an object that no rows can be taken out of, or two axes that
+        count the rows: in a model that puts time first, or of a mask of [time, time] where a module runs others."""
         for value in () if alone else _objects(inputs):
             return f"given a {type(value).__name__}, which cannot be divided into rows"
-        if type(kind).take is Layer.take and self._unclear(inputs, alone):
-            return f"with {self.whole.count} along two axes, of which either may be the rows"
-        return None
-
-    def _unclear(self, inputs: Any, alone: bool) -> bool:
-        """Whether two axes of an input count the rows, where the leading one need not: in a model that puts time
-        first, and in a mask of [time, time] beside the input of a module that runs others."""
-        square = (self.whole.count, self.whole.count)
-        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        for leaf in leaves:
-            if leaf.shape[:2] == square:
-                indices = not leaf.is_floating_point() and leaf.dtype != torch.bool
-                flat = leaf.dim() == 2 and not indices
-                if (not alone and len(leaves) > 1) if flat else self.whole.time_first:
-                    return True
-        return False
+        if type(kind).take is not Layer.take:
+            return None
+        square, leaves = (self.whole.count,) * 2, [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        masks = not alone and len(leaves) > 1
+        unclear = any(
+            masks if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool) else self.whole.time_first
+            for x in leaves
+            if x.shape[:2] == square
+        )
+        return f"with {self.whole.count} along two axes, of which either may be the rows" if unclear else None
 
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:

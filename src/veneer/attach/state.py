@@ -5,7 +5,7 @@
     ActiveAdapter       what one call uses: for the key of each layer, what the adapter does there
 
 A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's ``uid``; without an entry
-it is the model's default. So selection belongs to the thread or task that calls, and the model stays as it is.
+it is the model's default.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ if TYPE_CHECKING:
     from veneer.attach.layer_adapter import LayerAdapter
 
 STATE = "veneer"
-
 ADAPTERS = "_veneer"
 
 #: from a module to one below it, by the names of children
 ModulePath = tuple[str, ...]
 
 P = ParamSpec("P")
-
 R = TypeVar("R")
 
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """What one call uses: the adapter's name, and its parts by the key of their layer's state; what concerns a method
-    besides forward alone, by (that key, its name). No name is the base alone; no parts, that it cannot be told, or that
-    the adapter has been detached."""
+    """What one call uses: the adapter's name, and its parts by the key of their layer's state, or by (key, method). No
+    name is the base alone; no parts, that it cannot be told, or that the adapter has been detached."""
 
     name: str | None
     parts: Mapping[Any, Any] | None
 
+    @property
+    def table(self) -> Mapping[Any, Any]:
+        """Its parts, or the error of a call whose adapter is gone."""
+        if self.parts is None:
+            raise detached(self.name)
+        return self.parts
+
 
 BASE = ActiveAdapter(None, {})
-
 AMBIGUOUS = ActiveAdapter(None, None)
 
-
 #: Threads that attach and detach take turns. Threads that call the model never wait.
-_CHANGING = threading.RLock()
+CHANGING = threading.RLock()
 
 
 def in_turn(function: Callable[P, R]) -> Callable[P, R]:
@@ -64,7 +66,7 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _CHANGING:
+        with CHANGING:
             return function(*args, **kwargs)
 
     return run
@@ -102,10 +104,6 @@ class ModelAdapters:
         self.configs, self.selections = configs, selections
         self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
 
-    def new_key(self) -> int:
-        self.keys += 1
-        return self.keys
-
     def claim(self, root: nn.Module) -> None:
         """These are the adapters of ``root``."""
         if self.root is None:
@@ -123,9 +121,8 @@ class ModelAdapters:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
         made = memo[id(self)] = object.__new__(ModelAdapters)
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        root = None if self.root is None else self.root()
-        if root is not None and id(root) in memo:  # the whole model is being copied
-            made.claim(memo[id(root)])
+        if self.root is not None and (root := memo.get(id(self.root()))) is not None:  # the whole model is copied
+            made.claim(root)
         return made
 
 
@@ -145,26 +142,17 @@ class LayerState(nn.Module):
     """
 
     def __init__(
-        self,
-        attached: ModelAdapters,
-        layer: Layer | None,
-        factors: bool,
-        attributes: Mapping[str, Any],
-        product: bool = False,
+        self, attached: ModelAdapters, layer: Layer | None, factors: bool, attributes: Mapping[str, Any], product: bool
     ) -> None:
         super().__init__()
-        self.attached = attached
-        self.key = attached.new_key()
-        self.layer = layer
-        self.factors = factors
-        self.product = product
-        self.transposed = False
+        attached.keys += 1
+        self.attached, self.key = attached, attached.keys
+        self.layer, self.factors, self.product, self.transposed = layer, factors, product, False
         self.attributes = dict(attributes)
         self.bound: tuple[str, ...] = ()
 
     def refusal(self, chosen: ActiveAdapter) -> SelectionError:
-        """Of a call whose selection names no parts (several adapters and none selected, or a detached one), or another
-        adapter than the merged one."""
+        """Of a call whose selection names no parts, or another adapter than the merged one."""
         merged = self.attached.merged
         if chosen.parts is None and chosen.name is not None:
             return detached(chosen.name)

@@ -3,17 +3,13 @@
     y = forward(view of the module with gain ⊙ (W + ΔW) in the place of W)
 
 A view is another object of the module's class that shares everything with it but the weights that change. This is the
-general path, right for every module there is; ``layer_adapter.py`` has the faster ones. What forward does to the
-attributes of the view (a cache, a counter) is written back to the module afterwards.
-
-Rejected: ``torch.func.functional_call``, which swaps the weights in the module itself for the time of a call: two
-threads that call one model with two adapters would meet each other's weights.
+general path, right for every module there is. What forward does to the attributes of the view (a cache, a counter) is
+written back to the module afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,14 +29,16 @@ if TYPE_CHECKING:
 
 def viewed(
     part: Any,
-    module: nn.Module,
-    base: type[nn.Module],
-    layer_state: LayerState,
+    module: Any,
+    base: Any,
+    layer_state: Any,
     args: tuple,
     kwargs: dict,
-    method: str = "forward",
+    now: Any,
+    share=True,
+    method="forward",
 ) -> Any:
-    """The module's own forward (or another method), on a view of it with the changed weights of a part."""
+    """The module's own forward (or another method), on a view with a part's changed weights: ``run`` of any part."""
     function, read_below, full = method_of(base, method), part.below(method), part.replacements(module)
     dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in part.changes.items()}
     narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
@@ -51,7 +49,7 @@ def viewed(
     if wide:
         own = {**module._buffers, **module._parameters, **values}
         values = {name: widen(value, torch.float32) for name, value in own.items() if value is not None}
-    made: list[_Seen] = []
+    made: list[_Made] = []
     seen = _seen(module, base, values, _children_read_below(module, read_below, made), layer_state, made)
     if narrow is None:
         y = function(seen, *args, **kwargs)
@@ -63,12 +61,12 @@ def viewed(
             args, kwargs = cast_floats((args, kwargs), torch.float32)
             y = cast_floats(function(seen, *args, **kwargs), output)
     for entry in made:
-        entry.write_back()
+        _write_back(*entry)
     return y
 
 
 def _children_read_below(
-    module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Seen]
+    module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Made]
 ) -> dict[str, nn.Module]:
     """Views of the modules below whose weights are read directly, under the names of this module's children."""
     below: dict[str, dict[ModulePath, LayerAdapter]] = {}
@@ -78,7 +76,7 @@ def _children_read_below(
     return {name: _view_read_below(cast(nn.Module, module._modules[name]), rest, made) for name, rest in below.items()}
 
 
-def _view_read_below(module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Seen]) -> nn.Module:
+def _view_read_below(module: nn.Module, parts: Mapping[ModulePath, LayerAdapter], made: list[_Made]) -> nn.Module:
     own, layer_state = parts.get(()), state_of(module)
     if own is None:
         return _seen(module, type(module), {}, _children_read_below(module, parts, made), None, made)
@@ -92,36 +90,28 @@ def _view_read_below(module: nn.Module, parts: Mapping[ModulePath, LayerAdapter]
     return _seen(module, own_class(module), values, _children_read_below(module, parts, made), layer_state, made)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A view for one call: what its attributes were before it, and the values that stand for the module's own."""
-
-    module: nn.Module
-    view: nn.Module
-    before: Mapping[str, Any]
-    values: Mapping[str, Tensor]
-
-    def write_back(self) -> None:
-        """Give the module what forward did to the view: attributes (a cache, a counter) and buffers."""
-        own, seen = self.module.__dict__, self.view.__dict__
-        for name, value in seen.items():
-            if name not in self.before or self.before[name] is not value:
-                own[name] = value
-        for name in self.before:
-            if name not in seen:
-                own.pop(name, None)
-        for name, value in self.view._buffers.items():
-            if name not in self.values and self.module._buffers.get(name) is not value:
-                self.module._buffers[name] = value
+#: a module, its view for one call, what the view's attributes were before it, and the values in place of the module's
+_Made = tuple[nn.Module, nn.Module, Mapping[str, Any], Mapping[str, Tensor]]
 
 
-def _seen(module: nn.Module, base, values, children, layer_state: LayerState | None, made: list[_Seen]) -> nn.Module:
+def _write_back(module: nn.Module, seen: nn.Module, before: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Give a module what forward did to its view: attributes (a cache, a counter) and buffers."""
+    own, now = module.__dict__, seen.__dict__
+    own.update({name: value for name, value in now.items() if name not in before or before[name] is not value})
+    for name in before.keys() - now.keys():
+        own.pop(name, None)
+    for name, value in seen._buffers.items():
+        if name not in values and module._buffers.get(name) is not value:
+            module._buffers[name] = value
+
+
+def _seen(module: nn.Module, base, values, children, layer_state: LayerState | None, made: list[_Made]) -> nn.Module:
     seen = view(module, base, values, children, None if layer_state is None else layer_state.attributes)
     for name in () if layer_state is None else layer_state.bound:
         seen.__dict__[name] = MethodType(seen.__dict__[name].__func__, seen)
     if layer_state is not None and layer_state.layer is not None:
         layer_state.layer.bind(seen, values)
-    made.append(_Seen(module, seen, dict(seen.__dict__), values))
+    made.append((module, seen, dict(seen.__dict__), values))
     return seen
 
 
@@ -132,9 +122,8 @@ def view(
     children: Mapping[str, nn.Module] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """``module`` as ``base`` sees it, with other parameters, buffers, children and attributes. The module itself is
-    not touched, so that any number of threads may do this at once (``torch.func.functional_call`` swaps them in
-    place)."""
+    """``module`` as ``base`` sees it, with other parameters, buffers, children and attributes. The module is not
+    touched, so that any number of threads may do this at once (``torch.func.functional_call`` swaps them in place)."""
     if values and is_parametrized(module):
         # Its class computes the weight by a property: the view is of the class from before, with every such weight.
         lists = cast(nn.ModuleDict, module._modules["parametrizations"])
@@ -147,10 +136,8 @@ def view(
     for kind in ("_parameters", "_buffers"):
         own = module.__dict__[kind]
         seen.__dict__[kind] = {name: values.get(name, own[name]) for name in own}
-    extra = {
-        name: value for name, value in values.items() if name not in seen._parameters and name not in seen._buffers
-    }
-    seen._parameters.update(cast(Any, extra))
+    extra: Any = {name: values[name] for name in values.keys() - seen._parameters.keys() - seen._buffers.keys()}
+    seen._parameters.update(extra)
     if children:
         seen.__dict__["_modules"] = {**module._modules, **children}
     return seen

@@ -5,11 +5,6 @@
     with bank.rows(["french", None, {"french": 0.7, "german": 0.3}]):
         model(x)                                    row i of every input uses entry i
 
-    bank         names, memory, and the block of calls whose rows use adapters
-    lease        the right to use adapters while they stay in memory
-    resident     an adapter in memory, without the model's knowing it
-    batch_state  the adapters of one call, as the kernels of a mixed batch read them
-
 In: adapter folders, and a model. Out: calls of that model in which each row uses its own adapter.
 """
 

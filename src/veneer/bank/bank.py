@@ -1,9 +1,8 @@
 """The adapters of one model: named, loaded when they are used, evicted when memory is needed, used row by row.
 
-An adapter is on disk, in memory, or in memory and in use. What is in use or pinned stays; of the rest, what was used
-longest ago makes room. Nothing is registered with the model: its ``state_dict`` and its parameters are those of the
-base, and a call outside of ``rows`` is the base's own. Threads may use one bank at once: each call has a batch state to
-itself.
+What is in use or pinned stays in memory; of the rest, what was used longest ago makes room. Nothing is registered with
+the model: its ``state_dict`` and its parameters are those of the base. Threads may use one bank at once: each call has
+a batch state to itself.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from veneer.attach.blend import finite_weights
 from veneer.attach.install import abandon, enlist
 from veneer.attach.lookup import adapters_of, strangers, unwrap
 from veneer.attach.select_rows import time_first
-from veneer.attach.state import BASE, ActiveAdapter, in_turn
+from veneer.attach.state import BASE, CHANGING, ActiveAdapter
 from veneer.attach.targets import Names
 from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
 from veneer.bank.lease import Entry, Lease, Status, weights_of
-from veneer.bank.resident import Recipes, ResidentAdapter, expected_bytes, load_resident
+from veneer.bank.resident import Recipes, expected_bytes, load_resident
 from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fileio import throttle
@@ -49,7 +48,7 @@ class Bank:
         model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
             are frozen. ``close`` gives both back.
         capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the running calls have laid
-            out comes on top: the factors of the adapters that they use, once more.
+            out comes on top: the factors of the adapters that they use, once more for each of two sets of rows.
         dtype: of the adapters' parameters in memory; None takes that of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
@@ -69,14 +68,15 @@ class Bank:
         model = unwrap(model)
         if problem := strangers(model):
             raise SelectionError(problem)
-        if problem := spread_problem(
-            (module for _, module in walk(model)), "a bank", "give it a model that one process holds"
-        ):
+        modules = (module for _, module in walk(model))
+        if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         prepare(model, dtype)
         self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
-        self._attached = _joined(model)
+        with CHANGING:
+            self._attached = enlist(model)
+            self._attached.banks += 1
         self._frame = Frame(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
         self._cache = MatchCache(Names(model))
@@ -220,8 +220,8 @@ class Bank:
         done: Future[Lease] = Future()
         with self._changed:
             finite_weights(adapter_weights)
-            if all(self._need(name).resident is not None for name in adapter_weights):
-                done.set_result(self._lease(adapter_weights, self._taken(adapter_weights)))
+            if (lease := self._warm(adapter_weights)) is not None:
+                done.set_result(lease)
                 return done
             if self._loader is None:
                 self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads)
@@ -247,22 +247,14 @@ class Bank:
             found = "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
             raise SelectionError(sentence(found, "one choice for each row", "name an adapter or None for each row"))
         row_weights = [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
-        lease: Lease | None = None
-        try:
-            names = {name: 1.0 for weights in row_weights if weights for name in weights}
-            lease = self._acquire(names) if names else None
-            resident = {} if lease is None else dict(zip(lease.adapter_weights, lease.uses, strict=True))
-            uses = tuple(
-                tuple((adapter, weight) for adapter, weight in self._own(choice).uses if weight)
-                if weights is None
-                else tuple((resident[name][0], weight) for name, weight in weights.items() if weight)
+        with self._acquire({name: 1.0 for weights in row_weights if weights for name in weights}) as lease:
+            resident = dict(zip(lease.adapter_weights, (adapter for adapter, _ in lease.uses), strict=True))
+            blends = (
+                self._own(choice).uses if weights is None else [(resident[name], w) for name, w in weights.items()]
                 for choice, weights in zip(choices, row_weights, strict=True)
             )
-            with self._using(uses):
+            with self._using(tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)):
                 yield
-        finally:
-            if lease is not None:
-                lease.release()
 
     def generate(self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any) -> Any:
         """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams and returned sequences
@@ -284,8 +276,7 @@ class Bank:
             return model.generate(inputs, **kwargs)
 
     def throttle_loads(self) -> None:
-        """From now on, let what this thread loads pause while calls run, which then hardly feel it: a load takes a
-        second. A call that has just ended is followed by another one."""
+        """From now on, let this thread's loads, of a second each, pause while calls run or one has just ended."""
         throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def close(self) -> None:
@@ -297,26 +288,26 @@ class Bank:
         if not self._loading.acquire(blocking=False):
             raise SelectionError(sentence("a bank that loads an adapter", "no running load", "let it end first"))
         try:
-            self._shut()
+            with self._changed:
+                if self._closed:
+                    return
+                used = [entry.name for entry in self._entries.values() if entry.users]
+                if used or self._calls:
+                    found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
+                    raise SelectionError(sentence(found, "no running call", "let the calls end first"))
+                self._closed = True
+                for entry in self._entries.values():
+                    self._drop(entry)
+                self._entries.clear()
+                self._batch_states.clear()
+                if self._loader is not None:
+                    self._loader.shutdown(wait=False)
+            with CHANGING:
+                self._attached.banks -= 1
+                if adapters_of(self.model) is self._attached:
+                    abandon(self.model, self._attached)
         finally:
             self._loading.release()
-
-    def _shut(self) -> None:
-        with self._changed:
-            if self._closed:
-                return
-            used = [entry.name for entry in self._entries.values() if entry.users]
-            if used or self._calls:
-                found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
-                raise SelectionError(sentence(found, "no running call", "let the calls end first"))
-            self._closed = True
-            for entry in self._entries.values():
-                self._drop(entry)
-            self._entries.clear()
-            self._batch_states.clear()
-            if self._loader is not None:
-                self._loader.shutdown(wait=False)
-        _left(self.model, self._attached)
 
     # ------------------------------------------------------------------------------------------ within
 
@@ -346,20 +337,21 @@ class Bank:
             entry.used = self._clock
         return entries
 
-    def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease, now; this thread loads what is cold. It holds nothing while it waits for its turn: what is loaded
-        before it may need the room."""
+    def _warm(self, adapter_weights: Mapping[str, float]) -> Lease | None:
+        """A lease, if all is in memory."""
         with self._changed:
-            if all(self._need(name).resident is not None for name in adapter_weights):
-                return self._lease(adapter_weights, self._taken(adapter_weights))
+            if any(self._need(name).resident is None for name in adapter_weights):
+                return None
+            return Lease(self, adapter_weights, self._taken(adapter_weights))
+
+    def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
+        """A lease, now; this thread loads what is cold. It holds nothing while it waits: others may need the room."""
+        if (lease := self._warm(adapter_weights)) is not None:
+            return lease
         with self._loading:  # one at a time: it is work for all cores
             with self._changed:
                 entries = self._taken(adapter_weights)
             return self._loaded(adapter_weights, entries)
-
-    def _lease(self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
-        resident = [(entry, entry.resident) for entry in entries]
-        return Lease(self, adapter_weights, resident)  # pyright: ignore[reportArgumentType]
 
     def _loaded(self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
         """A lease on taken entries; who calls has the turn to load."""
@@ -371,7 +363,7 @@ class Bank:
             self._release(entries)
             raise
         with self._changed:
-            return self._lease(adapter_weights, entries)
+            return Lease(self, adapter_weights, entries)
 
     def _load(self, entry: Entry, wanted: Sequence[Entry]) -> None:
         start = time.monotonic()
@@ -386,16 +378,12 @@ class Bank:
             self._tell("fail", entry.name, time.monotonic() - start)
             raise
         with self._changed:
-            self._learn(resident)
+            if any(key not in self._frame.modules for key in resident.parts):  # modules that no adapter changed before
+                self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
             entry.resident, entry.seen = resident, (resident.rank, resident.variant)
             self._bytes += resident.nbytes
             self._alive.add(resident.uid)
         self._tell("load", entry.name, time.monotonic() - start)
-
-    def _learn(self, resident: ResidentAdapter) -> None:
-        """Note modules that no adapter changed before."""
-        if any(key not in self._frame.modules for key in resident.parts):
-            self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
 
     def _room(self, count: int, wanted: Sequence[Entry]) -> None:
         """Evict until ``count`` bytes fit."""
@@ -413,23 +401,18 @@ class Bank:
                 kept = {id(e): e.resident.nbytes for e in (*self._entries.values(), *wanted)
                         if e.resident is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
                 waits = sum(kept.values()) + count <= self.capacity
-                if not waits or not self._freed(deadline - time.monotonic()):
-                    if waits and self._bytes + count <= self.capacity:
+                if waits:
+                    self._crowded += 1
+                    try:
+                        freed = self._changed.wait(max(0.0, deadline - time.monotonic()))
+                    finally:
+                        self._crowded -= 1
+                    if freed or self._bytes + count <= self.capacity:
                         continue
-                    found = (
-                        f"{count:,} bytes to load beside {sum(kept.values()):,} that are pinned or asked for with it"
-                    )
-                    found += "" if not waits else f", and others in use for {PATIENCE:g} s"
-                    do = "give the bank more, unpin adapters, or use fewer at once"
-                    raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
-
-    def _freed(self, seconds: float) -> bool:
-        """Wait for a change of who uses what; False if none comes in time."""
-        self._crowded += 1
-        try:
-            return self._changed.wait(max(0.0, seconds))
-        finally:
-            self._crowded -= 1
+                found = f"{count:,} bytes to load beside {sum(kept.values()):,} that are pinned or asked for with it"
+                found += f", and others in use for {PATIENCE:g} s" if waits else ""
+                do = "give the bank more, unpin adapters, or use fewer at once"
+                raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
 
     def _drop(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False
@@ -455,10 +438,8 @@ class Bank:
         """A block of calls whose rows use these."""
         with self._changed:
             self._open()
-            batch_state, drops = (
-                self._batch_states.pop() if self._batch_states else BatchState(self._frame),
-                self._drops,
-            )
+            batch_state = self._batch_states.pop() if self._batch_states else BatchState(self._frame)
+            drops = self._drops
             self._calls += 1
         selected = None
         try:
@@ -470,7 +451,7 @@ class Bank:
         finally:
             if selected is not None:  # who took this context along must not meet the next call's rows
                 selected.name, selected.parts = "the rows of a bank's block that has ended", None
-            batch_state.rest()
+            batch_state.assignment = None
             with self._changed:
                 if drops != self._drops:
                     for uid in batch_state.uids - self._alive:
@@ -481,17 +462,3 @@ class Bank:
     def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:
             self.on_event(kind, name, seconds)
-
-
-@in_turn
-def _joined(model: nn.Module) -> Any:
-    attached = enlist(model)
-    attached.banks += 1
-    return attached
-
-
-@in_turn
-def _left(model: nn.Module, attached: Any) -> None:
-    attached.banks -= 1
-    if adapters_of(model) is attached:
-        abandon(model, attached)

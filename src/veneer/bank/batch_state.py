@@ -1,18 +1,15 @@
 """The adapters of one call, as ``kernels/compiled/mixed_rows.py`` reads them, or laid out for ``kernels/batched.py``.
 
     BatchState ─ layers         each changed by one of two kernels
-               ─ assignments    what the rows of a call use: addresses or runs, groups of rows, gains and biases
-               ─ buckets        one for each size of rank: lanes, and which adapter has which
+               ─ assignments    what the rows of a call use: addresses, runs or lanes; groups of rows, gains and biases
 
 ``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and bfloat16 on a
 processor, and of prompts on few threads, as it has one. Where it is turned off, on other devices and in other dtypes it
-is ``batched``, plain tensor code, for which each layer has A [lanes, r, in] and B [lanes, r, out] of each bucket. An
-adapter that is used takes a lane, the same one in every layer, and keeps it until another needs it. So who uses the
-same adapters again finds them laid out, and one that comes copies its own factors alone. A layer that an adapter leaves
-alone, or changes at a smaller rank, has zeros there.
+is ``batched``, plain tensor code. An assignment lays the factors of its adapters out for that, each in a lane of
+A [lanes, r, in] and B [lanes, r, out], for each layer and size of rank; the next call with the same rows finds them. A
+layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
 
-One call at a time has a batch state: nothing moves under it. Lanes belong to a ``ResidentAdapter`` by its ``uid``,
-which is never used again, so an adapter that was removed cannot be met under its name.
+One call at a time has a batch state: nothing moves under it.
 """
 
 from __future__ import annotations
@@ -23,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach.blend import blended
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.select_rows import Parts
-from veneer.attach.state import BASE, ActiveAdapter, LayerState
+from veneer.attach.state import BASE, ActiveAdapter
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, fused
 from veneer.kernels.batched import Grouping
@@ -35,10 +33,8 @@ from veneer.kernels.compiled import THREADS, mixed_rows_loop, row_groups
 
 #: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
 SMALLEST = 8
-#: calls in a row that need at most half of a bucket's lanes before the others are given up
-PATIENCE = 8
 #: how many assignments are kept: a server's, for the rows that decode and those that begin
-KEPT = 4
+KEPT = 2
 #: tokens a row up to which rows are grouped
 FEW = 4
 
@@ -47,43 +43,11 @@ Uses = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class Frame:
-    """What a bank knows of the model that its adapters are for: its modules by the keys of their layer states, and how
-    its calls are selected."""
+    """What a bank knows of its model: the modules by the keys of their layer states, and how calls are selected."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
         self.modules: dict[Any, nn.Module] = {}
-
-
-class RankBucket:
-    """Lanes for adapters of about one rank."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.lanes, self.slack = rank, 0, 0
-        self.taken: dict[int, int] = {}  # the longest unused first
-
-    def free(self) -> int | None:
-        return next((lane for lane in range(self.lanes) if lane not in self.taken.values()), None)
-
-
-class Block:
-    """A layer's factors in one bucket: A [lanes, r, in], B [lanes, r, out]."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B = A, B
-
-    def lanes(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Those of so many lanes."""
-        if count == len(self.A):
-            return self.A, self.B
-        return self.A.narrow(0, first, count), self.B.narrow(0, first, count)
-
-    def put(self, lane: int, resolved_low: ResolvedLowRank | None) -> None:
-        rank = 0 if resolved_low is None else len(resolved_low.A)
-        if resolved_low is not None:
-            self.A[lane, :rank] = resolved_low.A
-            self.B[lane, :rank] = resolved_low.B
-        self.A[lane, rank:] = self.B[lane, rank:] = 0  # whoever had this lane before; 0 · NaN would be NaN
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -105,23 +69,21 @@ class Layer:
         self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
         self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
         self.time_first = batch_state.frame.time_first
-        self.blocks: dict[int, Block] = {}
         self.factors = resolved_low.A.dtype
+        self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
         self.compiled = mixed_rows_loop(own, self.factors)
 
-    def room(self, bucket: RankBucket) -> None:
-        """Zeros for all lanes of a bucket, where the kernel wants them."""
-        if self.compiled is not None:
-            return
+    @torch.inference_mode(False)  # another call, which may be an ordinary one, reads what is made here
+    @torch.no_grad()
+    def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
+        """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
+        parts = [resident.parts.get(self.key) for resident in members]
+        pairs = [(part.A, part.B) if isinstance(part, ResolvedLowRank) else self.nothing for part in parts]
         A, B = (
-            torch.zeros(bucket.lanes, bucket.rank, width, dtype=self.dtype, device=self.device)
-            for width in (self.in_, self.out)
+            torch.stack(own) if len({len(one) for one in own}) == 1 else pad_sequence([*own], batch_first=True)
+            for own in zip(*pairs, strict=True)
         )
-        before = self.blocks.get(bucket.rank)
-        self.blocks[bucket.rank] = Block(A, B)
-        if before is not None:
-            kept = min(bucket.lanes, len(before.A))
-            A[:kept], B[:kept] = before.A[:kept], before.B[:kept]
+        return A.to(self.dtype), B.to(self.dtype)
 
     def seen(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.members:
@@ -129,9 +91,16 @@ class Layer:
                 yield from resident.parts[self.key].seen(method)
 
     def run(
-        self, module: nn.Module, base: type[nn.Module], layer_state: LayerState, args: tuple, kwargs: dict, now: Any,
-        share: bool = True, method: str = "forward",
-    ) -> Any:  # fmt: skip
+        self,
+        module: Any,
+        base: Any,
+        layer_state: Any,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        share=True,
+        method="forward",
+    ) -> Any:
         # Each Python call here is time in every layer of a decoding step.
         assignment = self.batch_state.assignment
         if len(args) == 1 and not kwargs and now.path is None:
@@ -168,8 +137,7 @@ class Layer:
         """Δ [N, out]."""
         wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
-        for rank, grouping in assignment.groupings(tokens, self.device, self.dtype):
-            A, B = self.blocks[rank].lanes(grouping.first, grouping.groups)
+        for grouping, (A, B) in assignment.groups(self, tokens):
             h = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
             delta = batched.widened(h, B, grouping, delta)
         if delta is None:
@@ -199,7 +167,12 @@ class BatchAssignment:
     def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
         self.members = list({resident: None for uses in rows for resident, _ in uses})
-        self.plans: dict[Any, list[tuple[int, Grouping]]] = {}
+        self.lanes: dict[int, list[ResidentAdapter]] = {}
+        for resident in self.members:
+            if resident.rank:  # rounded up, so that adapters of about one rank share a product
+                self.lanes.setdefault(max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []).append(resident)
+        self.groupings: dict[Any, list[Grouping]] = {}
+        self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         self.made: dict[Any, list[batched.Run]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.tables: dict[Any, Any] = {}
@@ -245,17 +218,14 @@ class BatchAssignment:
             self.made[layer.key] = runs
         return self.made[layer.key]
 
-    def groupings(self, tokens: int, device: torch.device, dtype: torch.dtype) -> list[tuple[int, Grouping]]:
-        """How rows of so many tokens are grouped in each bucket that they use."""
-        key = tokens, device, dtype
-        found = self.plans.get(key)
-        if found is None:
-            found = self.plans[key] = [
-                (bucket.rank, _grouping(self.rows, bucket, tokens, device, dtype))
-                for bucket in self.batch_state.buckets.values()
-                if any(resident.uid in bucket.taken for resident in self.members)
-            ]
-        return found
+    def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
+        """For each size of rank how rows of so many tokens are grouped, and the factors of a layer."""
+        key, lanes = (tokens, layer.device, layer.dtype), self.lanes
+        if key not in self.groupings:
+            self.groupings[key] = [_grouping(self.rows, members, *key) for members in lanes.values()]
+        if layer.key not in self.factors:
+            self.factors[layer.key] = [layer.laid_out(members) for members in lanes.values()]
+        return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
     def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
@@ -279,18 +249,16 @@ class BatchAssignment:
 
 
 def _grouping(
-    rows: Sequence[Uses], bucket: RankBucket, tokens: int, device: torch.device, dtype: torch.dtype
+    rows: Sequence[Uses], members: Sequence[ResidentAdapter], tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Grouping:
-    """The rows that use adapters of a bucket, by their lanes."""
-    used = [bucket.taken[resident.uid] for uses in rows for resident, _ in uses if resident.uid in bucket.taken]
-    lowest, count = min(used), max(used) - min(used) + 1
-    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in range(count)]
+    """The rows that use some of these adapters, by their lanes."""
+    count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
+    rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
     mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
     for row, uses in enumerate(rows):
         mine.append([])
         for resident, weight in uses:
-            if resident.uid in bucket.taken:
-                lane = bucket.taken[resident.uid] - lowest
+            if (lane := lane_of.get(resident)) is not None:
                 mine[row].append((lane, len(rows_of_lane[lane])))
                 rows_of_lane[lane].append((row, weight))
     size = max(map(len, rows_of_lane))
@@ -316,124 +284,40 @@ def _grouping(
         if not all(has):
             lacks = ~torch.tensor(has, device=device).repeat_interleave(tokens)[:, None]
         back.append((index, lacks))
-    return Grouping(lowest, count, order, weights, tuple(back))
+    return Grouping(0, count, order, weights, tuple(back))
 
 
 class BatchState:
-    """Buckets, layers, and what the running call uses."""
+    """Layers, what the rows of late calls used, and what those of the running call use."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
-        self.buckets: dict[int, RankBucket] = {}
         self.layers: dict[Any, Layer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
 
     @property
     def uids(self) -> set[int]:
-        """Whose factors are laid out or kept."""
-        laid = {uid for bucket in self.buckets.values() for uid in bucket.taken}
-        return laid.union(resident.uid for assignment in self.assignments.values() for resident in assignment.members)
+        """Whose factors are kept."""
+        return {resident.uid for assignment in self.assignments.values() for resident in assignment.members}
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
-        """Lay out what the rows use, and make it what calls of its layers mean."""
-        members = list({resident: None for uses in rows for resident, _ in uses})
+        """Make what the rows use what calls of its layers mean."""
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
-        self._give_up(members)
-        assignment = self.assignments.pop(key, None) or self._new(rows, members)
-        self.assignments[key] = assignment
-        for resident in members:
-            bucket = self.buckets.get(_size(resident))
-            if bucket is not None and resident.uid in bucket.taken:
-                bucket.taken[resident.uid] = bucket.taken.pop(resident.uid)
-        self.assignment = assignment
+        assignment = self.assignments.pop(key, None)
+        if assignment is None:
+            while len(self.assignments) >= KEPT:
+                del self.assignments[next(iter(self.assignments))]
+            for resident in {resident for uses in rows for resident, _ in uses}:
+                for layer, part in resident.parts.items():
+                    if isinstance(part, ResolvedLowRank) and layer not in self.layers:
+                        self.layers[layer] = Layer(self, layer, part)
+            with torch.inference_mode(False):  # another call, which may be an ordinary one, uses what is made here
+                assignment = BatchAssignment(self, rows)
+        self.assignments[key] = self.assignment = assignment
         return assignment
 
-    def rest(self) -> None:
-        """A call has ended: keep nothing of it."""
-        self.assignment = None
-
-    @torch.inference_mode(False)  # another call, which may be an ordinary one, writes into what is made here
-    def _new(self, rows: tuple[Uses, ...], members: Sequence[ResidentAdapter]) -> BatchAssignment:
-        self._lay_out(members)
-        while len(self.assignments) >= KEPT:
-            del self.assignments[next(iter(self.assignments))]
-        return BatchAssignment(self, rows)
-
     def forget(self, uid: int) -> None:
-        """An adapter is no longer in memory: its lane is free, and nothing here holds it. A bucket without
-        adapters is given up."""
-        self._vacate(uid)
-        for bucket in [one for one in self.buckets.values() if not one.taken]:
-            del self.buckets[bucket.rank]
-            for layer in self.layers.values():
-                layer.blocks.pop(bucket.rank, None)
-
-    def _vacate(self, uid: int) -> None:
-        for bucket in self.buckets.values():
-            bucket.taken.pop(uid, None)
-        self.assignments = {
-            key: one for key, one in self.assignments.items() if all(resident.uid != uid for resident in one.members)
-        }
-
-    def _give_up(self, members: Sequence[ResidentAdapter]) -> None:
-        """Lanes that have long been more than twice of what is needed."""
-        for bucket in self.buckets.values():
-            needed = sum(bool(resident.rank) and _size(resident) == bucket.rank for resident in members)
-            bucket.slack = bucket.slack + 1 if needed and 2 * needed <= bucket.lanes else 0
-            if bucket.slack > PATIENCE:
-                bucket.taken, bucket.slack = {}, 0
-                with torch.inference_mode(False):
-                    self._resize(bucket, 0)
-
-    def _meet(self, members: Sequence[ResidentAdapter]) -> None:
-        """Make the layers that they change and nobody did before."""
-        parts = (pair for resident in members for pair in resident.parts.items())
-        for key, part in parts:
-            if isinstance(part, ResolvedLowRank) and key not in self.layers:
-                self.layers[key] = Layer(self, key, part)
-                for bucket in self.buckets.values():
-                    self.layers[key].room(bucket)
-
-    def _lay_out(self, members: Sequence[ResidentAdapter]) -> None:
-        self._meet(members)
-        if all(layer.compiled is not None for layer in self.layers.values()):
-            return
-        wanted = {resident.uid for resident in members}
-        for size in dict.fromkeys(_size(resident) for resident in members if resident.rank):
-            bucket = self.buckets.setdefault(size, RankBucket(size))
-            new = [
-                resident
-                for resident in members
-                if resident.rank and _size(resident) == size and resident.uid not in bucket.taken
-            ]
-            kept = [uid for uid in bucket.taken if uid in wanted]
-            if len(new) + len(kept) > bucket.lanes:
-                self._resize(bucket, len(new) + len(kept))
-            for resident in new:
-                lane = bucket.free()
-                if lane is None:
-                    idle = next(uid for uid in bucket.taken if uid not in wanted)
-                    lane = bucket.taken[idle]
-                    self._vacate(idle)
-                bucket.taken[resident.uid] = lane
-                self._put(resident, bucket, lane)
-
-    @torch.no_grad()
-    def _resize(self, bucket: RankBucket, lanes: int) -> None:
-        bucket.lanes, self.assignments = lanes, {}
-        for layer in self.layers.values():
-            layer.room(bucket)
-
-    @torch.no_grad()
-    def _put(self, resident: ResidentAdapter, bucket: RankBucket, lane: int) -> None:
-        for key, layer in self.layers.items():
-            if layer.compiled is not None:
-                continue
-            part = resident.parts.get(key)
-            layer.blocks[bucket.rank].put(lane, part if isinstance(part, ResolvedLowRank) else None)
-
-
-def _size(resident: ResidentAdapter) -> int:
-    """The rank of the bucket for an adapter."""
-    return max(SMALLEST, 1 << (resident.rank - 1).bit_length())
+        """An adapter is no longer in memory: nothing here holds it."""
+        kept = self.assignments.items()
+        self.assignments = {key: one for key, one in kept if all(resident.uid != uid for resident in one.members)}

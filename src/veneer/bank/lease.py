@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Status:
-    """One name of a bank: ``resident`` says whether it is in memory, where it takes ``bytes``; ``users`` counts the
-    leases on it. ``rank`` and ``variant`` are known once it was loaded."""
+    """One name of a bank: whether it is in memory, where it takes ``bytes``, and how many leases are on it (``users``).
+    ``rank`` and ``variant`` are known once it was loaded."""
 
     name: str
     path: Path
@@ -46,15 +46,14 @@ class Entry:
 
 
 class Lease:
-    """The right to use adapters that stay in memory until it is released. ``adapter_weights`` is what was asked for, by
-    name; ``uses`` the same with the adapters in memory."""
+    """The right to use adapters that stay in memory until it is released: ``adapter_weights`` by name, as asked for,
+    and ``uses`` with the adapters in memory."""
 
-    def __init__(
-        self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[tuple[Entry, ResidentAdapter]]
-    ) -> None:
+    def __init__(self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> None:
         self.adapter_weights = dict(adapter_weights)
-        self.uses: Uses = tuple((resident, adapter_weights[entry.name]) for entry, resident in entries)
-        self._bank, self._entries = bank, [entry for entry, _ in entries]
+        uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
+        self.uses: Uses = tuple(uses)
+        self._bank, self._entries = bank, [*entries]
 
     def release(self) -> None:
         """Give the right back; again does nothing."""

@@ -5,9 +5,8 @@
         LayerAdapter        everything else there is
 
 A ``ResolvedLowRank`` is a few views of one block of memory that holds all factors of the adapter in the dtype of the
-base. So an adapter takes the bytes of its factors and little more, and gives them back at once. What is resolved here
-(the gain of DoRA, the products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains
-here.
+base, and gives it back at once. What is resolved here (the gain of DoRA, the products of PiSSA) is not resolved again
+in every call: the base is frozen, and nothing trains here.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.install import build, enlist, place, trained_dtype
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters_of
-from veneer.attach.plan import LowRankPlan, Plans
-from veneer.attach.state import LayerState, ModulePath, in_turn
+from veneer.attach.plan import LowRankPlan
+from veneer.attach.state import CHANGING, ModulePath
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.views import viewed
 from veneer.bases import BASES
@@ -70,6 +69,7 @@ class ResolvedLowRank:
     read_below = {}
     entries = {}
     storage = BASES["plain"]
+    run = viewed  # for calls that the batched products are not for (autocast, gradients): on W + ΔW, formed
 
     @property
     def changes(self) -> dict[str, ResolvedLowRank]:
@@ -94,20 +94,12 @@ class ResolvedLowRank:
         dense = dense + self.layer.fold(delta, dense.shape)
         return {self.name: dense if wide else dense.to(weight.dtype)}
 
-    def run(
-        self, module: nn.Module, base: Any, layer_state: LayerState, args: tuple, kwargs: dict, now: Any, **how: Any
-    ) -> Any:
-        """For calls that the batched products are not for (autocast, gradients): on W + ΔW, formed."""
-        return viewed(self, module, base, layer_state, args, kwargs, how.get("method", "forward"))
-
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``state.ActiveAdapter`` has it.
-
-    ``nbytes`` counts its tensors and what Python takes for its parts, ``rank`` is the largest of its low-rank changes,
-    and ``general`` are the keys of the layers where it is more than a ``ResolvedLowRank``.
-    """
+    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``ActiveAdapter`` has it. ``nbytes``
+    counts tensors and Python's parts, ``rank`` is the largest, ``general`` are the keys of what is no
+    ``ResolvedLowRank``."""
 
     path: Path
     variant: str
@@ -150,29 +142,20 @@ def load_resident(
         return _resident(path, config.variant, tables, [], len(tables))
     parts = build(names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters)
     load_plan.fill(parts)
-    table = _placed(model, names, load_plan.plans, parts)
+    with CHANGING:
+        table = place(names, enlist(model), load_plan.plans, parts)
     resolved_low, general = _divided(names, parts, dtype)
     tables = {key: resolved_low.get(id(part), part) for key, part in table.items()}
-    if (
-        not general
-        and len(table) == len(low)
-        and not load_plan.full
-        and not VARIANTS[config.variant].derived
-        and _ordinary(low, names)
-    ):
-        recipes[id(low)] = Recipe(config, low, [names.modules[entry.path] for entry in low])
+    modules = [names.modules[entry.path] for entry in low]
+    plain = not (general or load_plan.full or VARIANTS[config.variant].derived) and len(table) == len(low)
+    if plain and all(map(_ordinary, low, modules)):
+        recipes[id(low)] = Recipe(config, low, modules)
     return _resident(path, config.variant, tables, general, len(parts))
-
-
-@in_turn
-def _placed(model: nn.Module, names: Names, plans: Plans, parts: Mapping[str, LayerAdapter]) -> dict[Any, LayerAdapter]:
-    return place(names, enlist(model), plans, parts)
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """An adapter that was all ``ResolvedLowRank``: another one of the same plan is made without the modules that
-    training needs."""
+    """An adapter that was all ``ResolvedLowRank``: another of the same plan needs no modules made for training."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -203,37 +186,22 @@ class Recipe:
 Recipes = dict[int, Recipe]
 
 
-def _ordinary(low: Sequence[LowRankPlan], names: Names) -> bool:
-    """Whether each change is of all outputs and inputs of its weight, which lies as its layer has it."""
-    modules = [names.modules[entry.path] for entry in low]
-    layer_states: list[Any] = [state_of(module) for module in modules]
-    pairs = zip(low, modules, strict=True)
-    plain = all(entry.rows is None and entry.layer.frozen_input(module) is None for entry, module in pairs)
-    return plain and not any(layer_state is None or layer_state.transposed for layer_state in layer_states)
+def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
+    """Whether a change is of all outputs and inputs of its weight, which lies as its layer has it."""
+    layer_state = state_of(module)
+    lies = layer_state is not None and not layer_state.transposed
+    return lies and entry.rows is None and entry.layer.frozen_input(module) is None
 
 
 def _resident(
     path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int
 ) -> ResidentAdapter:
-    resolved_low = {id(one): one for one in tables.values() if isinstance(one, ResolvedLowRank)}.values()
-    general_bytes = {
-        id(value): value.numel() * value.element_size()
-        for part in general
-        for value in (*part.parameters(), *part.buffers())
-    }
-    size = sum(one.A.nbytes + one.B.nbytes + _bytes(one.gain) + _bytes(one.bias) for one in resolved_low)
-    return ResidentAdapter(
-        path,
-        variant,
-        tables,
-        size + sum(general_bytes.values()) + OVERHEAD * parts,
-        max((one.A.shape[0] for one in resolved_low), default=0),
-        frozenset(key for key, part in tables.items() if not isinstance(part, ResolvedLowRank)),
-    )
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.nbytes
+    low = {key: one for key, one in tables.items() if isinstance(one, ResolvedLowRank)}
+    tensors = [value for one in low.values() for value in (one.A, one.B, one.gain, one.bias) if value is not None]
+    tensors += [value for part in general for value in (*part.parameters(), *part.buffers())]
+    size = sum(value.nbytes for value in {id(value): value for value in tensors}.values())
+    rank = max((len(one.A) for one in low.values()), default=0)
+    return ResidentAdapter(path, variant, tables, size + OVERHEAD * parts, rank, frozenset(tables.keys() - low.keys()))
 
 
 def _divided(
@@ -304,8 +272,7 @@ def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Te
 
 
 def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies of tensors, one after the other in one block of memory for each dtype and device. Each begins at a
-    multiple of 64 bytes."""
+    """Copies, one after the other in one block of memory a dtype and device, each at a multiple of 64 bytes."""
     starts: dict[Any, int] = {}
     offsets = []
     for value in values:
