@@ -3,9 +3,8 @@
     nn.Linear  --install-->  a subclass of nn.Linear with the same name, the child ``veneer`` (LayerState) in the layer
                <-uninstall-
 
-The layer stays the same object with the same parameters; only its class changes. There is one subclass for each class
-of layer and each set of methods besides ``forward`` that read a changed weight (``entries``). Why a subclass and no
-wrapper or hook: see ``layer_adapter.py``.
+The layer stays the same object with the same parameters. There is one subclass for each class of layer and each set of
+methods besides ``forward`` that read a changed weight (``entries``).
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ class Adapted:
 
 @functools.cache
 def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Module]:
-    """The one adapted subclass of ``base`` for these methods besides forward. It has the name of ``base``, and a
-    forward of the same signature: both are read by libraries that wrap models."""
+    """The one adapted subclass of ``base``, with its name and the signature of its forward: libraries read both."""
 
     @functools.wraps(base.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,8 +71,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
 
 
 def _entry(base: type[nn.Module], name: str) -> Any:
-    """A method (or property) of ``base`` that reads adapted weights, as the adapted class has it. Within a view it is
-    the class's own again, so that nothing changes twice."""
+    """A method (or property) of ``base`` that reads adapted weights. In a view it is the class's own again."""
     method = method_of(base, name)
 
     @functools.wraps(method)
@@ -129,8 +126,7 @@ def state_of(module: nn.Module) -> LayerState | None:
 
 
 def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Put a child in place, or take it away, in a new table of children: another thread may be walking the old one
-    (``nn.TransformerEncoderLayer`` does, in every forward)."""
+    """Put a child in place, or take it away (None), in a new table: another thread may be walking the old one."""
     children = {key: value for key, value in module._modules.items() if key != name}
     module.__dict__["_modules"] = children if child is None else {**children, name: child}
 
@@ -154,9 +150,8 @@ def uninstall(module: nn.Module) -> None:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) under every name that a module has, in the model's order. Unlike ``named_modules`` it does not
-    enter the layer states, whose many adapters would make every walk longer, nor the insides of parametrised
-    weights."""
+    """(path, module) under every name that a module has, in the model's order, without what is inside of layer states
+    and of parametrised weights."""
     stack = [("", model)]
     while stack:
         path, module = stack.pop()

@@ -1,10 +1,7 @@
 """The change of one weight: adapter parameters, and how they become ΔW.
 
-    resolve(W)   ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
-    changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scale · B A
-
-A ``Change`` brings three questions together that know nothing of each other: the variant makes the pair of factors, the
-storage reads the frozen weight, and the layer lays [g, out, in] into the weight's shape.
+resolve(W)   ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
+changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scale · B A
 """
 
 from __future__ import annotations
@@ -24,16 +21,13 @@ from veneer.variants import Variant
 
 
 class Change(nn.Module):
-    """One adapter's change of one weight: adapter parameters, and how they become ΔW.
-
-    ``rows`` are the indices of the outputs that change (None: all); ``frozen_input`` is the input that never does.
-    """
+    """One adapter's change of one weight. ``rows`` are the indices of the outputs that change (None: all);
+    ``frozen_input`` is the input that never does."""
 
     layer: Any
     variant: Any
     storage: Any
     dims: Dims
-    digests: Any
 
     def __init__(
         self,
@@ -69,8 +63,7 @@ class Change(nn.Module):
         return {**self._parameters, **self._buffers}
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable in the adapter parameters; in
-        ``dtype`` if that is given."""
+        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
@@ -86,8 +79,7 @@ class Change(nn.Module):
         return low if self.frozen_input is None else low.without(self.frozen_input), gain
 
     def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` for a merge, in float64: so a gain does not show whether it was computed for a whole stack of
-        matrices or for one of them."""
+        """``resolve`` for a merge, in float64: a gain is the same for one matrix as for a stack of them."""
         return self.resolve(weight, torch.float64)
 
     def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,9 +93,7 @@ class Change(nn.Module):
         self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False
     ) -> Tensor:
         """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``.
-
-        ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would.
-        """
+        ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low is not None:
             delta = low.delta(dtype)

@@ -1,7 +1,4 @@
-"""Prove on a live model that every attached adapter is seen.
-
-A layer can be passed by without an error: a fused fast path in eval mode, a weight that is read past the layer's own
-forward, a module that this kind of input never reaches. Three proofs, each naming what fails:
+"""Prove on a live model that every attached adapter is seen. Three proofs, each naming what fails:
 
     reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
     gradient    one pass in the model's own mode gives every change a finite gradient that is not zero, at the start or
@@ -48,8 +45,7 @@ NOISE = 1e-4
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Which weights were proven to be seen; ``compared`` of them also against the definition (a weight that is stored
-    packed cannot be replaced by W + ΔW)."""
+    """Which weights were proven to be seen; ``compared`` (those not stored packed) also to the definition."""
 
     adapter: str
     weights: tuple[str, ...]
@@ -71,9 +67,13 @@ class _Item:
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(self, what: str) -> str:
-        found = f"{self.where!r} ({own_class(self.module).__name__}) {what}"
-        return sentence(found, "a layer that the output depends on", "exclude it, or give an example that reaches it")
+    def problem(
+        self,
+        what: str,
+        expected: str = "a layer that the output depends on",
+        do: str = "exclude it, or give an example that reaches it",
+    ) -> str:
+        return sentence(f"{self.where!r} ({own_class(self.module).__name__}) {what}", expected, do)
 
 
 def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
@@ -97,7 +97,8 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     modules = (module for _, module in walk(model))
     if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
         raise CheckError(problem)
-    args, kwargs = _arguments(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
     items = _items(model, name)
     trained = list(dict.fromkeys(p for item in items for p in item.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
@@ -111,12 +112,9 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
     """(problems, how many changes were compared with the definition)."""
     reached: set[int] = set()
     with _as_it_was(model, trained), use(model, name):
-        own_modes = {module: module.training for module in model.modules()}
+        first = _gradients(model, trained, args, kwargs)
         with context.changed(reached=reached), torch.no_grad():
             model.eval()(*args, **kwargs)
-        for module, mode in own_modes.items():
-            module.training = mode
-        first = _gradients(model, trained, args, kwargs)
     problems, silent = [], []
     for item in items:
         found = [first[p] for p in item.parameters if first[p] is not None]
@@ -130,15 +128,14 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
     packed = _packed(model, name)
     if problems or packed is None:
         return problems, 0
-    compared = [
-        item
-        for item in items
-        if not item.ids & {id(change) for part in packed.values() for change in part.changes.values()}
-    ]
+    left_out = {id(change) for part in packed.values() for change in part.changes.values()}
+    compared = [item for item in items if not item.ids & left_out]
     problems = _differences(model, name, compared, trained, packed, args, kwargs)
-    if problems and not packed and _all_narrower_than_float64(model):
+    floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    narrow = all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
+    if problems and narrow and not packed:
         try:
-            with _in_float64(model):
+            with dead_weights.replaced((*model.parameters(), *model.buffers()), _doubled):
                 args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
                 problems = _differences(model, name, compared, trained, packed, args, kwargs)
         except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
@@ -151,8 +148,7 @@ def _is_there(gradients: Iterable[Tensor | None]) -> bool:
 
 
 def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
-    """A problem for each of these, which got no gradient at the start, unless training itself opens the way: once the
-    parameters have moved, it is there."""
+    """A problem for each of these without a gradient at the start, unless it comes once the parameters have moved."""
 
     def ask() -> list[bool]:
         gradients = _gradients(model, trained, args, kwargs)
@@ -166,10 +162,10 @@ def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: 
     for item, there, names in zip(items, later, behind, strict=True):
         if names and not there:
             zeros = listing(map(repr, names))
-            text = f"{item.where!r} ({own_class(item.module).__name__}) receives no gradient: every way from it to the "
-            text += f"output goes through weights that are exactly zero and do not train: {zeros}"
+            what = "receives no gradient: every way from it to the output goes through weights that are exactly zero"
             do = "load the weights that belong there, train them too (targets=, train_also=), or leave this layer out"
-            yield sentence(text, "a way that is not multiplied by zero", do)
+            found = f"{what} and do not train: {zeros}"
+            yield item.problem(found, "a way that is not multiplied by zero", do)
         elif not there:
             yield item.problem("receives no gradient")
 
@@ -184,51 +180,26 @@ def _differences(model: nn.Module, name: str, items: list[_Item], trained: list[
             ours = _gradients(model, trained, args, kwargs)
         with _defined(model, name, packed):
             theirs = _gradients(model, trained, args, kwargs)
-    return list(_different(items, ours, theirs))
 
-
-def _all_narrower_than_float64(model: nn.Module) -> bool:
-    """Whether the model's numbers are plain ones that float64 holds exactly."""
-    floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
-    return all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    """A number of the model's, or an argument of it, where it runs in float64."""
-    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
-
-
-@contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
-    """The model in float64; afterwards its tensors are the same objects with the memory that they had."""
-    held = [(one, one.data) for one in (*model.parameters(), *model.buffers())]
-    try:
-        for one, data in held:
-            one.data = _doubled(data)
-        yield
-    finally:
-        for one, data in held:
-            one.data = data
-
-
-def _different(items: list[_Item], ours: Mapping, theirs: Mapping) -> Iterator[str]:
     def whole(gradients: Mapping, item: _Item) -> Tensor:
-        return torch.cat([double(_or_zero(gradients[p], p).flatten()).cpu() for p in item.parameters])
+        own = (torch.zeros_like(p) if gradients[p] is None else gradients[p] for p in item.parameters)
+        return torch.cat([double(gradient.flatten()).cpu() for gradient in own])
 
-    largest = max((whole(theirs, item).norm().item() for item in items), default=0.0)
+    problems, largest = [], max((whole(theirs, item).norm().item() for item in items), default=0.0)
     for item in items:
         expected = whole(theirs, item)
         error = (whole(ours, item) - expected).norm().item() / max(expected.norm().item(), NOISE * largest, 1e-30)
         size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
         if not error < TOLERANCE.get(size, 0.5):
-            what = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
-            found = f"{item.where!r} ({own_class(item.module).__name__}) {what}"
-            expected_ = "a weight that is read through its layer's forward, or directly by a module above it"
-            yield sentence(found, expected_, "exclude it: something else reads this weight past its layer")
+            found = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
+            way = "a weight that is read through its layer's forward, or directly by a module above it"
+            problems.append(item.problem(found, way, "exclude it: something else reads this weight past its layer"))
+    return problems
 
 
-def _or_zero(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
+def _doubled(tensor: Tensor) -> Tensor:
+    """A number of the model's, or an argument of it, where it runs in float64."""
+    return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
 
 
 def _items(model: nn.Module, name: str) -> list[_Item]:
@@ -287,15 +258,15 @@ def _gradients(model: nn.Module, trained: list[nn.Parameter], args, kwargs) -> d
     with torch.enable_grad():
         output = model(*args, **kwargs)
         # A random projection: a plain sum is constant after a softmax or a layer norm, and would hide a gradient.
-        total = sum((_weighted(tensor) for tensor in _floats(output)), torch.zeros(()))
+        projected = ((y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(output))
+        total = sum(projected, torch.zeros(()))
     if not total.requires_grad:
         return dict.fromkeys(trained)
     return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
 
 
 def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The parts of weights that cannot be replaced by W + ΔW, by the key of their layer's state. None if they share a
-    module with others, so that nothing can be compared."""
+    """The parts of weights that cannot be replaced, by their state's key; None if they share a module with others."""
     packed: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
     for _, module, part in adapters(model, name):
@@ -311,8 +282,7 @@ def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
 
 @contextmanager
 def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
-    """The plain model with W + ΔW in place of every W, differentiable in the adapter parameters, one weight at a
-    time."""
+    """The plain model with W + ΔW in place of every W, differentiable, one weight at a time."""
     undo: list[tuple[dict, Any, Any]] = []
 
     def put(where: dict, key: Any, value: Any) -> None:
@@ -351,24 +321,11 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
             where[key] = value
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, tuple) else ((example,), {})
-
-
 def _floats(value: Any):
     """Every floating-point tensor with a gradient in an output of nested containers."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.requires_grad:
             yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _floats(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _floats(item)
-
-
-def _weighted(tensor: Tensor) -> Tensor:
-    return (tensor.float() * torch.randn(tensor.shape).to(tensor.device)).sum().cpu()

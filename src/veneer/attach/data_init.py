@@ -5,8 +5,7 @@ from before a quantisation.
     gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
     original   W before it was quantised, [g, out, in]      LoftQ
 
-It is gathered on the base alone, in evaluation mode, before anything is attached; modes, gradients and hooks are as
-they were afterwards, also after an exception.
+It is gathered on the base alone, in evaluation mode, before anything is attached.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _problems(
     if loss and "gradient" not in variant.needs:
         yield sentence("loss=", f"nothing that variant {variant.name!r} would ignore", "leave loss out")
     for entry in plans.low:
-        where = parameter_path(*entry.ref)
+        where = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
             found = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
             expected = ", ".join(kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs)
@@ -151,8 +150,7 @@ def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], ba
 
 
 def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, Layer, str]:
-    """(module, kind, weight's name below it) of what computes with a weight: the module itself, or one above of which
-    it is a part, whose forward reads it directly."""
+    """(module, kind, weight's name below it) of what computes with a weight: its module, or what that is a part of."""
     above, _, child = entry.path.rpartition(".")
     weight_reader = modules[above]
     kind = kind_of(weight_reader) if entry.path else None
@@ -188,7 +186,7 @@ def _originals(plans: Plans, original: nn.Module | Mapping[str, Tensor]) -> dict
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, found = [], {}
     for entry in plans.low:
-        where = parameter_path(*entry.ref)
+        where = entry.where
         value = state.get(where)
         if value is None:
             problems.append(sentence(f"no {where!r} in original", "every adapted weight", "pass the unquantised model"))
@@ -208,8 +206,7 @@ def _chosen(entry: LowRankPlan, dense: Tensor) -> Tensor:
 
 
 def _all_seen(plans: Plans, found: Mapping[ParamRef, Tensor], what: str) -> None:
-    missing = [parameter_path(*entry.ref) for entry in plans.low if entry.ref not in found]
-    problems = [
-        sentence(f"no {what} of {path!r} in the batches", "batches that reach it", "exclude it") for path in missing
-    ]
+    missing = [entry.where for entry in plans.low if entry.ref not in found]
+    do = "exclude it"
+    problems = [sentence(f"no {what} of {path!r} in the batches", "batches that reach it", do) for path in missing]
     raise_all(ConfigError, "Nothing was attached", problems)

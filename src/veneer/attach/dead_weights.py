@@ -1,14 +1,15 @@
 """Which weights that are exactly zero stand between an adapter and the output.
 
 A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies every gradient of what lies
-before it by zero. That looks as if the output did not depend on the adapter, and is another thing: it will, once the
-gate moves. Tried here, as no code shows it: the gradient comes back if the zeros are replaced.
+before it by zero. That looks as if the output did not depend on the adapter; it will, once the gate moves. No code
+shows it, so it is tried: the gradient comes back if the zeros are replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,7 @@ def zeros(model: nn.Module, but: Sequence[nn.Parameter]) -> dict[str, nn.Paramet
 
 
 def blocking(found: dict[str, nn.Parameter], ask: Ask) -> list[tuple[str, ...]]:
-    """For each question that ``ask`` answers, the names of the zero weights without which the answer would be yes;
-    none where they are not the reason."""
+    """For each question, the zero weights without which its answer would be yes; none where they are not the reason."""
     with _filled(found.values()):
         there = list(ask())
     if not any(there):
@@ -52,14 +52,21 @@ def blocking(found: dict[str, nn.Parameter], ask: Ask) -> list[tuple[str, ...]]:
     return [tuple(names) or every if was else () for names, was in zip(needed, there, strict=True)]
 
 
-@contextmanager
-def _filled(parameters) -> Iterator[None]:
-    """Small random numbers in place of the zeros; afterwards every parameter has the memory that it had."""
-    held: list[tuple[nn.Parameter, Tensor]] = [(one, one.data) for one in parameters]
+def _filled(parameters: Iterable[nn.Parameter]) -> Any:
+    """A block with small random numbers in place of the zeros."""
     generator = torch.Generator().manual_seed(0)
+    return replaced(
+        parameters, lambda data: (torch.randn(data.shape, generator=generator) * SIZE).to(data.device, data.dtype)
+    )
+
+
+@contextmanager
+def replaced(tensors: Iterable[Tensor], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A block in which tensors have other numbers; afterwards each has the memory that it had."""
+    held = [(one, one.data) for one in tensors]
     try:
         for one, data in held:
-            one.data = (torch.randn(data.shape, generator=generator) * SIZE).to(data.device, data.dtype)
+            one.data = make(data)
         yield
     finally:
         for one, data in held:

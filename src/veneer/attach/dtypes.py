@@ -1,7 +1,5 @@
-"""Dtypes around an adapted layer: a 16-bit layer computes W + ΔW in float32 and answers in the dtype that it had.
-
-A 16-bit sum W + ΔW loses a ΔW that is small beside W, so what is materialised is computed in at least float32 and only
-the output is rounded. Integers (token ids, masks) pass through all of these functions unchanged.
+"""Dtypes around an adapted layer: a 16-bit layer computes W + ΔW in float32 and answers in the dtype that it had, as
+a 16-bit sum loses a ΔW that is small beside W. Integers (token ids, masks) pass through unchanged.
 """
 
 from __future__ import annotations

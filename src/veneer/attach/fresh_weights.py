@@ -1,8 +1,5 @@
-"""Weights that no checkpoint held, such as a new classification head: transformers initialises them at random.
-
-An adapter that neither trains nor stores them is worth little to whoever loads it, as the next load makes other ones.
-``fresh`` finds them by the marks that transformers leaves on what it has loaded, ``warn_fresh`` says which an adapter
-does not hold.
+"""Weights that no checkpoint held, such as a new classification head: transformers initialises them at random. An
+adapter that neither trains nor stores them is worth little to whoever loads it, as the next load makes other ones.
 """
 
 from __future__ import annotations
@@ -17,23 +14,19 @@ from veneer.errors import listing
 
 
 class FreshWeights(UserWarning):
-    """Parameters that the checkpoint did not hold, and that the adapter does not hold either: who loads the adapter
-    later gets other numbers there."""
+    """Parameters that neither the checkpoint nor the adapter holds: who loads the adapter gets other numbers there."""
 
 
 def fresh(names: Names) -> dict[int, ParamRef]:
-    """The parameters that a checkpoint did not hold, so that they were initialised at loading: where each is first met,
-    by identity. transformers marks what it loads; of a model without such marks nothing is known."""
+    """The parameters that a checkpoint did not hold, where each is first met, by identity. transformers marks what it
+    loads; of a model without such marks nothing is known."""
     found: dict[int, ParamRef] = {}
     marked = False
-    for path, module in names.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if getattr(parameter, "_is_hf_initialized", False):
-                marked = True
-            else:
-                found.setdefault(id(parameter), (path, name))
+    for ref, parameter in names.parameters():
+        if getattr(parameter, "_is_hf_initialized", False):
+            marked = True
+        else:
+            found.setdefault(id(parameter), ref)
     return found if marked else {}
 
 

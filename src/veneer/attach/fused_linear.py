@@ -2,9 +2,7 @@
 
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three, the others take theirs
 
-Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight: what a call needs is known when they are
-attached. ``source_analysis.same_input`` finds the layers that may be computed together in the code
-of the module above them.
+Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight.
 """
 
 from __future__ import annotations

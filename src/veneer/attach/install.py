@@ -4,14 +4,15 @@
     build, place                    the two halves of it, for who keeps the parts outside of the model (a bank)
     detach(model)                   gives back the very model: classes, modules, parameters, ``requires_grad``
 
-``build`` allocates everything that an adapter needs and leaves the model alone, so that running out of memory or a
-variant that cannot start from these weights changes nothing. ``place`` changes classes and tables only.
+``build`` leaves the model alone, so that running out of memory or a variant that cannot start changes nothing.
+``place`` changes classes and tables only.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +30,7 @@ from veneer.attach.plan import LowRankPlan, Plans
 from veneer.attach.refusals import kind_for, name_problems
 from veneer.attach.source_analysis import same_input
 from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
-from veneer.attach.targets import (
-    Names,
-    ParamRef,
-)
+from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
@@ -61,9 +59,8 @@ def install(
         parameters: the adapter parameters of each weight; made anew without.
         calibration: what a variant may look at of one weight besides the weight itself, by name.
     """
-    raise_all(
-        TargetError, "Nothing was attached", list(name_problems(model, name))
-    )  # another thread may have been faster
+    problems = list(name_problems(model, name))  # another thread may have been faster
+    raise_all(TargetError, "Nothing was attached", problems)
     names = Names(model)
     parts = build(names, plans, trainable=trainable, parameters=parameters, calibration=calibration)
     attached = enlist(model)
@@ -92,43 +89,49 @@ def build(
     modules, given = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
-    changes, problems = [], []
+    problems: list[str] = []
+    parts: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
     for entry in plans.low:
         try:
-            changes.append((entry, make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)))
+            change = make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)
         except _BadStartError as error:
             problems.append(str(error))
-    if problems:
-        for entry in plans.low:
-            if state_of(modules[entry.path]) is None:
-                entry.storage.release(modules[entry.path])
-    raise_all(TargetError, "Nothing was attached", problems)
-    parts: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
-    for entry, change in changes:
+            continue
         parts[entry.path].low._modules[entry.weight] = change
         for path, weight in entry.holders:
             parts[path].changes[weight] = change
-    _copy_all_full(parts, modules, plans)
+    for entry in plans.low if problems else ():
+        if state_of(modules[entry.path]) is None:
+            entry.storage.release(modules[entry.path])
+    raise_all(TargetError, "Nothing was attached", problems)
+    _copy_full(parts, modules, plans)
     _link_readers(parts, names, plans)
     for path, part in parts.items():
         part.requires_grad_(trainable).train(modules[path].training)
     return {path: parts[path] for path in modules if path in parts}
 
 
-def _copy_all_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans) -> None:
-    """Give the parts copies of what is trained in full. A frozen base keeps its running statistics too: what training
-    would move becomes a copy that the adapter owns."""
-    moving = {path: () for path, module in modules.items() if _keeps_statistics(module) and path not in plans.full}
+def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans) -> None:
+    """Give the parts copies of what is trained in full; tied parameters have one, but for those in ``apart``. A frozen
+    base keeps its running statistics too: what training would move becomes a copy that the adapter owns."""
+    plain = {path: module for path, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
+    moving = {path: () for path, module in plain.items() if module._buffers.get("running_mean") is not None}
     copies: dict[Any, nn.Parameter] = {}
-    for path, parameters in {**plans.full, **moving}.items():
-        whole = path in plans.whole or _keeps_statistics(modules[path])
-        alone = {name: (path, name) for name in parameters if (path, name) in plans.apart}
-        _copy_full(parts[path].full, modules[path], parameters, plans.config, whole, copies, alone)
+    for path, parameters in {**moving, **plans.full}.items():
+        full, module = parts[path].full, modules[path]
+        for name in parameters:
+            own: Any = module._parameters[name]
+            key = (path, name) if (path, name) in plans.apart else id(own)
+            if key not in copies:
+                copies[key] = nn.Parameter(own.detach().to(trained_dtype(plans.config, own.dtype), copy=True))
+            full.register_parameter(name, copies[key])
+        for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
+            if own is not None and name not in module._non_persistent_buffers_set:
+                full.register_buffer(name, own.detach().clone())
 
 
 def _link_readers(parts: defaultdict[str, LayerAdapter], names: Names, plans: Plans) -> None:
-    """Tell the part of each module that reads a changed weight past its holder of that holder's part, and give one to
-    each module whose fused fast path must be turned off."""
+    """Tell who reads past a weight's holder of its part, and give a part to each module with a fused fast path."""
     readers = [reader for entry in plans.low for reader in entry.weight_readers]
     for reader in (*readers, *plans.full_readers):
         below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
@@ -158,13 +161,10 @@ def enlist(model: nn.Module) -> ModelAdapters:
 def place(
     names: Names, attached: ModelAdapters, plans: Plans, parts: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
-    """Make the modules of these parts adapted, and return the table of the parts by what calls them (see
-    ``state.ActiveAdapter``). The layer states do not hold the parts yet."""
+    """Make the modules adapted; return the parts as ``ActiveAdapter`` has them. No layer state holds them yet."""
     modules = names.modules
-    transposed = {
-        path for entry in plans.low for path, _ in entry.holders
-        if kind_for(modules[path], entry.weight).out_axis != entry.layer.out_axis
-    }  # fmt: skip
+    holders = [(entry, path) for entry in plans.low for path, _ in entry.holders]
+    transposed = {p for entry, p in holders if kind_for(modules[p], entry.weight).out_axis != entry.layer.out_axis}
     selected: dict[Any, LayerAdapter] = {}
     for path, part in parts.items():
         layer_state = _layer_state(modules[path], attached)
@@ -180,13 +180,12 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
     """Let layers that read one input be computed together."""
     for path, module in names.modules.items():
         for children in same_input(own_class(module)):
-            paths = [names.canonical.get(parameter_path(path, child), "") for child in children]
-            known = [(names.modules[p], parts[p]) for p in dict.fromkeys(paths) if p in parts and p != path]
-            by_size: dict[Any, list[tuple[nn.Module, LayerAdapter]]] = {}
-            for child, part in known:
-                if part.direct is not None and part.together is None:
+            by_size: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
+            for p in dict.fromkeys(names.canonical.get(parameter_path(path, child), "") for child in children):
+                part = parts.get(p) if p != path else None
+                if part is not None and part.direct is not None and part.together is None:
                     change = part.direct.change
-                    by_size.setdefault((change.dims.in_, change.dropout), []).append((child, part))
+                    by_size[change.dims.in_, change.dropout].append((names.modules[p], part))
             for members in by_size.values():
                 together = Together(members) if len(members) > 1 else None
                 for _, part in members:
@@ -209,21 +208,16 @@ def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
     return layer_state
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return not scripted and module._buffers.get("running_mean") is not None
-
-
 class _BadStartError(TargetError):
     """Numbers from which a variant starts are not finite, or too near to that for linear algebra."""
 
 
-def _starting(entry: LowRankPlan, variant: str, what: str, values: Tensor) -> Tensor:
-    """``values``, if a variant can start from them."""
+def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Tensor]) -> Tensor:
+    """What is read, if a variant can start from it."""
+    values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    where = parameter_path(*entry.ref)
-    found = f"the weight {where!r}" if what == "base" else f"the {what} of {where!r}"
+    found = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
     expected = f"finite numbers, from which variant {variant!r} starts"
     do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
     raise _BadStartError(sentence(f"{found} with NaN or infinity", expected, do))
@@ -245,15 +239,14 @@ def make_change(
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
         dense = layer.unfold(dense.to(at_least_float32(dense.dtype)), entry.dims)
-        dense = dense if rows is None else dense[:, rows.to(dense.device)]
-        return _starting(entry, variant.name, "base", dense)
+        return dense if rows is None else dense[:, rows.to(dense.device)]
 
     dims = entry.start_dims
     found = calibration(entry) if calibration is not None and not given else {}
-    seen = {
-        name: lambda name=name, read=read: _starting(entry, variant.name, name, read()) for name, read in found.items()
+    seen: Any = {
+        name: partial(_starting, entry, variant.name, name, read) for name, read in {"base": base, **found}.items()
     }
-    start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), base, **seen)
+    start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen)
     device = getattr(weight, "device", None) or entry.storage.dense(weight).device
     parameters = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
@@ -261,37 +254,20 @@ def make_change(
             with torch.no_grad(), torch.device(device):
                 parameters = {**variant.init(start), **parameters}
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
-            found = f"{parameter_path(*entry.ref)!r}, from which variant {variant.name!r} cannot start ({error})"
+            found = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
             raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
-    parameters = {
-        name: value if name in variant.derived else value.to(dtype, copy=bool(given))
-        for name, value in parameters.items()
-    }
+    for name in parameters.keys() - variant.derived:
+        parameters[name] = parameters[name].to(dtype, copy=bool(given))
     return Change(
         parameters, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
         alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
     )  # fmt: skip
 
 
-def _copy_full(full: nn.Module, module: nn.Module, parameters, config: LoraConfig, whole: bool, copies, alone) -> None:
-    """Register copies of a module's parameters, and of its buffers if ``whole``; tied parameters have one copy, but for
-    those that stand ``alone``."""
-    for name in parameters:
-        own: Any = module._parameters[name]
-        key = alone.get(name, id(own))
-        if key not in copies:
-            copies[key] = nn.Parameter(own.detach().to(trained_dtype(config, own.dtype), copy=True))
-        full.register_parameter(name, copies[key])
-    for name, own in module._buffers.items() if whole else ():
-        if own is not None and name not in module._non_persistent_buffers_set:
-            full.register_buffer(name, own.detach().clone())
-
-
 def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """The dtype of what is trained for a weight of dtype ``base``: the config's, else float32 for a 16-bit base and
-    the base's otherwise."""
+    """What is trained for a weight of dtype ``base`` has the config's dtype, else float32 or, if wider, ``base``."""
     return getattr(torch, config.dtype) if config.dtype else at_least_float32(base)
 
 
@@ -328,7 +304,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 
 def abandon(model: nn.Module, attached: ModelAdapters) -> None:
-    """Give modules without an adapter their own class and storage back, and with the last adapter the model its
+    """Give modules without an adapter their class and storage back, and a model without adapters its
     ``requires_grad``: unless a bank needs them."""
     if attached.banks:
         return

@@ -31,9 +31,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         TargetError: it is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TargetError(
-            sentence(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
-        )
+        found = f"a {type(model).__name__} for a model"
+        raise TargetError(sentence(found, "a torch.nn.Module", "load the model first"))
     while ADAPTERS not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None or len(model._modules) != 1:
@@ -43,14 +42,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
-    """The model's ``ModelAdapters``; a SelectionError if it has none, or no adapter of this name, or if layers of the
-    model belong to another model's. Without ``walk`` those are looked for only while there is a copied layer
-    anywhere."""
+    """The model's ``ModelAdapters``; a SelectionError if it has none or none of this name, or if layers belong to
+    another model's. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
     attached = adapters_of(model)
     if attached is None:
-        raise SelectionError(
-            sentence(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
-        )
+        found = f"no adapter on this {type(model).__name__}"
+        raise SelectionError(sentence(found, "one", "call veneer.attach or load first"))
     attached.claim(unwrap(model))
     if (walk or STRAY) and (problem := strangers(model)):
         raise SelectionError(problem)
@@ -61,21 +58,17 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
 
 
 def strangers(model: nn.Module) -> str | None:
-    """The problem of layers with adapters that were attached through another model, or None. Nobody who selects, merges
-    or detaches through this one means them, but a walk over its layers would meet them."""
-    if not _strangers(model) or not (paths := in_turn(_strangers)(model)):  # another thread may be attaching
+    """The problem of layers with adapters of another model, which a walk over this one's layers would meet, or None."""
+
+    def others() -> list[str]:
+        attached = adapters_of(model)
+        return [path for path, _, layer_state in layer_states(unwrap(model)) if layer_state.attached is not attached]
+
+    if not others() or not (paths := in_turn(others)()):  # another thread may be attaching
         return None
     found = f"adapters attached through another model object at {listing(paths, 3)}"
-    do = (
-        "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
-        "copying or attach after"
-    )
-    return sentence(found, "one root for all adapters", do)
-
-
-def _strangers(model: nn.Module) -> list[str]:
-    attached = adapters_of(model)
-    return [path for path, _, layer_state in layer_states(unwrap(model)) if layer_state.attached is not attached]
+    do = "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
+    return sentence(found, "one root for all adapters", f"{do}copying or attach after")
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
@@ -88,8 +81,7 @@ def only_name(model: nn.Module, name: str | None) -> str:
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
-    """(path, module, its part of the adapter ``name``) for every module where it does something of its own, in the
-    model's order."""
+    """(path, module, its part of the adapter) of each module where that does something, in the model's order."""
     for path, module, layer_state in layer_states(model):
         part = layer_state.get(name)
         if part is not None and (part.low._modules or part.full.state_dict()):

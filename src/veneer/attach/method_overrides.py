@@ -4,10 +4,8 @@
     take_back(model)                             the objects are as they were
     without_adapters(model)                      a view of the model as it would be without any of this
 
-What stands there is an attribute of the object, found before the method of its class. Rejected: a subclass, as for
-adapted layers. The forward of every model that has the method would then be ours too, and FSDP2 puts classes of its
-own above. A function alone would not do: an attribute of an object is bound to nothing, and copies and pickles of the
-model need one that is theirs.
+What stands there is an attribute of the object, found before the method of its class. A function alone would not do: an
+attribute of an object is bound to nothing, and copies and pickles of the model need one that is theirs.
 """
 
 from __future__ import annotations
@@ -23,10 +21,7 @@ from veneer.attach.state import STATE, LayerState
 
 
 class Instead:
-    """What stands in the place of a method: ``function``, given the module that it belongs to.
-
-    ``before`` is what the object itself had there, which hides the method of its class too; None if nothing.
-    """
+    """What stands in the place of a method: ``function``, given the module. ``before`` is what the object had there."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], before: Any = None) -> None:
         self.module, self.function, self.before = module, function, before
@@ -44,16 +39,13 @@ def put(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
 
 def take_back(module: nn.Module) -> None:
     """Undo every ``put`` on a module."""
-    for name, value in list(module.__dict__.items()):
-        if isinstance(value, Instead):
-            restored = original(value, module)
-            module.__dict__.pop(name)
-            module.__dict__.update({} if restored is None else {name: restored})
+    for name in [name for name in module.__dict__ if stands(module, name)]:
+        before = original(module.__dict__.pop(name), module)
+        module.__dict__.update({} if before is None else {name: before})
 
 
 def original(value: Any, module: nn.Module) -> Any:
-    """What ``module``, a view of the object or the object itself, has in the place of an attribute: that of before,
-    bound to it; None if it had nothing."""
+    """What ``module``, the object or a view of it, had in the place of an attribute, bound to it; None if nothing."""
     before = value.before if isinstance(value, Instead) else value
     return MethodType(before.__func__, module) if isinstance(before, MethodType) else before
 
@@ -67,9 +59,7 @@ def without_adapters(module: nn.Module) -> nn.Module:
     """A view of a module as it would be without adapters: its own class, no layer states, the same parameters."""
     seen = object.__new__(own_class(module))
     seen.__dict__.update(module.__dict__)
-    for name in [name for name in module.__dict__ if stands(module, name)]:
-        before = original(seen.__dict__.pop(name), seen)
-        seen.__dict__.update({} if before is None else {name: before})
+    take_back(seen)
     seen.__dict__["_modules"] = {
         name: without_adapters(child) if isinstance(child, nn.Module) and _differs(child) else child
         for name, child in module._modules.items()
@@ -80,8 +70,6 @@ def without_adapters(module: nn.Module) -> nn.Module:
 
 def _differs(module: nn.Module) -> bool:
     """Whether a module holds anything of ours, at any depth."""
-    return any(STATE in below._modules or any(map(_is_ours, below.__dict__.values())) for _, below in walk(module))
-
-
-def _is_ours(value: object) -> bool:
-    return isinstance(value, Instead)
+    return any(
+        STATE in below._modules or any(stands(below, name) for name in below.__dict__) for _, below in walk(module)
+    )

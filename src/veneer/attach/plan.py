@@ -2,47 +2,27 @@
 
     plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
 
-A ``LowRankPlan`` is one weight with a low-rank change: its owner, every module that shares it (a tie), and every method
-that reads it past those modules. What has no two axes to factor (a bias, the scale of a norm) is trained in full, and
-stands in ``Plans.full`` by module.
+What has no two axes to factor (a bias, the scale of a norm) is trained in full, and stands in ``Plans.full`` by module.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from veneer.attach import refusals
+from veneer.attach import targets as targeting
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.lookup import parameter_path
-from veneer.attach.refusals import (
-    GENERAL_KIND,
-    check_full,
-    frozen_on_purpose,
-    holders,
-    holders_of,
-    kind_for,
-    name_problems,
-    refusals_of,
-)
+from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.state import in_turn
-from veneer.attach.targets import (
-    WORDS,
-    Names,
-    ParamRef,
-    bad_regex,
-    excluded,
-    expand,
-    fresh_head,
-    select,
-    unmatched,
-    value_for,
-)
+from veneer.attach.targets import WORDS, Names, ParamRef, listed
 from veneer.attach.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
@@ -58,10 +38,7 @@ class SkippedLayers(UserWarning):
 @dataclass(frozen=True)
 class LowRankPlan:
     """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
-    past those.
-
-    ``rows`` are the outputs to change, None for all of them.
-    """
+    past those. ``rows`` are the outputs to change, None for all of them."""
 
     path: str
     weight: str
@@ -79,6 +56,10 @@ class LowRankPlan:
         return self.path, self.weight
 
     @property
+    def where(self) -> str:
+        return parameter_path(*self.ref)
+
+    @property
     def start_dims(self) -> Dims:
         """The size of what is trained: the whole weight's, or that of the chosen rows."""
         return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
@@ -87,8 +68,7 @@ class LowRankPlan:
 @dataclass(frozen=True)
 class Plans:
     """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_readers`` are the methods that read those past their modules, ``apart`` those in
-    ``full`` that are tied to another parameter in the model, and have values of their own in this adapter."""
+    ``full_readers`` read those past their modules; ``apart`` are tied ones with values of their own in this adapter."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -106,28 +86,29 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         TargetError: with every problem.
     """
     if not isinstance(config, LoraConfig):
-        found = f"config={config!r}"
-        raise ConfigError(
-            sentence(found, "a veneer.LoraConfig", "use LoraConfig(…), or LoraConfig.from_dict for a mapping")
-        )
-    problems, unusable = list(name_problems(model, name)), bad_regex(config)
+        do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
+        raise ConfigError(sentence(f"config={config!r}", "a veneer.LoraConfig", do))
+    problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
         problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     names = Names(model)
-    frozen = frozen_on_purpose(names)
-    targets, more = select(names, config)
+    frozen = refusals.frozen_on_purpose(names)
+    targets, more = targeting.select(names, config)
     problems += more
-    also = expand(names, config.train_also, "train_also", problems)
+    also = targeting.expand(names, config.train_also, "train_also", problems)
     targets, head = _divided(names, config, targets, also, frozen, problems)
     specs = _specs(names, config, targets)
     low = plan_low(names, specs, problems)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
     full = _plan_full(names, config, vectors, also, low, problems)
-    check_full(names, full, problems, frozen)
-    problems += _planned_twice(low, full)
+    refusals.check_full(names, full, problems, frozen)
+    for path, name in {ref for entry in low for ref in entry.holders}:
+        if name in full.get(path, ()):
+            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+            problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
     problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
@@ -144,7 +125,7 @@ def _divided(
     problems: list[str],
 ) -> tuple[list[ParamRef], list[ParamRef]]:
     """The targets that are left for the adapter, and those of an untrained head, which is trained in full."""
-    explicit = callable(config.targets) or any(word not in WORDS for word in _strings(config.targets))
+    explicit = callable(config.targets) or any(word not in WORDS for word in listed(config.targets))
     for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
         problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
     head = [] if explicit else _untrained_head(names, config, frozen)
@@ -152,7 +133,7 @@ def _divided(
     if _everything(config):
         targets = _attachable(names, targets, frozen)
     for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
-        problems += unmatched(names, patterns, field_name, targets)
+        problems += targeting.unmatched(names, patterns, field_name, targets)
     return targets, head
 
 
@@ -162,11 +143,11 @@ def _specs(names: Names, config: LoraConfig, targets: Sequence[ParamRef]) -> dic
     alpha = variant.default_alpha if config.alpha is None else config.alpha
     return {
         ref: TargetSpec(
-            int(value_for(names, ref, config.ranks, config.rank)),
-            value_for(names, ref, config.alphas, alpha),
-            value_for(names, ref, config.slices, None),
+            int(targeting.value_for(names, ref, config.ranks, config.rank)),
+            targeting.value_for(names, ref, config.alphas, alpha),
+            targeting.value_for(names, ref, config.slices, None),
             # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
-            clamp=_everything(config) and value_for(names, ref, config.ranks, None) is None,
+            clamp=_everything(config) and targeting.value_for(names, ref, config.ranks, None) is None,
         )
         for ref in targets
         if is_matrix(names, ref)
@@ -181,65 +162,46 @@ def _plan_full(
     low: Sequence[LowRankPlan],
     problems: list[str],
 ) -> dict[str, tuple[str, ...]]:
-    """The parameters that are trained in full, by module: all of those in ``train_also``, targets with no two axes to
-    factor, biases, and whatever is tied to one of these."""
-    full = {path: tuple(name for name, p in names.modules[path]._parameters.items() if p is not None) for path in also}
-    by_path: dict[str, tuple[str, ...]] = {}
-    for path, name in vectors:
-        by_path[path] = (*by_path.get(path, ()), name)
-    for more in (by_path, _bias_plan(names, config, [entry.path for entry in low], also, problems)):
-        for path, parameters in more.items():
-            full[path] = tuple(dict.fromkeys((*full.get(path, ()), *parameters)))
+    """What is trained in full, by module: ``train_also``, targets without two axes, biases, and their ties."""
+    full = {path: [name for name, p in names.modules[path]._parameters.items() if p is not None] for path in also}
+    for path, name in (*vectors, *_biases(names, config, [entry.path for entry in low], also, problems)):
+        full.setdefault(path, []).append(name)
     return with_ties(names, full)
 
 
-def _planned_twice(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Problems of parameters that would be changed at a low rank and trained in full."""
-    for path, name in {ref for entry in low for ref in entry.holders}:
-        if name in full.get(path, ()):
-            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
-            yield sentence(found, "one of them", "leave one of the tied modules out of train_also")
-
-
 def _everything(config: LoraConfig) -> bool:
-    return not callable(config.targets) and "all" in _strings(config.targets)
+    return not callable(config.targets) and "all" in listed(config.targets)
 
 
 def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[ParamRef]:
-    """With "all-linear", a task head that no checkpoint held, which is trained in full: a low-rank change of random
-    values, or none at all, would leave the head to whoever loads the adapter."""
-    if callable(config.targets) or "all-linear" not in _strings(config.targets):
+    """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of random values would leave
+    the head to whoever loads the adapter."""
+    if callable(config.targets) or "all-linear" not in listed(config.targets):
         return []
-    found, left_out = fresh(names), excluded(names, config, [])
-    head = fresh_head(names, [ref for key, ref in found.items() if key not in frozen])
+    found, left_out = fresh(names), targeting.excluded(names, config, [])
+    head = targeting.fresh_head(names, [ref for key, ref in found.items() if key not in frozen])
     return [ref for ref in head if ref not in left_out]
 
 
 def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
     """(path, name) of every parameter that an adapter changes or replaces, under each name of a tied one."""
-    low_refs = [ref for entry in low for ref in entry.holders]
-    return [*low_refs, *((path, name) for path, parameters in full.items() for name in parameters)]
+    in_full = [(path, name) for path, parameters in full.items() for name in parameters]
+    return [*(ref for entry in low for ref in entry.holders), *in_full]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """``full`` with every other module that holds the same parameters: a tie is trained as one."""
     by_identity, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
-    for path, parameters in full.items():
-        for name in parameters:
-            for other, other_name in by_identity.get(id(names.modules[path]._parameters.get(name)), ()):
-                whole.setdefault(other, {})[other_name] = None
+    for path, name in changed_refs((), full):
+        for other, other_name in by_identity.get(id(names.modules[path]._parameters.get(name)), ()):
+            whole.setdefault(other, {})[other_name] = None
     return {path: tuple(parameters) for path, parameters in whole.items()}
 
 
 def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
     """Who reads parameters that are trained in full past their module."""
-    found = [
-        weight_reader
-        for path, parameters in full.items()
-        for name in parameters
-        for weight_reader in weight_readers(names, path, name)
-    ]
-    return tuple(dict.fromkeys(found))
+    refs = changed_refs((), full)
+    return tuple(dict.fromkeys(weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)))
 
 
 def is_matrix(names: Names, ref: ParamRef) -> bool:
@@ -249,7 +211,7 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
     kind = kind_of(module)
     if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
         return name in kind.weights(module)
-    return "bias" not in name and name in GENERAL_KIND.weights(module)
+    return "bias" not in name and name in refusals.GENERAL_KIND.weights(module)
 
 
 def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list[ParamRef]:
@@ -257,13 +219,11 @@ def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list
     by_identity = holders(names)
     refused: dict[ParamRef, str] = {}
     for ref in targets:
-        reason = next(refusals_of(names, ref, by_identity), None)
-        if reason is None and not is_matrix(names, ref):
-            problems: list[str] = []
-            check_full(names, {ref[0]: (ref[1],)}, problems, frozen)
-            reason = next(iter(problems), None)
-        if reason:
-            refused[ref] = reason
+        reasons = list(refusals.refusals_of(names, ref, by_identity))
+        if not reasons and not is_matrix(names, ref):
+            refusals.check_full(names, {ref[0]: (ref[1],)}, reasons, frozen)
+        if reasons:
+            refused[ref] = reasons[0]
     if refused:
         lines = "\n".join(f"  {reason}" for reason in refused.values())
         warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=5)
@@ -272,8 +232,8 @@ def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each of its
-    equal parts. ``clamp`` lowers the rank to what the shape allows."""
+    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each equal part.
+    ``clamp`` lowers the rank to what the shape allows."""
 
     rank: int
     alpha: float
@@ -286,11 +246,9 @@ def plan_low(names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[
     by_identity = holders(names)
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
-        found = list(refusals_of(names, ref, by_identity))
-        if found:
-            problems += found
-            continue
-        entry = _low_plan(names, holders_of(names, ref, by_identity), spec, problems)
+        found = list(refusals.refusals_of(names, ref, by_identity))
+        problems += found
+        entry = None if found else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
         if entry is not None:
             plans.setdefault(entry.ref, entry)
     return list(plans.values())
@@ -335,21 +293,16 @@ def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
     return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None
 
 
-def _bias_plan(
+def _biases(
     names: Names, config: LoraConfig, low: Sequence[str], also: Sequence[str], problems: list[str]
-) -> dict[str, tuple[str, ...]]:
-    """The biases that are trained beside the low-rank changes, by module."""
+) -> list[ParamRef]:
+    """The biases that are trained beside the low-rank changes."""
     if config.bias == "none":
-        return {}
-    left_out = {*((path, "bias") for path in also), *excluded(names, config, [])}
+        return []
+    left_out = {*((path, "bias") for path in also), *targeting.excluded(names, config, [])}
     candidates = low if config.bias == "targets" else [p for p in names.modules if (p, "bias") not in left_out]
-    tables = {path: names.modules[path]._parameters for path in candidates}
-    biases = {path: ("bias",) for path, table in tables.items() if "bias" in table and table["bias"] is not None}
+    biases = [(path, "bias") for path in candidates if names.modules[path]._parameters.get("bias") is not None]
     if not biases:
         found = f"bias={config.bias!r} and no bias there"
         problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
     return biases
-
-
-def _strings(targets) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else tuple(targets)

@@ -1,10 +1,8 @@
 """A word where torch's quantisation would pass an adapted layer by.
 
-``torch.ao.quantization`` (``quantize_dynamic``, ``prepare``, ``convert``) swaps layers by their exact class, which an
-adapted layer no longer has: it stays in floating point, merged or not, and nothing says so. Whatever of that package
-looks at a layer first gives it an attribute ``qconfig``; that is where an adapted layer speaks.
-
-Rejected: to answer to the exact class. A layer of int8 made from one would lose its adapters with everything else.
+``torch.ao.quantization`` swaps layers by their exact class, which an adapted layer no longer has: it stays in floating
+point, merged or not, and nothing says so. Whatever of that package looks at a layer first gives it an attribute
+``qconfig``; that is where an adapted layer speaks.
 """
 
 from __future__ import annotations

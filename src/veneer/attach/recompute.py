@@ -1,19 +1,14 @@
 """Weights W + ΔW that are made when somebody reads them and again in backward, and held in between by nobody.
 
-A model on W + ΔW of all its layers would be a second model in memory, and its gradients by the weights a third. Here a
-module's table of parameters makes the tensor at each read; what autograd saves of it is a note of how to make it again;
-and the gradient of the weight goes into that of the few adapter parameters before the next one comes.
-
-Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the base), and a tensor
-subclass that is made by each operation (what a forward does with its type, or below Python, would fail).
+Here a module's table of parameters makes the tensor at each read; what autograd saves of it is a note of how to make it
+again; and the gradient of the weight goes into that of the few adapter parameters before the next one comes.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +21,11 @@ from veneer.lowrank import LowRank
 Make = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class _Note:
-    """In place of a saved tensor: how to make it."""
+class _Note(NamedTuple):
+    """In place of a saved tensor: how to make it, and its size, strides and offset in what is made."""
 
     make: Make
-    size: torch.Size
-    strides: tuple[int, ...]
-    offset: int
+    place: tuple[torch.Size, tuple[int, ...], int]
 
 
 class Recomputed:
@@ -66,13 +58,11 @@ class Recomputed:
         dtype, make = self.living.get(tensor.untyped_storage().data_ptr(), (None, None))
         if make is None or dtype != tensor.dtype:
             return tensor
-        return _Note(make, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _Note(make, (tensor.shape, tensor.stride(), int(tensor.storage_offset())))
 
     def _unpack(self, saved: Tensor | _Note) -> Tensor:
         self.latest = None
-        if isinstance(saved, Tensor):
-            return saved
-        return saved.make().as_strided(saved.size, saved.strides, saved.offset)
+        return saved if isinstance(saved, Tensor) else saved.make().as_strided(*saved.place)
 
 
 class Reads(dict[str, Any]):
@@ -107,8 +97,7 @@ class Reads(dict[str, Any]):
 
 
 class Kept:
-    """The same parameters for whoever keeps what it reads (a recurrence's list of weights): every later read gives that
-    same tensor."""
+    """The same parameters for whoever keeps what it reads (a recurrence's list): later reads give that same tensor."""
 
     def __init__(self, reads: Reads) -> None:
         self.reads = reads

@@ -4,8 +4,7 @@
     check_full      parameters that are trained in full
     name_problems   an adapter of this name, whatever it is
 
-A refusal is a text and no exception: ``plan`` collects all of them and raises once. An adapter that the model's forward
-would never see is refused here, so that none is trained without effect.
+An adapter that the model's forward would never see is refused here, so that none is trained without effect.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from torch import Tensor, nn
 from veneer.attach.adapted_module import own_class, walk, weight_of
 from veneer.attach.lookup import adapters_of, parameter_path, strangers
 from veneer.attach.state import STATE, LayerState
-from veneer.attach.targets import (
-    Names,
-    ParamRef,
-)
+from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
 from veneer.bases import storage_of
 from veneer.distributed import spread_problem
@@ -42,10 +38,8 @@ def kind_for(module: nn.Module, name: str) -> Any:
 def holders(names: Names) -> dict[int, list[ParamRef]]:
     """(path, name) of every module that holds a parameter, by the parameter's identity."""
     found: dict[int, list[ParamRef]] = {}
-    for path, module in names.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((path, name))
+    for ref, parameter in names.parameters():
+        found.setdefault(id(parameter), []).append(ref)
     return found
 
 
@@ -56,15 +50,11 @@ def holders_of(names: Names, ref: ParamRef, by_identity: Mapping[int, list[Param
 
 def refusals_of(names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]]) -> Iterator[str]:
     """Why a weight cannot be changed, for each module that holds or reads it."""
-    for holder in holders_of(names, ref, by_identity):
-        problem = _refusal(names, holder, ref)
-        if problem:
-            yield problem
+    yield from filter(None, (_refusal(names, holder, ref) for holder in holders_of(names, ref, by_identity)))
 
 
 def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
-    """Why the module that holds a weight cannot run on a changed one, or None. ``target`` is the one whose weight
-    it shares."""
+    """Why the module that holds a weight, which is that of ``target``, cannot run on a changed one, or None."""
     (path, name), module = holder, names.modules[holder[0]]
     kind, weight = kind_for(module, name), weight_of(module, name)
     shared = "" if holder == target else f" (it shares the weight of target {parameter_path(*target)!r})"
@@ -92,10 +82,9 @@ def _readers_refuse(names: Names, path: str, name: str) -> str | None:
     """Why a module that reads a parameter from above, or whose fast path would, cannot see a changed one, or None."""
     for weight_reader in weight_readers(names, path, name):
         if reason := no_place(names, weight_reader.path, weight_reader.method):
-            reader = (
-                repr(weight_reader.path) if weight_reader.path else "the model"
-            ) + f" in {weight_reader.method!r}" * (weight_reader.method != "forward")
-            return f"{reader} reads it, and {reason}"
+            reader = repr(weight_reader.path) if weight_reader.path else "the model"
+            where = "" if weight_reader.method == "forward" else f" in {weight_reader.method!r}"
+            return f"{reader}{where} reads it, and {reason}"
     for above in switched(names, path):
         if reason := _taken(names.modules[above]):
             return f"{above!r} reads it, and {reason}"
@@ -103,8 +92,7 @@ def _readers_refuse(names: Names, path: str, name: str) -> str | None:
 
 
 def no_place(names: Names, path: str, method: str = "forward") -> str | None:
-    """Why an adapter at ``path`` cannot stand there or would have no effect in a method, whatever its weights are, or
-    None."""
+    """Why no adapter can stand at ``path``, whatever its weights are, or would have no effect in a method; or None."""
     return unreachable(names, path, method) or _taken(names.modules[path])
 
 
@@ -115,42 +103,36 @@ def _taken(module: nn.Module) -> str | None:
 
 
 def frozen_on_purpose(names: Names) -> set[int]:
-    """The ids of the parameters that are frozen while others of the model train, adapters aside. A model that is
-    frozen as a whole tells nothing about any one of them."""
+    """The ids of the parameters that are frozen while others of the model train, adapters aside."""
     attached = adapters_of(names.model)
     before = {} if attached is None else attached.required_grad
     trains: dict[int, bool] = {}
-    for path, module in names.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:  # a tie is known by the first of its names
-                required = before.get(parameter_path(path, name), parameter.requires_grad)
-                trains.setdefault(id(parameter), required)
+    for key, refs in holders(names).items():
+        (path, name), *_ = refs  # a tie is known by the first of its names
+        required = names.modules[path]._parameters[name].requires_grad
+        trains[key] = before.get(parameter_path(path, name), required)
     return {key for key, required in trains.items() if not required} if any(trains.values()) else set()
 
 
 def check_full(
     names: Names, full: Mapping[str, tuple[str, ...]], problems: list[str], frozen: Set[int] = frozenset()
 ) -> None:
-    """Problems of the parameters that are to be trained in full: out of forward's reach, or not to be trained.
-    ``frozen`` are the ids of those that the user has frozen."""
+    """Problems of what is to be trained in full: out of forward's reach, or ``frozen`` (ids) by the user."""
     for path, parameters in full.items():
         module = names.modules[path]
         reason = no_place(names, path) if parameters else None
         if reason:
-            problems.append(
-                sentence(f"{path!r} trained in full: {reason}", "a module that takes effect", "leave it out")
-            )
+            found = f"{path!r} trained in full: {reason}"
+            problems.append(sentence(found, "a module that takes effect", "leave it out"))
         for name in parameters:
-            parameter = module._parameters.get(name)
+            parameter, where = module._parameters.get(name), parameter_path(path, name)
             if not reason and (why := _readers_refuse(names, path, name)):
-                found = f"{parameter_path(path, name)!r} trained in full: {why}"
+                found = f"{where!r} trained in full: {why}"
                 problems.append(sentence(found, "a module that takes effect", "leave it out"))
             if parameter is None:
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
-                continue
-            where = parameter_path(path, name)
-            if not parameter.is_floating_point():
+            elif not parameter.is_floating_point():
                 problems.append(sentence(f"{where} of {parameter.dtype}", "floating point", "leave it out"))
             elif parameter.is_meta and not names.on_meta_device:
                 problems.append(sentence(f"{where} on the meta device", "numbers", "load it first"))
@@ -165,13 +147,11 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         yield sentence(f"adapter name {name!r}", "letters, digits, '_' and '-'", "choose such a name")
     if attached and name in attached.configs:
-        yield sentence(
-            f"adapter name {name!r}, which is taken", "a new name", "choose another, or detach that one first"
-        )
+        found = f"adapter name {name!r}, which is taken"
+        yield sentence(found, "a new name", "choose another, or detach that one first")
     if attached and attached.merged is not None:
-        yield sentence(
-            f"{attached.merged!r} merged into the weights", "an unmerged model", "call veneer.unmerge(model) first"
-        )
+        found = f"{attached.merged!r} merged into the weights"
+        yield sentence(found, "an unmerged model", "call veneer.unmerge(model) first")
     if problem := strangers(model):
         yield problem
     # its parameters would be no part of what is sharded, and of what averages gradients

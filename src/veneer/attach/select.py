@@ -1,8 +1,7 @@
 """Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
 
-The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``), never to the
-model: two threads may use two adapters of one model at once. Activation checkpointing runs layers again during
-backward, so keep the backward pass inside the block too.
+The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``). Activation
+checkpointing runs layers again during backward, so keep the backward pass inside the block too.
 """
 
 from __future__ import annotations

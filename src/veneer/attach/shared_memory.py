@@ -1,8 +1,7 @@
 """Parameters that share memory without being one: ``head.weight.data = emb.weight.data``, a transpose, a view.
 
-An adapter belongs to a parameter. The other one's layer would go on with W where the first has W + ΔW, until a merge,
-which writes memory, changed both. A tie is one parameter under two names. Views into one buffer that share no byte of
-it (FSDP's) are no overlap, and neither is memory that is not there (meta tensors).
+The other one's layer would go on with W where the first has W + ΔW, until a merge, which writes memory, changed both.
+Views into one buffer that share no byte of it (FSDP's) are no overlap, and neither is memory that is not there.
 """
 
 from __future__ import annotations
@@ -26,17 +25,16 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
     parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
     seen: set[int] = set()
-    for path, module in names.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen or (ends := _ends(parameter)) is None:
-                continue
-            seen.add(id(parameter))
-            where = f"{path}.{name}" if path else name
-            if id(parameter) in chosen and _overlaps_itself(parameter):
-                found = f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
-                yield sentence(found, "a weight whose elements can change one by one", f"set {where} to a clone of it")
-            spans.append((str(parameter.device), *ends, len(parameters)))
-            parameters.append((where, parameter))
+    for ref, parameter in names.parameters():
+        if id(parameter) in seen or (ends := _ends(parameter)) is None:
+            continue
+        seen.add(id(parameter))
+        where = ".".join(ref).lstrip(".")
+        if id(parameter) in chosen and _overlaps_itself(parameter):
+            found = f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
+            yield sentence(found, "a weight whose elements can change one by one", f"set {where} to a clone of it")
+        spans.append((str(parameter.device), *ends, len(parameters)))
+        parameters.append((where, parameter))
     for one, other in _meeting(sorted(spans)):
         (first, weight), (second, another) = parameters[min(one, other)], parameters[max(one, other)]
         if chosen & {id(weight), id(another)} and _common(weight, another):
@@ -74,32 +72,26 @@ def _meeting(spans: list[_Span]) -> Iterator[tuple[int, int]]:
 
 
 def _common(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors whose addresses meet have a byte in common: not if they are woven, as two columns of one
-    matrix are."""
+    """Whether two tensors whose addresses meet have a byte in common: two columns of one matrix have none."""
     if one.is_contiguous() and other.is_contiguous():
         return True
     first = min(one.data_ptr(), other.data_ptr())
     size = max(t.data_ptr() + _extent(t) * t.element_size() for t in (one, other)) - first
     bytes_ = torch.zeros(size, dtype=torch.bool, device="cpu")
-    _of(bytes_, one, one.data_ptr() - first).fill_(True)
-    return bool(_of(bytes_, other, other.data_ptr() - first).any())
+    mine, others = (
+        bytes_.as_strided(
+            (*t.shape, t.element_size()), (*(n * t.element_size() for n in t.stride()), 1), t.data_ptr() - first
+        )
+        for t in (one, other)
+    )
+    mine.fill_(True)
+    return bool(others.any())
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.is_contiguous():
+    # of dense ones it says no, whichever axis comes first
+    if torch._debug_has_internal_overlap(tensor) == 0:  # pyright: ignore[reportPrivateImportUsage]
         return False
-    reach = 0
-    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
-        if stride <= reach:  # the smaller axes may step into this one
-            bytes_ = torch.zeros(_extent(tensor) * tensor.element_size(), dtype=torch.bool, device="cpu")
-            _of(bytes_, tensor, 0).fill_(True)
-            return int(bytes_.sum()) < tensor.numel() * tensor.element_size()
-        reach += (size - 1) * stride
-    return False
-
-
-def _of(bytes_: Tensor, tensor: Tensor, start: int) -> Tensor:
-    """The part of ``bytes_`` where a tensor lies that starts at ``start``."""
-    size = tensor.element_size()
-    strides = [stride * size for stride in tensor.stride()]
-    return bytes_.as_strided((*tensor.shape, size), (*strides, 1), start)
+    elements = torch.zeros(_extent(tensor), dtype=torch.bool, device="cpu")
+    elements.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(elements.sum()) < tensor.numel()

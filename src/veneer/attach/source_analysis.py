@@ -15,12 +15,11 @@
 It follows a method into what it calls of its own class, of the classes above and of plain Python functions that are
 given something of ``self``; through local names, loops, tuples, properties and what a call returns.
 
-Limits. Code in C, or made at run time, shows nothing, nor does a class without source (typed into a prompt); a name
-that is computed (``getattr(self, name)``) is no name; calls are followed to a depth of 16. Flow of control is not
-followed, so that a branch that never runs counts as read. Hence no answer here is a promise: a weight that is read in a
-way that cannot be seen is found by ``veneer.check`` on a live model; layers that may share an input are only computed
-together if the tensors are one at the call (``fused_linear.py``); and a forward is only cut where a trial on a few rows
-gives the same (``train/loss.py``).
+Limits. Code in C, or made at run time, shows nothing, nor does a class without source; a name that is computed
+(``getattr(self, name)``) is no name; calls are followed to a depth of 16; a branch that never runs counts as read.
+Hence no answer is a promise: a weight that is read in a way that cannot be seen is found by ``veneer.check``; layers
+that may share an input are only computed together if the tensors are one at the call (``fused_linear.py``); and a
+forward is only cut where a trial on a few rows gives the same (``train/loss.py``).
 """
 
 from __future__ import annotations
@@ -30,21 +29,19 @@ import functools
 import inspect
 import re
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
-from veneer.attach.source_reader import Reader, Reads, attribute, of_torch, plain
+from veneer.attach.source_reader import Reader, Reads, attribute, of_torch, plain, tree_of
 from veneer.attach.state import ModulePath
 
 
 @functools.cache
 def reads(cls: type[nn.Module], method: str, within: frozenset[str] = frozenset()) -> Reads:
-    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names. Where
-    another method than forward calls the module, that is a call like any other."""
+    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names."""
     reader = Reader(cls, within, follow_forward=method == "forward")
     reader.follow(plain(attribute(cls, method)), [{()}])
     return reader.found
@@ -52,13 +49,11 @@ def reads(cls: type[nn.Module], method: str, within: frozenset[str] = frozenset(
 
 @functools.cache
 def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
-    """The names and texts in the compiled code of a method and of what it may call: a superset of what ``reads`` can
-    find, told without parsing."""
+    """The names and texts in the compiled code of a method and of what it may call."""
     own, done, found = _functions(cls), set(), set()
     todo = [*own.get(method, ())]
     while todo:
-        function = todo.pop()
-        if function in done:
+        if (function := todo.pop()) in done:
             continue
         done.add(function)
         words = _words(function.__code__)
@@ -91,8 +86,7 @@ def _words(code: CodeType) -> frozenset[str]:
 @functools.cache
 def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
-    other: ("q_proj", "k_proj", "v_proj"). Calls on two branches of an ``if`` are not the same value, nor is a name that
-    has been assigned anew. Whether the value is one tensor is seen when they are called (``fused_linear.Together``)."""
+    other. Calls on two branches of an ``if`` are not the same value, nor is a name that has been assigned anew."""
     children: list[tuple[str, ...]] = []
     for method in reads(cls, "forward").code:
         finder = _SameInput()
@@ -113,8 +107,8 @@ class _SameInput:
         self.blocks, self.here = 0, 0
         self.assigned: dict[str, int] = {}
 
-    def block(self, statements: list[ast.stmt]) -> None:
-        """Statements that run one after the other, or not at all."""
+    def block(self, statements: Sequence[ast.AST]) -> None:
+        """What runs one after the other, or not at all."""
         outer, self.blocks = self.here, self.blocks + 1
         self.here = self.blocks
         for statement in statements:
@@ -139,15 +133,9 @@ class _SameInput:
                 continue
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, ast.AST):
-                    self.apart(item) if isinstance(node, _PARTLY) else self.node(item)
+                    self.block([item]) if isinstance(node, _PARTLY) else self.node(item)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             self.call(node.func, node)
-
-    def apart(self, node: ast.AST) -> None:
-        outer, self.blocks = self.here, self.blocks + 1
-        self.here = self.blocks
-        self.node(node)
-        self.here = outer
 
     def call(self, called: ast.Attribute, node: ast.Call) -> None:
         """``self.child(name)``, once its argument has been evaluated."""
@@ -168,13 +156,10 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
     Left out are the parts of the code that do not run here (with labels, for router logits) or do nothing
     (`logits_to_keep`).
     """
-    try:
-        source = inspect.getsource(forward)
-    except (OSError, TypeError):
-        return ()  # made at run time, or written in C
-    function: Any = ast.parse(textwrap.dedent(source)).body[0]
+    own = plain(forward)
+    function = tree_of(own) if own else None
     if not isinstance(function, ast.FunctionDef):
-        return ()
+        return ()  # made at run time, or written in C
     inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
     inputs -= {"self", "logits_to_keep", "labels", "use_cache", "return_dict"}
     inputs = {name for name in inputs if not name.startswith("output_")}
@@ -218,8 +203,8 @@ _ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\
 
 
 def compares_attention(model: nn.Module) -> bool:
-    """Whether the code of one of the model's modules compares the name of its attention with "sdpa". Only the files of
-    transformers, and code that came with a model through it, are looked at."""
+    """Whether code of one of the model's modules, of transformers or that came through it, compares the name of its
+    attention with "sdpa"."""
     return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
 
 

@@ -1,7 +1,5 @@
-"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and writes.
-
-``Reader`` is the engine of ``source_analysis.reads``, where its results and limits are described. It visits a function
-with the paths that each local name may stand for, and does the same with the functions that it calls.
+"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and writes. ``Reader``
+is the engine of ``source_analysis.reads``, where its results and limits are described.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ _DEPTH = 16
 
 @dataclass(frozen=True)
 class Reads:
-    """The paths below ``self`` that a method, with what it calls, reads and writes, and the code of all that runs on
-    ``self``."""
+    """The paths below ``self`` that a method and all it calls reads and writes, and the code of what runs on it."""
 
     read: set[ModulePath] = field(default_factory=set)
     written: set[ModulePath] = field(default_factory=set)
@@ -59,7 +56,7 @@ def plain(value: Any) -> FunctionType | None:
 
 
 @functools.cache
-def _tree(function: FunctionType) -> Function | None:
+def tree_of(function: FunctionType) -> Function | None:
     """The syntax tree of a function, if there is source for it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -86,7 +83,7 @@ class Reader(ast.NodeVisitor):
         named: dict[str, set[ModulePath]] | None = None,
     ) -> set[ModulePath]:
         """Visit a function that is called with these arguments; the paths that it returns."""
-        tree = None if function is None or len(self.stack) > _DEPTH else _tree(function)
+        tree = None if function is None or len(self.stack) > _DEPTH else tree_of(function)
         if function is None or tree is None:
             return set()
         parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
@@ -107,23 +104,25 @@ class Reader(ast.NodeVisitor):
             self.names, self.returns = outside
         return self.returned[key]
 
-    # What an expression stands for.
-
     def paths(self, node: ast.AST | None) -> set[ModulePath]:
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id, set())
-        if isinstance(node, ast.Attribute):
-            return self.attribute(self.paths(node.value), node.attr)
-        if isinstance(node, ast.Subscript):
-            above = self.paths(node.value)
-            return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
-        if isinstance(node, ast.NamedExpr | ast.Starred | ast.Await):
-            return self.paths(node.value)
-        if isinstance(node, ast.IfExp):
-            return self.paths(node.body) | self.paths(node.orelse)
-        if isinstance(node, ast.BoolOp):
-            return set().union(*map(self.paths, node.values))
-        return self.called(node) if isinstance(node, ast.Call) else set()
+        """What an expression stands for."""
+        match node:
+            case ast.Name():
+                return self.names.get(node.id, set())
+            case ast.Attribute():
+                return self.attribute(self.paths(node.value), node.attr)
+            case ast.Subscript():
+                above = self.paths(node.value)
+                return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
+            case ast.NamedExpr() | ast.Starred() | ast.Await():
+                return self.paths(node.value)
+            case ast.IfExp():
+                return self.paths(node.body) | self.paths(node.orelse)
+            case ast.BoolOp():
+                return set().union(*map(self.paths, node.values))
+            case ast.Call():
+                return self.called(node)
+        return set()
 
     def attribute(self, above: set[ModulePath], name: str) -> set[ModulePath]:
         if name in _TABLES:
@@ -135,18 +134,17 @@ class Reader(ast.NodeVisitor):
     def called(self, node: ast.Call) -> set[ModulePath]:
         """What a call gives, and whatever it reads."""
         called, first = node.func, self.paths(node.args[0]) if node.args else set()
-        if isinstance(called, ast.Name) and called.id in (*_SAME, "next", "getattr"):
-            name = "*" if called.id == "next" else _text(node.args[1]) if called.id == "getattr" else None
-            return first if called.id in _SAME else self.attribute(first, name) if name else set()
-        if isinstance(called, ast.Attribute) and called.attr in _VALUES and not (node.args or node.keywords):
-            return self.paths(called.value)
-        if (
-            isinstance(called, ast.Attribute)
-            and called.attr in _BY_PATH
-            and node.args
-            and (dotted := _text(node.args[0]))
-        ):
-            return {(*path, *dotted.split(".")) for path in self.paths(called.value)}
+        match called:
+            case ast.Name(id="next"):
+                return self.attribute(first, "*")
+            case ast.Name(id="getattr"):
+                return self.attribute(first, name) if (name := _text(node.args[1])) else set()
+            case ast.Name() if called.id in _SAME:
+                return first
+            case ast.Attribute() if called.attr in _VALUES and not (node.args or node.keywords):
+                return self.paths(called.value)
+            case ast.Attribute() if called.attr in _BY_PATH and node.args and (dotted := _text(node.args[0])):
+                return {(*path, *dotted.split(".")) for path in self.paths(called.value)}
         function, given = self.function(called)
         given = [*given, *map(self.paths, node.args)]
         named = {one.arg: self.paths(one.value) for one in node.keywords if one.arg}
@@ -158,9 +156,9 @@ class Reader(ast.NodeVisitor):
             return plain(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
             if _is_call(node.value, "super"):
-                own = next((c for c in self.cls.__mro__ if self.stack[-1] in map(plain, vars(c).values())), self.cls)
-                above = self.cls.__mro__[self.cls.__mro__.index(own) + 1 :]
-                found = next((vars(c)[node.attr] for c in above if node.attr in vars(c)), None)
+                classes = self.cls.__mro__
+                own = next((i for i, c in enumerate(classes) if self.stack[-1] in map(plain, vars(c).values())), 0)
+                found = next((vars(c)[node.attr] for c in classes[own + 1 :] if node.attr in vars(c)), None)
                 return (None if _of_every_module(node.attr) else plain(found)), [{()}]
             if () in self.paths(node.value):
                 found = attribute(self.cls, node.attr)
@@ -182,8 +180,6 @@ class Reader(ast.NodeVisitor):
                 return attribute(holder, node.attr)
             return vars(holder).get(node.attr) if isinstance(holder, ModuleType) else None
         return self.cls if _is_call(node, "type") and () in self.paths(cast(ast.Call, node).args[0]) else None
-
-    # What names stand for.
 
     def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
         """``target`` stands for something of these."""
@@ -218,11 +214,6 @@ class Reader(ast.NodeVisitor):
         else:
             self.bind(target, _below(self.paths(values), "*"))
 
-    # What is read and written.
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.use(node)
-
     def visit_Name(self, node: ast.Name) -> None:
         pass  # what it stands for was read where it got its name
 
@@ -230,7 +221,11 @@ class Reader(ast.NodeVisitor):
         self.use(node.value if isinstance(node.ctx, ast.Load) else node)  # weight[0] reads weight
         self.visit(node.slice)
 
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.use(node)
+
     def use(self, node: ast.expr) -> None:
+        """An expression is read or written."""
         paths = self.paths(node)
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             self.write(node)
@@ -264,31 +259,19 @@ class Reader(ast.NodeVisitor):
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
             self.visit(argument)
 
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign | ast.NamedExpr) -> None:
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             self.assign(target, node.value)
         self.generic_visit(node)
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self.assign(node.target, node.value)
+    visit_AnnAssign = visit_NamedExpr = visit_Assign  # noqa: N815
+
+    def visit_For(self, node: Any) -> None:
+        for one in getattr(node, "generators", [node]):
+            self.loop(one.target, one.iter)
         self.generic_visit(node)
 
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self.assign(node.target, node.value)
-        self.visit(node.value)
-
-    def visit_For(self, node: ast.For | ast.AsyncFor | ast.comprehension) -> None:
-        self.loop(node.target, node.iter)
-        self.generic_visit(node)
-
-    visit_AsyncFor = visit_For  # noqa: N815
-
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        for generator in node.generators:
-            self.loop(generator.target, generator.iter)
-        self.generic_visit(node)
-
-    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
+    visit_AsyncFor = visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_For  # noqa: N815
 
     def visit_Return(self, node: ast.Return) -> None:
         self.returns |= self.paths(node.value)

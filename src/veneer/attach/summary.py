@@ -48,8 +48,7 @@ class Summary:
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the only one). The base's total leaves every adapter out and counts tied
-    weights once."""
+    """The summary of one adapter (None: the only one). The base's total counts tied weights once, and no adapter."""
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
@@ -75,17 +74,13 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
 
 def size(count: float) -> str:
     """A number of bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
+    return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How the adapted linear layers compute a call of some tokens: for each distinct (out, in, rank) the layers, and
-    the costs of both paths."""
+    """How linear layers compute a call of some tokens: for each (out, in, rank) the layers and both paths' costs."""
 
     tokens: int
     training: bool

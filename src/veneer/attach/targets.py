@@ -1,4 +1,4 @@
-"""Which weights a config means: patterns over paths, the words, the blocks. Nothing here changes a model.
+"""Which weights a config means: patterns over paths, the words, the blocks.
 
 A pattern means modules; where it matches none, it means parameters by their own paths ("experts.gate_up_proj"). A
 module that is reachable under several names counts once, under its first name, and matches under each of them.
@@ -44,8 +44,12 @@ class Names:
     @cached_property
     def on_meta_device(self) -> bool:
         """Whether all of the model is on the meta device: its values come later."""
-        own = [p for module in self.modules.values() for p in module._parameters.values() if p is not None]
-        return all(parameter.is_meta for parameter in own)
+        return all(parameter.is_meta for _, parameter in self.parameters())
+
+    def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
+        """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
+        for path, module in self.modules.items():
+            yield from (((path, name), own) for name, own in module._parameters.items() if own is not None)
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
@@ -63,8 +67,7 @@ class Names:
         ]
 
     def refs(self, path: str) -> list[ParamRef]:
-        """What there is to change of the module at ``path``: its weights, the vectors that go with them, and the
-        same of the children that are a part of it."""
+        """What there is to change of a module: its weights and vectors, and those of children that are a part of it."""
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
@@ -81,10 +84,8 @@ class Names:
 
     def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
         """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``."""
-        attachable = [name for name, module in self.modules.items() if kind_of(module)]
-        attachable = attachable if among is None else list(among)
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in attachable)
-        return nearest(pattern, [*leaves, *attachable])
+        attachable = [name for name, module in self.modules.items() if kind_of(module)] if among is None else [*among]
+        return nearest(pattern, [*(name.rpartition(".")[2] for name in attachable), *attachable])
 
     def leaves(self) -> str:
         """The distinct last parts of what can be attached to, for messages."""
@@ -114,7 +115,13 @@ def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]
     left_out = excluded(names, config, problems)
     chosen = [ref for ref in chosen if ref not in left_out]
     if config.layers is not None:
-        chosen = _in_layers(names, chosen, config.layers, problems)
+        count = max((block for name in names.modules if (block := _block(name)) is not None), default=-1) + 1
+        if bad := [index for index in config.layers if not -count <= index < count]:
+            expected = f"block indices in [{-count}, {count})"
+            problems.append(sentence(f"layers={bad!r}", expected, f"there are {count} blocks"))
+        else:
+            kept = {index % count for index in config.layers}
+            chosen = [ref for ref in chosen if _block(ref[0]) in kept]
     if not chosen and not problems:
         found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(found, "at least one target", "exclude less"))
@@ -129,7 +136,7 @@ def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[Param
         if parameters:
             left_out.update(parameters)
             continue
-        for path in _each(names, [pattern], "exclude", problems):
+        for path in _modules(names, pattern, "exclude", problems):
             for below in names.children(path):
                 left_out.update((below, name) for name in own_parameters(names.modules[below]))
     return left_out
@@ -137,8 +144,8 @@ def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[Param
 
 def bad_regex(config: LoraConfig) -> list[str]:
     """Problems of the ``re:`` patterns of a config, before any of them is used."""
-    targets = () if callable(config.targets) else _listed(config.targets)
-    patterns = [*targets, *_listed(config.exclude), *_listed(config.train_also), *config.ranks, *config.alphas]
+    targets = () if callable(config.targets) else listed(config.targets)
+    patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
     problems = []
     for pattern in patterns:
         try:
@@ -177,7 +184,7 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
     """The paths that patterns of ``train_also`` match, with everything below them that holds parameters of its own."""
     bearing: dict[str, None] = {}
     for pattern in patterns:
-        found = _each(names, [pattern], field, problems)
+        found = _modules(names, pattern, field, problems)
         below = [path for above in found for path in names.children(above) if names.modules[path]._parameters]
         if found and not below:
             what = f"{field} pattern {pattern!r} matches modules without parameters"
@@ -186,28 +193,24 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
     return list(bearing)
 
 
-def _each(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
-    paths: list[str] = []
-    for pattern in patterns:
-        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
-        if not found:
-            known = listing(dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12)
-            what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
-            problems.append(sentence(what, f"a name of this model, such as {known}", "correct or remove it"))
-        paths += found
-    return paths
+def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
+    found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
+    if not found:
+        known = listing(dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12)
+        what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
+        problems.append(sentence(what, f"a name of this model, such as {known}", "correct or remove it"))
+    return found
 
 
 def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
     if callable(targets):
         paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
         if not paths:
-            problems.append(
-                sentence("targets callable chose no module", "at least one", f"choose among {names.leaves()}")
-            )
+            do = f"choose among {names.leaves()}"
+            problems.append(sentence("targets callable chose no module", "at least one", do))
         return [ref for path in paths for ref in names.refs(path)]
     chosen: set[ParamRef] = set()
-    for pattern in _listed(targets):
+    for pattern in listed(targets):
         found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
         refs = [ref for path in found for ref in names.refs(path)]
         if not found and pattern not in WORDS:
@@ -219,9 +222,8 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             problems.append(sentence(what, "modules or parameters", do))
         elif not refs:
             what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
-            problems.append(
-                sentence(what, f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}", "correct it")
-            )
+            expected = f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}"
+            problems.append(sentence(what, expected, "correct it"))
         chosen.update(refs)
     order = {path: number for number, path in enumerate(names.modules)}
     rank = {ref: number for path in names.modules for number, ref in enumerate(names.refs(path)) if ref[0] == path}
@@ -243,29 +245,28 @@ def _word(names: Names, word: str) -> list[str]:
 
 
 def _body(names: Names) -> set[str]:
-    """Every path but those of the output head: what a transformers model calls its output embedding, and what lies
-    outside its ``base_model``. A model of another library has no head that we could know."""
-    body, model = set(names.modules), names.model
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
-        body = set(names.children(prefix))
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return {name for name in body if names.modules[name] is not head}
+    """Every path but those of the output head: transformers' output embedding, and what is outside ``base_model``."""
+    prefix = getattr(names.model, "base_model_prefix", "")
+    inner = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
+    head = _output_head(names)
+    return {name for name in (names.children(prefix) if inner else names.modules) if names.modules[name] is not head}
+
+
+def _output_head(names: Names) -> Any:
+    get_head: Any = getattr(names.model, "get_output_embeddings", None)
+    return get_head() if callable(get_head) else None
 
 
 def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
-    """Of the parameters that no checkpoint held, those of a task head (a pooler too): outside the repeated blocks, and
-    of no embedding."""
-    get_head: Any = getattr(names.model, "get_output_embeddings", None)
-    output = get_head() if callable(get_head) else None
-    body, head = _body(names), []
-    for path, name in fresh:
-        module = names.modules[path]
-        embeds = module is output or isinstance(module, nn.Embedding)
-        if not embeds and not (path in body and _block(path) is not None):
-            head.append((path, name))
-    return head
+    """Of the parameters that no checkpoint held, those of a head or pooler: outside of blocks, and no embedding."""
+    output, body = _output_head(names), _body(names)
+    return [
+        (path, name)
+        for path, name in fresh
+        if names.modules[path] is not output
+        and not isinstance(names.modules[path], nn.Embedding)
+        and not (path in body and _block(path) is not None)
+    ]
 
 
 def _block(path: str) -> int | None:
@@ -273,18 +274,5 @@ def _block(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _in_layers(names: Names, chosen: list[ParamRef], layers: Iterable[int], problems: list[str]) -> list[ParamRef]:
-    blocks = [block for name in names.modules if (block := _block(name)) is not None]
-    count = max(blocks, default=-1) + 1
-    bad = [index for index in layers if not -count <= index < count]
-    if bad:
-        problems.append(
-            sentence(f"layers={bad!r}", f"block indices in [{-count}, {count})", f"there are {count} blocks")
-        )
-        return chosen
-    kept = {index % count for index in layers}
-    return [ref for ref in chosen if _block(ref[0]) in kept]
-
-
-def _listed(patterns: str | Iterable[str]) -> list[str]:
+def listed(patterns: str | Iterable[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -4,11 +4,9 @@
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
     self.tables[i]                            a ParameterList has no forward at all
     model.encode(x)                           another method reads a weight, and is called from outside
-    self.q(x), self.k(x), self.v(x)           several layers read one input
 
-``weight_readers`` finds the methods whose code reads a weight like this (``source_analysis.py``). They run on a view in
-which the weight is changed (see ``views.py``). For torch's fused fast paths ``SWITCHES`` says how to take the plain
-path, on which every adapter is seen. What reading code cannot show is proven on a live model by ``veneer.check``.
+``weight_readers`` finds the methods whose code reads a weight like this. They run on a view in which the weight is
+changed. For torch's fused fast paths ``SWITCHES`` says how to take the plain path, on which every adapter is seen.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch import nn
 
 from veneer.attach.adapted_module import own_class
 from veneer.attach.source_analysis import mentions, reads
-from veneer.attach.source_reader import attribute
+from veneer.attach.source_reader import Reads, attribute
 from veneer.attach.state import ModulePath
 from veneer.attach.targets import Names, own_parameters
 
@@ -74,22 +72,24 @@ def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReade
                 yield WeightReader(above, below, method)
 
 
+def _analysed(module: nn.Module, method: str) -> Reads:
+    return reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
+
+
 def _reads(module: nn.Module, method: str, below: ModulePath) -> bool:
-    """Whether a method reads what is at ``below``. One that writes it too, or another of its name, means the base's own
-    values."""
-    found = reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
+    """Whether a method reads what is at ``below``. One that writes it, or its namesake, means the base's own values."""
+    found = _analysed(module, method)
     written = method != "forward" and any(_fits(c, below[: len(c)]) or below[-1] in c for c in found.written)
     return not written and any(_fits(read, below) for read in found.read)
 
 
 def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
-    """(the path of a module above, an attribute) for all that forward methods above ask of the module at ``path``
-    itself, such as a convolution's stride."""
+    """(path of a module above, an attribute) of what forwards above ask of the module at ``path``: its stride, say."""
     for above, below in _above(names, path):
         module = names.modules[above]
         if below and has_forward(module):
-            found = reads(own_class(module), "forward", frozenset((*module._modules, *own_parameters(module))))
-            asked_names = {read[len(below)] for read in found.read if len(read) > len(below) and _fits(read, below)}
+            longer = [read for read in _analysed(module, "forward").read if len(read) > len(below)]
+            asked_names = {read[len(below)] for read in longer if _fits(read, below)}
             yield from ((above, name) for name in sorted(asked_names) if name != "*")
 
 
@@ -114,10 +114,8 @@ def has_forward(module: nn.Module) -> bool:
 def bound(module: nn.Module) -> dict[str, str]:
     """The attributes that hold a method bound to the module itself (``self.impl = self._impl``), and its name."""
     own = {name: value for name, value in module.__dict__.items() if isinstance(value, MethodType)}
-    return {
-        name: value.__func__.__name__ for name, value in own.items()
-        if value.__self__ is module and isinstance(value.__func__, FunctionType)
-    }  # fmt: skip
+    plain = {name: value.__func__ for name, value in own.items() if value.__self__ is module}
+    return {name: function.__name__ for name, function in plain.items() if isinstance(function, FunctionType)}
 
 
 def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
@@ -136,8 +134,7 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
 
 
 def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
-    """(path, path down) of the module itself and of every module above it, the nearest first, under each of its
-    names."""
+    """(path, path down) of the module itself and of those above it, the nearest first, under each of its names."""
     seen: set[tuple[str, ModulePath]] = set()
     for alias in names.aliases[path]:
         parts = alias.split(".") if alias else []

@@ -2,10 +2,8 @@
 
 A tie is one parameter under several names. Veneer trains it as one. PEFT gives each module in ``modules_to_save`` a
 copy, tied or not, and leaves a module that is not among them as it was: its file may hold two values for one weight, or
-one value for half of it. Such an adapter computes as PEFT does, each place with its own values. What it cannot do is to
-be merged into the one weight; whoever merges asks ``torn``.
-
-Rejected: to refuse to load it. Adapters that add tokens list both embeddings, and are common.
+one value for half of it. Such an adapter computes as PEFT does, each place with its own values, and cannot be merged.
+Adapters that add tokens list both embeddings, so these files are common.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ UNTIE = (
 
 
 def apart(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-    """The (path, name) of tied parameters to which ``full`` (by path and name) gives values of their own. Equal values
-    under every name are the tie's."""
+    """The (path, name) of tied parameters to which ``full`` gives values of their own. Equal ones are the tie's."""
     found: set[ParamRef] = set()
     for refs in holders(names).values():
         values = [full[path][name] for path, name in refs if name in full.get(path, ())]
