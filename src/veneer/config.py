@@ -90,7 +90,10 @@ class LoraConfig:
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        slices = {pattern: tuple(_plain(part) for part in parts) for pattern, parts in self.slices.items()}
+        slices = {
+            pattern: tuple(part if isinstance(part, bool) else tuple(part) for part in parts)
+            for pattern, parts in self.slices.items()
+        }
         object.__setattr__(self, "slices", slices)
 
     def _problems(self):
@@ -110,9 +113,8 @@ class LoraConfig:
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
             if not isinstance(getattr(self, name), Mapping):
-                yield sentence(
-                    f"{name}={getattr(self, name)!r}", "a mapping of pattern to value", "use e.g. {'q_proj': 8}"
-                )
+                found = f"{name}={getattr(self, name)!r}"
+                yield sentence(found, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
             elif name == "ranks":
                 for pattern, rank in self.ranks.items():
                     yield from _whole(f"ranks[{pattern!r}]", rank)
@@ -127,9 +129,8 @@ class LoraConfig:
 
     def _target_problems(self):
         if not callable(self.targets) and not _patterns(self.targets):
-            yield sentence(
-                f"targets={self.targets!r}", "a pattern, a list of patterns or a callable", 'use "all-linear"'
-            )
+            expected = "a pattern, a list of patterns or a callable"
+            yield sentence(f"targets={self.targets!r}", expected, 'use "all-linear"')
         for name in ("exclude", "train_also"):
             value = getattr(self, name)
             if value != () and not _patterns(value):
@@ -168,10 +169,6 @@ def _slices(parts: object) -> bool:
     if all(isinstance(part, bool) for part in parts):
         return any(parts)
     return all(isinstance(part, Sequence) and [type(end) for end in part] == [int, int] for part in parts)
-
-
-def _plain(part: Any) -> Any:
-    return part if isinstance(part, bool) else tuple(part)
 
 
 def _number(value: object) -> bool:

@@ -1,10 +1,8 @@
 """What holds for one call: which adapter each model uses, and which arithmetic.
 
-The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio task and ends with
-the ``with`` block that set it. It is read as ``context.current``. That this is an attribute of the module (PEP 562)
-and not a function is deliberate: ``torch.compile`` cannot trace ``ContextVar.get``, but it does guard module
-attributes, and it reads this one afresh before each run. So a compiled model follows the selection of whichever thread
-or task calls it, where a constant folded into the graph would silently keep the first one.
+The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio task. It is read as
+``context.current``, an attribute of the module (PEP 562) and no function: ``torch.compile`` cannot trace
+``ContextVar.get``, but guards module attributes, and reads this one afresh before each run.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """``selection`` maps a model's id to what it uses (an ``ActiveAdapter``); a model that is missing uses its
-    default. ``path`` forces "factored" or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is
-    what holds again after the block."""
+    """``selection``: by model's id what it uses (``ActiveAdapter``; missing: its default). ``path`` forces "factored"
+    or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is what holds after the block."""
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
@@ -41,17 +38,11 @@ def __getattr__(name: str) -> Context:
     if name != "current":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     own = _CONTEXT.get()
-    return own if own is not _NOTHING or torch._C._current_graph_task_id() == -1 else _of_backward()
-
-
-def _of_backward() -> Context:
-    """The context of the thread that called ``backward``, in the threads where backward runs.
-
-    A GPU's part of backward runs in threads of torch's own, which have no context of ours; activation checkpointing
-    runs layers again there. torch hands them a copy of the caller's context.
-    """
-    known = torch._C._is_key_in_tls("context")
-    return torch._C._get_obj_in_tls("context").get(_CONTEXT, _NOTHING) if known else _NOTHING
+    if own is not _NOTHING or torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls("context"):
+        return own
+    # A GPU's part of backward runs in threads of torch's own, which have no context of ours; activation checkpointing
+    # runs layers again there. torch hands them a copy of the context of whoever called ``backward``.
+    return torch._C._get_obj_in_tls("context").get(_CONTEXT, _NOTHING)
 
 
 def enter(**changes: Any) -> None:

@@ -4,10 +4,9 @@
     ranks = meet("save …", …)               every rank that holds the model has come; None where there is no other
     ranks.each(work, summary)               on every rank, with one outcome: all have it, or one error on all
 
-What is said goes through the store of ``torch.distributed``, not through collectives: a store can be asked with a
-limit, so a rank that stays away or fails becomes an error on the others, after ``PATIENCE`` seconds or at once, instead
-of a hang for as long as the process group allows. Gathering a weight is a collective; within ``Ranks.each`` it begins
-only once every rank stands before it (``Ranks.gate``), so that none waits in it for one that has failed elsewhere.
+What is said goes through the store of ``torch.distributed``, not through collectives: so a rank that stays away or
+fails becomes an error on the others, instead of a hang. Gathering a weight is a collective; within ``Ranks.each`` it
+begins only once every rank stands before it (``Ranks.gate``).
 """
 
 from __future__ import annotations
@@ -109,57 +108,46 @@ def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
         raise AdapterError(sentence(found, "gloo or nccl", "initialise torch.distributed with one of them"))
     if store is None:  # MPI has none
         return None
-    return _Meeting(store, members, path).held(spread=bool(meshes))
+    return _met(store, members, path, spread=bool(meshes))
 
 
-class _Meeting:
+def _met(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Ranks | None:
     """Who comes is written down; whether all have come is decided once, for all: ``compare_set`` lets one win."""
+    who, own = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16], dist.get_rank()
 
-    def __init__(self, store: Any, members: Sequence[int], path: str) -> None:
-        self.store, self.members, self.path = store, members, path
-        self.who = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16]
-        self.rank = dist.get_rank()
-
-    def held(self, *, spread: bool) -> Ranks | None:
-        limit = ALONE if self.rank == self.members[0] and not spread else PATIENCE
-        while True:
-            number = _MET.get(self.who, 0)
-            _MET[self.who] = number + 1
-            key = f"veneer/{self.who}/{number}"
-            left = self._left(key)
-            if left is None or self.path in left.values():
-                break  # else it was another save, which this rank took no part in
-        if left is not None and not spread:
-            self._warn(f"{self.path}, which rank {listing(map(str, left))} saved before rank {self.rank} came")
-            return Ranks(self.store, key, ())
-        self.store.set(f"{key}/come/{self.rank}", self.path)
-        come = {rank: f"{key}/come/{rank}" for rank in self.members}
-        absent = _awaited(self.store, [*come.values()], limit, f"{key}/decided")
-        decided = self.store.compare_set(f"{key}/decided", "", "left" if absent else "all").decode()
-        here = [rank for rank in self.members if decided == "all" or self.store.check([come[rank]])]
-        paths = {rank: self.store.get(come[rank]).decode() for rank in here}
-        same = len(set(paths.values())) == 1
-        if decided == "all" and same:
-            return Ranks(self.store, key, self.members)
-        if spread or (same and len(here) > 1):
-            found = f"rank {listing(map(str, here))} of {len(self.members)} alone, after up to {limit:g} s"
-            found = found if same else f"other paths on other ranks ({listing(f'{r}: {p}' for r, p in paths.items())})"
-            do = "let every rank that holds the model call save, with the same path"
-            raise AdapterError(f"{self.path} was not written. {sentence(found, 'every rank', do)}")
-        if len(here) == 1:
-            self._warn(f"{self.path} saved by rank {self.rank} of {len(self.members)} alone, after {limit:g} s")
-        return None
-
-    def _left(self, key: str) -> dict[int, str] | None:
-        """The paths of the ranks that came and did not wait, if that is how this meeting ended."""
-        if not self.store.check([f"{key}/decided"]) or self.store.get(f"{key}/decided").decode() != "left":
-            return None
-        come = {rank: f"{key}/come/{rank}" for rank in self.members}
-        return {rank: self.store.get(name).decode() for rank, name in come.items() if self.store.check([name])}
-
-    def _warn(self, found: str) -> None:
+    def warn(found: str) -> None:
         do = "call save on every rank at about the same time, or on one with alone=True, which does not wait"
         warnings.warn(sentence(found, "a call on every rank, which compares them", do), SavedAlone, stacklevel=5)
+
+    limit = ALONE if own == members[0] and not spread else PATIENCE
+    while True:
+        number = _MET.get(who, 0)
+        _MET[who] = number + 1
+        key = f"veneer/{who}/{number}"
+        come = {rank: f"{key}/come/{rank}" for rank in members}
+        ended = store.check([f"{key}/decided"]) and store.get(f"{key}/decided").decode() == "left"
+        left = {rank: store.get(at).decode() for rank, at in come.items() if ended and store.check([at])}
+        if not ended or path in left.values():
+            break  # else it was another save, which this rank took no part in
+    if ended and not spread:
+        warn(f"{path}, which rank {listing(map(str, left))} saved before rank {own} came")
+        return Ranks(store, key, ())
+    store.set(come[own], path)
+    absent = _awaited(store, [*come.values()], limit, f"{key}/decided")
+    decided = store.compare_set(f"{key}/decided", "", "left" if absent else "all").decode()
+    here = [rank for rank in members if decided == "all" or store.check([come[rank]])]
+    paths = {rank: store.get(come[rank]).decode() for rank in here}
+    same = len(set(paths.values())) == 1
+    if decided == "all" and same:
+        return Ranks(store, key, members)
+    if spread or (same and len(here) > 1):
+        found = f"rank {listing(map(str, here))} of {len(members)} alone, after up to {limit:g} s"
+        found = found if same else f"other paths on other ranks ({listing(f'{r}: {p}' for r, p in paths.items())})"
+        do = "let every rank that holds the model call save, with the same path"
+        raise AdapterError(f"{path} was not written. {sentence(found, 'every rank', do)}")
+    if len(here) == 1:
+        warn(f"{path} saved by rank {own} of {len(members)} alone, after {limit:g} s")
+    return None
 
 
 class Ranks:
@@ -183,17 +171,26 @@ class Ranks:
             AdapterError: the summaries differ, or a rank does not answer.
         """
         self.step, self.gates = self.step + 1, 0
+        here, keys = f"{self.key}/{self.step}/{self.rank}", {r: f"{self.key}/{self.step}/{r}" for r in self.members}
         token = _WITHIN.set(self)
         try:
             result = work()
-            own = {"is": summary(result)}
+            own = json.dumps({"is": summary(result)})
         except BaseException as error:
-            self._say({"error": type(error).__name__, "text": str(error)})
+            self.store.set(here, json.dumps({"error": type(error).__name__, "text": str(error)}))
             self.store.set(self._failed, str(self.rank))
             raise
         finally:
             _WITHIN.reset(token)
-        answers = self._answers(own)
+        self.store.set(here, own)
+        absent = _awaited(self.store, [*keys.values()], PATIENCE, self._failed)
+        answers = {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if key not in absent}
+        for rank, answer in answers.items():
+            _raise(rank, answer)
+        if absent:
+            missing = listing(str(rank) for rank in keys if rank not in answers)
+            found = f"no answer from rank {missing} within {PATIENCE:g} s"
+            raise AdapterError(sentence(found, "one from every rank", "see what that rank printed; it may be gone"))
         groups: dict[str, list[int]] = {}
         for rank, answer in answers.items():
             groups.setdefault(answer["is"], []).append(rank)
@@ -227,22 +224,6 @@ class Ranks:
     @property
     def _failed(self) -> str:
         return f"{self.key}/{self.step}/failed"
-
-    def _say(self, answer: dict[str, str]) -> None:
-        self.store.set(f"{self.key}/{self.step}/{self.rank}", json.dumps(answer))
-
-    def _answers(self, own: dict[str, str]) -> dict[int, dict[str, str]]:
-        self._say(own)
-        keys = {rank: f"{self.key}/{self.step}/{rank}" for rank in self.members}
-        absent = _awaited(self.store, [*keys.values()], PATIENCE, self._failed)
-        for rank, key in keys.items():
-            if key not in absent:
-                _raise(rank, json.loads(self.store.get(key)))
-        if absent:
-            missing = listing(str(rank) for rank, key in keys.items() if key in absent)
-            found = f"no answer from rank {missing} within {PATIENCE:g} s"
-            raise AdapterError(sentence(found, "one from every rank", "see what that rank printed; it may be gone"))
-        return {rank: json.loads(self.store.get(key)) for rank, key in keys.items()}
 
 
 def _raise(rank: int, answer: dict[str, str]) -> None:

@@ -125,8 +125,7 @@ class Handle:
         return {parameter_path(path, weight): change for path, _, weight, change in changes(self.model, self.name)}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path of the weight and name of the number, or path of what is trained in full; parameter), for an
-        optimiser."""
+        """(path of the weight and name of the number, or path of what is trained in full; parameter)."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter

@@ -2,18 +2,15 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
-``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. A ``LowRank`` is a value: it knows
-nothing of layers (which fold ΔW into their weight's shape), of variants (which make one from what they train) or of
-storage.
-
-Rejected: keeping ``scale`` multiplied into B. A file would then hold other numbers than those that were trained, and a
-change of alpha would be a change of every tensor.
+``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. ``scale`` is not multiplied into B: a file
+would then hold other numbers than those that were trained.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,9 +86,7 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r matrices a group."""
-        A, B = double(self.A.detach()), double(self.B.detach())
-        squared = ((B.mT @ B) * (A @ A.mT)).sum()
-        return abs(self.scale) * squared.clamp_min(0).sqrt().item()
+        return max(self.inner(self), 0.0) ** 0.5
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -99,9 +94,8 @@ class LowRank:
         into B; where all wᵢ · scaleᵢ are equal but for their sign, no number is rounded."""
         factors = [weight * low.scale for weight, low in zip(weights, changes, strict=True)]
         scale = max(map(abs, factors)) or 1.0
-        dtype = torch.float32
-        for low in changes:
-            dtype = torch.promote_types(dtype, torch.promote_types(low.A.dtype, low.B.dtype))
+        dtypes = (factor.dtype for low in changes for factor in (low.A, low.B))
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         A = torch.cat([low.A.to(dtype) for low in changes], 1)
         parts = (low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True))
         return LowRank(A, torch.cat(list(parts), 2), scale)
@@ -139,14 +133,12 @@ class LowRank:
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors, whichever are
-        fewer."""
+        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors, the fewer."""
         rows, columns = (self.B != 0).any(2).sum(1), (self.A != 0).any(1).sum(1)
         return max(1, int(torch.minimum(rows, columns).max()))
 
     def compact(self) -> LowRank:
-        """The same change with no more rank than it can have: exact but for rounding in float64, and itself where its
-        rank is not too large already."""
+        """The same change, but for rounding in float64, with no more rank than it can have."""
         if self.rank <= self.largest_rank:
             return self
         return self.svd().cut(self.largest_rank)[0]

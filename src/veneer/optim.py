@@ -1,5 +1,4 @@
-"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks. Any optimiser of torch does the
-steps; what stands here chooses learning rates, what is trained, and which triplets a layer keeps.
+"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks, for any optimiser of torch.
 
 Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end in the parameter's
 name (``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
@@ -20,6 +19,8 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "regulariser"]
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
+#: the parameters of a triplet, and what else a variant may train beside A
+_TRIPLET, _BESIDE = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: A, or one of several such as A1 and A2
 _IN_FACTOR = re.compile(r"A\d*")
 
@@ -57,17 +58,15 @@ def lora_plus(
     if not named:
         problems.append(sentence("no trained parameter", "those of an adapter", "pass a handle, or named parameters"))
     raise_all(ConfigError, "LoRA+ cannot be used", problems)
-    embeddings = {id(parameter) for part in _embeddings(named_parameters) for parameter in part.parameters()}
+    changes = _changes(named_parameters).values()
+    embedding = [change for change in changes if change.layer.name.startswith("embedding")]
+    embeddings = {id(parameter) for change in embedding for parameter in change.parameters()}
     groups: dict[float, list[nn.Parameter]] = {lr: [], lr * ratio: [], embedding_lr: []}
     for name, parameter in named:
-        is_A = _IN_FACTOR.fullmatch(_last(name))
+        is_A = _IN_FACTOR.fullmatch(name.rpartition(".")[2])
         rate = embedding_lr if id(parameter) in embeddings else lr if is_A else lr * ratio
         groups[rate].append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": weight_decay}
-        for rate, parameters in groups.items()
-        if parameters
-    ]
+    return [{"params": own, "lr": rate, "weight_decay": weight_decay} for rate, own in groups.items() if own]
 
 
 def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
@@ -92,8 +91,9 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
     named = list(_named(named_parameters))
     layers: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in named:
-        layers.setdefault(name.rpartition(".")[0], {})[_last(name)] = parameter
-    low = {path: own for path, own in layers.items() if any(_is_adapter_parameter(name) for name in own)}
+        path, _, last = name.rpartition(".")
+        layers.setdefault(path, {})[last] = parameter
+    low = {path: own for path, own in layers.items() if own.keys() & _BESIDE or any(map(_IN_FACTOR.fullmatch, own))}
     started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
     problems = [
         sentence(f"{reason} at {path or 'the top'}", "a random A and a B, both trained", 'use variant "lora"')
@@ -107,10 +107,6 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
         parameters["A"].requires_grad_(False)
         parameters["A"].grad = None
     return [parameter for _, parameter in named if parameter.requires_grad]
-
-
-def _is_adapter_parameter(name: str) -> bool:
-    return name in ("B", "C", "E", "R", "b", "d") or _IN_FACTOR.fullmatch(name) is not None
 
 
 def _why_not_frozen(parameters: dict[str, nn.Parameter], started: bool) -> str | None:
@@ -178,8 +174,13 @@ class RankBudget:
             problems.append(sentence(f"beta1={beta1}, beta2={beta2}", "numbers in (0, 1)", "use 0.85"))
         raise_all(ConfigError, "This RankBudget cannot be used", problems)
         self.settled = False
-        self._sensitivity = {key: _averages_of(parameter) for key, parameter in self._parameters()}
-        self._uncertainty = {key: _averages_of(parameter) for key, parameter in self._parameters()}
+        self._sensitivity, self._uncertainty = (
+            {
+                key: torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32), requires_grad=False)
+                for key, own in self._parameters()
+            }
+            for _ in range(2)
+        )
 
     def budget(self, step_number: int) -> int:
         """How many triplets all layers together keep at this step."""
@@ -205,7 +206,16 @@ class RankBudget:
         budget = self.budget(step_number)
         if self.settled:
             return budget
-        self._observe()
+        missing = [key for key, parameter in self._parameters() if parameter.grad is None]
+        if missing:
+            do = "call step after backward and before zero_grad"
+            raise ConfigError(sentence(f"no gradient at {listing(missing)}", "one", do))
+        for key, parameter in self._parameters():
+            smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, parameter.grad)
+            now = (parameter * gradient).abs().to(smooth)
+            now = torch.where(now.isfinite(), now, smooth)  # a step that a gradient scaler skips teaches nothing
+            smooth.lerp_(now, 1 - self.beta1)
+            unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
         last = step_number >= self.total_steps - self.final
         if last or (step_number > self.warmup and step_number % self.every == 0):
             self._choose(budget)
@@ -214,9 +224,8 @@ class RankBudget:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on: the averages, and whether the choice is final. Masks are in the model's state."""
-        copies = ({key: value.clone() for key, value in own.items()} for own in (self._sensitivity, self._uncertainty))
-        sensitivity, uncertainty = copies
-        return {"sensitivity": sensitivity, "uncertainty": uncertainty, "settled": self.settled}
+        averages = {name: {key: value.clone() for key, value in own.items()} for name, own in self._averages()}
+        return {**averages, "settled": self.settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict`` of a budget over the same layers.
@@ -224,37 +233,31 @@ class RankBudget:
         Raises:
             ConfigError: other layers, or other sizes. Nothing was loaded.
         """
-        for name, own in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
+        for name, own in self._averages():
             theirs = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
             ours = {key: tuple(value.shape) for key, value in own.items()}
             if theirs != ours:
                 odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
                 do = "make the RankBudget of the adapter that this state is of"
                 raise ConfigError(sentence(f"a state that differs at {listing(odd)}", "the same layers and sizes", do))
-        for name, own in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
+        for name, own in self._averages():
             for key, value in own.items():
                 value.copy_(state[name][key])
         self.settled = bool(state["settled"])
 
+    def _averages(self) -> list[tuple[str, dict[str, Tensor]]]:
+        return [("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)]
+
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for path, layer in self.layers.items():
-            for name in ("A", "B", "E"):
-                yield f"{path}.{name}".lstrip("."), getattr(layer, name)
-
-    def _observe(self) -> None:
-        missing = [key for key, parameter in self._parameters() if parameter.grad is None]
-        if missing:
-            found = f"no gradient at {listing(missing)}"
-            raise ConfigError(sentence(found, "one", "call step after backward and before zero_grad"))
-        for key, parameter in self._parameters():
-            smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, parameter.grad)
-            now = (parameter * gradient).abs().to(smooth)
-            now = torch.where(now.isfinite(), now, smooth)  # a step that a gradient scaler skips teaches nothing
-            smooth.lerp_(now, 1 - self.beta1)
-            unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
+            yield from ((f"{path}.{name}".lstrip("."), getattr(layer, name)) for name in _TRIPLET)
 
     def _choose(self, budget: int) -> None:
-        scores = [self._importance(path).flatten() for path in self.layers]
+        scores = []
+        for path in self.layers:
+            keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET]
+            A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys)
+            scores.append((E + A.mean(dim=2) + B.mean(dim=1)).flatten())  # [g · r]
         device = scores[0].device
         whole = torch.cat([score.to(device) for score in scores])
         order = torch.argsort(whole, descending=True, stable=True)
@@ -262,12 +265,6 @@ class RankBudget:
         for layer, mask in zip(self.layers.values(), masks.split([len(score) for score in scores]), strict=True):
             layer.mask.copy_(mask.view_as(layer.mask))
             layer.E.mul_(layer.mask)
-
-    def _importance(self, path: str) -> Tensor:
-        """[g, r]"""
-        keys = {name: f"{path}.{name}".lstrip(".") for name in ("A", "B", "E")}
-        A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys.values())
-        return E + A.mean(dim=2) + B.mean(dim=1)
 
 
 def regulariser(source: Any) -> Tensor:
@@ -278,26 +275,14 @@ def regulariser(source: Any) -> Tensor:
     Raises:
         ConfigError: a layer of another variant, or no layer.
     """
-    total: list[Tensor] = []
-    for _, layer in _triplets(source):
-        for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B):
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            total.append((gram - identity).square().sum(dim=(-2, -1)))
-    device = total[0].device
-    return torch.cat([part.to(device) for part in total]).mean()
-
-
-def _averages_of(number: Tensor) -> Tensor:
-    return torch.zeros_like(number, dtype=torch.promote_types(number.dtype, torch.float32), requires_grad=False)
+    grams = [gram for _, layer in _triplets(source) for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B)]
+    off = [(gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(-2, -1)) for gram in grams]
+    return torch.cat([part.to(off[0].device) for part in off]).mean()
 
 
 def _named(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
     own = getattr(source, "named_parameters", None)
     yield from own() if own else source
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _parts(source: Any) -> Iterator[tuple[str, Any]]:
@@ -315,22 +300,22 @@ def _parts(source: Any) -> Iterator[tuple[str, Any]]:
             yield path, part
 
 
-def _embeddings(source: Any) -> Iterator[nn.Module]:
-    if isinstance(getattr(source, "changes", None), Mapping):
-        yield from (change for change in source.changes.values() if change.layer.name.startswith("embedding"))
+def _changes(source: Any) -> Mapping[str, Any]:
+    """The low-rank changes of a handle by path; of another source none."""
+    changes = getattr(source, "changes", None)
+    return changes if isinstance(changes, Mapping) else {}
 
 
 def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
     """(path, module) of every layer with A, B, E and mask; other low-rank layers are an error."""
     found, others = [], []
     for path, part in _parts(source):
-        if all(hasattr(part, name) for name in ("A", "B", "E", "mask")):
+        if all(hasattr(part, name) for name in (*_TRIPLET, "mask")):
             found.append((path, part))
         elif any(hasattr(part, name) for name in ("A", "B", "A2", "B2")):
             others.append(path or "the top")
-    problems = []
     if others or not found:
         at = f"numbers of another variant at {listing(others)}" if others else "no layer with A, B, E and mask"
-        problems.append(sentence(at, "an adapter of variant 'adalora'", 'attach with LoraConfig(variant="adalora")'))
-    raise_all(ConfigError, "Ranks can only be allocated to adalora", problems)
+        problem = sentence(at, "an adapter of variant 'adalora'", 'attach with LoraConfig(variant="adalora")')
+        raise ConfigError(f"Ranks can only be allocated to adalora. {problem}")
     yield from found

@@ -1,4 +1,4 @@
-"""One kind of registry for layers, variants and bases: a name, a value, and the modules that hold them.
+"""One kind of registry for layers, variants, bases and formats: a name, a value, and the modules that hold them.
 
 A file of a registry's package registers itself when it is imported, and the package imports every file that it holds,
 so a new layer, variant or storage is one new file and no other line.
@@ -24,8 +24,7 @@ class Registry(Generic[T]):
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T) -> T:
-        """Register ``value``; a name that is taken is a ConfigError (two files must not silently replace each
-        other)."""
+        """Register ``value``; a name that is taken is a ConfigError: no file silently replaces another."""
         if name in self._values:
             raise ConfigError(sentence(f"a second {self.kind} named {name!r}", "a new name", "choose another name"))
         self._values[name] = value
