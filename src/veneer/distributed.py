@@ -227,7 +227,6 @@ class Ranks:
 
 
 def _raise(rank: int, answer: dict[str, str]) -> None:
-    """Raise what another rank has raised, if it has."""
     if "error" in answer:
         known = getattr(errors, answer["error"], AdapterError)
         raise known(f"On rank {rank}: {answer['text'] or answer['error']}")

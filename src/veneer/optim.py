@@ -28,22 +28,18 @@ _IN_FACTOR = re.compile(r"A\d*")
 def lora_plus(
     named_parameters: Named | Any, lr: float, ratio: float = 16, weight_decay: float = 0.0, embedding_lr: float = 1e-6
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser in which everything but A learns ``ratio`` times as fast as A: LoRA+. Hayou et
-    al. 2024, arXiv:2402.12354.
+    """Parameter groups in which everything but A learns ``ratio`` times as fast as A: LoRA+. Hayou et al. 2024,
+    arXiv:2402.12354. The paper's ratio of 16 suits LoRA's start and an ``lr`` about half the usual one.
 
         optimiser = torch.optim.AdamW(lora_plus(handle, lr=1e-4))
-
-    As a layer gets wider, its A has to move by 1 / width of what B may. The paper's ratio of 16 suits LoRA's start
-    (A random, B zero) and an ``lr`` about half the usual one.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs. Parameters that are not trained are left out.
         lr: learning rate of A (and of A1, A2 of a variant with several).
         ratio: learning rate of the rest over that of A.
         weight_decay: of every group.
-        embedding_lr: learning rate of adapters of embeddings, whose A reads one row and not a width: the authors' code
-            trains them apart, by default at 1e-6. Only a handle tells which these are; given pairs, there is no such
-            group.
+        embedding_lr: learning rate of adapters of embeddings, which the authors' code trains apart. Only a handle
+            tells which these are; given pairs, there is no such group.
 
     Raises:
         ConfigError: nothing to train, or a learning rate or ratio that is not above 0.

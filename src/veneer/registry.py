@@ -47,6 +47,5 @@ class Registry(Generic[T]):
 
 
 def import_all(package: str, path: list[str]) -> None:
-    """Import every module of a package, in the order of their names."""
     for module in sorted(info.name for info in pkgutil.iter_modules(path)):
         importlib.import_module(f"{package}.{module}")

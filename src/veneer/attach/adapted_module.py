@@ -121,7 +121,6 @@ def weight_of(module: nn.Module, name: str) -> Any:
 
 
 def state_of(module: nn.Module) -> LayerState | None:
-    """The module's ``LayerState``, if it is adapted."""
     return cast("LayerState | None", module._modules.get(STATE)) if isinstance(module, Adapted) else None
 
 
@@ -138,12 +137,10 @@ def install(module: nn.Module, layer_state: LayerState) -> None:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its adapters."""
     return getattr(type(module), "veneer_base", type(module))
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give a module its own class back."""
     own = own_class(module)
     set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
     module.__class__ = own

@@ -97,24 +97,27 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     modules = (module for _, module in walk(model))
     if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
         raise CheckError(problem)
-    kwargs = dict(example) if isinstance(example, Mapping) else {}
-    args = () if isinstance(example, Mapping) else example if isinstance(example, tuple) else (example,)
+    if isinstance(example, Mapping):
+        call = partial(model, **example)
+    else:
+        call = partial(model, *example) if isinstance(example, tuple) else partial(model, example)
     items = _items(model, name)
     trained = list(dict.fromkeys(p for item in items for p in item.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        problems, compared = _prove(model, name, items, trained, args, kwargs)
+        problems, compared = _prove(call, name, items, trained)
     raise_all(CheckError, f"The output does not see all of adapter {name!r}", problems)
     return CheckReport(name, tuple(item.where for item in items), compared)
 
 
-def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+def _prove(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter]) -> tuple[list[str], int]:
     """(problems, how many changes were compared with the definition)."""
-    reached: set[int] = set()
+    model, reached = call.func, set()
     with _as_it_was(model, trained), use(model, name):
-        first = _gradients(model, trained, args, kwargs)
+        first = _gradients(call, trained)
         with context.changed(reached=reached), torch.no_grad():
-            model.eval()(*args, **kwargs)
+            model.eval()
+            call()
     problems, silent = [], []
     for item in items:
         found = [first[p] for p in item.parameters if first[p] is not None]
@@ -124,20 +127,21 @@ def _prove(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Par
             silent.append(item)
         elif not all(gradient.isfinite().all() for gradient in found):
             problems.append(item.problem("receives a gradient that is not finite"))
-    problems += _without_gradient(model, name, silent, trained, args, kwargs) if silent else []
+    problems += _without_gradient(call, name, silent, trained) if silent else []
     packed = _packed(model, name)
     if problems or packed is None:
         return problems, 0
     left_out = {id(change) for part in packed.values() for change in part.changes.values()}
     compared = [item for item in items if not item.ids & left_out]
-    problems = _differences(model, name, compared, trained, packed, args, kwargs)
+    problems = _differences(call, name, compared, trained, packed)
     floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
     narrow = all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
     if problems and narrow and not packed:
         try:
             with dead_weights.replaced((*model.parameters(), *model.buffers()), _doubled):
-                args, kwargs = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
-                problems = _differences(model, name, compared, trained, packed, args, kwargs)
+                args, kwargs = pytree.tree_map_only(Tensor, _doubled, (call.args, call.keywords))
+                call = partial(model, *args, **kwargs)
+                problems = _differences(call, name, compared, trained, packed)
         except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
             problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
     return problems, len(compared)
@@ -147,17 +151,17 @@ def _is_there(gradients: Iterable[Tensor | None]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], args, kwargs):
+def _without_gradient(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter]) -> Iterator[str]:
     """A problem for each of these without a gradient at the start, unless it comes once the parameters have moved."""
 
     def ask() -> list[bool]:
-        gradients = _gradients(model, trained, args, kwargs)
+        gradients = _gradients(call, trained)
         return [_is_there(gradients[p] for p in item.parameters) for item in items]
 
-    with _as_it_was(model, trained), use(model, name):
+    with _as_it_was(call.func, trained), use(call.func, name):
         _perturb(trained)
         later = ask()
-        found = {} if all(later) else dead_weights.zeros(model, trained)
+        found = {} if all(later) else dead_weights.zeros(call.func, trained)
         behind = dead_weights.blocking(found, ask) if found else [() for _ in items]
     for item, there, names in zip(items, later, behind, strict=True):
         if names and not there:
@@ -170,16 +174,17 @@ def _without_gradient(model: nn.Module, name: str, items: list[_Item], trained: 
             yield item.problem("receives no gradient")
 
 
-def _differences(model: nn.Module, name: str, items: list[_Item], trained: list[nn.Parameter], packed, args, kwargs):
+def _differences(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter], packed) -> list[str]:
     """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
+    model = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
         _perturb(trained)
         with use(model, name):
-            ours = _gradients(model, trained, args, kwargs)
+            ours = _gradients(call, trained)
         with _defined(model, name, packed):
-            theirs = _gradients(model, trained, args, kwargs)
+            theirs = _gradients(call, trained)
 
     def whole(gradients: Mapping, item: _Item) -> Tensor:
         own = (torch.zeros_like(p) if gradients[p] is None else gradients[p] for p in item.parameters)
@@ -253,12 +258,11 @@ def _perturb(trained: list[nn.Parameter]) -> None:
             parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
-def _gradients(model: nn.Module, trained: list[nn.Parameter], args, kwargs) -> dict[nn.Parameter, Tensor | None]:
+def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
     torch.manual_seed(0)
     with torch.enable_grad():
-        output = model(*args, **kwargs)
         # A random projection: a plain sum is constant after a softmax or a layer norm, and would hide a gradient.
-        projected = ((y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(output))
+        projected = ((y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(call()))
         total = sum(projected, torch.zeros(()))
     if not total.requires_grad:
         return dict.fromkeys(trained)

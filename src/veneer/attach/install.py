@@ -177,7 +177,6 @@ def place(
 
 
 def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
-    """Let layers that read one input be computed together."""
     for path, module in names.modules.items():
         for children in same_input(own_class(module)):
             by_size: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
@@ -193,7 +192,6 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
 
 
 def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
-    """The module's state, made if need be."""
     layer_state = state_of(module)
     if layer_state is None:
         kind = kind_of(module)

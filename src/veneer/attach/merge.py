@@ -125,8 +125,7 @@ def merge(
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
     raises. No thread may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes
-    it a plain model, which it is not before: libraries that go by a layer's exact class, as ``torch.ao.quantization``
-    does, pass adapted layers by.
+    it a plain model, for libraries that go by a layer's exact class.
 
     Args:
         name: the adapter; None takes the only one.
@@ -267,7 +266,6 @@ def _merged(model: nn.Module) -> Iterator[_StoredWeight]:
 
 
 def _stored_weights(model: nn.Module, name: str) -> Iterator[_StoredWeight]:
-    """All that an adapter changes."""
     for path, module, weight, change in changes(model, name):
         yield _StoredWeight(path, module, weight, change, weight_of(module, weight), change.storage)
     seen: set[int] = set()  # tied parameters have one copy, and are written once

@@ -38,7 +38,6 @@ def put(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
 
 
 def take_back(module: nn.Module) -> None:
-    """Undo every ``put`` on a module."""
     for name in [name for name in module.__dict__ if stands(module, name)]:
         before = original(module.__dict__.pop(name), module)
         module.__dict__.update({} if before is None else {name: before})
@@ -51,7 +50,6 @@ def original(value: Any, module: nn.Module) -> Any:
 
 
 def stands(module: nn.Module, name: str) -> bool:
-    """Whether something stands in the place of this method."""
     return isinstance(module.__dict__.get(name), Instead)
 
 

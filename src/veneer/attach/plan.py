@@ -138,7 +138,6 @@ def _divided(
 
 
 def _specs(names: Names, config: LoraConfig, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
-    """Rank, alpha and slices of each target that takes a low-rank change."""
     variant = VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
     alpha = variant.default_alpha if config.alpha is None else config.alpha
     return {
@@ -199,7 +198,6 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
 
 
 def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
-    """Who reads parameters that are trained in full past their module."""
     refs = changed_refs((), full)
     return tuple(dict.fromkeys(weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)))
 
@@ -296,7 +294,6 @@ def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
 def _biases(
     names: Names, config: LoraConfig, low: Sequence[str], also: Sequence[str], problems: list[str]
 ) -> list[ParamRef]:
-    """The biases that are trained beside the low-rank changes."""
     if config.bias == "none":
         return []
     left_out = {*((path, "bias") for path in also), *targeting.excluded(names, config, [])}

@@ -81,7 +81,6 @@ class use:
 
 
 def _selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
-    """What a choice means."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):

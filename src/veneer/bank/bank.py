@@ -89,7 +89,6 @@ class Bank:
         self._clock = 0
         self._bytes = 0
         self._alive: set[int] = set()  # who takes these bytes, by ``ResidentAdapter.uid``
-        self._drops = 0
         self._crowded = 0
         self._closed = False
 
@@ -419,9 +418,8 @@ class Bank:
         if resident is not None:
             self._bytes -= resident.nbytes
             self._alive.discard(resident.uid)
-            self._drops += 1
             for batch_state in self._batch_states:  # those that are in use do so as they come back
-                batch_state.forget(resident.uid)
+                batch_state.keep(self._alive)
             self._changed.notify_all()
 
     def _release(self, entries: Sequence[Entry]) -> None:
@@ -439,7 +437,6 @@ class Bank:
         with self._changed:
             self._open()
             batch_state = self._batch_states.pop() if self._batch_states else BatchState(self._frame)
-            drops = self._drops
             self._calls += 1
         selected = None
         try:
@@ -453,9 +450,7 @@ class Bank:
                 selected.name, selected.parts = "the rows of a bank's block that has ended", None
             batch_state.assignment = None
             with self._changed:
-                if drops != self._drops:
-                    for uid in batch_state.uids - self._alive:
-                        batch_state.forget(uid)
+                batch_state.keep(self._alive)
                 self._batch_states.append(batch_state)
                 self._calls, self._ended = self._calls - 1, time.monotonic()
 

@@ -296,11 +296,6 @@ class BatchState:
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
 
-    @property
-    def uids(self) -> set[int]:
-        """Whose factors are kept."""
-        return {resident.uid for assignment in self.assignments.values() for resident in assignment.members}
-
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
         """Make what the rows use what calls of its layers mean."""
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
@@ -317,7 +312,7 @@ class BatchState:
         self.assignments[key] = self.assignment = assignment
         return assignment
 
-    def forget(self, uid: int) -> None:
-        """An adapter is no longer in memory: nothing here holds it."""
+    def keep(self, alive: set[int]) -> None:
+        """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those that are."""
         kept = self.assignments.items()
-        self.assignments = {key: one for key, one in kept if all(resident.uid != uid for resident in one.members)}
+        self.assignments = {key: one for key, one in kept if all(member.uid in alive for member in one.members)}
