@@ -8,7 +8,7 @@ What has no two axes to factor (a bias, the scale of a norm) is trained in full,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,17 +94,13 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
         problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
-    names = Names(model)
-    frozen = refusals.frozen_on_purpose(names)
-    targets, more = targeting.select(names, config)
-    problems += more
-    also = targeting.expand(names, config.train_also, "train_also", problems)
-    targets, head = _divided(names, config, targets, also, frozen, problems)
-    specs = _specs(names, config, targets)
+    planner = _Planner(model, config, problems)
+    names, targets, head = planner.names, *planner.targets()
+    specs = planner.specs(targets)
     low = plan_low(names, specs, problems)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
-    full = _plan_full(names, config, vectors, also, low, problems)
-    refusals.check_full(names, full, problems, frozen)
+    full = planner.full(vectors, [entry.path for entry in low])
+    refusals.check_full(names, full, problems, planner.frozen)
     for path, name in {ref for entry in low for ref in entry.holders}:
         if name in full.get(path, ()):
             found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
@@ -113,73 +109,93 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
-    return Plans(config, tuple(low), full, frozenset(also), full_readers(names, full))
+    return Plans(config, tuple(low), full, frozenset(planner.also), full_readers(names, full))
 
 
-def _divided(
-    names: Names,
-    config: LoraConfig,
-    targets: list[ParamRef],
-    also: Sequence[str],
-    frozen: Set[int],
-    problems: list[str],
-) -> tuple[list[ParamRef], list[ParamRef]]:
-    """The targets that are left for the adapter, and those of an untrained head, which is trained in full."""
-    explicit = callable(config.targets) or any(word not in WORDS for word in listed(config.targets))
-    for path in dict.fromkeys(path for path, _ in targets if path in also) if explicit else ():
-        problems.append(sentence(f"{path!r} in targets and in train_also", "one of them", "leave it out of the other"))
-    head = [] if explicit else _untrained_head(names, config, frozen)
-    targets = [ref for ref in targets if ref[0] not in also and ref not in head]
-    if _everything(config):
-        targets = _attachable(names, targets, frozen)
-    for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
-        problems += targeting.unmatched(names, patterns, field_name, targets)
-    return targets, head
+class _Planner:
+    """What a config means, step by step; problems are added."""
 
+    def __init__(self, model: nn.Module, config: LoraConfig, problems: list[str]) -> None:
+        self.names, self.config, self.problems = Names(model), config, problems
+        self.frozen = refusals.frozen_on_purpose(self.names)
+        self.words = [] if callable(config.targets) else listed(config.targets)
+        self.also: list[str] = []
 
-def _specs(names: Names, config: LoraConfig, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
-    variant = VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
-    alpha = variant.default_alpha if config.alpha is None else config.alpha
-    return {
-        ref: TargetSpec(
-            int(targeting.value_for(names, ref, config.ranks, config.rank)),
-            targeting.value_for(names, ref, config.alphas, alpha),
-            targeting.value_for(names, ref, config.slices, None),
-            # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
-            clamp=_everything(config) and targeting.value_for(names, ref, config.ranks, None) is None,
-        )
-        for ref in targets
-        if is_matrix(names, ref)
-    }
+    def targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
+        """The targets that are left for the adapter, and those of an untrained head, which is trained in full."""
+        names, config = self.names, self.config
+        targets, more = targeting.select(names, config)
+        self.problems += more
+        self.also = targeting.expand(names, config.train_also, "train_also", self.problems)
+        explicit = callable(config.targets) or any(word not in WORDS for word in self.words)
+        for path in dict.fromkeys(path for path, _ in targets if path in self.also) if explicit else ():
+            found = f"{path!r} in targets and in train_also"
+            self.problems.append(sentence(found, "one of them", "leave it out of the other"))
+        head = [] if explicit else self.untrained_head()
+        targets = [ref for ref in targets if ref[0] not in self.also and ref not in head]
+        targets = self.attachable(targets) if "all" in self.words else targets
+        for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
+            self.problems += targeting.unmatched(names, patterns, field_name, targets)
+        return targets, head
 
+    def untrained_head(self) -> list[ParamRef]:
+        """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of random values would
+        leave the head to whoever loads the adapter."""
+        if "all-linear" not in self.words:
+            return []
+        found, left_out = fresh(self.names), targeting.excluded(self.names, self.config, [])
+        head = targeting.fresh_head(self.names, [ref for key, ref in found.items() if key not in self.frozen])
+        return [ref for ref in head if ref not in left_out]
 
-def _plan_full(
-    names: Names,
-    config: LoraConfig,
-    vectors: Sequence[ParamRef],
-    also: Sequence[str],
-    low: Sequence[LowRankPlan],
-    problems: list[str],
-) -> dict[str, tuple[str, ...]]:
-    """What is trained in full, by module: ``train_also``, targets without two axes, biases, and their ties."""
-    full = {path: [name for name, p in names.modules[path]._parameters.items() if p is not None] for path in also}
-    for path, name in (*vectors, *_biases(names, config, [entry.path for entry in low], also, problems)):
-        full.setdefault(path, []).append(name)
-    return with_ties(names, full)
+    def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
+        """The targets that can carry an adapter; a warning tells of the others: "all" means all that can."""
+        by_identity = holders(self.names)
+        refused: dict[ParamRef, str] = {}
+        for ref in targets:
+            reasons = list(refusals.refusals_of(self.names, ref, by_identity))
+            if not reasons and not is_matrix(self.names, ref):
+                refusals.check_full(self.names, {ref[0]: (ref[1],)}, reasons, self.frozen)
+            if reasons:
+                refused[ref] = reasons[0]
+        if refused:
+            lines = "\n".join(f"  {reason}" for reason in refused.values())
+            warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=5)
+        return [ref for ref in targets if ref not in refused]
 
+    def specs(self, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
+        """Rank, alpha and slices of each target that takes a low-rank change."""
+        names, config = self.names, self.config
+        variant = VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+        alpha = variant.default_alpha if config.alpha is None else config.alpha
+        return {
+            ref: TargetSpec(
+                int(targeting.value_for(names, ref, config.ranks, config.rank)),
+                targeting.value_for(names, ref, config.alphas, alpha),
+                targeting.value_for(names, ref, config.slices, None),
+                # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
+                clamp="all" in self.words and targeting.value_for(names, ref, config.ranks, None) is None,
+            )
+            for ref in targets
+            if is_matrix(names, ref)
+        }
 
-def _everything(config: LoraConfig) -> bool:
-    return not callable(config.targets) and "all" in listed(config.targets)
-
-
-def _untrained_head(names: Names, config: LoraConfig, frozen: Set[int]) -> list[ParamRef]:
-    """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of random values would leave
-    the head to whoever loads the adapter."""
-    if callable(config.targets) or "all-linear" not in listed(config.targets):
-        return []
-    found, left_out = fresh(names), targeting.excluded(names, config, [])
-    head = targeting.fresh_head(names, [ref for key, ref in found.items() if key not in frozen])
-    return [ref for ref in head if ref not in left_out]
+    def full(self, vectors: Sequence[ParamRef], low: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """What is trained in full, by module: ``train_also``, targets without two axes, biases (of the modules ``low``
+        or of all), and their ties."""
+        names, bias = self.names, self.config.bias
+        full = {
+            path: [n for n, own in names.modules[path]._parameters.items() if own is not None] for path in self.also
+        }
+        left_out = {*((path, "bias") for path in self.also), *targeting.excluded(names, self.config, [])}
+        others = [path for path in names.modules if (path, "bias") not in left_out]
+        candidates = {"none": (), "targets": low, "all": others}[bias]
+        biases = [(path, "bias") for path in candidates if names.modules[path]._parameters.get("bias") is not None]
+        if bias != "none" and not biases:
+            found = f"bias={bias!r} and no bias there"
+            self.problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
+        for path, name in (*vectors, *biases):
+            full.setdefault(path, []).append(name)
+        return with_ties(names, full)
 
 
 def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
@@ -210,22 +226,6 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
     if kind is not None and (name in kind.weights(module) or name in kind.vectors(module)):
         return name in kind.weights(module)
     return "bias" not in name and name in refusals.GENERAL_KIND.weights(module)
-
-
-def _attachable(names: Names, targets: list[ParamRef], frozen: Set[int]) -> list[ParamRef]:
-    """The targets without those that cannot carry an adapter, of which a warning tells: "all" means all that can."""
-    by_identity = holders(names)
-    refused: dict[ParamRef, str] = {}
-    for ref in targets:
-        reasons = list(refusals.refusals_of(names, ref, by_identity))
-        if not reasons and not is_matrix(names, ref):
-            refusals.check_full(names, {ref[0]: (ref[1],)}, reasons, frozen)
-        if reasons:
-            refused[ref] = reasons[0]
-    if refused:
-        lines = "\n".join(f"  {reason}" for reason in refused.values())
-        warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=5)
-    return [ref for ref in targets if ref not in refused]
 
 
 @dataclass(frozen=True)
@@ -289,17 +289,3 @@ def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
         fits = all(len(part) == 2 and 0 <= part[0] < part[1] <= dims.out for part in ranges)
     rows = tuple(row for start, stop in ranges for row in range(start, stop)) if fits else ()
     return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None
-
-
-def _biases(
-    names: Names, config: LoraConfig, low: Sequence[str], also: Sequence[str], problems: list[str]
-) -> list[ParamRef]:
-    if config.bias == "none":
-        return []
-    left_out = {*((path, "bias") for path in also), *targeting.excluded(names, config, [])}
-    candidates = low if config.bias == "targets" else [p for p in names.modules if (p, "bias") not in left_out]
-    biases = [(path, "bias") for path in candidates if names.modules[path]._parameters.get("bias") is not None]
-    if not biases:
-        found = f"bias={config.bias!r} and no bias there"
-        problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
-    return biases
