@@ -20,7 +20,7 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "regulariser"]
 Named = Iterable[tuple[str, nn.Parameter]]
 
 #: the parameters of a triplet, and what else a variant may train beside A
-_TRIPLET, _BESIDE = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
+_TRIPLET, _OTHER_FACTORS = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: A, or one of several such as A1 and A2
 _IN_FACTOR = re.compile(r"A\d*")
 
@@ -89,7 +89,9 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
     for name, parameter in named:
         path, _, last = name.rpartition(".")
         layers.setdefault(path, {})[last] = parameter
-    low = {path: own for path, own in layers.items() if own.keys() & _BESIDE or any(map(_IN_FACTOR.fullmatch, own))}
+    low = {
+        path: own for path, own in layers.items() if own.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, own))
+    }
     started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
     problems = [
         sentence(f"{reason} at {path or 'the top'}", "a random A and a B, both trained", 'use variant "lora"')

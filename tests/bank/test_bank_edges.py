@@ -134,7 +134,7 @@ def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, m
     monkeypatch.setattr(Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1])
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):
-        with torch.no_grad(), bank.rows([lease, "b"]):
+        with torch.no_grad(), bank.rows([lease, "b"] if turn < 2 else ["b", lease]):
             model(x)
         if not turn:
             bank.remove("a")

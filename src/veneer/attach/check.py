@@ -112,7 +112,8 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
 
 def _prove(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter]) -> tuple[list[str], int]:
     """(problems, how many changes were compared with the definition)."""
-    model, reached = call.func, set()
+    model: Any = call.func
+    reached: set[int] = set()
     with _as_it_was(model, trained), use(model, name):
         first = _gradients(call, trained)
         with context.changed(reached=reached), torch.no_grad():
@@ -158,10 +159,11 @@ def _without_gradient(call: partial, name: str, items: list[_Item], trained: lis
         gradients = _gradients(call, trained)
         return [_is_there(gradients[p] for p in item.parameters) for item in items]
 
-    with _as_it_was(call.func, trained), use(call.func, name):
+    model: Any = call.func
+    with _as_it_was(model, trained), use(model, name):
         _perturb(trained)
         later = ask()
-        found = {} if all(later) else dead_weights.zeros(call.func, trained)
+        found = {} if all(later) else dead_weights.zeros(model, trained)
         behind = dead_weights.blocking(found, ask) if found else [() for _ in items]
     for item, there, names in zip(items, later, behind, strict=True):
         if names and not there:
@@ -176,7 +178,7 @@ def _without_gradient(call: partial, name: str, items: list[_Item], trained: lis
 
 def _differences(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter], packed) -> list[str]:
     """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
-    model = call.func
+    model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()

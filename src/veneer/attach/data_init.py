@@ -55,11 +55,11 @@ def gather(
     problems = list(_problems(plans, modules, batches is not None, loss is not None, original is not None))
     raise_all(ConfigError, f"Variant {variant.name!r} cannot start", problems)
     found: dict[str, Mapping[ParamRef, Tensor]] = {}
-    if "inputs" in variant.needs and batches is not None:
+    if batches is not None and "inputs" in variant.needs:
         found["inputs"] = _inputs(model, plans, modules, batches)
-    if "gradient" in variant.needs and batches is not None:
+    if batches is not None and "gradient" in variant.needs:
         found["gradient"] = _gradients(model, plans, modules, batches, loss or _own_loss)
-    if "original" in variant.needs and original is not None:
+    if original is not None:
         found["original"] = _originals(plans, original)
     if not found:
         return None
@@ -70,17 +70,12 @@ def _problems(
     plans: Plans, modules: Mapping[str, nn.Module], batches: bool, loss: bool, original: bool
 ) -> Iterator[str]:
     variant = VARIANTS[plans.config.variant]
-    takes_batches = bool(variant.needs & {"inputs", "gradient"})
-    for given, wanted, name in (
-        (batches, takes_batches, "batches"),
-        (original, "original" in variant.needs, "original"),
-    ):
-        if wanted and not given:
-            yield sentence(f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach")
-        elif given and not wanted:
+    looks_at = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
+    for (name, needs), given in zip(looks_at.items(), (batches, original, loss), strict=True):
+        if given and not variant.needs & needs:
             yield sentence(f"{name}=", f"nothing that variant {variant.name!r} would ignore", f"leave {name} out")
-    if loss and "gradient" not in variant.needs:
-        yield sentence("loss=", f"nothing that variant {variant.name!r} would ignore", "leave loss out")
+        elif not given and name != "loss" and variant.needs & needs:
+            yield sentence(f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach")
     for entry in plans.low:
         where = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:

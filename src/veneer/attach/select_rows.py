@@ -43,7 +43,8 @@ class Parts(Mapping[Any, Any]):
         self.order = torch.cat(list(rows)).argsort()
 
     def __getitem__(self, key: Any) -> Any:
-        parts = [selected.table.get(key) for selected in self.selections]
+        tables = [selected.parts if selected.parts is not None else selected.table for selected in self.selections]
+        parts = [table.get(key) for table in tables]
         if all(part is None for part in parts):
             raise KeyError(key)
         return _ByRows(self, parts)

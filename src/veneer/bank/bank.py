@@ -48,7 +48,7 @@ class Bank:
         model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
             are frozen. ``close`` gives both back.
         capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the running calls have laid
-            out comes on top: the factors of the adapters that they use, once more for each of two sets of rows.
+            out comes on top: the factors of the adapters that they use, once more for each of two sets of them.
         dtype: of the adapters' parameters in memory; None takes that of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 

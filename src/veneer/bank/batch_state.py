@@ -6,8 +6,8 @@
 ``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and bfloat16 on a
 processor, and of prompts on few threads, as it has one. Where it is turned off, on other devices and in other dtypes it
 is ``batched``, plain tensor code. An assignment lays the factors of its adapters out for that, each in a lane of
-A [lanes, r, in] and B [lanes, r, out], for each layer and size of rank; the next call with the same rows finds them. A
-layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
+A [lanes, r, in] and B [lanes, r, out], for each layer and size of rank; the next call with the same adapters finds
+them. A layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
 
 One call at a time has a batch state: nothing moves under it.
 """
@@ -15,6 +15,7 @@ One call at a time has a batch state: nothing moves under it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -73,17 +74,16 @@ class Layer:
         self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
         self.compiled = mixed_rows_loop(own, self.factors)
 
-    @torch.inference_mode(False)  # another call, which may be an ordinary one, reads what is made here
-    @torch.no_grad()
     def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
         """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
         parts = [resident.parts.get(self.key) for resident in members]
-        pairs = [(part.A, part.B) if isinstance(part, ResolvedLowRank) else self.nothing for part in parts]
-        A, B = (
-            torch.stack(own) if len({len(one) for one in own}) == 1 else pad_sequence([*own], batch_first=True)
-            for own in zip(*pairs, strict=True)
-        )
-        return A.to(self.dtype), B.to(self.dtype)
+        pairs = [(part.A, part.B) if type(part) is ResolvedLowRank else self.nothing for part in parts]
+        A, B = [A for A, _ in pairs], [B for _, B in pairs]
+        # another call, which may be an ordinary one, reads what is made here
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if len({len(one) for one in A}) == 1:
+                return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
+            return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(B, batch_first=True).to(self.dtype)
 
     def seen(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.members:
@@ -168,11 +168,13 @@ class BatchAssignment:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
         self.members = list({resident: None for uses in rows for resident, _ in uses})
         self.lanes: dict[int, list[ResidentAdapter]] = {}
-        for resident in self.members:
+        for resident in sorted(self.members, key=lambda resident: resident.uid):
             if resident.rank:  # rounded up, so that adapters of about one rank share a product
                 self.lanes.setdefault(max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
-        self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        others = (one for one in batch_state.assignments.values() if one.lanes == self.lanes)
+        #: laid out, by layer: for all assignments of the same adapters
+        self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next((one.factors for one in others), {})
         self.made: dict[Any, list[batched.Run]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.tables: dict[Any, Any] = {}
@@ -230,21 +232,20 @@ class BatchAssignment:
     def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
         if layer.key not in self.extras:
-            resolved_low = {resident: resident.parts.get(layer.key) for resident in self.members}
-            gains = any(one is not None and one.gain is not None for one in resolved_low.values())
-            biases = any(one is not None and one.bias is not None for one in resolved_low.values())
-            shape = self.count, layer.out
-            gain = torch.ones(shape, dtype=layer.dtype, device=like.device) if gains else None
-            own = bias.to(layer.dtype).expand(shape).clone() if biases and bias is not None else None
-            for row, uses in enumerate(self.rows):
-                for resident, weight in uses:
-                    part = resolved_low[resident]
-                    if part is not None and part.gain is not None and gain is not None:
-                        gain[row] += weight * (part.gain.to(layer.dtype) - 1)
-                    if part is not None and part.bias is not None and own is not None and bias is not None:
-                        own[row] += weight * (part.bias.to(layer.dtype) - bias.to(layer.dtype))
-            both = (None if one is None else one.to(like.dtype) for one in (gain, own))
-            self.extras[layer.key] = tuple(both)  # pyright: ignore[reportArgumentType]
+            parts = {resident: resident.parts.get(layer.key) for resident in self.members}
+
+            def of_rows(name: str, own: Tensor) -> Tensor | None:
+                if all(getattr(part, name, None) is None for part in parts.values()):
+                    return None
+                found = own.expand(self.count, layer.out).clone()
+                for row, uses in enumerate(self.rows):
+                    for resident, weight in uses:
+                        if (value := getattr(parts[resident], name, None)) is not None:
+                            found[row] += weight * (value.to(layer.dtype) - own)
+                return found.to(like.dtype)
+
+            gain = of_rows("gain", torch.ones(layer.out, dtype=layer.dtype, device=like.device))
+            self.extras[layer.key] = gain, None if bias is None else of_rows("bias", bias.to(layer.dtype))
         return self.extras[layer.key]
 
 
