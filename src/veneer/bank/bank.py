@@ -92,8 +92,6 @@ class Bank:
         self._crowded = 0
         self._closed = False
 
-    # ------------------------------------------------------------------------------------------ names
-
     def register(self, name: str, path: str | Path) -> None:
         """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used.
 
@@ -206,8 +204,6 @@ class Bank:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
-    # ------------------------------------------------------------------------------------------ use
-
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
         """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they are in memory: at
         once, or once a thread has loaded those that are not.
@@ -307,8 +303,6 @@ class Bank:
                     abandon(self.model, self._attached)
         finally:
             self._loading.release()
-
-    # ------------------------------------------------------------------------------------------ within
 
     def _open(self) -> None:
         if self._closed:
