@@ -10,19 +10,13 @@ the lock, read the index, put a whole object in place, replace the index by a re
 the old index or the new one, and every object that an index speaks of is whole. Readers take no lock: they read one
 file, which is always whole, and then a folder, which never changes.
 
-One index rather than a file a name: it gives every reader one consistent state with one read, and names need not be
-file names. One lock that is held for the whole of a change, the copying too, rather than a lock a folder: a folder
-under a temporary name is then always the leftover of a writer that died, and ``gc`` needs no clock to know it.
+One lock is held for the whole of a change, the copying too: a folder under a temporary name is then always the leftover
+of a writer that died, and ``gc`` needs no clock to know it. An object that no name refers to is deleted by ``gc`` after
+a grace period, counted from the moment when its last name went (the folder's own time of change, which ``remove``
+sets); so a path from ``get`` is good for that long.
 
-An object that no name refers to is deleted by ``gc`` after a grace period, counted from the moment when its last name
-went (the folder's own time of change, which ``remove`` sets). So a path from ``get`` is good for that long whatever
-others do, and files that are open then stay readable, as POSIX has it.
-
-It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows. On NFS they and locks work where the mount has
-locking (not with ``nolock``), and readers on other machines may see a change some seconds late.
-
-Rejected: SQLite for the index. It is no less code, as names must still be recovered from the folders when it is
-damaged; a reader would need a lock, and a folder that it may write to; and nobody could read it without a tool.
+It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows. ``docs/decisions/089-locks-are-filelocks.md``
+has what was rejected, ``docs/adapters.md`` how NFS behaves.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +46,8 @@ SCHEME = "library:"
 #: what may name an adapter, here and to a server
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+#: what ``_parse`` raises of an index that is not there, or not one
+_DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -90,14 +86,12 @@ class Rebuilt:
 
 @dataclass(frozen=True, init=False)
 class Library:
-    """The adapters in a folder, which need not exist yet."""
+    """The adapters in a folder, which need not exist yet. To read takes no lock; one at a time writes."""
 
     folder: Path
 
     def __init__(self, folder: str | Path) -> None:
         object.__setattr__(self, "folder", Path(folder).expanduser())
-
-    # ------------------------------------------------------------------------------------------ reading: no lock
 
     def entry(self, name: str) -> Entry:
         """The entry of a name. Raises ``LibraryError`` if there is none."""
@@ -107,21 +101,14 @@ class Library:
         """The adapter folder of a name: to be read, never written to, and good for the grace period at least."""
         path = self._object(self.entry(name).object)
         if not path.is_dir():
-            raise LibraryError(
-                sentence(
-                    f"no folder {path}, which {name!r} stands for", "it there", f"run {self._mend()}, or add it again"
-                )
-            )
+            found = f"no folder {path}, which {name!r} stands for"
+            raise LibraryError(sentence(found, "it there", f"run {self._mend()}, or add it again"))
         return path
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
         """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls it)."""
-        entries = (entry for _, entry in sorted(self._names().items()))
-        return tuple(
-            entry for entry in entries if (tag is None or tag in entry.tags) and (base is None or base == entry.base)
-        )
-
-    # ------------------------------------------------------------------------------------------ writing: one at a time
+        entries = (entry for _, entry in sorted(self._names().items()) if tag is None or tag in entry.tags)
+        return tuple(entry for entry in entries if base is None or base == entry.base)
 
     def add(self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False) -> Entry:
         """Copy an adapter folder into the library under a name.
@@ -169,12 +156,11 @@ class Library:
         _check_words(name, (*tags, *remove))
         with self._change() as names:
             entry = self._need(names, name)
-            absent = [tag for tag in remove if tag not in entry.tags]
-            if absent:
+            if absent := [tag for tag in remove if tag not in entry.tags]:
                 found = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
                 raise LibraryError(sentence(found, "tags that it has", "check the spelling"))
-            kept = [tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove]
-            names[name] = replace(entry, tags=tuple(kept))
+            kept = tuple(tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove)
+            names[name] = replace(entry, tags=kept)
         return names[name]
 
     def gc(self, *, grace: float = GRACE) -> Collected:
@@ -184,11 +170,8 @@ class Library:
             objects = self.folder / OBJECTS
             leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp"), *objects.glob(".*.replaced")]
             freed = sum(map(_delete, leftovers))
-            old = [
-                path
-                for path in sorted(objects.iterdir())
-                if _HASH.fullmatch(path.name) and path.name not in used and time.time() - path.stat().st_mtime >= grace
-            ]
+            unused = [path for path in sorted(self._objects()) if path.name not in used]
+            old = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
             for path in old:
                 doomed = path.with_name(f".{path.name}.tmp")
                 path.rename(doomed)  # at once: half an object must never stand under its hash
@@ -221,14 +204,12 @@ class Library:
             self._write(after)
         return Rebuilt(tuple(sorted(kept)), tuple(recovered), tuple(lost))
 
-    # ------------------------------------------------------------------------------------------ objects
-
     def _object(self, key: str) -> Path:
         return self.folder / OBJECTS / key
 
-    def _objects(self) -> Iterator[Path]:
+    def _objects(self) -> list[Path]:
         folder = self.folder / OBJECTS
-        yield from (path for path in folder.iterdir() if _HASH.fullmatch(path.name)) if folder.is_dir() else ()
+        return [path for path in folder.iterdir() if _HASH.fullmatch(path.name)] if folder.is_dir() else []
 
     def _store(self, path: Path, key: str) -> None:
         """Put the files into place, unless they are there, and intact, already."""
@@ -246,23 +227,19 @@ class Library:
         if self._object(key).is_dir():
             os.utime(self._object(key))
 
-    # ------------------------------------------------------------------------------------------ the index
-
     @contextmanager
     def _locked(self, *, create: bool = False) -> Iterator[None]:
         """One writer at a time. Only ``create`` makes the folder: a mistyped one must not appear."""
         if not create and not (self.folder / OBJECTS).is_dir():
-            raise LibraryError(
-                sentence(f"no library in {self.folder}", "a folder with adapters", "check the path, or add one")
-            )
+            do = "check the path, or add one"
+            raise LibraryError(sentence(f"no library in {self.folder}", "a folder with adapters", do))
         import filelock  # here, as it takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
         soft: type = filelock.SoftFileLock  # a type checker is told that every lock is one
         if isinstance(lock, soft):  # a killed writer would leave it locked
-            raise LibraryError(
-                sentence("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
-            )
+            do = "keep adapters in plain folders"
+            raise LibraryError(sentence("a system without flock", "Linux, macOS or a BSD", do))
         (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
         with lock:
             yield
@@ -287,25 +264,20 @@ class Library:
         """What the index says; nothing if there was never one."""
         index = self.folder / INDEX
         # In this order: a first writer may come in between, and it writes the index before the first object.
-        if not index.exists() and not (self.folder / COPY).exists() and not any(self._objects()):
+        if not index.exists() and not (self.folder / COPY).exists() and not self._objects():
             return {}
         try:
             return _parse(index)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise
+        except _DAMAGED as error:
             what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-            raise LibraryError(
-                sentence(f"an index {index} that {what}", "the index of a library", f"run {self._mend()}")
-            ) from error
+            found, do = f"an index {index} that {what}", f"run {self._mend()}"
+            raise LibraryError(sentence(found, "the index of a library", do)) from error
 
     def _readable(self) -> tuple[dict[str, Entry], bool]:
         """The names of the index (and True), or else those of its copy, or else none."""
         for file in (INDEX, COPY):
-            try:
+            with suppress(*_DAMAGED):
                 return _parse(self.folder / file), file == INDEX
-            except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-                continue
         return {}, False
 
     def _need(self, names: dict[str, Entry], name: str) -> Entry:
@@ -320,7 +292,6 @@ class Library:
 
 
 def _parse(file: Path) -> dict[str, Entry]:
-    """The names that an index file holds; ValueError, TypeError, KeyError or AttributeError if it is damaged."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
         raise LibraryError(sentence(f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer"))
@@ -347,25 +318,21 @@ def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
 
 def _check_words(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
-    named = [("name", name), *(("tag", tag) for tag in tags)]
-    problems = [
-        sentence(f"{what} {word!r}", expected, "choose another") for what, word in named if not NAME.fullmatch(word)
-    ]
+    wrong = [f"name {name!r}"] if not NAME.fullmatch(name) else []
+    wrong += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
+    problems = [sentence(found, expected, "choose another") for found in wrong]
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 
 
 def _delete(path: Path) -> int:
     """Delete a file or a folder; how many bytes that frees."""
-    if not path.is_dir():
+    if path.is_dir():
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        shutil.rmtree(path)
+    else:
         size = path.stat().st_size
         path.unlink()
-        return size
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    shutil.rmtree(path)
     return size
-
-
-# ---------------------------------------------------------------------------------------------- for commands
 
 
 def default_folder() -> Path:

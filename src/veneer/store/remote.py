@@ -4,9 +4,9 @@
     s3://… gs://… memory:// file:// anything that fsspec knows; a place is a folder there
     anything without "://"          a folder here: pulling it is reading it, pushing to it is copying
 
-``pull(push(folder, place))`` is that very adapter: ``push`` returns the place with the revision that it made, which
-names these bytes for good. On the hub that is a commit. Elsewhere it is the hash of the files: object stores have no
-versions that all of them share and cannot rename a folder, so nothing that a reader may be reading is written over:
+``push`` returns the place with the revision that it made, which names these bytes for good. On the hub that is a
+commit. Elsewhere it is the hash of the files: object stores have no versions that all of them share and cannot rename a
+folder, so nothing that a reader may be reading is written over:
 
     <place>/<hash>/…     the files, first
     <place>/latest       the hash, last: one small object, which every store replaces at once
@@ -14,9 +14,8 @@ versions that all of them share and cannot rename a folder, so nothing that a re
 A crash in between leaves the old ``latest``, and files that the next push of the same adapter completes. A place that
 holds an adapter's files without ``latest`` (somebody copied a folder there) can be pulled too; it has no revisions.
 
-What is pulled lands in ``~/.cache/veneer/adapters`` by place and revision. It is read and verified under a temporary
-name and then renamed, so the cache holds nothing bad. Only an adapter's own files are ever fetched: no pickles, no
-code.
+What is pulled is verified under a temporary name and then renamed, so the cache holds nothing bad. Only an adapter's
+own files are ever fetched: no pickles, no code.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -83,13 +81,15 @@ def push(
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
         found = f"a revision, a message or private for {target.where}"
         raise RemoteError(sentence(found, "none: they are the hub's", "leave them out; a push returns its revision"))
-    if target.kind == "hub":
-        return _push_hub(path, target, message or "Upload adapter", private)
-    if target.kind == "store":
-        return _push_store(path, target)
-    with new_folder(target.where) as folder:
-        copy_files(path, folder)
-    return target.where
+    match target.kind:
+        case "hub":
+            return _push_hub(path, target, message or "Upload adapter", private)
+        case "store":
+            return _push_store(path, target)
+        case _:
+            with new_folder(target.where) as folder:
+                copy_files(path, folder)
+            return target.where
 
 
 def pull(place: str, *, revision: str | None = None, cache: Path | None = None) -> Path:
@@ -111,12 +111,11 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
         if source.revision:
             raise RemoteError(sentence(f"a revision of the folder {place}", "none", "leave it out"))
         return read(source.where).path
-    named = f"{source.slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
+    # a name for people to find it by in the cache, and one for us
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.where).name)[:60].strip(".-") or "adapter"
+    named = f"{slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
     keep = (cache or cache_dir() / "adapters") / named
     return _pull_hub(source, keep) if source.kind == "hub" else _pull_store(source, keep)
-
-
-# ---------------------------------------------------------------------------------------------- places
 
 
 @dataclass(frozen=True)
@@ -127,27 +126,20 @@ class _Place:
     where: str
     revision: str | None
 
-    @property
-    def slug(self) -> str:
-        """A name for people to find it by in the cache."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.where).name)[:60].strip(".-") or "adapter"
-
 
 def _parsed(place: str, revision: str | None) -> _Place:
     """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and paths."""
+    kind, where, own = "path", place, ""
     if place.startswith(HUB):
-        where, _, own = place.partition("@")
-        kind = "hub"
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB).rstrip("/"), re.ASCII):
-            raise RemoteError(
-                sentence(f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so")
-            )
+        kind, (where, _, own) = "hub", place.partition("@")
         where = where.rstrip("/")
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB), re.ASCII):
+            expected = "hf://owner/name or hf://owner/name@revision"
+            raise RemoteError(sentence(f"the place {place!r}", expected, "write it so"))
     elif is_remote(place):
-        where, _, own = place.rpartition("@") if _HASH.fullmatch(place.rpartition("@")[2]) else (place, "", "")
+        if _HASH.fullmatch(place.rpartition("@")[2]):
+            where, _, own = place.rpartition("@")
         kind, where = "store", where.rstrip("/")
-    else:
-        kind, where, own = "path", place, ""
     if own and revision and own != revision:
         raise RemoteError(sentence(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out"))
     return _Place(kind, where, own or revision)
@@ -161,38 +153,28 @@ def _package(name: str) -> Any:
         raise RemoteError(sentence(found, "it installed", "pip install 'veneer[remote]'")) from error
 
 
-def _kept(target: Path, place: str, fetch: Callable[[Path], None], good: Callable[[Path], bool] | None = None) -> Path:
-    """The folder ``target`` of the cache: what is there if it is ``good`` (None: an intact adapter), else what
-    ``fetch`` fills a new one with."""
-    if (good or _intact)(target):
+def _kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
+    """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch`` fills a new one
+    with."""
+    if _intact(target, key):
         return target
     with new_folder(target, overwrite=True) as folder:
         fetch(folder)
-        problem = _problem(folder)
-        if problem is not None:
-            text = str(problem).replace(str(folder), place)
-            raise AdapterError(f"What {place} holds is no intact adapter. {text}") from problem
+        try:
+            read(folder)
+        except AdapterError as error:
+            text = str(error).replace(str(folder), place)
+            raise AdapterError(f"What {place} holds is no intact adapter. {text}") from error
     return target
 
 
-def _intact(folder: Path) -> bool:
-    return folder.is_dir() and _problem(folder) is None
-
-
-def _holds(folder: Path, key: str) -> bool:
-    """Whether it is the very adapter of this hash: many have no hashes of their own that would tell."""
-    return _intact(folder) and content_hash(folder) == key
-
-
-def _problem(folder: Path) -> AdapterError | None:
-    try:
-        read(folder)
-    except AdapterError as error:
-        return error
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- the hub
+def _intact(folder: Path, key: str | None = None) -> bool:
+    """Whether it is an adapter, and the very one of this hash: many have no hashes of their own that would tell."""
+    with suppress(AdapterError):
+        if folder.is_dir():
+            read(folder)
+            return key is None or content_hash(folder) == key
+    return False
 
 
 def _api() -> Any:
@@ -206,9 +188,8 @@ def _push_hub(path: Path, target: _Place, message: str, private: bool | None) ->
         api.create_repo(repo, private=private, exist_ok=True)
         if private is not None and bool(api.model_info(repo).private) != private:  # the hub ignores it then
             found = f"{target.where}, which exists and is {'public' if private else 'private'}"
-            raise RemoteError(
-                sentence(found, "the other", "change it in its settings on the hub, or choose another name")
-            )
+            do = "change it in its settings on the hub, or choose another name"
+            raise RemoteError(sentence(found, "the other", do))
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=target.revision))
@@ -233,8 +214,7 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
             _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(FILES))
-        if (folder / ".cache").is_dir():  # the hub client's notes about the download
-            shutil.rmtree(folder / ".cache")
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
 
     return _kept(keep / commit, f"{source.where}@{commit}", fetch)
 
@@ -248,33 +228,28 @@ def _hub_errors(place: _Place, what: str) -> Iterator[None]:
         yield
     except VeneerError:
         raise
-    except errors.GatedRepoError as error:
-        found, do = f"{where} is gated", "accept its terms on its page, and log in with `hf auth login`"
-        raise RemoteError(sentence(found, f"leave to {what} it", do)) from error
-    except errors.RevisionNotFoundError as error:
-        found = f"no revision {place.revision!r} of {where}"
-        raise RemoteError(sentence(found, "a branch, a tag or a commit", "check the spelling")) from error
-    except errors.RepositoryNotFoundError as error:
-        found = f"no repository {where}, or one that you may not see"
-        do = "check the spelling; for a private one log in with `hf auth login`"
-        raise RemoteError(sentence(found, f"one to {what}", do)) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
         answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         status = next((answer.status_code for answer in answers if answer is not None), None)
-        if status in (401, 403):
-            do = "log in with `hf auth login` as somebody who may"
-            raise RemoteError(sentence(f"no permission to {what} {where}", "it", do)) from error
-        if status is None and not isinstance(error, ValueError):
-            found = f"the hub cannot be reached for {where} ({_said(error)})"
+        login = "log in with `hf auth login`"
+        if isinstance(error, errors.GatedRepoError):
+            words = f"{where} is gated", f"leave to {what} it", f"accept its terms on its page, and {login}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            words = f"no revision {place.revision!r} of {where}", "a branch, a tag or a commit", "check the spelling"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            do = f"check the spelling; for a private one {login}"
+            words = f"no repository {where}, or one that you may not see", f"one to {what}", do
+        elif status in (401, 403):
+            words = f"no permission to {what} {where}", "it", f"{login} as somebody who may"
+        elif status is None and not isinstance(error, ValueError):
             do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled before needs none"
-            raise RemoteError(sentence(found, "a network", do)) from error
-        found = f"the hub refused to {what} {where} ({_said(error)})"
-        raise RemoteError(sentence(found, "an answer", "see what it says, or try again later")) from error
-
-
-# ---------------------------------------------------------------------------------------------- object stores, fsspec
+            words = f"the hub cannot be reached for {where} ({_said(error)})", "a network", do
+        else:
+            do = "see what it says, or try again later"
+            words = f"the hub refused to {what} {where} ({_said(error)})", "an answer", do
+        raise RemoteError(sentence(*words)) from error
 
 
 def _store(place: _Place) -> tuple[Any, str]:
@@ -315,11 +290,9 @@ def _push_store(path: Path, target: _Place) -> str:
 def _pull_store(source: _Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
-        found = f"the revision {key!r} of {source.where}"
-        raise RemoteError(
-            sentence(found, "what `push` returned after the '@'", "give that, or leave it out for the newest")
-        )
-    if key is not None and _holds(keep / key, key):
+        found, do = f"the revision {key!r} of {source.where}", "give that, or leave it out for the newest"
+        raise RemoteError(sentence(found, "what `push` returned after the '@'", do))
+    if key is not None and _intact(keep / key, key):
         return keep / key  # without a network
     with _store_errors(source, "read"):
         system, root = _store(source)
@@ -340,18 +313,13 @@ def _pull_store(source: _Place, keep: Path) -> Path:
             found = f"other files at {source.where}@{key} than were pushed there"
             raise AdapterError(sentence(found, "those of that hash", "push it again"))
 
-    if key is None:
-        return _plain(source, keep, fetch)
-    return _kept(keep / key, f"{source.where}@{key}", fetch, partial(_holds, key=key))
-
-
-def _plain(source: _Place, keep: Path, fetch: Callable[[Path], None]) -> Path:
-    """A place without revisions: fetched each time, and kept by its content."""
-    with TemporaryDirectory() as name:
+    if key is not None:
+        return _kept(keep / key, f"{source.where}@{key}", fetch, key)
+    with TemporaryDirectory() as name:  # a place without revisions: fetched each time, and kept by its content
         fetched = Path(name)
         fetch(fetched)
-        key = content_hash(fetched)
-        return _kept(keep / key, source.where, lambda folder: copy_files(fetched, folder), partial(_holds, key=key))
+        found = content_hash(fetched)
+        return _kept(keep / found, source.where, lambda folder: copy_files(fetched, folder), found)
 
 
 @contextmanager
@@ -359,21 +327,19 @@ def _store_errors(place: _Place, what: str) -> Iterator[None]:
     """What a file system raises, which is anything that its client library raises, as one clear error."""
     try:
         yield
-    except VeneerError:
-        raise
-    except FileNotFoundError as error:
-        found = f"nothing at {place.where}{f'@{place.revision}' if place.revision else ''}"
-        raise RemoteError(sentence(found, "an adapter that was pushed there", "check the place")) from error
-    except PermissionError as error:
-        found = f"no permission to {what} {place.where} ({_said(error)})"
-        raise RemoteError(sentence(found, "it", "check the credentials")) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
-        found = f"{place.where} cannot be used ({type(error).__name__}: {_said(error)})"
-        raise RemoteError(
-            sentence(found, f"a place to {what}", "check the network, the place and the credentials")
-        ) from error
+        where, said = place.where, _said(error)
+        if isinstance(error, FileNotFoundError):
+            at = f"@{place.revision}" if place.revision else ""
+            words = f"nothing at {where}{at}", "an adapter that was pushed there", "check the place"
+        elif isinstance(error, PermissionError):
+            words = f"no permission to {what} {where} ({said})", "it", "check the credentials"
+        else:
+            do = "check the network, the place and the credentials"
+            words = f"{where} cannot be used ({type(error).__name__}: {said})", f"a place to {what}", do
+        raise RemoteError(sentence(*words)) from error
 
 
 def _said(error: BaseException) -> str:
