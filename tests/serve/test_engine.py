@@ -374,7 +374,7 @@ def test_a_schema_whose_mask_fails_ends_its_request_alone(opened, caplog):
     engine = opened(start=False, rows=2)
     sick = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
     well = Client(engine, asked((5, 6, 7), 20, ignore_eos=True))
-    sick.ticket._state.sampler.matcher = Broken()
+    sick.ticket.sampler.matcher = Broken()
     engine.start()
     assert sick.wait().finish == "error"
     assert sick.error == "ValueError: too many items"
@@ -386,7 +386,7 @@ def test_a_text_that_cannot_be_ended_ends_its_request_alone(opened, monkeypatch)
     sick = Client(engine, asked((5, 6, 7), 400, ignore_eos=True))
     well = Client(engine, asked((5, 6, 7), 40, ignore_eos=True))
     assert sick.first.wait(60)
-    text = sick.ticket._state.text
+    text = sick.ticket.text
     end = Text.end
     monkeypatch.setattr(Text, "end", lambda self: end(self) if self is not text else 1 / 0)
     sick.ticket.cancel()

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 from veneer.errors import BankFullError
@@ -30,9 +31,7 @@ class Admission:
     """The requests between the queue and the rows. The engine's thread alone calls it.
 
     Args:
-        bank: the adapters; None serves the base alone.
         lock: guards the scheduler.
-        rows: requests that run at a time.
         wake: called, in any thread, when adapters have been loaded.
         end: ends a request: (state, "error", what went wrong, its cause).
     """
@@ -48,7 +47,6 @@ class Admission:
 
     @property
     def loaded(self) -> list[RequestState]:
-        """Whose adapters are there."""
         return [state for state in self.admitted if state.lease is not None]
 
     def admit(self, running: int) -> None:
@@ -66,7 +64,7 @@ class Admission:
             state.taken = True
             self.admitted.append(state)
             try:
-                state.future = _at_once(_NO_BANK) if self._bank is None else self._bank.acquire(state.request.blend)
+                state.future = _base_alone() if self._bank is None else self._bank.acquire(state.request.blend)
             except Exception as error:
                 self._refuse(state, error, running)
                 continue
@@ -95,12 +93,12 @@ class Admission:
 
     def _receive(self, state: RequestState, running: int) -> None:
         """The lease of an admitted request, if it has arrived."""
-        if state.future.done():
-            error = state.future.exception()
-            if error is None:
-                state.lease = state.future.result()
-            else:
-                self._refuse(state, error, running)
+        if not state.future.done():
+            return
+        if error := state.future.exception():
+            self._refuse(state, error, running)
+        else:
+            state.lease = state.future.result()
 
     def _refuse(self, state: RequestState, error: BaseException, running: int) -> None:
         """The adapters cannot be had: now, if others hold the memory; else the request ends."""
@@ -115,17 +113,8 @@ class Admission:
         self._end(state, "error", str(error), cause_of(error))
 
 
-class _NoBank:
-    """Stands for a lease where there is no bank."""
-
-    def release(self) -> None:
-        """There is nothing to give back."""
-
-
-_NO_BANK = _NoBank()
-
-
-def _at_once(value: Any) -> Future[Any]:
+def _base_alone() -> Future[Any]:
+    """A lease where there is no bank."""
     future: Future[Any] = Future()
-    future.set_result(value)
+    future.set_result(SimpleNamespace(release=lambda: None))
     return future

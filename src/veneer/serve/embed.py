@@ -2,9 +2,8 @@
 
     vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
 
-One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``: the least served key,
-then adapter, then the calls in turn), until the batch is full; so a call with 256 texts holds up a call with one for a
-batch, and no longer.
+One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``), until the batch is
+full; so a call with 256 texts holds up a call with one for a batch, and no longer.
 """
 
 from __future__ import annotations
@@ -17,31 +16,28 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from veneer.errors import sentence
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
-from veneer.serve.scheduler import SHARE, Key, Scheduler, counted_as, key_of
+from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
 log = logging.getLogger("veneer.serve")
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, in float32.
+    """One vector a row, [rows, width] in float32, of ``hidden`` [rows, tokens, width].
 
     Args:
-        hidden: [rows, tokens, width].
         mask: [rows, tokens], 1 where there is a token.
         how: "mean", "cls" (the first token) or "max".
-
-    Returns:
-        [rows, width].
     """
     hidden, there = hidden.float(), mask.bool()[..., None]
     if how == "cls":
@@ -65,13 +61,15 @@ class _Call:
     deadline: float
     began: float
     owner: str = ""
-    key: Key = ()
-    flow: str = ""
     queued: bool = False
     done: Future[list[Tensor]] = field(default_factory=Future)
     lease: Any = None
     next: int = 0
     vectors: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.key, self.flow = key_of(self.blend), counted_as(self.blend)
+        self.holder = (self.owner, "" if self.owner else self.flow)  # for whom the texts that wait are counted
 
 
 class Embedder:
@@ -79,7 +77,6 @@ class Embedder:
 
     Args:
         model: an encoder of transformers; ``pad`` is the token that fills short rows.
-        bank: its adapters; None serves the base alone.
         how, normal: see ``pool``.
         rows, tokens: the most texts, and tokens with padding, of one batch.
         queue: the most texts that wait.
@@ -87,7 +84,7 @@ class Embedder:
     """
 
     def __init__(
-        self, model: Any, bank: Any = None, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
+        self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
         tokens: int = 8192, queue: int = 1024, observer: Any = None,
     ) -> None:  # fmt: skip
         self.model, self.bank, self.pad, self.how, self.normal = model, bank, pad, how, normal
@@ -95,56 +92,40 @@ class Embedder:
         self.width = int(model.config.hidden_size)
         self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # texts are counted here, not calls
         self._held: Counter[tuple[str, str]] = Counter()  # texts that wait, by key, or by adapter where there is none
-        self._open, self._texts, self._closed, self._refuses = 0, 0, False, False
+        self.running = self.waiting = 0  # calls, and texts
+        self._closed = self._refuses = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="veneer-embed", daemon=True)
         self._thread.start()
 
-    @property
-    def running(self) -> int:
-        return self._open
-
-    @property
-    def waiting(self) -> int:
-        return self._texts
-
     def submit(
         self, texts: Sequence[tuple[int, ...]], blend: Mapping[str, float], timeout: float, owner: str = ""
     ) -> Future[list[Tensor]]:
-        """The vectors of some texts, later. To cancel the future drops the call.
-
-        Args:
-            owner: the name of the API key that asks; "" where there are none.
-
-        Raises:
-            Busy: too many texts wait, or too many of them are of the same key (without keys: of the same adapter).
-        """
+        """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many texts wait, or too
+        many of them are of the same key (without keys: of the same adapter)."""
         now = time.monotonic()
-        call = _Call(texts, blend, now + timeout, now, owner, key_of(blend), counted_as(blend))
+        call = _Call(texts, blend, now + timeout, now, owner)
         with self._changed:
-            own, left = self._held[_holder(call)], self.queue - self._texts
-            crowded = self._texts and (len(texts) > left or (own and own + len(texts) > SHARE * left))
+            own, left = self._held[call.holder], self.queue - self.waiting
+            crowded = self.waiting and (len(texts) > left or (own and own + len(texts) > SHARE * left))
             if self._refuses or crowded:
-                found = f"{self._texts} texts that wait, {own} of them of the same {'key' if owner else 'adapter'}"
+                found = f"{self.waiting} texts that wait, {own} of them of the same {'key' if owner else 'adapter'}"
                 raise Busy(sentence(found, f"at most {self.queue}, with room for others", "send it again later"), 1.0)
-            self._open, self._texts = self._open + 1, self._texts + len(texts)
-            self._held[_holder(call)] += len(texts)
-        if self.bank is None:
-            self._ready(call)
-        else:
-            try:
-                acquired = self.bank.acquire(blend)
-            except BaseException:
-                self._end(call)
-                raise
-            acquired.add_done_callback(lambda lease: self._loaded(call, lease))
+            self.running, self.waiting = self.running + 1, self.waiting + len(texts)
+            self._held[call.holder] += len(texts)
+        try:
+            acquired = self.bank.acquire(blend)
+        except BaseException:
+            self._end(call)
+            raise
+        acquired.add_done_callback(lambda lease: self._loaded(call, lease))
         return call.done
 
     def drain(self, seconds: float) -> None:
         """Refuse what is new, and wait until nothing is open."""
         with self._changed:
             self._refuses = True
-            self._changed.wait_for(lambda: not self._open, seconds)
+            self._changed.wait_for(lambda: not self.running, seconds)
 
     def close(self) -> None:
         """End the thread; calls that are open fail."""
@@ -153,24 +134,18 @@ class Embedder:
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
-    # ------------------------------------------------------------------------------------------ the thread
-
     def _loaded(self, call: _Call, lease: Future[Any]) -> None:
         try:
             call.lease = lease.result()
         except BaseException as error:
             self._end(call, error)
-        else:
-            self._ready(call)
-
-    def _ready(self, call: _Call) -> None:
+            return
         with self._changed:
-            closed = self._closed
-            if not closed:
+            if not self._closed:
                 self._calls.add(call)
                 call.queued = True
                 self._changed.notify_all()
-        if closed:
+        if not call.queued:
             self._end(call, _stopping())
 
     def _run(self) -> None:
@@ -178,16 +153,13 @@ class Embedder:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls.waiting or self._closed)
                 if self._closed:
-                    left = self._calls.waiting_requests()
-                else:
-                    left, batch = [], self._take()
-            if self._closed:
-                for call in left:
-                    self._end(call, _stopping())
-                return
+                    break
+                batch = self._take()
             if batch:
                 self._compute(batch)
             del batch  # nothing of a call outlives it while the thread waits
+        for call in self._calls.waiting_requests():  # nobody adds to them any more
+            self._end(call, _stopping())
 
     def _take(self) -> list[tuple[_Call, int]]:
         """One text after the other, until the batch is full."""
@@ -214,19 +186,18 @@ class Embedder:
         return batch
 
     def _compute(self, batch: list[tuple[_Call, int]]) -> None:
+        calls, why = [call for call, _ in batch], "the model's vectors are no finite numbers"
         try:
             vectors = self._vectors(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
-            for call in {id(call): call for call, _ in batch}.values():
-                self._fail(call, f"{type(error).__name__}: {error}")
-            return
+            vectors, why = torch.full((len(calls), 1), torch.nan), f"{type(error).__name__}: {error}"
         sound = torch.isfinite(vectors).all(-1).tolist()
-        unsound = {id(call): call for (call, _), right in zip(batch, sound, strict=True) if not right}
-        for call in unsound.values():
-            self._fail(call, "the model's vectors are no finite numbers")
-        for (call, _), vector in zip(batch, vectors, strict=True):
-            if id(call) in unsound:
+        failed = {call for call, right in zip(calls, sound, strict=True) if not right}
+        for call in failed:
+            self._end(call, Refusal(500, why, code="engine_error"))
+        for call, vector in zip(calls, vectors, strict=True):
+            if call in failed:
                 continue
             call.vectors.append(vector)
             if len(call.vectors) == len(call.texts):
@@ -234,18 +205,12 @@ class Embedder:
                     self.observer.tokens(call.blend, sum(map(len, call.texts)), 0)
                 self._end(call)
 
-    def _fail(self, call: _Call, why: str) -> None:
-        self._end(call, Refusal(500, why, code="engine_error"))
-
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """[texts of the batch, width], on the CPU."""
-        texts = [call.texts[index] for call, index in batch]
-        longest = max(map(len, texts))
-        ids = torch.tensor([[*text, *[self.pad] * (longest - len(text))] for text in texts])
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        rows = nullcontext() if self.bank is None else self.bank.rows([call.lease for call, _ in batch])
-        with torch.inference_mode(), rows:
+        texts, device = [torch.tensor(call.texts[index]) for call, index in batch], self.model.device
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad).to(device)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
+        with torch.inference_mode(), self.bank.rows([call.lease for call, _ in batch]):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return pool(hidden, mask, self.how, self.normal).cpu()
 
@@ -264,14 +229,10 @@ class Embedder:
         with self._changed:
             if call.queued and not self._calls.remove(call):
                 self._calls.ended(call)
-            self._open, self._texts = self._open - 1, self._texts - len(call.texts)
-            self._held[_holder(call)] -= len(call.texts)
+            self.running, self.waiting = self.running - 1, self.waiting - len(call.texts)
+            self._held[call.holder] -= len(call.texts)
             self._held += Counter()  # without those that have none
             self._changed.notify_all()
-
-
-def _holder(call: _Call) -> tuple[str, str]:
-    return (call.owner, "") if call.owner else ("", call.flow)
 
 
 def _stopping() -> Refusal:

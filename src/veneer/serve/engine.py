@@ -3,13 +3,12 @@
     schedule → prefill → decode → sample → deliver
 
 One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and one call for a token
-of each running row; so a running row never waits for more than one such call. A prompt that is longer is computed in
-pieces, beside the running rows, and joins them when it is whole.
+of each running row. A prompt that is longer is computed in pieces, beside the running rows, and joins them when it is
+whole.
 
     submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running → end
 
-Transformers' own continuous batching was measured and not taken, for the reasons in
-``docs/decisions/060-the-server-has-an-engine-of-its-own.md``.
+Why not transformers' continuous batching: ``docs/decisions/060-the-server-has-an-engine-of-its-own.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.serve.admission import Admission
 from veneer.serve.forward import Forward, context
-from veneer.serve.request_state import Deliver, RequestState, Ticket
+from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
@@ -42,9 +41,6 @@ log = logging.getLogger("veneer.serve")
 #: seconds without work after which memory that is free is given back to the system
 IDLE = 2.0
 
-#: tokens after which the observer is told of a row's
-TOLD = 16
-
 
 class Engine:
     """Answers requests with one model, many at a time, each with adapters of its own.
@@ -54,10 +50,9 @@ class Engine:
             is the engine's in the engine's calls. Let nothing else call it in training mode.
         tokenizer: of the model.
         bank: the adapters; None serves the base alone.
-        rows: requests that run at a time.
+        rows, queue: requests that run at a time, and that wait.
         length: tokens of a prompt and its answer together; the model's own limit, if that is less.
         prefill: tokens of prompts that are computed in one call.
-        queue: requests that wait.
         observer: is told what happens: queued(blend), started(blend, waited), first_token(blend, seconds),
             tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by the engine's thread, queued by
             the client's.
@@ -97,31 +92,29 @@ class Engine:
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
 
-    # ------------------------------------------------------------------------------------------ for clients
-
     def start(self) -> None:
-        """Begin to compute."""
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Queue a request, from any thread. ``deliver`` is called with each piece, in the engine's thread, and must
-        return at once; the last piece, and no other, has ``finish``.
+    def submit(self, request: Request, deliver: Deliver) -> RequestState:
+        """Queue a request, from any thread; what is returned can ``cancel`` it. ``deliver`` is called with each piece,
+        in the engine's thread, and must return at once; the last piece, and no other, has ``finish``.
 
         Raises:
             RequestError: a prompt that is empty, too long or of unknown tokens; a schema that is not understood.
             Busy: the queue is full, or the engine is draining.
         """
-        state = RequestState(request, deliver, self._sampler(request), self._detokenizer, self._limit(request))
+        limit, schema = self._limit(request), request.sampling.schema
+        sampler = Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
+        state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
             if self._draining:
-                raise Busy("Found: an engine that ends. Expected: one that runs. Do: try another server.", 5.0)
+                raise Busy(sentence("an engine that ends", "one that runs", "try another server"), 5.0)
             self._scheduler.add(state)
             self._live += 1
             self._tell("queued", request.blend)
-            self._poked = True
-            self._wake.notify_all()
-        return Ticket(state, self._poke)
+            self._poke()
+        return state
 
     def drain(self, seconds: float) -> bool:
         """Refuse new requests and wait, at most so long, until all others are over; whether they are."""
@@ -133,7 +126,7 @@ class Engine:
         """Stop. What has not ended is cancelled; the model is given back as it was."""
         with self._wake:
             self._draining = self._closing = True
-        self._poke()
+            self._poke()
         if self._thread is not None:
             self._thread.join()
         else:
@@ -155,38 +148,30 @@ class Engine:
         """Whether requests are taken and computed."""
         return self._thread is not None and self._thread.is_alive() and not self._draining
 
-    def _sampler(self, request: Request) -> Sampler:
-        schema = request.sampling.schema
-        return Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
-
     def _limit(self, request: Request) -> int:
         """Tokens that may be generated."""
-        size = len(request.prompt)
+        size, most = len(request.prompt), request.sampling.max_tokens
         if not 0 < size < self.length:
-            raise RequestError(
-                sentence(f"a prompt of {size} tokens", f"1 to {self.length - 1}, and room for an answer", "shorten it")
-            )
+            expected = f"1 to {self.length - 1}, and room for an answer"
+            raise RequestError(sentence(f"a prompt of {size} tokens", expected, "shorten it"))
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
-            raise RequestError(
-                sentence(
-                    "a token that the model does not have", f"ids from 0 to {self._vocabulary - 1}", "use its tokenizer"
-                )
-            )
-        if request.sampling.max_tokens < 1:
+            expected = f"ids from 0 to {self._vocabulary - 1}"
+            raise RequestError(sentence("a token that the model does not have", expected, "use its tokenizer"))
+        if most < 1:
             raise RequestError(sentence("an answer of no tokens", "max_tokens of at least 1", "ask for more"))
-        return min(request.sampling.max_tokens, self.length - size)
+        return min(most, self.length - size)
 
     def _poke(self) -> None:
         with self._wake:
             self._poked = True
             self._wake.notify_all()
 
-    # ------------------------------------------------------------------------------------------ the loop
-
     def step(self) -> None:
         """One turn of the loop; ``start`` has a thread do nothing else."""
-        self._worked = True
-        self._dismiss(time.monotonic())
+        self._worked, now = True, time.monotonic()
+        for state in self._all():
+            if state.cancelled or now >= state.deadline:
+                self._end(state, "cancelled" if state.cancelled else "timeout")
         self._admission.admit(self.running)
         self._compute(self._next_prompts(), self._fill)
         self._compute(list(self._running), self._decode)
@@ -206,16 +191,14 @@ class Engine:
     def _work(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
-            if not self._running and self._long is None and not self._admission.loaded:
-                while not (self._poked or self._closing):
-                    waiting = [*self._admission.admitted, *self._scheduler.waiting_requests()]
-                    until = min((one.deadline for one in waiting), default=math.inf) - time.monotonic()
-                    if until <= 0:
-                        break
-                    pause = min(until, IDLE if self._worked else math.inf)
-                    if not self._wake.wait(None if pause == math.inf else pause) and self._worked:
-                        self._worked = False
-                        give_back()
+            while not (self._poked or self.running or self._admission.loaded):
+                until = min((state.deadline for state in self._all()), default=math.inf) - time.monotonic()
+                if until <= 0:
+                    break
+                pause = min(until, IDLE if self._worked else threading.TIMEOUT_MAX)
+                if not self._wake.wait(pause) and self._worked:
+                    self._worked = False
+                    give_back()
             self._poked = False
             return not self._closing
 
@@ -225,30 +208,25 @@ class Engine:
             self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            running, self._running, self._long = {*self._running, self._long, *self._called}, [], None
+            running = {*self._running, *self._called, *filter(None, [self._long])}
+            self._running, self._long = [], None
             self._slots, self._aside = self._new_slots()
             for state in running:
-                if state is not None:
-                    state.row = None
-                    self._end(state, "error", f"{type(error).__name__}: {error}")
+                state.row = None
+                self._end(state, "error", f"{type(error).__name__}: {error}")
 
-    def _dismiss(self, now: float) -> None:
-        """End what was cancelled, and what is late."""
+    def _all(self) -> list[RequestState]:
+        """What has not ended."""
         with self._wake:
             waiting = self._scheduler.waiting_requests()
-        for state in [*waiting, *self._admission.admitted, *self._running, *([self._long] if self._long else [])]:
-            finish = state.leaves(now)
-            if finish is not None:
-                self._end(state, finish)
+        return [*self._running, *filter(None, [self._long]), *self._admission.admitted, *waiting]
 
     def _next_prompts(self) -> list[RequestState]:
         """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
         if self._long is not None:
             return [self._long]
         ready = self._admission.loaded[: self.rows - len(self._running)]
-        if not ready:
-            return []
-        if len(ready[0].request.prompt) > self.prefill:
+        if ready and len(ready[0].request.prompt) > self.prefill:
             group = ready[:1]
             self._long = ready[0]
         else:
@@ -261,8 +239,6 @@ class Engine:
             with self._wake:
                 self._scheduler.began(now)
         return group
-
-    # ------------------------------------------------------------------------------------------ calls
 
     def _compute(self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]) -> None:
         """One call of the model for some requests, and what follows from it. A failure ends these alone."""
@@ -288,35 +264,26 @@ class Engine:
 
     def _fill(self, states: list[RequestState]) -> Tensor | None:
         """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is not whole yet."""
-        if states[0] is self._long:
-            logits = self._fill_long(states[0])
-        else:
-            prompts = [state.request.prompt for state in states]
-            logits = self._forward.fill(self._slots, len(self._running), prompts)
-        if logits is not None:
-            for state in states:
-                state.length, state.row = len(state.request.prompt), len(self._running)
-                self._running.append(state)
-                self._count(state, PROMPT * state.length)
-                self._tell("tokens", state.request.blend, state.length, 0)
-        return logits
-
-    def _fill_long(self, state: RequestState) -> Tensor | None:
-        """The next piece of a long prompt."""
-        prompt, start = state.request.prompt, state.length
-        piece = prompt[start : start + self.prefill]
-        logits = self._forward.fill(self._aside, 0, [piece], start)
-        state.length += len(piece)
-        if state.length < len(prompt):
-            return None
-        self._slots.adopt(len(self._running), self._aside, state.length)
-        self._long = None
+        prompts, row, long = [state.request.prompt for state in states], len(self._running), self._long
+        if long is None:
+            logits = self._forward.fill(self._slots, row, prompts)
+        else:  # the next piece
+            start, long.length = long.length, min(long.length + self.prefill, len(prompts[0]))
+            logits = self._forward.fill(self._aside, 0, [prompts[0][start : long.length]], start)
+            if long.length < len(prompts[0]):
+                return None
+            self._slots.adopt(row, self._aside, long.length)
+            self._long = None
+        for state in states:
+            state.length, state.row = len(state.request.prompt), len(self._running)
+            self._running.append(state)
+            self._charge(state, PROMPT * state.length)
+            self._tell("tokens", state.request.blend, state.length, 0)
         return logits
 
     def _decode(self, states: list[RequestState]) -> Tensor:
         """The next token of each running row."""
-        tokens, lengths = [state.last for state in states], [state.length for state in states]
-        logits = self._forward.decode(self._slots, tokens, lengths)
+        logits = self._forward.decode(self._slots, [state.last for state in states], [state.length for state in states])
         for state in states:
             state.length += 1
         return logits
@@ -328,62 +295,44 @@ class Engine:
             return
         if not state.generated:
             self._tell("first_token", state.request.blend, time.monotonic() - state.submitted)
-        self._count(state, 1)
-        state.untold += 1
+        self._charge(state, 1)
+        self._tell("tokens", state.request.blend, 0, 1)
         try:
             finish = state.accept(sampled, self._eos)
         except RequestError as error:  # a schema that turns out to be too much
             self._end(state, "error", str(error), cause_of(error))
-            return
         except Exception as error:
             log.exception("request %s: a token could not be taken", state.request.id)
             self._end(state, "error", f"{type(error).__name__}: {error}")
-            return
-        if finish is not None:
-            self._end(state, finish)
-        elif state.untold >= TOLD:
-            self._tell_tokens(state)
-
-    # ------------------------------------------------------------------------------------------ ends
+        else:
+            if finish is not None:
+                self._end(state, finish)
 
     def _end(self, state: RequestState, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """A request is over, wherever it is: its row, its lease and its place are free, and its client knows."""
         if state.done:
             return
         if state.row is not None:
-            self._leave(state)
+            row, last = state.row, self._running[-1]
+            self._slots.leave(row, len(self._running) - 1)
+            self._running[row], last.row = last, row  # the last one takes its place
+            self._running.pop()
+            state.row = None
         if state is self._long:
             self._aside.clear(0, 1)
             self._long = None
         self._admission.remove(state)
         self._admission.release(state)
-        self._tell_tokens(state)
         with self._wake:
-            if state.taken:
-                self._scheduler.ended(state)
-            else:
-                self._scheduler.remove(state)
+            (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
         state.end(finish, error, cause)  # who sees the last piece finds the place free
         with self._wake:
             self._live -= 1
-            self._poked = True  # what it held may be what another waits for
-            self._wake.notify_all()
+            self._poke()  # what it held may be what another waits for
         self._tell("finished", state.request.blend, finish, time.monotonic() - state.submitted)
 
-    def _leave(self, state: RequestState) -> None:
-        """Free a running row; the last one takes its place."""
-        row, last = state.row, self._running[-1]
-        assert row is not None
-        self._slots.leave(row, len(self._running) - 1)
-        self._running[row], last.row = last, row
-        self._running.pop()
-        state.row = None
-
     def _abandon(self, finish: Finish) -> None:
-        """End everything."""
-        with self._wake:
-            waiting = self._scheduler.waiting_requests()
-        for state in [*self._running, *([self._long] if self._long else []), *self._admission.admitted, *waiting]:
+        for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
     def _new_slots(self) -> tuple[Slots, Slots]:
@@ -391,16 +340,9 @@ class Engine:
         device = self._forward.device
         return Slots(self.rows, self.length, device), Slots(1, self.length, device)
 
-    # ------------------------------------------------------------------------------------------ what is told
-
-    def _count(self, state: RequestState, tokens: float) -> None:
+    def _charge(self, state: RequestState, tokens: float) -> None:
         with self._wake:
             self._scheduler.charge(state, tokens)
-
-    def _tell_tokens(self, state: RequestState) -> None:
-        if state.untold:
-            self._tell("tokens", state.request.blend, 0, state.untold)
-            state.untold = 0
 
     def _tell(self, what: str, *values: Any) -> None:
         if self._observer is None:
@@ -420,8 +362,6 @@ def give_back() -> None:
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
-    return frozenset(found)
+    sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+    ids: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
+    return frozenset(id for some in ids for id in (some if isinstance(some, list | tuple) else [some])) - {None}

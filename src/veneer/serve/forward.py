@@ -30,17 +30,8 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Forward:
-    """Calls of one model; ``close`` gives it back as it was.
-
-    Args:
-        model: a causal language model of transformers, in eval mode.
-
-    Attributes:
-        logits: how many a token has.
-
-    Raises:
-        ConfigError: an architecture that cannot be called on slots.
-    """
+    """Calls of one causal language model of transformers, in eval mode; ``close`` gives it back as it was. A token has
+    so many ``logits``. ``ConfigError``: an architecture that cannot be called on slots."""
 
     def __init__(self, model: Any) -> None:
         if model.training:
@@ -48,45 +39,35 @@ class Forward:
         self.model, self.device = model, next(model.parameters()).device
         self.attention = model.config._attn_implementation
         parameters = inspect.signature(type(model).forward).parameters
-        self.cache = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        self.cache: Any = next((name for name in ("cache", "past_key_values") if name in parameters), None)
         if self.cache is None or "position_ids" not in parameters:
             raise self._refusal("its forward takes no cache and position_ids")
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             raise self._refusal(f"layers of {', '.join(sorted(kinds))}")
-        if getattr(model.config.get_text_config(), "kv_sharing_modes", None) is not None:
+        if getattr(config, "kv_sharing_modes", None) is not None:
             raise self._refusal("layers that share keys and values")
-        self._calls = 0
-        self._install()
+        if self.attention.startswith(PREFIX):
+            do = "close that engine first"
+            raise ConfigError(sentence("a model that an engine serves", "one that none does", do))
+        name = PREFIX + self.attention
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
+        if not model.config._attn_implementation.startswith(PREFIX):
+            raise self._refusal("an attention of its own")
         head = model.get_output_embeddings()
         self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
         self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
 
     def _refusal(self, found: str) -> ConfigError:
-        return ConfigError(
-            sentence(
-                f"{type(self.model).__name__}, {found}",
-                "an architecture whose attention goes through transformers' attention functions, causal, over all "
-                "tokens or a sliding window",
-                "serve it with --engine vllm",
-            )
-        )
-
-    def _install(self) -> None:
-        """Give the model an attention function that is the slots' within the engine's calls."""
-        if self.attention.startswith(PREFIX):
-            raise ConfigError(
-                sentence("a model that an engine serves", "one that none does", "close that engine first")
-            )
-        name = PREFIX + self.attention
-        ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
-        try:
-            self.model.set_attn_implementation(name)
-        except ValueError as error:
-            raise self._refusal(str(error)) from error
-        if not self.model.config._attn_implementation.startswith(PREFIX):
-            raise self._refusal("an attention of its own")
+        attention = "an architecture whose attention goes through transformers' attention functions, causal, over all "
+        expected = f"{attention}tokens or a sliding window"
+        return ConfigError(sentence(f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm"))
 
     def close(self) -> None:
         """Give the model its own attention back."""
@@ -94,8 +75,6 @@ class Forward:
             self._hook.remove()
             self._hook = None
             self.model.set_attn_implementation(self.attention)
-
-    # ------------------------------------------------------------------------------------------ calls
 
     def fill(self, slots: Slots, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> Tensor:
         """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1, … hold from column
@@ -106,9 +85,7 @@ class Forward:
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
         ids = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
         positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
-        last = None
-        if width > 1:
-            last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device) if width > 1 else None
         with slots.fill(first, len(prompts), width, start):
             return self._logits(slots, ids, positions, last)
 
@@ -122,22 +99,15 @@ class Forward:
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last
         try:
-            more: Any = {self.cache: slots}
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **more).logits
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache: slots}).logits
         finally:
             NOW.last = None
         if logits.shape[1] > 1 and last is not None:  # a head that is no module
             logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
         return logits[:, -1]
 
-    # ------------------------------------------------------------------------------------------ the trial
-
     def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
-        """Try the calls on a few tokens, beside the model's own forward.
-
-        Raises:
-            ConfigError: the slots' logits are not the model's.
-        """
+        """Try the calls on a few tokens, beside the model's own forward. ``ConfigError``: the logits differ."""
         steps = min(9, length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
@@ -158,22 +128,17 @@ class Forward:
     def _trial(self, ids: Sequence[int], rows: SelectRows) -> Any:
         """Logits by column: of two rows that are filled and decode together, and of one that is extended."""
         whole, half = len(ids), (len(ids) + 1) // 2
-        slots = Slots(2, whole, self.device)
+        slots, lengths = Slots(2, whole, self.device), [max(1, half - 1), half]
         with rows(2):
-            first = self.fill(slots, 0, [ids[: half - 1], ids[:half]] if half > 1 else [ids[:1], ids[:1]])
-        yield half - 1, first[1]
-        lengths = [max(1, half - 1), half]
-        while lengths[1] < whole:
-            with rows(2):
-                logits = self.decode(slots, [ids[n] for n in lengths], lengths)
-            yield lengths[1], logits[1]
-            lengths = [n + 1 for n in lengths]
-        one = Slots(1, whole, self.device)
+            yield half - 1, self.fill(slots, 0, [ids[:length] for length in lengths])[1]
+            while lengths[1] < whole:
+                yield lengths[1], self.decode(slots, [ids[n] for n in lengths], lengths)[1]
+                lengths = [n + 1 for n in lengths]
+        slots = Slots(1, whole, self.device)
         with rows(1):
-            self.fill(one, 0, [ids[:half]])
-        if half < whole:
-            with rows(1):
-                yield whole - 1, self.fill(one, 0, [ids[half:]], start=half)[0]
+            self.fill(slots, 0, [ids[:half]])
+            if half < whole:
+                yield whole - 1, self.fill(slots, 0, [ids[half:]], start=half)[0]
 
 
 def context(config: Any) -> int | None:
@@ -197,8 +162,7 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     last = getattr(NOW, "last", None)
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
-    hidden = inputs[0]
-    return (hidden[torch.arange(len(last), device=hidden.device), last][:, None], *inputs[1:])
+    return (inputs[0][torch.arange(len(last), device=last.device), last][:, None], *inputs[1:])
 
 
 def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:

@@ -10,10 +10,11 @@ are of all together. ``?adapters=0`` leaves the adapters' names out and gives su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 BASE, BLEND, OTHER = "base", "blend", "unloaded"
 WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
@@ -32,15 +33,15 @@ class Metrics:
         self.generated_tokens = Counter("veneer_generated_tokens", "Tokens of answers.", adapter, **own)
         self.queue = Histogram("veneer_queue_seconds", "From request to start.", buckets=WAITS, **own)
         self.first = Histogram("veneer_first_token_seconds", "To the first token.", buckets=WAITS, **own)
-        self.loads = Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own)
         self.load_seconds = Histogram("veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own)
-        self.evictions = Counter("veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own)
-        self.failures = Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own)
+        self.events = {
+            "load": Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own),
+            "evict": Counter("veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own),
+            "fail": Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own),
+        }
         self.responses = Counter("veneer_http_responses", "HTTP answers by status.", ["status"], **own)
         self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
-        self._labelled = (self.prompt_tokens, self.generated_tokens, self.loads, self.evictions, self.failures)
-
-    # ------------------------------------------------------------------------------------------ what the engine says
+        self._labelled = (self.requests, self.prompt_tokens, self.generated_tokens, *self.events.values())
 
     def queued(self, blend: Mapping[str, float]) -> None:
         """Nothing is counted before a request ends; gauges say what waits."""
@@ -61,30 +62,15 @@ class Metrics:
     def finished(self, blend: Mapping[str, float], reason: str, seconds: float) -> None:
         self.requests.labels(self.label(blend), reason).inc()
 
-    # ------------------------------------------------------------------------------------------ what the bank says
-
     def event(self, kind: str, name: str, seconds: float) -> None:
         """``Bank.on_event``."""
-        label = self.label({name: 1.0})
-        match kind:
-            case "load":
-                self.loads.labels(label).inc()
-                self.load_seconds.observe(seconds)
-            case "evict":
-                self.evictions.labels(label).inc()
-            case "fail":
-                self.failures.labels(label).inc()
-            case "remove":
-                self.forget(name)
-
-    def forget(self, name: str) -> None:
-        """Drop the series of an adapter that is registered no more."""
-        if self._known(name):
-            return
-        label = _label_of(name)
-        for metric in self._labelled:
-            metric.remove_by_labels({"adapter": label})
-        self.requests.remove_by_labels({"adapter": label})
+        if kind in self.events:
+            self.events[kind].labels(self.label({name: 1.0})).inc()
+        if kind == "load":
+            self.load_seconds.observe(seconds)
+        if kind == "remove" and not self._known(name):
+            for metric in self._labelled:
+                metric.remove_by_labels({"adapter": _label_of(name)})
 
     def label(self, blend: Mapping[str, float]) -> str:
         if not blend:
@@ -94,22 +80,32 @@ class Metrics:
         (name,) = blend
         return _label_of(name) if self._known(name) else OTHER
 
-    # ------------------------------------------------------------------------------------------ what is read
-
     def watch(self, engine: Any, bank: Any) -> None:
         """Add the gauges that are read off engine and bank when somebody asks."""
-        self.registry.register(_Gauges(engine, bank))
+
+        def resident() -> list[int]:
+            return [entry.bytes for entry in bank.status() if entry.resident]
+
+        for name, help_, read in (
+            ("veneer_running", "Answers that are being written.", lambda: engine.running),
+            ("veneer_waiting", "Requests that wait.", lambda: engine.waiting),
+            ("veneer_registered_adapters", "Adapters that can be used.", lambda: len(bank.status())),
+            ("veneer_resident_adapters", "Adapters in memory.", lambda: len(resident())),
+            ("veneer_resident_bytes", "Bytes of the adapters in memory.", lambda: sum(resident())),
+        ):
+            Gauge(name, help_, registry=self.registry).set_function(read)
 
     def page(self, *, adapters: bool = True) -> bytes:
         """In Prometheus' text format; without ``adapters``, sums over them."""
         return generate_latest(_Shown(self.registry, adapters))  # pyright: ignore[reportArgumentType]
 
 
+@dataclass
 class _Shown:
     """The metrics of a registry, without the times at which series were made, which are a third of all."""
 
-    def __init__(self, registry: CollectorRegistry, adapters: bool) -> None:
-        self.registry, self.adapters = registry, adapters
+    registry: CollectorRegistry
+    adapters: bool
 
     def collect(self) -> Iterator[Metric]:
         for metric in self.registry.collect():
@@ -117,32 +113,11 @@ class _Shown:
             sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
             for sample in metric.samples:
                 if not sample.name.endswith("_created"):
-                    labels = sample.labels.items()
-                    kept = (sample.name, tuple(one for one in labels if self.adapters or one[0] != "adapter"))
-                    sums[kept] = sums.get(kept, 0.0) + sample.value
+                    labels = tuple(one for one in sample.labels.items() if self.adapters or one[0] != "adapter")
+                    sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
             for (name, labels), value in sums.items():
                 shown.add_sample(name, dict(labels), value)
             yield shown
-
-
-class _Gauges:
-    def __init__(self, engine: Any, bank: Any) -> None:
-        self.engine, self.bank = engine, bank
-
-    def describe(self) -> list[Any]:
-        return []
-
-    def collect(self) -> Any:
-        entries = self.bank.status() if self.bank is not None else []
-        resident = [entry for entry in entries if entry.resident]
-        for name, help_, value in (
-            ("veneer_running", "Answers that are being written.", getattr(self.engine, "running", 0)),
-            ("veneer_waiting", "Requests that wait.", getattr(self.engine, "waiting", 0)),
-            ("veneer_registered_adapters", "Adapters that can be used.", len(entries)),
-            ("veneer_resident_adapters", "Adapters in memory.", len(resident)),
-            ("veneer_resident_bytes", "Bytes of the adapters in memory.", sum(entry.bytes for entry in resident)),
-        ):
-            yield GaugeMetricFamily(name, help_, value=value)
 
 
 def _label_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and the ticket that its client holds."""
+"""A request on its way through the engine."""
 
 from __future__ import annotations
 
@@ -15,79 +15,46 @@ from veneer.serve.text import Detokenizer, Text
 log = logging.getLogger("veneer.serve")
 
 Deliver = Callable[[Piece], None]
+Wake = Callable[[], None]
 
 
 class RequestState:
-    """What the engine knows of a request. Its thread alone changes it, but for ``cancelled``.
-
-    Attributes:
-        limit: tokens that it may generate.
-        future, lease: of its adapters, from when its turn is near.
-        row: where it is among the running rows; None before.
-        length: its tokens of which keys and values are kept.
-        last: the token that was sampled last, which the next step computes.
-        done: its finishing piece is delivered.
-    """
-
-    __slots__ = (
-        "_deliver",
-        "_detokenizer",
-        "_new",
-        "_pending",
-        "_stopped",
-        "cancelled",
-        "deadline",
-        "done",
-        "flow",
-        "future",
-        "generated",
-        "key",
-        "last",
-        "lease",
-        "length",
-        "limit",
-        "owner",
-        "request",
-        "row",
-        "sampler",
-        "submitted",
-        "taken",
-        "text",
-        "untold",
-    )  # fmt: skip
+    """What the engine knows of a request, of which ``limit`` tokens may be generated. The engine's thread alone changes
+    it; its client may ``cancel`` it."""
 
     def __init__(
-        self, request: Request, deliver: Deliver, sampler: Sampler, detokenizer: Detokenizer, limit: int
+        self, request: Request, deliver: Deliver, sampler: Sampler, detokenizer: Detokenizer, limit: int, wake: Wake
     ) -> None:
         self.request, self.sampler, self.limit = request, sampler, limit
         self.key, self.flow, self.owner = key_of(request.blend), counted_as(request.blend), request.owner
         self.text = Text(detokenizer, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout
-        self.cancelled = self.taken = self.done = False
-        self.future: Any = None
+        self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
+        self.future: Any = None  # of its adapters, from when its turn is near
         self.lease: Any = None
-        self.row: int | None = None
-        self.length = self.generated = self.last = self.untold = 0
-        self._deliver, self._detokenizer = deliver, detokenizer
+        self.row: int | None = None  # where it is among the running rows; None before
+        self.length = self.generated = 0  # length: its tokens of which keys and values are kept
+        self.last = 0  # the token that was sampled last, which the next step computes
+        self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
         self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
 
-    def leaves(self, now: float) -> Finish | None:
-        """Why it ends without anything being computed, if it does."""
-        if self.cancelled:
-            return "cancelled"
-        return "timeout" if now >= self.deadline else None
+    def cancel(self) -> None:
+        """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
+        self.cancelled = True
+        self._wake()
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
         """Take the next token; deliver what became certain, unless the answer ends: why it does."""
-        token, sampling = sampled.token, self.request.sampling
+        token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
         self.last = token
         self.generated += 1
-        self._pending.append(self._token(sampled))
+        top = tuple((id, text_of(id), logprob) for id, logprob in sampled.top)
+        self._pending.append(Token(token, text_of(token), sampled.logprob, top))
         over = self.sampler.accept(token)
-        if token in eos and not sampling.ignore_eos:
+        if token in eos and not self.request.sampling.ignore_eos:
             return "stop"
         self._new, self._stopped = self.text.add(token)
         if self._stopped or over:
@@ -99,15 +66,14 @@ class RequestState:
         return None
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
-        """Deliver what is left, with ``finish``: once, whatever happens."""
-        if not self.done:
-            if not self._stopped and finish != "error":
-                try:
-                    self._new += self.text.end()
-                except Exception as problem:
-                    log.exception("request %s: the end of its text cannot be decoded", self.request.id)
-                    finish, error = "error", f"{type(problem).__name__}: {problem}"
-            self._send(finish, error, cause)
+        """Deliver what is left, with ``finish``."""
+        if not self._stopped and finish != "error":
+            try:
+                self._new += self.text.end()
+            except Exception as problem:
+                log.exception("request %s: the end of its text cannot be decoded", self.request.id)
+                finish, error = "error", f"{type(problem).__name__}: {problem}"
+        self._send(finish, error, cause)
 
     def _send(self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None) -> None:
         text, self._new = self._new, ""
@@ -118,22 +84,3 @@ class RequestState:
         except Exception:
             log.exception("request %s: its client could not be given a piece; it is cancelled", self.request.id)
             self.cancelled = True
-
-    def _token(self, sampled: SampledToken) -> Token:
-        assert sampled.token is not None
-        if sampled.logprob is None:
-            return Token(sampled.token, self._detokenizer.text(sampled.token))
-        top = tuple((id, self._detokenizer.text(id), logprob) for id, logprob in sampled.top)
-        return Token(sampled.token, self._detokenizer.text(sampled.token), sampled.logprob, top)
-
-
-class Ticket:
-    """A submitted request, in its client's hands."""
-
-    def __init__(self, state: RequestState, wake: Callable[[], None]) -> None:
-        self._state, self._wake = state, wake
-
-    def cancel(self) -> None:
-        """End it soon, from any thread: its last piece says "cancelled", unless it ended before."""
-        self._state.cancelled = True
-        self._wake()

@@ -6,7 +6,7 @@ Request  →  Engine.submit  →  Piece, Piece, …, Piece(finish="stop")
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
@@ -14,57 +14,37 @@ from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerErr
 #: why a request ended: a stop string or the end-of-text token, its limit of tokens, its client, its time, a failure
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
-#: what kind of failure it was, where it has a cause outside the server: an adapter that cannot be loaded, one that was
-#: unloaded meanwhile, no memory for it, a request that turned out to be none
+#: what kind of failure it was, where it has a cause outside the server
 Cause = Literal["bad_adapter", "model_not_found", "out_of_memory", "bad_request"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled.
+    """How tokens are sampled."""
 
-    Attributes:
-        max_tokens: at most so many; the engine's ``length`` may end the answer before.
-        temperature: logits are divided by it; 0 takes the most likely token each time.
-        top_p: from the smallest set of tokens with this much probability (after ``top_k``).
-        top_k: from so many most likely tokens; 0 is off.
-        seed: the same seed gives the same tokens, in float32 also whoever else is in the batch; None draws one.
-        stop: strings that end the answer and are not part of it.
-        logprobs: how many alternatives are told with the sampled token; None tells no probabilities at all. They
-            are those of the model, before temperature, top_k, top_p and schema.
-        schema: a JSON schema that the answer follows.
-        ignore_eos: go on after the end-of-text token.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    max_tokens: int  # at most so many; the engine's ``length`` may end the answer before
+    temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token each time
+    top_p: float = 1.0  # from the smallest set of tokens with this much probability (after ``top_k``)
+    top_k: int = 0  # from so many most likely tokens; 0 is off
+    seed: int | None = None  # the same one gives the same tokens, in float32 also in another batch; None draws one
+    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    #: how many alternatives are told with the sampled token; None tells no probabilities at all. They are those of the
+    #: model, before temperature, top_k, top_p and schema
     logprobs: int | None = None
-    schema: Mapping[str, Any] | None = None
-    ignore_eos: bool = False
+    schema: Mapping[str, Any] | None = None  # a JSON schema that the answer follows
+    ignore_eos: bool = False  # go on after the end-of-text token
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is asked for.
+    """One answer that is asked for."""
 
-    Attributes:
-        prompt: token ids, at least one.
-        blend: adapters by name with their weights; empty is the base alone.
-        timeout: seconds from submit to the last token.
-        id: a name for logs.
-        owner: the name of the API key that asks; "" where there are no keys. Rows are shared between owners first.
-    """
-
-    prompt: tuple[int, ...]
-    blend: Mapping[str, float]
+    prompt: tuple[int, ...]  # token ids, at least one
+    blend: Mapping[str, float]  # adapters by name with their weights; empty is the base alone
     sampling: Sampling
-    timeout: float
-    id: str
-    owner: str = ""
+    timeout: float  # seconds from submit to the last token
+    id: str  # a name for logs
+    owner: str = ""  # the name of the API key that asks; "" where there are no keys. Rows are shared between them first
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class Piece:
     that says "error" has words and, if it is known, a cause."""
 
     text: str
-    tokens: tuple[Token, ...] = field(default=())
+    tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: str | None = None
     cause: Cause | None = None
@@ -102,16 +82,14 @@ class Busy(VeneerError, RuntimeError):  # noqa: N818
         self.retry_after = retry_after
 
 
+CAUSES: dict[type[VeneerError], Cause] = {
+    AdapterError: "bad_adapter",  # it cannot be loaded
+    SelectionError: "model_not_found",  # it was unloaded meanwhile
+    BankFullError: "out_of_memory",
+    RequestError: "bad_request",  # it turned out to be none
+}
+
+
 def cause_of(error: BaseException) -> Cause | None:
     """The cause of a failure; None for one that is the server's own."""
-    match error:
-        case AdapterError():
-            return "bad_adapter"
-        case SelectionError():
-            return "model_not_found"
-        case BankFullError():
-            return "out_of_memory"
-        case RequestError():
-            return "bad_request"
-        case _:
-            return None
+    return next((cause for kind, cause in CAUSES.items() if isinstance(error, kind)), None)

@@ -3,11 +3,8 @@
     schema's mask  →  temperature  →  top_k  →  top_p  →  argmin of E_i / p_i, with exponential numbers E_i  →  token
 
 A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else in the batch moves
-it, and token i is chosen with probability p_i (the first of some exponential clocks, which is Gumbel's argmax). Logits
-differ between batches of different sizes by their rounding. That changes a token where two clocks come as close as
-that: hardly ever in float32, often in 16 bits. (One uniform number, looked up in the sums of all probabilities, costs
-less; but the places of 50,000 tokens are closer to each other than the rounding of these sums, which changes a token in
-fifty: tests/test_sampling.py.)
+it, and token i is chosen with probability p_i (the first of some exponential clocks, which is Gumbel's argmax). Why not
+one uniform number: ``docs/decisions/067-a-seed-belongs-to-a-row.md``.
 
 The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs more
 of them is sorted alone.
@@ -23,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.errors import sentence
 from veneer.serve.requests import RequestError, Sampling
 
 log = logging.getLogger("veneer.serve")
@@ -40,8 +39,8 @@ LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A row's next token, with what ``Sampling.logprobs`` asked for: its log-probability, and (id, log-probability) of
-    the most likely ones. ``token`` is None where none can be chosen, for the reason that ``error`` says."""
+    """A row's next token, with what ``Sampling.logprobs`` asked for: ``top`` are (id, log-probability). ``token`` is
+    None where none can be chosen, for the reason that ``error`` says."""
 
     token: int | None
     logprob: float | None = None
@@ -54,8 +53,6 @@ NOT_FINITE = SampledToken(None, error="the model's logits are no finite numbers"
 
 class Sampler:
     """Samples a row's tokens: how, the generator that it draws from, and where it is in its schema."""
-
-    __slots__ = ("_generator", "matcher", "sampling")
 
     def __init__(self, sampling: Sampling, matcher: Any = None) -> None:
         self.sampling, self.matcher = sampling, matcher
@@ -70,30 +67,17 @@ class Sampler:
         clocks.exponential_(generator=self._generator)
 
     def accept(self, token: int) -> bool:
-        """Go on behind ``token``; whether the schema ends there.
-
-        Raises:
-            RequestError: the grammar goes no further: the schema is more than llguidance's limits allow, or no value
-                fits it.
-        """
+        """Go on behind ``token``; whether the schema ends there. ``RequestError``: the grammar goes no further, since
+        the schema is more than llguidance's limits allow, or no value fits it."""
         if self.matcher is None:
             return False
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            why = self.matcher.get_error().partition("\n")[0][:300]
-            raise RequestError(
-                f"Found: a schema that an answer cannot follow ({why}). Expected: a JSON schema of what llguidance "
-                "supports. Do: simplify it."
-            )
+            raise _bad_schema("that an answer cannot follow", self.matcher.get_error().partition("\n")[0])
         return self.matcher.is_stopped()
 
 
 def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
-    """The next token of each row.
-
-    Args:
-        logits: [rows, vocabulary].
-        rows: each row's sampler, in the order of ``logits``.
-    """
+    """The next token of each row of ``logits``, [rows, vocabulary]."""
     free = logits
     masked = [i for i, row in enumerate(rows) if row.matcher is not None]
     failed: dict[int, SampledToken] = {}
@@ -114,14 +98,10 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         for i, token in zip(drawn, _draw_tokens(some.float(), [rows[i] for i in drawn]), strict=True):
             chosen[i] = token
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
-    if not asked and all(finite):
-        return [SampledToken(token) for token in chosen]
-    logprobs = dict(zip(asked, _log_probabilities(logits, asked, chosen, rows), strict=True)) if asked else {}
-    nothing: tuple[None, tuple[()]] = (None, ())
-    return [
-        SampledToken(token, *logprobs.get(i, nothing)) if finite[i] else failed.get(i, NOT_FINITE)
-        for i, token in enumerate(chosen)
-    ]
+    sampled = {i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)} | failed
+    if asked:
+        sampled |= zip(asked, _with_probabilities(logits, asked, chosen, rows), strict=True)
+    return list(sampled.values())
 
 
 def _draw_tokens(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
@@ -180,10 +160,10 @@ def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
     return kept
 
 
-def _log_probabilities(
+def _with_probabilities(
     logits: Tensor, asked: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
-) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
-    """Log-probabilities of the chosen token and of the most likely ones, for the rows that ask."""
+) -> list[SampledToken]:
+    """The chosen tokens of the rows that ask, with log-probabilities of them and of the most likely ones."""
     counts = [rows[i].sampling.logprobs or 0 for i in asked]
     some = logits[list(asked)].float()
     total = some.logsumexp(-1, keepdim=True)
@@ -192,75 +172,58 @@ def _log_probabilities(
     top = (some - total).topk(min(max(*counts, 1), some.shape[-1]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
-        (own[n], tuple(zip(indices[: counts[n]], values[: counts[n]], strict=True)))
-        for n, (indices, values) in enumerate(pairs)
+        SampledToken(chosen[i], logprob, tuple(zip(indices[:count], values[:count], strict=True)))
+        for i, logprob, count, (indices, values) in zip(asked, own, counts, pairs, strict=True)
     ]
-
-
-# ---------------------------------------------------------------------------------------------- schemas
 
 
 def _allowed(matcher: Any, logits: Tensor) -> Tensor:
     """Which tokens a schema allows next, [vocabulary] of bool."""
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8)
-    allowed = ((bits[:, None] >> places) & 1).bool().view(-1)[: logits.shape[-1]]
-    if len(allowed) < logits.shape[-1]:  # logits of no token
-        allowed = torch.cat([allowed, torch.zeros(logits.shape[-1] - len(allowed), dtype=torch.bool)])
-    return allowed.to(logits.device)
+    places, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
+    allowed = ((bits[:, None] >> places) & 1).bool().view(-1)[:size]
+    return F.pad(allowed, (0, size - len(allowed))).to(logits.device)  # there may be logits of no token
 
 
 class Schemas:
-    """Matchers of JSON schemas for one tokenizer, by llguidance.
-
-    Args:
-        vocabulary: the number of logits.
-        eos: the tokens that end a text.
-    """
+    """Matchers of JSON schemas for one tokenizer, by llguidance. ``vocabulary`` is the number of logits, ``eos`` the
+    tokens that end a text."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos, self._known = tokenizer, vocabulary, list(eos), None
 
     def matcher(self, schema: Mapping[str, Any]) -> Any:
-        """A new matcher, which takes some milliseconds, and about a second for the first one.
-
-        Raises:
-            RequestError: a schema that is not understood, a tokenizer of another kind, or llguidance is not installed.
-        """
+        """A new matcher; it takes some milliseconds, and about a second for the first one. ``RequestError``: a schema
+        that is not understood, a tokenizer of another kind, or llguidance is not installed."""
         try:
-            import llguidance
             import llguidance.hf
         except ImportError as error:
+            expected = "the library that keeps answers to schemas"
             raise RequestError(
-                "Found: a schema, and no llguidance. Expected: the library that keeps answers to schemas. "
-                "Do: pip install 'veneer[serve]'."
+                sentence("a schema, and no llguidance", expected, "pip install 'veneer[serve]'")
             ) from error
         if self._known is None:
+            do = "ask without a schema"
             if not self._eos:
-                raise RequestError(
-                    "Found: a base without an end-of-text token. Expected: one, to end what a schema describes. "
-                    "Do: ask without a schema."
-                )
+                expected = "one, to end what a schema describes"
+                raise RequestError(sentence("a base without an end-of-text token", expected, do))
             try:
-                known = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos)
+                self._known = llguidance.hf.from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
+                )
             except Exception as error:
-                raise RequestError(
-                    f"Found: a {type(self._tokenizer).__name__} that llguidance does not read ({error}). Expected: a "
-                    "fast tokenizer. Do: ask without a schema."
-                ) from error
-            self._known = known
+                found = f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
+                raise RequestError(sentence(found, "a fast tokenizer", do)) from error
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
         except (TypeError, ValueError) as error:
-            raise _not_understood(error) from error
+            raise _bad_schema("that is not understood", error) from error
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
         if matcher.is_error():
-            raise _not_understood(matcher.get_error())
+            raise _bad_schema("that is not understood", matcher.get_error())
         return matcher
 
 
-def _not_understood(why: Any) -> RequestError:
-    return RequestError(
-        f"Found: a schema that is not understood ({str(why)[:500]}). Expected: a JSON schema of what llguidance "
-        "supports. Do: simplify it."
-    )
+def _bad_schema(how: str, why: Any) -> RequestError:
+    found = f"a schema {how} ({str(why)[:500]})"
+    return RequestError(sentence(found, "a JSON schema of what llguidance supports", "simplify it"))

@@ -2,16 +2,8 @@
 
     key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
-Each key, and each adapter of a key, has a count of the tokens that were computed for it. A free row goes to the key
-with the smallest count among those that have somebody waiting, and there to such an adapter; so a thousand requests
-get as many tokens as ten do, whether one client sends them to one adapter or spreads them over hundreds. A server
-without keys has one key. A blend is counted as the adapter that has most weight in it: a blend may have any weights,
-and would otherwise be as many flows as a client likes.
-
-This is start-time fair queueing (Goyal, Vin and Cheng 1996). Virtual time is the count of whoever was taken last. Who
-comes back begins at its own count or at virtual time, whichever is larger: idleness is no credit, and to leave for a
-moment wipes nothing out. A count is kept until virtual time has passed it, or until nobody has anything to do; then it
-says nothing any more.
+This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens, with virtual time the count of whoever was taken
+last; ``docs/decisions/064-least-served-first.md`` has the rules and the reasons. A server without keys has one key.
 
 The queue is bounded. So that nobody can fill it before the others come, an adapter may hold at most three times as many
 places as are left: alone, it gets three quarters of the queue. Where there are keys, the same holds for each of them,
@@ -46,22 +38,15 @@ def key_of(blend: Mapping[str, float]) -> Key:
 
 def counted_as(blend: Mapping[str, float]) -> str:
     """The adapter for which a blend is counted: the one with the largest weight, by size; "" for the base."""
-    name = min(blend, key=lambda name: (-abs(blend[name]), name), default="")
-    return name if name and blend[name] else ""
+    return min((name for name in blend if blend[name]), key=lambda name: (-abs(blend[name]), name), default="")
 
 
 class Waiting(Protocol):
-    """What the scheduler reads of a request.
+    """What the scheduler reads of a request."""
 
-    Attributes:
-        key: its blend.
-        flow: what it is counted as (``counted_as``).
-        owner: the name of the API key that asks; "" where there are no keys.
-    """
-
-    key: Key
-    flow: str
-    owner: str
+    key: Key  # its blend
+    flow: str  # what it is counted as (``counted_as``)
+    owner: str  # the name of the API key that asks; "" where there are no keys
 
 
 E = TypeVar("E", bound=Waiting)
@@ -78,7 +63,6 @@ class Shares:
         self._order = itertools.count()
 
     def __len__(self) -> int:
-        """How many are known."""
         return len(self._served)
 
     def enter(self, name: str) -> None:
@@ -89,7 +73,6 @@ class Shares:
         self._busy[name] += 1
 
     def leave(self, name: str) -> None:
-        """One of its requests is over."""
         self._busy[name] -= 1
         if not self._busy[name]:
             del self._busy[name]
@@ -105,7 +88,6 @@ class Shares:
         self._since[name] = next(self._order)
 
     def charge(self, name: str, tokens: float) -> None:
-        """Count tokens that were computed for it."""
         self._served[name] += tokens
 
     def _forget(self) -> None:
@@ -119,11 +101,7 @@ class Shares:
 
 
 class Scheduler(Generic[E]):
-    """The queue. It knows no thread: who calls holds a lock.
-
-    Args:
-        places: of the queue.
-    """
+    """The queue, of so many ``places``. It knows no thread: who calls holds a lock."""
 
     def __init__(self, places: int) -> None:
         self.places, self.waiting = places, 0
@@ -133,17 +111,12 @@ class Scheduler(Generic[E]):
         self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
 
     def add(self, request: E) -> None:
-        """Put a request at the end of its line.
-
-        Raises:
-            Busy: no place for it.
-        """
+        """Put a request at the end of its line. ``Busy``: no place for it."""
         lines = self._lines.get(request.owner, {})
         theirs, own = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
-        left = float(self.places - self.waiting)
-        room = left
+        room = float(self.places - self.waiting)
         if request.owner:  # what the key may still add, before it has three times as many places as are left
-            room = (SHARE * left - theirs) / (1 + SHARE)
+            room = (SHARE * room - theirs) / (1 + SHARE)
         if room <= 0 or own >= SHARE * room:
             whose = f"{theirs} of them of the same key and {own}" if request.owner else f"{own} of them"
             raise Busy(
@@ -153,33 +126,32 @@ class Scheduler(Generic[E]):
             )
         self._owners.enter(request.owner)
         self._flows.setdefault(request.owner, Shares()).enter(request.flow)
-        self._line(request).append(request)
-        self.waiting += 1
+        self.go_on(request)
 
     def push_back(self, request: E) -> None:
         """Put a request that was taken before all others of its line again."""
-        self._line(request).appendleft(request)
-        self.waiting += 1
+        self._grow(request).appendleft(request)
 
     def go_on(self, request: E) -> None:
         """Put a request that was taken, and has more to do, behind all others of its line."""
-        self._line(request).append(request)
-        self.waiting += 1
+        self._grow(request).append(request)
 
     def take(self, without: Collection[Key] = ()) -> E | None:
         """Remove and return who runs next, of other blends than ``without``. It counts as running until ``ended``."""
-        first = {owner: self._first(lines, without) for owner, lines in self._lines.items()}
-        owners = [owner for owner, requests in first.items() if requests]
-        if not owners:
+        first: dict[str, dict[str, E]] = {}  # by owner and flow, who is next
+        for owner, lines in self._lines.items():
+            for flow, line in lines.items():
+                if (request := next((one for one in line if one.key not in without), None)) is not None:
+                    first.setdefault(owner, {})[flow] = request
+        if not first:
             return None
-        owner = self._owners.least(owners)
+        owner = self._owners.least(first)
         flows = self._flows[owner]
         flow = flows.least(first[owner])
-        request = first[owner][flow]
         self._owners.turn(owner)
         flows.turn(flow)
-        self._out(request)
-        return request
+        self._out(first[owner][flow])
+        return first[owner][flow]
 
     def remove(self, request: E) -> bool:
         """Remove a request that still waits; whether it did."""
@@ -190,7 +162,6 @@ class Scheduler(Generic[E]):
         return True
 
     def waiting_requests(self) -> list[E]:
-        """All that wait."""
         return [request for lines in self._lines.values() for line in lines.values() for request in line]
 
     def charge(self, request: E, tokens: float) -> None:
@@ -203,7 +174,6 @@ class Scheduler(Generic[E]):
         self._starts.append(now)
 
     def ended(self, request: E) -> None:
-        """A request that was taken is over."""
         self._owners.leave(request.owner)
         self._flows[request.owner].leave(request.flow)
         if not len(self._flows[request.owner]):
@@ -216,11 +186,12 @@ class Scheduler(Generic[E]):
         each = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
         return min(60.0, max(1.0, each * self.waiting / 2))
 
-    def _line(self, request: E) -> deque[E]:
+    def _grow(self, request: E) -> deque[E]:
+        """Its line, which is about to have one more."""
+        self.waiting += 1
         return self._lines.setdefault(request.owner, {}).setdefault(request.flow, deque())
 
     def _out(self, request: E) -> None:
-        """Take a request out of its line."""
         lines = self._lines[request.owner]
         lines[request.flow].remove(request)
         if not lines[request.flow]:
@@ -229,29 +200,19 @@ class Scheduler(Generic[E]):
             del self._lines[request.owner]
         self.waiting -= 1
 
-    @staticmethod
-    def _first(lines: Mapping[str, deque[E]], without: Collection[Key]) -> dict[str, E]:
-        """Of each line who is next, if anybody is."""
-        found = {flow: next((one for one in line if one.key not in without), None) for flow, line in lines.items()}
-        return {flow: request for flow, request in found.items() if request is not None}
-
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """Which of the waiting prompts are computed in the next call, padded to the longest of them.
+    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to the longest.
 
     The first always is. Others join while rows × longest stays within ``budget`` tokens and at most a quarter of
     it is padding.
-
-    Returns:
-        Places in ``lengths``.
     """
-    if not lengths:
-        return []
-    taken, longest, real = [0], lengths[0], lengths[0]
-    for place, length in enumerate(lengths[1:], 1):
+    taken: list[int] = []
+    longest = real = 0
+    for place, length in enumerate(lengths):
         width = max(longest, length)
         area = width * (len(taken) + 1)
-        if area <= budget and (real + length) * 4 >= area * 3:
+        if not taken or (area <= budget and (real + length) * 4 >= area * 3):
             taken.append(place)
             longest, real = width, real + length
     return taken

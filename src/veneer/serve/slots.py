@@ -3,8 +3,7 @@
     keys, values of a layer   [rows, kv heads, columns, head dim]     row r holds its tokens in columns 0 … length − 1
 
 The running rows are a dense prefix of the first axis, so a decode step reads views: nothing is concatenated, no
-key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one. (transformers'
-growing cache copies all keys and values for each token.)
+key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one.
 
 Three ways to call the model, each of which says where the tokens of its rows lie:
 
@@ -12,9 +11,8 @@ Three ways to call the model, each of which says where the tokens of its rows li
     extend    one row goes on from a column: for prompts longer than a call
     decode    one token for each running row, each at its own column
 
-Columns of a row at and behind its length are never seen, and are zero again once the row has left: masked numbers are
-multiplied by 0, which an infinity of another row would survive. Rotary positions are in the keys already, so a row
-may be moved.
+Columns of a row at and behind its length are never seen, and are zero again once the row has left
+(``docs/decisions/062-nothing-of-a-row-outlives-it.md``). Rotary positions are in the keys already: a row may be moved.
 """
 
 from __future__ import annotations
@@ -39,14 +37,11 @@ NOW = threading.local()
 class Layer:
     """Keys and values of one layer, and the views of them that the running rows need."""
 
-    __slots__ = ("flat", "keys", "shown", "values", "wide")
-
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.place(keys, values)
 
     def place(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values  # [rows, kv, columns, d], [rows, kv, columns, e]
-        self.wide = keys.shape[2]
         self.flat = (keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]))  # a row of memory each
         self.shown: tuple[Any, ...] = (None,)
 
@@ -58,22 +53,15 @@ class Layer:
 
 
 class Slots(Cache):
-    """Room for ``rows`` rows of ``length`` tokens, taken as it is needed.
-
-    Attributes:
-        allocated: rows and columns for which there is memory in each layer; some have more, where memory ran out
-            while it grew.
-    """
+    """Room for ``rows`` rows of ``length`` tokens, taken as it is needed."""
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.kept: list[Layer] = []
         super().__init__(layers=self.kept)  # pyright: ignore[reportArgumentType]
         self.rows, self.length, self.device = rows, length, device
-        self.allocated = (0, 0)
+        self.allocated = (0, 0)  # rows and columns of each layer; some have more, where memory ran out while it grew
         self.touched = [0] * rows  # columns of a row that may hold anything but zeros
         self.call: _Fill | _Decode | None = None
-
-    # ------------------------------------------------------------------------------------------ the calls
 
     @contextlib.contextmanager
     def fill(self, first: int, count: int, width: int, start: int = 0) -> Iterator[None]:
@@ -82,7 +70,7 @@ class Slots(Cache):
         self.reserve(first + count, start + width)
         for row in range(first, first + count):
             self.touched[row] = max(self.touched[row], start + width)
-        with self._now(_Fill(self, first, count, width, start)):
+        with self._now(_Fill(first, count, width, start)):
             yield
 
     @contextlib.contextmanager
@@ -92,9 +80,8 @@ class Slots(Cache):
         longest = max(lengths) + 1
         self.reserve(len(lengths), longest)
         for row, length in enumerate(lengths):
-            if self.touched[row] <= length:
-                self.touched[row] = length + 1
-        with self._now(_Decode(self, positions, min(_ceil(longest, BLOCK), self.allocated[1]))):
+            self.touched[row] = max(self.touched[row], length + 1)
+        with self._now(_Decode(positions, min(_ceil(longest, BLOCK), self.allocated[1]))):
             yield
 
     @contextlib.contextmanager
@@ -110,8 +97,6 @@ class Slots(Cache):
                 "the slots' any more"
             )
 
-    # ------------------------------------------------------------------------------------------ rows
-
     def reserve(self, rows: int, columns: int) -> None:
         """Have memory for so many rows and columns. Both grow geometrically, a layer at a time."""
         old_rows, old_columns = self.allocated
@@ -123,15 +108,14 @@ class Slots(Cache):
             columns = min(_ceil(max(columns, old_columns * 3 // 2), 8 * BLOCK), _ceil(self.length, BLOCK))
         rows, columns = max(rows, old_rows), max(columns, old_columns)
         for layer in self.kept:
-            if layer.keys.shape[0] >= rows and layer.wide >= columns:
+            if layer.keys.shape[0] >= rows and layer.keys.shape[2] >= columns:
                 continue
-            grown = []
-            for old in (layer.keys, layer.values):
-                new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                grown.append(new)
+            old = layer.keys, layer.values
+            grown = [one.new_zeros(rows, one.shape[1], columns, one.shape[3]) for one in old]
+            for new, one in zip(grown, old, strict=True):
+                new[: one.shape[0], :, : one.shape[2]] = one
             layer.place(*grown)
-            del grown
+            del old, grown, new, one  # at once: the next layer needs the memory
         self.allocated = (rows, columns)
 
     def leave(self, row: int, last: int) -> None:
@@ -155,20 +139,17 @@ class Slots(Cache):
         self.reserve(row + 1, columns)
         for index, theirs in enumerate(other.kept):
             mine = self._layer(index, theirs.keys, theirs.values)
-            mine.keys[row, :, :columns] = theirs.keys[0, :, :columns]
-            mine.values[row, :, :columns] = theirs.values[0, :, :columns]
+            for own, their in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                own[row, :, :columns] = their[0, :, :columns]
         self.touched[row] = columns
         other.leave(0, 0)
 
     def _layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
         """The layer's memory, which the first keys and values give its form."""
+        rows, columns = self.allocated
         while len(self.kept) <= index:
-            shapes = ((*self.allocated, one.shape[1], one.shape[3]) for one in (key, value))
-            made = (key.new_zeros(rows, heads, columns, width) for rows, columns, heads, width in shapes)
-            self.kept.append(Layer(*made))
+            self.kept.append(Layer(*(key.new_zeros(rows, one.shape[1], columns, one.shape[3]) for one in (key, value))))
         return self.kept[index]
-
-    # ------------------------------------------------------------------------------------------ what transformers asks
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -177,11 +158,11 @@ class Slots(Cache):
         if self.call is None:
             raise RuntimeError("Slots hold the rows of an engine: call the model within fill, extend or decode")
         layer = self._layer(layer_idx, key_states, value_states)
+        self.call.kept += 1
         return self.call.keep(layer, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are given with each call, as they differ from row to row."""
-        return 0
+        return 0  # positions are given with each call, as they differ from row to row
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
@@ -197,26 +178,26 @@ def _ceil(number: int, block: int) -> int:
 class _Fill:
     """New tokens of rows side by side, [count, kv, width, d] from column ``start``."""
 
-    def __init__(self, slots: Slots, first: int, count: int, width: int, start: int) -> None:
+    def __init__(self, first: int, count: int, width: int, start: int) -> None:
         self.rows, self.columns, self.start = slice(first, first + count), slice(start, start + width), start
         self.masks: dict[int | None, Tensor | None] = {}
         self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.kept += 1
         layer.keys[self.rows, :, self.columns] = key
         layer.values[self.rows, :, self.columns] = value
         if not self.start:
             return key, value
         return layer.keys[self.rows, :, : self.columns.stop], layer.values[self.rows, :, : self.columns.stop]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
-        self.attended += 1
-        mask = self._mask(more.window, query.device)
-        grouped = query.shape[1] != key.shape[1]
-        if more.cap is not None:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        mask = self._mask(window, query.device)
+        if cap is not None:
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            return _capped(query, key, value, seen.tril_(self.start) if mask is None else mask, scale, more.cap)
+            return _capped(query, key, value, seen.tril_(self.start) if mask is None else mask, scale, cap)
+        grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
@@ -240,17 +221,15 @@ class _Fill:
 class _Decode:
     """One token for each of the first n rows."""
 
-    def __init__(self, slots: Slots, positions: Tensor, columns: int) -> None:
+    def __init__(self, positions: Tensor, columns: int) -> None:
         self.positions, self.n, self.columns = positions, len(positions), columns
         self.places: dict[tuple[int, int], Tensor] = {}
         self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.kept += 1
-        form = heads, wide = key.shape[1], layer.wide
-        place = self.places.get(form)
-        if place is None:
+        form = heads, wide = key.shape[1], layer.keys.shape[2]
+        if (place := self.places.get(form)) is None:
             starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * wide
             place = self.places[form] = (starts + self.positions[:, None]).view(-1)
         keys, values = layer.flat
@@ -258,21 +237,21 @@ class _Decode:
         values.index_copy_(0, place, value.reshape(-1, values.shape[1]))
         return layer.show(self.n, self.columns)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, more: _More) -> Tensor:
-        self.attended += 1
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
         n, h, _, d = query.shape
         heads = key.shape[1]
-        mask = self._mask(more.window, query)
+        mask = self._mask(window, query)
         grouped = query.reshape(n, heads, h // heads, d)  # the queries of a key-value head are its rows
-        if more.cap is not None:
-            return _capped(grouped, key, value, mask == 0, scale, more.cap).transpose(1, 2).reshape(n, 1, h, -1)
+        if cap is not None:
+            return _capped(grouped, key, value, mask == 0, scale, cap).transpose(1, 2).reshape(n, 1, h, -1)
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         return out.reshape(n, 1, h, -1)
 
     def _mask(self, window: int | None, query: Tensor) -> Tensor:
         """What is added to the scores, [n, 1, 1, columns]."""
-        mask = self.masks.get((window, query.dtype))
-        if mask is None:
+        if (mask := self.masks.get((window, query.dtype))) is None:
             columns, now = torch.arange(self.columns, device=query.device), self.positions[:, None]
             unseen = columns > now
             if window is not None:
@@ -295,24 +274,14 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
     return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
 
 
-class _More:
-    """What a model's attention adds to the plain one."""
-
-    __slots__ = ("cap", "window")
-
-    def __init__(self, window: int | None, cap: float | None) -> None:
-        self.window, self.cap = window, cap
-
-
 #: further arguments of an attention that the slots do not know how to honour
 UNKNOWN = ("position_bias", "s_aux", "head_mask")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
     """Attention of the running call -> [b, s, h, e]."""
-    for name in UNKNOWN:
-        if further.get(name) is not None:
-            raise NotImplementedError(f"attention with {name}")
-    return NOW.slots.call.attend(
-        query, key, value, scaling, _More(further.get("sliding_window"), further.get("softcap"))
-    )
+    if unknown := [name for name in UNKNOWN if further.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    call = NOW.slots.call
+    call.attended += 1
+    return call.attend(query, key, value, scaling, further.get("sliding_window"), further.get("softcap"))

@@ -7,6 +7,7 @@ character U+FFFD at the end. And a text that ends in the first letters of a stop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 #: what decoding shows for bytes that are no character (yet); at most three bytes of one can be waiting for the rest
@@ -20,40 +21,19 @@ class Detokenizer:
     """Decoding with one tokenizer; the texts of single tokens are remembered."""
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._decode: Callable[[Sequence[int]], str]
-        if backend is None:
-            self._decode = lambda ids: tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        else:  # a fast tokenizer, without the layers of Python around it
-            self._decode = lambda ids: backend.decode(list(ids), skip_special_tokens=True)
-        self._named: Callable[[int], str] = lambda id: tokenizer.decode(
-            [id], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        self._texts: dict[int, str] = {}
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # a fast one, without the layers of Python around it
+        self._decode: Callable[..., str] = decode if backend is None else backend.decode
+        #: the text of one token, special tokens by name; U+FFFD for a part of a character
+        self.text: Callable[[int], str] = cache(lambda token: decode([token], skip_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
-        return self._decode(ids)
-
-    def text(self, token: int) -> str:
-        """The text of one token, special tokens by name; U+FFFD for a part of a character."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self._named(token)
-        return text
+        return self._decode(list(ids), skip_special_tokens=True)
 
 
 class Text:
-    """The text of one answer.
-
-    Args:
-        prompt: the token ids before it.
-        stop: strings that end it.
-    """
-
-    __slots__ = ("_context", "_detokenizer", "_held", "_ids", "_shown", "_stop")
+    """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end."""
 
     def __init__(self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
@@ -76,9 +56,8 @@ class Text:
     def _decoded(self, *, final: bool) -> str:
         """The text of the tokens at hand that is not out yet, without the beginning of a character at its end."""
         whole, shown = self._detokenizer.decode(self._ids), self._shown
-        if whole.startswith(shown):
-            out = len(shown)
-        else:  # bytes that had been no character read otherwise with those that follow
+        out = len(shown)
+        if not whole.startswith(shown):  # bytes that had been no character read otherwise with those that follow
             out = next((i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b), len(whole))
         new = whole[out:]
         waiting = 0 if final else min(len(new) - len(new.rstrip(UNKNOWN)), MOST)
@@ -97,7 +76,6 @@ class Text:
         text = self._held + new
         found = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
         if found >= 0:
-            self._held = ""
             return text[:found], True
         keep = 0 if final else max(_overlap(text, word) for word in self._stop)
         self._held = text[len(text) - keep :]
@@ -106,7 +84,4 @@ class Text:
 
 def _overlap(text: str, word: str) -> int:
     """Letters at the end of ``text`` with which ``word`` begins."""
-    for length in range(min(len(word) - 1, len(text)), 0, -1):
-        if text.endswith(word[:length]):
-            return length
-    return 0
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
