@@ -7,8 +7,7 @@
     base = true                       the base without an adapter; true by default
     admin = false                     load and unload adapters, metrics; false by default
 
-A key is 256 random bits, so its plain hash cannot be searched, and no salt or slow hash would add anything. All hashes
-are compared with each key that is sent, each in constant time, so that the time tells nothing.
+A key is 256 random bits, so its plain hash cannot be searched (``docs/decisions/072-a-key-is-a-hash.md``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import json
 import re
 import secrets
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -80,11 +80,9 @@ class Keyring:
         sent = sent.strip()
         if scheme.lower() != "bearer" or not sent or len(sent) > MAX_KEY:
             return None
-        digest, found = hash_of(sent), None
-        for key in self.keys:  # all of them: a loop that stops early tells how far it got
-            if hmac.compare_digest(digest, key.sha256):
-                found = key
-        return found
+        digest = hash_of(sent)  # compared with all of them: a loop that stops early tells how far it got
+        found = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
+        return found[0] if found else None
 
 
 def hash_of(key: str) -> str:
@@ -92,37 +90,26 @@ def hash_of(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """The keys of a file.
-
-    Raises:
-        ConfigError: says every entry that is wrong. A file without a key is wrong too: it would lock everybody out.
-    """
+    """The keys of a file. ``ConfigError`` says every entry that is wrong; a file without a key locks everybody out."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE:
-            raise ConfigError(
-                sentence(f"a key file {path} of more than {MAX_FILE:,} bytes", "a list of keys", "check it")
-            )
+            raise ValueError(f"more than {MAX_FILE:,} bytes")
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            sentence(f"a key file {path} that cannot be read ({error})", "TOML", "see `veneer keygen --help`")
-        ) from error
+        problem = f"a key file {path} that cannot be read ({error})"
+        raise ConfigError(sentence(problem, "a list of keys in TOML", "see `veneer keygen --help`")) from error
     found = entries.get("keys") if entries.keys() <= {"keys"} else None
     if not isinstance(found, list) or not found:
         raise ConfigError(sentence(f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"))
     keys, problems = [], []
     for number, entry in enumerate(found, 1):
-        reasons = list(_wrong(entry))
-        if reasons:
-            problems += [f"Key {number}: {reason}" for reason in reasons]
+        if reasons := [f"Key {number}: {reason}" for reason in _wrong(entry)]:
+            problems += reasons
         else:
             keys.append(Key(**{**entry, "adapters": tuple(entry.get("adapters", ()))}))
     for field in ("name", "sha256"):
-        seen = [getattr(key, field) for key in keys]
-        twice = sorted({value for value in seen if seen.count(value) > 1})
+        twice = sorted(value for value, count in Counter(getattr(key, field) for key in keys).items() if count > 1)
         problems += [sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in twice]
     raise_all(ConfigError, f"The key file {path} was not taken", problems)
     return Keyring(tuple(keys))
@@ -132,17 +119,15 @@ def _wrong(entry: Any) -> Iterable[str]:
     if not isinstance(entry, dict):
         yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
         return
-    unknown = sorted(entry.keys() - {"name", "sha256", "adapters", "base", "admin"})
-    if unknown:
+    if unknown := sorted(entry.keys() - {"name", "sha256", "adapters", "base", "admin"}):
         yield sentence(f"fields {unknown}", "name, sha256, adapters, base, admin", "check the spelling")
     if not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
         yield sentence(f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key")
     if not isinstance(entry.get("sha256"), str) or not _HASH.fullmatch(entry["sha256"]):
         yield sentence("no sha256 of 64 small hexadecimal digits", "the hash of the key", "run `veneer keygen NAME`")
     patterns = entry.get("adapters", [])
-    if not isinstance(patterns, list) or not all(
-        isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
-    ):
+    sound = isinstance(patterns, list) and all(isinstance(one, str) and one.isprintable() and one for one in patterns)
+    if not sound:
         yield sentence(f"adapters {patterns!r}", "a list of names or patterns", 'write, for instance, ["french-*"]')
     for field in ("base", "admin"):
         if not isinstance(entry.get(field, False), bool):
@@ -150,11 +135,7 @@ def _wrong(entry: Any) -> Iterable[str]:
 
 
 def generate(name: str, *, adapters: Iterable[str] = (), base: bool = True, admin: bool = False) -> tuple[str, str]:
-    """A new key, and its entry for the file.
-
-    Raises:
-        ConfigError: a name or a pattern that the file could not hold.
-    """
+    """A new key, and its entry for the file. ``ConfigError``: a name or a pattern that the file could not hold."""
     key = PREFIX + secrets.token_urlsafe(32)
     entry = {"name": name, "sha256": hash_of(key), "adapters": list(adapters), "base": base, "admin": admin}
     raise_all(ConfigError, "No key was made", list(_wrong(entry)))

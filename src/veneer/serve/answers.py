@@ -11,50 +11,41 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from veneer.errors import sentence
-from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Piece, Request, Token
+from veneer.serve.refusal import RETRY, Refusal
+from veneer.serve.requests import Cause, Piece, Request, Token
+from veneer.serve.schemas import Asked, ChatRequest
 
-DONE = b"data: [DONE]\n\n"
-#: what JSON leaves as it is and some readers of lines (httpx's, and whatever uses str.splitlines) take for their end: a
-#: model could break an event with it, or write one of its own
-LINE_ENDS = tuple((chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029))
+Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class Answers:
     """The answers to some requests, all of which were submitted or none."""
 
     def __init__(self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
-        """Submit them, from any thread; pieces are read in ``loop``.
-
-        Raises:
-            Busy: the queue is full.
-            RequestError: one of them can never be answered.
-        """
+        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``."""
         self._loop, self._open = loop, len(requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
         try:
             for index, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, self._deliver(index)))
+                self._tickets.append(engine.submit(request, partial(self._deliver, index)))
         except BaseException:
             self.cancel()
             raise
 
-    def _deliver(self, index: int) -> Any:
-        def deliver(piece: Piece) -> None:
-            try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
-            except RuntimeError:  # the loop has ended, and with it whoever would read
-                return
+    def _deliver(self, index: int, piece: Piece) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
-        return deliver
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> Pieces:
         """(number of the request, piece), until the last of each. Cancels what runs when it is left early."""
         try:
             while self._open:
@@ -71,53 +62,24 @@ class Answers:
                 ticket.cancel()
 
 
-@dataclass
-class Answer:
-    """One answer as far as it has come."""
-
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    finish: str | None = None
-
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.finish = piece.finish or self.finish
-
-
-@dataclass(frozen=True)
 class Form:
-    """How one call wants its answers.
+    """How one call wants its answers. ``heads`` is the text that goes before each of them (``echo``), or empty;
+    ``candid`` is whether the client may read the words of an error inside the server."""
 
-    Args:
-        chat: chat completions, else completions.
-        count: answers in all.
-        prompt_tokens: tokens of all prompts, each counted once.
-        heads: the text that goes before each answer (``echo``).
-        logprobs: whether probabilities are shown.
-        usage: whether a stream ends with the counts of tokens.
-        candid: whether the client may read the words of an error inside the server.
-    """
-
-    id: str
-    model: str
-    chat: bool
-    count: int
-    prompt_tokens: int
-    heads: tuple[str, ...] = ()
-    logprobs: bool = False
-    usage: bool = False
-    candid: bool = True
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def head(self, index: int) -> str:
-        return self.heads[index] if self.heads else ""
+    def __init__(self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool) -> None:
+        self.chat, self.model, self.created = isinstance(body, ChatRequest), body.model, int(time.time())
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
+        self.heads, self.candid = heads or [""] * self.count, candid
+        self.logprobs = body.alternatives() is not None
+        self.usage = body.stream_options is not None and body.stream_options.include_usage
 
     def counts(self, generated: int) -> dict[str, int]:
         total = self.prompt_tokens + generated
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated, "total_tokens": total}
 
-    def frame(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
+    def frame(self, choices: list[Any], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
+        kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
         return {
             "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more,
         }  # fmt: skip
@@ -131,120 +93,107 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
             return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
         case "cancelled":
             message = sentence("an answer that was cancelled", "one that ends", "send the request again")
-            return Refusal(503, message, code="cancelled", headers={"Retry-After": "5"})
+            return Refusal(503, message, code="cancelled", headers={RETRY: "5"})
         case "error":
-            return _error(piece, candid)
+            return of_cause(piece.error or "no reason given", piece.cause, candid)
         case _:
             return None
 
 
-def _error(piece: Piece, candid: bool) -> Refusal:
+def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
     """The same statuses as where the cause is found before an answer begins (``refusal.of``)."""
-    why = piece.error or "no reason given"
-    match piece.cause:
+    match cause:
         case "bad_request":
             return Refusal(400, why, param="response_format")
-        case "bad_adapter":
-            said = sentence(
-                "an adapter that cannot be loaded", "a whole one of this base", "tell whoever runs the server"
-            )
-            return Refusal(400, why if candid else said, param="model", code="bad_adapter")
-        case "model_not_found":
-            said = sentence("an adapter that is served no more", "one that is", "GET /v1/models lists yours")
-            return Refusal(404, why if candid else said, param="model", code="model_not_found")
         case "out_of_memory":
-            return Refusal(503, why, code="out_of_memory", headers={"Retry-After": "5"})
+            return Refusal(503, why, code=cause, headers={RETRY: "5"})
+        case "bad_adapter":
+            said = "an adapter that cannot be loaded", "a whole one of this base", "tell whoever runs the server"
+            status, param = 400, "model"
+        case "model_not_found":
+            said = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
+            status, param = 404, "model"
         case _:
-            said = sentence("an error in the server", "an answer", "tell whoever runs it")
-            return Refusal(500, why if candid else said, code="engine_error")
+            said = "an error in the server", "an answer", "tell whoever runs it"
+            status, param = 500, None
+    return Refusal(status, why if candid else sentence(*said), param=param, code=cause or "engine_error")
 
 
 async def whole(answers: Answers, form: Form) -> dict[str, Any]:
-    """All answers, when the last has ended.
-
-    Raises:
-        Refusal: one of them did not come to its end.
-    """
-    found = [Answer() for _ in range(form.count)]
-    pieces = answers.pieces()
-    try:
+    """All answers, when the last has ended. ``Refusal``: one of them did not come to its end."""
+    parts: list[list[Piece]] = [[] for _ in range(form.count)]
+    async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
             if refusal := failure(piece, form.candid):
                 raise refusal
-            found[index].add(piece)
-    finally:
-        await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
-    generated = sum(len(answer.tokens) for answer in found)
-    kind = "chat.completion" if form.chat else "text_completion"
-    make = lambda: [_choice(form, index, answer) for index, answer in enumerate(found)]  # noqa: E731
+            parts[index].append(piece)
+    generated = sum(len(piece.tokens) for some in parts for piece in some)
+
+    def choices() -> list[dict[str, Any]]:
+        return [_choice(form, index, some) for index, some in enumerate(parts)]
+
     # 16 answers of 2,000 tokens with 20 alternatives each are seconds of work: not the loop's
-    choices = await asyncio.to_thread(make) if form.logprobs else make()
-    return form.frame(kind, choices, usage=form.counts(generated))
+    made = await asyncio.to_thread(choices) if form.logprobs else choices()
+    return form.frame(made, usage=form.counts(generated))
 
 
-def _choice(form: Form, index: int, answer: Answer) -> dict[str, Any]:
-    head = form.head(index)
-    if form.chat:
-        shown = {"content": chat_logprobs(answer.tokens), "refusal": None} if form.logprobs else None
-        said = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-    else:
-        shown = text_logprobs(answer.tokens, len(head)) if form.logprobs else None
-        said = {"text": head + answer.text}
-    return {"index": index, **said, "logprobs": shown, "finish_reason": answer.finish}
+def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    head, text = form.heads[index], "".join(piece.text for piece in pieces)
+    shown = _logprobs(form, [token for piece in pieces for token in piece.tokens], len(head))
+    message = {"role": "assistant", "content": text, "refusal": None}
+    said = {"message": message} if form.chat else {"text": head + text}
+    return {"index": index, **said, "logprobs": shown, "finish_reason": pieces[-1].finish}
 
 
-async def events(answers: Answers, form: Form, first: tuple[int, Piece], pieces: Any) -> AsyncIterator[bytes]:
+def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
+    if not form.logprobs:
+        return None
+    return {"content": chat_logprobs(tokens), "refusal": None} if form.chat else text_logprobs(tokens, start)
+
+
+async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
     """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that there is an answer.
 
     An answer that breaks off ends the stream with an event {"error": …} and without [DONE].
     """
-    generated, at = 0, [len(form.head(index)) for index in range(form.count)]
-    try:
-        for index in range(form.count):
+    generated, at = 0, [len(head) for head in form.heads]
+    item: tuple[int, Piece] | None = first
+    async with aclosing(pieces):
+        for index, head in enumerate(form.heads):
             if form.chat:
                 yield _event(form, index, {"delta": {"role": "assistant", "content": ""}})
-            elif form.head(index):
-                yield _event(form, index, {"text": form.head(index)})
-        async for index, piece in _chained(first, pieces):
+            elif head:
+                yield _event(form, index, {"text": head})
+        while item is not None:
+            index, piece = item
             if refusal := failure(piece, form.candid):
                 yield _data(refusal.body())
                 return
             generated += len(piece.tokens)
+            shown = _logprobs(form, piece.tokens, at[index])
+            at[index] += sum(len(token.text) for token in piece.tokens)
             if form.chat:
                 if piece.text or piece.tokens:
-                    shown = {"content": chat_logprobs(piece.tokens), "refusal": None} if form.logprobs else None
                     yield _event(form, index, {"delta": {"content": piece.text}}, shown)
                 if piece.finish:
                     yield _event(form, index, {"delta": {}}, finish=piece.finish)
             elif piece.text or piece.tokens or piece.finish:
-                shown = text_logprobs(piece.tokens, at[index]) if form.logprobs else None
-                at[index] += sum(len(token.text) for token in piece.tokens)
                 yield _event(form, index, {"text": piece.text}, shown, finish=piece.finish)
+            item = await anext(pieces, None)
         if form.usage:
-            kind = "chat.completion.chunk" if form.chat else "text_completion"
-            yield _data(form.frame(kind, [], usage=form.counts(generated)))
-        yield DONE
-    finally:
-        await pieces.aclose()
-
-
-async def _chained(first: tuple[int, Piece], rest: Any) -> AsyncIterator[tuple[int, Piece]]:
-    yield first
-    async for item in rest:
-        yield item
+            yield _data(form.frame([], chunk=True, usage=form.counts(generated)))
+        yield b"data: [DONE]\n\n"
 
 
 def _event(form: Form, index: int, said: dict[str, Any], shown: Any = None, finish: str | None = None) -> bytes:
     choice = {"index": index, **said, "logprobs": shown, "finish_reason": finish}
     more = {"usage": None} if form.usage else {}
-    return _data(form.frame("chat.completion.chunk" if form.chat else "text_completion", [choice], **more))
+    return _data(form.frame([choice], chunk=True, **more))
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    for end, escaped in LINE_ENDS:
-        text = text.replace(end, escaped)
-    return b"data: " + text.encode() + b"\n\n"
+    """An event, in ASCII: some readers of lines take U+2028 for an end, and a model could write an event of its own."""
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
@@ -261,10 +210,7 @@ def _named(text: str, logprob: float | None) -> dict[str, Any]:
 
 def text_logprobs(tokens: Sequence[Token], start: int) -> dict[str, Any]:
     """Probabilities as completions show them; ``start`` is where in the text the first token begins."""
-    offsets, at = [], start
-    for token in tokens:
-        offsets.append(at)
-        at += len(token.text)
+    offsets = [*accumulate((len(token.text) for token in tokens), initial=start)][: len(tokens)]
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [_json_logprob(token.logprob) for token in tokens],

@@ -6,15 +6,15 @@
     POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 
 A route checks what was sent (schemas), who sent it (access) and which adapters are meant (``requested_adapters``),
-makes requests of it, and hands them to the engine. The event loop computes nothing: tokenizers run in one thread of
-their own, adapters are loaded in another, the model in the engine's.
+makes requests of it, and hands them to the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -25,22 +25,16 @@ from starlette.exceptions import HTTPException
 from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
 from veneer.serve import limits, prompts, refusal
 from veneer.serve.access import Key
-from veneer.serve.answers import Answers, Form, events, failure, whole
+from veneer.serve.answers import Answers, Form, events, failure, of_cause, whole
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Piece, cause_of
+from veneer.serve.requests import Busy, cause_of
 from veneer.serve.requests import Request as Job
-from veneer.serve.schemas import (
-    Asked,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    LoadRequest,
-    UnloadRequest,
-)
+from veneer.serve.schemas import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, LoadRequest, UnloadRequest
 from veneer.serve.service import Admin, Asker, Route, Service, Serving, in_text_thread, requested_adapters, unless_gone
-from veneer.serve.validation import refusal_of
+
+Tokens = list[tuple[int, ...]]
 
 router = APIRouter(route_class=Route)
 
@@ -56,43 +50,33 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(VeneerError, _veneer)
     app.add_exception_handler(Exception, _bug)
-    metrics = service.metrics
-    app.add_middleware(
-        Guard,
-        keys=service.keys,
-        is_draining=lambda: service.draining,
-        count=lambda status: metrics.responses.labels(str(status)).inc(),
-        hosts=service.hosts,
-    )
+    app.add_middleware(Guard, service=service)
     return app
-
-
-# ---------------------------------------------------------------------------------------------- errors
 
 
 def _invalid(request: Request, error: Any) -> Response:
     """Which field is wrong, and why; never what was sent."""
-    return refusal_of(error.errors(), error.body).response()
+    return refusal.of_body(error.errors(), error.body).response()
 
 
 def _http(request: Request, error: Any) -> Response:
-    found = f"{request.method} {request.url.path[:200]}"
-    message = (
-        error.detail if error.status_code == 400 else sentence(found, "a route of this server", "see /openapi.json")
-    )
+    message = error.detail
+    if error.status_code != 400:
+        found = f"{request.method} {request.url.path[:200]}"
+        message = sentence(found, "a route of this server", "see /openapi.json")
     return Refusal(error.status_code, message, headers=error.headers).response()
 
 
 def _veneer(request: Request, error: Any) -> Response:
+    service: Service = request.app.state.service
+    if isinstance(error, Busy) and not service.ready:  # it ended while a prompt was read, or its engine died
+        error = service.unready()
     return refusal.of(error).response()
 
 
 def _bug(request: Request, error: Exception) -> Response:
     """starlette raises it again when this is sent, so that it is in the log."""
     return Refusal(500, sentence("a bug in the server", "an answer", "tell whoever runs it"), code="bug").response()
-
-
-# ---------------------------------------------------------------------------------------------- the operator's
 
 
 @router.get("/health")
@@ -112,9 +96,6 @@ async def metrics(service: Serving, key: Admin, adapters: bool = True) -> Respon
     service.metrics.ready.set(service.ready)
     page = await asyncio.to_thread(service.metrics.page, adapters=adapters)
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-# ---------------------------------------------------------------------------------------------- models and adapters
 
 
 def _card(service: Service, name: str | None) -> dict[str, Any]:
@@ -149,10 +130,8 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
-    work = lambda: service.catalogue.load(  # noqa: E731
-        body.lora_name, body.lora_path, inplace=body.load_inplace, pin=body.pin
-    )
-    await asyncio.get_running_loop().run_in_executor(service.admin, work)
+    load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
+    await asyncio.get_running_loop().run_in_executor(service.admin, load, body.lora_name, body.lora_path)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -162,24 +141,20 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-# ---------------------------------------------------------------------------------------------- completions
-
-
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
     blend = await _may_generate(service, key, body)
-    size = sum(message.size for message in body.messages)
+    size = sum(len(message.text) for message in body.messages)
     prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length))
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    tokens = prompts.room([prompt], asked, service.length, short=False)
-    form = _form(service, key, body, body.n, [prompt])
-    return await _answer(request, service, key, body, form, blend, [prompt], tokens)
+    most = prompts.room([prompt], asked, service.length, short=False)
+    return await _answer(request, body, blend, [prompt], most)
 
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request, service: Serving, key: Asker) -> Response:
     blend = await _may_generate(service, key, body)
-    sent = body.prompts()
+    sent = body.prompt
     if body.echo and body.logprobs is not None:
         message = sentence("echo with logprobs", "one of them", "probabilities of a prompt are not computed here")
         raise Refusal(400, message, param="echo")
@@ -188,23 +163,23 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         raise Refusal(400, sentence(found, f"at most {limits.ANSWERS} answers", "send several requests"), param="n")
     tokens = await _read(service, sent, "prompt")
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
-    decode = service.tokenizer.decode
-    size = sum(map(len, tokens)) if body.echo else 0
-    echoed = lambda: [prompt if isinstance(prompt, str) else decode(prompt) for prompt in sent]  # noqa: E731
-    texts = await in_text_thread(service, size, echoed) if body.echo else []
-    heads = tuple(text for text in texts for _ in range(body.n))
-    form = _form(service, key, body, body.n * len(tokens), tokens, heads)
-    return await _answer(request, service, key, body, form, blend, tokens, most)
+
+    def echoed() -> list[str]:
+        return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
+
+    texts = await in_text_thread(service, sum(map(len, tokens)), echoed) if body.echo else []
+    return await _answer(request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)])
 
 
-async def _read(service: Service, sent: Sequence[Any], param: str) -> list[tuple[int, ...]]:
+async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
     """The tokens of some texts. Others have the tokenizer between two groups of them."""
-    tokens: list[tuple[int, ...]] = []
+    tokens: Tokens = []
+
+    def read(text: Any) -> tuple[int, ...]:
+        return prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param)
+
     for group in prompts.groups(sent):
-        read = lambda texts=group: [  # noqa: E731
-            prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param) for text in texts
-        ]
-        tokens += await in_text_thread(service, sum(map(len, group)), read)
+        tokens += await in_text_thread(service, sum(map(len, group)), lambda texts=group: list(map(read, texts)))
     return tokens
 
 
@@ -217,64 +192,38 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
     return blend
 
 
-def _form(
-    service: Service, key: Key, body: Asked, count: int, tokens: list[tuple[int, ...]], heads: tuple[str, ...] = ()
-) -> Form:
-    chat = isinstance(body, ChatRequest)
-    return Form(
-        id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        model=body.model,
-        chat=chat,
-        count=count,
-        prompt_tokens=sum(map(len, tokens)),
-        heads=heads,
-        logprobs=body.alternatives() is not None,
-        usage=body.stream_options is not None and body.stream_options.include_usage,
-        candid=key.admin,
-    )
-
-
 async def _answer(
-    request: Request,
-    service: Service,
-    key: Key,
-    body: Asked,
-    form: Form,
-    blend: dict[str, float],
-    prompts_: list[tuple[int, ...]],
-    tokens: int,
+    request: Request, body: Asked, blend: dict[str, float], tokens: Tokens, most: int, heads: Sequence[str] = ()
 ) -> Response:
+    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each; ``heads`` go before them."""
+    service: Service = request.app.state.service
+    key: Key = request.state.key
+    form = Form(body, tokens, heads, key.admin)
     jobs = [
-        Job(prompt, blend, body.sampling(tokens, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
-        for number, prompt in enumerate(prompts_)
+        Job(prompt, blend, body.sampling(most, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
+        for number, prompt in enumerate(tokens)
         for choice in range(body.n)
     ]
     answers = await _submitted(service, jobs)
     if not body.stream:
         content = await unless_gone(request, whole(answers, form))
-        if content is None:
-            return Response(status_code=499)
         return await asyncio.to_thread(JSONResponse, content) if form.logprobs else JSONResponse(content)
-    pieces = answers.pieces()
-    try:
+    with ExitStack() as otherwise:
+        otherwise.callback(answers.cancel)
+        pieces = answers.pieces()
         first = await unless_gone(request, anext(pieces))  # an answer that never starts gets a status of its own
-        if first is None:
-            answers.cancel()
-            return Response(status_code=499)
         if refused := failure(first[1], form.candid):
             raise refused
-    except BaseException:
-        answers.cancel()
-        raise
-    return _Stream(answers, events(answers, form, first, pieces))
+        otherwise.pop_all()
+    return _Stream(answers, events(form, first, pieces))
 
 
 async def _submitted(service: Service, jobs: list[Job]) -> Answers:
     """The answers to some jobs. A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
+    make = partial(Answers, service.engine, jobs, asyncio.get_running_loop())
     if jobs[0].sampling.schema is None:
-        return Answers(service.engine, jobs, asyncio.get_running_loop())
-    loop = asyncio.get_running_loop()
-    made = in_text_thread(service, limits.READING_SCHEMA, lambda: Answers(service.engine, jobs, loop))
+        return make()
+    made = in_text_thread(service, limits.READING_SCHEMA, make)
     try:
         return await asyncio.shield(made)
     except asyncio.CancelledError:
@@ -296,9 +245,6 @@ class _Stream(StreamingResponse):
             self._answers.cancel()  # also where the iterator was never entered
 
 
-# ---------------------------------------------------------------------------------------------- embeddings
-
-
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request, service: Serving, key: Asker) -> Response:
     blend = await requested_adapters(service, key, body.model, body.adapters)
@@ -309,27 +255,19 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
     if body.dimensions not in (None, embedder.width):
         message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
         raise Refusal(400, message, param="dimensions")
-
-    tokens = await _read(service, body.inputs(), "input")
-    if max(map(len, tokens)) > service.length:
-        found = f"an input of {max(map(len, tokens))} tokens"
-        message = sentence(found, f"at most {service.length}", "shorten it")
+    tokens = await _read(service, body.input, "input")
+    longest = max(map(len, tokens))
+    if longest > service.length:
+        message = sentence(f"an input of {longest} tokens", f"at most {service.length}", "shorten it")
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
-        vectors = await unless_gone(
-            request, asyncio.wrap_future(embedder.submit(tokens, blend, service.timeout, key.owner))
-        )
-    except (AdapterError, SelectionError) as error:  # as the engine has it
-        piece = Piece("", finish="error", error=str(error), cause=cause_of(error))
-        raise failure(piece, key.admin) or error from error
-    except Refusal as error:
-        if error.code != "engine_error":
+        made = embedder.submit(tokens, blend, service.timeout, key.owner)
+        vectors = await unless_gone(request, asyncio.wrap_future(made))
+    except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
+        if isinstance(error, Refusal) and error.code != "engine_error":
             raise
-        raise failure(Piece("", finish="error", error=str(error)), key.admin) or error from error
-    if vectors is None:
-        return Response(status_code=499)
+        raise of_cause(str(error), cause_of(error), key.admin) from error
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [{"object": "embedding", "index": i, "embedding": form(vector)} for i, vector in enumerate(vectors)]
-    total = sum(map(len, tokens))
-    usage = {"prompt_tokens": total, "total_tokens": total}
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})

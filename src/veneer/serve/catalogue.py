@@ -6,8 +6,8 @@
                                         "hidden": []}
 
 ``served.json`` is what ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter`` leave: names that are not the folder's
-own, what is pinned, and folders that are not served although they are there. It is written, in one step, before a
-client hears that its adapter is loaded; so a server that is killed knows after its restart what it knew before.
+own, what is pinned, and folders that are not served although they are there
+(``docs/decisions/071-the-adapter-folder-is-the-registry.md``).
 
 Nothing that a client says reaches a file outside DIR: a name is a word without separators, a path is relative, has no
 "..", and must lie in DIR when all links are followed. What is inside an adapter folder is ``saved.read``'s to judge.
@@ -22,9 +22,10 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError, LibraryError, VeneerError, nearest, sentence
@@ -50,11 +51,6 @@ class SavedState:
     pinned: frozenset[str] = frozenset()
     hidden: frozenset[str] = frozenset()
 
-    def text(self) -> str:
-        names = {name: {"path": path} for name, path in sorted(self.names.items())}
-        content = {"format": FORMAT, "names": names, "pinned": sorted(self.pinned), "hidden": sorted(self.hidden)}
-        return json.dumps(content, indent=1) + "\n"
-
 
 class Catalogue:
     """The adapters of a folder, kept in step with the bank. Its methods block on the disk: call them in a thread, but
@@ -62,31 +58,25 @@ class Catalogue:
 
     def __init__(self, folder: str | Path | None, bank: Any, base: str = "") -> None:
         """Register every adapter of ``folder`` (None: there are none, and none can be loaded) with the bank.
-
-        Raises:
-            ConfigError: no such folder, a damaged ``served.json``.
-            LibraryError: a damaged index.
-        """
-        self.folder = None if folder is None else Path(folder).expanduser()
+        ``ConfigError``: no such folder, a damaged ``served.json``. ``LibraryError``: a damaged index."""
+        self.folder = None if folder is None else Path(folder).expanduser().resolve()
         self.base, self._bank = base, bank
         self._lock = threading.Lock()
         self._paths: dict[str, Path] = {}
         self._broken: dict[str, str] = {}
-        self._looked = -1e9
+        self._looked, self._state = -1e9, SavedState()
         if self.folder is None:
             return
         if not self.folder.is_dir():
             raise ConfigError(sentence(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check"))
-        self.folder = self.folder.resolve()
         self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
         with self._lock:
-            self._state = self._read_state()
             self._sync()
 
     @property
     def pinned(self) -> tuple[str, ...]:
         """What was pinned through the API, and is there."""
-        return () if self.folder is None else tuple(sorted(self._state.pinned & self._paths.keys()))
+        return tuple(sorted(self._state.pinned & self._paths.keys()))
 
     def restore_pins(self) -> None:
         """Load what was pinned through the API. What is damaged by now, or has no room, is named in the log: a server
@@ -97,8 +87,6 @@ class Catalogue:
             except (VeneerError, OSError) as error:
                 log.warning("Adapter %r was pinned and cannot be loaded: %s", name, error)
 
-    # ------------------------------------------------------------------------------------------ reading
-
     def known(self, name: str) -> bool:
         """Whether a name is registered; looks at no disk."""
         return name in self._paths
@@ -106,10 +94,8 @@ class Catalogue:
     def root(self, name: str) -> str:
         """What to send as ``lora_path`` for this adapter: its path in the folder, or its name in the library."""
         path = self._paths.get(name)
-        remembered = self._state.names.get(name) if self.folder is not None else None
-        return remembered or (
-            name if path is None or self._library is not None else str(path.relative_to(self._root()))
-        )
+        own = name if path is None or self._library is not None else str(path.relative_to(self._root()))
+        return self._state.names.get(name, own)
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
         """Find what has appeared and drop what has gone; all names. Looks at the disk once a second at most."""
@@ -123,8 +109,6 @@ class Catalogue:
             finally:
                 self._lock.release()
         return tuple(sorted(self._paths))
-
-    # ------------------------------------------------------------------------------------------ changing
 
     def load(self, name: str, where: str | None, *, inplace: bool = False, pin: bool | None = None) -> None:
         """Load an adapter now, verified, and remember it.
@@ -140,26 +124,33 @@ class Catalogue:
         """
         with self._lock, _disk():
             self._root()
-            _check_name(name, self.base)
+            if not NAME.fullmatch(name) or name == self.base:
+                letters = "1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.'"
+                expected = f"{letters}, and not the base's {self.base!r}"
+                message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
+                raise Refusal(400, message, param="lora_name", code="bad_name")
             self._sync()
             old = self._paths.get(name)
-            path = self._path(name, where)
-            status = self._bank.status()
-            resident = {entry.name for entry in status if entry.resident}
-            pinned = {entry.name for entry in status if entry.pinned}
-            if old is not None and not inplace and (path != old or (name in resident and pin is None)):
+            path = (old or self._scan().get(name)) if where is None else self.inside(where)
+            if path is None:
+                message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
+                raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
+            status = {entry.name: entry for entry in self._bank.status()}
+            resident = name in status and status[name].resident
+            if old is not None and not inplace and (path != old or (resident and pin is None)):
                 do = "If you want to load the adapter in place, set 'load_inplace' to True."
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
                 raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
-            if old is None or path != old or inplace or (name not in resident and pin is not False):
-                self._load(name, path, old)
+            if path != old or inplace or not (resident or pin is False):
+                self._bank.add(path, name=name, replace=old is not None)  # if that fails, what stood there stays
+                self._paths[name] = path
             try:
                 self._record(name, where, pin)
             except OSError:  # what would be forgotten at a restart is not loaded
                 self._drop(name)
                 if old is not None:
                     self._enter(name, old)
-                    if name in pinned:
+                    if status[name].pinned:
                         self._bank.pin(name)
                 raise
             if pin is not None:
@@ -167,11 +158,7 @@ class Catalogue:
         log.info("Loaded adapter %r from %s", name, self.root(name))
 
     def unload(self, name: str) -> None:
-        """Serve an adapter no more. Its files stay, and calls that use it end as they began.
-
-        Raises:
-            Refusal: there is no such name.
-        """
+        """Serve an adapter no more. Its files stay, and calls that use it go on. ``Refusal``: there is no such name."""
         with self._lock, _disk():
             self._root()
             self._sync()
@@ -190,13 +177,7 @@ class Catalogue:
         del self._paths[name]  # first: what hears of the removal asks `known`
         self._bank.remove(name)
 
-    def _load(self, name: str, path: Path, old: Path | None) -> None:
-        """Load ``path`` under a name; what stood there before stays if that fails."""
-        self._bank.add(path, name=name, replace=old is not None)
-        self._paths[name] = path
-
     def _record(self, name: str, where: str | None, pin: bool | None) -> None:
-        """Remember a loaded name."""
         with _locked(self._root()):
             state = self._read_state()
             own, names = self._scan().get(name), dict(state.names)
@@ -206,8 +187,6 @@ class Catalogue:
                 names[name] = where
             pinned = state.pinned if pin is None else state.pinned | {name} if pin else state.pinned - {name}
             self._write_state(SavedState(names, pinned, state.hidden - {name}), state)
-
-    # ------------------------------------------------------------------------------------------ the folder
 
     def _root(self) -> Path:
         if self.folder is None:
@@ -230,9 +209,9 @@ class Catalogue:
         for name in self._paths.keys() - wanted.keys():
             self._drop(name)
         for name, path in wanted.items():
-            if self._paths.get(name) != path:
-                if name in self._paths:
-                    self._drop(name)
+            if name in self._paths and self._paths[name] != path:
+                self._drop(name)
+            if name not in self._paths:
                 self._enter(name, path)
         self._looked = time.monotonic()
 
@@ -244,62 +223,39 @@ class Catalogue:
             if self._broken.get(name) != str(error):
                 self._broken[name] = str(error)
                 log.warning("Not served: %s", error)
-            return
-        self._broken.pop(name, None)
-        self._paths[name] = path
+        else:
+            self._broken.pop(name, None)
+            self._paths[name] = path
 
     def _scan(self) -> dict[str, Path]:
         """The folder's own adapters by name: its subfolders, or a library's names."""
         top = self._root()
         if self._library is not None:
-            return {
-                entry.name: top / OBJECTS / entry.object for entry in self._library.list() if entry.name != self.base
-            }
-        found = {}
-        with os.scandir(top) as entries:
-            for entry in entries:
-                if not NAME.fullmatch(entry.name) or entry.name == self.base:
-                    continue
-                path = _within(top, entry.name) if entry.is_symlink() else top / entry.name
-                if path is not None and _is_adapter(path):
-                    found[entry.name] = path
+            found = {entry.name: top / OBJECTS / entry.object for entry in self._library.list()}
+        else:
+            with os.scandir(top) as entries:
+                named = [entry for entry in entries if NAME.fullmatch(entry.name)]
+                paths = {one.name: _within(top, one.name) if one.is_symlink() else top / one.name for one in named}
+            found = {name: path for name, path in paths.items() if path is not None and _is_adapter(path)}
+        found.pop(self.base, None)
         return found
 
-    def _path(self, name: str, where: str | None) -> Path:
-        if where is not None:
-            return self.inside(where)
-        if name in self._paths:
-            return self._paths[name]
-        own = self._scan().get(name)
-        if own is None:
-            message = "Both 'lora_name' and 'lora_path' must be provided for a name that is new."
-            raise Refusal(400, message, param="lora_path", kind="InvalidUserInput")
-        return own
-
     def inside(self, where: str) -> Path:
-        """The folder that a client's path means, which lies in the adapter folder whatever links do.
-
-        Raises:
-            Refusal: it is not a relative path in the folder, or there is no adapter.
-            LibraryError: the library has no such name.
-        """
+        """The folder that a client's path means, which lies in the adapter folder whatever links do. ``Refusal``: it is
+        not a relative path in the folder, or there is no adapter. ``LibraryError``: the library has no such name."""
         top = self._root()
         if self._library is not None:
             return self._library.get(where)
-        parts = where.split("/")
-        if where.startswith("/") or not where.isprintable() or "\\" in where or {"", ".", ".."} & set(parts):
+        if not where.isprintable() or "\\" in where or not {"", ".", ".."}.isdisjoint(where.split("/")):
             expected = "a path relative to the adapter folder, without '.', '..' or control characters"
             message = sentence(f"lora_path {where[:200]!r}", expected, "name a folder in the adapter folder")
             raise Refusal(400, message, param="lora_path", code="bad_path")
         path = _within(top, where)
         if path is None or not _is_adapter(path):  # what lies outside looks like what is not there
-            message = sentence(
-                f"no adapter at {where[:200]!r} in the adapter folder", f"a folder with {peft.CONFIG}", "check the path"
-            )
+            found = f"no adapter at {where[:200]!r} in the adapter folder"
+            message = sentence(found, f"a folder with {peft.CONFIG}", "check the path")
             raise Refusal(404, message, param="lora_path", code="not_found", kind="NotFoundError")
         return path
-
-    # ------------------------------------------------------------------------------------------ what is remembered
 
     def _read_state(self) -> SavedState:
         file = self._root() / STATE_FILE
@@ -313,12 +269,12 @@ class Catalogue:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             names = {name: entry["path"] for name, entry in content["names"].items()}
-            if not isinstance(content["pinned"], list) or not isinstance(content["hidden"], list):
+            pinned, hidden = content["pinned"], content["hidden"]
+            words = [*names, *names.values(), *pinned, *hidden]
+            sound = isinstance(pinned, list) and isinstance(hidden, list) and all(isinstance(w, str) for w in words)
+            if not sound or not all(map(NAME.fullmatch, names)):
                 raise ValueError("no lists of names")
-            words = [*names, *names.values(), *content["pinned"], *content["hidden"]]
-            if not all(isinstance(word, str) for word in words) or not all(map(NAME.fullmatch, names)):
-                raise ValueError("names that are none")
-            return SavedState(names, frozenset(content["pinned"]), frozenset(content["hidden"]))
+            return SavedState(names, frozenset(pinned), frozenset(hidden))
         except FileNotFoundError:
             return SavedState()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -327,46 +283,33 @@ class Catalogue:
 
     def _write_state(self, state: SavedState, before: SavedState) -> None:
         if state != before:
-            write_whole(self._root() / STATE_FILE, state.text())
+            names = {name: {"path": path} for name, path in sorted(state.names.items())}
+            lists = {"pinned": sorted(state.pinned), "hidden": sorted(state.hidden)}
+            text = json.dumps({"format": FORMAT, "names": names, **lists}, indent=1) + "\n"
+            write_whole(self._root() / STATE_FILE, text)
         self._state = state
 
 
 def folders(folder: Path) -> dict[str, Path]:
-    """The adapters that would be served from a folder, by name, without a bank.
-
-    Raises:
-        ConfigError, LibraryError: as ``Catalogue``.
-    """
-    catalogue = Catalogue(folder, _Nobody())
-    return {name: catalogue._paths[name] for name in catalogue.refresh()}
-
-
-class _Nobody:
-    """A bank that holds nothing."""
-
-    def register(self, name: str, path: Path) -> None: ...
-    def remove(self, name: str) -> None: ...
+    """The adapters that would be served from a folder, by name, without a bank. Raises what ``Catalogue`` does."""
+    return Catalogue(folder, SimpleNamespace(register=lambda name, path: None))._paths
 
 
 @contextmanager
 def _locked(top: Path) -> Iterator[None]:
     """No other server of this folder changes ``served.json`` meanwhile. The folder itself is locked, since one that is
-    mounted to be read only can hold no file for it. Where the system locks no folders, one server is all there is."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    folder, locked = os.open(top, os.O_RDONLY), False
+    mounted to be read only can hold no file for it."""
+    import fcntl  # here: a system without it can serve, but change nothing
+
+    folder = os.open(top, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            locked = True
         except OSError as error:
             log.warning("The adapter folder cannot be locked (%s): let no other server change it", error.strerror)
         yield
     finally:
-        if locked:  # closing is not enough: a process that was forked meanwhile holds the folder open too
+        with suppress(OSError):  # closing is not enough: a process that was forked meanwhile holds the folder open too
             fcntl.flock(folder, fcntl.LOCK_UN)
         os.close(folder)
 
@@ -392,14 +335,6 @@ def _within(top: Path, where: str) -> Path | None:
 
 def _is_adapter(path: Path) -> bool:
     """Whether an adapter's configuration lies there; a folder that may not be read is none, and hides no other."""
-    try:
+    with suppress(OSError):
         return (path / peft.CONFIG).is_file()
-    except OSError:
-        return False
-
-
-def _check_name(name: str, base: str) -> None:
-    if not NAME.fullmatch(name) or name == base:
-        expected = f"1 to 128 letters, digits, '_', '-' and '.', the first no '-' or '.', and not the base's {base!r}"
-        message = sentence(f"lora_name {name[:128]!r}", expected, "choose another")
-        raise Refusal(400, message, param="lora_name", code="bad_name")
+    return False

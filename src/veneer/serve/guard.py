@@ -2,9 +2,8 @@
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
-A body is read whole before a route runs, against a count and a clock, so no route can forget to. Under /v1 a request
-without a valid key is refused before a byte of its body is read. The log names key, method, path and status, and never
-a query, a header or a body.
+A body is read whole before a route runs, against a count and a clock. Under /v1 a request without a valid key is
+refused before a byte of its body is read. The log names no query, no header and no body.
 
 A server without keys answers loopback names in the Host header alone: a web page that points a name of its own at
 127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another origin cannot send
@@ -19,14 +18,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 
 from veneer.errors import sentence
 from veneer.serve import limits
-from veneer.serve.access import Keyring
 from veneer.serve.refusal import Refusal, draining
 
 log = logging.getLogger("veneer.serve.access")
@@ -39,22 +36,12 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 
 
 class Guard:
-    """ASGI middleware. ``is_draining`` is asked for each request; ``count`` hears each status."""
+    """ASGI middleware of a ``Service``."""
 
-    def __init__(
-        self,
-        app: Any,
-        keys: Keyring,
-        is_draining: Callable[[], bool],
-        count: Callable[[int], None] = lambda status: None,
-        hosts: tuple[str, ...] | None = None,
-    ) -> None:
-        self.app, self.keys, self.is_draining, self.count, self.hosts = app, keys, is_draining, count, hosts
+    def __init__(self, app: Any, service: Any) -> None:
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "websocket":  # there is none: before it is accepted, this is a 403
-            await send({"type": "websocket.close", "code": 1008})
-            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -64,7 +51,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self.count(status)
+                self.service.metrics.responses.labels(str(status)).inc()
                 private = [(b"cache-control", b"no-store")] if scope["path"].startswith("/v1/") else []
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
             await send(message)
@@ -81,18 +68,24 @@ class Guard:
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)
-        key = self.keys.find(headers.get("authorization"))
+        key = self.service.keys.find(headers.get("authorization"))
         scope.setdefault("state", {})["key"] = key
         try:
             self._admit(scope, headers, key)
             body = await _body(headers, receive)
         except Refusal as refusal:
-            response = refusal.response()
-            response.headers["connection"] = "close"  # what else it sends is not read
-            await response(scope, receive, send)
+            refusal.headers["connection"] = "close"  # what else it sends is not read
+            await refusal.response()(scope, receive, send)
             return
-        if body is not None:
-            await self.app(scope, _replay(body, receive), send)
+        if body is None:
+            return
+        fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Any:
+            """As if the body had not been read yet; afterwards it waits for the client to go away."""
+            return next(fresh, None) or await receive()
+
+        await self.app(scope, again, send)
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
         if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
@@ -100,17 +93,17 @@ class Guard:
             found = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
             raise Refusal(400, sentence(found, "one way to say where it ends", "send Content-Length alone"))
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
-            message = sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
-            raise Refusal(431, message)
+            raise Refusal(431, sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"))
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self.hosts is not None and name not in self.hosts:
-            expected = f"one of {', '.join(self.hosts)}, as this server has no keys"
+        hosts = self.service.hosts
+        if hosts is not None and name not in hosts:
+            expected = f"one of {', '.join(hosts)}, as this server has no keys"
             raise Refusal(403, sentence(f"host {host[:100]!r}", expected, "use that address, or start it with --keys"))
         path = scope["path"]
-        if self.is_draining() and path not in ALWAYS and path != "/" and not path.startswith(PAGE):
+        if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
             raise draining()
-        if key is None and scope["path"].startswith("/v1"):
+        if key is None and path.startswith("/v1"):
             raise no_key(headers)
 
 
@@ -122,15 +115,11 @@ def no_key(headers: Any) -> Refusal:
 
 
 async def _body(headers: Headers, receive: Any) -> bytes | None:
-    """The whole body; None if the client went away.
-
-    Raises:
-        Refusal: it is too large, or too slow.
-    """
-    declared = headers.get("content-length", "0")
+    """The whole body; None if the client went away. ``Refusal``: it is too large, or too slow."""
+    too_large = sentence("a body that is too large", f"at most {limits.BODY:,} bytes", "send less at once")
+    declared, body = headers.get("content-length", "0"), bytearray()
     if not declared.isdecimal() or len(declared) > 18 or int(declared) > limits.BODY:
-        raise _too_large()
-    body = bytearray()
+        raise Refusal(413, too_large, code="body_too_large")
     try:
         async with asyncio.timeout(limits.BODY_SECONDS):
             while True:
@@ -139,30 +128,9 @@ async def _body(headers: Headers, receive: Any) -> bytes | None:
                     return None
                 body += message.get("body", b"")
                 if len(body) > limits.BODY:
-                    raise _too_large()
+                    raise Refusal(413, too_large, code="body_too_large")
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        message = sentence(
-            "a body that did not arrive", f"all of it within {limits.BODY_SECONDS:g} s", "send it faster"
-        )
-        raise Refusal(408, message) from None
-
-
-def _too_large() -> Refusal:
-    message = sentence("a body that is too large", f"at most {limits.BODY:,} bytes", "send less at once")
-    return Refusal(413, message, code="body_too_large")
-
-
-def _replay(body: bytes, receive: Any) -> Any:
-    """``receive`` as if the body had not been read yet; afterwards it waits for the client to go away."""
-    fresh = True
-
-    async def again() -> Any:
-        nonlocal fresh
-        if fresh:
-            fresh = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again
+        expected = f"all of it within {limits.BODY_SECONDS:g} s"
+        raise Refusal(408, sentence("a body that did not arrive", expected, "send it faster")) from None

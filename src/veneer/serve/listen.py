@@ -3,23 +3,19 @@
     first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
     second                     exit at once, with 128 + the signal's number
 
-uvicorn closes its sockets as soon as it is told to stop, and then a load balancer sees refused connections before it
-has seen /ready; so signals are handled here, and uvicorn is told when the engine has drained.
-
-uvicorn bounds neither the time for a request's head, nor the time for which a client may not read, nor (politely) the
-number of connections. ``Connection`` does.
+Why: ``docs/decisions/070-signals-are-handled-before-uvicorn-sees-them.md``. uvicorn bounds neither the time for a
+request's head, nor the time for which a client may not read, nor (politely) the number of connections: ``Connection``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ipaddress
 import logging
 import os
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -49,9 +45,8 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._timer, self._stall):
-            if timer is not None:
-                timer.cancel()
+        for timer in filter(None, (self._timer, self._stall)):
+            timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -67,7 +62,6 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._stall is not None:
             self._stall.cancel()
-            self._stall = None
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # to close would wait for a client that does not read
@@ -88,13 +82,8 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a drain of our own before it stops.
-
-    Args:
-        drain: blocks until nothing runs, at most the seconds that it is given.
-        grace: those seconds.
-        started: called when the server listens.
-    """
+    """uvicorn, with a drain of our own before it stops: ``drain`` blocks until nothing runs, at most ``grace`` seconds;
+    ``started`` is called when the server listens."""
 
     def __init__(
         self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None]
@@ -106,26 +95,13 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._on_started()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._draining:
             os._exit(128 + sig)
         self._draining = True
-        threading.Thread(target=self.stop, name="veneer-drain", daemon=True).start()
+        threading.Thread(target=self._stop, name="veneer-drain", daemon=True).start()
 
-    def stop(self) -> None:
-        """Drain, then let the server end."""
+    def _stop(self) -> None:
         log.info("Draining: what runs has %g s, new requests are refused", self._grace)
         try:
             self._drain(self._grace)
@@ -134,53 +110,27 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
-
-    Raises:
-        ConfigError: the port is taken, or the address is not one of this machine's.
-    """
+    """A socket that listens at an address. ``ConfigError``: the port is taken, or the address not this machine's."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(1024)
-        except BaseException:
-            listening.close()
-            raise
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4's addresses too
+        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
-        do = "choose another with --host and --port"
-        raise ConfigError(
-            sentence(f"{host}:{port}, {error.strerror or error}", "a free address of this machine", do)
-        ) from error
-    return listening
+        found, do = f"{host}:{port}, {error.strerror or error}", "choose another with --host and --port"
+        raise ConfigError(sentence(found, "a free address of this machine", do)) from error
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
-    import ipaddress
-
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
 def make(app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None) -> Server:
-    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``stop``, ends it."""
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=CLOSING,
-    )
+    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``should_exit``, ends it."""
+    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
+    config.server_header = config.proxy_headers = False
+    config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSING
     return Server(config, drain, grace, started)

@@ -1,11 +1,8 @@
 """The page at ``/``: files of ``web/``, served as they are.
 
 Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the files together: what
-a browser holds under such an address never changes, so it asks for it once, and scripts that import one another need no
-build step to agree. The page names the digest, so it is asked for anew each time, and answered with 304 while it is the
-same.
-
-The page needs no key; what it asks the API for does.
+a browser holds under such an address never changes. The page names the digest, so it is asked for anew each time. It
+needs no key; what it asks the API for does.
 """
 
 from __future__ import annotations
@@ -19,19 +16,9 @@ FOLDER = Path(__file__).parent / "web"
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 
 # Only files of this server run, and a script cannot make HTML of a string, whatever a model says.
-POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self'",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ]
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,

@@ -1,16 +1,31 @@
-"""From what a client sends to tokens: chat templates, tokenizers, and whether the answer can fit."""
+"""From what a client sends to tokens: chat templates, tokenizers, and whether the answer can fit.
+
+A client's text never becomes a special token of a chat: it cannot end its turn and begin another's.
+
+    template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens, as ever
+    content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same letters, as ordinary tokens
+
+A chat is rendered to one string, and a tokenizer sees no difference between what the template wrote and what a client
+did. So where a content holds the text of a special token, a character that nobody uses is put behind its first letter
+before the chat is rendered, and the tokens of that character are taken out again
+(``docs/decisions/084-a-text-never-becomes-a-special-token.md``).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
 
 from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.refusal import Refusal
 from veneer.serve.schemas import Message
-from veneer.serve.special_tokens import tokens_of_chat
 
 #: tokens of an answer where the client names no bound, as OpenAI's /v1/completions has it
 SHORT = 16
@@ -20,18 +35,21 @@ BEGINNING = 16 * 2**10
 #: tokens by which the beginning of a text may have more than the whole: the last word of it is cut
 CUT = 128
 
+#: chats that show with which tokens a template frames a turn; some take no system message
+PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+#: where the character is looked for that nobody uses: private use, plane 15
+PRIVATE = range(0xF0000, 0xFFFFE)
+
+Chat = Sequence[Mapping[str, str]]
+
 
 def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
     """The tokens of a chat in the base's own template; of special tokens, the template's alone.
 
-    Args:
-        length: tokens of the context.
-
     Raises:
-        Refusal: the base has no template, its template takes no such chat, or it cannot fit into the context.
+        Refusal: the base has no template, its template takes no such chat, it cannot fit into the context, which is
+            ``length`` tokens, or a special token in a content cannot be read as ordinary text.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         message = sentence("a base without a chat template", "one that was made for chats", "use /v1/completions")
         raise Refusal(400, message, param="messages", code="no_chat_template")
@@ -44,8 +62,71 @@ def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int,
             raise Refusal(400, message, param="messages", code="template") from error
 
     plain = [message.plain() for message in messages]
-    check = lambda text: _check_fits(tokenizer, text, length, "messages")  # noqa: E731
-    return _some(tokens_of_chat(tokenizer, plain, render, check), tokenizer, "messages")
+    text = render(plain)
+    _check_fits(tokenizer, text, length, "messages")
+    special, normalized = _special_tokens(tokenizer, render)
+    sent = [value for message in plain for name, value in message.items() if name != "role"]
+    if normalized or any(one in value for one in special.values() for value in sent):
+        ids = _apart(tokenizer, plain, sent, render, special)
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _some(ids, tokenizer, "messages")
+
+
+#: by tokenizer, its template and the answer of ``_special_tokens``
+_KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
+
+
+def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict[int, str], bool]:
+    """What may come from the template alone: texts by id, of tokens that the tokenizer calls special and of those that
+    its template puts around turns; and whether some are also found in texts that only look like theirs (in another
+    case, say)."""
+    template = str(tokenizer.chat_template)
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != template:
+        framing: set[int] = set()
+        for roles in PROBES:
+            with suppress(Refusal):  # this template has no such turns
+                text = render([{"role": role, "content": "a"} for role in roles])
+                framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
+        added = tokenizer.added_tokens_decoder.items()
+        some = {id: one for id, one in added if (one.special or id in framing) and one.content.strip()}
+        texts = {id: token.content for id, token in some.items()}
+        known = _KNOWN[tokenizer] = template, (texts, any(token.normalized for token in some.values()))
+    return known[1]
+
+
+def _apart(
+    tokenizer: Any, chat: Chat, sent: Sequence[str], render: Callable[[Chat], str], special: Mapping[int, str]
+) -> list[int]:
+    """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary tokens."""
+    if any(one in value for one in special.values() if len(one) == 1 for value in sent):
+        raise _refusal("text that is none")  # there is no place within it
+    if not tokenizer.is_fast:
+        raise _refusal("a tokenizer that says where in the text its tokens are")
+    used = {*"".join(sent), *str(tokenizer.chat_template)}
+    mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
+    texts = "|".join(map(re.escape, sorted(set(special.values()), key=len, reverse=True)))
+    starts = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)  # each one, also where two of them overlap
+    text = render(
+        [{name: one if name == "role" else starts.sub(rf"\1{mark}", one) for name, one in it.items()} for it in chat]
+    )
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = []
+    for id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        part = text[start:end]
+        if part == mark:
+            continue
+        strange = id in special and id != tokenizer.unk_token_id  # which is any letter that is not known
+        if strange and part.strip() != special[id].strip():
+            raise _refusal("text that is none and does not look like one")
+        ids.append(id)
+    return ids
+
+
+def _refusal(expected: str) -> Refusal:
+    found = "the text of a special token in a message"
+    return Refusal(400, sentence(found, expected, "leave it out"), param="messages", code="special_token")
 
 
 def plain(
@@ -60,11 +141,9 @@ def plain(
     if isinstance(prompt, str):
         _check_fits(tokenizer, prompt, length, param)
         return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
-    beyond = max(prompt)
-    if beyond >= vocabulary:
-        raise Refusal(
-            400, sentence(f"token {beyond}", f"tokens below {vocabulary}", "check the tokenizer"), param=param
-        )
+    if max(prompt) >= vocabulary:
+        message = sentence(f"token {max(prompt)}", f"tokens below {vocabulary}", "check the tokenizer")
+        raise Refusal(400, message, param=param)
     return tuple(prompt)
 
 
@@ -93,23 +172,17 @@ def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
-    start = getattr(tokenizer, "bos_token_id", None)
-    if tokens:
-        return tuple(tokens)
-    if start is None:
+    start: Any = getattr(tokenizer, "bos_token_id", None)
+    if not tokens and start is None:
         raise Refusal(400, sentence("a prompt without a token", "at least one", "send some text"), param=param)
-    return (start,)
+    return tuple(tokens) or (start,)
 
 
 def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, short: bool) -> int:
-    """How many tokens each answer may have.
-
-    Args:
-        asked: what the client says; None: what is left of the context, or ``SHORT`` of it.
-        length: tokens of the context, prompt and answer together.
+    """How many tokens each answer may have: what the client ``asked`` for, or what is left, or ``SHORT`` of it.
 
     Raises:
-        Refusal: they do not fit into the context.
+        Refusal: prompt and answer do not fit into the context together, which is ``length`` tokens.
     """
     longest = max(map(len, prompts))
     left = length - longest
@@ -122,15 +195,10 @@ def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, 
 
 def check_schema(schema: Mapping[str, Any] | None) -> None:
     """Refuse a JSON schema that is too large to be compiled for a stranger."""
-    if schema is None:
-        return
     size = len(json.dumps(schema))
     if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
-        found = (
-            f"a schema of {size:,} bytes"
-            if size > limits.SCHEMA
-            else f"a schema of more than {limits.SCHEMA_DEPTH} levels"
-        )
+        deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
+        found = f"a schema of {size:,} bytes{deep}"
         expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
         raise Refusal(400, sentence(found, expected, "simplify it"), param="response_format")
 

@@ -8,17 +8,28 @@ client can cause have a status here; all others are bugs of ours and answer 500 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
 from veneer.errors import AdapterError, BankFullError, LibraryError, SelectionError, VeneerError, sentence
-from veneer.serve.requests import Busy, RequestError
+from veneer.serve.requests import Busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 RETRY = "Retry-After"
+#: the type of pydantic's errors that have their own words
+OWN = "bad_value"
+#: errors that say only that a value is not of this form
+OTHER_FORM = {
+    "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
+    "model_attributes_type", "int_parsing",
+}  # fmt: skip
+_EXPECTED = re.compile(r"(?:Input|List|String|Dictionary) should (?:be|have) (.*?)(?: after validation, not \d+)?")
 
 
 class Refusal(VeneerError, RuntimeError):  # noqa: N818
@@ -40,7 +51,6 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """What is sent."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
@@ -49,7 +59,8 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
 
 def no_such_model(name: str) -> Refusal:
     """One answer to what is not there and to what this key may not use, so that a key cannot find out which it is."""
-    message = f"The model {_short(name)!r} does not exist, or you do not have access to it. GET /v1/models lists yours."
+    name = name if len(name) <= 120 else f"{name[:120]}…"
+    message = f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists yours."
     return Refusal(404, message, param="model", code="model_not_found")
 
 
@@ -66,8 +77,6 @@ def of(error: VeneerError) -> Refusal:
         case Busy():
             wait = {RETRY: str(max(1, min(3600, math.ceil(error.retry_after))))}
             return Refusal(429, str(error), code="queue_full", headers=wait)
-        case RequestError():
-            return Refusal(400, str(error))
         case SelectionError():
             return Refusal(404, str(error), param="model", code="model_not_found")
         case AdapterError() | LibraryError():
@@ -78,5 +87,63 @@ def of(error: VeneerError) -> Refusal:
             return Refusal(400, str(error))
 
 
-def _short(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
+def wrong(found: str, expected: str, do: str) -> PydanticCustomError:
+    """An error for a validator to raise."""
+    return PydanticCustomError(OWN, "{words}", {"words": sentence(found, expected, do)})
+
+
+def kind(value: Any) -> str:
+    """A value in words, without what is in it but for a number."""
+    match value:
+        case None | True | False:
+            return json.dumps(value)
+        case int() | float():
+            return f"the number {value}" if abs(value) < 2**63 else "a number that is too large"
+        case str() | list():
+            noun = "a text of {:,} character" if isinstance(value, str) else "a list of {:,} item"
+            return noun.format(len(value)) + "s" * (len(value) != 1)
+        case _:
+            return "an object"
+
+
+def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+    """The answer to what pydantic found in a body; never what was sent.
+
+    pydantic lists an error for each form that a field may have (a text; a list of texts; …), the one for a text first.
+    Of the first field that is wrong, the one that says most is of the form that came nearest: not "no text", but "a
+    list of 17, at most 16".
+    """
+    first = max(
+        (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
+        key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),
+    )
+    where = _path(first["loc"], body)
+    param, path = (where[0][:200] if where else None), ".".join(where)[:200]
+    if first["type"] == OWN:
+        message = first["msg"]
+    elif first["type"] == "extra_forbidden":
+        message = sentence(f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out")
+    elif not where and first["type"] in ("missing", *OTHER_FORM):
+        message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
+    elif first["type"] == "missing":
+        message = sentence(f"no field {path!r}", "one", "add it")
+    else:
+        said = first["msg"].removeprefix("Value error, ")
+        match = _EXPECTED.fullmatch(said)
+        expected = (match[1] if match else said)[:300]
+        message = sentence(f"{kind(first.get('input'))} in {path or 'the body'}", expected, "change it")
+    return Refusal(400, message, param=param, code=first["type"])
+
+
+def _path(loc: Sequence[str | int], body: Any) -> list[str]:
+    """A place in the body. pydantic's also names the forms that it tried, which are in no body."""
+    path: list[str] = []
+    at: Any = body
+    for part in loc[1:] if loc[:1] == ("body",) else loc:
+        index = isinstance(at, list) and isinstance(part, int) and part < len(at)
+        if index or (isinstance(at, dict) and part in at):
+            at = at[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        elif not (isinstance(at, dict) and part == loc[-1]):  # a field that is missing
+            continue
+        path.append(str(part))
+    return path

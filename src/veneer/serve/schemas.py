@@ -15,11 +15,11 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from veneer.serve import limits
+from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
-from veneer.serve.validation import kind, wrong
 
 HARMLESS = {
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -65,6 +65,11 @@ def _prompts(what: str, most: int) -> Callable[[Any], Any]:
     return check
 
 
+def _as_list(value: Any) -> Any:
+    """A text, a list of tokens, or a list of either: as a list of prompts."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else value
+
+
 def _stops(value: Any) -> Any:
     """The same of ``stop``."""
     few = isinstance(value, list) and len(value) <= limits.STOPS
@@ -102,10 +107,8 @@ class Strict(BaseModel):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
         own = {name: value for name, value in data.items() if name in known and value is not None}
-        unknown = (
-            (name, value) for name, value in data.items() if name not in known and not _asks_nothing(name, value)
-        )
-        return {**own, **dict(islice(unknown, UNKNOWN))}
+        unknown = (name for name, value in data.items() if name not in known and not _asks_nothing(name, value))
+        return own | {name: data[name] for name in islice(unknown, UNKNOWN)}
 
 
 class TextPart(Strict):
@@ -121,15 +124,12 @@ class Message(Strict):
     name: Annotated[str, Field(max_length=limits.NAME)] | None = None
 
     @property
-    def size(self) -> int:
-        """Characters of its text."""
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         named = {"name": self.name} if self.name else {}
-        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **named}
 
 
 class StreamOptions(Strict):
@@ -179,30 +179,19 @@ class Asked(Strict, ABC):
     def sampling(self, max_tokens: int, choice: int) -> Sampling:
         """How the ``choice``-th answer is drawn; each has a seed of its own."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=max(self.top_p, 1e-6),
-            top_k=max(self.top_k, 0),
-            seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop=stop,
-            logprobs=self.alternatives(),
-            schema=self.schema_of_answer(),
-            ignore_eos=self.ignore_eos,
-        )
+        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        top_p, top_k = max(self.top_p, 1e-6), max(self.top_k, 0)
+        logprobs, schema = self.alternatives(), self.schema_of_answer()
+        return Sampling(max_tokens, self.temperature, top_p, top_k, seed, stop, logprobs, schema, self.ignore_eos)
 
     @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives beside each token are asked for; None for no probabilities at all."""
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        match self.response_format:
-            case SchemaFormat():
-                return self.response_format.json_schema.schema_
-            case ObjectFormat():
-                return {"type": "object"}
-            case _:
-                return None
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, ObjectFormat) else None
 
 
 class ChatRequest(Asked):
@@ -222,16 +211,13 @@ class CompletionRequest(Asked):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.PROMPTS)],
         BeforeValidator(_prompts("prompt", limits.PROMPTS)),
+        AfterValidator(_as_list),
     ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
     echo: bool = False
 
     def alternatives(self) -> int | None:
         return self.logprobs
-
-    def prompts(self) -> list[str] | list[list[int]]:
-        """As a list, whichever form it was sent in."""
-        return as_list(self.prompt)
 
 
 class EmbeddingRequest(Strict):
@@ -243,12 +229,10 @@ class EmbeddingRequest(Strict):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=limits.INPUTS)],
         BeforeValidator(_prompts("input", limits.INPUTS)),
+        AfterValidator(_as_list),
     ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-
-    def inputs(self) -> list[str] | list[list[int]]:
-        return as_list(self.input)
 
 
 class LoadRequest(Strict):
@@ -262,8 +246,3 @@ class LoadRequest(Strict):
 
 class UnloadRequest(Strict):
     lora_name: Name
-
-
-def as_list(value: Any) -> Any:
-    """A text, a list of tokens, or a list of either: as a list of prompts."""
-    return [value] if isinstance(value, str) or isinstance(value[0], int) else value

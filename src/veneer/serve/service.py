@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from veneer.errors import VeneerError, sentence
+from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
 from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring
@@ -30,32 +30,22 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """What is served, and how.
+    """What is served, and how."""
 
-    Args:
-        base: the name by which clients ask for the base; ``source`` is what it was loaded from.
-        engine: answers completions; None for an encoder.
-        embedder: answers embeddings; None for a causal model.
-        length: tokens of the context, prompt and answer together.
-        vocabulary: tokens that the base knows.
-        timeout: seconds that an answer may take.
-        dtype: of the base's weights, in torch's word ("float32").
-    """
-
-    base: str
-    source: str
+    base: str  # the name by which clients ask for it
+    source: str  # what it was loaded from
     tokenizer: Any
     bank: Any
     catalogue: Catalogue
     keys: Keyring
     metrics: Metrics
-    length: int
-    vocabulary: int
-    engine: Any = None
-    embedder: Embedder | None = None
-    timeout: float = 600.0
-    dtype: str = "float32"
-    hosts: tuple[str, ...] | None = None
+    length: int  # tokens of the context, prompt and answer together
+    vocabulary: int  # tokens that the base knows
+    engine: Any = None  # answers completions; None for an encoder
+    embedder: Embedder | None = None  # answers embeddings; None for a causal model
+    timeout: float = 600.0  # seconds that an answer may take
+    dtype: str = "float32"  # of the base's weights, in torch's word
+    hosts: tuple[str, ...] | None = None  # that are answered; None: all
     draining: bool = False
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
@@ -79,15 +69,12 @@ class Service:
     def drain(self, seconds: float) -> None:
         """Refuse what is new and wait until nothing runs, at most ``seconds``."""
         self.draining = True
-        for worker in (self.engine, self.embedder):
-            if worker is not None:
-                worker.drain(seconds)
+        for worker in filter(None, (self.engine, self.embedder)):
+            worker.drain(seconds)
 
     def close(self) -> None:
-        """Stop every thread of it."""
-        for worker in (self.engine, self.embedder):
-            if worker is not None:
-                worker.close()
+        for worker in filter(None, (self.engine, self.embedder)):
+            worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)
         self.admin.shutdown(wait=False, cancel_futures=True)
 
@@ -108,13 +95,7 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            try:
-                return await handle(_Strict(request.scope, request.receive))
-            except Busy as error:  # also what ended while its prompt was read, and what an engine that died refuses
-                service: Service = request.app.state.service
-                return (refusal.of(error) if service.ready else service.unready()).response()
-            except VeneerError as error:
-                return refusal.of(error).response()
+            return await handle(_Strict(request.scope, request.receive))
 
         return strict
 
@@ -148,38 +129,28 @@ Admin = Annotated[Key, Depends(_admin)]
 async def requested_adapters(
     service: Service, key: Key, model: str, blend: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a call means: {name: weight}, {} for the base.
-
-    Raises:
-        Refusal: 404 for a name that is not there and for one that the key may not use, in the same words.
-    """
-    if blend is not None:
-        if model != service.base:
-            found = f"adapters beside the model {model[:120]!r}"
-            message = sentence(found, f"model {service.base!r}", "name the base, and each adapter in adapters")
-            raise Refusal(400, message, param="adapters")
-        names = tuple(blend)
-    else:
-        own = model.removeprefix(f"{service.base}:")
-        names = () if model == service.base else (own,)
-    nothing = blend is not None and not any(blend.values())  # which is the base alone
-    if not key.may_use(names) or (nothing and not key.base):
-        raise refusal.no_such_model(names[0] if len(names) == 1 else model)
-    if not all(map(service.catalogue.known, names)):
-        await asyncio.to_thread(service.catalogue.refresh, force=False)
-        for name in names:
+    """The adapters that a call means: {name: weight}, {} for the base. ``Refusal``: 404 for a name that is absent and
+    for one that the key may not use, in the same words."""
+    if blend is None:
+        blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
+    elif model != service.base:
+        found = f"adapters beside the model {model[:120]!r}"
+        message = sentence(found, f"model {service.base!r}", "name the base, and each adapter in adapters")
+        raise Refusal(400, message, param="adapters")
+    if not key.may_use(blend) or not (any(blend.values()) or key.base):  # weights of zero are the base alone
+        raise refusal.no_such_model(next(iter(blend)) if len(blend) == 1 else model)
+    if not all(map(service.catalogue.known, blend)):
+        await asyncio.to_thread(service.catalogue.refresh)
+        for name in blend:
             if not service.catalogue.known(name):
                 raise refusal.no_such_model(name)
-    return dict.fromkeys(names, 1.0) if blend is None else blend
+    return blend
 
 
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
     """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits for it is bounded
     by its size, in characters: a large text takes a second, and a short one behind forty of them would seem to hang.
-
-    Raises:
-        Busy: too much waits already.
-    """
+    ``Busy``: too much waits already."""
     if service.reading and service.reading + size > limits.READING:
         found = f"{service.reading:,} characters that wait to be read"
         raise Busy(sentence(found, f"at most {limits.READING:,}", "send it again later"), 2.0)
@@ -194,18 +165,19 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
-    """What ``work`` gives; None, and it is cancelled, if the client goes away first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+    """What ``work`` gives. ``Refusal``: the client went away first, and it is cancelled; nobody reads the answer."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if not working.done():
+            raise Refusal(499, sentence("a client that went away", "one that waits", "send it again"))
+        return working.result()
     finally:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -36,10 +36,7 @@ def command(
     more: Sequence[str] = (),
 ) -> list[str]:
     """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to vLLM as it is.
-
-    Raises:
-        AdapterError: names each adapter that vLLM cannot load, and why.
-    """
+    ``AdapterError`` names each adapter that vLLM cannot load, and why."""
     ranks, found = [1], []
     for adapter, path in adapters.items():
         config, header = read_json(path / peft.CONFIG), read_header(path / peft.TENSORS)
@@ -50,10 +47,8 @@ def command(
         ranks.append(max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]))
     raise_all(AdapterError, "vLLM was not started", found)
     line = ["vllm", "serve", base, "--host", host, "--port", str(port)]
-    line += ["--served-model-name", name] if name else []
-    line += ["--max-model-len", str(length)] if length else []
-    line += ["--max-num-seqs", str(rows)] if rows else []
-    line += ["--dtype", dtype] if dtype else []
+    options = {"served-model-name": name, "max-model-len": length, "max-num-seqs": rows, "dtype": dtype}
+    line += [word for option, value in options.items() if value for word in (f"--{option}", str(value))]
     if adapters:
         rank = next(rank for rank in vllm.RANKS if rank >= max(ranks))
         line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(MOST, len(adapters)))]
@@ -63,15 +58,10 @@ def command(
 
 
 def run(line: Sequence[str]) -> NoReturn:
-    """Become vLLM.
-
-    Raises:
-        ConfigError: vLLM is not installed.
-    """
+    """Become vLLM. ``ConfigError``: it is not installed."""
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
-        raise ConfigError(
-            sentence("no vLLM here", "the command `vllm`", "pip install vllm, or serve with --engine veneer")
-        )
+        do = "pip install vllm, or serve with --engine veneer"
+        raise ConfigError(sentence("no vLLM here", "the command `vllm`", do))
     sys.stdout.flush()
     os.execv(program, [program, *line[1:]])
