@@ -4,7 +4,7 @@
     write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
 
 PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them, so
-that values pass through untouched. A format knows keys and shapes; what a path means in a model, ``BaseFacts`` says.
+that values pass through untouched.
 To add one: a file here that calls ``register(Format(...))``. ``convert`` and the tests find it.
 
 Rejected: a pair of functions for each pair of formats. Six formats would be thirty conversions.
@@ -12,6 +12,7 @@ Rejected: a pair of functions for each pair of formats. Six formats would be thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, sentence
-from veneer.formats.peft import PeftLayer, of_parameter
-from veneer.lowrank import LowRank
+from veneer.formats.peft import MAGNITUDE, PeftLayer, of_parameter
 from veneer.registry import Registry
 
-#: the suffixes of A and B below a module, and of DoRA's magnitude
+#: the suffixes of A and B below a module
 PAIR = ("lora_A.weight", "lora_B.weight")
-MAGNITUDE = "lora_magnitude_vector"
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,9 +52,7 @@ class Options:
     Fields:
         dtype: of the numbers in the new file; None keeps each as it is.
         part: the model that an adapter without one in its paths belongs to ("unet", "text_encoder", …).
-        rank, energy: of a dense change that is made a product: that rank, or the least one that keeps this share of
-            ‖ΔW‖²; neither takes the least rank that is off by at most 1e-6 · ‖ΔW‖.
-        whole: keep dense changes as parameters that are trained in full.
+        rank, energy, whole: of dense changes, as ``convert`` takes them.
     """
 
     dtype: torch.dtype | None = None
@@ -74,7 +71,6 @@ class Contents:
     low: Mapping[str, PeftLayer] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     full: frozenset[str] = frozenset()
-    weights: Mapping[str, str] = field(default_factory=dict)
     base_name: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -87,8 +83,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """One low-rank change of an adapter that is to be written: the name of its weight, and what kind of change it
-    is."""
+    """One low-rank change of an adapter that is to be written."""
 
     weight: str
     layer: PeftLayer
@@ -128,8 +123,7 @@ class Format:
         name, title: what the user types, and what it is in a few words.
         lacks: what it cannot express.
         suffix: the ending of its file; "" for a folder.
-        recognises: (the file, its first bytes, the keys of its tensors, its header if it is safetensors) -> whether
-            the file is one, from what it holds.
+        recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a file is one.
         parts: its names may say which model of a pipeline a layer is of.
         peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other formats mean weights.
         read, write: see the top; None where ``convert`` itself does it.
@@ -138,8 +132,8 @@ class Format:
     name: str
     title: str
     lacks: str
-    suffix: str
-    recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool]
+    suffix: str = ""
+    recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool] = lambda start, keys, header: False
     parts: bool = False
     peft: bool = False
     read: Callable[[Path, BaseFacts, Options], Contents] | None = None
@@ -155,21 +149,20 @@ def register(format_: Format) -> Format:
 
 def kind_of_change(path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None) -> str:
     """What kind of change one of a PEFT file is, as far as the file and the weight's shape tell."""
-    low = layer.low
+    groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
     if layer.suffixes == EMBEDDING:
         return "embedding"
     if layer.A.dim() > 2:
-        return "conv" if low.A.shape[0] == 1 else "grouped conv"
-    if layer.stacked or low.A.shape[0] > 1:
+        return "conv" if groups == 1 else "grouped conv"
+    if layer.stacked or groups > 1:
         return "stack"
     if of_parameter(path, layer) or not weight.endswith(".weight"):
         return "parameter"
-    if shape is not None and sorted(shape) != sorted((low.B.shape[1], low.A.shape[2])):
+    if shape is not None and sorted(shape) != sorted((out, in_)):
         return f"weight of shape {tuple(shape)}"
-    lies = shape is not None and shape != (low.B.shape[1], low.A.shape[2])
-    return "Conv1D" if transposed or lies else "linear"
+    return "Conv1D" if transposed or shape not in (None, (out, in_)) else "linear"
 
 
 def layer_of(
@@ -192,44 +185,22 @@ def layer_of(
         AdapterError: the shapes do not fit each other, or not the weight.
     """
     rank = A.shape[0] if A.dim() > 1 else 0
+    found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
     if not rank:
-        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
         raise AdapterError(sentence(found, "A [rank, in, …] of at least rank 1", "get the whole file again"))
     if shape is not None and suffixes == PAIR:
-        inner = torch.Size(shape[1:]).numel()
-        if A.numel() != rank * inner or B.numel() != shape[0] * rank:
-            found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+        if A.numel() != rank * math.prod(shape[1:]) or B.numel() != shape[0] * rank:
             raise AdapterError(sentence(found, f"those of a weight {shape}", "give the base that it was made for"))
         A, B = A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
     if B.dim() < 2 or B.shape[1] != rank:
-        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
         raise AdapterError(sentence(found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"))
-    extras = {}
-    if magnitude is not None:
-        ones = [1] * (A.dim() - 2)
-        extras = {MAGNITUDE: magnitude.reshape(1, -1, *ones) if ones else magnitude.reshape(-1)}
     alpha = float(rank if alpha is None else alpha)
     A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
-    return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, extras)
-
-
-def least(low: LowRank) -> LowRank:
-    """The same change with a rank of at most min(out, in): where the factors have more, ΔW itself takes the place of
-    one and the identity that of the other. Computed in float64."""
-    out, in_ = low.B.shape[1], low.A.shape[2]
-    if low.rank <= min(out, in_):
-        return low
-    delta = (low.B.double() @ low.A.double()).to(torch.promote_types(low.A.dtype, torch.float32))
-    eye = torch.eye(min(out, in_), dtype=delta.dtype).expand(len(delta), -1, -1)
-    return LowRank(eye, delta, low.scale) if in_ <= out else LowRank(delta, eye, low.scale)
+    return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, {}).with_magnitude(magnitude)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As it goes into a file: on the CPU, contiguous, in memory of its own.
-
-    Raises:
-        AdapterError: a number is too large for ``dtype``.
-    """
+    """As it goes into a file: on the CPU, contiguous, its own memory; AdapterError where ``dtype`` is too narrow."""
     made = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
     if dtype is not None and tensor.isfinite().all() and not made.isfinite().all():
         found = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
@@ -244,11 +215,7 @@ def exact_scalar(value: float) -> Tensor:
 
 
 def scalar(tensor: Tensor, key: str) -> float:
-    """The one real number that a tensor holds.
-
-    Raises:
-        AdapterError: it holds another count of numbers, or complex ones.
-    """
+    """The one real number that a tensor holds; AdapterError where it holds anything else."""
     if tensor.numel() != 1 or tensor.is_complex():
         found = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
         raise AdapterError(sentence(found, "one number", "get the file again"))
@@ -257,27 +224,21 @@ def scalar(tensor: Tensor, key: str) -> float:
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
-    small = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in FLOATS]
-    if small:
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
         found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
         raise AdapterError(sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"))
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
+    if broken := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
         found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
         raise AdapterError(sentence(found, "finite ones", "get another copy"))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file.
-
-    Raises:
-        AdapterError: it is cut short, or holds a number that is not finite.
-    """
+    """The tensors and the header of a safetensors file; AdapterError where it is cut short, or not finite."""
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()  # a list: safe_open is no mapping
-            tensors = {key: file.get_tensor(key) for key in names}
-            header = file.metadata() or {}
+            tensors, header = {key: file.get_tensor(key) for key in names}, file.metadata() or {}
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         found = f"{path}, which cannot be read ({error})"
         raise AdapterError(sentence(found, "a whole safetensors file", "get the file again")) from error

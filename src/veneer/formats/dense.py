@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.untrusted import parse
-from veneer.formats._base import Adapter, BaseFacts, Contents, Format, Options, cast, read_tensors, register
+from veneer.formats import Adapter, BaseFacts, Contents, Format, Options, register
+from veneer.formats._base import cast, read_tensors
 
 HEADER = "veneer_dense"
 FORMAT = 1
@@ -36,12 +37,11 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     try:
         said = parse(header[HEADER])
         full, of, number = said.get("full", []), said.get("base") or {}, said["format"]
+        if not _well_formed(full, of, number):
+            raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found = f"a damaged header {HEADER} in {path}"
+        found = f"a damaged header {HEADER} in {path} ({error!r})"
         raise AdapterError(sentence(found, "what the file is", "get the file again")) from error
-    if not _well_formed(full, of, number):
-        found = f"fields of other types in the header {HEADER} of {path}"
-        raise AdapterError(sentence(found, "what the file is", "get the file again"))
     if number != FORMAT:
         raise AdapterError(sentence(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer"))
     about = {"header": {HEADER: header[HEADER]}, "base": of}
@@ -50,14 +50,12 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 def _well_formed(full: Any, base: Any, number: Any) -> bool:
     """Whether the fields of the header have their types: names in a list, a base as Veneer's record has it."""
-    texts = isinstance(full, list) and all(isinstance(name, str) for name in full)
-    said = base if isinstance(base, dict) else {}
-    fingerprints = [said.get("weights") or {}, said.get("rest") or {}]
-    hashes = all(
-        isinstance(table, dict) and all(isinstance(one, str) for one in table.values()) for table in fingerprints
-    )
-    named = isinstance(base, dict) and isinstance(base.get("name"), str | None)
-    return texts and hashes and named and type(number) is int
+    names = isinstance(full, list) and all(isinstance(name, str) for name in full)
+    if not names or type(number) is not int or not isinstance(base, dict):
+        return False
+    tables = [base.get("weights") or {}, base.get("rest") or {}]
+    hashes = all(isinstance(table, dict) and all(isinstance(h, str) for h in table.values()) for table in tables)
+    return hashes and isinstance(base.get("name"), str | None)
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
@@ -75,14 +73,5 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-register(
-    Format(
-        name="dense",
-        title="safetensors of ΔW by parameter",
-        lacks="the factors: what is read back is a product of the same change, not the same numbers",
-        suffix=".safetensors",
-        recognises=recognises,
-        read=read,
-        write=write,
-    )
-)
+LACKS = "the factors: what is read back is a product of the same change, not the same numbers"
+register(Format("dense", "safetensors of ΔW by parameter", LACKS, ".safetensors", recognises, read=read, write=write))

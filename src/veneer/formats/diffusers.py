@@ -21,30 +21,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veneer.errors import AdapterError, listing, raise_all, sentence
+from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.untrusted import parse
-from veneer.formats import parts, peft
-from veneer.formats._base import (
-    MAGNITUDE,
-    PAIR,
-    Adapter,
-    BaseFacts,
-    Contents,
-    Format,
-    Options,
-    cast,
-    layer_of,
-    read_tensors,
-    scalar,
-)
-from veneer.formats._base import register as register_format
-from veneer.formats.kohya import alpha_of
+from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, Options, parts, peft, register
+from veneer.formats._base import PAIR, cast, layer_of, read_tensors, scalar
+from veneer.formats.kohya import LACKS, alpha_of
 
 HEADER = "lora_adapter_metadata"
 _SIDES = {
     "lora_A.weight": "A", "lora.down.weight": "A", "lora_linear_layer.down.weight": "A",
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
-    MAGNITUDE: "magnitude", f"{MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
+    peft.MAGNITUDE: "magnitude", f"{peft.MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
 }  # fmt: skip
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
@@ -52,8 +39,8 @@ _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v
 
 
 def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
-    sides = {suffix for suffix, side in _SIDES.items() if side in ("A", "B")} | {"_lora.down.weight"}
-    return any(key.endswith(tuple(sides)) and not key.startswith(peft.PREFIX) for key in keys)
+    ends = (*(suffix for suffix, side in _SIDES.items() if side in ("A", "B")), "_lora.down.weight")
+    return any(key.endswith(ends) and not key.startswith(peft.PREFIX) for key in keys)
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
@@ -67,36 +54,23 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         else:
             groups.setdefault(at, {})[side] = tensor
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    counts: dict[str, int] = {}
-    for at in groups:
-        part = parts.part_of(at) or "model"
-        counts[part] = counts.get(part, 0) + 1
-    before, left_out = parts.chosen(counts, base if base.shapes else None, options.part)
+    part_by_path = {at: parts.part_of(at) or "model" for at in groups}
+    before, left_out = parts.chosen(part_by_path.values(), base, options.part)
     config = _header_of(path, header)
     configs = {part: _config_of(config, part) for part in before}
     low: dict[str, peft.PeftLayer] = {}
     for at, group in groups.items():
-        part = parts.part_of(at) or "model"
+        part = part_by_path[at]
         if part not in before:
             continue
-        inside = at.partition(".")[2] if part != "model" else at
-        where = inside if part == "model" else f"{before[part]}{inside}"
-        shape = base.shapes.get(f"{where}.weight")
-        problem = _problem(at, where, group, base)
-        if problem is None:
-            try:
-                alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
-                if alpha is None and configs[part]:
-                    rank, _, scale = peft.strength(configs[part], inside)
-                    alpha = scale * rank
-                args = group["A"], group["B"], alpha
-                low[where] = layer_of(where, *args, shape=shape, magnitude=group.get("magnitude"))
-            except AdapterError as error:
-                problem = str(error)
-        problems += [problem] if problem else []
+        inside = at if part == "model" else at.partition(".")[2]
+        where = at if part == "model" else f"{before[part]}{inside}"
+        try:
+            low[where] = _layer(at, inside, where, group, configs[part], base)
+        except AdapterError as error:
+            problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    about = {"header": dict(header)} if header else {}
-    return Contents(low, base_name=base.name, about=about, left_out=tuple(left_out))
+    return Contents(low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out)
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -109,32 +83,36 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _problem(at: str, where: str, group: Mapping[str, Tensor], base: BaseFacts) -> str | None:
+def _layer(
+    at: str, inside: str, where: str, group: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseFacts
+) -> peft.PeftLayer:
+    """One module's change: its path in the file, in its part, and in the base."""
     if not {"A", "B"} <= set(group):
-        return sentence(f"half a pair at {at!r}", "both factors", "get the whole file again")
-    if base.shapes and f"{where}.weight" not in base.shapes:
-        return sentence(f"{at!r}, which this base lacks", "one of its modules", "give the base that it was made for")
-    return None
+        raise AdapterError(sentence(f"half a pair at {at!r}", "both factors", "get the whole file again"))
+    shape = base.shapes.get(f"{where}.weight")
+    if base.shapes and shape is None:
+        do = "give the base that it was made for"
+        raise AdapterError(sentence(f"{at!r}, which this base lacks", "one of its modules", do))
+    alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
+    if alpha is None and config:
+        rank, _, scale = peft.strength(config, inside)
+        alpha = scale * rank
+    return layer_of(where, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude"))
 
 
 def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
         config = parse(header.get(HEADER, "{}"))
+        if isinstance(config, dict):
+            return config
+        found = f"{HEADER} in {path}, a JSON {type(config).__name__}"
     except ValueError as error:
         found = f"{HEADER} in {path}, which is not JSON ({error})"
-        raise AdapterError(sentence(found, "the config of the adapter", "get the file again")) from error
-    if not isinstance(config, dict):
-        found = f"{HEADER} in {path}, a JSON {type(config).__name__}"
-        raise AdapterError(sentence(found, "the config of the adapter", "get the file again"))
-    return config
+    raise AdapterError(sentence(found, "the config of the adapter", "get the file again"))
 
 
 def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """PEFT's fields for one part of a pipeline; nothing where the header has none.
-
-    Raises:
-        AdapterError: a field that would change the arithmetic in a way that we do not do, or of another type.
-    """
+    """PEFT's fields for one part of a pipeline, checked; nothing where the header has none."""
     own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
     own = own or (dict(config) if part == "model" else {})
     if own.get("r") is None:
@@ -145,31 +123,28 @@ def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
-    problems = [
-        sentence(f"{change.weight!r}, a change of kind {change.kind}", "linear layers and convolutions", "leave it out")
-        for change in adapter.changes
-        if change.kind not in ("linear", "conv")
-    ]
-    whole = [at or "the model" for at in adapter.full]
-    problems += [sentence(f"{listing(whole)} trained in full", "low-rank changes", "merge instead")] if whole else []
+    problems = parts.refusals(adapter)
     where = parts.written(adapter.changes, options.part, "diffusers") if not problems else {}
-    here = {part for part, _ in where.values()}
-    for part in here:  # PEFT's flag is one for all layers
-        dora = {change.magnitude is not None for change in adapter.changes if where[change.weight][0] == part}
-        if len(dora) > 1:
-            problems.append(sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart"))
+    by_part: dict[str, list[LowRankChange]] = {part: [] for part in sorted({part for part, _ in where.values()})}
+    for change in adapter.changes if by_part else ():
+        by_part[where[change.weight][0]].append(change)
+    dora = {part: {change.magnitude is not None for change in changes} for part, changes in by_part.items()}
+    problems += [  # PEFT's flag is one for all layers
+        sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart")
+        for part in by_part
+        if len(dora[part]) > 1
+    ]
     raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for part in sorted(here):
-        changes = [change for change in adapter.changes if where[change.weight][0] == part]
+    for part, changes in by_part.items():
         start = "" if part == "model" else f"{part}."
         for change in changes:
             at = f"{start}{where[change.weight][1]}"
             for suffix, tensor in zip(PAIR, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:
-                tensors[f"{at}.{MAGNITUDE}"] = cast(change.magnitude, options.dtype)
+                tensors[f"{at}.{peft.MAGNITUDE}"] = cast(change.magnitude, options.dtype)
         ranks = {where[change.weight][1]: change.layer.rank for change in changes}
         alphas = {where[change.weight][1]: alpha_of(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)
@@ -180,7 +155,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             "rank_pattern": peft.patterns_for(ranks, rank),
             "alpha_pattern": peft.patterns_for(alphas, alpha),
             "target_modules": sorted(ranks),
-            "use_dora": any(change.magnitude is not None for change in changes),
+            "use_dora": True in dora[part],
             "lora_bias": False,
         }
         config |= {f"{start}{key}": value for key, value in fields.items()}
@@ -188,16 +163,5 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-register_format(
-    Format(
-        name="diffusers",
-        title="safetensors of diffusers pipelines",
-        lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
-        suffix=".safetensors",
-        recognises=recognises,
-        parts=True,
-        peft=True,
-        read=read,
-        write=write,
-    )
-)
+TITLE = "safetensors of diffusers pipelines"
+register(Format("diffusers", TITLE, LACKS, ".safetensors", recognises, parts=True, peft=True, read=read, write=write))

@@ -13,13 +13,13 @@ llama.cpp stores some weights otherwise than transformers does, and a change of 
 - ``gate_up_proj`` of experts is split into gate and up, which share A;
 - GPT-2's Conv1D is transposed to [out, in], which A and B are already.
 
-Only architectures whose conversion does nothing else to matrices are known here. Another one may split or reorder rows
-in a way of its own, and its adapter would load and be wrong. alpha is stored in float32; a layer whose scale is another
-than alpha / r has the rest multiplied into B, so that the outputs are the same.
+Only architectures whose conversion does nothing else to matrices are known here: another may reorder rows in a way of
+its own, and its adapter would load and be wrong. alpha is stored in float32; a layer whose scale is another than
+alpha / r has the rest multiplied into B.
 
 Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
-a word), and an embedding or head of a base in which both are one weight: llama.cpp has one tensor for both, would read
-its change in two orientations, and stops with a failed assertion.
+a word), and an embedding or head where both are one weight: llama.cpp would read its change in two orientations, and
+stops with a failed assertion.
 
 Read from llama.cpp's src/llama-adapter.cpp, src/llama-graph.cpp, convert_lora_to_gguf.py and conversion/ (as of
 llama-cpp-python 0.3.36). The tests run four families in it, gpt2 among them; all other ``ARCHITECTURES`` were compared
@@ -29,34 +29,21 @@ with it once, as tiny random models that its own converter had written: logits w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
-from veneer.formats import gguf_claims
-from veneer.formats._base import (
-    EMBEDDING,
-    Adapter,
-    BaseFacts,
-    Contents,
-    Format,
-    LowRankChange,
-    Options,
-    cast,
-    layer_of,
-    register,
-    require_finite,
-)
+from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, Options, gguf_claims, register
+from veneer.formats._base import EMBEDDING, cast, layer_of, require_finite
 from veneer.formats.kohya import alpha_of
 from veneer.formats.peft import PeftLayer
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts are stacked, whether
     the head is the embedding whatever the config says."""
 
@@ -108,10 +95,10 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 
 
 class _Names:
-    """The names of a base's tensors in llama.cpp. The only state is what the base's config says."""
+    """The names of a base's tensors in llama.cpp, from its config."""
 
-    def __init__(self, base: BaseFacts) -> None:
-        library, config = _library(), base.config
+    def __init__(self, library: Any, base: BaseFacts) -> None:
+        config = base.config
         type_ = config.get("model_type")
         if not type_:
             found = "no base, or one without config.json"
@@ -120,10 +107,10 @@ class _Names:
             found = f"model_type {type_!r}, whose conversion to GGUF is not known here"
             raise AdapterError(sentence(found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"))
         self.family = ARCHITECTURES[type_]
-        self.arch = getattr(library.MODEL_ARCH, self.family.name)
-        self.name = library.MODEL_ARCH_NAMES[self.arch]
+        arch = getattr(library.MODEL_ARCH, self.family.name)
+        self.name = library.MODEL_ARCH_NAMES[arch]
         blocks = config.get("num_hidden_layers") or config.get("n_layer") or 0
-        self.map = library.get_tensor_name_map(self.arch, int(blocks))
+        self.map = library.get_tensor_name_map(arch, int(blocks))
         heads = config.get("num_attention_heads") or config.get("n_head") or 1
         self.heads = {"q_proj": int(heads), "k_proj": int(config.get("num_key_value_heads") or heads)}
         lm_head = any(name.endswith("lm_head.weight") for name in base.shapes)
@@ -132,27 +119,24 @@ class _Names:
 
     def of(self, weight: str) -> tuple[str, ...]:
         """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp has no name."""
-        above, _, last = weight.removesuffix(".weight").rpartition(".")
-        if above.endswith(".experts") and last == "gate_up_proj":
-            found = [self.map.get_name(f"{above}.{side}_proj") for side in ("gate", "up")]
-        else:
-            found = [self.map.get_name(weight.removesuffix(".weight"))]
+        at = weight.removesuffix(".weight")
+        above = at.removesuffix(".gate_up_proj")
+        both = above != at and above.endswith(".experts")
+        found = list(map(self.map.get_name, [f"{above}.gate_proj", f"{above}.up_proj"] if both else [at]))
         return tuple(f"{name}.weight" for name in found) if all(found) else ()
 
     def order(self, weight: str, rows: int) -> Tensor | None:
-        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same.
-
-        A head's rows are (half, pair) here and (pair, half) there.
-        """
-        projection = weight.removesuffix(".weight").rpartition(".")[2]
-        if not self.family.permutes or projection not in self.heads:
+        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same. A head's rows are (half,
+        pair) here and (pair, half) there."""
+        heads = self.heads.get(weight.removesuffix(".weight").rpartition(".")[2]) if self.family.permutes else None
+        if heads is None:
             return None
-        heads = self.heads[projection]
         return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
-    library, names = _library(), _Names(base)
+    library = _library()
+    names = _Names(library, base)
     problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
     if adapter.full:
         found = f"{listing([at or 'the model' for at in adapter.full], 3)} trained in full"
@@ -168,9 +152,12 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     if base.name:
         writer.add_name(f"adapter of {base.name}")
     for change in adapter.changes:
-        for name, A, B in _tensors(change, names, alpha):
-            _add(writer, f"{name}.lora_a", A, options.dtype)
-            _add(writer, f"{name}.lora_b", B, options.dtype)
+        for name, *factors in _tensors(change, names, alpha):
+            for side, tensor in zip("ab", factors, strict=True):
+                made = cast(tensor, options.dtype)
+                kind = library.GGMLQuantizationType.BF16 if made.dtype == torch.bfloat16 else None
+                made = made if made.dtype == torch.float16 else made.float() if kind is None else made.view(torch.uint8)
+                writer.add_tensor(f"{name}.lora_{side}", made.numpy(), raw_dtype=kind)  # numpy has no bfloat16
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -198,7 +185,9 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
 def _tensors(change: LowRankChange, names: _Names, alpha: float) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor that a change becomes."""
     layer, low, made = change.layer, change.layer.low, names.of(change.weight)
-    A, B = low.A, _folded(low.B, layer.scale * layer.rank / alpha)  # [g, r, in], [g, out, r]
+    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # [g, r, in], [g, out, r]
+    if abs(factor - 1) >= 1e-7:  # more than the rounding of alpha to float32
+        B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
         yield made[0], A[0].mT, B[0]
     elif change.kind != "stack":
@@ -209,28 +198,15 @@ def _tensors(change: LowRankChange, names: _Names, alpha: float) -> Iterable[tup
             yield name, A, part
 
 
-def _folded(B: Tensor, factor: float) -> Tensor:
-    """factor · B; untouched where the factor is 1 but for the rounding of alpha to float32."""
-    if abs(factor - 1) < 1e-7:
-        return B
-    return (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
-
-
-def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    library, made = _library(), cast(tensor, dtype)
-    if made.dtype == torch.bfloat16:  # numpy has none: its bytes
-        data = made.view(torch.uint8).numpy()
-        writer.add_tensor(name, data, raw_dtype=library.GGMLQuantizationType.BF16)
-    else:
-        writer.add_tensor(name, (made if made.dtype == torch.float16 else made.float()).numpy())
-
-
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
+    import numpy
+
     library = _library()
     gguf_claims.check(path)
     try:
         file = library.GGUFReader(path)
-        said = {key: _value(field) for key, field in file.fields.items()}
+        said = {key: field.contents() for key, field in file.fields.items()}
+        said = {key: value if isinstance(value, str | int | float) else str(value) for key, value in said.items()}
         tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader raises what it meets in a damaged file
         found = f"{path}, which cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else error!r})"
@@ -239,7 +215,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         found = f"{path} with general.type {said.get('general.type')!r}, adapter.type {said.get('adapter.type')!r}"
         raise AdapterError(sentence(found, "a LoRA adapter", "a model is a base: name its adapter here"))
     require_finite(tensors, path)
-    names = _Names(base)
+    names = _Names(library, base)
     if not base.shapes:
         raise AdapterError(sentence("no base", "one whose weights have names", "give the base's folder"))
     if said.get("general.architecture") != names.name:
@@ -249,7 +225,8 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     weights = {name: weight for weight in base.shapes for name in names.of(weight)}
     low: dict[str, PeftLayer] = {}
     stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    alpha = _shortest(said.get("adapter.lora.alpha") or 0.0)
+    # the shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149
+    alpha = float(str(numpy.float32(said.get("adapter.lora.alpha") or 0.0)))
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
         A, B, weight = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b"), weights.get(name)
         if A is None or B is None:
@@ -297,10 +274,8 @@ def _stacked(
         above, found = weight.rpartition(".")[0], stacks[weight]
         later = any(other in stacks for other in base.shapes if other.startswith(f"{above}.") and other != weight)
         first = later and all(layer.at.rpartition(".")[0] != above for layer in low.values())
-        parts = [found.get(name) for name in names.of(weight)]
-        A, B = _joined(parts, base.shapes[weight], weight, alpha)
-        rank = A.shape[1]
-        size = alpha or rank
+        A, B = _joined([found.get(name) for name in names.of(weight)], base.shapes[weight], weight, alpha)
+        rank, size = A.shape[1], alpha or A.shape[1]
         layer = layer_of(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
         layer = replace(layer, rank=rank, alpha=float(size), scale=size / rank)
         low[f"{above}.base_layer" if first else above] = layer
@@ -312,62 +287,37 @@ def _joined(
 ) -> tuple[Tensor, Tensor]:
     """gate and up as one change of both: with one A where they share it, else of twice the rank."""
     given = [part for part in parts if part is not None]
-    A = given[0][0]
-    out = shape[1] // len(parts)
-    if len(shape) != 3 or not all(_fit(a, B, (shape[0], out, shape[2])) for a, B in given):
+    out, fits = shape[1] // len(parts), len(shape) == 3
+    for a, B in given:  # [E, r, in], [E, out, r] of a stack [E, out, in]
+        fits = fits and a.dim() == 3 and a.shape[1] > 0 and a.shape == (shape[0], a.shape[1], shape[2])
+        fits = fits and B.shape == (shape[0], out, a.shape[1])
+    if not fits:
         found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
         raise AdapterError(sentence(found, "those of its base", "give the base that it was made for"))
+    A = given[0][0]
     if len(given) == len(parts) and all(torch.equal(other, A) for other, _ in given):
         return A, torch.cat([B for _, B in given], 1)
     # the scale is alpha / rank, and the rank grows: B takes what that loses
     whole = sum(a.shape[1] for a, _ in given)
-    blocks = []
+    blocks, columns = [], 0
     for part in parts:
-        widths = [B.new_zeros(shape[0], out, a.shape[1]) for a, B in given]
-        if part is not None:
-            place = [a is part[0] for a, _ in given].index(True)
-            widths[place] = part[1] * (whole / part[0].shape[1] if alpha else 1.0)
-        blocks.append(torch.cat(widths, 2))
+        if part is None:
+            blocks.append(given[0][1].new_zeros(shape[0], out, whole))
+        else:
+            rank = part[0].shape[1]
+            grown = part[1] * (whole / rank if alpha else 1.0)
+            blocks.append(torch.nn.functional.pad(grown, (columns, whole - columns - rank)))
+            columns += rank
     return torch.cat([a for a, _ in given], 1), torch.cat(blocks, 1)
-
-
-def _fit(A: Tensor, B: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether A [E, r, in] and B [E, out, r] change a stack of this shape [E, out, in]."""
-    if A.dim() != 3 or not A.shape[1]:
-        return False
-    rank = A.shape[1]
-    return A.shape == (shape[0], rank, shape[2]) and B.shape == (shape[0], shape[1], rank)
-
-
-def _value(field: Any) -> Any:
-    value = field.contents()
-    return value if isinstance(value, str | int | float | bool) else str(value)
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149."""
-    import numpy
-
-    return float(str(numpy.float32(value)))
 
 
 def _tensor(library: Any, tensor: Any) -> Tensor:
     kind = library.GGMLQuantizationType
-    if tensor.tensor_type == kind.BF16:
-        return torch.from_numpy(tensor.data.copy()).view(torch.bfloat16)
-    if tensor.tensor_type in (kind.F32, kind.F16, kind.F64):
-        return torch.from_numpy(tensor.data.copy())
-    return torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+    plain = tensor.tensor_type in (kind.F32, kind.F16, kind.F64, kind.BF16)
+    data = tensor.data if plain else library.quants.dequantize(tensor.data, tensor.tensor_type)
+    made = torch.from_numpy(data.copy())
+    return made.view(torch.bfloat16) if tensor.tensor_type == kind.BF16 else made
 
 
-register(
-    Format(
-        name="gguf",
-        title="GGUF adapters of llama.cpp",
-        lacks="convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders weights",
-        suffix=".gguf",
-        recognises=recognises,
-        read=read,
-        write=write,
-    )
-)
+LACKS = "convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders weights"
+register(Format("gguf", "GGUF adapters of llama.cpp", LACKS, ".gguf", recognises, read=read, write=write))

@@ -51,7 +51,14 @@ def _check(data: mmap.mmap) -> None:
         (kind,) = struct.unpack_from("<I", data, at)
         at, left = _value(data, at + 4, kind, left)
     for _ in range(tensors):
-        at = _tensor(data, at)
+        at = _text(data, at)
+        (axes,) = struct.unpack_from("<I", data, at)
+        if axes > MAX_AXES:
+            raise ValueError(f"a tensor of {axes:,} axes, of {MAX_AXES} at most")
+        sizes = struct.unpack_from(f"<{axes}Q", data, at + 4)
+        if math.prod(sizes) > 8 * len(data):  # no type has less than a bit for a number
+            raise ValueError(f"a tensor of {list(sizes)} numbers in {len(data):,} bytes")
+        at = _within(data, at + 4 + 8 * axes, 12)
 
 
 def _spent(left: int, count: int, data: mmap.mmap) -> int:
@@ -89,14 +96,3 @@ def _value(data: mmap.mmap, at: int, kind: int, left: int) -> tuple[int, int]:
     for _ in range(count):
         at = _text(data, at)
     return at, left
-
-
-def _tensor(data: mmap.mmap, at: int) -> int:
-    at = _text(data, at)
-    (axes,) = struct.unpack_from("<I", data, at)
-    if axes > MAX_AXES:
-        raise ValueError(f"a tensor of {axes:,} axes, of {MAX_AXES} at most")
-    sizes = struct.unpack_from(f"<{axes}Q", data, at + 4)
-    if math.prod(sizes) > 8 * len(data):  # no type has less than a bit for a number
-        raise ValueError(f"a tensor of {list(sizes)} numbers in {len(data):,} bytes")
-    return _within(data, at + 4 + 8 * axes, 12)

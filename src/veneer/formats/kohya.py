@@ -9,8 +9,7 @@
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
 
 A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its paths, and a name must
-mean exactly one of them. Rejected: tables of known names, as other converters have. A name that no table foresaw would
-be lost or, worse, mean another layer.
+mean exactly one of them. Rejected: tables of known names. One that no table foresaw would be lost, or mean another.
 
 LoHa and LoKr are read as the one product that they amount to (see ``variants/loha.py`` and ``lokr.py``). Tucker cores
 (hada_t1, lokr_t2) tie kernel positions together in a way that has no short product, and are refused.
@@ -21,6 +20,7 @@ Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own l
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
-from veneer.formats import parts
-from veneer.formats._base import (
-    Adapter,
-    BaseFacts,
-    Contents,
-    Format,
-    LowRankChange,
-    MisreadElsewhere,
-    Options,
-    cast,
-    exact_scalar,
-    layer_of,
-    least,
-    read_tensors,
-    register,
-    scalar,
-)
+from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, register
+from veneer.formats._base import cast, exact_scalar, layer_of, read_tensors, scalar
+from veneer.formats.parts import chosen, refusals, written
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
@@ -65,20 +51,19 @@ PREFIXES = {
 _LORA = {"lora_down.weight", "lora_up.weight"}
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
-_SCALARS = {"alpha", "dora_scale"}
-_KNOWN = _LORA | _HADA | _LOKR | _SCALARS | {"lora_mid.weight"}
+_KNOWN = _LORA | _HADA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: block names of the models as first published, under which kohya trains SDXL and Flux
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
 
 
 def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
-    marks = ("lora_down.weight", "lora_up.weight", *_HADA, *_LOKR, *_TUCKER)
-    return any(key.count(".") and _prefix(key) and key.partition(".")[2] in marks for key in keys)
+    marks = _LORA | _HADA | _LOKR | _TUCKER
+    return any(key.partition(".")[2] in marks and _prefix(key) for key in keys)
 
 
 def _prefix(name: str) -> str | None:
-    return next((prefix for prefix in sorted(PREFIXES, key=len)[::-1] if name.startswith(f"{prefix}_")), None)
+    return next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
@@ -90,103 +75,75 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     if not base.shapes:
         found = f"{path}, whose names have _ for every dot"
         raise AdapterError(sentence(found, "a base to tell what they mean", "give the base that it was made for"))
-    problems: list[str] = []
-    part_by_name = {name: _part(name, base, problems) for name in groups}
+    here = {name.partition(".")[0] for name in base.shapes}
+    parts = {prefix: next((p for p in means if p in here), means[0]) for prefix, means in PREFIXES.items()}
+    part_by_name = {name: parts.get(_prefix(name) or "", "") for name in groups}
+    begin = f"names that begin with {listing(PREFIXES)}"
+    problems = [sentence(repr(name), begin, "check the file") for name, part in part_by_name.items() if not part]
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    counts: dict[str, int] = {}
-    for part in part_by_name.values():
-        counts[part] = counts.get(part, 0) + 1
-    before, left_out = parts.chosen(counts, base, options.part)
-    names = _flattened(base, before)
+    before, left_out = chosen(part_by_name.values(), base, options.part)
+    names = {part: _flattened(base, start) for part, start in before.items()}
     low: dict[str, PeftLayer] = {}
     for name, group in groups.items():
-        if part_by_name[name] not in before:
-            continue
-        at = _module(name, names[part_by_name[name]], problems)
-        if at is not None and (layer := _layer(name, at, group, base.shapes[f"{at}.weight"], problems)) is not None:
-            low[at] = layer
+        if part_by_name[name] in before:
+            try:
+                at = _module(name, names[part_by_name[name]])
+                low[at] = _layer(name, at, group, base.shapes[f"{at}.weight"])
+            except AdapterError as error:
+                problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    about = {"header": dict(header)} if header else {}
-    return Contents(low, base_name=base.name, about=about, left_out=tuple(left_out))
+    return Contents(low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out)
 
 
-def _part(name: str, base: BaseFacts, problems: list[str]) -> str:
-    prefix = _prefix(name)
-    if prefix is None:
-        problems.append(sentence(f"{name!r}", f"names that begin with {listing(PREFIXES)}", "check the file"))
-        return ""
-    here = {shape.partition(".")[0] for shape in base.shapes}
-    return next((part for part in PREFIXES[prefix] if part in here), PREFIXES[prefix][0])
-
-
-def _flattened(base: BaseFacts, before: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
-    """For each part, the modules that each flattened name may mean."""
-    names: dict[str, dict[str, list[str]]] = {}
-    for part, start in before.items():
-        names[part] = {}
-        for weight, shape in base.shapes.items():
-            if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
-                module = weight.removesuffix(".weight")
-                names[part].setdefault(module.removeprefix(start).replace(".", "_"), []).append(module)
+def _flattened(base: BaseFacts, start: str) -> dict[str, list[str]]:
+    """The modules of a part that each flattened name may mean; ``start`` is what stands before their paths."""
+    names: dict[str, list[str]] = {}
+    for weight, shape in base.shapes.items():
+        if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
+            module = weight.removesuffix(".weight")
+            names.setdefault(module.removeprefix(start).replace(".", "_"), []).append(module)
     return names
 
 
-def _module(name: str, names: Mapping[str, list[str]], problems: list[str]) -> str | None:
+def _module(name: str, names: Mapping[str, list[str]]) -> str:
     """The one module that a name means."""
     flat = name.removeprefix(f"{_prefix(name)}_")
     found = names.get(flat, [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        problems.append(sentence(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"))
-    else:
+    if len(found) > 1:
+        raise AdapterError(sentence(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"))
+    if not found:
         do = "give the base that it was made for"
         if any(mark in flat for mark in _ORIGINAL):
             do += ": these are block names of the model as first published, not those of diffusers"
-        problems.append(sentence(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do))
-    return None
+        raise AdapterError(sentence(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do))
+    return found[0]
 
 
-def _layer(
-    name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...], problems: list[str]
-) -> PeftLayer | None:
+def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...]) -> PeftLayer:
     """One module's change."""
-    keys = set(group)
+    keys, magnitude = set(group), group.get("dora_scale")
     if keys & _TUCKER:
         found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
-        problems.append(sentence(found, "factors whose product is short", "merge it with LyCORIS, and extract"))
-        return None
+        raise AdapterError(sentence(found, "factors whose product is short", "merge it with LyCORIS, and extract"))
     if keys - _KNOWN:
         found = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
-        problems.append(sentence(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it"))
-        return None
+        raise AdapterError(sentence(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it"))
     try:
         low = _low(group)
         if low is None:
-            problems.append(sentence(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file"))
-            return None
-        magnitude = _magnitude(name, group.get("dora_scale"), shape, problems)
-        A, B, alpha = low
-        return layer_of(at, A, B, alpha, shape=shape, magnitude=magnitude)
+            raise AdapterError(
+                sentence(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file")
+            )
+        if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
+            found = f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"  # another method
+            do = "merge it with LyCORIS (wd_on_output was off)"
+            raise AdapterError(sentence(found, f"one number for each of {shape[0]} outputs", do))
+        return layer_of(at, *low, shape=shape, magnitude=magnitude)
+    except AdapterError:
+        raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, AdapterError):
-            problems.append(str(error))
-        else:
-            found = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
-            problems.append(sentence(found, "those of one change", "get the whole file again"))
-    return None
-
-
-def _magnitude(name: str, scale: Tensor | None, shape: tuple[int, ...], problems: list[str]) -> Tensor | None:
-    """DoRA's magnitude, one an output. LyCORIS can also rescale inputs, which is another method."""
-    if scale is None:
-        return None
-    if scale.numel() != shape[0] or scale.shape[0] != shape[0]:
-        found = f"dora_scale {tuple(scale.shape)} at {name!r}, which rescales inputs"
-        do = "merge it with LyCORIS (wd_on_output was off)"
-        problems.append(sentence(found, f"one number for each of {shape[0]} outputs", do))
-        return None
-    return scale.reshape(-1)
+        found = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        raise AdapterError(sentence(found, "those of one change", "get the whole file again")) from error
 
 
 def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
@@ -196,19 +153,13 @@ def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | N
     alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
     if keys >= _LORA:
         A, B = group["lora_down.weight"], group["lora_up.weight"]
-        mid = group.get("lora_mid.weight")
-        return (A if mid is None else _through(mid, A)), B, alpha
+        if (mid := group.get("lora_mid.weight")) is not None:  # M A, of the pointwise A [r, in, 1…], is A [r, in, *k]
+            wide = torch.promote_types(A.dtype, torch.float32)
+            A = torch.einsum("mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()).to(wide)
+        return A, B, alpha
     if keys >= _HADA:
         return _hada(group, alpha)
-    if {name.split("_")[1] for name in keys & _LOKR} == {"w1", "w2"}:
-        return _lokr(group, alpha)
-    return None
-
-
-def _through(mid: Tensor, A: Tensor) -> Tensor:
-    """M A: the pointwise A [r, in, 1…] and a core M [r, r, *k] as one A [r, in, *k]."""
-    made = torch.einsum("mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double())
-    return made.to(torch.promote_types(A.dtype, torch.float32))
+    return _lokr(group, alpha)
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -227,7 +178,7 @@ def _hada(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
 def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
     """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the shorter."""
     pairs = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
-    if any(not (whole <= set(group) or both <= set(group)) for whole, both in pairs):
+    if not all(whole <= set(group) or both <= set(group) for whole, both in pairs):
         return None
     rank = next((group[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in group), None)
     scale = 1.0 if rank is None or alpha is None else alpha / rank  # with both whole, LyCORIS takes no scale
@@ -249,20 +200,24 @@ def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
 
 
 def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
-    low = least(low)
+    """(A, B, alpha) of a rank of at most min(out, in): where the factors have more, ΔW itself (made in float64) takes
+    the place of one and the identity that of the other."""
+    out, in_ = low.B.shape[1], low.A.shape[2]
+    if low.rank > min(out, in_):
+        delta = (low.B.double() @ low.A.double()).to(torch.promote_types(low.A.dtype, torch.float32))
+        eye = torch.eye(min(out, in_), dtype=delta.dtype)[None]
+        low = LowRank(eye, delta, low.scale) if in_ <= out else LowRank(delta, eye, low.scale)
     return low.A[0], low.B[0], low.scale * low.rank
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
-    problems = [found for change in adapter.changes for found in _refusals(change)]
-    problems += [
-        sentence(f"{at or 'the model'!r} trained in full", "low-rank changes", "merge the adapter instead")
-        for at in adapter.full
-    ]
-    raise_all(AdapterError, "kohya's format cannot hold this adapter", problems)
-    where = parts.written(adapter.changes, options.part, "kohya")
-    flat = {weight: _key(part, module, where) for weight, (part, module) in where.items()}
-    twice = sorted({key for key in flat.values() if list(flat.values()).count(key) > 1})
+    raise_all(AdapterError, "kohya's format cannot hold this adapter", refusals(adapter))
+    where = written(adapter.changes, options.part, "kohya")
+    encoders = "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
+    prefixes = {names[0]: prefix for prefix, names in PREFIXES.items()}
+    prefixes |= {"transformer": "lora_unet", "text_encoder": encoders}
+    flat = {weight: f"{prefixes[part]}_{module.replace('.', '_')}" for weight, (part, module) in where.items()}
+    twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
     if twice:
         found = f"modules that have one name with _ for . ({listing(twice, 3)})"
         raise AdapterError(sentence(found, "names that differ", "use the diffusers format"))
@@ -277,12 +232,12 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
     for loss in _lost_in_diffusers(adapter.changes):
-        do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
         found = (
             f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN}) leaves out {loss}, so that its outputs differ"
         )
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
-        warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=4)
+        do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
+        warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=3)
     return []
 
 
@@ -290,14 +245,10 @@ def _lost_in_diffusers(changes: Sequence[LowRankChange]) -> Iterator[str]:
     """What diffusers drops of a kohya file that its pipelines load, as its converter is written."""
     if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
-    if len({alpha_of(change.layer) for change in changes}) > 1 and any(
-        _of_attention(change.module) for change in changes
-    ):
+    projections = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    attention = any(f".{change.module}".endswith(projections) for change in changes)
+    if attention and len({alpha_of(change.layer) for change in changes}) > 1:
         yield "the alphas of attention's projections, which are not those of all layers here"
-
-
-def _of_attention(module: str) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 def alpha_of(layer: PeftLayer) -> float:
@@ -305,22 +256,8 @@ def alpha_of(layer: PeftLayer) -> float:
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 
-def _refusals(change: LowRankChange) -> Iterable[str]:
-    if change.kind not in ("linear", "conv"):
-        expected = "linear layers and convolutions in one group"
-        yield sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, "leave it out, or merge")
-
-
-def _key(part: str, module: str, where: Mapping[str, tuple[str, str]]) -> str:
-    prefix = "lora_unet" if part == "transformer" else next(p for p, names in PREFIXES.items() if names[0] == part)
-    if part == "text_encoder":
-        prefix = "lora_te1" if parts.two_encoders(part for part, _ in where.values()) else "lora_te"
-    return f"{prefix}_{module.replace('.', '_')}"
-
-
 def _header(adapter: Adapter) -> dict[str, str]:
-    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and the sizes as they
-    are."""
+    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and the sizes."""
     earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
     ranks = {change.layer.rank for change in adapter.changes}
     alphas = {alpha_of(change.layer) for change in adapter.changes}
@@ -335,15 +272,6 @@ def _header(adapter: Adapter) -> dict[str, str]:
     }
 
 
-register(
-    Format(
-        name="kohya",
-        title="safetensors of sd-scripts, ComfyUI and LyCORIS",
-        lacks="embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training",
-        suffix=".safetensors",
-        recognises=recognises,
-        parts=True,
-        read=read,
-        write=write,
-    )
-)
+TITLE = "safetensors of sd-scripts, ComfyUI and LyCORIS"
+LACKS = "embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training"
+register(Format("kohya", TITLE, LACKS, ".safetensors", recognises, parts=True, read=read, write=write))

@@ -1,11 +1,11 @@
 """The models of an image pipeline, by the names that file formats give them.
 
-    part              paths                    diffusers           kohya
-    unet              unet.<path>              unet.<path>         lora_unet_<path with _ for .>
-    transformer       transformer.<path>       transformer.<path>  lora_unet_… (and lora_transformer_…)
-    text_encoder      text_encoder.<path>      text_encoder.<path> lora_te_…, lora_te1_… where there are two
-    text_encoder_2    text_encoder_2.<path>    …                   lora_te2_…
-    model             <path>                   <path>              lycoris_…
+    part              paths, and diffusers     kohya
+    unet              unet.<path>              lora_unet_<path with _ for .>
+    transformer       transformer.<path>       lora_unet_… (and lora_transformer_…)
+    text_encoder      text_encoder.<path>      lora_te_…, lora_te1_… where there are two
+    text_encoder_2    text_encoder_2.<path>    lora_te2_…
+    model             <path>                   lycoris_…
 
 An adapter of Veneer belongs to one module. That is either a module that holds the parts as its children, whose paths
 then begin with a part's name, or one part alone, whose paths do not.
@@ -13,10 +13,11 @@ then begin with a part's name, or one part alone, whose paths do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from veneer.errors import AdapterError, listing, nearest, sentence
-from veneer.formats._base import BaseFacts, LowRankChange
+from veneer.errors import AdapterError, listing, sentence
+from veneer.formats._base import Adapter, BaseFacts, LowRankChange
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model")
 
@@ -27,14 +28,23 @@ def part_of(path: str) -> str:
     return first if first in PARTS and first != "model" and first != path else ""
 
 
+def refusals(adapter: Adapter) -> list[str]:
+    """Why a file with the factors of each module cannot hold an adapter."""
+    expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
+    odd = [change for change in adapter.changes if change.kind not in ("linear", "conv")]
+    problems = [sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do) for change in odd]
+    full = [at or "the model" for at in adapter.full]
+    return problems + [
+        sentence(f"{at!r} trained in full", "low-rank changes", "merge the adapter instead") for at in full
+    ]
+
+
 def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
     """(part, the path in it) of each change's module, by its weight.
 
     Raises:
         AdapterError: no part in the paths and none given, or both.
     """
-    if part is not None and part not in PARTS:
-        raise AdapterError(sentence(f"part {part!r}{nearest(part, PARTS)}", f"one of {', '.join(PARTS)}", "choose one"))
     inside = {change.weight: part_of(change.module) for change in changes}
     if part is None and all(inside.values()):
         return {change.weight: (inside[change.weight], change.module.partition(".")[2]) for change in changes}
@@ -48,34 +58,31 @@ def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> di
     return {change.weight: (part, change.module) for change in changes}
 
 
-def chosen(found: Mapping[str, int], base: BaseFacts | None, part: str | None) -> tuple[dict[str, str], list[str]]:
+def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """Which parts of a file to read: (what to put before the paths of each, what is left out).
 
     Args:
-        found: how many layers the file has of each part.
+        layers: the part of each layer of the file.
 
     Raises:
         AdapterError: several parts for a base that is one of them, or a part that the file lacks.
     """
-    found = {name: found[name] for name in PARTS if name in found}
+    counts = Counter(layers)
+    found = {name: counts[name] for name in PARTS if name in counts}
     if part is not None and part not in found:
-        raise AdapterError(sentence(f"part {part!r}, of which the file has nothing", f"{listing(found)}", "choose one"))
-    whole = {name.partition(".")[0] for name in (base.shapes if base else ())} & set(found)
+        raise AdapterError(sentence(f"part {part!r}, of which the file has nothing", listing(found), "choose one"))
+    whole = {name.partition(".")[0] for name in base.shapes} & set(found)
     if part is None and len(found) == 1 and not whole:
-        return dict.fromkeys(found, ""), []
-    if part is None and (whole or base is None):
-        lacking = set(found) - whole if base is not None else set()
+        return dict.fromkeys(found, ""), ()
+    if part is None and (whole or not base.shapes):
+        lacking = set(found) - whole if base.shapes else set()
         if lacking:
             found_ = f"layers of {listing(sorted(lacking))}, which this base lacks"
             raise AdapterError(sentence(found_, f"those of {listing(sorted(whole))}", "choose a part, or give both"))
-        return {name: f"{name}." for name in found}, []
+        return {name: f"{name}." for name in found}, ()
     if part is None:
         counts = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
         do = "choose one with part, or give a module that holds them as children of these names"
         raise AdapterError(sentence(f"several models in one file: {counts}", "those of the base", do))
     left = [f"{count} layers of {name}: another part was asked for" for name, count in found.items() if name != part]
-    return {part: f"{part}." if part in whole else ""}, left
-
-
-def two_encoders(parts: Iterable[str]) -> bool:
-    return "text_encoder_2" in set(parts)
+    return {part: f"{part}." if part in whole else ""}, tuple(left)

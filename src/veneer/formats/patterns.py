@@ -1,9 +1,8 @@
 """The regular expressions of a PEFT config: what ``re`` says of them, within a limit of time.
 
 A config comes from strangers, and a matcher that goes back over its choices takes 2ⁿ steps for ``(a|a)*b`` on n
-letters, during which Python's ``re`` cannot be stopped. The package ``regex`` takes a time limit. It reads more than
-``re`` does (fuzzy matches, POSIX classes, recursion), so ``re`` compiles each expression first, and the little that
-both compile but read differently is refused.
+letters, in which ``re`` cannot be stopped. The package ``regex`` takes a time limit. It reads more than ``re`` does, so
+``re`` compiles each expression first, and the little that both compile but read differently is refused.
 
 Rejected: a matcher in linear time (RE2), as it has no look-around, which adapters in use have in their targets; a
 process of its own that runs ``re`` and can be killed, which costs each load tens of milliseconds.
@@ -90,23 +89,12 @@ def _compiled(source: str, whole: bool) -> Callable[..., Any]:
     return compiled.fullmatch if whole else compiled.match
 
 
-class Words:
-    """Whole texts, one of which is meant: what Veneer writes where the ends of paths do not suffice."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = frozenset(words)
-
-    def matches(self, text: str) -> bool:
-        return text in self._words
-
-
 @lru_cache(maxsize=256)
-def whole(source: str) -> Expressions | Words:
-    """What whole texts an expression means, made once. Raises ValueError as ``Expressions`` does."""
-    words = [literal(part) for part in source.split("|")]
-    if None not in words:
-        return Words(word for word in words if word is not None)
-    return Expressions((source,))
+def whole(source: str) -> Callable[[str], bool]:
+    """What whole texts an expression means, made once; those that it lists, as Veneer writes where the ends of paths do
+    not suffice, are looked up. Raises ValueError as ``Expressions`` does."""
+    words = {literal(part) for part in source.split("|")}
+    return Expressions((source,)).matches if None in words else words.__contains__
 
 
 @lru_cache(maxsize=256)
@@ -116,10 +104,9 @@ def containers(sources: tuple[str, ...]) -> Expressions:
 
 
 class Ends:
-    """Which of several expressions first means a path, as PEFT looks a rank up: ``(.*\\.)?(expression)$``.
-
-    Most are whole paths. With their dots escaped, as Veneer writes them, they are looked up. Without, as PEFT does,
-    they make no choice that ``re`` could go back over."""
+    """Which of several expressions first means a path, as PEFT looks a rank up: ``(.*\\.)?(expression)$``. Most are
+    whole paths. With their dots escaped, as Veneer writes them, they are looked up. Without, as PEFT does, they make no
+    choice that ``re`` could go back over."""
 
     def __init__(self, sources: Iterable[str]) -> None:
         self.sources = tuple(sources)
@@ -140,9 +127,9 @@ class Ends:
         parts = path.split(".")
         below = (".".join(parts[start:]) for start in range(len(parts)))
         found = [self._words[end] for end in below if end in self._words]
-        found += [next((number for number, matches in self._plain if matches(path)), len(self.sources))]
-        found += [next((self._others[at] for at in self._expressions.matching(path)), len(self.sources))]
-        return self.sources[min(found)] if min(found) < len(self.sources) else None
+        found += next(([number] for number, matches in self._plain if matches(path)), [])
+        found += next(([self._others[at]] for at in self._expressions.matching(path)), [])
+        return self.sources[min(found)] if found else None
 
 
 #: what has neither a choice nor a repetition

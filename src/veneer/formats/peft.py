@@ -1,7 +1,6 @@
 """PEFT's layout: the fields of ``adapter_config.json`` and the keys of ``adapter_model.safetensors``.
 
-    base_model.model.<path>.lora_A.weight                 A of a low-rank change (each layer kind says its own two
-    suffixes)
+    base_model.model.<path>.lora_A.weight                 A of a low-rank change (suffixes by the kind of the layer)
     base_model.model.<path>.lora_B.weight                 B
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
@@ -22,7 +21,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +33,8 @@ from veneer.lowrank import LowRank
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+#: the suffix of DoRA's magnitude
+MAGNITUDE = "lora_magnitude_vector"
 NOT_FOR_PEFT = "not for PEFT"
 #: how often PEFT applies the change of the out-projection of an attention, in the releases up to KNOWN: its
 #: ``MultiheadAttention.merge`` adds it, and then calls the projection's own merge (huggingface/peft#3774)
@@ -50,64 +50,45 @@ def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types
 
 
+def _every(container: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether all values of a list, or of a dict, pass a test."""
+    return lambda value: isinstance(value, container) and all(map(test, value.values() if container is dict else value))
+
+
 def _rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _by_pattern(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(test, value.values()))
-
-
-_FLAG, _TEXT, _TABLE = (_is(bool), "true or false"), (_is(str), "text"), (_is(dict), "an object")
-_NAMES = (lambda value: isinstance(value, str) or _texts(value), "text, or a list of texts")
+_number, _texts = _is(int, float), _every(list, _is(str))
 _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
 # What a config may say without changing the arithmetic that we read from the other fields, and what each field holds
-# where it is not null: (test, in words).
-_INFORMATION: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha_pattern": (_by_pattern(_number), "a number for each pattern"),
-    "auto_mapping": _TABLE,
-    "base_model_name_or_path": _TEXT,
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "corda_config": _TABLE,
-    "ensure_weight_tying": _FLAG,
-    "eva_config": _TABLE,
-    "exclude_modules": _NAMES,
-    "fan_in_fan_out": _FLAG,
-    "inference_mode": _FLAG,
-    "init_lora_weights": (_is(bool, str), "true, false or a name"),
-    "layers_pattern": _NAMES,
-    "layers_to_transform": (
-        lambda value: all(type(item) is int for item in (value if isinstance(value, list) else [value])),
-        "a whole number, or a list of these",
+# where it is not null: (test, in words, fields).
+_FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (_is(str), "text", "base_model_name_or_path megatron_core peft_type peft_version revision task_type"),
+    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode use_dora use_rslora"),
+    (_is(dict), "an object", "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config"),
+    (_is(dict), "an object", "runtime_config"),
+    (_is(bool, str), "true, false or a name", "init_lora_weights"),
+    (_is(int), "a whole number", "qalora_group_size"),
+    (_number, "a number", "lora_alpha"),
+    (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1", "lora_dropout"),
+    (_rank, _SIZE, "r"),
+    (_every(dict, _rank), f"{_SIZE} for each pattern", "rank_pattern"),
+    (_every(dict, _number), "a number for each pattern", "alpha_pattern"),
+    (_texts, "a list of texts", "modules_to_save target_parameters"),
+    (
+        lambda value: isinstance(value, str) or _texts(value),
+        "text, or a list of texts",
+        "exclude_modules layers_pattern target_modules",
     ),
-    "loftq_config": _TABLE,
-    "lora_alpha": (_number, "a number"),
-    "lora_dropout": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "lora_ga_config": _TABLE,
-    "megatron_config": _TABLE,
-    "megatron_core": _TEXT,
-    "modules_to_save": (_texts, "a list of texts"),
-    "peft_type": _TEXT,
-    "peft_version": _TEXT,
-    "qalora_group_size": (_is(int), "a whole number"),
-    "r": (_rank, _SIZE),
-    "rank_pattern": (_by_pattern(_rank), f"{_SIZE} for each pattern"),
-    "revision": _TEXT,
-    "runtime_config": _TABLE,
-    "target_modules": _NAMES,
-    "target_parameters": (_texts, "a list of texts"),
-    "task_type": _TEXT,
-    "use_dora": _FLAG,
-    "use_rslora": _FLAG,
-}
+    (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'", "bias"),
+    (
+        lambda value: _every(list, _is(int))(value if isinstance(value, list) else [value]),
+        "a whole number, or a list of these",
+        "layers_to_transform",
+    ),
+)
+_INFORMATION = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
 # These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the
 # same way.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -137,6 +118,17 @@ class PeftLayer:
         return self.rank if self.A.shape[0] % self.rank == 0 else self.A.shape[0]
 
     @property
+    def dims(self) -> tuple[int, int, int]:
+        """(groups, out, in) of the change. Raises AdapterError as ``low`` does."""
+        low = self.low
+        return low.A.shape[0], low.B.shape[1], low.A.shape[2]
+
+    def with_magnitude(self, magnitude: Tensor | None) -> PeftLayer:
+        """With DoRA's magnitude, if there is one: [1, out, 1, …] for a convolution, [out] elsewhere."""
+        shape = (1, -1, *[1] * (self.A.dim() - 2)) if self.A.dim() > 2 else (-1,)
+        return self if magnitude is None else replace(self, extras={MAGNITUDE: magnitude.reshape(shape)})
+
+    @property
     def low(self) -> LowRank:
         """The change as a value, with one group but for grouped convolutions and stacks.
 
@@ -148,8 +140,7 @@ class PeftLayer:
         try:
             A = self.A.reshape(groups, rank, -1)  # [g·r, in/g, …] -> [g, r, in]
             # B: [g·out, r, …], or [out, r·g]
-            stacked = self.stacked
-            B = self.B.reshape(-1, rank, groups).permute(2, 0, 1) if stacked else self.B.reshape(groups, -1, rank)
+            B = self.B.reshape(-1, rank, groups).permute(2, 0, 1) if self.stacked else self.B.reshape(groups, -1, rank)
         except RuntimeError as error:
             found = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
             raise AdapterError(sentence(found, f"a product of rank {self.rank}", "get the file again")) from error
@@ -165,6 +156,12 @@ class PeftLayer:
         else:
             B = low.B.reshape(groups * low.B.shape[1], rank, *self.B.shape[2:])
         return replace(self, A=A, B=B, rank=rank, alpha=low.scale * rank, scale=low.scale, extras={})
+
+
+def not_for_peft(config: Mapping[str, Any]) -> str | None:
+    """Why PEFT would compute something else with this adapter, as its ``peft_type`` says; None: it would not."""
+    type_ = str(config.get("peft_type"))
+    return type_.removeprefix(NOT_FOR_PEFT).strip(": ") if type_.startswith(NOT_FOR_PEFT) else None
 
 
 def key(path: str, suffix: str) -> str:
@@ -189,7 +186,6 @@ def split(
         AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
     """
     known: dict[str, Any] = {suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)}
-    extras = frozenset(extras)
     known |= {suffix: (None, suffix) for suffix in extras}
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
@@ -199,9 +195,8 @@ def split(
         suffix = next((suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None)
         unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])
         if not name.startswith(PREFIX) or unknown:
-            problems.append(
-                sentence(f"tensor {name!r}", f"keys {PREFIX}<path>.lora_A.weight and the like", "convert it first")
-            )
+            keys = f"keys {PREFIX}<path>.lora_A.weight and the like"
+            problems.append(sentence(f"tensor {name!r}", keys, "convert it first"))
         elif suffix is not None:
             pair, side = known[suffix]
             entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": None})
@@ -215,33 +210,24 @@ def split(
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
             path = re.sub(r"((^|\.)base_layer)+$", "", path)
             full.setdefault(path, {})[parameter] = tensor
-    low = {}
-    for path, entry in pairs.items():
-        layer = _layer(path, entry, extras, config, ours, problems)
-        if layer is not None:
-            low[path] = layer
+    low = {path: _layer(path, entry, config, ours, problems) for path, entry in pairs.items()}
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return low, full
+    return {path: layer for path, layer in low.items() if layer is not None}, full
 
 
 def _layer(
-    path: str,
-    entry: Mapping[str, Any],
-    extras: Iterable[str],
-    config: Mapping[str, Any],
-    ours: bool,
-    problems: list[str],
+    path: str, entry: Mapping[str, Any], config: Mapping[str, Any], ours: bool, problems: list[str]
 ) -> PeftLayer | None:
-    """The change of one path of the file, from its tensors by side ("A", "B", a suffix of ``extras``)."""
-    if "A" not in entry or "B" not in entry:
+    """The change of one path of the file, from its ``suffixes`` and its tensors by side ("A", "B", a variant's)."""
+    A, B, named = entry.get("A"), entry.get("B"), _parameter_at(config, path, ours)
+    if A is None or B is None:
         problems.append(sentence(f"half a pair at {path!r}", "both A and B", "get the whole file again"))
         return None
-    if entry["A"].dim() < 2 or entry["B"].dim() < 2:
-        found = f"A {tuple(entry['A'].shape)} and B {tuple(entry['B'].shape)} at {path!r}"
+    if A.dim() < 2 or B.dim() < 2:
+        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
         problems.append(sentence(found, "matrices", "get the whole file again"))
         return None
-    A, B, named = entry["A"], entry["B"], _parameter_at(config, path, ours)
-    more = {suffix: tensor for suffix, tensor in entry.items() if suffix in extras}
+    more = {suffix: tensor for suffix, tensor in entry.items() if suffix not in ("A", "B", "suffixes")}
     rank, alpha, scale = strength(config, *named, unnested(attention_of(path) or path)[0])
     at = named[0] if named else unnested(path)[0]
     if not named and B.shape[1] % rank:  # of a parameter, only a model tells how many matrices there are
@@ -256,7 +242,7 @@ def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
     ``ours`` is a config that Veneer wrote."""
     problems = []
     type_ = config.get("peft_type")
-    if type_ != "LORA" and not (ours and str(type_).startswith(NOT_FOR_PEFT)):
+    if type_ != "LORA" and not (ours and not_for_peft(config) is not None):
         problems.append(sentence(f"peft_type {type_!r}", "'LORA'", "convert the adapter first"))
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
@@ -266,33 +252,24 @@ def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
         found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
         problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
     for name, value in config.items():
-        test, words = _INFORMATION.get(name, (None, ""))
-        if test is None and value:
-            problems.append(
-                sentence(f"{_shown(name, value)} in {CONFIG}", "a field that Veneer can honour", "use PEFT for it")
-            )
-        elif test is not None and value is not None and not test(value):
-            problems.append(sentence(f"{_shown(name, value)} in {CONFIG}", words, "correct it, or get the file again"))
+        test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
+        if value is not None and not test(value):
+            found = f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in {CONFIG}"
+            do = "correct it, or get the file again" if name in _INFORMATION else "use PEFT for it"
+            problems.append(sentence(found, words, do))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems or list(_bad_patterns(config)))
-
-
-def _shown(name: str, value: Any) -> str:
-    text = repr(value)
-    return f"{name[:80]}={text if len(text) <= 200 else text[:200] + '…'}"
 
 
 def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the expressions of a config of which each field has its type."""
-    tests: list[tuple[str, Callable[[], Any]]] = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        tests.append((field, partial(patterns.ends, tuple(config.get(field) or ()))))
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str):
-            tests.append((field, partial(patterns.whole, config[field])))
-    tests.append(("layers_pattern", partial(patterns.containers, _layers_patterns(config))))
-    for field, test in tests:
+    tests: list[tuple[str, Callable[[Any], Any], Any]] = [
+        (field, patterns.ends, tuple(config.get(field) or ())) for field in ("rank_pattern", "alpha_pattern")
+    ]
+    alone = ("target_modules", "exclude_modules")
+    tests += [(field, patterns.whole, config[field]) for field in alone if isinstance(config.get(field), str)]
+    for field, compiled, source in (*tests, ("layers_pattern", patterns.containers, _layers_patterns(config))):
         try:
-            test()
+            compiled(source)
         except ValueError as error:
             do = "name the modules by the ends of their paths"
             yield sentence(f"{field} in {CONFIG}: {error}", "a plain regular expression", do)
@@ -309,19 +286,16 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers or None
     chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
-    if layers is None:
-        return chosen
-    above = patterns.containers(_layers_patterns(config))
-    return {path for path in chosen if _layer_of(path, above) in layers}
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    return {path for path in chosen if _layer_of(path, config) in layers} if layers else chosen
 
 
-def _layer_of(path: str, above: patterns.Expressions) -> int | None:
-    """The first index in a path that stands behind what the first pattern of ``above`` which matches at all means, and
-    in front of something."""
-    parts = path.split(".")
+def _layer_of(path: str, config: Mapping[str, Any]) -> int | None:
+    """The first index in a path that stands behind what the first ``layers_pattern`` which matches at all means, and in
+    front of something."""
+    above, parts = patterns.containers(_layers_patterns(config)), path.split(".")
     places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n and part.isdecimal()]
     hits = ((pattern, place) for place, (_, front) in enumerate(places) for pattern in above.matching(front))
     first = min(hits, default=None)
@@ -330,27 +304,21 @@ def _layer_of(path: str, above: patterns.Expressions) -> int | None:
 
 def _named(names: str | Iterable[str], path: str) -> bool:
     if isinstance(names, str):
-        return patterns.whole(names).matches(path)
+        return patterns.whole(names)(path)
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]:
-    """(rank, alpha, scale) of a change that goes by these paths, of which the first with a pattern counts."""
-    rank, alpha = int(_patterned(config, "rank", paths)), _patterned(config, "alpha", paths)
+    """(rank, alpha, scale) of a change that goes by these paths, of which the first with a pattern counts. PEFT takes
+    the first key of ``rank_pattern`` and ``alpha_pattern`` that matches the end of the path as a regex."""
+
+    def value(patterned: str, default: str) -> Any:
+        values = config.get(patterned) or {}
+        looked_up = (patterns.ends(tuple(values)).first(path) for path in (paths if values else ()))
+        return next((values[pattern] for pattern in looked_up if pattern is not None), config[default])
+
+    rank, alpha = int(value("rank_pattern", "r")), value("alpha_pattern", "lora_alpha")
     return rank, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _patterned(config: Mapping[str, Any], field: str, paths: Iterable[str]) -> Any:
-    """PEFT's lookup of ``rank_pattern`` and ``alpha_pattern``: the first key that matches the end of the path as a
-    regex (``formats/patterns.py``)."""
-    values = config.get(f"{field}_pattern") or {}
-    if values:
-        looked_up = patterns.ends(tuple(values))
-        for path in paths:
-            pattern = looked_up.first(path)
-            if pattern is not None:
-                return values[pattern]
-    return config["r" if field == "rank" else "lora_alpha"]
 
 
 def unnested(path: str) -> tuple[str, int]:
@@ -375,15 +343,14 @@ def nested(path: str, wraps: Mapping[str, int]) -> str:
     parts = path.split(".") if path else []
     inside: list[str] = []
     for count, part in enumerate(parts):
-        above = ".".join(parts[:count])
-        inside += ["base_layer"] * wraps.get(above, 0) if count else []
-        inside.append(part)
+        wrappers = wraps.get(".".join(parts[:count]), 0) if count else 0
+        inside += [*["base_layer"] * wrappers, part]
     return ".".join(inside)
 
 
 def attention_of(path: str) -> str | None:
-    """The path of the attention whose out-projection stands at this path of a file, or None. PEFT gives both of its
-    changes one rank and alpha: those of the attention."""
+    """The path of the attention whose out-projection stands at this path of a file, or None. The two share their rank
+    and alpha."""
     parts = path.split(".")
     return ".".join(parts[:-2]) if parts[-2:] == ["base_layer", "out_proj"] else None
 
@@ -391,15 +358,14 @@ def attention_of(path: str) -> str | None:
 def unsure(config: Mapping[str, Any]) -> str | None:
     """Why it is not known how often the PEFT that wrote this applies the change of an out-projection, or None."""
     version = str(config.get("peft_version") or KNOWN)
-    if [int(part) for part in re.findall(r"\d+", version)[:2]] <= [int(part) for part in KNOWN.split(".")]:
-        return None
-    return f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version} it is not known"
+    later = [int(part) for part in re.findall(r"\d+", version)[:2]] > [int(part) for part in KNOWN.split(".")]
+    reason = f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version} it is not known"
+    return reason if later else None
 
 
 def _parameter_at(config: Mapping[str, Any], path: str, ours: bool) -> list[str]:
-    """The path of the parameter that an entry of the file at ``path`` means, as near as the config alone can tell:
-    the last of ``target_parameters`` in that module, or one further to the front for each wrapper. Nothing if the
-    entry means a module."""
+    """The path of the parameter that an entry of the file at ``path`` means, as near as the config alone can tell: the
+    last of ``target_parameters`` in that module, or one before it for each wrapper. Nothing if it means a module."""
     bare, depth = unnested(path)
     ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
     own = [parameter for above, _, parameter in ends if above == bare]
@@ -465,10 +431,7 @@ def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
 
 def common(ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float) -> tuple[int, float]:
     """The rank and alpha for ``r`` and ``lora_alpha``: these two if a layer has both, else those that most layers have.
-
-    They are one layer's. So where all layers have one scale, whatever their ranks, it is also that of r and lora_alpha:
-    what reads no patterns (vLLM did not) then scales every layer right.
-    """
+    So where all layers have one scale, it is that of r and lora_alpha, for what reads no patterns (vLLM did not)."""
     pairs = [(ranks[at], alphas[at]) for at in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 

@@ -48,27 +48,21 @@ def problems(
         shapes: their shapes, which tell convolutions.
         max_rank: ``max_lora_rank`` of the server; None leaves the rank open up to the largest that vLLM knows.
     """
-    found, names = [], list(names)
-    if config.get("peft_type") != "LORA":
-        found.append(f"its peft_type is {config.get('peft_type')!r}")
-    if not isinstance(config.get("target_modules"), list | str):
-        found.append("it names no target modules")
-    rank = largest_rank(config)
-    limit = RANKS[-1] if max_rank is None else max_rank
-    if rank > limit:
-        found.append(f"its rank is {rank}, above max_lora_rank {limit}")
-    if config.get("use_dora") or any(name.rpartition(".")[2] == "lora_magnitude_vector" for name in names):
-        found.append("it is a DoRA")
-    if config.get("modules_to_save"):
-        found.append(f"it trains modules in full ({listing(config['modules_to_save'], 3)})")
-    if (config.get("bias") or "none") != "none":
-        found.append(f"it trains biases (bias={config['bias']!r})")
-    found += _scales(config, names)
-    found += _names(names)
-    deep = [name for name, shape in (shapes or {}).items() if len(shape) > 2]
-    if deep:
-        found.append(f"it changes convolutions ({listing(sorted({n.removeprefix(peft.PREFIX) for n in deep}), 2)})")
-    return found
+    names, (rank, limit) = list(names), (largest_rank(config), RANKS[-1] if max_rank is None else max_rank)
+    saved, bias = config.get("modules_to_save"), config.get("bias") or "none"
+    dora = config.get("use_dora") or any(name.rpartition(".")[2] == peft.MAGNITUDE for name in names)
+    deep = {name.removeprefix(peft.PREFIX) for name, shape in (shapes or {}).items() if len(shape) > 2}
+    checks = [
+        (config.get("peft_type") != "LORA", f"its peft_type is {config.get('peft_type')!r}"),
+        (not isinstance(config.get("target_modules"), list | str), "it names no target modules"),
+        (rank > limit, f"its rank is {rank}, above max_lora_rank {limit}"),
+        (dora, "it is a DoRA"),
+        (saved, f"it trains modules in full ({listing(saved or (), 3)})"),
+        (bias != "none", f"it trains biases (bias={bias!r})"),
+        *((True, reason) for reason in (*_scales(config, names), *_names(names))),
+        (deep, f"it changes convolutions ({listing(sorted(deep), 2)})"),
+    ]
+    return [reason for wrong, reason in checks if wrong]
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
@@ -80,13 +74,11 @@ def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Releases that do not read rank_pattern and alpha_pattern give every layer the one scale of r and lora_alpha."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
-    plain = {**config, "rank_pattern": {}, "alpha_pattern": {}}
-    _, _, one = peft.strength(plain, "")
+    one = peft.strength(config)[2]  # of no path: no pattern applies
     paths = {parsed[0] for parsed in map(parse, names) if parsed is not None}
     other = sorted(path for path in paths if abs(peft.strength(config, path)[2] - one) > 1e-6 * abs(one))
-    if not other:
-        return []
-    return [f"layers have scales of their own ({listing(other, 2)}), which releases of vLLM have ignored"]
+    text = f"layers have scales of their own ({listing(other, 2)}), which releases of vLLM have ignored"
+    return [text] if other else []
 
 
 def _names(names: Iterable[str]) -> list[str]:
@@ -96,8 +88,7 @@ def _names(names: Iterable[str]) -> list[str]:
     own = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
     parsed = {name: parse(name) for name in names if not own.search(name)}
     unknown = [name.removeprefix(peft.PREFIX) for name, what in parsed.items() if what is None]
-    unknown = [name for name in unknown if not name.endswith("lora_magnitude_vector")]
-    if unknown:
+    if unknown := [name for name in unknown if not name.endswith(peft.MAGNITUDE)]:
         found.append(f"it holds tensors besides the factors ({listing(unknown, 3)})")
     modules = {what[0] for what in parsed.values() if what is not None}
     wrapped = sorted(at for at in modules if "base_layer" in at.split(".") and not at.endswith(".experts.base_layer"))
