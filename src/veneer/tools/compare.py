@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, prints_in
 from veneer.formats import peft
@@ -72,25 +73,18 @@ class FullDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What ``compare`` found. ``str(difference)`` is a text for people.
-
-    Fields:
-        only_a, only_b: what one of them changes: weights, and parameters that are trained in full.
-        layers, full: what both change.
-        config: fields of the LoraConfig that differ, as (A's, B's).
-        base: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of different kinds).
-        base_weights: the weights whose fingerprints differ.
-    """
+    """What ``compare`` found. ``str(difference)`` is a text for people."""
 
     a: Path
     b: Path
-    only_a: tuple[str, ...]
+    only_a: tuple[str, ...]  # weights that A alone changes, and parameters that it alone trains in full
     only_b: tuple[str, ...]
-    layers: tuple[LayerDifference, ...]
+    layers: tuple[LayerDifference, ...]  # what both change
     full: tuple[FullDifference, ...]
-    config: Mapping[str, tuple[Any, Any]]
+    config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
+    #: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of different kinds)
     base: str
-    base_weights: tuple[str, ...]
+    base_weights: tuple[str, ...]  # those whose fingerprints differ
 
     @property
     def same_change(self) -> bool:
@@ -107,15 +101,18 @@ class Difference:
     def relative(self) -> float:
         """‖ΔW_A − ΔW_B‖ over all weights that both change, as a share of the larger norm."""
         apart = math.hypot(*(layer.difference * max(layer.norms) for layer in self.layers))
-        whole = max(math.hypot(*(layer.norms[side] for layer in self.layers)) for side in (0, 1))
+        whole = max(self._norms)
         return apart / whole if whole else 0.0
 
     @property
     def cosine(self) -> float:
         """That of the two changes, over all weights that both change."""
         product = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in self.layers)
-        sizes = [math.hypot(*(layer.norms[side] for layer in self.layers)) for side in (0, 1)]
-        return product / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+        return product / math.prod(self._norms) if all(self._norms) else 0.0
+
+    @property
+    def _norms(self) -> list[float]:
+        return [math.hypot(*(layer.norms[side] for layer in self.layers)) for side in (0, 1)]
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -137,10 +134,8 @@ class Difference:
             yield "the same change: the same numbers"
             return
         if self.layers:
-            yield (
-                f"both    {len(self.layers)} weights, apart by {self.relative:.3g} of the larger change, "
-                f"cosine {self.cosine:.3f}"
-            )
+            apart = f"apart by {self.relative:.3g} of the larger change, cosine {self.cosine:.3f}"
+            yield f"both    {len(self.layers)} weights, {apart}"
         moved = [entry for entry in self.full if entry.difference]
         if moved:
             far = max(moved, key=lambda entry: entry.difference)
@@ -155,30 +150,29 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
         AdapterError: one cannot be read, or their changes have other shapes, so that they are of no one model.
     """
     pair = [each if isinstance(each, AdapterFiles) else read(each) for each in (a, b)]
-    products = [applied(each) for each in pair]
+    products, problems = [applied(each) for each in pair], []
     both = [at for at in products[0] if at in products[1]]
-    raise_all(AdapterError, "These adapters cannot be compared", list(_unlike(both, *products)))
+    for at in both:
+        sizes = [(low.A.shape[0], low.B.shape[1], low.A.shape[2]) for low in (changes[at] for changes in products)]
+        if sizes[0] != sizes[1]:
+            found = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
+            problems.append(sentence(found, "adapters of one model", "compare those"))
+    raise_all(AdapterError, "These adapters cannot be compared", problems)
     magnitudes = [{layer.at: layer.extras for layer in each.low.values()} for each in pair]
     full = [_full(each) for each in pair]
     only = [
         tuple(name for changes in (products, full) for name in changes[side] if name not in changes[1 - side])
         for side in (0, 1)
     ]
+    mine, theirs = (each.config.to_dict() for each in pair)
+    config = {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
     base, weights = _base(*pair)
     return Difference(
         pair[0].path, pair[1].path, only[0], only[1],
         tuple(_layer(at, products[0][at], products[1][at], magnitudes[0][at], magnitudes[1][at]) for at in both),
         tuple(FullDifference(name, _apart(full[0][name], full[1][name])) for name in full[0] if name in full[1]),
-        _config(*pair), base, weights,
+        config, base, weights,
     )  # fmt: skip
-
-
-def _unlike(both: Sequence[str], a: Mapping[str, LowRank], b: Mapping[str, LowRank]) -> Iterator[str]:
-    for at in both:
-        sizes = [(low.A.shape[0], low.B.shape[1], low.A.shape[2]) for low in (a[at], b[at])]
-        if sizes[0] != sizes[1]:
-            found = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
-            yield sentence(found, "adapters of one model", "compare those")
 
 
 def _layer(
@@ -188,28 +182,26 @@ def _layer(
     same = a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
     apart = 0.0 if same else float(LowRank.sum([a.to(torch.float64), b.to(torch.float64)], [1, -1]).core().norm())
     rows, columns = _spaces(a, b)
-    magnitude = None
-    if magnitudes_a or magnitudes_b:
-        known = magnitudes_a.keys() == magnitudes_b.keys()
-        magnitude = max(_apart(m, magnitudes_b[name]) for name, m in magnitudes_a.items()) if known else math.inf
+    known = magnitudes_a.keys() == magnitudes_b.keys()
+    differences = [_apart(m, magnitudes_b[name]) for name, m in magnitudes_a.items()] if known else [math.inf]
     larger, product = max(norms), norms[0] * norms[1]
     cosine = 1.0 if same and larger else a.inner(b) / product if product else 0.0
     return LayerDifference(
         at, (a.rank, b.rank), norms, apart / larger if larger else 0.0, max(-1.0, min(1.0, cosine)), rows, columns,
-        magnitude,
+        max(differences, default=None),
     )  # fmt: skip
 
 
 def _spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
     """How the row spaces and the column spaces of two changes lie to each other."""
-    sides: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    rows, columns = [], []
     one, other = a.svd(), b.svd()
     for group in range(a.A.shape[0]):
-        ranks = [int((svd.S[group] > ROUNDING * svd.S[group, 0]).sum()) for svd in (one, other)]
-        if all(ranks):
-            sides[0].append((one.V[group, : ranks[0]].mT, other.V[group, : ranks[1]].mT))
-            sides[1].append((one.U[group, :, : ranks[0]], other.U[group, :, : ranks[1]]))
-    return _space(sides[0]), _space(sides[1])
+        rank, more = (int((svd.S[group] > ROUNDING * svd.S[group, 0]).sum()) for svd in (one, other))
+        if rank and more:
+            rows.append((one.V[group, :rank].mT, other.V[group, :more].mT))
+            columns.append((one.U[group, :, :rank], other.U[group, :, :more]))
+    return _space(rows), _space(columns)
 
 
 def _space(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
@@ -230,11 +222,8 @@ def _space(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 
 
 def _full(saved: AdapterFiles) -> dict[str, Tensor]:
-    return {
-        f"{peft.unnested(path)[0]}.{name}".lstrip("."): tensor
-        for path, tensors in saved.full.items()
-        for name, tensor in tensors.items()
-    }
+    items = ((peft.unnested(path)[0], tensors) for path, tensors in saved.full.items())
+    return {parameter_path(at, name): tensor for at, tensors in items for name, tensor in tensors.items()}
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -243,11 +232,6 @@ def _apart(a: Tensor, b: Tensor) -> float:
         return math.inf
     larger = max(float(a.double().norm()), float(b.double().norm()))
     return float((a.double() - b.double()).norm()) / larger if larger else 0.0
-
-
-def _config(a: AdapterFiles, b: AdapterFiles) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = a.config.to_dict(), b.config.to_dict()
-    return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
 def _base(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:

@@ -8,42 +8,42 @@ A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco e
 
 DoRA rescales rows, W' = g ⊙ (W + ΔW), so its change is no product; but a weighted sum of such changes and of plain ones
 is DoRA again, exactly (``blend.py``). It needs the base: g = m / ‖W + ΔW‖, and a file knows m alone.
-
-What is trained in full is summed as P₀ + Σ wᵢ (Pᵢ − P₀). Where the weights of the adapters that have it add up to 1, P₀
-cancels, and no base is needed.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
+from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import path_test
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint
 from veneer.formats import peft
-from veneer.tools.compose.align import AlignedWeight, align
+from veneer.lowrank import LowRank
+from veneer.tools.compose.align import AlignedWeight, align, applied
 from veneer.tools.compose.base_weights import BaseWeight, BaseWeights, Source
-from veneer.tools.compose.blend import Blend, ComposeOptions, Term, merged_by_method, rescaled, summed
-from veneer.tools.compose.full_params import combined
+from veneer.tools.compose.blend import Blend, ComposeOptions, Term, merged_by_method, reduced, rescaled
+from veneer.tools.compose.full_params import Weigh, combined
 from veneer.tools.compose.merge_methods import MERGE_METHODS
 from veneer.tools.report_text import counted, rank_range
-from veneer.variants import VARIANTS
 
 __all__ = ["ComposeReport", "LayerReport", "compose"]
 
 METHODS = ("sum", "svd", *MERGE_METHODS)
-_MAGNITUDE = VARIANTS["dora"].peft_keys["magnitude"]
+#: pattern -> a factor for the layers that it matches, or one for each adapter
+Layers = Mapping[str, float | Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What ``compose`` wrote. ``str(report)`` is a short text for people.
-
-    ``verified``: every adapter proves its base, so the result does too. ``notes``: what the caller should know.
-    """
+    """What ``compose`` wrote; ``str(report)`` is for people. ``verified``: every adapter proves its base, so the result
+    does too. ``notes``: what the caller should know."""
 
     path: Path
     method: str
@@ -81,12 +79,10 @@ class ComposeReport:
     def __str__(self) -> str:
         ranks = rank_range(layer.rank for layer in self.layers)
         adapters, layers = counted(len(self.weights), "adapter"), counted(len(self.layers), "layer")
-        said = f"{self.method} of {adapters}: {layers}, {ranks}"
-        worst = max(self.layers, key=lambda layer: layer.error, default=None)
-        if worst is None or worst.error < 1e-9:  # rounding in float64
-            said += ", nothing left out"
-        else:
-            said += f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
+        worst, lost = max(self.layers, key=lambda layer: layer.error, default=None), ", nothing left out"
+        if worst is not None and worst.error >= 1e-9:  # rounding in float64
+            lost = f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
+        said = f"{self.method} of {adapters}: {layers}, {ranks}{lost}"
         return "\n".join([said, *(f"note: {note}" for note in self.notes)])
 
 
@@ -100,7 +96,7 @@ def compose(
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
-    layers: Mapping[str, float | Sequence[float]] | None = None,
+    layers: Layers | None = None,
     base: Source | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
@@ -125,9 +121,6 @@ def compose(
             not tell how a weight is used: square weights of GPT-2's Conv1D, stacks of square matrices.
         seed: of dare's random entries; the result depends on nothing else.
 
-    Returns:
-        for each layer the ranks, the norm and the error.
-
     Raises:
         ConfigError: an option cannot be used.
         AdapterError: the adapters cannot be put side by side, or the base is needed.
@@ -138,97 +131,63 @@ def compose(
         found, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
         raise ConfigError(sentence(found, "a model, or its weights by path", do))
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
-    given = [1.0] * len(adapters) if weights is None else list(weights)
-    how = _options(len(adapters), given, method, rank, energy, density, layers or {}, seed)
+    given, layers = [1.0] * len(adapters) if weights is None else list(weights), layers or {}
+    how = _options(len(adapters), given, method, rank, energy, density, layers, seed)
     must_not_exist(Path(out), overwrite)
     files = [adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters]
-    notes = [
-        f"{each.path} has weight 0 and is left out" for each, weight in zip(files, given, strict=True) if not weight
-    ]
-    provenance = {"composed": _provenance(files, given, how, layers or {}), **(provenance or {})}
-    composed = _composed(files, given, how, layers or {}, base, model)
-    path = write_derived(
-        out, composed.sources, composed.low, composed.full, variant=composed.variant, overwrite=overwrite,
-        provenance=provenance,
-    )  # fmt: skip
-    verified = all(source.record is not None for source in composed.sources)
-    notes += composed.notes
-    return ComposeReport(path, how.method, tuple(given), tuple(composed.reports), verified, tuple(notes))
-
-
-class _Composed(NamedTuple):
-    """What is to be written: the adapters that count, the changes, the parameters trained in full, the variant."""
-
-    sources: list[AdapterFiles]
-    low: dict[str, peft.PeftLayer]
-    full: dict[str, dict[str, Tensor]]
-    variant: str
-    reports: list[LayerReport]
-    notes: list[str]
-
-
-def _composed(
-    files: Sequence[AdapterFiles], given: Sequence[float], how: ComposeOptions,
-    layers: Mapping[str, float | Sequence[float]], base: Source | None, model: nn.Module | None,
-) -> _Composed:  # fmt: skip
     used = [number for number, weight in enumerate(given) if weight]
-    sources = [files[number] for number in used]
+    notes = [f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used]
+    sources, base_weights = [files[number] for number in used], BaseWeights(base, model)
     merged_base(sources)  # of one base, before anything is computed
-    notes = _unproven(sources)
-    base_weights = None if base is None and model is None else BaseWeights({} if base is None else base, model)
-    aligned_weights = align(sources, None if base_weights is None else base_weights.order)
-    base_weights = None if base is None else base_weights
-    weigh = _LayerWeights([given[number] for number in used], _rules(layers, used, aligned_weights, sources))
+    notes += _unproven(sources)
+    aligned_weights = align(sources, base_weights.order)
+    weigh = _layer_weights([given[number] for number in used], used, layers, aligned_weights, sources)
     low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
     full = combined(sources, aligned_weights, weigh, how, base_weights)
-    return _Composed(sources, low, full, variant, reports, notes)
+    provenance = {"composed": _provenance(files, given, how, layers), **(provenance or {})}
+    path = write_derived(out, sources, low, full, variant=variant, overwrite=overwrite, provenance=provenance)
+    verified = all(source.record is not None for source in sources)
+    return ComposeReport(path, how.method, tuple(given), tuple(reports), verified, tuple(notes))
 
 
 def _options(
     count: int, weights: Sequence[float], method: str | None, rank: int | None, energy: float | None,
-    density: float | None, layers: Mapping[str, float | Sequence[float]], seed: int,
+    density: float | None, layers: Layers, seed: int,
 ) -> ComposeOptions:  # fmt: skip
     """The options, checked without reading anything."""
-    problems = []
-    if count == 0:
-        problems.append(sentence("no adapter", "at least one", "name the adapters"))
-    if len(weights) != count:
-        found = f"{len(weights)} weights for {count} adapters"
-        problems.append(sentence(found, "one each", "leave them out to weigh all by 1"))
-    each = [value for factor in layers.values() for value in _listed(factor)]
-    if not all(map(_is_finite_number, [*weights, *each])):
-        problems.append(sentence(f"weights {[*weights, *each]}", "finite numbers", "correct them"))
-    elif weights and not any(weights):
-        problems.append(sentence("weights that are all 0", "one that is not", "there would be nothing to write"))
-    bad = [
-        pattern for pattern, factor in layers.items() if not isinstance(factor, int | float) and len(factor) != count
+    every = [*weights, *(value for factor in layers.values() for value in _listed(factor))]
+    finite, given = all(map(_is_finite_number, every)), len(weights)
+    nothing = finite and given and not any(weights)
+    odd = [at for at, factor in layers.items() if not isinstance(factor, int | float) and len(factor) != count]
+    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
+    bad_energy = energy is not None and not _is_share(energy)
+    reduces = rank is not None or energy is not None
+    method = method or ("svd" if reduces else "sum")
+    merges, bare = method in MERGE_METHODS, method == "svd" and not reduces
+    usual = f"give density={MERGE_METHODS[method].usual}, as in the paper" if merges else ""
+    useless = density is not None and method in ("sum", "svd")
+    checks = [
+        (count == 0, "no adapter", "at least one", "name the adapters"),
+        (given != count, f"{given} weights for {count} adapters", "one each", "leave them out to weigh all by 1"),
+        (not finite, f"weights {every}", "finite numbers", "correct them"),
+        (nothing, "weights that are all 0", "one that is not", "there would be nothing to write"),
+        (odd, f"factors of {listing(odd)} for other than {count} adapters", "one each", "correct it"),
+        (method not in METHODS, f"method={method!r}{nearest(str(method), METHODS)}", " | ".join(METHODS), 'use "sum"'),
+        (bad_rank, f"rank={rank!r}", "a whole number of at least 1", "use 16"),
+        (bad_energy, f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"),
+        (rank is not None and energy is not None, "both a rank and an energy", "one of them", "leave one out"),
+        (method == "sum" and reduces, "a rank or an energy for an exact sum", "none", "use method='svd'"),
+        (bare, "neither a rank nor an energy for svd", "one of them", "give rank=16 or energy=0.99"),
+        (merges and not _is_share(density), f"density={density!r} for {method}", "a share of entries in (0, 1]", usual),
+        (useless, f"a density for {method}", "none", f"use it with one of {listing(MERGE_METHODS)}"),
     ]
-    if bad:
-        problems.append(
-            sentence(f"factors of {listing(bad)} for other than {count} adapters", "one each", "correct it")
-        )
-    method = method or ("sum" if rank is None and energy is None else "svd")
-    if method not in METHODS:
-        found = f"method={method!r}{nearest(str(method), METHODS)}"
-        problems.append(sentence(found, " | ".join(METHODS), 'use "sum"'))
-    if rank is not None and (type(rank) is not int or rank < 1):
-        problems.append(sentence(f"rank={rank!r}", "a whole number of at least 1", "use 16"))
-    if energy is not None and not (_is_finite_number(energy) and 0 < energy <= 1):
-        problems.append(sentence(f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"))
-    if rank is not None and energy is not None:
-        problems.append(sentence("both a rank and an energy", "one of them", "leave one out"))
-    if method == "sum" and (rank is not None or energy is not None):
-        problems.append(sentence("a rank or an energy for an exact sum", "none", "use method='svd'"))
-    if method == "svd" and rank is None and energy is None:
-        problems.append(sentence("neither a rank nor an energy for svd", "one of them", "give rank=16 or energy=0.99"))
-    merge_method = MERGE_METHODS.get(method)
-    if merge_method is not None and not (_is_finite_number(density) and 0 < density <= 1):  # type: ignore[operator]
-        do = f"give density={merge_method.usual}, as in the paper"
-        problems.append(sentence(f"density={density!r} for {method}", "a share of entries in (0, 1]", do))
-    if merge_method is None and density is not None and method in METHODS:
-        problems.append(sentence(f"a density for {method}", "none", f"use it with one of {listing(MERGE_METHODS)}"))
+    problems = [sentence(*said) for wrong, *said in checks if wrong]
     raise_all(ConfigError, "These adapters cannot be composed so", problems)
     return ComposeOptions(method, rank, energy, density or 1.0, seed)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_finite_number(value) and 0 < value <= 1
 
 
 def _is_finite_number(value: object) -> bool:
@@ -240,21 +199,16 @@ def _listed(factor: float | Sequence[float]) -> list[float]:
 
 
 def _provenance(
-    adapters: Sequence[AdapterFiles],
-    weights: Sequence[float],
-    how: ComposeOptions,
-    layers: Mapping[str, float | Sequence[float]],
+    adapters: Sequence[AdapterFiles], weights: Sequence[float], how: ComposeOptions, layers: Layers
 ) -> dict[str, Any]:
     """What goes into the record: of each adapter the name of its folder, the hash of its record, and its weight."""
     of = [
         {"adapter": each.path.name, "record": each.metadata.get("hashes", {}).get("record"), "weight": weight}
         for each, weight in zip(adapters, weights, strict=True)
     ]
-    options: dict[str, Any] = {"rank": how.rank, "energy": how.energy}
-    if how.method in MERGE_METHODS:
-        options |= {"density": how.density, "seed": how.seed}
-    if layers:
-        options["layers"] = {pattern: _listed(factor) for pattern, factor in layers.items()}
+    options = {"rank": how.rank, "energy": how.energy}
+    options |= {"density": how.density, "seed": how.seed} if how.method in MERGE_METHODS else {}
+    options |= {"layers": {pattern: _listed(factor) for pattern, factor in layers.items()}} if layers else {}
     return {"method": how.method, **{name: value for name, value in options.items() if value is not None}, "of": of}
 
 
@@ -268,114 +222,91 @@ def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
     if not foreign:
         return []
     for source in sources:
-        if str(source.peft_config.get("peft_type")).startswith(peft.NOT_FOR_PEFT):
+        if peft.not_for_peft(source.peft_config) is not None:
             found = f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path} without a record"
             do = "load each on its model and save it with veneer.save first"
             raise AdapterError(sentence(found, "adapters of Veneer's, or such as PEFT applies alike", do))
     for source in foreign:
-        nested = any(peft.attention_of(path) is not None for path in source.low)
-        if nested and (reason := peft.unsure(source.peft_config)) is not None:
-            raise AdapterError(sentence(f"{source.path}: {reason}", "a known meaning", "use PEFT for it"))
+        applied(source)  # as PEFT would: an error where it is not known how
     names = listing((str(source.path) for source in foreign), 3)
     return [f"{names}: no record of the base, so the result has none; only you can tell that the bases are one"]
 
 
-#: a test of a path, and the factor of each adapter where it holds
-_Rule = tuple[Any, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class _LayerWeights:
-    """The weight of an adapter in a layer: its own, times the factor of the first rule that a name of the layer
-    meets."""
-
-    weights: Sequence[float]
-    rules: Sequence[_Rule]
-
-    def __call__(self, names: Sequence[str], number: int) -> float:
-        factor = next((factors[number] for test, factors in self.rules if any(map(test, names))), 1.0)
-        return self.weights[number] * factor
-
-
-def _rules(
-    layers: Mapping[str, float | Sequence[float]], used: Sequence[int], aligned_weights: Sequence[AlignedWeight],
+def _layer_weights(
+    weights: Sequence[float], used: Sequence[int], layers: Layers, aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
-) -> list[_Rule]:  # fmt: skip
-    """The rules of ``layers``, of which each must match something."""
+) -> Weigh:  # fmt: skip
+    """The weight of an adapter in a layer: its own, times the factor of the first pattern of ``layers`` that meets a
+    name of the layer. Each pattern must match something."""
     known = [name for aligned in aligned_weights for name in (aligned.at, aligned.weight) if name]
     for source in sources:
         for path, tensors in source.full.items():
             at = peft.unnested(path)[0]
-            known += [at, *(f"{at}.{name}".lstrip(".") for name in tensors)]
+            known += [at, *(parameter_path(at, name) for name in tensors)]
     rules, problems = [], []
     for pattern, factor in layers.items():
         try:
             test = path_test(pattern)
         except re.error as error:
-            found = f"pattern {pattern!r}"
-            problems.append(sentence(found, f"a regular expression after re: ({error})", "correct it"))
+            expected = f"a regular expression after re: ({error})"
+            problems.append(sentence(f"pattern {pattern!r}", expected, "correct it"))
             continue
         if not any(map(test, known)):
             leaves = dict.fromkeys(aligned.at.rpartition(".")[2] for aligned in aligned_weights)
             found = f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *known])}"
             problems.append(sentence(found, f"names such as {listing(leaves)}", "correct it"))
-        whole = [float(factor)] * (max(used) + 1) if isinstance(factor, int | float) else factor
-        rules.append((test, [float(whole[number]) for number in used]))
+        rules.append((test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used]))
     raise_all(ConfigError, "These layers cannot be weighed", problems)
-    return rules
+
+    def weigh(names: Sequence[str], number: int) -> float:
+        return weights[number] * next((factors[number] for test, factors in rules if any(map(test, names))), 1.0)
+
+    return weigh
 
 
 def _changes(
-    aligned_weights: Sequence[AlignedWeight],
-    sources: Sequence[AdapterFiles],
-    weigh: _LayerWeights,
-    how: ComposeOptions,
-    base_weights: BaseWeights | None,
-) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
+    aligned_weights: Sequence[AlignedWeight], sources: Sequence[AdapterFiles], weigh: Weigh, how: ComposeOptions,
+    base_weights: BaseWeights,
+) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:  # fmt: skip
     """(every change by its path in the file, a report of each weight, the variant)."""
-    tied: dict[str, list[AlignedWeight]] = {}
+    tied: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
     for aligned in aligned_weights:
         if aligned.alias_of is not None:
-            tied.setdefault(aligned.alias_of[0], []).append(aligned)
-    weights = {}
+            tied[aligned.alias_of[0]].append(aligned)
+    weights: dict[str, dict[int, float]] = {}
     for aligned in aligned_weights:
-        names = [name for each in (aligned, *tied.get(aligned.at, ())) for name in (each.at, each.weight) if name]
-        found = {number: weight for number in aligned.layers if (weight := weigh(names, number))}
-        weights |= {aligned.at: found} if found and aligned.alias_of is None else {}
-    extras = any(aligned.layers[number].extras for aligned in aligned_weights for number in weights.get(aligned.at, ()))
+        if aligned.alias_of is None:
+            names = [name for each in (aligned, *tied[aligned.at]) for name in (each.at, each.weight) if name]
+            weights[aligned.at] = {number: weight for number in aligned.layers if (weight := weigh(names, number))}
+    changed = [aligned for aligned in aligned_weights if weights.get(aligned.at)]
+    extras = any(aligned.layers[number].extras for aligned in changed for number in weights[aligned.at])
     rescales = extras and how.method not in MERGE_METHODS
     low, reports = {}, []
-    for aligned in aligned_weights:
-        if aligned.at not in weights:
-            continue
-        blend, layer, ranks = _change(aligned, weights[aligned.at], sources, how, base_weights, rescales)
+    for aligned in changed:
+        blend, layer = _change(aligned, weights[aligned.at], sources, how, base_weights, rescales)
         low[aligned.path] = layer
-        for alias in tied.get(aligned.at, ()):
+        for alias in tied[aligned.at]:
             own = alias.template.with_low(layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low)
-            low[alias.path] = _with_magnitude(own, alias, blend.magnitude)
+            low[alias.path] = own.with_magnitude(blend.magnitude)
+        ranks = tuple(aligned.layers[number].low.rank for number in weights[aligned.at])
         error = blend.error / blend.norm if blend.norm else 0.0
         reports.append(LayerReport(aligned.at, ranks, layer.rank, blend.norm, error))
-    return (
-        {aligned.path: low[aligned.path] for aligned in aligned_weights if aligned.path in low},
-        reports,
-        "dora" if rescales else "lora",
-    )
+    ordered = {aligned.path: low[aligned.path] for aligned in aligned_weights if aligned.path in low}
+    return ordered, reports, "dora" if rescales else "lora"
 
 
 def _change(
     aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: ComposeOptions,
-    base_weights: BaseWeights | None, rescales: bool,
-) -> tuple[Blend, peft.PeftLayer, tuple[int, ...]]:  # fmt: skip
-    """One weight's change: as a value, as a file holds it, and the ranks that it is made of."""
+    base_weights: BaseWeights, rescales: bool,
+) -> tuple[Blend, peft.PeftLayer]:  # fmt: skip
+    """One weight's change: as a value, and as a file holds it."""
     layers = [aligned.layers[number] for number in weights]
-    ranks = tuple(layer.low.rank for layer in layers)
     dtype = torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
-    magnitudes = [layer.extras.get(_MAGNITUDE) for layer in layers]
+    magnitudes = [layer.extras.get(peft.MAGNITUDE) for layer in layers]
     if how.method == "sum" and list(weights.values()) == [1.0] and (magnitudes[0] is not None or not rescales):
         # the change itself, for which no base is needed; what PEFT's file holds of some variants has too large a rank
         low = layers[0].low.compact().to(dtype)
-        layer = _with_magnitude(layers[0].with_low(low), aligned, magnitudes[0])
-        return Blend(low, magnitudes[0], low.norm(), 0.0), layer, ranks
+        return Blend(low, magnitudes[0], low.norm(), 0.0), layers[0].with_low(low).with_magnitude(magnitudes[0])
     base_weight = None
     if rescales or any(magnitude is not None for magnitude in magnitudes):
         base_weight = _base_weight(aligned, sources, list(weights), base_weights)
@@ -389,24 +320,16 @@ def _change(
     elif base_weight is not None:
         blend = rescaled(terms, how, base_weight.weight, aligned.at, dtype)
     else:
-        blend = summed(terms, how)
+        blend = reduced(LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how)
     low = (blend.low.T if swapped else blend.low).to(dtype)
-    return blend, _with_magnitude(layers[0].with_low(low), aligned, blend.magnitude), ranks
-
-
-def _with_magnitude(layer: peft.PeftLayer, aligned: AlignedWeight, magnitude: Tensor | None) -> peft.PeftLayer:
-    """With a magnitude in the shape of a PEFT file: [1, out, 1, …] for a convolution, [out] elsewhere."""
-    if magnitude is None:
-        return layer
-    shape = (1, -1, *[1] * (layer.A.dim() - 2)) if layer.A.dim() > 2 else (-1,)
-    return replace(layer, extras={_MAGNITUDE: magnitude.reshape(shape)})
+    return blend, layers[0].with_low(low).with_magnitude(blend.magnitude)
 
 
 def _base_weight(
-    aligned: AlignedWeight, sources: Sequence[AdapterFiles], used: Sequence[int], base_weights: BaseWeights | None
+    aligned: AlignedWeight, sources: Sequence[AdapterFiles], used: Sequence[int], base_weights: BaseWeights
 ) -> BaseWeight:
     """The base weight below these changes, which must be the one that the adapters were made for."""
-    if base_weights is None:
+    if base_weights.source is None:
         found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
         raise AdapterError(sentence(found, "the base's weights", "pass base= (--base on the command line)"))
     base_weight = base_weights.base_weight(aligned, sources[used[0]].peft_config)

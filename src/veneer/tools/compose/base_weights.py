@@ -2,9 +2,8 @@
 
     base_weights.base_weight(aligned)  ->  BaseWeight(weight [g, out, in], swapped)      a gain rescales each of out
 
-A model says how each of its layers uses its weight. Tensors alone have shapes: with those of A and B they tell the kind
-nearly always. Where they do not (a square matrix may lie either way), that is an error which asks for the model, as a
-wrong guess would be another norm for each row, and no one would see it.
+A model says how each of its layers uses its weight. The shapes of tensors alone, with those of A and B, tell the kind
+nearly always; where they do not (a square matrix may lie either way), that is an error which asks for the model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for, ref_at
 from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import adapters_of, unwrap
+from veneer.attach.lookup import adapters_of, parameter_path, unwrap
 from veneer.attach.targets import Names, own_parameters
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing, sentence
@@ -33,41 +32,31 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class BaseWeight(NamedTuple):
-    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of its transpose."""
+    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of its transpose;
+    ``dense``: as it is stored, for its fingerprint."""
 
     weight: Tensor
     swapped: bool
-    #: as it is stored, for its fingerprint
     dense: Tensor
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Base weights by path.
+    """Base weights by path: of a model, a mapping, or a function that raises KeyError for a path that it lacks; None:
+    no base. ``structure`` is the model that tensors are of, on the meta device if need be."""
 
-    Fields:
-        source: a model, a mapping, or a function that raises KeyError for a path that it lacks.
-        structure: the model that the tensors are of, without values if need be (on the meta device): it says how
-            each weight is used.
-    """
-
-    source: Source
+    source: Source | None
     structure: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
-        """The modules by path, where there is a model.
-
-        Raises:
-            AdapterError: an adapter is merged into it, so that its weights are not the base's.
-        """
-        if not isinstance(self.source, nn.Module):
-            return None if self.structure is None else Names(unwrap(self.structure))
-        attached = adapters_of(self.source)
+        """The modules by path, where there is a model; AdapterError where an adapter is merged into it."""
+        model = self.source if isinstance(self.source, nn.Module) else self.structure
+        attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
             found = f"a base into which {attached.merged!r} is merged"
             raise AdapterError(sentence(found, "the base's own weights", "call veneer.unmerge(model) first"))
-        return Names(unwrap(self.source))
+        return None if model is None else Names(unwrap(model))
 
     @property
     def order(self) -> Order | None:
@@ -76,26 +65,22 @@ class BaseWeights:
         return None if names is None else lambda module: own_parameters(names.modules[names.canonical[module]])
 
     def get(self, path: str) -> Tensor | None:
-        """The dense parameter or buffer at this path, or None where there is none.
-
-        Raises:
-            AdapterError: it is stored in a way that Veneer does not know, or has no values (meta device).
-        """
+        """The dense parameter or buffer at this path, None where there is none; AdapterError where it has no values."""
         source: Any = self.source
-        if isinstance(source, nn.Module):
-            assert self.names is not None
-            tensor = self._of_model(self.names, path)
+        if source is None or isinstance(source, nn.Module):
+            tensor = None if source is None else self._of_model(path)
         else:
             try:
                 tensor = source[path] if hasattr(source, "__getitem__") else source(path)
             except KeyError:
-                tensor = None
+                return None
         if tensor is not None and tensor.is_meta:
             raise AdapterError(sentence(f"{path!r} on the meta device", "values", "load the base's weights first"))
         return None if tensor is None else tensor.detach().cpu()
 
-    def _of_model(self, names: Names, path: str) -> Tensor | None:
-        above, _, name = path.rpartition(".")
+    def _of_model(self, path: str) -> Tensor | None:
+        names, (above, _, name) = self.names, path.rpartition(".")
+        assert names is not None
         module = names.modules.get(names.canonical.get(above, above))
         if module is None:
             return None
@@ -116,26 +101,27 @@ class BaseWeights:
             AdapterError: there is no such weight, or it cannot be told how it is used.
         """
         path = aligned.weight
-        if path is None and self.names is not None:
-            ref = ref_at(self.names, aligned.path, config)
-            path = None if ref is None else ".".join(filter(None, ref))
-        paths = (
-            [path]
-            if path
-            else [f"{aligned.at}.weight".lstrip("."), aligned.at, f"{aligned.at}.in_proj_weight".lstrip(".")]
-        )
-        path, dense = next(((p, found) for p in paths if (found := self.get(p)) is not None), (None, None))
-        if path is None or dense is None:
+        if path is None and self.names is not None and (ref := ref_at(self.names, aligned.path, config)) is not None:
+            path = parameter_path(*ref)
+        at = aligned.at
+        paths = [path] if path else [parameter_path(at, "weight"), at, parameter_path(at, "in_proj_weight")]
+        path, dense = next(((p, found) for p in paths if (found := self.get(p)) is not None), ("", None))
+        if dense is None:
             found = f"no {' or '.join(map(repr, paths))} in the base"
             raise AdapterError(sentence(found, "the weight that the adapters change", "pass the base that they are of"))
         if self.names is not None:
-            weight, swapped = _by_kind(self.names, path, dense, aligned)
+            above, _, name = path.rpartition(".")
+            module = self.names.modules[self.names.canonical[above]]
+            kind = kind_for(module, name)
+            peft_form = LAYERS[GENERAL] if aligned.parameter else kind
+            swapped = peft_form.name == GENERAL and swapped_stack(module, dense.shape)
+            swapped = swapped != (peft_form.out_axis != kind.out_axis)
+            weight = kind.unfold(dense, kind.dims(module, dense.shape))
         else:
             # with changes of parameters a file does not say that its layers are transposed: see peft_mapping
             lying = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
             weight, swapped = _by_shape(path, dense, aligned, lying)
-        groups, _, in_ = aligned.template.low.A.shape
-        out = aligned.template.low.B.shape[1]
+        groups, out, in_ = aligned.template.dims
         if weight.shape != ((groups, in_, out) if swapped else (groups, out, in_)):
             found = f"{path!r} of shape {tuple(dense.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
@@ -143,23 +129,12 @@ class BaseWeights:
         return BaseWeight(weight, swapped, dense)
 
 
-def _by_kind(names: Names, path: str, dense: Tensor, aligned: AlignedWeight) -> tuple[Tensor, bool]:
-    above, _, name = path.rpartition(".")
-    module = names.modules[names.canonical[above]]
-    kind = kind_for(module, name)
-    peft_form = LAYERS[GENERAL] if aligned.parameter else kind
-    swapped = peft_form.name == GENERAL and swapped_stack(module, dense.shape)
-    weight = kind.unfold(dense, kind.dims(module, dense.shape))
-    return weight, swapped != (peft_form.out_axis != kind.out_axis)
-
-
 def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:
     found = dict(_readings(dense, aligned))
     if len(found) == 2 and dense.dim() == 2 and not lying:  # square, and no layer of this file lies transposed
         del found["transposed"]
     first = next(iter(found.values()), None)
-    one = first is not None and all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values())
-    if first is None or not one:
+    if first is None or not all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values()):
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
         what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(aligned.template.A.shape)}, {ways}"
         raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass model= too"))
@@ -169,8 +144,7 @@ def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> 
 def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
     """The ways in which a weight of this shape can be what a change of this shape changes: its kind's unfold."""
     layer, sizes = aligned.template, squeezed(dense.shape)
-    groups, _, in_ = layer.low.A.shape
-    out = layer.low.B.shape[1]
+    groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
         if dense.shape == (in_, out):
             yield "embedding", (dense.mT[None], False)

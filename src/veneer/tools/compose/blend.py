@@ -10,6 +10,7 @@ is approximated, as it is what reaches the weights: the error is then the best o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,6 @@ SMALLEST = 1e-6
 
 
 class ComposeOptions(NamedTuple):
-    """How to combine: a method, and what belongs to it."""
-
     method: str
     rank: int | None
     energy: float | None
@@ -35,8 +34,7 @@ class ComposeOptions(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One adapter's change of a weight, [g, out, in] as that lies: the product, DoRA's magnitude [g · out] if it has
-    one, and what it counts in the sum."""
+    """One adapter's change of a weight as that lies: ΔW [g, out, in], DoRA's magnitude [g · out], its share."""
 
     low: LowRank
     magnitude: Tensor | None
@@ -44,8 +42,7 @@ class Term(NamedTuple):
 
 
 class Blend(NamedTuple):
-    """The change, its magnitude if it is DoRA's, the norm of the whole change before anything was left out, and that of
-    what was left out."""
+    """The change, its magnitude if it is DoRA's, the norm of the whole, and that of what was left out."""
 
     low: LowRank
     magnitude: Tensor | None
@@ -53,12 +50,8 @@ class Blend(NamedTuple):
     error: float
 
 
-def summed(terms: Sequence[Term], how: ComposeOptions) -> Blend:
-    """The sum of plain changes."""
-    return _reduced(LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how)
-
-
-def _reduced(total: LowRank, how: ComposeOptions) -> Blend:
+def reduced(total: LowRank, how: ComposeOptions) -> Blend:
+    """A sum as it is, or to a rank."""
     if how.method == "sum" or (how.rank is not None and total.rank <= min(how.rank, total.largest_rank)):
         return Blend(total.compact(), None, total.norm(), 0.0)
     svd = total.svd()
@@ -87,10 +80,10 @@ def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str
     products = [term.low.to(torch.float64).gained(gain) for term, gain in zip(terms, gains, strict=True)]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
-    reduced = _reduced(total, how)
+    low, *_, error = reduced(total, how)
     # the magnitude is that of the stored factors, so that the gain is G when they are read
-    low = reduced.low.to(torch.float64).gained(1 / G).to(dtype)
-    return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, reduced.error)
+    low = low.to(torch.float64).gained(1 / G).to(dtype)
+    return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, error)
 
 
 def _gain(term: Term, W: Tensor) -> Tensor:
@@ -103,23 +96,18 @@ def _gain(term: Term, W: Tensor) -> Tensor:
 
 
 def merged_by_method(terms: Sequence[Term], how: ComposeOptions, weight: Tensor | None, at: str) -> Blend:
-    """The dense changes merged by one of ``MERGE_METHODS``, as factors. ``weight`` is needed where a term has a
-    magnitude."""
+    """The dense changes merged by one of ``MERGE_METHODS``, as factors; ``weight`` is for those with a magnitude."""
 
     def dense(term: Term) -> Tensor:
         delta = term.low.delta(torch.float64)
-        if term.magnitude is None:
+        if term.magnitude is None or weight is None:
             return delta
-        assert weight is not None
         W = weight.double()
         gain = _gain(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    vectors = [lambda term=term: dense(term) for term in terms]
-    seed = f"{how.seed}/{at}"
+    vectors, seed = [partial(dense, term) for term in terms], f"{how.seed}/{at}"
     delta = merged_vector(MERGE_METHODS[how.method], vectors, [term.weight for term in terms], how.density, seed)
-    rank = how.rank
-    if rank is None and how.energy is None:
-        rank = sum(term.low.rank for term in terms)
+    rank = sum(term.low.rank for term in terms) if how.rank is None and how.energy is None else how.rank
     low, error = factored(delta, rank, how.energy, seed)
     return Blend(low, None, float(delta.norm()), error)

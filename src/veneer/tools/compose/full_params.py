@@ -1,19 +1,20 @@
 """What several adapters train in full, combined: P = P₀ + Σ wᵢ (Pᵢ − P₀), with P₀ the base's.
 
-Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and nobody need know it: a parameter
-that one adapter alone has, with weight 1, or an average. Else the base is needed. The merge methods (TIES and the
-like) take Pᵢ − P₀ as they take ΔWᵢ.
+Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and no base is needed. The merge methods
+(TIES and the like) take Pᵢ − P₀ as they take ΔWᵢ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
 from veneer.formats import peft
@@ -27,12 +28,9 @@ Weigh = Callable[[Sequence[str], int], float]
 
 
 def combined(
-    sources: Sequence[AdapterFiles],
-    aligned_weights: Sequence[AlignedWeight],
-    weigh: Weigh,
-    how: ComposeOptions,
-    base_weights: BaseWeights | None,
-) -> dict[str, dict[str, Tensor]]:
+    sources: Sequence[AdapterFiles], aligned_weights: Sequence[AlignedWeight], weigh: Weigh, how: ComposeOptions,
+    base_weights: BaseWeights,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
     """The parameters and running statistics by path in a file and name.
 
     Raises:
@@ -53,52 +51,43 @@ def combined(
     problems: list[str] = []
     lacking: list[str] = []
     for (at, name), tensors in params.items():
-        path = f"{at}.{name}".lstrip(".")
+        path = parameter_path(at, name)
         if len({tensor.shape for tensor in tensors.values()}) > 1:
             problems.append(sentence(f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"))
-        elif name == "weight" and at in changed:
-            full.setdefault(where[at], {})[name] = _frozen(path, list(tensors.values()))
+        elif name == "weight" and at in changed:  # a base weight that PEFT writes along with its change
+            first, *others = tensors.values()
+            if not all(torch.equal(tensor, first) for tensor in others):
+                raise BaseMismatchError(sentence(f"different frozen weights of {path!r}", "one base", "leave one out"))
+            full.setdefault(where[at], {})[name] = first
         else:
-            value = _combined(path, tensors, _weights(weigh, at, path, tensors), how, base_weights, problems, lacking)
+            weights = {number: weight for number in tensors if (weight := weigh((at, path), number))}
+            value = _combined(path, tensors, weights, how, base_weights, problems, lacking)
             if value is not None:
                 full.setdefault(where[at], {})[name] = value
     if lacking:
-        found = f"no base values of {listing(lacking)}, which are trained in full with weights that do not add up to 1"
-        if how.method in MERGE_METHODS:
-            found = f"no base values of {listing(lacking)}, which are trained in full"
+        found = f"no base values of {listing(lacking)}, which are trained in full"
+        found += "" if how.method in MERGE_METHODS else " with weights that do not add up to 1"
         do = "pass the base (--base on the command line), or give these layers other weights (0 leaves them out)"
         problems.append(sentence(found, "the base, from which their changes are counted", do))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
     return full
 
 
-def _weights(weigh: Weigh, at: str, path: str, tensors: Mapping[int, Tensor]) -> dict[int, float]:
-    return {number: weight for number in tensors if (weight := weigh((at, path), number))}
-
-
-def _frozen(path: str, tensors: list[Tensor]) -> Tensor:
-    """A base weight that PEFT writes along with its change."""
-    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
-        raise BaseMismatchError(sentence(f"different frozen weights of {path!r}", "one base", "leave one out"))
-    return tensors[0]
-
-
 def _combined(
     path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], how: ComposeOptions,
-    base_weights: BaseWeights | None, problems: list[str], lacking: list[str],
+    base_weights: BaseWeights, problems: list[str], lacking: list[str],
 ) -> Tensor | None:  # fmt: skip
     """The value of one parameter, or None where its weights are 0 or there is a problem (then added)."""
     if not weights:
         return None  # its layer has the weight 0: the base's own
-    merge_method = MERGE_METHODS.get(how.method)
+    merge_method, like = MERGE_METHODS.get(how.method), tensors[next(iter(weights))]
     if merge_method is None and list(weights.values()) == [1.0]:
-        return tensors[next(iter(weights))]
-    base = None if base_weights is None else base_weights.get(path)
+        return like
+    base = base_weights.get(path)
     cancels = math.isclose(sum(weights.values()), 1.0, rel_tol=1e-12)
     if base is None and (merge_method is not None or not cancels):
         lacking.append(path)
         return None
-    like = tensors[next(iter(weights))]
     if base is not None and base.shape != like.shape:
         found = f"{path!r} of shape {tuple(like.shape)}, in the base of {tuple(base.shape)}"
         problems.append(sentence(found, "one shape", "pass the base that the adapters are of"))
@@ -115,7 +104,5 @@ def _combined(
     if path.endswith("running_var") and (value < 0).any():
         found = f"a variance below 0 in {path!r}"
         problems.append(sentence(found, "a variance", "give this layer weights that add up to 1"))
-    dtype = like.dtype
-    for number in weights:
-        dtype = torch.promote_types(dtype, tensors[number].dtype)
+    dtype = reduce(torch.promote_types, (tensors[number].dtype for number in weights))
     return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)

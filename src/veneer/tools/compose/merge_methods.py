@@ -10,8 +10,8 @@
     prune        largest     add        magnitude pruning, then task arithmetic
 
 A vector's weight multiplies it before the election, so that a negative one votes for the other sign; with all weights λ
-this is TIES with its λ. What is kept is counted in each weight by itself. Each vector is made when it is needed and
-dropped again, twice for an election: one at a time is in memory, with three results of that size.
+this is TIES with its λ. What is kept is counted in each weight by itself. One vector at a time is in memory, made when
+it is needed (twice for an election), with three results of that size.
 
 Rejected: the same on A and B one by one, as PEFT does. The product of sparse factors is no sparse product, signs of A
 and B are no signs of ΔW, and the result changes if A and B are scaled against each other, which leaves ΔW as it is.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,13 +35,11 @@ Vector = Callable[[], Tensor]
 MORE, ROUNDS = 16, 4
 
 
-@dataclass(frozen=True)
-class MergeMethod:
-    """A row of the table above."""
+class MergeMethod(NamedTuple):
+    """A row of the table above; ``usual`` is the density that its paper uses."""
 
     random: bool
     elect: bool
-    #: the density that its paper uses
     usual: float
 
 
@@ -57,56 +54,33 @@ MERGE_METHODS = {
 def merged_vector(
     method: MergeMethod, vectors: Sequence[Vector], weights: Sequence[float], density: float, seed: str
 ) -> Tensor:
-    """The merged vector, float64.
-
-    Args:
-        density: the share of entries that each vector keeps, in (0, 1].
-        seed: any text; which entries are kept at random depends on it and on the vector's place alone.
-    """
-
-    least: dict[int, float] = {}  # of each vector, so that an election need not look for it again
+    """The merged vector, float64. Each vector keeps the share ``density`` of its entries, in (0, 1]; which at random
+    depends on the text ``seed`` and on the vector's place alone."""
+    least: dict[int, Tensor] = {}  # of each vector, so that an election need not look for it again
 
     def sparse(number: int) -> Tensor:
         vector = vectors[number]() * weights[number]
-        if method.random:
-            return dropped(vector, density, f"{seed}/{number}")
-        if number not in least:
-            least[number] = threshold(vector, density)
+        if method.random:  # each entry with probability ``density``, divided by it: the expectation is the vector
+            drawn = torch.rand(vector.shape, generator=generator(f"{seed}/{number}"), dtype=torch.float32)
+            return (vector / density).where(drawn.to(vector.device) < density, 0)
+        if number not in least:  # among the largest entries, at least one; entries that equal it are all as large
+            keep = max(1, round(density * vector.numel()))
+            least[number] = vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values
         return vector.where(vector.abs() >= least[number], 0)
 
-    total = _added(sparse, len(vectors))
-    return elected(sparse, len(vectors), total) if method.elect else total
-
-
-def _added(sparse: Callable[[int], Tensor], count: int) -> Tensor:
     total = sparse(0)
-    for number in range(1, count):
+    for number in range(1, len(vectors)):
         total = total + sparse(number)
-    return total
-
-
-def elected(sparse: Callable[[int], Tensor], count: int, total: Tensor) -> Tensor:
-    """The mean, entry by entry, of those vectors whose sign is the sign of their sum ``total``; 0 where that is 0."""
+    if not method.elect:
+        return total
+    # the mean, entry by entry, of those vectors whose sign is the sign of their sum; 0 where that is 0
     sign, merged, agreeing = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
-    for number in range(count):
+    for number in range(len(vectors)):
         vector = sparse(number)
         agrees = (vector.sign() == sign) & (sign != 0)
         merged += vector.where(agrees, 0)
         agreeing += agrees
     return merged / agreeing.clamp_min(1)
-
-
-def threshold(vector: Tensor, density: float) -> float:
-    """The smallest magnitude among the largest entries, ``density`` of all (at least one). Entries that equal it are
-    all as large."""
-    keep = max(1, round(density * vector.numel()))
-    return float(vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values)
-
-
-def dropped(vector: Tensor, density: float, seed: str) -> Tensor:
-    """Each entry with probability ``density``, divided by it; else 0. The expectation is the vector."""
-    drawn = torch.rand(vector.shape, generator=generator(seed), dtype=torch.float32)
-    return (vector / density).where(drawn.to(vector.device) < density, 0)
 
 
 def generator(seed: str) -> torch.Generator:
@@ -115,15 +89,9 @@ def generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-class Factored(NamedTuple):
-    """A dense change as factors, and ‖ΔW − factors‖ as measured."""
-
-    low: LowRank
-    error: float
-
-
-def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -> Factored:
-    """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense [g, out, in].
+def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -> tuple[LowRank, float]:
+    """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense [g, out, in]; and
+    ‖ΔW − product‖.
 
     Exact decompositions where the rank is a good part of the weight's, or where a share is asked for; else a random
     range finder (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself either way.
@@ -136,9 +104,8 @@ def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -
         svd = _random(delta, rank + MORE, generator(seed))
     low, _ = svd.cut(min(rank or largest, largest) if energy is None else svd.rank_for(energy))
     rows, columns = (delta == 0).all(2, keepdim=True), (delta == 0).all(1, keepdim=True)
-    low = LowRank(low.A.masked_fill(columns, 0), low.B.masked_fill(rows, 0), low.scale)
-    low = low.compact()
-    return Factored(low, float((delta - low.delta()).norm()))
+    low = LowRank(low.A.masked_fill(columns, 0), low.B.masked_fill(rows, 0), low.scale).compact()
+    return low, float((delta - low.delta()).norm())
 
 
 def _random(delta: Tensor, width: int, random: torch.Generator) -> Svd:
