@@ -2,9 +2,8 @@
 
     source --read--> an adapter folder in PEFT's layout --write--> out
 
-Every format meets in the folder, so each is one file that reads and writes it, and a new one is one new file in
-``formats/``. What a format cannot hold is an error that names every reason; what does not change an output and has no
-place there (the record, a dropout) is told in the report. Factors are copied, not computed: to ``peft``, ``kohya`` and
+What a format cannot hold is an error that names every reason; what does not change an output and has no place there
+(the record, a dropout) is told in the report. Factors are copied, not computed: to ``peft``, ``kohya`` and
 ``diffusers`` they keep their bits. Where a format has another rule for the scale, alpha changes and the product stays.
 
 ``veneer`` is the folder with fingerprints of its base, so it asks for the base itself. All of ``gguf`` and the reading
@@ -15,16 +14,17 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import veneer.formats
+from veneer import formats
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
@@ -37,47 +37,19 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist, new_file
 from veneer.fileio.hashing import kind_in
-from veneer.formats import peft
-from veneer.formats._base import (
-    FORMATS,
-    Adapter,
-    BaseFacts,
-    Contents,
-    Format,
-    LowRankChange,
-    MisreadElsewhere,
-    Options,
-    cast,
-    kind_of_change,
-    read_tensors,
-    register,
-)
+from veneer.fileio.untrusted import Header, read_header
+from veneer.formats import FORMATS, Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, peft
+from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
 from veneer.registry import import_all
 from veneer.tools.convert import deltas
-from veneer.tools.convert.base_info import BaseInfo, header_of, open_base
+from veneer.tools.convert.base_info import BaseInfo, open_base
 from veneer.tools.report_text import rank_range
 
-register(
-    Format(
-        name="veneer",
-        title="an adapter folder that proves what it is",
-        lacks="nothing that Veneer reads",
-        suffix="",
-        recognises=lambda start, keys, header: False,  # a folder: see detect
-    )
-)
-register(
-    Format(
-        name="peft",
-        title="an adapter folder of PEFT",
-        lacks="what PEFT would compute otherwise (the folder then says so); the parameters of variants that PEFT lacks",
-        suffix="",
-        recognises=lambda start, keys, header: False,
-        peft=True,
-    )
-)
-import_all(veneer.formats.__name__, list(veneer.formats.__path__))
+formats.register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
+_NOT_PEFT = "what PEFT would compute otherwise (the folder then says so); the parameters of variants that PEFT lacks"
+formats.register(Format("peft", "an adapter folder of PEFT", _NOT_PEFT, peft=True))
+import_all(formats.__name__, list(formats.__path__))
 
 __all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
 
@@ -86,30 +58,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """What was converted."""
 
-    Fields:
-        path: what was written.
-        source, to: the formats.
-        ranks: the rank of each weight that changes, by its name.
-        full: parameters that are trained in full.
-        left_out: what the source had and the result has not, with the reason.
-        errors: of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name.
-    """
-
-    path: Path
-    source: str
+    path: Path  # what was written
+    source: str  # the format that was read
     to: str
-    ranks: Mapping[str, int]
-    full: tuple[str, ...]
-    left_out: tuple[str, ...]
-    errors: Mapping[str, float]
+    ranks: Mapping[str, int]  # of each weight that changes, by its name
+    full: tuple[str, ...]  # parameters that are trained in full
+    left_out: tuple[str, ...]  # what the source had and the result has not, with the reason
+    errors: Mapping[str, float]  # of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name
 
     def __str__(self) -> str:
         lines = [f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank_range(self.ranks.values())}"]
         lines += [f"in full: {listing(self.full)}"] if self.full else []
         if self.errors:
-            worst = max(self.errors, key=lambda name: self.errors[name])
+            worst = max(self.errors, key=self.errors.__getitem__)
             lines.append(f"relative error of a product {self.errors[worst]:.2g} at most ({worst})")
         lines += [f"left out: {reason}" for reason in self.left_out]
         return "\n".join([*lines, f"written to {self.path}"])
@@ -165,57 +128,71 @@ def conversion(
     if from_ == to:
         found = f"{source}, which is of the format {to!r} already"
         raise AdapterError(sentence(found, "another format", "copy it, or choose another format"))
-    base_info = None if base is None else open_base(base)
-    if to == "veneer" and base_info is None:
+    base_info = open_base(base)
+    if to == "veneer" and base_info.module is None:
         found = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(sentence(found, "the base that the adapter was made for", 'give base, or choose "peft"'))
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
         left_out = [*contents.left_out, *_lost(made, to)]
-        if format_.peft:
-            _refuse_not_for_peft(made)
-        elif FORMATS[from_].peft and made.record is None and isinstance(base, nn.Module):
-            _refuse_peft_s_own(made, base)
-        if to == "veneer" and base_info is not None:
-            _to_veneer(made, contents, out, base_info, from_, verify_base, overwrite)
-        elif to == "peft":
-            _to_peft(made, out, options, overwrite)
+        _refuse(made, from_, format_, base)
+        changes = _changes(made, base_info.facts)
+        on_model = partial(_on_model, base_info, made, verify_base, not FORMATS[from_].peft)
+        if to == "veneer":
+            provenance = {"converted from": from_, **contents.about, **made.metadata.get("provenance", {})}
+            name = made.peft_config.get("base_model_name_or_path") or base_info.facts.name
+            with on_model() as model:
+                save(model, out, name=deltas.NAME, base_name=name, provenance=provenance, overwrite=overwrite)
+        elif format_.write is None:  # peft
+            tensors, _ = read_tensors(made.path / peft.TENSORS)
+            folder.write(
+                out, {key: cast(tensor, options.dtype) for key, tensor in tensors.items()}, made.peft_config, base=None,
+                changes=None, config=made.config, provenance={}, overwrite=overwrite, parameters={},
+            )  # fmt: skip
         else:
-            left_out += _to_file(made, out, format_, base_info, from_, options, verify_base, overwrite)
-        changes = _changes(made, _facts(base_info))
-        ranks = {change.weight: change.layer.rank for change in changes}
-        full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
+            adapter = _adapter(made, changes, base_info, on_model)
+            with new_file(out, overwrite=overwrite) as file:
+                left_out += format_.write(adapter, file, base_info.facts, options)
+    ranks = {change.weight: change.layer.rank for change in changes}
+    full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
     return Conversion(out, from_, to, ranks, full, tuple(left_out), errors)
 
 
-def _facts(base_info: BaseInfo | None) -> BaseFacts:
-    return BaseFacts() if base_info is None else base_info.facts
+@contextmanager
+def _on_model(base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights: bool) -> Iterator[nn.Module]:
+    """The base with the adapter on it, without the warning that another library wrote that."""
+    assert base.module is not None
+    model = base.module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnverifiedAdapter)
+        install_from(model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights)
+    try:
+        yield model
+    finally:
+        detach(model, deltas.NAME)
 
 
 def _options(
     dtype: str | None, part: str | None, rank: int | None, energy: float | None, whole: bool, from_: str, to: str
 ) -> Options:
     """The options, where the two formats have a use for them."""
-    problems = []
-    if dtype is not None and dtype not in DTYPES:
-        problems.append(sentence(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"))
-    if part is not None and part not in PARTS:
-        problems.append(sentence(f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"))
-    if part is not None and not (FORMATS[from_].parts or FORMATS[to].parts):
-        known = listing(name for name in FORMATS.names() if FORMATS[name].parts)
-        problems.append(sentence(f"a part, from {from_} to {to}", f"one for {known} alone", "leave it out"))
-    if dtype is not None and to == "veneer":
-        found = f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train"
-        problems.append(sentence(found, "none", 'leave it out, or choose "peft"'))
-    if from_ != "dense" and (rank is not None or energy is not None or whole):
-        found = f"rank, energy or whole for a {from_} adapter"
-        problems.append(sentence(found, "them for dense changes alone", "leave them out"))
+    known = [name for name in FORMATS.names() if FORMATS[name].parts]
+    bad_dtype, bad_part = dtype is not None and dtype not in DTYPES, part is not None and part not in PARTS
+    useless_part, typed = part is not None and not {from_, to} & set(known), dtype is not None and to == "veneer"
+    dense = from_ == "dense" or (rank is None and energy is None and not whole)
+    holds = f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train"
+    factors = f"rank, energy or whole for a {from_} adapter"
+    checks = [
+        (bad_dtype, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
+        (bad_part, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
+        (useless_part, f"a part, from {from_} to {to}", f"one for {listing(known)} alone", "leave it out"),
+        (typed, holds, "none", 'leave it out, or choose "peft"'),
+        (not dense, factors, "them for dense changes alone", "leave them out"),
+    ]
+    problems = [sentence(*said) for wrong, *said in checks if wrong]
     raise_all(ConfigError, "These options cannot be used", problems)
     deltas.check_rank_options(rank, energy, whole)
     return Options(None if dtype is None else DTYPES[dtype], part, rank, energy, whole)
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def detect(path: str | Path) -> str:
@@ -232,13 +209,13 @@ def detect(path: str | Path) -> str:
     with path.open("rb") as stream:
         start = stream.read(16)
     tensors = start[8:9] == b"{"  # after the length of the header
-    if not tensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
+    if not tensors and start.startswith((b"PK", b"\x80")):
         found = f"{path}, a pickle, which runs code as it is opened"
         raise AdapterError(sentence(found, "safetensors or GGUF", "get the adapter as safetensors"))
-    keys, header = header_of(path) if tensors else ((), {})
-    for format_ in FORMATS:
-        if format_.recognises(start, keys, header):
-            return format_.name
+    found = read_header(path) if tensors else Header({}, {}, 0)
+    keys, header = found.tensors, found.metadata
+    if known := next((format_.name for format_ in FORMATS if format_.recognises(start, keys, header)), None):
+        return known
     if any(key.startswith(peft.PREFIX) for key in keys):
         found = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
         raise AdapterError(sentence(found, "the folder", "name the folder that holds both"))
@@ -249,62 +226,56 @@ def detect(path: str | Path) -> str:
 def _detect_folder(path: Path) -> str:
     tensors = path / peft.TENSORS
     if tensors.is_file():
-        return "veneer" if "veneer" in header_of(tensors)[1] else "peft"
-    pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles:
-        found = f"{listing(sorted(pickles), 2)} in {path}, a pickle, which runs code as it is opened"
+        return "veneer" if "veneer" in read_header(tensors).metadata else "peft"
+    files = sorted(path.iterdir())
+    if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
+        found = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
         raise AdapterError(sentence(found, peft.TENSORS, "save the adapter again as safetensors"))
-    inside = [file.name for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
+    inside = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
     do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
     raise AdapterError(sentence(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do))
 
 
 def _as_folder(
-    source: Path, from_: str, scratch: Path, base_info: BaseInfo | None, options: Options, verify_base: bool
+    source: Path, from_: str, scratch: Path, base_info: BaseInfo, options: Options, verify_base: bool
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
     """The source as an adapter folder: itself, or one made of it in ``scratch``."""
     reader = FORMATS[from_].read
     if reader is None:
         return folder.read(source), Contents(), {}
-    contents = reader(source, _facts(base_info), options)
+    contents = reader(source, base_info.facts, options)
     if not contents.low and not contents.deltas:
         raise AdapterError(sentence(f"no change at all in {source}", "at least one", "check the file"))
     if contents.deltas:
-        return (*_from_deltas(source, contents, scratch, base_info, options, verify_base),)
+        errors = _from_deltas(source, contents, scratch, base_info, options, verify_base)
+        return folder.read(scratch), contents, errors
     dora = [bool(layer.extras) for layer in contents.low.values()]
     if any(dora) and not all(dora):
         found = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
         raise AdapterError(sentence(found, "all of them or none", "merge it with the tool that made it"))
-    stub = AdapterFiles(source, LoraConfig(), _foreign_config(contents), None, {}, {}, {})
+    config = {"peft_type": "LORA", "base_model_name_or_path": contents.base_name, "r": 1, "lora_alpha": 1}
+    config["fan_in_fan_out"] = contents.transposed
+    stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
     write_derived(scratch, [stub], contents.low, variant=contents.variant)
     return folder.read(scratch), contents, {}
 
 
-def _foreign_config(contents: Contents) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": contents.base_name,
-        "r": 1,
-        "lora_alpha": 1,
-        "fan_in_fan_out": contents.transposed,
-    }
-
-
 def _from_deltas(
-    source: Path, contents: Contents, scratch: Path, base_info: BaseInfo | None, options: Options, verify_base: bool
-) -> tuple[AdapterFiles, Contents, dict[str, float]]:
-    if base_info is None:
+    source: Path, contents: Contents, scratch: Path, base_info: BaseInfo, options: Options, verify_base: bool
+) -> dict[str, float]:
+    """Write a folder of dense changes to ``scratch``; how far its products are off."""
+    if base_info.module is None:
         found = f"{source}, whose changes only a model's layers make products of"
         raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
     model = base_info.module()
     _verify(model, contents.about.get("base") or {}, source, verify_base)
     names = frozenset(contents.deltas) if options.whole else contents.full
-    report = deltas.put(model, contents.deltas, names, rank=options.rank, energy=options.energy)
+    errors = deltas.put(model, contents.deltas, names, rank=options.rank, energy=options.energy)
     try:
         save(model, scratch, name=deltas.NAME, base_name=contents.base_name)
     finally:
         detach(model, deltas.NAME)
-    return folder.read(scratch), contents, {entry.weight: entry.error for entry in report}
+    return errors
 
 
 def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base: bool) -> None:
@@ -321,20 +292,16 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
         raise BaseMismatchError(sentence(found, "its own base", "give that one, or pass verify_base=False"))
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
 def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
     """The low-rank changes with the names of their weights."""
     said = saved.metadata.get("changes") or {}
     fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
     transposed = bool(saved.peft_config.get("fan_in_fan_out"))
-    changes = []
-    for path, layer in saved.low.items():
-        weight = _weight(path, layer, said, fused, facts)
-        kind = kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
-        changes.append(LowRankChange(weight, layer, kind))
-    return tuple(changes)
+    return tuple(
+        LowRankChange(weight, layer, kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight)))
+        for path, layer in saved.low.items()
+        for weight in [_weight(path, layer, said, fused, facts)]
+    )
 
 
 def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: BaseFacts) -> str:
@@ -349,51 +316,33 @@ def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[st
     return f"{at}.{name}"
 
 
-def _adapter(saved: AdapterFiles, base_info: BaseInfo | None, verify_base: bool, of_weights: bool) -> Adapter:
-    facts = _facts(base_info)
-    changes = _changes(saved, facts)
-    if str(saved.peft_config.get("peft_type")).startswith(peft.NOT_FOR_PEFT) and not facts.shapes:
+def _adapter(
+    saved: AdapterFiles, changes: tuple[LowRankChange, ...], base_info: BaseInfo,
+    on_model: Callable[[], AbstractContextManager[nn.Module]],
+) -> Adapter:  # fmt: skip
+    if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
         found = f"{saved.path}, with layers that only Veneer and its base know"
         raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
 
     def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
-        if base_info is None:
+        if base_info.module is None:
             return deltas.of_file(changes, saved.full)
-        with _on(base_info.module(), saved, verify_base, of_weights) as (model, name):
-            return deltas.of_model(model, name), []
+        with on_model() as model:
+            return deltas.of_model(model, deltas.NAME), []
 
     base = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
-    about = {
-        "base": base,
-        "provenance": saved.metadata.get("provenance", {}),
-        "variant": saved.config.variant,
-    }
+    about = {"base": base, "provenance": saved.metadata.get("provenance", {}), "variant": saved.config.variant}
     return Adapter(changes, saved.full, about, all_deltas)
 
 
-@contextmanager
-def _on(model: nn.Module, saved: AdapterFiles, verify_base: bool, of_weights: bool) -> Iterator[tuple[nn.Module, str]]:
-    """The adapter on the model, for the time of the block, without the warning that another library wrote it: that is
-    why it is converted."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnverifiedAdapter)
-        install_from(model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights)
-    try:
-        yield model, deltas.NAME
-    finally:
-        detach(model, deltas.NAME)
-
-
-def _refuse_not_for_peft(saved: AdapterFiles) -> None:
-    type_ = str(saved.peft_config.get("peft_type"))
-    if type_.startswith(peft.NOT_FOR_PEFT):
-        found = f"an adapter that PEFT would apply in another way ({type_.removeprefix(peft.NOT_FOR_PEFT).strip(': ')})"
+def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object) -> None:
+    """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one."""
+    if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
+        found = f"an adapter that PEFT would apply in another way ({why})"
         raise AdapterError(sentence(found, "changes that PEFT computes", "merge it, or convert it to dense"))
-
-
-def _refuse_peft_s_own(saved: AdapterFiles, model: nn.Module) -> None:
-    """Refuse changes of another library that PEFT does not apply as changes of the weights: elsewhere they would be."""
-    names, config, problems = Names(model), saved.peft_config, []
+    if to.peft or not FORMATS[from_].peft or saved.record is not None or not isinstance(base, nn.Module):
+        return
+    names, config, problems = Names(base), saved.peft_config, []
     for path, layer in saved.low.items():
         ref = ref_at(names, path, config)
         if ref is not None and (reason := differs(names, ref, means_parameter(names, ref, config))):
@@ -402,44 +351,16 @@ def _refuse_peft_s_own(saved: AdapterFiles, model: nn.Module) -> None:
     raise_all(AdapterError, "This adapter is none of the weights", problems)
 
 
-def _to_veneer(
-    saved: AdapterFiles, contents: Contents, out: Path, base_info: BaseInfo, from_: str, verify_base: bool,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    provenance = {"converted from": from_, **contents.about, **saved.metadata.get("provenance", {})}
-    base_name = saved.peft_config.get("base_model_name_or_path") or base_info.facts.name
-    with _on(base_info.module(), saved, verify_base, not FORMATS[from_].peft) as (model, name):
-        save(model, out, name=name, base_name=base_name, provenance=provenance, overwrite=overwrite)
-
-
-def _to_file(
-    saved: AdapterFiles, out: Path, format_: Format, base_info: BaseInfo | None, from_: str, options: Options,
-    verify_base: bool, overwrite: bool,
-) -> list[str]:  # fmt: skip
-    """Write one of the formats that are a file; what it left out."""
-    adapter = _adapter(saved, base_info, verify_base, not FORMATS[from_].peft)
-    with new_file(out, overwrite=overwrite) as file:
-        assert format_.write is not None  # only the folders veneer and peft have none
-        return format_.write(adapter, file, _facts(base_info), options)
-
-
-def _to_peft(saved: AdapterFiles, out: Path, options: Options, overwrite: bool) -> None:
-    tensors, _ = read_tensors(saved.path / peft.TENSORS)
-    tensors = {key: cast(tensor, options.dtype) for key, tensor in tensors.items()}
-    folder.write(
-        out, tensors, saved.peft_config, base=None, changes=None, config=saved.config, provenance={},
-        overwrite=overwrite, parameters={},
-    )  # fmt: skip
-
-
 def _lost(saved: AdapterFiles, to: str) -> list[str]:
     """What the source says and ``to`` has no place for, beyond what would change an output."""
-    lost, config = [], saved.config
-    if saved.metadata and to != "veneer":
-        kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
-        lost.append(f"the record: {kept} and provenance")
-    if saved.adapter_parameters and to != "veneer":
-        lost.append(f"the numbers of variant {config.variant!r}; the change that they amount to is kept")
-    if config.dropout and to not in ("veneer", "peft"):
-        lost.append(f"dropout {config.dropout:g}, which counts in training alone")
-    return lost
+    kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
+    variant, dropout = saved.config.variant, saved.config.dropout
+    losses = [
+        (saved.metadata and to != "veneer", f"the record: {kept} and provenance"),
+        (
+            saved.adapter_parameters and to != "veneer",
+            f"the numbers of variant {variant!r}; the change that they amount to is kept",
+        ),
+        (dropout and to not in ("veneer", "peft"), f"dropout {dropout:g}, which counts in training alone"),
+    ]
+    return [loss for lost, loss in losses if lost]

@@ -3,9 +3,8 @@ weights are needed.
 
     open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name")  ->  BaseInfo(facts, module)
 
-A folder that transformers knows is asked as a model without weights, since its files may name them otherwise (without
-the model's prefix, an expert each). Another folder of safetensors is read by its headers, and so is that of a diffusers
-pipeline, part by part. Everything else is loaded.
+A folder that transformers knows is asked as a model without weights, since its files may name them otherwise. Another
+folder of safetensors, or of a diffusers pipeline, is read by its headers. Everything else is loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer import models
 from veneer.adapter_files.peft_mapping import all_refs
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import parameter_path
@@ -30,27 +30,23 @@ from veneer.formats.parts import PARTS
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base: what its files say, and how to have the model itself."""
+    """A base: what its files say, and how to have the model itself. None: there is no base."""
 
     facts: BaseFacts
-    module: Callable[[], nn.Module]
+    module: Callable[[], nn.Module] | None
 
 
-def open_base(base: nn.Module | str | Path) -> BaseInfo:
+def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
     """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
+    if base is None:
+        return BaseInfo(BaseFacts(), None)
     if isinstance(base, nn.Module):
         return BaseInfo(_facts_of(base), lambda: _with_weights(base))
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
-        return BaseInfo(_facts_in(path), lambda: _load(base))
-    model = _load(base)
+        return BaseInfo(_facts_in(path), lambda: models.load_base(base, precision="stored", device="cpu").model)
+    model = models.load_base(base, precision="stored", device="cpu").model
     return BaseInfo(_facts_of(model, str(base)), lambda: model)
-
-
-def _load(base: str | Path) -> nn.Module:
-    from veneer.models.load import load_base
-
-    return load_base(base, precision="stored", device="cpu").model
 
 
 def _with_weights(model: nn.Module) -> nn.Module:
@@ -68,37 +64,20 @@ def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     config: Any = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", "") or None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    said = config.to_dict() if hasattr(config, "to_dict") else {}
-    return BaseFacts(shapes, said, name)
+    return BaseFacts(shapes, config.to_dict() if hasattr(config, "to_dict") else {}, name)
 
 
 def _facts_in(path: Path) -> BaseFacts:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
-        from veneer.models.meta import meta_model
-
         try:
-            return _facts_of(meta_model(path), str(path))
+            return _facts_of(models.meta_model(path), str(path))
         except ConfigError:  # a class that transformers does not have: the names of its files are all there is
             pass
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        shapes |= _shapes(file, "")
-    for part in PARTS:
-        for file in sorted((path / part).glob("*.safetensors")):
-            shapes |= _shapes(file, f"{part}.")
+    shapes = {
+        parameter_path(part, name): entry.shape
+        for part in ("", *PARTS)
+        for file in sorted((path / part).glob("*.safetensors"))
+        for name, entry in read_header(file).tensors.items()
+    }
     return BaseFacts(shapes, config.get("text_config") or config, str(path))
-
-
-def _shapes(file: Path, start: str) -> dict[str, tuple[int, ...]]:
-    return {f"{start}{name}": entry.shape for name, entry in read_header(file).tensors.items()}
-
-
-def header_of(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The keys and the header of a safetensors file, without its tensors.
-
-    Raises:
-        AdapterError: no such file, or one that its own size contradicts.
-    """
-    header = read_header(path)
-    return tuple(header.tensors), dict(header.metadata)

@@ -10,7 +10,6 @@ whose shape shows in their factors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats._base import LowRankChange
 from veneer.layers._base import GENERAL
+from veneer.lowrank import Svd
 
 #: the name of an adapter that is on a model for the time of a conversion
 NAME = "veneer_convert"
@@ -61,46 +61,31 @@ def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
 def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """As ``of_model`` without a model, with the reasons for what cannot be told so."""
     deltas: dict[str, Tensor] = {}
-    problems = []
+    unknown = []
     for change in low_rank:
-        low = change.layer.low
+        kind, low = change.kind, change.layer.low
         if change.magnitude is not None:
-            problems.append(_needs_base(change.weight, "which rescales the weight"))
-        elif change.kind == "attention" and change.weight.endswith("out_proj.weight"):
-            problems.append(_needs_base(change.weight, "which PEFT applies more than once"))
-        elif change.kind in ("stack", "parameter"):
-            problems.append(_needs_base(change.weight, "whose shape the file does not tell"))
+            unknown.append((change.weight, "which rescales the weight"))
+        elif kind == "attention" and change.weight.endswith("out_proj.weight"):
+            unknown.append((change.weight, "which PEFT applies more than once"))
+        elif kind in ("stack", "parameter"):
+            unknown.append((change.weight, "whose shape the file does not tell"))
         else:
-            delta = low.delta(torch.float64)  # [g, out, in]
-            shape = {"conv": (-1, *change.layer.A.shape[1:]), "grouped conv": (-1, *change.layer.A.shape[1:])}
-            flat = delta.reshape(shape.get(change.kind, (-1, delta.shape[2])))
-            deltas[change.weight] = flat.mT if change.kind in ("embedding", "Conv1D") else flat
-    problems += [_needs_base(at or "the model", "which is trained in full") for at in full]
-    return {at: delta.float() for at, delta in deltas.items()}, problems
-
-
-def _needs_base(at: str, why: str) -> str:
-    return sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base")
-
-
-@dataclass(frozen=True)
-class Factored:
-    """How one ΔW became a product: its rank, and ‖ΔW - product‖ / ‖ΔW‖."""
-
-    weight: str
-    rank: int
-    error: float
+            inner = change.layer.A.shape[1:] if kind in ("conv", "grouped conv") else low.A.shape[2:]
+            flat = low.delta(torch.float64).reshape(-1, *inner).float()  # of [g, out, in]
+            deltas[change.weight] = flat.mT if kind in ("embedding", "Conv1D") else flat
+    unknown += [(at or "the model", "which is trained in full") for at in full]
+    problems = [sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base") for at, why in unknown]
+    return deltas, problems
 
 
 def put(
-    model: nn.Module,
-    deltas: Mapping[str, Tensor],
-    whole: frozenset[str],
-    *,
-    rank: int | None,
-    energy: float | None,
-) -> list[Factored]:
+    model: nn.Module, deltas: Mapping[str, Tensor], whole: frozenset[str], *, rank: int | None, energy: float | None
+) -> dict[str, float]:
     """Install the adapter ``NAME`` that makes these changes. Vectors, and what ``whole`` names, are trained in full.
+
+    Returns:
+        of each change that became a product, ‖ΔW - product‖ / ‖ΔW‖.
 
     Raises:
         AdapterError: names or shapes that the model does not have. Nothing was changed.
@@ -109,29 +94,20 @@ def put(
     refs = {name: ref for name in deltas if (ref := _ref_of(names, name, deltas[name], problems)) is not None}
     full: dict[str, dict[str, Tensor]] = {}
     factors: dict[ParamRef, dict[str, Tensor]] = {}
-    wanted: dict[ParamRef, TargetSpec] = {}
-    report = []
+    errors: dict[str, float] = {}
     for name, (path, weight) in refs.items():
-        module, delta = names.modules[path], deltas[name]
+        module, delta = names.modules[path], deltas[name].double()
         kind = kind_for(module, weight)
-        vector = (
-            delta.dim() < 2
-            or weight in module._buffers
-            or (kind.name == GENERAL and weight not in kind.weights(module))
-        )
-        if name in whole or vector:
+        vector = delta.dim() < 2 or weight in module._buffers
+        if name in whole or vector or (kind.name == GENERAL and weight not in kind.weights(module)):
             old = {**module._parameters, **module._buffers}[weight]
-            full.setdefault(path, {})[weight] = (old.double() + delta.double()).to(old.dtype)
-            continue
-        flat = kind.unfold(delta.double(), kind.dims(module, delta.shape))
-        A, B, error = factor(flat, rank, energy)
-        factors[path, weight] = {"A": A, "B": B}
-        wanted[path, weight] = TargetSpec(A.shape[1], float(A.shape[1]))
-        report.append(Factored(name, A.shape[1], error))
-    low = plan_low(names, wanted, problems)
-    own = {
-        path: tuple(key for key in tensors if key in names.modules[path]._parameters) for path, tensors in full.items()
-    }
+            full.setdefault(path, {})[weight] = (old.double() + delta).to(old.dtype)
+        else:
+            A, B, errors[name] = factor(kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy)
+            factors[path, weight] = {"A": A, "B": B}
+    ranks = {ref: pair["A"].shape[1] for ref, pair in factors.items()}
+    low = plan_low(names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems)
+    own = {path: tuple(key for key in full[path] if key in names.modules[path]._parameters) for path in full}
     check_full(names, own, problems)
     problems += overlaps(names, [*factors, *((path, key) for path, keys in own.items() for key in keys)])
     raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
@@ -150,20 +126,20 @@ def put(
         for at, _, part in adapters(model, NAME):
             for key, value in full.get(at, {}).items():
                 {**part.full._parameters, **part.full._buffers}[key].copy_(value)
-    return report
+    return errors
 
 
 def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
     above, _, weight = name.rpartition(".")
-    path = names.canonical.get(above)
-    module = names.modules.get(path) if path is not None else None
-    known = module is not None and (weight in own_parameters(module) or module._buffers.get(weight) is not None)
-    if module is None or path is None or not known:
+    path = names.canonical.get(above, "")
+    module = names.modules[path] if above in names.canonical else nn.Module()
+    parameter = weight in own_parameters(module)
+    stored: Any = weight_of(module, weight) if parameter else module._buffers.get(weight)
+    if stored is None:
         found = f"a change of {name!r}, which this model lacks{nearest(above, names.canonical)}"
         problems.append(sentence(found, "the same modules", "use the model that it was made for"))
         return None
-    stored = weight_of(module, weight) if weight in own_parameters(module) else module._buffers[weight]
-    shape = tuple(storage_of(stored).shape(stored)) if weight in own_parameters(module) else tuple(stored.shape)
+    shape = tuple(storage_of(stored).shape(stored) if parameter else stored.shape)
     if shape != tuple(delta.shape):
         found = f"a change of {name!r} of shape {tuple(delta.shape)}"
         problems.append(sentence(found, f"{shape}", "use the model that it was made for"))
@@ -178,30 +154,25 @@ def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tenso
         rank: r, at most min(out, in); None takes the least that keeps the share ``energy`` of ‖ΔW‖², or with None there
             too that leaves at most 1e-6 · ‖ΔW‖.
     """
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    rest = S.square().flip(-1).cumsum(-1).flip(-1).sum(0)  # [min]: what is left when only the first i are kept
-    total = rest[0].item()
-    if rank is None:
-        allowed = EXACT**2 * total if energy is None else (1 - energy) * total
-        rank = max(1, int((rest > allowed).sum()))
-    rank = min(rank, S.shape[-1])
-    root = S[:, :rank].sqrt()
-    A, B = root[:, :, None] * Vh[:, :rank], U[:, :, :rank] * root[:, None, :]
-    A, B = A.float(), B.float()
-    off = (torch.bmm(B.double(), A.double()) - delta).norm().item()
-    return A, B, off / total**0.5 if total else 0.0
+    svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
+    rest = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)  # [min]: what is left when only the first i are kept
+    allowed = (EXACT**2 if energy is None else 1 - energy) * rest[0]
+    rank = max(1, int((rest > allowed).sum())) if rank is None else rank
+    low = svd.cut(rank)[0].to(torch.float32)
+    norm = delta.norm().item()
+    return low.A, low.B, (low.delta(torch.float64) - delta).norm().item() / norm if norm else 0.0
 
 
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
-    """Raise AdapterError for a choice of the rank that means nothing."""
-    given = [
-        name for name, value in (("rank", rank), ("energy", energy), ("whole", whole or None)) if value is not None
+    """AdapterError for a choice of the rank that means nothing."""
+    options = {"rank": rank, "energy": energy, "whole": whole or None}
+    given = [name for name, value in options.items() if value is not None]
+    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
+    bad_energy = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
+    checks = [
+        (len(given) > 1, listing(given), "one of them", "leave the others out"),
+        (bad_rank, f"rank={rank!r}", "a number of at least 1", "choose one"),
+        (bad_energy, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
     ]
-    problems = []
-    if len(given) > 1:
-        problems.append(sentence(listing(given), "one of them", "leave the others out"))
-    if rank is not None and (type(rank) is not int or rank < 1):
-        problems.append(sentence(f"rank={rank!r}", "a number of at least 1", "choose one"))
-    if energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1):
-        problems.append(sentence(f"energy={energy!r}", "a share in (0, 1]", "choose one"))
+    problems = [sentence(*said) for wrong, *said in checks if wrong]
     raise_all(AdapterError, "This cannot be made a product", problems)
