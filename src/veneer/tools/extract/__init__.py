@@ -6,7 +6,7 @@ change.
     open both models → pair their weights → which changed → low rank, whole or lost → factor → save
 
 Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is a few times the
-largest tensor, and what is written. What can be wrong is found before the first factorisation.
+largest tensor, and what is written.
 
 ``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows one alpha / r and no
 patterns. The error is measured with the factors as they are written.
@@ -14,8 +14,8 @@ patterns. The error is measured with the factors as they are written.
 A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone did is no change.
 Where the tuned dtype is the finer one the difference is taken as it is, since small steps live there.
 
-Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too, and some of its changes have
-no low rank. What changed is written, or it is named in the report.
+Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too: what changed is written, or
+named in the report.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from veneer.kernels import svd
 from veneer.layers._base import GENERAL
 from veneer.models.named_weights import named
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
-from veneer.tools.extract.selection import LITTLE, LOSSY, Selection, keep_options, plan, select_weights
+from veneer.tools.extract.selection import LITTLE, LOSSY, keep_options, plan, select_weights
 from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_both, pair_weights
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
@@ -55,8 +56,7 @@ Whole = Sequence[tuple[WeightPair, str]]
 Progress = Callable[[Extracted, int, int], None]
 
 
-@dataclass(frozen=True)
-class _Product:
+class _Product(NamedTuple):
     """The factors of one weight as they will be written: A [g, r, in], B [g, out, r]."""
 
     pair: WeightPair
@@ -101,9 +101,6 @@ def extract(
         provenance: anything worth knowing, as JSON values.
         progress: called after each weight.
 
-    Returns:
-        what became of each parameter that changed, and how near the products are.
-
     Raises:
         ConfigError, CheckpointError: an option, or a folder that is no model.
         ExtractError: the models have other names or shapes, nothing changed, or values are not finite.
@@ -111,7 +108,7 @@ def extract(
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     started, out = time.perf_counter(), Path(out)
-    raise_all(ConfigError, "Nothing was extracted", list(_odd_options(rank, energy, least)))
+    raise_all(ConfigError, "Nothing was extracted", _odd_options(rank, energy, least))
     keep_patterns = keep_options(keep)
     must_not_exist(out, overwrite)
     both = open_both(base, tuned, model)
@@ -120,11 +117,25 @@ def extract(
     excluded = (exclude,) if isinstance(exclude, str) else exclude
     selection = select_weights(names, changed, targets, excluded, keep_patterns, name)
     dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
-    products, whole = _products(selection, rank, energy, dtype, least if LOSSY in keep_patterns else None, progress)
+    products, whole = [], list(selection.whole)
+    for number, pair in enumerate(selection.low, 1):
+        product = _factored(pair, rank, energy, dtype)
+        if progress is not None:
+            progress(product.facts, number, len(selection.low))
+        if LOSSY in keep_patterns and (product.facts.large or product.facts.kept < least):
+            whole.append((pair, LITTLE))
+        else:
+            products.append(product)
     if not products and not whole:
         found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
         raise ExtractError(sentence(found, "something to write", "widen targets or keep"))
-    report = _report(out, products, whole, selection, len(weight_pairs) - len(changed), both, least)
+    report = ExtractReport(
+        out,
+        tuple(product.facts for product in products),
+        tuple(Kept(one.path, torch.Size(one.old.shape).numel(), one.change(), why) for one, why in whole),
+        tuple(Lost(one.path, one.change(), why) for one, why in selection.lost),
+        len(weight_pairs) - len(changed), both.new.unread, least, 0.0,
+    )  # fmt: skip
     said = {"rank": rank, "energy": energy, "kept": report.kept, "lost": [entry.path for entry in report.lost]}
     _write(
         both, name, products, whole, dtype, out, base_name=base_name or both.name,
@@ -133,32 +144,18 @@ def extract(
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _odd_options(rank: Any, energy: Any, least: Any) -> Iterator[str]:
-    if (rank is None) == (energy is None):
-        yield sentence(f"rank={rank!r} and energy={energy!r}", "one of them", "give rank=16, or energy=0.95")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        yield sentence(f"rank={rank!r}", "a whole number of at least 1", "use 16, or energy=0.95")
-    if energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1):
-        yield sentence(f"energy={energy!r}", "a share between 0 and 1", "use 0.95, or 0.999 to lose next to nothing")
-    if not (isinstance(least, int | float) and 0 <= least <= 1):
-        yield sentence(f"least={least!r}", "a share from 0 to 1", "use 0.5")
-
-
-def _products(
-    selection: Selection, rank: int | None, energy: float | None, dtype: torch.dtype, least: float | None,
-    progress: Progress | None,
-) -> tuple[list[_Product], list[tuple[WeightPair, str]]]:  # fmt: skip
-    """(the products, what is written whole): also weights whose product keeps less than ``least``, if that is given."""
-    products, whole = [], list(selection.whole)
-    for number, changed in enumerate(selection.low, 1):
-        product = _factored(changed, rank, energy, dtype)
-        if progress is not None:
-            progress(product.facts, number, len(selection.low))
-        if least is not None and (product.facts.large or product.facts.kept < least):
-            whole.append((changed, LITTLE))
-        else:
-            products.append(product)
-    return products, whole
+def _odd_options(rank: Any, energy: Any, least: Any) -> list[str]:
+    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
+    bad_energy = energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1)
+    bad_least, share = not (isinstance(least, int | float) and 0 <= least <= 1), "a share between 0 and 1"
+    both, one = f"rank={rank!r} and energy={energy!r}", "give rank=16, or energy=0.95"
+    checks = [
+        ((rank is None) == (energy is None), both, "one of them", one),
+        (bad_rank, f"rank={rank!r}", "a whole number of at least 1", "use 16, or energy=0.95"),
+        (bad_energy, f"energy={energy!r}", share, "use 0.95, or 0.999 to lose next to nothing"),
+        (bad_least, f"least={least!r}", "a share from 0 to 1", "use 0.5"),
+    ]
+    return [sentence(*said) for wrong, *said in checks if wrong]
 
 
 def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
@@ -181,7 +178,7 @@ def _free_name(model: nn.Module) -> str:
     """A name for an adapter that the model does not have."""
     attached = adapters_of(model)
     taken = () if attached is None else attached.configs
-    return next(name for number in range(len(taken) + 1) if (name := f"extracted{number}") not in taken)
+    return next(name for number in count() if (name := f"extracted{number}") not in taken)
 
 
 def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Product:
@@ -217,32 +214,12 @@ def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: to
         methods.add(method)
     base = sum(svd.energy(one.old.read(rows).reshape(1, -1)) for rows in one.rows)
     A, B = (torch.stack(side) for side in zip(*factors, strict=True))
-    facts = Extracted(
-        path=one.path,
-        dims=(one.dims.groups, one.dims.out, one.dims.in_),
-        rank=rank,
-        change=change**0.5,
-        relative=(change / base) ** 0.5 if base else math.inf,
-        error=(error / change) ** 0.5,
-        method="exact" if methods == {"exact"} else "randomised",
-        seconds=time.perf_counter() - started,
-    )
+    method = "exact" if methods == {"exact"} else "randomised"
+    relative = (change / base) ** 0.5 if base else math.inf
+    seconds = time.perf_counter() - started
+    error = (error / change) ** 0.5
+    facts = Extracted(one.path, (*one.dims,), rank, change**0.5, relative, error, method, seconds)
     return _Product(one, A, B, fingerprint, facts)
-
-
-def _report(
-    out: Path,
-    products: Sequence[_Product],
-    whole: Whole,
-    selection: Selection,
-    unchanged: int,
-    both: Both,
-    least: float,
-) -> ExtractReport:
-    kept = [Kept(one.path, torch.Size(one.old.shape).numel(), one.change(), why) for one, why in whole]
-    lost = [Lost(one.path, one.change(), why) for one, why in selection.lost]
-    layers = tuple(product.facts for product in products)
-    return ExtractReport(out, layers, tuple(kept), tuple(lost), unchanged, both.new.unread, least, 0.0)
 
 
 def _write(
@@ -264,11 +241,23 @@ def _write(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
+    # what stands in the adapter in full are the tuned model's values, or the base's where only a copy of the base is
+    # wanted, as for running statistics that did not change or that are left out
+    tuned = {path for one, _ in whole for path in one.entry.names}
+    done = {id(both.old.values.get(product.pair.path)) for product in products}
+    fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
         install(both.model, name, plans, trainable=False, parameters=factors)
-        _fill(both, name, {path for one, _ in whole for path in one.entry.names})
-        fingerprints = _other_fingerprints(both, names, products)
-        fingerprints |= {product.pair.path: product.fingerprint for product in products}
+        for path, _, part in adapters(both.model, name):
+            for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
+                at = parameter_path(path, key)
+                source = (both.new if at in tuned else both.old).values.get(at)
+                if source is not None and value is not None:
+                    value.copy_(source.read(None))
+        for entry in named(names):
+            value = both.old.find(entry.names)
+            if value is not None and id(value) not in done:
+                fingerprints[entry.path] = fingerprint_of(value.shape, value.parts())
         save(both.model, out, name=name, fingerprints=fingerprints, **options)
     finally:
         attached = adapters_of(both.model)
@@ -276,31 +265,9 @@ def _write(
             detach(both.model, name)
 
 
-def _other_fingerprints(both: Both, names: Names, products: Sequence[_Product]) -> dict[str, str]:
-    """The fingerprints of the base's tensors but those of which there is a product."""
-    done = {id(both.old.values.get(product.pair.path)) for product in products}
-    fingerprints: dict[str, str] = {}
-    for entry in named(names):
-        value = both.old.find(entry.names)
-        if value is not None and id(value) not in done:
-            fingerprints[entry.path] = fingerprint_of(value.shape, value.parts())
-    return fingerprints
-
-
-def _fill(both: Both, name: str, whole: set[str]) -> None:
-    """The values of what stands in the adapter in full: the tuned model's, or the base's where only a copy of the
-    base is wanted, as for running statistics that did not change or that are left out."""
-    for path, _, part in adapters(both.model, name):
-        for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
-            at = parameter_path(path, key)
-            source = (both.new if at in whole else both.old).values.get(at)
-            if source is not None and value is not None:
-                value.copy_(source.read(None))
-
-
 def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Some random rows in each weight of a model on the meta device that a forward of its own reads: whether that
-    computes what its kind does, which decides whether PEFT may have it, zeros do not tell."""
+    """Some random rows in each weight of a meta model that a forward of its own reads: whether that computes what its
+    kind does, which decides whether PEFT may have it, zeros do not tell."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)

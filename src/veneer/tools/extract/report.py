@@ -13,25 +13,16 @@ from veneer.tools.report_text import rank_range
 
 @dataclass(frozen=True)
 class Extracted:
-    """One weight whose change was written as a product.
-
-    Fields:
-        path, dims: the weight's path, and the (groups, out, in) of its change.
-        rank: of the product.
-        change: ‖ΔW‖, and ``relative`` is ‖ΔW‖ / ‖W‖.
-        error: ‖ΔW − BA‖ / ‖ΔW‖, measured with the factors as they were written.
-        method: how the directions were found, "exact" or "randomised".
-        seconds: reading and factoring.
-    """
+    """One weight whose change was written as a product."""
 
     path: str
-    dims: tuple[int, int, int]
+    dims: tuple[int, int, int]  # (groups, out, in) of the change
     rank: int
-    change: float
-    relative: float
-    error: float
-    method: str
-    seconds: float
+    change: float  # ‖ΔW‖
+    relative: float  # ‖ΔW‖ / ‖W‖
+    error: float  # ‖ΔW − BA‖ / ‖ΔW‖, measured with the factors as they were written
+    method: str  # how the directions were found, "exact" or "randomised"
+    seconds: float  # reading and factoring
 
     @property
     def kept(self) -> float:
@@ -71,25 +62,16 @@ class Lost:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction wrote. ``str(report)`` is a short text for people, ``to_dict`` plain JSON values.
-
-    Fields:
-        path: the adapter's folder.
-        layers, whole, lost: what became of each parameter that changed.
-        unchanged: how many parameters and buffers did not.
-        unread: tensors of the tuned model's files that are no part of the model.
-        least: the share of ‖ΔW‖² below which a layer counts as lossy.
-        seconds: all in all.
-    """
+    """What an extraction wrote. ``str(report)`` is a short text for people, ``to_dict`` plain JSON values."""
 
     path: Path
-    layers: tuple[Extracted, ...]
+    layers: tuple[Extracted, ...]  # this and the next two: what became of each parameter that changed
     whole: tuple[Kept, ...]
     lost: tuple[Lost, ...]
-    unchanged: int
-    unread: tuple[str, ...]
-    least: float
-    seconds: float
+    unchanged: int  # how many parameters and buffers did not change
+    unread: tuple[str, ...]  # tensors of the tuned model's files that are no part of the model
+    least: float  # the share of ‖ΔW‖² below which a layer counts as lossy
+    seconds: float  # all in all
 
     @property
     def kept(self) -> float:
@@ -110,11 +92,8 @@ class ExtractReport:
         return sum(entry.numbers for entry in (*self.layers, *self.whole))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "kept": self.kept,
-            "numbers": self.numbers,
-            "unchanged": self.unchanged,
+        said = {"path": str(self.path), "kept": self.kept, "numbers": self.numbers, "unchanged": self.unchanged}
+        return said | {
             "seconds": self.seconds,
             "lossy": [layer.path for layer in self.lossy],
             "layers": [{**asdict(layer), "kept": layer.kept, "numbers": layer.numbers} for layer in self.layers],
@@ -128,9 +107,8 @@ class ExtractReport:
         if self.layers:
             worst = min(self.layers, key=lambda layer: layer.kept)
             rank = rank_range(layer.rank for layer in self.layers)
-            lines.append(
-                f"{len(self.layers)} weights as products of {rank}; the worst, {worst.path}, keeps {worst.kept:.2%}"
-            )
+            products = f"{len(self.layers)} weights as products of {rank}"
+            lines.append(f"{products}; the worst, {worst.path}, keeps {worst.kept:.2%}")
         if self.whole:
             lines.append(f"{len(self.whole)} whole: {listing((entry.path for entry in self.whole), 3)}")
         if self.lossy:

@@ -1,27 +1,16 @@
 """What becomes of each parameter that changed: a low-rank product, itself as a whole, or nothing.
 
-    low      what ``targets`` means and has a low-rank change      else
-    whole    what ``keep`` means: every vector, unless told otherwise
-    lost     the rest, each with the reason
-
-Found here too: what cannot carry an adapter at all, before anything is factored.
+low      what ``targets`` means and has a low-rank change      else
+whole    what ``keep`` means: every vector, unless told otherwise
+lost     the rest, each with the reason
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from veneer.attach.plan import (
-    LowRankPlan,
-    Plans,
-    TargetSpec,
-    changed_refs,
-    full_readers,
-    is_matrix,
-    plan_low,
-    with_ties,
-)
+from veneer.attach.plan import Plans, TargetSpec, changed_refs, full_readers, is_matrix, plan_low, with_ties
 from veneer.attach.refusals import check_full, name_problems
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, bad_regex, excluded, own_parameters, select
@@ -37,8 +26,7 @@ ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
 NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The pairs that changed, by what becomes of them, with the reason."""
 
     low: tuple[WeightPair, ...]
@@ -54,10 +42,7 @@ def select_weights(
     keep: Sequence[str],
     adapter: str,
 ) -> Selection:
-    """Sort what changed.
-
-    Args:
-        adapter: the name under which the adapter will stand on the model for a moment.
+    """Sort what changed; ``adapter`` is the name under which the adapter will stand on the model for a moment.
 
     Raises:
         TargetError: a pattern that matches nothing, a weight that cannot carry its change; with every problem.
@@ -74,7 +59,8 @@ def select_weights(
     by_name = _meant(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
-        refs = _refs(names, pair)
+        ends = (path.rpartition(".") for path in pair.entry.names)
+        refs = {(names.canonical[above], name) for above, _, name in ends}  # every reference to it
         if refs & left_out and not refs & wanted:
             lost.append((pair, EXCLUDED))
         elif refs & by_name:
@@ -97,9 +83,7 @@ def plan(
     names: Names, config: LoraConfig, ranks: Mapping[ParamRef, int], whole: Sequence[WeightPair], problems: list[str]
 ) -> Plans:
     """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and buffers in full."""
-    low: list[LowRankPlan] = plan_low(
-        names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
-    )
+    low = plan_low(names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems)
     full: dict[str, tuple[str, ...]] = {}
     for pair in whole:
         path, name = pair.entry.ref
@@ -112,11 +96,7 @@ def plan(
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """``keep`` as a tuple.
-
-    Raises:
-        ConfigError: no pattern or word, or words that contradict each other.
-    """
+    """``keep`` as a tuple; ConfigError for no pattern or word, and for words that contradict each other."""
     words = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(word, str) and word for word in words):
         found, expected = f"keep={keep!r}", "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
@@ -126,20 +106,13 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def _refs(names: Names, pair: WeightPair) -> set[ParamRef]:
-    """Every reference to the parameter or buffer of a pair, under the first name of its module."""
-    found = (path.rpartition(".") for path in pair.entry.names)
-    return {(names.canonical[above], name) for above, _, name in found}
-
-
 def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
-    """The parameters and buffers that patterns of ``keep`` mean: those of modules and of everything below them, or
-    parameters by their own paths."""
+    """The parameters and buffers that patterns mean: of modules and all below them, or by their own paths."""
     meant: set[ParamRef] = set()
     for pattern in patterns:
         below = [child for path in names.matching(pattern) for child in names.children(path)]
-        own = [(path, name) for path in below for name in own_parameters(names.modules[path])]
-        own += [(path, name) for path in below for name in names.modules[path]._buffers]
+        modules = [(path, names.modules[path]) for path in below]
+        own = [(path, name) for path, module in modules for name in (*own_parameters(module), *module._buffers)]
         own = own or names.parameters_matching(pattern)
         if not own:
             found = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"

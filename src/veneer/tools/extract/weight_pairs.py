@@ -1,7 +1,7 @@
 """Two models side by side: each parameter of the base with the one that it became, and their difference.
 
     open_both(base, tuned, model) -> Both      structure, base values, tuned values
-    pair_weights(both) -> [WeightPair]                every name and shape checked
+    pair_weights(both) -> [WeightPair]         every name and shape checked
 
 A ``WeightPair`` reads its two values when it is asked. A stack of matrices [E, out, in] is read one matrix at a time.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ Source = str | Path | nn.Module | Mapping[str, Tensor]
 PIECE = 1 << 21
 
 
-@dataclass(frozen=True)
-class Both:
-    """The two models. ``model`` is the base's structure: with ``meta_model`` it holds no numbers and nobody else has
-    it."""
+class Both(NamedTuple):
+    """Two models. ``model`` is the structure of the base: as a ``meta_model`` it holds no numbers and is nobody's."""
 
     model: nn.Module
     meta_model: bool
@@ -79,6 +77,10 @@ class WeightPair:
         for rows in self.rows:
             yield self.old.read(rows), self.new.read(rows)
 
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(base, tuned) in ``pieces`` of one dtype."""
+        return (pair for base, tuned in self.parts() for pair in pieces(base, tuned))
+
     def matrices(self) -> Iterator[Tensor]:
         """ΔW [out, in] of one group after the other, in memory of its own, at least float32."""
         for base, tuned in self.parts():
@@ -89,18 +91,14 @@ class WeightPair:
     def compare(self) -> tuple[bool, bool]:
         """(whether anything changed, whether all of it is finite)."""
         changed, finite = False, True
-        for base, tuned in self.parts():
-            for one, other in pieces(base, tuned):
-                changed = changed or not torch.equal(one, other)
-                finite = finite and _all_finite(one) and _all_finite(other)
+        for one, other in self.pieces():
+            changed = changed or not torch.equal(one, other)
+            finite = finite and _all_finite(one) and _all_finite(other)
         return changed, finite
 
     def change(self) -> float:
         """‖ΔW‖, in float64."""
-        total = 0.0
-        for base, tuned in self.parts():
-            total += sum((b.double() - a.double()).square().sum().item() for a, b in pieces(base, tuned))
-        return math.sqrt(total)
+        return math.sqrt(sum((b.double() - a.double()).square().sum().item() for a, b in self.pieces()))
 
 
 def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,8 +116,7 @@ def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all are finite, by the smallest and the largest of them (which are NaN if one is): 16 times faster than
-    to look at each of them in bfloat16."""
+    """Whether all are finite, by the smallest and the largest (NaN if one is): 16 times faster in bfloat16."""
     return not values.is_floating_point() or all(bool(end.isfinite()) for end in torch.aminmax(values))
 
 
@@ -141,21 +138,22 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
         ConfigError, CheckpointError: a folder that is no model.
         ExtractError: a state dict as the base without ``model``; adapters on the tuned model that are not merged.
     """
+    name = None
     if isinstance(base, nn.Module):
         structure = unwrap(base)
-        old, name = of_module(structure, "the base"), None
+        old = of_module(structure, "the base")
     elif isinstance(base, Mapping):
         if model is None:
             found = "a state dict for the base and no model"
             raise ExtractError(sentence(found, "the model that it is of", "give model=…"))
-        structure, name = unwrap(model), None
+        structure = unwrap(model)
         old = of_state(structure, base, "the base")
     else:
         folder, name = _folder(base, model), str(base)
         structure = models.meta_model(folder) if model is None else unwrap(model)
         old = of_folder(structure, folder)
-    meta_model = not isinstance(base, nn.Module | Mapping) and model is None
-    both = Both(structure, meta_model, name, old, _tuned(tuned, structure, model is None))
+    tuned_weights = _tuned(tuned, structure, model is None)
+    both = Both(structure, name is not None and model is None, name, old, tuned_weights)
     for one in (base, tuned):
         if isinstance(one, nn.Module) and (meta := [path for path, p in one.named_parameters() if p.is_meta]):
             found = f"{listing(meta, 3)} on the meta device"
@@ -192,8 +190,7 @@ def pair_weights(both: Both) -> list[WeightPair]:
     """Every parameter and lasting buffer of the base with what it is in the tuned model, in the model's order.
 
     Raises:
-        ExtractError: names or shapes differ, a weight is stored as something else than floating-point numbers, two
-            names of a tied weight hold different numbers; with all of them.
+        ExtractError: other names, shapes or types, a tied weight with two values; with all of them.
     """
     names = Names(both.model)
     pairs: list[WeightPair] = []
@@ -203,60 +200,54 @@ def pair_weights(both: Both) -> list[WeightPair]:
     for entry in named(names):
         known.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
-        if old is None and new is None and entry.buffer:
-            continue  # the model makes it itself
         if old is None or new is None:
-            missing[both.old.what] += [entry.path] if old is None else []
-            missing[both.new.what] += [entry.path] if new is None else []
+            if old is not None or new is not None or not entry.buffer:  # else the model makes it itself
+                missing[both.old.what] += [entry.path] if old is None else []
+                missing[both.new.what] += [entry.path] if new is None else []
             continue
         module = names.modules[entry.ref[0]]
         shape = _shape(entry, module)
         if not old.shape == new.shape == shape:
             shapes.append(f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})")
             continue
-        odd = [str(value.dtype) for value in (old, new) if value.dtype not in FLOATS and not entry.buffer]
-        types += [f"{entry.path} ({', '.join(odd)})"] if odd else []
+        if odd := [str(value.dtype) for value in (old, new) if value.dtype not in FLOATS and not entry.buffer]:
+            types.append(f"{entry.path} ({', '.join(odd)})")
         untied += _untied(both, entry, old, new)
         pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
     more = {weights.what: sorted(weights.values.keys() - known) for weights in (both.old, both.new)}
-    problems = [
-        sentence(f"no {listing(paths, LONG)} in {what}", "the parameters of the base", "compare the two models")
-        for what, paths in missing.items()
-        if paths
+    alike = "extract from models of one architecture (with the same vocabulary)"
+    stored = "weights stored as something else than floating-point numbers: "
+    floats = "float64, float32, bfloat16 or float16"
+    checks = [
+        *((paths, "no ", f" in {what}", "the parameters of the base", COMPARE) for what, paths in missing.items()),
+        *((paths, "", f" in {what}", "the parameters of the base alone", COMPARE) for what, paths in more.items()),
+        (shapes, "other shapes: ", "", "the same in base and tuned model", alike),
+        (types, stored, "", floats, "dequantise the model first"),
     ]
-    problems += [
-        sentence(f"{listing(paths, LONG)} in {what}", "the parameters of the base alone", "compare the two models")
-        for what, paths in more.items()
-        if paths
-    ]
-    if shapes:
-        do = "extract from models of one architecture (with the same vocabulary)"
-        problems.append(sentence(f"other shapes: {listing(shapes, LONG)}", "the same in base and tuned model", do))
-    if types:
-        found = f"weights stored as something else than floating-point numbers: {listing(types, LONG)}"
-        problems.append(sentence(found, "float64, float32, bfloat16 or float16", "dequantise the model first"))
-    problems += untied
-    what = f"{both.new.what} is no fine-tune of {both.old.what}"
-    raise_all(ExtractError, what, problems)
+    problems = [sentence(f"{a}{listing(odd, LONG)}{z}", expected, do) for odd, a, z, expected, do in checks if odd]
+    raise_all(ExtractError, f"{both.new.what} is no fine-tune of {both.old.what}", [*problems, *untied])
     return pairs
 
 
 #: how many names one message lists
 LONG = 40
+COMPARE = "compare the two models"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _shape(entry: Named, module: nn.Module) -> tuple[int, ...]:
     """The shape that the structure has."""
     name = entry.ref[1]
-    stored: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-    storage = None if entry.buffer else storage_of(stored)
+    if entry.buffer:
+        return tuple(module._buffers[name].shape)
+    stored = weight_of(module, name)
+    storage = storage_of(stored)
     return tuple(stored.shape if storage is None else storage.shape(stored))
 
 
 def _untied(both: Both, entry: Named, old: Value, new: Value) -> Iterator[str]:
     for weights, value in ((both.old, old), (both.new, new)):
-        if any(not _equal(value.read, read) for read in value.again):
+        if not all(_equal(value.read, read) for read in value.again):
             found = f"{listing(entry.names)}, one weight of the base, with different numbers in {weights.what}"
             do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
             yield sentence(found, "one weight in both models", do)
