@@ -1,7 +1,5 @@
 """What stands beside the weights of a checkpoint and belongs to the merged one too: its configuration, its tokenizer.
 
-    companions(checkpoint)  ->  (files to copy, names that are left out)
-
 Left out are the weights in other formats, which would be those of the base, and folders that hold such or are hidden
 (what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another.
 """
@@ -44,31 +42,28 @@ def put(checkpoint: Checkpoint, dtype: torch.dtype | None, target: Path) -> list
     files, left_out = companions(checkpoint)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        text = _rewritten(checkpoint, dtype, file)
-        if text is None:
-            shutil.copyfile(checkpoint.folder / file, target / file)
+        if dtype is not None and file == Path(CONFIG):
+            (target / file).write_bytes(_expected(checkpoint, dtype, file))
         else:
-            (target / file).write_text(text)
+            shutil.copyfile(checkpoint.folder / file, target / file)
     return left_out
 
 
 def differing(checkpoint: Checkpoint, dtype: torch.dtype | None, target: Path) -> Iterator[str]:
     """What is not in ``target`` as ``put`` writes it."""
     for file in companions(checkpoint)[0]:
-        text = _rewritten(checkpoint, dtype, file)
-        expected = (checkpoint.folder / file).read_bytes() if text is None else text.encode()
         if not (target / file).is_file():
             yield f"{file} is not there"
-        elif (target / file).read_bytes() != expected:
+        elif (target / file).read_bytes() != _expected(checkpoint, dtype, file):
             yield f"{file} is another file than the base's"
 
 
-def _rewritten(checkpoint: Checkpoint, dtype: torch.dtype | None, file: Path) -> str | None:
-    """The text of a file that is not copied as it is."""
+def _expected(checkpoint: Checkpoint, dtype: torch.dtype | None, file: Path) -> bytes:
+    content = (checkpoint.folder / file).read_bytes()
     if dtype is None or file != Path(CONFIG):
-        return None
-    said = json.loads((checkpoint.folder / file).read_text())
-    return json.dumps(_retyped(said, str(dtype).removeprefix("torch.")), indent=2) + "\n"
+        return content
+    said = _retyped(json.loads(content), str(dtype).removeprefix("torch."))
+    return (json.dumps(said, indent=2) + "\n").encode()
 
 
 def _retyped(said: Any, dtype: str) -> Any:

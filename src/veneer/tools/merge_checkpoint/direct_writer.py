@@ -1,9 +1,8 @@
 """Bytes that go to a file one after the other, past the system's cache where it lets them.
 
-What a merge writes is flushed before anybody reads it. Through the cache each byte takes a fresh page, which the system
-must find: a quarter of the processor's time of a merge. Direct writes begin and end at multiples of ``BLOCK``, in the
-file and in memory, so bytes are gathered in one buffer. Where the file system does not have them, the same writes go
-through the cache.
+Through the cache each byte takes a fresh page, which the system must find: a quarter of the processor's time of a
+merge. Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory, so bytes are gathered in one
+buffer. Where the file system does not have them, the same writes go through the cache.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ class DirectWriter:
         self._buffer = memoryview(mmap.mmap(-1, ROOM))  # begins at a page, which is a multiple of a block
         self._first = start // BLOCK * BLOCK  # of the buffer, in the file
         self._filled = start - self._first
-        with path.open("ab") as file:
+        with path.open("a+b") as file:
             file.truncate(start)
-        if self._filled:
-            with path.open("rb") as file:
-                file.seek(self._first)
-                self._buffer[: self._filled] = file.read(self._filled)
+            file.seek(self._first)
+            self._buffer[: self._filled] = file.read()
         self.descriptor = self._open(DIRECT)
 
     def write(self, data: memoryview | bytes) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,13 @@ from torch import Tensor
 
 from veneer.adapter_files.folder import content_hash, read
 from veneer.attach.merge import LayerMerge
-from veneer.errors import MergeError, listing, sentence
+from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, hash_json, kind_of
-from veneer.fileio.untrusted import Header
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
-from veneer.models.safetensors_dir import DTYPES, NAMES, Checkpoint, in_order, open_checkpoint
+from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
-from veneer.tools.merge_checkpoint.merge_plan import (
-    Adapter,
-    MergePlan,
-    TensorEdit,
-    apply,
-    mismatched,
-    recipe_for,
-    refuse,
-    replaced,
-)
+from veneer.tools.merge_checkpoint.merge_plan import Adapter, MergePlan, TensorEdit, apply, recipe_for, replaced
 
 #: bytes that numba takes, with what it needs to compile
 NUMBA = 240 * 2**20
@@ -74,8 +65,8 @@ class MergeJob:
         return self.checkpoint.bytes(name) + self.written(name)
 
     def room(self) -> tuple[int, bool]:
-        """Bytes for what is between reading and writing, and whether that leaves enough for numba: twice the largest
-        tensor is promised, and the largest is often one that no adapter changes."""
+        """Bytes for what is between reading and writing (twice the largest tensor is promised, often one that no
+        adapter changes), and whether that leaves enough for numba."""
         limit = max(map(self.both, self.checkpoint.where), default=0)
         needed = max((self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0)
         compiled = limit - NUMBA >= needed
@@ -83,22 +74,29 @@ class MergeJob:
 
     def identity(self) -> str:
         """What must be the same for a run to go on where another one stopped."""
-        files = {name: (self.checkpoint.folder / name).stat() for name in self.checkpoint.files}
         said = [(content_hash(path), weight) for path, weight in self.adapters]
-        sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
+        stats = [(name, (self.checkpoint.folder / name).stat()) for name in self.checkpoint.files]
+        sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
         # what was written without comparing the base must not count as compared
         how = str(self.dtype), self.rounding, self.verify_base
         return hash_json([version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how])
 
-    def layout(self, file: str) -> tuple[bytes, dict[str, int], int]:
-        """(the bytes before the first tensor, where each tensor begins, the size) of a file of the result."""
+    def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
+        """(the bytes before the first tensor, where each tensor begins) of a file of the result."""
         header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
+        starts = dict(zip(names, accumulate(map(self.written, names), initial=0), strict=False))
         if all(self.target(name) == self.checkpoint.dtype(name) for name in names):
             with (self.checkpoint.folder / file).open("rb") as stream:
                 head = stream.read(header.data_start)
-            starts = {name: header.data_start + header.tensors[name].start for name in names}
-            return head, starts, header.data_start + max((e.stop for e in header.tensors.values()), default=0)
-        return _layout(header, {name: self.target(name) for name in names})
+        else:
+            said: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+            for name, start in starts.items():
+                dtype, shape = NAMES[self.target(name)], list(self.checkpoint.shape(name))
+                said[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + self.written(name)]}
+            text = json.dumps(said, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            head = len(text).to_bytes(8, "little") + text
+        return head, {name: len(head) + start for name, start in starts.items()}
 
     def last_of_each(self) -> dict[str, list[str]]:
         """The parameters whose fingerprint can be told once a tensor is read, by its name."""
@@ -111,13 +109,19 @@ class MergeJob:
         return last
 
     def compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
-        """Refuse parameters that are not those of the adapters' base; ``loaded`` are tensors that are there already.
-
-        Raises:
-            BaseMismatchError: names them.
-        """
-        found = [mismatched(self.merge_plan, path, self._fingerprints(path, loaded)) for path in paths]
-        refuse([one for one in found if one], self.checkpoint.folder)
+        """BaseMismatchError for parameters not of the adapters' base; ``loaded`` are tensors that are there already."""
+        mismatches = []
+        for path in paths:
+            tensors, _, said = self.merge_plan.fingerprints[path]
+            found = self._fingerprints(path, loaded)
+            if wrong := [adapter for adapter, expected in said.items() if expected != found[kind_of(expected)]]:
+                mismatches.append(f"{listing(tensors, 2)} (adapter {listing(wrong)})")
+        if mismatches:
+            wrong = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
+            expected = "the weights that the adapters were trained on"
+            same = "if these are the same in another precision"
+            do = f"name that base, or pass verify_base=False (--no-verify-base) {same}"
+            raise BaseMismatchError(f"This is another base. {sentence(wrong, expected, do)}")
 
     def _fingerprints(self, path: str, loaded: Mapping[str, Tensor]) -> dict[str, str]:
         """By kind, of those kinds that the adapters have."""
@@ -143,12 +147,10 @@ def planned(
         raise MergeError(sentence("no adapter", "one or several", "name them"))
     known_rounding(rounding)
     if dtype is not None and dtype not in FLOATS:
-        raise MergeError(
-            sentence(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
-        )
-    given = [
-        Adapter(Path(one)) if isinstance(one, str | Path) else Adapter(Path(one[0]), float(one[1])) for one in adapters
-    ]
+        do = "choose one, or None to keep the base's"
+        raise MergeError(sentence(f"dtype={dtype}", listing(map(str, FLOATS)), do))
+    pairs = [(one, 1.0) if isinstance(one, str | Path) else one for one in adapters]
+    given = [(Path(path), float(weight)) for path, weight in pairs]
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
     saved_adapters = [read(path) for path, _ in given]
@@ -160,8 +162,7 @@ def planned(
 
 def computed(job: MergeJob, name: str, tensor: Tensor, compiled: bool) -> tuple[Tensor, list[LayerMerge]]:
     """A tensor of the result, and what the merge did to it. ``compiled`` allows numba."""
-    dtype, layers = job.target(name), []
-    result = None
+    dtype, layers, result = job.target(name), [], None
     for work in job.merge_plan.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
@@ -206,18 +207,3 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         found = f"{name}: numbers beyond the range of {dtype}"
         raise MergeError(sentence(found, "a dtype that holds them", "choose bfloat16 or float32"))
     return result
-
-
-def _layout(header: Header, dtypes: Mapping[str, torch.dtype]) -> tuple[bytes, dict[str, int], int]:
-    """As ``MergeJob.layout``, for a file whose tensors change their size."""
-    said: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
-    stop = 0
-    for name, dtype in dtypes.items():
-        entry, start = header.tensors[name], stop
-        stop += (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * dtype.itemsize
-        said[name] = {"dtype": NAMES[dtype], "shape": list(entry.shape), "data_offsets": [start, stop]}
-    text = json.dumps(said, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    starts = {name: len(head) + said[name]["data_offsets"][0] for name in dtypes}
-    return head, starts, len(head) + stop

@@ -29,8 +29,11 @@ def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[s
     """
     folder = out.with_name(f".{out.name}.merging")
     with _locked(out, folder.with_name(f"{folder.name}.lock")):
-        lines = _read(folder / JOURNAL)
-        if not lines or lines[0] != {"merge": identity}:
+        lines: list[dict[str, Any]] = []
+        with suppress(json.JSONDecodeError):  # the last line may have been cut off
+            for text in (folder / JOURNAL).read_text().splitlines() if (folder / JOURNAL).is_file() else ():
+                lines.append(json.loads(text))
+        if lines[:1] != [{"merge": identity}]:
             if folder.exists():
                 shutil.rmtree(folder)
             lines = [{"merge": identity}]
@@ -63,14 +66,3 @@ def _locked(out: Path, path: Path) -> Iterator[None]:
         with suppress(PermissionError):  # a system that keeps open files keeps this one, which is empty
             path.unlink(missing_ok=True)
         lock.release()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; the last one may have been cut off."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -4,8 +4,8 @@
 
 An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint. Where the
 checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing was renamed, turned or joined
-on the way into the model, and what the change does to it is known. So a merge that compares fingerprints anyway needs
-nothing else, neither transformers, which takes seconds to load, nor that it knows the architecture.
+on the way into the model. So a merge that compares fingerprints anyway does without transformers, which takes seconds
+to load, and without an architecture that it knows.
 
 Left to the model itself is whatever may have a second name: a tie of an embedding and a head, so what is as large as
 the vocabulary; a layer and its like elsewhere, so all of it where one of these is not changed. And so is every other
@@ -49,32 +49,25 @@ def linear_stub_model(checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFi
         unchanged = last == "weight" and path not in shapes
         if unchanged and (path.rpartition(".")[2], tuple(checkpoint.shape(name))) in alike:
             return None
+    whole = nn.Module()
     try:
-        return _built(shapes)
+        for path, (out, in_) in shapes.items():
+            *above, name = path.split(".")
+            module = whole
+            for part in above:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.add_module(name, nn.Linear(in_, out, bias=False, device="meta"))
     except KeyError:  # names that no model can have
         return None
+    return whole
 
 
 def _sizes(config: Any) -> Iterator[int]:
     """Each size of a vocabulary that a configuration names, at any depth."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            if isinstance(value, int) and "vocab" in name:
-                yield value
-            yield from _sizes(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _sizes(value)
-
-
-def _built(shapes: dict[str, tuple[int, int]]) -> nn.Module:
-    whole = nn.Module()
-    for path, (out, in_) in shapes.items():
-        *above, name = path.split(".")
-        module = whole
-        for part in above:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.add_module(name, nn.Linear(in_, out, bias=False, device="meta"))
-    return whole
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in items:
+        if isinstance(value, int) and "vocab" in str(name):
+            yield value
+        yield from _sizes(value)

@@ -4,12 +4,9 @@
     apply(work, tensor)           ->  the merged part of the tensor, rounded once, and what rounding did to the change
 
 The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by the code that loads
-them onto a real one: so whatever a live merge refuses is refused here, and nothing about layers, ties or variants is
-written twice.
-
-transformers, which knows the names, is 140 MB of code and more. A merge that promises a bound for its memory does
-without: adapters of ours say enough of linear layers (``linear_stub_model``), and for all else a child process makes
-the plan and hands it over.
+them onto a real one: whatever a live merge refuses is refused here. transformers, which knows the names, is 140 MB of
+code and more. A merge that promises a bound for its memory does without: adapters of ours say enough of linear layers
+(``linear_stub_model``), and for all else a child process makes the plan and hands it over.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,32 +33,23 @@ from veneer.attach.lookup import adapters as adapters_of
 from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.merge import fold_change
 from veneer.attach.weight_tying import torn
-from veneer.errors import BaseMismatchError, CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
-from veneer.fileio.hashing import kind_of
+from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
-
-class Adapter(NamedTuple):
-    """An adapter folder and how much of it is merged."""
-
-    path: Path
-    weight: float = 1.0
-
-
+#: an adapter folder and how much of it is merged
+Adapter = tuple[Path, float]
 NOWHERE = models.Place("")
 
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What happens to one tensor, or to the part ``place.within`` of it.
-
-    It is the part ``place.index`` of the parameter ``path`` (its first name), of this ``shape``. Either ``changes``
-    holds something, (weight, change of the parameter), or ``full``, (weight, the values that replace it).
-    """
+    """What happens to one tensor, or to the part ``place.within`` of it, which is the part ``place.index`` of the
+    parameter ``path`` (its first name), of this ``shape``: ``changes`` with their weights, or ``full``, values that
+    replace it."""
 
     path: str
     shape: torch.Size
@@ -72,27 +60,19 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge does to a checkpoint.
+    """Everything that a merge does to a checkpoint."""
 
-    ``works`` are by the name of a tensor; ``parts`` the tensors that hold a parameter, by its path, where these are
-    several, such as experts; ``fingerprints`` the fingerprints that adapters expect of a parameter, by its path,
-    with the tensors that hold it, in its own order; ``notes`` what a person should know; ``by_prints`` whether it holds
-    only if the fingerprints do, as the model was drawn by ``linear_stub_model``.
-    """
-
-    works: Mapping[str, tuple[TensorEdit, ...]]
-    parts: Mapping[str, tuple[str, ...]]
+    works: Mapping[str, tuple[TensorEdit, ...]]  # by the name of a tensor
+    parts: Mapping[str, tuple[str, ...]]  # the tensors that hold a parameter, by its path, where these are several
+    #: of a parameter, by its path: the tensors that hold it, in its order, its shape, what each adapter expects
     fingerprints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, str]]]
-    notes: tuple[str, ...]
-    by_prints: bool = False
+    notes: tuple[str, ...]  # what a person should know
+    by_prints: bool = False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
 
 
 def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> MergePlan:
-    """What merging these adapters does to the checkpoint in ``folder``.
-
-    Args:
-        model: the model that the files belong to, on any device, with or without weights; it is as it was afterwards.
-            None lets a child process build it from the folder's config.
+    """What merging these adapters does to the checkpoint in ``folder``, which is of ``model``, with or without weights;
+    None lets a child process build that from the folder's config.
 
     Raises:
         AdapterError, TargetError: an adapter that cannot be read, or that does not fit the model.
@@ -102,9 +82,9 @@ def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | Non
     if model is not None:
         return _recipe(folder, adapters, model)
     code = f"import sys; from {__name__} import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"
-    question = pickle.dumps((folder, [tuple(adapter) for adapter in adapters]))
     # -P: no code from the folder that the user happens to be in, which may be one that was downloaded
-    done = subprocess.run([sys.executable, "-P", "-c", code], input=question, stdout=subprocess.PIPE, check=False)
+    command, question = [sys.executable, "-P", "-c", code], pickle.dumps((folder, adapters))
+    done = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise RuntimeError(f"the process that reads the model's names ended with {done.returncode}")
     found = pickle.loads(done.stdout)
@@ -118,7 +98,7 @@ def answer(questions: Any, answers: Any) -> None:
     folder, adapters = pickle.load(questions)
     out, sys.stdout = sys.stdout, sys.stderr  # whatever prints, prints elsewhere
     try:
-        found: Any = _recipe(folder, [Adapter(*adapter) for adapter in adapters], None)
+        found: Any = _recipe(folder, adapters, None)
     except VeneerError as error:
         found = error
     finally:
@@ -127,69 +107,55 @@ def answer(questions: Any, answers: Any) -> None:
 
 
 def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
-    saved_adapters = [read(adapter.path) for adapter in adapters]
-    whole: nn.Module
+    saved_adapters = [read(path) for path, _ in adapters]
     if model is None:
         whole = models.meta_model(folder, saved_adapters[0].metadata.get("base", {}).get("architecture"))
     else:
         bare = any(value.is_meta for value in model.state_dict().values())
         whole = models.filled(copy.deepcopy(model)) if bare else model
     checkpoint = open_checkpoint(folder)
-    map_checkpoint_names = models.map_checkpoint_names(whole, checkpoint.where)
-    attached: list[str] = []
+    places = models.map_checkpoint_names(whole, checkpoint.where)
+    attached: dict[str, Adapter] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for number, adapter in enumerate(adapters):
-                install_from(whole, adapter.path, _name(number), trainable=False, verify_base=False)
-                attached.append(_name(number))
-            return _read_off(
-                whole, adapters, saved_adapters, map_checkpoint_names, checkpoint, [str(one.message) for one in caught]
-            )
+                install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False)
+                attached[f"merged{number}"] = adapter
+            return _read_off(whole, attached, saved_adapters, places, checkpoint, [str(one.message) for one in caught])
         finally:
             for name in attached:
                 detach(whole, name)
 
 
 def _read_off(
-    model: nn.Module,
-    adapters: Sequence[Adapter],
-    saved_adapters: Sequence[AdapterFiles],
-    map_checkpoint_names: Mapping[str, tuple[models.Place, ...]],
-    checkpoint: Checkpoint,
-    notes: Sequence[str],
-) -> MergePlan:
-    """The recipe that a model with the adapters attached shows."""
-    named = (*model.named_buffers(), *model.named_parameters())
-    names = {id(value): path for path, value in named}
-    works = _wanted(model, adapters, names)
-    of: dict[str, dict[str, models.Place]] = {}  # by parameter: the tensors that hold it, and where
-    for tensor, own in map_checkpoint_names.items():
+    model: nn.Module, attached: Mapping[str, Adapter], saved_adapters: Sequence[AdapterFiles],
+    places: Mapping[str, tuple[models.Place, ...]], checkpoint: Checkpoint, notes: Sequence[str],
+) -> MergePlan:  # fmt: skip
+    """The plan that a model with the adapters attached shows; ``places`` are those of each tensor in the model."""
+    names = {id(value): path for path, value in (*model.named_buffers(), *model.named_parameters())}
+    works = _wanted(model, attached, names)
+    of: dict[str, dict[str, models.Place]] = {path: {} for path in works}  # the tensors that hold each, and where
+    for tensor, own in places.items():
         for place in own:
             path = names[id(_at(model, place.path))]  # ties go by their first name
             of.setdefault(path, {}).setdefault(tensor, place)
-    problems = [
-        problem for path, work in works.items() for problem in _unplaced(path, work, of.get(path, {}), checkpoint)
-    ]
+    problems = [problem for path, work in works.items() for problem in _unplaced(path, work, of[path], checkpoint)]
     raise_all(CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems)
     placed: dict[str, list[TensorEdit]] = {}
     for path, work in works.items():
-        for tensor, place in of.get(path, {}).items():
+        for tensor, place in of[path].items():
             placed.setdefault(tensor, []).append(replace(work, place=place))
     fingerprints: dict[str, dict[str, str]] = {}
-    for adapter, saved in zip(adapters, saved_adapters, strict=True):
+    for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
         for at, expected in saved.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter.path)] = expected
+            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = expected
     return MergePlan(
         {tensor: tuple(own) for tensor, own in placed.items()},
-        {path: _whole(of[path]) for path in works if any(place.index for place in of.get(path, {}).values())},
+        {path: _whole(of[path]) for path in works if any(place.index for place in of[path].values())},
         {path: (_whole(of[path]), works[path].shape, said) for path, said in fingerprints.items()},
         tuple(dict.fromkeys(notes)),
     )
-
-
-def _name(number: int) -> str:
-    return f"merged{number}"
 
 
 def _at(model: nn.Module, path: str) -> Tensor:
@@ -198,58 +164,42 @@ def _at(model: nn.Module, path: str) -> Tensor:
     return module._parameters[name] if name in module._parameters else module._buffers[name]  # pyright: ignore[reportReturnType]
 
 
-def _wanted(model: nn.Module, adapters: Sequence[Adapter], names: Mapping[int, str]) -> dict[str, TensorEdit]:
+def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]) -> dict[str, TensorEdit]:
     """What happens to each parameter (and running statistic) that an adapter changes, by its path."""
     found: dict[str, TensorEdit] = {}
-    ties = [f"{adapter.path}: {one}" for number, adapter in enumerate(adapters) for one in torn(model, _name(number))]
+    ties = [f"{path}: {one}" for name, (path, _) in attached.items() for one in torn(model, name)]
     raise_all(MergeError, "Nothing was merged", ties)
-    for number, adapter in enumerate(adapters):
-        for at, module, weight, change in changes(model, _name(number)):
+    for adapter, (_, share) in attached.items():
+        for at, module, weight, change in changes(model, adapter):
             target: Any = module._parameters.get(weight)
-            if target is None or change.storage.name != "plain" or _settles(change.layer, module):
-                raise MergeError(
-                    sentence(
-                        f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as it is read",
-                        "weights that lie in the files as they are used",
-                        "merge it in memory (veneer.merge), and save the model",
-                    )
-                )
-            path = names[id(target)]
-            work = found.get(path, TensorEdit(path, target.shape))
-            found[path] = replace(work, changes=(*work.changes, (adapter.weight, change)))
-        for _, module, part in adapters_of(model, _name(number)):
+            rewrites = type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
+            rewrites = rewrites and getattr(module, "max_norm", None) is not None
+            if target is None or change.storage.name != "plain" or rewrites:
+                text = f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as it is read"
+                do = "merge it in memory (veneer.merge), and save the model"
+                raise MergeError(sentence(text, "weights that lie in the files as they are used", do))
+            work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
+            found[work.path] = replace(work, changes=(*work.changes, (share, change)))
+        for _, module, part in adapters_of(model, adapter):
             for name, value in {**part.full._parameters, **part.full._buffers}.items():
                 target = {**module._parameters, **module._buffers}[name]
                 if value is None or target is None:
                     continue
-                path = names[id(target)]
-                work = found.get(path, TensorEdit(path, target.shape))
+                work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
                 if not any(value is other for _, other in work.full):  # a tie has one copy, under several names
-                    found[path] = replace(work, full=(*work.full, (adapter.weight, value.detach())))
-    both = [path for path, work in found.items() if work.changes and work.full]
-    if both:
-        raise MergeError(
-            sentence(
-                f"{listing(both)}, which one adapter changes and another replaces", "one or the other",
-                "merge one adapter after the other",
-            )
-        )  # fmt: skip
+                    found[work.path] = replace(work, full=(*work.full, (share, value.detach())))
+    if both := [path for path, work in found.items() if work.changes and work.full]:
+        text = f"{listing(both)}, which one adapter changes and another replaces"
+        raise MergeError(sentence(text, "one or the other", "merge one adapter after the other"))
     return found
 
 
-def _settles(layer: Layer, module: nn.Module) -> bool:
-    return (
-        type(layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
-        and getattr(module, "max_norm", None) is not None
-    )
-
-
-def _unplaced(path: str, work: TensorEdit, map_checkpoint_names: Mapping[str, models.Place], checkpoint: Checkpoint):
+def _unplaced(path: str, work: TensorEdit, places: Mapping[str, models.Place], checkpoint: Checkpoint):
     """Why the files cannot be merged at one parameter: they lack it, in part or in whole, in another shape or dtype."""
-    if not map_checkpoint_names and not work.changes and not work.full[0][1].is_floating_point():
+    if not places and not work.changes and not work.full[0][1].is_floating_point():
         return  # a counter of a norm, which old files do not have
-    covered = torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in map_checkpoint_names.values()) else None
-    for tensor, place in map_checkpoint_names.items():
+    covered = torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
+    for tensor, place in places.items():
         shape = _part(work.shape, place.index)
         own = _part(torch.Size(checkpoint.shape(tensor)), place.within)
         if shape.numel() != own.numel() or (not place.index and shape != own):
@@ -262,8 +212,8 @@ def _unplaced(path: str, work: TensorEdit, map_checkpoint_names: Mapping[str, mo
         if place.index and work.changes and type(work.changes[0][1].layer).unfold is not Layer.unfold:
             found = f"{tensor!r}, a part of {path!r}"
             yield sentence(found, "the whole of it in one tensor", "merge it in memory (veneer.merge), and save it")
-    if not map_checkpoint_names or (covered is not None and not covered.all()):
-        found = f"no tensor that is {path!r}" + (" as a whole" if map_checkpoint_names else "")
+    if not places or (covered is not None and not covered.all()):
+        found = f"no tensor that is {path!r}" + (" as a whole" if places else "")
         yield sentence(found, "every weight that the adapter changes", "name the base that it was trained on")
 
 
@@ -272,35 +222,19 @@ def _part(shape: torch.Size, index: tuple[slice, ...]) -> torch.Size:
     return torch.Size([*sizes, *shape[len(sizes) :]])
 
 
-def _whole(map_checkpoint_names: Mapping[str, models.Place]) -> tuple[str, ...]:
+def _whole(places: Mapping[str, models.Place]) -> tuple[str, ...]:
     """The tensors that hold a parameter, in its order; of several that each hold all of it, one."""
-    ordered = sorted(
-        map_checkpoint_names, key=lambda tensor: [part.start for part in map_checkpoint_names[tensor].index]
-    )
-    return tuple(ordered if map_checkpoint_names[ordered[0]].index else ordered[:1])
-
-
-# ---------------------------------------------------------------------------------------------- one tensor
+    ordered = sorted(places, key=lambda tensor: [part.start for part in places[tensor].index])
+    return tuple(ordered if places[ordered[0]].index else ordered[:1])
 
 
 class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
     """A variant asks for the frozen weight."""
 
 
-def apply(
-    work: TensorEdit,
-    weight: Tensor,
-    dtype: torch.dtype,
-    rounding: str,
-    compiled: bool,
-) -> Folded:
-    """The merged part of a tensor: what ``veneer.merge`` writes into a live model, bit for bit.
-
-    Args:
-        weight: the part of the tensor that ``work`` is about; not changed.
-        rounding: as ``veneer.merge`` takes it.
-        compiled: False leaves numba alone.
-    """
+def apply(work: TensorEdit, weight: Tensor, dtype: torch.dtype, rounding: str, compiled: bool) -> Folded:
+    """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes into a live model, bit
+    for bit, with its ``rounding``. ``compiled=False`` leaves numba alone."""
     shape = _part(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
@@ -314,11 +248,8 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
     """(ΔW, gain) of the part of the parameter that ``held`` is."""
     if not work.place.index:
         return change.exactly(change.layer.fold(held, work.shape))
-    groups, rows = (
-        (*work.place.index, slice(None), slice(None))[:2]
-        if change.dims.groups > 1
-        else (slice(None), work.place.index[0])
-    )
+    every = slice(None)
+    groups, rows = (*work.place.index, every)[:2] if change.dims.groups > 1 else (every, work.place.index[0])
 
     def need() -> Tensor:
         raise _NeedsBase
@@ -346,12 +277,11 @@ def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank
     """Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) as one change G ⊙ (W + ΔW) − W."""
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1:]
-    lows = [low for _, low, _ in parts]
-    if all(gain is None for *_, gain in parts):
-        return LowRank.sum(lows, [share for share, *_ in parts]), None
-    ones = [low.B.new_ones(low.B.shape[:2], dtype=torch.float64) for low in lows]
-    gains = [one if gain is None else gain.double().view_as(one) for one, (*_, gain) in zip(ones, parts, strict=True)]
-    shares = [share for share, *_ in parts]
+    shares, lows, given = zip(*parts, strict=True)
+    if all(gain is None for gain in given):
+        return LowRank.sum(lows, shares), None
+    sizes = lows[0].B.shape[:2]
+    gains = [torch.ones(sizes).double() if gain is None else gain.double().view(sizes) for gain in given]
     whole = 1 + torch.stack([share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]).sum(0)
     if whole.abs().min() < 1e-6:
         raise MergeError(sentence("a row that these weights scale to nothing", "a gain that is not 0", "change them"))
@@ -367,19 +297,3 @@ def replaced(work: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return round_once(value.double(), dtype) if value.is_floating_point() else value.to(dtype)
     base = weight.double()
     return round_once(base + sum(share * (value.double() - base) for share, value in values), dtype)
-
-
-def mismatched(merge_plan: MergePlan, path: str, found: Mapping[str, str]) -> str | None:
-    """What is wrong with a base weight of these fingerprints, by kind, or None."""
-    tensors, _, said = merge_plan.fingerprints[path]
-    wrong = [adapter for adapter, expected in said.items() if expected != found[kind_of(expected)]]
-    return f"{listing(tensors, 2)} (adapter {listing(wrong)})" if wrong else None
-
-
-def refuse(mismatches: Sequence[str], folder: Path) -> None:
-    """Raise BaseMismatchError if there are any."""
-    if mismatches:
-        found = f"other weights in {folder} ({listing(mismatches, 3)})"
-        expected = "the weights that the adapters were trained on"
-        do = "name that base, or pass verify_base=False (--no-verify-base) if these are the same in another precision"
-        raise BaseMismatchError(f"This is another base. {sentence(found, expected, do)}")

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -32,11 +32,8 @@ from veneer.tools.merge_checkpoint.journal import JOURNAL
 #: bytes that are written between two lines of the journal, and that are copied at once
 STEP, PIECE = 128 * 2**20, 8 * 2**20
 
-
-class Progress(Protocol):
-    def __call__(self, done: int, total: int, name: str, /) -> object: ...
-
-
+#: called as (bytes done, bytes in all, name of the tensor)
+Progress = Callable[[int, int, str], object]
 #: a tensor that was read, and whether its fingerprint is that of the adapters' base; None for what is copied
 Loaded = tuple[Tensor, Future[None] | None] | None
 
@@ -70,7 +67,9 @@ class Pipeline:
                 if before is not None and before[0] + needed > self._limit:
                     before = before[1].result()
                 ahead = self._reading.submit(self._read, following) if following and needed <= self._limit else None
-                result, layers = self._computed(name, loaded)
+                result, layers = (None, []) if loaded is None else computed(self.job, name, loaded[0], self._compiled)
+                if loaded is not None and loaded[1] is not None:
+                    loaded[1].result()  # what is not of the base goes no further
                 loaded = None
                 if before is not None:
                     before[1].result()
@@ -98,16 +97,6 @@ class Pipeline:
         tensor = self.job.checkpoint.read(name)
         paths = self._last_of_each.get(name)
         return tensor, self._hashing.submit(self.job.compare, paths, {name: tensor}) if paths else None
-
-    def _computed(self, name: str, loaded: Loaded) -> tuple[Tensor | None, list[LayerMerge]]:
-        """A tensor of the result, None if it is copied. What is not of the base goes no further."""
-        if loaded is None:
-            return None, []
-        tensor, compared = loaded
-        result, layers = computed(self.job, name, tensor, self._compiled)
-        if compared is not None:
-            compared.result()
-        return result, layers
 
 
 class _Writer:
@@ -140,7 +129,10 @@ class _Writer:
         """Write the next tensor; None copies it from the base."""
         file, size = self.job.checkpoint.where[name], self.job.checkpoint.bytes(name)
         if file != self._file or self._target is None:
-            self._target = self._open(file, name)
+            head, starts = self.job.layout(file)
+            self._file, done = file, self.run.done.get(file, 0)  # what is behind these was not flushed
+            self._target = DirectWriter(self.run.folder / file, starts[name] if done else 0)
+            self._target.write(b"" if done else head)
         if result is None:
             self._copy(self._target, name)
         else:
@@ -156,14 +148,6 @@ class _Writer:
         self._passed += size
         if self.run.progress is not None:
             self.run.progress(self._passed, self._total, name)
-
-    def _open(self, file: str, name: str) -> DirectWriter:
-        head, starts, _ = self.job.layout(file)
-        self._file, done = file, self.run.done.get(file, 0)
-        target = DirectWriter(self.run.folder / file, starts[name] if done else 0)  # what is behind was not flushed
-        if not done:
-            target.write(head)
-        return target
 
     def _copy(self, target: DirectWriter, name: str) -> None:
         checkpoint = self.job.checkpoint
