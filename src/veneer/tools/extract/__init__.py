@@ -218,7 +218,9 @@ def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: to
     relative = (change / base) ** 0.5 if base else math.inf
     seconds = time.perf_counter() - started
     error = (error / change) ** 0.5
-    facts = Extracted(one.path, (*one.dims,), rank, change**0.5, relative, error, method, seconds)
+    facts = Extracted(
+        one.path, (one.dims.groups, one.dims.out, one.dims.in_), rank, change**0.5, relative, error, method, seconds
+    )
     return _Product(one, A, B, fingerprint, facts)
 
 
