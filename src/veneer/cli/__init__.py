@@ -1,8 +1,8 @@
-"""The command `veneer`: one file a command, imported when that command is called.
+"""The command `veneer`: each command's file is imported when that command is called.
 
-`veneer --help` and shell completion read the table below and load none of the libraries of the commands. All errors
-meet here, in `run`: what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a
-traceback, because it is a bug of ours.
+`veneer --help` reads the table below and loads none of the libraries of the commands. All errors meet here, in `run`:
+what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a traceback, because
+it is a bug of ours.
 
     0 done   1 a bug (of `diff --exit-code`: they differ)   2 bad input   130 stopped by Ctrl-C
 """
@@ -21,8 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer.errors import VeneerError, sentence
 
-# name -> one line; the module is veneer.cli.<name>, and holds `app`. Once imported it is an attribute of this package,
-# so no line here may use `list` or `eval` as the builtin.
+# name -> one line. The command is <name>_command in veneer.cli.<name>, or in veneer.cli.library for those below.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "eval": "Measure a model on data, with and without an adapter.",
@@ -44,6 +43,8 @@ COMMANDS = {
     "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
+LIBRARY = {"list", "add", "rm", "tag", "gc", "push", "pull"}
+HELP = {"help_option_names": ["-h", "--help"]}
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
     errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
@@ -64,18 +65,14 @@ class _Lazy(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name not in COMMANDS:
             return name, stub, rest
-        command = typer.main.get_command(import_module(f"veneer.cli.{name}").app)
-        command.name = name
-        return name, command, rest
+        module = import_module(f"veneer.cli.{'library' if name in LIBRARY else name}")
+        single = typer.Typer(rich_markup_mode="rich", add_completion=False)
+        single.command(name, context_settings=HELP)(getattr(module, f"{name}_command"))
+        return name, typer.main.get_command(single), rest
 
 
 app = typer.Typer(
-    cls=_Lazy,
-    name="veneer",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=_Lazy, name="veneer", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", context_settings=HELP
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,15 +11,12 @@ import typer
 from veneer.cli.options import Overwrite
 from veneer.errors import ConfigError, sentence
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def compose(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New adapter folder.", show_default=False)],
+def compose_command(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New adapter folder.")],
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none.", show_default=False),
+        typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none."),
     ],
     method: Annotated[
         Literal["sum", "svd", "ties", "dare", "dare_ties", "prune"] | None,
@@ -29,9 +27,7 @@ def compose(
     density: Annotated[
         float | None, typer.Option(help="Share of entries that ties, dare, dare_ties and prune keep.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model, for DoRA and for what is trained in full.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, for DoRA and for what is trained in full.")] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated."),
@@ -62,10 +58,11 @@ def compose(
             seed=seed, overwrite=overwrite, **({} if base is None else _base(base, paths[0])),
         )  # fmt: skip
     if as_json:
-        echo_json(_facts(report))
-        return
-    out.print(str(report), soft_wrap=True)
-    out.print(f"written to {output}", soft_wrap=True)
+        facts = asdict(report) | {"path": str(report.path), "error": report.error}
+        echo_json(facts | {"layers": {layer.pop("path"): layer for layer in facts["layers"]}})
+    else:
+        out.print(str(report), soft_wrap=True)
+        out.print(f"written to {output}", soft_wrap=True)
 
 
 def _factor(text: str) -> tuple[str, float]:
@@ -93,18 +90,3 @@ def _base(base: str, adapter: str) -> dict[str, Any]:
     structure = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
     values = of_folder(structure, folder).values
     return {"base": lambda path: values[path].read(None), "model": structure}
-
-
-def _facts(report: Any) -> dict[str, Any]:
-    return {
-        "path": str(report.path),
-        "method": report.method,
-        "weights": list(report.weights),
-        "error": report.error,
-        "verified": report.verified,
-        "notes": list(report.notes),
-        "layers": {
-            entry.path: {"ranks": list(entry.ranks), "rank": entry.rank, "norm": entry.norm, "error": entry.error}
-            for entry in report.layers
-        },
-    }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from veneer.errors import ConfigError, sentence
 
@@ -31,7 +32,6 @@ class _Notes(logging.Handler):
 
 
 def setup_logging() -> None:
-    """Show Veneer's own notes, once."""
     logger = logging.getLogger("veneer")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -40,8 +40,23 @@ def setup_logging() -> None:
 
 
 def echo_json(value: Any) -> None:
-    """A result on stdout, as JSON that is indented."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def table_of(*heads: str) -> Table:
+    """A plain table. A head that begins with ">" is that of a column of numbers."""
+    table = Table(box=None, header_style="bold", caption_justify="left")
+    for head in heads:
+        word = head.removeprefix(">")
+        table.add_column(word, **({"overflow": "fold"} if word == head else {"justify": "right"}))  # type: ignore[arg-type]
+    return table
+
+
+def shown(table: Table, ordered: list[Any], count: int, others: str) -> list[Any]:
+    """The first ``count`` entries, all if it is 0; what is left out is counted under the table."""
+    if 0 < count < len(ordered):
+        table.caption = f"and {len(ordered) - count} {others} (--layers 0 shows all)"
+    return ordered[: count or None]
 
 
 def open_library(folder: Path | None) -> Library:
@@ -52,8 +67,7 @@ def open_library(folder: Path | None) -> Library:
 
 
 def open_base_and_adapter(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
-    """The base and, if `adapter` is given, the handle of that adapter on it. Reads the adapter first: it is the
-    quicker to fail."""
+    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to fail."""
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
@@ -65,22 +79,16 @@ def open_base_and_adapter(base: str, adapter: str | None, precision: str, verify
         veneer.adapter_files.read(folder)
     must_be_causal(base)
     loaded = load_base(base, precision=precision)  # type: ignore[arg-type]
-    if folder is None:
-        return loaded, None
-    return loaded, veneer.load(loaded.model, folder, verify_base=verify)
+    return loaded, None if folder is None else veneer.load(loaded.model, folder, verify_base=verify)
 
 
-def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, str | None]]:
-    """(label, adapter to select) of each model that a command runs: the base if ``base``, the adapter if any."""
-    labels: list[tuple[str, str | None]] = [("base", None)] if base or handle is None else []
-    return labels if handle is None else [*labels, ("adapter", handle.name)]
-
-
-def selected(model: Any, handle: Any, name: str | None) -> AbstractContextManager[Any]:
-    """The adapter ``name``, or the base for None, selected on a model that may have no adapter at all."""
+def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
+    """(label, what selects it) of each model that a command runs: the base if ``base``, the adapter if any."""
     import veneer
 
-    return nullcontext() if handle is None else veneer.use(model, name)
+    if handle is None:
+        return [("base", nullcontext())]
+    return [*([("base", veneer.use(handle.model, None))] if base else []), ("adapter", handle.use())]
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -10,36 +10,28 @@ import typer
 
 from veneer.cli.options import ADAPTER_HELP, AsJson, Verify
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-
-# the registry of formats decides what --to may be, so that a new one needs no line here
-In = Annotated[
-    str, typer.Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.", show_default=False)
-]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.", show_default=False)]
-To = Annotated[
-    str, typer.Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.", show_default=False)
-]
-Base = Annotated[
-    str | None,
-    typer.Option(help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."),
-]
-Dtype = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the numbers; as they are without.")
-]
+In = Annotated[str, typer.Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")]
 Part = Annotated[
     Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"] | None,
     typer.Option(help="Which model of an image pipeline the adapter is of."),
 ]
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def convert(
+def convert_command(
     adapter: In,
-    output: Out,
-    to: To,
-    base: Base = None,
-    dtype: Dtype = None,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder or file.")],
+    to: Annotated[  # the registry of formats decides what it may be, so that a new one needs no line here
+        str, typer.Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the numbers; as they are without.")
+    ] = None,
     part: Part = None,
     rank: Annotated[int | None, typer.Option(help="Of dense changes: the rank of the product.", min=1)] = None,
     energy: Annotated[float | None, typer.Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")] = None,

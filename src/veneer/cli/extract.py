@@ -9,25 +9,17 @@ import typer
 
 from veneer.cli.options import AsJson, BaseModel, Overwrite
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def extract(
+def extract_command(
     base: BaseModel,
-    tuned: Annotated[str, typer.Argument(help="The same model, fine-tuned in full.", show_default=False)],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the adapter.", show_default=False)],
-    rank: Annotated[int | None, typer.Option(help="Rank of every product.", show_default=False)] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Or the share of each change to keep, such as 0.95.", show_default=False),
-    ] = None,
+    tuned: Annotated[str, typer.Argument(help="The same model, fine-tuned in full.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every product.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or the share of each change to keep, such as 0.95.")] = None,
     targets: Annotated[
         str, typer.Option(help="Which weights get a product: words or patterns, comma separated.")
     ] = "all",
-    exclude: Annotated[
-        str, typer.Option(help="What is left out, however it changed; comma separated.", show_default=False)
-    ] = "",
+    exclude: Annotated[str, typer.Option(help="What is left out, however it changed; comma separated.")] = "",
     keep: Annotated[
         str,
         typer.Option(
@@ -51,7 +43,7 @@ def extract(
       veneer extract base tuned adapter --energy 0.95 --targets all-linear --keep none
     """
     import veneer
-    from veneer.cli.console import echo_json, err, out, setup_logging
+    from veneer.cli.console import echo_json, err, out, setup_logging, shown, table_of
 
     setup_logging()
     with err.status("Comparing the models …") as status:
@@ -66,26 +58,13 @@ def extract(
     if as_json:
         echo_json(report.to_dict())
         return
-    out.print(_table(report, layers))
+    table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
+    for layer in shown(table, sorted(report.layers, key=lambda layer: layer.kept), layers, "that keep more"):
+        cells = (f"{layer.rank}", f"{layer.relative:.2e}", f"{layer.kept:.2%}", f"{layer.error:.2e}")
+        table.add_row(layer.path, *cells, f"{layer.seconds:.2f}", layer.method)
+    out.print(table)
     out.print(str(report), soft_wrap=True)
 
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _table(report: Any, count: int) -> Any:
-    from rich.table import Table
-
-    worst = sorted(report.layers, key=lambda layer: layer.kept)
-    shown = worst[: count or None]
-    table = Table("weight", box=None, header_style="bold", caption_justify="left")
-    for head in ("rank", "‖ΔW‖/‖W‖", "kept", "error", "seconds"):
-        table.add_column(head, justify="right")
-    table.add_column("found")
-    for layer in shown:
-        cells = (f"{layer.rank}", f"{layer.relative:.2e}", f"{layer.kept:.2%}", f"{layer.error:.2e}")
-        table.add_row(layer.path, *cells, f"{layer.seconds:.2f}", layer.method)
-    if len(worst) > len(shown):
-        table.caption = f"and {len(worst) - len(shown)} that keep more (--layers 0 shows all)"
-    return table

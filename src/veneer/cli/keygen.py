@@ -6,17 +6,14 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+from veneer.cli.options import MANY
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def keygen(
-    name: Annotated[str, typer.Argument(help="Whose key it is: a word for the log.", show_default=False)],
+def keygen_command(
+    name: Annotated[str, typer.Argument(help="Whose key it is: a word for the log.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--adapter", "-a", help="Adapters that it may use, by name or pattern; may be given several times."
-        ),
+        typer.Option("--adapter", "-a", help=f"Adapters that it may use, by name or pattern; {MANY}."),
     ] = None,
     base: Annotated[bool, typer.Option(help="Whether it may use the base without an adapter.")] = True,
     admin: Annotated[bool, typer.Option("--admin", help="It may load and unload adapters and read metrics.")] = False,

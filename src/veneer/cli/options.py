@@ -10,16 +10,11 @@ import typer
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
 MANY = "may be given several times"
 
-BaseModel = Annotated[
-    str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.", show_default=False)
-]
-Adapter = Annotated[str, typer.Argument(help=ADAPTER_HELP, show_default=False)]
+BaseModel = Annotated[str, typer.Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]
+Adapter = Annotated[str, typer.Argument(help=ADAPTER_HELP)]
 Library = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME).",
-        show_default=False,
-    ),
+    typer.Option(help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."),
 ]
 Precision = Annotated[Literal["auto", "stored", "fp32", "bf16"], typer.Option(help="Type of the base weights.")]
 Verify = Annotated[bool, typer.Option(help="Refuse an adapter of another base.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,29 +13,18 @@ import typer
 
 from veneer.cli.options import MANY, BaseModel
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SHORT: Any = {"float32": "fp32", "bfloat16": "bf16"}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
 
-Adapters = Annotated[Path | None, typer.Option(help="Folder of adapter folders, or a library.", show_default=False)]
-Port = Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)]
-Name = Annotated[
-    str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.", show_default=False)
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.", show_default=False),
-]
-Pin = Annotated[
-    list[str] | None,
-    typer.Option(help=f"Load this adapter at the start and keep it; {MANY}.", show_default=False),
-]
+Adapters = Annotated[Path | None, typer.Option(help="Folder of adapter folders, or a library.")]
+Name = Annotated[str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.")]
+Memory = Annotated[str | None, typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")]
+Pin = Annotated[list[str] | None, typer.Option(help=f"Load this adapter at the start and keep it; {MANY}.")]
 Length = Annotated[
     int, typer.Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
 ]
-Keys = Annotated[Path | None, typer.Option(help="File of API keys (see `veneer keygen`).", show_default=False)]
+Keys = Annotated[Path | None, typer.Option(help="File of API keys (see `veneer keygen`).")]
 AllowOpen = Annotated[
     bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
 ]
@@ -49,12 +39,11 @@ StoredPrecision = Annotated[
 ]
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def serve(
+def serve_command(
     base: BaseModel,
     adapters: Adapters = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = HOST,
-    port: Port = PORT,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
     name: Name = None,
     memory: Memory = None,
     pin: Pin = None,
@@ -94,17 +83,14 @@ def serve(
     if engine == "vllm":
         _become_vllm(base, adapters, host, port, name, rows, length, keys, precision)
     ring = Keyring() if keys is None else read_keys(keys)
-    listening = bind(host, port)  # first of all, since it is the quickest to fail
-    port = listening.getsockname()[1]
-    try:
+    with bind(host, port) as listening:  # first of all, since it is the quickest to fail
+        port = listening.getsockname()[1]
         service = _service(base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, precision)
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
             service.hosts = (*LOOPBACK, host.lower())
         _listen(service, listening, host, port, budget, grace)
-    finally:
-        listening.close()
 
 
 def _become_vllm(
@@ -113,34 +99,28 @@ def _become_vllm(
 ) -> None:  # fmt: skip
     """Hand everything to vLLM, which takes the place of this process."""
     from veneer.errors import ConfigError, sentence
+    from veneer.models.load import pick_dtype, stored_dtype
+    from veneer.models.locate import folder_of
     from veneer.serve import vllm
     from veneer.serve.catalogue import folders
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError(sentence("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do))
-    found = {} if adapters is None else folders(adapters)
-    place = base
+    place, found = base, {} if adapters is None else folders(adapters)
     if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
-        from veneer.models.locate import folder_of
-
         place, name = str(folder_of(base)), name or called_by_default(base)
+    dtype = None  # of a hub id, vLLM finds it
+    if precision == "stored" and Path(place).is_dir():  # vLLM's own "auto" takes bf16 for a base in float32
+        dtype = stored_dtype(place)
+    elif precision not in ("auto", "stored"):
+        dtype = pick_dtype(precision)
     line = vllm.command(
         place, found, name=name, host=host, port=port,
         length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
-        dtype=None if precision == "auto" else _dtype_name(place, precision),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
     )  # fmt: skip
     vllm.run(line)
-
-
-def _dtype_name(place: str, precision: Any) -> str | None:
-    """What vLLM calls a type; its own "auto" takes bf16 for a base in float32. None, of a hub id's: vLLM finds it."""
-    from veneer.models.load import pick_dtype, stored_dtype
-
-    if precision == "stored" and not Path(place).is_dir():
-        return None
-    dtype = stored_dtype(place) if precision == "stored" else pick_dtype(precision)
-    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _service(
@@ -177,9 +157,7 @@ def _service(
         length = engine.length
     else:
         pad = tokenizer.pad_token_id or 0
-        embedder = Embedder(
-            model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics
-        )  # fmt: skip
+        embedder = Embedder(model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics)
     metrics.watch(engine or embedder, bank)
     return Service(
         base=called, source=base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys, metrics=metrics,
@@ -194,11 +172,9 @@ def _listen(service: Any, listening: Any, host: str, port: int, budget: int | No
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
-    try:
+    with closing(service):
         app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
         make(app, service.drain, grace, started).run([listening])
-    finally:
-        service.close()
 
 
 def _announce(service: Any, host: str, port: int, budget: int | None) -> None:

@@ -6,18 +6,15 @@ import inspect
 import shlex
 import sys
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
 from veneer.train.config import TrainConfig, load_config
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-PANELS = {"data": "Base and data", "adapter": "Adapter", "optimiser": "Optimiser", "run": "Run"}
 
-
-def train(config: Path | None, **flags: Any) -> None:
+def train_command(config: Path | None, **flags: Any) -> None:
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a flag; the flag wins.
 
     A run that was stopped or killed goes on when the same command is given again, and ends at the same losses.
@@ -55,36 +52,23 @@ def train(config: Path | None, **flags: Any) -> None:
 
 def _flag_type(annotation: Any) -> Any:
     """The type that a flag parses to: lists are written with commas, and `TrainConfig` splits them."""
-    arms = (
-        [arm for arm in get_args(annotation) if arm is not NoneType]
-        if get_origin(annotation) in (Union, type(int | str))
-        else [annotation]
-    )
-    arms = [str if get_origin(arm) is list else arm for arm in arms]
-    chosen = str if str in arms else arms[0]
-    return chosen | None if get_origin(chosen) is not Literal else Union[chosen, None]  # noqa: UP007
+    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    arms = [str if get_origin(arm) is list else arm for arm in arms if arm is not NoneType]
+    return (str if str in arms else arms[0]) | None
 
 
-def _parameters() -> list[inspect.Parameter]:
-    config = Annotated[
-        Path | None, typer.Argument(help="YAML file with any of the settings below.", show_default=False)
-    ]
-    made = [inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=config)]
+def _signature() -> inspect.Signature:
+    """The configuration's file, and a flag for each field of `TrainConfig`."""
+    file = typer.Argument(help="YAML file with any of the settings below.")
+    types: dict[str, Any] = {"config": Annotated[Path | None, file]}
     for name, info in TrainConfig.model_fields.items():
         extra: Any = info.json_schema_extra
-        flag = "--" + name.replace("_", "-")
-        if bool in (info.annotation, *get_args(info.annotation)):
-            flag = f"{flag}/--no-{flag.removeprefix('--')}"
-        option = typer.Option(flag, help=_help(info), show_default=False, rich_help_panel=PANELS[extra["group"]])
-        made.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[_flag_type(info.annotation), option],
-            )
-        )
-    return made
+        word = name.replace("_", "-")
+        flag = f"--{word}/--no-{word}" if bool in (info.annotation, *get_args(info.annotation)) else f"--{word}"
+        option = typer.Option(flag, help=_help(info), rich_help_panel=extra["panel"])
+        types[name] = Annotated[_flag_type(info.annotation), option]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([inspect.Parameter(name, kind, default=None, annotation=types[name]) for name in types])
 
 
 def _help(info: Any) -> str:
@@ -96,11 +80,7 @@ def _help(info: Any) -> str:
     return f"{text} (default: {shown})"
 
 
-def _command() -> Any:
-    parameters = _parameters()
-    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return app.command(context_settings={"help_option_names": ["-h", "--help"]})(train)
-
-
-_command()
+train_command.__signature__ = _signature()  # type: ignore[attr-defined]
+train_command.__annotations__ = {
+    name: made.annotation for name, made in inspect.signature(train_command).parameters.items()
+}

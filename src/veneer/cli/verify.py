@@ -9,15 +9,12 @@ import typer
 
 from veneer.cli.options import Adapter, AsJson
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def verify(
+def verify_command(
     adapter: Adapter,
     base: Annotated[
         str | None,
-        typer.Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.", show_default=False),
+        typer.Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id."),
     ] = None,
     as_json: AsJson = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse an adapter with warnings too.")] = False,
@@ -32,11 +29,11 @@ def verify(
       veneer verify run/adapter
       veneer verify run/adapter path/to/base --strict
     """
-    from veneer.adapter_files.verify import verify as check
+    from veneer.adapter_files.verify import verify
     from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
-    report = check(resolve(adapter), None if base is None else _folder(base))
+    report = verify(resolve(adapter), None if base is None else _folder(base))
     if as_json:
         echo_json(report.to_dict())
     else:

@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, nearest
 
 # Fields that may differ when a run is resumed: they change what is kept or shown, not what is computed.
 FREE_ON_RESUME = frozenset({"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output"})
 
-Group = Literal["data", "adapter", "optimiser", "run"]
+
+def _panel(title: str) -> Any:
+    """What makes the fields that `veneer train --help` shows below a title."""
+
+    def field(default: Any, help: str, **limits: Any) -> Any:
+        return Field(default, description=help, json_schema_extra={"panel": title}, **limits)
+
+    return field
 
 
-def _field(default: Any, group: Group, help: str, **limits: Any) -> Any:
-    return Field(default, description=help, json_schema_extra={"group": group}, **limits)
+_data, _adapter, _optimiser, _run = map(_panel, ("Base and data", "Adapter", "Optimiser", "Run"))
 
 
 class TrainConfig(BaseModel):
@@ -39,101 +45,74 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
 
-    base: str = _field(..., "data", "Base model: a folder, a .gguf file, or a model id on the hub.")
-    data: str = _field(..., "data", "Training data: .jsonl .json .csv .parquet .txt, or a hub data set id.")
-    output: Path = _field(..., "run", "Folder for the adapter, the checkpoints and the log.")
+    base: str = _data(..., "Base model: a folder, a .gguf file, or a model id on the hub.")
+    data: str = _data(..., "Training data: .jsonl .json .csv .parquet .txt, or a hub data set id.")
+    output: Path = _run(..., "Folder for the adapter, the checkpoints and the log.")
 
-    eval_data: str | None = _field(None, "data", "Data to evaluate on, in the same form as the training data.")
-    eval_fraction: float = _field(0.0, "data", "Without eval_data: hold out this share of the data.", ge=0, lt=1)
-    split: str = _field("train", "data", "Which split of a hub data set to train on.")
-    messages_column: str | None = _field(None, "data", "Column with the chat messages (default: messages).")
-    prompt_column: str | None = _field(None, "data", "Column with the prompt (default: prompt).")
-    completion_column: str | None = _field(None, "data", "Column with the completion (default: completion).")
-    text_column: str | None = _field(None, "data", "Column with plain text (default: text).")
-    completion_only: bool = _field(True, "data", "Learn completions and assistant turns only, not the prompts.")
-    max_length: int | None = _field(
-        None, "data", "Longest example in tokens (default: the model's context, at most 2048).", ge=2
+    eval_data: str | None = _data(None, "Data to evaluate on, in the same form as the training data.")
+    eval_fraction: float = _data(0.0, "Without eval_data: hold out this share of the data.", ge=0, lt=1)
+    split: str = _data("train", "Which split of a hub data set to train on.")
+    messages_column: str | None = _data(None, "Column with the chat messages (default: messages).")
+    prompt_column: str | None = _data(None, "Column with the prompt (default: prompt).")
+    completion_column: str | None = _data(None, "Column with the completion (default: completion).")
+    text_column: str | None = _data(None, "Column with plain text (default: text).")
+    completion_only: bool = _data(True, "Learn completions and assistant turns only, not the prompts.")
+    max_length: int | None = _data(
+        None, "Longest example in tokens (default: the model's context, at most 2048).", ge=2
     )
-    too_long: Literal["error", "truncate", "drop"] = _field("error", "data", "What to do with a longer example.")
-    packing: bool = _field(False, "data", "Pack several examples into one row, kept apart by the attention mask.")
+    too_long: Literal["error", "truncate", "drop"] = _data("error", "What to do with a longer example.")
+    packing: bool = _data(False, "Pack several examples into one row, kept apart by the attention mask.")
 
-    rank: int = _field(16, "adapter", "Rank r of the adapter.", ge=1)
-    alpha: float | None = _field(None, "adapter", "Numerator of the scale alpha / rank (default: 32).", gt=0)
-    dropout: float = _field(0.0, "adapter", "Dropout on the adapter's input.", ge=0, lt=1)
-    targets: str | list[str] = _field(
-        "all-linear", "adapter", "Layers to adapt: all-linear, attention, mlp, names or globs."
-    )
-    exclude: list[str] = _field([], "adapter", "Layers to leave out.")
-    train_also: list[str] = _field([], "adapter", "Modules to train fully besides.")
-    variant: str = _field("lora", "adapter", "Adapter variant: lora, rslora, …")
-    bias: Literal["none", "targets", "all"] = _field("none", "adapter", "Which biases train besides.")
-    layers: list[int] | None = _field(
-        None, "adapter", "Which blocks to adapt, by index; -1 is the last (default: all)."
-    )
-    adapter_dtype: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "adapter", "Adapter's numbers; auto: fp32 on a 16-bit base."
-    )
+    rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
+    alpha: float | None = _adapter(None, "Numerator of the scale alpha / rank (default: 32).", gt=0)
+    dropout: float = _adapter(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
+    targets: str | list[str] = _adapter("all-linear", "Layers to adapt: all-linear, attention, mlp, names or globs.")
+    exclude: list[str] = _adapter([], "Layers to leave out.")
+    train_also: list[str] = _adapter([], "Modules to train fully besides.")
+    variant: str = _adapter("lora", "Adapter variant: lora, rslora, …")
+    bias: Literal["none", "targets", "all"] = _adapter("none", "Which biases train besides.")
+    layers: list[int] | None = _adapter(None, "Which blocks to adapt, by index; -1 is the last (default: all).")
+    adapter_dtype: Literal["auto", "fp32", "bf16"] = _adapter("auto", "Adapter's numbers; auto: fp32 on a 16-bit base.")
 
-    learning_rate: float = _field(2e-4, "optimiser", "Peak learning rate; about 10 × that of full fine-tuning.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _field(
-        "cosine", "optimiser", "Learning rate after the warm-up."
-    )
-    warmup: float = _field(0.03, "optimiser", "Warm-up: steps if ≥ 1, else a share of the run.", ge=0)
-    epochs: float = _field(1.0, "optimiser", "Passes over the data, unless max_steps is given.", gt=0)
-    max_steps: int | None = _field(None, "optimiser", "Stop after this many steps instead.", ge=1)
-    batch_size: int = _field(8, "optimiser", "Examples in one forward pass.", ge=1)
-    grad_accum: int = _field(1, "optimiser", "Forward passes in one step.", ge=1)
-    optimiser: str = _field("adamw_torch_fused", "optimiser", "Any optimiser name that transformers knows.")
-    weight_decay: float = _field(0.0, "optimiser", "Weight decay.", ge=0)
-    adam_beta2: float = _field(0.999, "optimiser", "Adam's second-moment decay.", gt=0, lt=1)
-    max_grad_norm: float = _field(1.0, "optimiser", "Clip gradients to this norm; 0 switches it off.", ge=0)
+    learning_rate: float = _optimiser(2e-4, "Peak learning rate; about 10 × that of full fine-tuning.", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = _optimiser("cosine", "Learning rate after the warm-up.")
+    warmup: float = _optimiser(0.03, "Warm-up: steps if ≥ 1, else a share of the run.", ge=0)
+    epochs: float = _optimiser(1.0, "Passes over the data, unless max_steps is given.", gt=0)
+    max_steps: int | None = _optimiser(None, "Stop after this many steps instead.", ge=1)
+    batch_size: int = _optimiser(8, "Examples in one forward pass.", ge=1)
+    grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
+    optimiser: str = _optimiser("adamw_torch_fused", "Any optimiser name that transformers knows.")
+    weight_decay: float = _optimiser(0.0, "Weight decay.", ge=0)
+    adam_beta2: float = _optimiser(0.999, "Adam's second-moment decay.", gt=0, lt=1)
+    max_grad_norm: float = _optimiser(1.0, "Clip gradients to this norm; 0 switches it off.", ge=0)
 
-    eval_every: int | None = _field(None, "run", "Evaluate every so many steps (default: five times in a run).", ge=1)
-    save_every: int | None = _field(None, "run", "Checkpoint every so many steps (default: ten times in a run).", ge=1)
-    keep_checkpoints: int = _field(2, "run", "How many checkpoints to keep.", ge=1)
-    early_stopping: int | None = _field(
-        None, "run", "Stop after so many evaluations without a gain; keep the best.", ge=1
+    eval_every: int | None = _run(None, "Evaluate every so many steps (default: five times in a run).", ge=1)
+    save_every: int | None = _run(None, "Checkpoint every so many steps (default: ten times in a run).", ge=1)
+    keep_checkpoints: int = _run(2, "How many checkpoints to keep.", ge=1)
+    early_stopping: int | None = _run(None, "Stop after so many evaluations without a gain; keep the best.", ge=1)
+    seed: int = _run(0, "Seed of the initialisation, the order of the data and the dropout.", ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = _run("auto", "Base weights; auto: bf16 where the hardware has it.")
+    attention: Literal["auto", "products", "eager", "sdpa", "flash_attention_2"] = _run(
+        "auto", "Attention code; auto: transformers' choice, and products where they are faster on a CPU."
     )
-    seed: int = _field(0, "run", "Seed of the initialisation, the order of the data and the dropout.", ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "run", "Base weights; auto: bf16 where the hardware has it."
+    activation_checkpointing: bool = _run(False, "Recompute activations: less memory, about a third slower.")
+    cache_lower: bool = _run(
+        False, "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory."
     )
-    attention: Literal["auto", "products", "eager", "sdpa", "flash_attention_2"] = _field(
-        "auto", "run", "Attention code; auto: transformers' choice, and products where they are faster on a CPU."
-    )
-    activation_checkpointing: bool = _field(False, "run", "Recompute activations: less memory, about a third slower.")
-    cache_lower: bool = _field(
-        False, "run", "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory."
-    )
-    check: bool = _field(True, "run", "Check before training that every adapter is reached and gets a gradient.")
-    trackers: list[str] = _field([], "run", "Report to these trackers as well: tensorboard, wandb, mlflow, …")
-    resume: bool | None = _field(
-        None, "run", "Continue an unfinished run (default: if there is one with this configuration)."
-    )
-    overwrite: bool = _field(False, "run", "Replace what an earlier run left in the output folder.")
+    check: bool = _run(True, "Check before training that every adapter is reached and gets a gradient.")
+    trackers: list[str] = _run([], "Report to these trackers as well: tensorboard, wandb, mlflow, …")
+    resume: bool | None = _run(None, "Continue an unfinished run (default: if there is one with this configuration).")
+    overwrite: bool = _run(False, "Replace what an earlier run left in the output folder.")
 
     @field_validator("targets", "exclude", "train_also", "trackers", "layers", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        """A comma-separated text is a list: the flags write it so."""
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        """A comma-separated text is a list: the flags write it so. One value is a list of one, but for `targets`."""
         if isinstance(value, str) and "," in value and not value.startswith("re:"):
-            return [part.strip() for part in value.split(",") if part.strip()]
-        return value
-
-    @field_validator("exclude", "train_also", "trackers", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _one_layer(cls, value: Any) -> Any:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if info.field_name == "targets":
+            return value[0] if isinstance(value, list) and len(value) == 1 else value
         return [value] if isinstance(value, int | str) else value
-
-    @field_validator("targets")
-    @classmethod
-    def _one(cls, value: str | list[str]) -> str | list[str]:
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
     @field_validator("resume", mode="before")
     @classmethod
@@ -166,12 +145,11 @@ def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
     Raises `ConfigError` for a missing or unreadable file, YAML that does not parse (with the line), an unknown field
     (with the nearest known one) and a value of the wrong type or out of range. All problems are in one message.
     """
-    fields = read_yaml(path) if path is not None else {}
-    fields.update({name: value for name, value in changes.items() if value is not None})
-    return make_config(fields, str(path) if path is not None else "the arguments")
+    given = {name: value for name, value in changes.items() if value is not None}
+    return make_config(given) if path is None else make_config({**read_yaml(path), **given}, str(path))
 
 
-def make_config(fields: dict[str, Any], source: str = "the configuration") -> TrainConfig:
+def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainConfig:
     """`TrainConfig(**fields)` whose errors are one readable `ConfigError`."""
     try:
         return TrainConfig(**fields)
@@ -185,23 +163,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-        hint = f"\nNear it there is: {', '.join(near)}." if near else ""
-        raise ConfigError(f"The configuration {path} does not exist.{hint}\nDo: check the path.") from error
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        raise ConfigError(f"The configuration {path} does not exist{near}.\nDo: check the path.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).\nDo: save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
-            f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo: fix it."
-        ) from error
+        message = f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo: fix it."
+        raise ConfigError(message) from error
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.\nDo: check its permissions.") from error
-    if document is None:
-        return {}
+    document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError(
             f"{path} holds a {type(document).__name__}; expected `name: value` lines.\nDo: see `veneer train --help`."

