@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
-from veneer.errors import ConfigError, listing, nearest
+from veneer.errors import ConfigError, listing, nearest, sentence
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
@@ -24,7 +23,6 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         save_every = save_every or eval_every
     eval_every = eval_every or max(1, math.ceil(prepared.steps / 5))
     save_every = save_every or (eval_every if config.early_stopping else max(1, math.ceil(prepared.steps / 10)))
-    evaluates = prepared.eval_set is not None
     _check_names(config)
     return SFTConfig(
         output_dir=str(output),
@@ -43,19 +41,14 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         max_length=prepared.max_length,
         packing=config.packing,
         dataset_kwargs={"skip_prepare_dataset": True},  # tokenised and packed already
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_every if evaluates else None,
+        eval_strategy="no" if prepared.eval_set is None else "steps",
+        eval_steps=eval_every,
         prediction_loss_only=True,
-        save_strategy="steps",
         save_steps=save_every,
         save_total_limit=config.keep_checkpoints,
-        load_best_model_at_end=bool(config.early_stopping),
-        metric_for_best_model="loss" if config.early_stopping else None,
-        greater_is_better=False if config.early_stopping else None,
+        load_best_model_at_end=bool(config.early_stopping),  # by the loss
         restore_callback_states_from_checkpoint=True,
-        logging_strategy="steps",
         logging_steps=1,
-        logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run
         report_to=config.trackers or "none",
         activation_checkpointing=config.activation_checkpointing,
@@ -71,19 +64,13 @@ def _check_names(config: TrainConfig) -> None:
     """The names that transformers would refuse later, with a traceback."""
     optimisers = [str(name.value) for name in OptimizerNames]
     if config.optimiser not in optimisers:
+        found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
         raise ConfigError(
-            f"Found: optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}. Expected: one that "
-            f"transformers knows. Do: choose for example {listing(optimisers, 4)}."
+            sentence(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
         )
     ready = get_available_reporting_integrations()
     for tracker in config.trackers:
         if tracker not in ready:
-            raise ConfigError(
-                f"Found: tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not "
-                f"installed. Expected: one that is (here: {listing(ready)}). Do: install its package, or correct it."
-            )
-
-
-def early_stop(config: TrainConfig) -> list[TrainerCallback]:
-    """transformers' own callback, if the configuration asks for it."""
-    return [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
+            found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
+            expected = f"one that is (here: {listing(ready)})"
+            raise ConfigError(sentence(found, expected, "install its package, or correct it"))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from transformers import TrainerCallback
 
-from veneer.errors import TrainingError
+from veneer.errors import TrainingError, sentence
 from veneer.train.checkpoint import LOG
 
 
@@ -29,11 +29,10 @@ class LossLog(TrainerCallback):
 
     def __init__(self, output: Path, before: list[dict[str, Any]]) -> None:
         self.path = output / LOG
-        self.offset = float(before[-1]["seconds"]) if before else 0.0
-        self.started = time.perf_counter()
+        self.before = float(before[-1]["seconds"]) if before else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.before
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -44,7 +43,7 @@ class LossLog(TrainerCallback):
             return  # the summary at the end of a run
         if "num_tokens" in logs:
             line["tokens"] = int(logs["num_tokens"])
-        line["seconds"] = round(self.offset + time.perf_counter() - self.started, 3)
+        line["seconds"] = round(time.perf_counter() - self.started, 3)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -56,11 +55,9 @@ class StopOnNan(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                raise TrainingError(
-                    f"Found: the {name.replace('_', ' ')} is {value} at step {state.global_step}. Expected: a finite "
-                    "number. Do: lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32); "
-                    "the last checkpoint is intact."
-                )
+                found = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
+                do = "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32)"
+                raise TrainingError(sentence(found, "a finite number", f"{do}; the last checkpoint is intact"))
 
 
 class StopOnSignal(TrainerCallback):
@@ -69,9 +66,8 @@ class StopOnSignal(TrainerCallback):
     Use as a context manager around `trainer.train()`; `stopped` says whether a signal came.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.stopped = False
-        self.console = console
+    def __init__(self, console: Console) -> None:
+        self.stopped, self.console = False, console
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -87,21 +83,18 @@ class StopOnSignal(TrainerCallback):
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        if self.console is not None:
-            say(self.console, "Stopping after this step … (again to stop at once)")
+        say(self.console, "Stopping after this step … (again to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):
     """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log file."""
 
-    def __init__(self, console: Console, start: int = 0) -> None:
-        self.console = console
-        self.start = start  # the step at which this session begins
+    def __init__(self, console: Console, start: int) -> None:
+        self.console, self.start = console, start  # the step at which this session begins
         self.bar: Progress | None = None
         self.task: Any = None
         self.recent: deque[tuple[float, int, int]] = deque(maxlen=51)  # (seconds, tokens, step) of the last 50 steps
@@ -115,9 +108,7 @@ class ProgressBar(TrainerCallback):
                 SpinnerColumn(), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                 console=self.console, expand=True, refresh_per_second=4,
             )  # fmt: skip
-            self.task = self.bar.add_task(
-                "training", total=state.max_steps, completed=state.global_step, text="first step …"
-            )
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, text="first step …")
             self.bar.start()
         self.printed = time.perf_counter()
 
@@ -145,9 +136,6 @@ class ProgressBar(TrainerCallback):
             return ""
         left = (total - step_now) * (now - then) / (step_now - step)
         return f"  {(tokens_now - tokens) / (now - then):,.0f} tokens/s  {duration(left)} left"
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop drawing; also after an error, or the terminal stays without a cursor."""

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder, and how a half-written part of it is told from a whole one.
+"""What a run leaves in its output folder.
 
 output/
   run.json                 status (running, interrupted, finished), configuration, hashes of the data
@@ -12,7 +12,6 @@ output/
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,39 +30,29 @@ def path_of(output: str | Path, step: int) -> Path:
 
 def newest(output: Path) -> tuple[Path, int] | None:
     """The newest complete checkpoint and its step."""
-    found = [
-        (int(match.group(1)), path)
-        for path in output.glob("checkpoint-*")
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    if not found:
-        return None
-    step, path = max(found)
-    return path, step
+    steps = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*") if path.is_dir()}
+    found = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
+    return max(found, key=lambda pair: pair[1], default=None)
 
 
 def clear(output: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
-    for path in [*(output / name for name in (ADAPTER, LOG, METRICS, "runs")), *output.glob("checkpoint-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (output / RUN).unlink(missing_ok=True)  # last: without it, what is left would not count as a run's
+    _remove(*(output / name for name in (ADAPTER, LOG, METRICS, "runs")), *output.glob("checkpoint-*"))
+    _remove(output / RUN)  # last: without it, what is left would not count as a run's
 
 
 def sweep(output: Path) -> None:
     """Remove what a killed process left half-written."""
-    for path in [*output.glob(".*.tmp"), *output.glob(".*.replaced")]:
+    _remove(*output.glob(".*.tmp"), *output.glob(".*.replaced"))
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _alone(value: Any) -> Any:
-    """One process shares with nobody."""
-    return value
-
-
 @contextmanager
-def writing(
-    output: str | Path, step: int, *, main: bool = True, share: Callable[[Any], Any] = _alone
-) -> Iterator[Path]:
+def writing(output: str | Path, step: int, main: bool, share: Callable[[Any], Any]) -> Iterator[Path]:
     """A folder to fill, which becomes checkpoint-`step` when the block ends without an error, and vanishes otherwise.
 
     `main` is true in the one process that makes and renames it; `share` gives every process the first one's value, and
@@ -77,11 +66,7 @@ def writing(
     share(None)
 
 
-# ---------------------------------------------------------------------------------------------- run.json, log.jsonl
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the old file or the new one is there, whole, at any moment."""
     write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -92,17 +77,12 @@ def read_json(path: Path) -> Any:
 
 def read_log(output: Path) -> list[dict[str, Any]]:
     """The lines of the log. A last line that a power cut tore is left out."""
-    path = output / LOG
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    text = (output / LOG).read_text(encoding="utf-8") if (output / LOG).is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
 
 
 def cut_log(output: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines after `step`, which are about to be computed again; return those that stay."""
     kept = [line for line in read_log(output) if line["step"] <= step]
-    temporary = output / f".{LOG}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(output / LOG)
+    write_whole(output / LOG, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -70,11 +70,9 @@ class ChunkedCrossEntropy:
 
     def differentiable(self, rows: Tensor) -> Tensor:
         """The total, as a function of all rows and of the head's own parameters."""
-        inputs = ([rows] if self.rows else []) + list(self.gradients)
-        gradients = ([torch.cat(self.rows)] if self.rows else []) + [
-            gradient.to(parameter.dtype) for parameter, gradient in self.gradients.items()
-        ]
-        return _KnownGradients.apply(self.total, gradients, *inputs) if inputs else self.total  # pyright: ignore[reportReturnType]
+        known = {rows: torch.cat(self.rows)} if self.rows else {}
+        known |= {parameter: gradient.to(parameter.dtype) for parameter, gradient in self.gradients.items()}
+        return _KnownGradients.apply(self.total, list(known.values()), *known) if known else self.total  # pyright: ignore[reportReturnType]
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -89,14 +87,9 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if torch.is_grad_enabled():  # the known gradients would silently pass for constants
             found = "create_graph=True through token_loss, which keeps no graph of the head"
-            do = "differentiate model(**inputs).loss instead"
-            raise NotImplementedError(sentence(found, "one derivative", do))
-        needed = ctx.needs_input_grad[2:]
-        scaled = (
-            known * upstream.to(known.device) if need else None
-            for known, need in zip(ctx.saved_tensors, needed, strict=True)
-        )
-        return None, None, *scaled
+            raise NotImplementedError(sentence(found, "one derivative", "differentiate model(**inputs).loss instead"))
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(known * upstream.to(known.device) if needed else None for known, needed in pairs)
 
 
 def leaf_of(rows: Tensor) -> Tensor:

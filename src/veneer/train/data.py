@@ -2,11 +2,9 @@
 
     source (jsonl json csv tsv parquet txt | hub id)  ->  rows of one shape (chat | prompt + completion | text)
 
-Every row is checked before any model is loaded, and the error names the line: a run that fails after an hour on row
-90,000 is the alternative. Files are read with the plainest reader there is (`json`, `csv`, `pyarrow.parquet`): a type
-guesser would turn the completion `42` into a number.
-
-A `.txt` file holds one example a line; empty lines are skipped.
+Every row is checked before any model is loaded, and the error names the line. Files are read with the plainest reader
+there is (`json`, `csv`, `pyarrow.parquet`): a type guesser would turn the completion `42` into a number. A `.txt` file
+holds one example a line; empty lines are skipped.
 """
 
 from __future__ import annotations
@@ -16,20 +14,19 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from veneer.errors import DataError
-from veneer.models.messages import quiet
+from veneer.errors import DataError, listing, nearest
+from veneer.models.messages import first_line, quiet
 
 log = logging.getLogger("veneer.data")
 
 Kind = Literal["messages", "prompt", "text"]
 #: columns that hold what a classifier (or a preference) should learn
 LABELS = ("label", "labels", "label_text")
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -64,21 +61,17 @@ class Records:
 
     def select(self, indices: Sequence[int]) -> Records:
         """The rows at `indices`, in that order."""
-        rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
-        return replace(self, rows=rows, places=places)
-
-
-# ---------------------------------------------------------------------------------------------- reading
+        return replace(self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices])
 
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
-    """Read and check every row of `source`: a file (see `SUFFIXES`) or the id of a data set on the hub.
+    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the hub.
 
     Raises `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing
     columns (with the names found and the nearest) and wrong types.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in SUFFIXES or path.exists() or str(source).startswith((".", "/", "~")):
+    if path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~")):
         raw, digest = _read_file(path)
     else:
         raw, digest = _read_hub(str(source), split)
@@ -92,33 +85,28 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
 
 def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
     """[(place, row)] and the SHA-256 of the file."""
+    suffix, folder = path.suffix.lower(), path.parent
     if not path.exists():
-        raise DataError(_missing(path))
+        where = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
+        near = nearest(path.name, [file.name for file in folder.glob("*")])
+        raise DataError(
+            f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: check the path."
+        )
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
         raise DataError(
             f"{path} is a folder; expected one data file.\n"
             f"Do: name the file{': it holds ' + ', '.join(inside[:8]) if inside else ' (it holds no data file)'}."
         )
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _jsonl,
-        ".ndjson": _jsonl,
-        ".json": _json,
-        ".csv": _csv,
-        ".tsv": _csv,
-        ".parquet": _parquet,
-        ".txt": _txt,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if suffix not in READERS:
         raise DataError(
             f"Cannot tell the format of {path} from its ending {path.suffix or '(none)'!r}.\n"
-            f"Expected one of {', '.join(SUFFIXES)}.\nDo: rename the file, or convert it to JSONL."
+            f"Expected one of {', '.join(READERS)}.\nDo: rename the file, or convert it to JSONL."
         )
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return list(reader(path)), digest
+        return list(READERS[suffix](path)), digest
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}.\n"
@@ -128,28 +116,25 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         raise DataError(f"Cannot read {path}: {error.strerror or error}.\nDo: check the file's permissions.") from error
 
 
-def _missing(path: Path) -> str:
-    folder = path.parent if str(path.parent) else Path()
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f" Near it there is: {', '.join(near)}." if near else ""
-    where = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
-    return f"The data file {path} does not exist{where}.\nExpected a readable file.{hint}\nDo: check the path."
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _txt(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((place, {"text": line.rstrip("\r\n")}) for place, line in _lines(path))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}: {_snippet(line)}\n"
-                    'Expected one JSON object a line, such as {"prompt": "...", "completion": "..."}.\n'
-                    "Do: fix or remove that line."
-                ) from error
+    for place, line in _lines(path):
+        try:
+            yield place, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, {place} is not JSON: {error.msg} at column {error.colno}: {_snippet(line)}\n"
+                'Expected one JSON object a line, such as {"prompt": "...", "completion": "..."}.\n'
+                "Do: fix or remove that line."
+            ) from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -167,26 +152,21 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path} holds a JSON {type(document).__name__}; expected a list of objects.\n"
             "Do: wrap the rows in [ ], or write one object a line and name it .jsonl."
         )
-    for number, row in enumerate(document, 1):
-        yield f"item {number}", row
+    return ((f"item {number}", row) for number, row in enumerate(document, 1))
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
-            for row in reader:
-                place = f"line {reader.line_num}"
-                if None in row or None in row.values():
-                    width = len(reader.fieldnames or ())
-                    found = sum(value is not None for key, value in row.items() if key is not None)
-                    found += len(row.get(None, ()))  # type: ignore[call-overload]
-                    raise DataError(
-                        f"{path}, {place} has {found} fields; expected {width}, as in the header.\n"
-                        "Do: quote fields that hold commas or line breaks."
-                    )
-                yield place, row
+            names = next(reader, [])
+            for row in filter(None, reader):
+                if len(row) != len(names):
+                    found = f"{path}, line {reader.line_num} has {len(row)} fields; expected {len(names)}"
+                    do = "quote fields that hold commas or line breaks"
+                    raise DataError(f"{found}, as in the header.\nDo: {do}.")
+                yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}.\nDo: fix the quoting.") from error
 
@@ -199,17 +179,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         raise DataError(
-            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}\nDo: write the file again."
+            f"{path} is not a readable Parquet file: {first_line(error)}\nDo: write the file again."
         ) from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"row {number}", row
+    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
 
 
-def _txt(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", {"text": line.rstrip("\r\n")}
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _txt,
+}  # fmt: skip
 
 
 def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
@@ -222,10 +199,9 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
         with quiet():
             table = load_dataset(identifier, config or None, split=split)
     except Exception as error:  # `datasets` raises a score of unrelated types here; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"No data at {name!r}: there is no such file here, and the hub says: {reason}\n"
-            f"Expected a file ({', '.join(SUFFIXES)}) or the id of a data set on the Hugging Face hub.\n"
+            f"No data at {name!r}: there is no such file here, and the hub says: {first_line(error)}\n"
+            f"Expected a file ({', '.join(READERS)}) or the id of a data set on the Hugging Face hub.\n"
             "Do: check the path or the id; for a private data set log in with `hf auth login`."
         ) from error
     rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
@@ -233,26 +209,25 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
     return rows, digest
 
 
-# ---------------------------------------------------------------------------------------------- checking
-
-
 def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: str) -> Records:
     """Decide which columns hold what, from the first row, and bring every row into that shape."""
-    place, first = raw[0]
-    _object(first, source, place)
-    names = list(first)
-    kind, picked = _detect(names, first, columns, source)
+    for place, row in raw:
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{source}, {place} is a JSON {_name(row)}: {_snippet(json.dumps(row))}\n"
+                'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
+            )
+    names = list(raw[0][1])
+    kind, picked = _detect(names, raw[0][1], columns, source)
     rows = []
     for place, row in raw:
-        _object(row, source, place)
-        shaped = {}
-        for part, column in picked.items():
+        for column in picked.values():
             if column not in row:
                 raise DataError(
                     f"{source}, {place} has no column {column!r}; it has {_list(row)}.\n"
                     f"Expected {column!r} in every row, as in the first.\nDo: add it, or remove that row."
                 )
-            shaped[part] = _value(row[column], part, column, source, place)
+        shaped = {part: _value(row[column], part, column, f"{source}, {place}") for part, column in picked.items()}
         if kind == "prompt" and isinstance(shaped["prompt"], str) is not isinstance(shaped["completion"], str):
             raise DataError(
                 f"{source}, {place}: prompt is {_name(shaped['prompt'])}, completion {_name(shaped['completion'])}.\n"
@@ -263,21 +238,13 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
     return Records(kind, rows, [place for place, _ in raw], source, digest, unused)
 
 
-def _object(row: Any, source: str, place: str) -> None:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{source}, {place} is a JSON {_name(row)}: {_snippet(json.dumps(row))}\n"
-            'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
-        )
-
-
 def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: str) -> tuple[Kind, dict[str, str]]:
     """Which of the three shapes: what the options name, else the usual names, most specific first."""
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
-                f"{source} has no column {column!r} (asked for as the {option} column); it has {_list(names)}."
-                f"{_nearest(column, names)}\nDo: name one that exists, for example --{option}-column {names[0]}."
+                f"{source} has no column {column!r}{nearest(column, names)} (asked for as the {option} column); it has "
+                f"{_list(names)}.\nDo: name one that exists, for example --{option}-column {names[0]}."
             )
     if not any(vars(columns).values()):
         _refuse_other_tasks(names, first, source)
@@ -285,47 +252,14 @@ def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: s
         return "messages", {"messages": columns.messages}
     if columns.text is not None:
         return "text", {"text": columns.text}
+    usual = columns.prompt is None and columns.completion is None
+    if usual and (chat := _chat(names)):
+        return "messages", {"messages": chat}
     prompt, completion = columns.prompt or "prompt", columns.completion or "completion"
-    if columns.prompt is None and columns.completion is None:
-        for name in ("messages", "conversations"):
-            if name in names:
-                return "messages", {"messages": name}
     if prompt in names and completion in names:
         return "prompt", {"prompt": prompt, "completion": completion}
-    if columns.prompt is None and columns.completion is None and "text" in names:
+    if usual and "text" in names:
         return "text", {"text": "text"}
-    raise DataError(_wrong_columns(names, columns, source))
-
-
-def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
-    """Records of other tasks (preferences, labels), of which a language model would learn something else than they say.
-    Whoever names the columns to read has said what the others are worth."""
-    if {"chosen", "rejected"} <= {*names}:
-        chat = isinstance(first["chosen"], list)
-        alone = "--messages-column chosen" if chat and "prompt" not in names else "--text-column chosen"
-        alone = "--prompt-column prompt --completion-column chosen" if "prompt" in names else alone
-        raise DataError(
-            f"{source} holds preferences: the columns {_list(names)}.\n"
-            "Expected examples to imitate; this command cannot learn that one answer is better than another.\n"
-            "Do: give the model that veneer.attach has prepared to trl.DPOTrainer, in Python; or imitate the chosen "
-            f"answers alone: {alone}."
-        )
-    labels = [name for name in names if name.lower() in LABELS]
-    if labels:
-        chat = next((name for name in ("messages", "conversations") if name in names), None)
-        others = [name for name in names if name not in labels]
-        shown = f"--text-column {'text' if 'text' in names else others[0] if others else 'TEXT'}"
-        shown = "--prompt-column prompt --completion-column completion" if "prompt" in names else shown
-        shown = f"--messages-column {chat}" if chat else shown
-        raise DataError(
-            f"{source} has the column {labels[0]!r} beside {_list(others) or 'no other'}.\n"
-            "Expected examples to imitate; this command trains no classifier, and would leave the labels out.\n"
-            f"Do: to learn the labels, write each as text into `completion`, with its text in `prompt`, or train a "
-            f"classifier with veneer.attach in Python; to leave them out, name the columns to read: {shown}."
-        )
-
-
-def _wrong_columns(names: list[str], columns: Columns, source: str) -> str:
     wanted = ("messages", "prompt", "completion", "text")
     near = [
         f"{name!r} looks like {match[0]!r}"
@@ -333,7 +267,7 @@ def _wrong_columns(names: list[str], columns: Columns, source: str) -> str:
         if (match := difflib.get_close_matches(name.lower(), wanted, 1, 0.6)) and name not in wanted
     ]
     two = (*names, "PROMPT", "COMPLETION") if len(names) < 2 else names
-    return (
+    raise DataError(
         f"{source} has the columns {_list(names)}.\n"
         "Expected `messages` (a chat), or `prompt` and `completion`, or `text`."
         f"{' ' + '; '.join(near) + '.' if near else ''}\n"
@@ -343,49 +277,67 @@ def _wrong_columns(names: list[str], columns: Columns, source: str) -> str:
     )
 
 
-def _value(value: Any, part: str, column: str, source: str, place: str) -> Any:
+def _chat(names: list[str]) -> str | None:
+    return next((name for name in ("messages", "conversations") if name in names), None)
+
+
+def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
+    """Records of other tasks (preferences, labels), of which a language model would learn something else than they say.
+    Whoever names the columns to read has said what the others are worth."""
+    if {"chosen", "rejected"} <= {*names}:
+        alone = "--messages-column chosen" if isinstance(first["chosen"], list) else "--text-column chosen"
+        alone = "--prompt-column prompt --completion-column chosen" if "prompt" in names else alone
+        raise DataError(
+            f"{source} holds preferences: the columns {_list(names)}.\n"
+            "Expected examples to imitate; this command cannot learn that one answer is better than another.\n"
+            "Do: give the model that veneer.attach has prepared to trl.DPOTrainer, in Python; or imitate the chosen "
+            f"answers alone: {alone}."
+        )
+    if labels := [name for name in names if name.lower() in LABELS]:
+        others = [name for name in names if name not in labels]
+        text = next((name for name in ("text", *others) if name in names), "TEXT")
+        shown = (
+            "--prompt-column prompt --completion-column completion" if "prompt" in names else f"--text-column {text}"
+        )
+        shown = f"--messages-column {chat}" if (chat := _chat(names)) else shown
+        raise DataError(
+            f"{source} has the column {labels[0]!r} beside {_list(others) if others else 'no other'}.\n"
+            "Expected examples to imitate; this command trains no classifier, and would leave the labels out.\n"
+            f"Do: to learn the labels, write each as text into `completion`, with its text in `prompt`, or train a "
+            f"classifier with veneer.attach in Python; to leave them out, name the columns to read: {shown}."
+        )
+
+
+def _value(value: Any, part: str, column: str, where: str) -> Any:
     if part != "messages" and isinstance(value, str):
         return value
-    if isinstance(value, list) and part in ("messages", "prompt", "completion"):
-        return [_message(message, source, place) for message in value] or _no_messages(source, place)
-    expected = (
-        "a list of messages" if part == "messages" else "text" if part == "text" else "text or a list of messages"
-    )
+    if part != "text" and isinstance(value, list):
+        if not value:
+            raise DataError(f"{where} holds an empty list of messages.\nDo: fix or remove that row.")
+        return [_message(message, where) for message in value]
+    expected = {"messages": "a list of messages", "text": "text"}.get(part, "text or a list of messages")
     raise DataError(
-        f"{source}, {place}: the column {column!r} holds a {_name(value)}: {_snippet(json.dumps(value, default=str))}\n"
+        f"{where}: the column {column!r} holds a {_name(value)}: {_snippet(json.dumps(value, default=str))}\n"
         f"Expected {expected}.\nDo: fix or remove that row."
     )
 
 
-def _no_messages(source: str, place: str) -> Any:
-    raise DataError(f"{source}, {place} holds an empty list of messages.\nDo: fix or remove that row.")
-
-
-def _message(message: Any, source: str, place: str) -> dict[str, Any]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     """One chat message; the ShareGPT form {"from", "value"} is brought into {"role", "content"}."""
-    if isinstance(message, dict) and "from" in message and "value" in message:
-        roles = {"human": "user", "gpt": "assistant"}
-        message = {"role": roles.get(message["from"], message["from"]), "content": message["value"]}
-    if (
-        not isinstance(message, dict)
-        or not isinstance(message.get("role"), str)
-        or not isinstance(message.get("content"), str)
-    ):
-        raise DataError(
-            f"{source}, {place} holds a message that is not one: {_snippet(json.dumps(message, default=str))}\n"
-            'Expected {"role": "user" | "assistant" | "system", "content": "text"}.\nDo: fix or remove that row.'
-        )
-    return {key: value for key, value in message.items() if value is not None}  # parquet fills absent keys with None
+    match message:
+        case {"from": str(role), "value": content}:
+            message = {"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}
+    match message:
+        case {"role": str(), "content": str()}:  # parquet fills absent keys with None
+            return {key: value for key, value in message.items() if value is not None}
+    raise DataError(
+        f"{where} holds a message that is not one: {_snippet(json.dumps(message, default=str))}\n"
+        'Expected {"role": "user" | "assistant" | "system", "content": "text"}.\nDo: fix or remove that row.'
+    )
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f" The nearest is {near[0]!r}." if near else ""
-
-
-def _list(names: Any) -> str:
-    found = list(names)
-    return ", ".join(repr(name) for name in found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
+def _list(names: Iterable[str]) -> str:
+    return listing(map(repr, names), 12)
 
 
 def _name(value: Any) -> str:
@@ -393,6 +345,6 @@ def _name(value: Any) -> str:
     return names.get(type(value).__name__, type(value).__name__)
 
 
-def _snippet(text: str, width: int = 60) -> str:
+def _snippet(text: str) -> str:
     text = text.strip()
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -36,8 +36,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy over `examples`. `progress` is called with the number of examples done after each batch."""
     order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
-    total, items, correct = 0.0, 0, 0
-    training = model.training
+    total, items, correct, training = 0.0, 0, 0, model.training
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
@@ -69,11 +68,8 @@ def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[st
 
 def exact(model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16) -> float:
     """Share of prompt/completion rows whose greedy continuation is the completion, surrounding spaces aside."""
-    answers = generate(
-        model, tokenizer, [row["prompt"] for row in rows.rows], max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    wanted = [
-        row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
-        for row in rows.rows
-    ]
+    prompts = [row["prompt"] for row in rows.rows]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    completions = [row["completion"] for row in rows.rows]
+    wanted = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return sum(answer.strip() == want.strip() for answer, want in zip(answers, wanted, strict=True)) / max(len(rows), 1)

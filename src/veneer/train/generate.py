@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from veneer.errors import DataError
+from veneer.errors import DataError, sentence
 
 Prompt = str | list[dict[str, Any]]
 
@@ -45,10 +45,15 @@ def generate(
         DataError: an empty prompt, or a prompt with `max_new_tokens` is longer than the model's context.
     """
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
-    _fits(model, encoded, max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    texts = [""] * len(encoded)
-    training = model.training
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and encoded and (longest := len(encoded[order[0]])) + max_new_tokens > context:
+        found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
+        do = "shorten the prompt, or ask for fewer new tokens"
+        raise DataError(sentence(found, f"at most {context:,} together, the model's context", do))
+    options = _options(tokenizer, max_new_tokens, temperature, top_p, stop)
+    pad = options["generation_config"].pad_token_id or 0
+    texts, training = [""] * len(encoded), model.training
     model.eval()
     try:
         with torch.random.fork_rng(enabled=seed is not None):
@@ -56,9 +61,19 @@ def generate(
                 torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                options = _options(tokenizer, max_new_tokens, temperature, top_p, stop)
-                for row, text in zip(rows, _batch(model, tokenizer, [encoded[i] for i in rows], options), strict=True):
-                    texts[row] = _cut(text, stop)
+                width = len(encoded[rows[0]])
+                short = [width - len(encoded[row]) for row in rows]
+                ids = [[pad] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
+                mask = [[0] * count + [1] * (width - count) for count in short]
+                inputs = {"input_ids": ids, "attention_mask": mask}
+                inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
+                output = tokenizer.batch_decode(
+                    model.generate(**inputs, **options)[:, width:], skip_special_tokens=True
+                )
+                for row, text in zip(rows, output, strict=True):
+                    for word in stop:
+                        text = text.split(word, 1)[0]
+                    texts[row] = text
     finally:
         model.train(training)
     return texts
@@ -68,26 +83,14 @@ def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:
-        raise DataError(
-            "Found: a chat prompt, and a base without a chat template. Expected: a chat model. "
-            "Do: pass the prompt as text."
-        )
+        found = "a chat prompt, and a base without a chat template"
+        raise DataError(sentence(found, "a chat model", "pass the prompt as text"))
     else:
         chat = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
         ids = list(chat["input_ids"])
     if not ids:
-        raise DataError("Found: an empty prompt. Expected: at least one token. Do: write something to continue.")
+        raise DataError(sentence("an empty prompt", "at least one token", "write something to continue"))
     return ids
-
-
-def _fits(model: Any, encoded: list[list[int]], max_new_tokens: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(ids) for ids in encoded), default=0)
-    if context is not None and longest + max_new_tokens > context:
-        raise DataError(
-            f"Found: a prompt of {longest:,} tokens and {max_new_tokens:,} new ones. Expected: at most {context:,} "
-            "together, the model's context. Do: shorten the prompt, or ask for fewer new tokens."
-        )
 
 
 def _options(
@@ -95,32 +98,11 @@ def _options(
 ) -> dict[str, Any]:
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    sampling: Any = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        stop_strings=list(stop) or None,
-        use_cache=True,
-        **sampling,
-    )
+        max_new_tokens=max_new_tokens, pad_token_id=end if pad is None else pad, eos_token_id=end,
+        stop_strings=list(stop) or None, use_cache=True, **{"do_sample": False, **sampling},
+    )  # fmt: skip
     return {"generation_config": config, **({"tokenizer": tokenizer} if stop else {})}
-
-
-def _batch(model: Any, tokenizer: Any, rows: list[list[int]], options: dict[str, Any]) -> list[str]:
-    width = max(len(ids) for ids in rows)
-    pad = options["generation_config"].pad_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # [b, width]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, **options)
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    for word in stop:
-        text = text.split(word, 1)[0]
-    return text

@@ -4,19 +4,14 @@
 
 The output head is the largest layer of a small model (a quarter of a step for a vocabulary of 49,152), and its logits
 in fp32, their softmax and their gradient are the largest tensors. So the model's body runs once, the rows without a
-label are dropped, and the head runs on `chunk` rows at a time:
+label are dropped, and the head runs on `chunk` rows at a time, each differentiated as soon as its loss is known:
 
     hidden [b, s, h]  →  rows [n, h]  →  for each chunk:  logits [c, v]  →  Σ -log p,  ∂/∂rows, ∂/∂(head parameters)
-
-The loss is a sum, so each chunk is differentiated as soon as it is known, and nothing of it stays but those gradients;
-`backward` scales them by what comes from above.
 
 What the head is, the model says: its own forward runs on a view of it whose body answers with the rows at hand, so soft
 caps, logit scales, biases and adapters on the head are all in it. Whether a forward can be cut there is read in its
 source, and tried once a model on a few rows; any other model is asked for the logits of the columns with a label.
-
-The alternative, trl's fused head, multiplies by `lm_head.weight` directly, which bypasses an adapter on the head, and
-off the GPU it scores every position.
+(trl's fused head multiplies by `lm_head.weight` directly, past an adapter, and off the GPU scores every position.)
 """
 
 from __future__ import annotations
@@ -95,11 +90,8 @@ def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = 
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
         # Numbers fit hidden states on any device; a tensor would have to be where the last block of a spread model is.
         spread = len({parameter.device for parameter in model.parameters()}) > 1
-        outputs = model(**rest, logits_to_keep=columns.tolist() if spread else columns)
-        return _at_once(model, outputs, outputs.logits, columns, labels, accuracy)
-    outputs = model(**rest)
-    logits = outputs.logits
-    return _at_once(model, outputs, logits[:, columns.to(logits.device)], columns, labels, accuracy)
+        rest["logits_to_keep"] = columns.tolist() if spread else columns
+    return _at_once(model, model(**rest), columns, labels, accuracy)
 
 
 def causal_loss(
@@ -114,14 +106,9 @@ def causal_loss(
         loss.backward()
     """
     result = token_loss(model, inputs, chunk=chunk)
-    items = (
-        result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=result.total.device)
-    )
-    loss = result.total / items.clamp(min=1)
+    items = result.items if num_items_in_batch is None else num_items_in_batch
+    loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
     return loss if result.extra is None else loss + result.extra.to(loss.device)
-
-
-# ---------------------------------------------------------------------------------------------- all columns at once
 
 
 def _columns(labels: Tensor) -> Tensor:
@@ -131,9 +118,11 @@ def _columns(labels: Tensor) -> Tensor:
     return columns if len(columns) else torch.zeros(1, dtype=torch.long, device=labels.device)
 
 
-def _at_once(
-    model: nn.Module, outputs: Any, logits: Tensor, columns: Tensor, labels: Tensor, accuracy: bool
-) -> TokenLoss:
+def _at_once(model: nn.Module, outputs: Any, columns: Tensor, labels: Tensor, accuracy: bool) -> TokenLoss:
+    """The loss by logits of all columns, or of these alone."""
+    logits = outputs.logits
+    if logits.shape[1] != len(columns):
+        logits = logits[:, columns.to(logits.device)]
     target = labels[:, 1:][:, columns]  # [b, c]: what the logits [b, c, v] should say
     cells = (target != IGNORED).flatten().nonzero().squeeze(1)  # [n]
     answers = target.flatten()[cells].to(logits.device)  # [n]
@@ -147,14 +136,8 @@ def _at_once(
 
 def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
     """The load-balancing loss that a mixture-of-experts model returns when its config asks for router logits."""
-    extra = getattr(outputs, "aux_loss", None)
-    if not isinstance(extra, Tensor):
-        return None
-    config: Any = getattr(unwrap(model), "config", None)
-    return extra * float(getattr(config, "router_aux_loss_coef", 0.0))
-
-
-# ---------------------------------------------------------------------------------------------- a chunk at a time
+    extra, config = getattr(outputs, "aux_loss", None), getattr(unwrap(model), "config", None)
+    return extra * float(getattr(config, "router_aux_loss_coef", 0.0)) if isinstance(extra, Tensor) else None
 
 
 def _in_chunks(
@@ -179,17 +162,15 @@ def _in_chunks(
         if not head.is_rowwise(flat[places[:3].to(flat.device)].detach()):
             return output
         if len(places) == 0:
-            rows = flat[:1]  # nothing to learn, yet the graph must reach the parameters
-            return _with_rows(output, rows)
-        rows = flat.index_select(0, places.to(flat.device))  # [n, h]
-        first = leaf_of(rows[:chunk])
+            rows = first = flat[:1]  # nothing to learn, yet the graph must reach the parameters
+        else:
+            rows = flat.index_select(0, places.to(flat.device))  # [n, h]
+            first = leaf_of(rows[:chunk])
         return _with_rows(output, first)
 
     outputs = head.reusing(_view(model, path, answer))(**inputs)
     if rows is None:  # no body of this kind, or a head that looks at several rows at once
-        columns = _columns(labels)
-        logits = outputs.logits
-        return _at_once(model, outputs, logits[:, columns.to(logits.device)], columns, labels, accuracy)
+        return _at_once(model, outputs, _columns(labels), labels, accuracy)
     items, extra = wanted.sum().to(outputs.logits.device), _balance(model, outputs)
     if len(places) == 0:
         return TokenLoss(outputs.logits.to(at_least_float32(outputs.logits.dtype)).sum() * 0.0, items, items, extra)
@@ -236,21 +217,22 @@ class _Head:
         with nullcontext() if attached is None or attached.merged is not None else use(self.model, None):
             alone = self.within(rows).logits
             among = self.within(torch.cat([-rows, rows.flip(0)])).logits
-        known = (
-            alone.shape[:-1] == (1, len(rows))
-            and among.shape == (1, 2 * len(rows), alone.shape[-1])
-            and _close(alone.detach()[0], among.detach()[0, len(rows) :].flip(0))
-        )
+        known = alone.shape[:-1] == (1, len(rows)) and among.shape == (1, 2 * len(rows), alone.shape[-1])
+        if known:
+            one, other = alone.detach()[0], among.detach()[0, len(rows) :].flip(0)
+            tolerance = torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
+            known = torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
         _ROWWISE[self.model], self.taken = known, False
         return known
 
     def reusing(self, model: nn.Module) -> nn.Module:
         """A view of the model whose output layer writes the logits of each chunk over those of the one before, if it is
         a frozen one on a processor, where fresh memory of that size takes its time."""
-        getter = getattr(model, "get_output_embeddings", None)
-        layer: Any = None if getter is None else getter()
+        layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         name = next((name for name, child in model._modules.items() if child is layer is not None), None)
-        if name is None or type(layer) is not nn.Linear or _is_watched(layer):
+        # hooks, or a forward of its own (accelerate's), do more than the class says
+        watched = ("forward", *_HOOKS)
+        if name is None or type(layer) is not nn.Linear or any(layer.__dict__.get(word) for word in watched):
             return model
 
         def forward(rows: Tensor) -> Tensor:
@@ -258,17 +240,12 @@ class _Head:
             plain = rows.is_cpu and fused.applies(rows, weight) and (bias is None or not bias.requires_grad)
             if self.taken or not plain:  # a forward may ask twice, and needs both
                 return functional.linear(rows, weight, bias)
-            self.taken = True
-            if self.memory.numel() < rows.shape[:-1].numel() * len(weight):
-                self.memory = rows.new_empty(rows.shape[:-1].numel() * len(weight))
+            self.taken, size = True, rows.shape[:-1].numel() * len(weight)
+            if self.memory.numel() < size:
+                self.memory = rows.new_empty(size)
             return _Into.apply(rows, weight, bias, self.memory)  # pyright: ignore[reportReturnType]
 
         return _view(model, (name,), forward)
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether a call of the layer does more than its class says: by hooks, or a forward of its own (accelerate's)."""
-    return "forward" in layer.__dict__ or any(layer.__dict__.get(hooks) for hooks in _HOOKS)
 
 
 class _Into(torch.autograd.Function):
@@ -289,14 +266,6 @@ class _Into(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         return gradient @ weight, None, None, None
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = torch.finfo(one.dtype).eps ** 0.5
-    return torch.allclose(one, other, rtol=0, atol=tolerance * float(one.abs().max()), equal_nan=True)
-
-
-# ---------------------------------------------------------------------------------------------- where a forward is cut
 
 
 def _body(model: nn.Module) -> ModulePath | None:

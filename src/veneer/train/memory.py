@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from veneer.attach.summary import size
 
@@ -40,40 +39,28 @@ class Estimate:
     adapter: int
     activations: int
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.activations
-
     def __str__(self) -> str:
-        adapter, activations = size(self.adapter), size(self.activations)
-        parts = f"base {size(self.weights)}, adapter with optimiser {adapter}, activations {activations}"
-        return f"about {size(self.total)} ({parts})"
+        total = self.weights + self.adapter + self.activations
+        parts = f"base {size(self.weights)}, adapter with optimiser {size(self.adapter)}"
+        return f"about {size(total)} ({parts}, activations {size(self.activations)})"
 
 
-def estimate(
-    model: nn.Module, *, tokens: int, labelled: int, rank: int, optimiser: str = "adamw", checkpointing: bool = False
-) -> Estimate:
+def estimate(model: Any, *, tokens: int, labelled: int, rank: int, optimiser: str, checkpointing: bool) -> Estimate:
     """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a label."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     states = next((count for name, count in STATES.items() if name in optimiser.lower()), 2)
-    adapter = sum(int(p.numel() * p.element_size() * (2 + states)) for p in trained)
-    weights = sum(p.numel() * p.element_size() for p in frozen)
-    return Estimate(weights, adapter, _activations(model, tokens, labelled, rank, checkpointing, frozen))
-
-
-def _activations(model: Any, tokens: int, labelled: int, rank: int, checkpointing: bool, frozen: list[Any]) -> int:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    h = getattr(config, "hidden_size", None)
-    layers = getattr(config, "num_hidden_layers", None)
+    adapter = sum(int(p.nbytes * (2 + states)) for p in trained)
+    weights = sum(p.nbytes for p in frozen)
+    config: Any = model.config.get_text_config()
+    h, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
     if h is None or layers is None:  # not a transformer that describes itself; an honest floor is what remains
-        return 0
+        return Estimate(weights, adapter, 0)
     b = frozen[0].element_size() if frozen else 4
     m = getattr(config, "intermediate_size", None) or 4 * h
     layer = 8 * h + b * (3 * h + 3 * m + 3 * h + m + 7 * rank)
     body = tokens * (layers * b * h + layer) if checkpointing else tokens * layers * layer
-    return int(body + labelled * getattr(config, "vocab_size", 0) * (b + 8))
+    return Estimate(weights, adapter, body + labelled * getattr(config, "vocab_size", 0) * (b + 8))
 
 
 def peak() -> int:

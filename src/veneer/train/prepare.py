@@ -12,7 +12,7 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 from trl.data_utils import pack_dataset
 
 from veneer import models
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 from veneer.train import data, tokens
 from veneer.train.config import TrainConfig
 
@@ -30,7 +30,7 @@ class Prepared:
     max_length: int
     steps: int
     hashes: dict[str, str]
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...]
 
 
 def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
@@ -43,22 +43,21 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     context = models.context_length(config.base)
     max_length = config.max_length or min(context or LONGEST, LONGEST)
     if context is not None and max_length > context:
-        raise ConfigError(
-            f"Found: max_length {max_length:,}. Expected: at most {context:,}, the context of {config.base}. "
-            "Do: lower it."
-        )
+        expected = f"at most {context:,}, the context of {config.base}"
+        raise ConfigError(sentence(f"max_length {max_length:,}", expected, "lower it"))
     options: Any = {"max_length": max_length, "too_long": config.too_long, "completion_only": config.completion_only}
-    train = tokens.tokenise(rows, tokenizer, **options)
-    evaluation = tokens.tokenise(held_out, tokenizer, **options) if held_out is not None else None
-    train_set, eval_set = train.dataset(), evaluation.dataset() if evaluation is not None else None
+    parts = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
+    examples = {name: tokens.tokenise(part, tokenizer, **options) for name, part in parts.items()}
+    sets = {name: part.dataset() for name, part in examples.items()}
     if config.packing:
-        train_set = pack(train_set, max_length)
-        eval_set = pack(eval_set, max_length) if eval_set is not None else None
+        sets = {name: pack(part, max_length) for name, part in sets.items()}
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(len(train_set) / (config.batch_size * world))
+    batches = math.ceil(len(sets["train"]) / (config.batch_size * world))
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
-    hashes = {"train": rows.sha256, **({"eval": held_out.sha256} if held_out is not None else {})}
-    return Prepared(train, evaluation, train_set, eval_set, max_length, steps, hashes, rows.unused)
+    hashes = {name: part.sha256 for name, part in parts.items()}
+    return Prepared(
+        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), max_length, steps, hashes, rows.unused
+    )
 
 
 def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
@@ -66,10 +65,8 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
     seed."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
-        raise ConfigError(
-            f"Found: eval_fraction {fraction} of {len(rows)} examples leaves none to train on. Expected: at least one. "
-            "Do: lower it."
-        )
+        found = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
+        raise ConfigError(sentence(found, "at least one", "lower it"))
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
 

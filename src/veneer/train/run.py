@@ -3,9 +3,9 @@
     result = fit(TrainConfig(base="…", data="…", output="…"))
     result.adapter     the folder to merge, to serve, to load
 
-The order is the cheapest check first: the output folder, the base's config, the data, the tokens, then the weights. A
-run that was stopped or killed goes on from its newest complete checkpoint when it is started again with the same
-configuration, and ends at the same losses, bit for bit, as one that was not.
+The cheapest check is first: the output folder, the base's config, the data, the tokens, then the weights. A run that
+was stopped or killed goes on from its newest complete checkpoint when it is started again with the same configuration,
+and ends at the same losses, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 import veneer
 from veneer import models
 from veneer.attach.summary import size
-from veneer.errors import ConfigError, OutputExistsError
+from veneer.errors import ConfigError, OutputExistsError, sentence
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
-from veneer.train.arguments import arguments_of, early_stop
+from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
@@ -57,8 +57,8 @@ class Result:
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
     handle: Any = field(repr=False)
-    interrupted: bool = False
-    checkpoint: Path | None = None
+    interrupted: bool
+    checkpoint: Path | None
 
 
 def fit(
@@ -71,10 +71,8 @@ def fit(
     """Train an adapter as `config` says and save it to `config.output / "adapter"`.
 
     Args:
-        config: see `TrainConfig`.
         callbacks: more `transformers.TrainerCallback`s.
-        console: where to print; stderr by default.
-        quiet: print nothing.
+        console: where to print; stderr by default. `quiet` prints nothing there.
 
     Raises:
         OutputExistsError: the output folder holds a finished run, or something that is no run.
@@ -82,7 +80,7 @@ def fit(
             language model.
         DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
     """
-    console = Console(stderr=True, quiet=quiet) if console is None else console
+    console = console or Console(stderr=True, quiet=quiet)
     output = config.output.expanduser()
     resume = _unfinished(config, output)
     models.must_be_causal(config.base)
@@ -90,7 +88,9 @@ def fit(
     prepared = prepare(config, tokenizer)
     found = _found(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
-    _on_one_device(arguments, console)
+    if (seen := arguments.n_gpu) > 1:
+        arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
+        say(console, f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).")
     set_seed(config.seed)
     base = models.load_base(config.base, precision=config.precision, attention=config.attention)
     must_not_see_later_tokens(base.model, config.base)
@@ -100,15 +100,15 @@ def fit(
     if config.check:
         _check(base.model, prepared)
     before = _open(config, output, prepared, found)  # only now: a run that cannot begin leaves nothing behind
-    stop = watch.StopOnSignal(console)
-    bar = watch.ProgressBar(console, found[1] if found else 0)
+    stop, bar = watch.StopOnSignal(console), watch.ProgressBar(console, found[1] if found else 0)
+    early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
     trainer = AdapterTrainer(
-        model=base.model,
+        base.model,
         args=arguments,
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
         processing_class=tokenizer,
-        callbacks=[watch.LossLog(output, before), watch.StopOnNan(), stop, bar, *early_stop(config), *callbacks],
+        callbacks=[watch.LossLog(output, before), watch.StopOnNan(), stop, bar, *early, *callbacks],
         adapter=handle,
         base_name=config.base,
         hidden_state_cache=cached,
@@ -116,12 +116,11 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     _train(trainer, found, prepared, stop, bar, output)
-    if stop.stopped and trainer.state.global_step < prepared.steps:
-        return _interrupted(config, output, base, handle, prepared)
-    return _finish(config, output, base, handle, prepared, console)
-
-
-# ---------------------------------------------------------------------------------------------- the output folder
+    result = _result(output, base, handle, interrupted=stop.stopped and trainer.state.global_step < prepared.steps)
+    if not result.interrupted:
+        return _finish(config, result, prepared, console)
+    _status(output, "interrupted", config, prepared)
+    return result
 
 
 def _unfinished(config: TrainConfig, output: Path) -> bool:
@@ -131,42 +130,30 @@ def _unfinished(config: TrainConfig, output: Path) -> bool:
     same command may simply be given again after a kill. `resume: false` with `overwrite` starts over.
     """
     if output.is_file():
-        raise OutputExistsError(
-            f"Found: {output} is a file. Expected: a folder for the run. Do: choose another output."
-        )
+        raise OutputExistsError(sentence(f"{output} is a file", "a folder for the run", "choose another output"))
     run = checkpoint.read_json(output / checkpoint.RUN)
     if run is None and output.is_dir() and any(output.iterdir()):
-        raise OutputExistsError(
-            f"Found: {output} is not empty and holds no Veneer run. Expected: a new folder. Do: choose another output; "
-            "Veneer replaces nothing that it did not write."
-        )
+        do = "choose another output; Veneer replaces nothing that it did not write"
+        raise OutputExistsError(sentence(f"{output} is not empty and holds no Veneer run", "a new folder", do))
     if run is None and config.resume:
-        raise ConfigError(
-            f"Found: no run in {output}. Expected: one to resume. Do: leave out --resume, or check the path."
-        )
+        raise ConfigError(sentence(f"no run in {output}", "one to resume", "leave out --resume, or check the path"))
     if run is None or (run["status"] == "finished" and config.overwrite):
         return False
     if run["status"] == "finished":
-        raise OutputExistsError(
-            f"Found: {output} holds a finished run. Expected: a new folder. Do: choose another output, or pass "
-            "--overwrite to replace it."
-        )
-    changed = _changes(run["config"], config.content())
+        do = "choose another output, or pass --overwrite to replace it"
+        raise OutputExistsError(sentence(f"{output} holds a finished run", "a new folder", do))
+    old, new = run["config"], config.content()
+    changed = [name for name in {**old, **new} if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
     if not changed and config.resume is not False:
         return True
     if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
         return False
-    lines = "".join(f"\n  {name}: was {old!r}, is {new!r}" for name, old, new in changed)
+    lines = "".join(f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
     raise (ConfigError if changed else OutputExistsError)(
         f"Found: {output} holds an unfinished run{' with another configuration' if changed else ''}.{lines}\n"
         "Expected: the same configuration, to resume it exactly, or a new folder. Do: undo the change, choose another "
         "output, or pass --overwrite to start over."
     )
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    names = [name for name in {**old, **new} if name not in FREE_ON_RESUME]
-    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
 def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
@@ -178,10 +165,9 @@ def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Conso
         return newest
     if config.overwrite:
         return None
-    raise ConfigError(
-        f"Found: the data have changed since the unfinished run in {output} began. Expected: the same bytes, to resume "
-        "it exactly. Do: restore them, choose another output, or pass --overwrite to start over."
-    )
+    found = f"the data have changed since the unfinished run in {output} began"
+    do = "restore them, choose another output, or pass --overwrite to start over"
+    raise ConfigError(sentence(found, "the same bytes, to resume it exactly", do))
 
 
 def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:
@@ -195,22 +181,13 @@ def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -
 
 
 def _status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
-    content = {
-        "status": status,
-        "config": config.content(),
-        "data": prepared.hashes,
-        "steps": prepared.steps,
-        "versions": _versions(),
-    }
-    checkpoint.write_json(output / checkpoint.RUN, content)
+    about = {"status": status, "config": config.content(), "data": prepared.hashes, "steps": prepared.steps}
+    checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": _versions()})
 
 
 def _versions() -> dict[str, str]:
     names = ("torch", "transformers", "trl", "accelerate")
     return {**{name: version(name) for name in names}, "python": platform.python_version()}
-
-
-# ---------------------------------------------------------------------------------------------- before training
 
 
 def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
@@ -227,22 +204,14 @@ def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
 
 
 def _describe(
-    config: TrainConfig,
-    model: Any,
-    handle: Any,
-    prepared: Prepared,
-    cached: HiddenStateCache | None,
-    console: Console,
+    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console
 ) -> None:
     train = prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
     say(console, f"Base     {config.base} ({str(model.dtype).removeprefix('torch.')})")
-    say(
-        console,
-        f"Data     {config.data}: {len(train):,} examples, {sum(train.lengths):,} tokens, {train.trained_tokens:,} of "
-        f"them learnt{notes}",
-    )
+    amount = f"{len(train):,} examples, {sum(train.lengths):,} tokens, {train.trained_tokens:,} of them learnt"
+    say(console, f"Data     {config.data}: {amount}{notes}")
     if prepared.unused:
         say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
@@ -255,31 +224,21 @@ def _describe(
     )  # fmt: skip
     say(console, f"Memory   {expected}")
     if cached is not None:
-        kept = size(_kept(model, prepared))
-        say(
-            console,
-            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept",
-        )
+        tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
+        kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
+        say(console, f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept")
     say(console, str(handle.summary()))
-
-
-def _kept(model: Any, prepared: Prepared) -> int:
-    """Bytes of the hidden states of all rows."""
-    parts = [part for part in (prepared.train, prepared.evaluation) if part is not None]
-    width = model.get_input_embeddings().weight.shape[1]
-    return sum(length for part in parts for length in part.lengths) * width * model.dtype.itemsize
 
 
 def _largest_batch(prepared: Prepared, config: TrainConfig) -> tuple[int, int]:
     """(tokens with padding, labels) of the batch that needs the most."""
+    train = prepared.train
     if config.packing:
         whole = prepared.max_length * config.batch_size
-        return whole, round(whole * prepared.train.trained_tokens / sum(prepared.train.lengths))
-    order = sorted(range(len(prepared.train)), key=prepared.train.lengths.__getitem__, reverse=True)[
-        : config.batch_size
-    ]
-    labelled = sum(label != IGNORED for i in order for label in prepared.train.labels[i])
-    return len(order) * prepared.train.lengths[order[0]], labelled
+        return whole, round(whole * train.trained_tokens / sum(train.lengths))
+    longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[: config.batch_size]
+    labelled = sum(label != IGNORED for i in longest for label in train.labels[i])
+    return len(longest) * train.lengths[longest[0]], labelled
 
 
 def _check(model: Any, prepared: Prepared) -> None:
@@ -288,17 +247,6 @@ def _check(model: Any, prepared: Prepared) -> None:
     ids = torch.tensor([prepared.train.input_ids[shortest][:64]], device=model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         veneer.check(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
-
-
-def _on_one_device(arguments: Any, console: Console) -> None:
-    """One process trains on one GPU, also where it sees several: transformers would copy the model to all of them in
-    each step (`nn.DataParallel`), which trl refuses. A process of several has one by itself."""
-    if (seen := arguments.n_gpu) > 1:
-        arguments._n_gpu = 1
-        say(console, f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).")
-
-
-# ---------------------------------------------------------------------------------------------- training and after
 
 
 def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
@@ -321,64 +269,44 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
         bar.close()
 
 
-def _history(output: Path) -> tuple[list[float], list[tuple[int, float]], float, int]:
+def _result(output: Path, base: Any, handle: Any, interrupted: bool) -> Result:
+    """What the log and the checkpoints tell."""
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     tokens = max((line.get("tokens", 0) for line in lines), default=0)
-    return losses, evaluations, lines[-1]["seconds"] if lines else 0.0, tokens
-
-
-def _interrupted(config: TrainConfig, output: Path, base: Any, handle: Any, prepared: Prepared) -> Result:
-    _status(output, "interrupted", config, prepared)
-    losses, evaluations, seconds, tokens = _history(output)
-    last = checkpoint.newest(output)
-    if last is None:
+    last, step = checkpoint.newest(output) or (None, 0)
+    folder, steps = (last, step) if interrupted else (output, len(losses))
+    if folder is None:
         raise RuntimeError(f"the run in {output} was stopped, yet wrote no checkpoint")
     return Result(
-        last[0] / checkpoint.ADAPTER, output, losses, evaluations, last[1], seconds, tokens, {},
-        base.model, base.tokenizer, handle, interrupted=True, checkpoint=last[0],
+        folder / checkpoint.ADAPTER, output, losses, evaluations, steps, lines[-1]["seconds"] if lines else 0.0, tokens,
+        {}, base.model, base.tokenizer, handle, interrupted, last,
     )  # fmt: skip
 
 
-def _finish(config: TrainConfig, output: Path, base: Any, handle: Any, prepared: Prepared, console: Console) -> Result:
+def _finish(config: TrainConfig, result: Result, prepared: Prepared, console: Console) -> Result:
     """Write the adapter and metrics.json, then mark the run as finished: the last thing that is done."""
-    losses, evaluations, seconds, tokens = _history(output)
-    summary = handle.summary()
-    metrics: dict[str, Any] = {
-        "steps": len(losses),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "seconds": seconds,
-        "tokens": tokens,
-        "trainable_parameters": summary.trainable,
-        "total_parameters": summary.total,
-        "peak_memory_bytes": memory.peak(),
-    }
-    if evaluations:
-        metrics["eval_loss"] = min(loss for _, loss in evaluations) if config.early_stopping else evaluations[-1][1]
+    losses, handle, summary = result.losses, result.handle, result.handle.summary()
+    metrics: dict[str, Any] = {"steps": result.steps, "first_loss": losses[0], "last_loss": losses[-1]}
+    metrics |= {"seconds": result.seconds, "tokens": result.tokens, "trainable_parameters": summary.trainable}
+    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
+    if evaluations := [loss for _, loss in result.eval_losses]:
+        metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
     provenance = {
         "config": config.content(),
         "data": prepared.hashes,
-        "base_dtype": str(base.model.dtype).removeprefix("torch."),
+        "base_dtype": str(result.model.dtype).removeprefix("torch."),
         "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},
         "versions": _versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    adapter = veneer.save(
-        base.model, output / checkpoint.ADAPTER, name=handle.name, base_name=config.base, provenance=provenance,
-        overwrite=True,
-    )  # fmt: skip
-    checkpoint.write_json(output / checkpoint.METRICS, metrics)
-    _status(output, "finished", config, prepared)
-    base.model.eval()
-    say(
-        console,
-        f"Done     {len(losses):,} steps in {watch.duration(seconds)}: loss {losses[0]:.4f} → {losses[-1]:.4f}"
-        + (f", evaluation {metrics['eval_loss']:.4f}" if evaluations else ""),
-    )
-    say(console, f"Adapter  {adapter}")
-    return Result(
-        Path(adapter), output, losses, evaluations, len(losses), seconds, tokens, metrics,
-        base.model, base.tokenizer, handle, checkpoint=(checkpoint.newest(output) or (None,))[0],
-    )  # fmt: skip
+    handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
+    checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
+    _status(result.output, "finished", config, prepared)
+    result.model.eval()
+    ends = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
+    ends += f", evaluation {metrics['eval_loss']:.4f}" if evaluations else ""
+    say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {ends}")
+    say(console, f"Adapter  {result.adapter}")
+    return replace(result, metrics=metrics)

@@ -8,12 +8,13 @@ The loss counts on what the model must write: the completion, the assistant's tu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import DataError
-from veneer.train.data import Kind, Records
+from veneer.train.data import Records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,12 +29,12 @@ class Examples:
     input_ids: list[list[int]]
     labels: list[list[int]]
     index: list[int]
-    dropped: int = 0
-    truncated: int = 0
-    lengths: list[int] = field(init=False)
+    dropped: int
+    truncated: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", [len(ids) for ids in self.input_ids])
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.input_ids]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,54 +68,43 @@ def tokenise(
     chat rows meet a tokenizer without a chat template.
     """
     encode = _encoder(rows, tokenizer, completion_only)
-    ids: list[list[int]] = []
-    labels: list[list[int]] = []
-    index: list[int] = []
+    kept: list[tuple[list[int], list[int], int]] = []
     long: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
         tokens, learn = encode(row, rows.places[i])
         targets = [token if flag else IGNORED for token, flag in zip(tokens, learn, strict=True)]
+        learns = any(
+            target != IGNORED for target in targets[1:max_length]
+        )  # the first has nothing to be predicted from
         if len(tokens) > max_length:
             long.append((len(tokens), i))
-            if too_long != "truncate":
-                continue
-            tokens, targets = tokens[:max_length], targets[:max_length]
-            if all(target == IGNORED for target in targets[1:]):
+            if too_long != "truncate" or not learns:
                 continue
             truncated += 1
-        elif all(target == IGNORED for target in targets[1:]):
-            # A first token has no context to be predicted from, so it never counts.
+        elif not learns:
+            part = {"messages": "assistant's part", "prompt": "completion", "text": "text"}[rows.kind]
             raise DataError(
-                f"{rows.source}, {rows.places[i]} has nothing to learn from: its {_part(rows.kind)} is empty.\n"
+                f"{rows.source}, {rows.places[i]} has nothing to learn from: its {part} is empty.\n"
                 "Expected at least one token that the loss counts.\nDo: fix or remove that row."
             )
-        ids.append(tokens)
-        labels.append(targets)
-        index.append(i)
+        kept.append((tokens[:max_length], targets[:max_length], i))
+    length, where = max(long, default=(0, 0))
     if long and too_long == "error":
-        raise DataError(_too_long(rows, long, max_length))
-    if not ids:
+        raise DataError(
+            f"{len(long)} of {len(rows)} examples of {rows.source} {'is' if len(long) == 1 else 'are'} longer than the "
+            f"context of {max_length:,} tokens; the longest, {rows.places[where]}, has {length:,}.\n"
+            f"Expected at most {max_length:,} tokens.\n"
+            f"Do: raise it with --max-length {length} (if the model allows it), or choose --too-long truncate "
+            "(cuts the end) or --too-long drop (leaves them out)."
+        )
+    if not kept:
         raise DataError(
             f"Nothing is left of {rows.source}: all {len(rows)} examples are longer than {max_length} tokens.\n"
-            f"Do: raise max_length (the longest has {max(long)[0]:,} tokens)."
+            f"Do: raise max_length (the longest has {length:,} tokens)."
         )
+    ids, labels, index = map(list, zip(*kept, strict=True))
     return Examples(ids, labels, index, dropped=len(rows) - len(ids), truncated=truncated)
-
-
-def _too_long(rows: Records, long: list[tuple[int, int]], max_length: int) -> str:
-    length, where = max(long)
-    return (
-        f"{len(long)} of {len(rows)} examples of {rows.source} {'is' if len(long) == 1 else 'are'} longer than the "
-        f"context of {max_length:,} tokens; the longest, {rows.places[where]}, has {length:,}.\n"
-        f"Expected at most {max_length:,} tokens.\n"
-        f"Do: raise it with --max-length {length} (if the model allows it), or choose --too-long truncate "
-        "(cuts the end) or --too-long drop (leaves them out)."
-    )
-
-
-def _part(kind: Kind) -> str:
-    return {"messages": "assistant's part", "prompt": "completion", "text": "text"}[kind]
 
 
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
@@ -220,10 +210,8 @@ def _encode_turns(
 def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, header: bool = False) -> list[int]:
     if not messages:
         return []
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=header
-    )
-    return list(encoded["input_ids"])
+    options: Any = {"tokenize": True, "return_dict": True, "add_generation_prompt": header}
+    return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
 
 
 def _prefix(start: list[int], full: list[int], place: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.sft_trainer import SFTTrainer
 
-import veneer
 from veneer.adapter_files.save_pretrained import refill
 from veneer.precision import double
 from veneer.train import checkpoint
@@ -51,14 +51,12 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
-        batches = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
-        whole = len(indices) // self.batch  # a short last batch stays last: it would shift all the others
-        order = [
-            0,
-            *(torch.randperm(max(whole - 1, 0), generator=generator) + 1).tolist(),
-            *range(max(whole, 1), len(batches)),
-        ]
-        return iter([index for number in order for index in batches[number]])
+        first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
+        last = (
+            [] if len(indices) % self.batch == 0 or not batches else batches.pop()
+        )  # short: it would shift the others
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return chain(first, *(batches[number] for number in order), last)
 
 
 class AdapterTrainer(SFTTrainer):
@@ -71,24 +69,13 @@ class AdapterTrainer(SFTTrainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        adapter: Any,
-        base_name: str,
-        hidden_state_cache: HiddenStateCache | None = None,
-        **kwargs: Any,
+        self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
     ) -> None:
-        model: Any = kwargs.get("model", args[0] if args else None)
-        before = model.__dict__.get("forward")
-        super().__init__(*args, **kwargs)
-        # SFTTrainer has put its fused head over `model.forward`; give back the model's own.
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = before
-        self.adapter = adapter
-        self.base_name = base_name
-        self.hidden_state_cache = hidden_state_cache
+        own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+        super().__init__(model, **kwargs)
+        model.__dict__.pop("forward", None)  # SFTTrainer's fused head
+        model.__dict__.update(own)
+        self.adapter, self.base_name, self.hidden_state_cache = adapter, base_name, hidden_state_cache
         # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -97,8 +84,6 @@ class AdapterTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """A training run is nobody else's business."""
 
-    # ------------------------------------------------------------------------------------------ data
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -106,12 +91,10 @@ class AdapterTrainer(SFTTrainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
 
-    # ------------------------------------------------------------------------------------------ loss
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The lean loss; counts tokens, and in evaluation the right answers."""
+        """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
         if return_outputs:
             raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
         training = model.training
@@ -143,14 +126,10 @@ class AdapterTrainer(SFTTrainer):
         self._eval_total = None
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        counts: Any = self._eval_total
-        if counts is not None and output.metrics is not None:
-            total, items, correct = counts.tolist()
-            output.metrics[f"{prefix}_loss"] = total / max(items, 1)
-            output.metrics[f"{prefix}_accuracy"] = correct / max(items, 1)
+        if self._eval_total is not None and output.metrics is not None:
+            total, items, correct = self._eval_total.tolist()
+            output.metrics |= {f"{prefix}_loss": total / max(items, 1), f"{prefix}_accuracy": correct / max(items, 1)}
         return output
-
-    # ------------------------------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """checkpoint-N: adapter, optimiser, schedule, random states, trainer state. Complete, or not there at all."""
@@ -158,17 +137,11 @@ class AdapterTrainer(SFTTrainer):
         from transformers.trainer_utils import rotate_checkpoints
 
         self.store_flos()
-        step = self.state.global_step
-        callbacks: Any = self.state.stateful_callbacks
+        step, main, callbacks = self.state.global_step, self.args.should_save, self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
-        main = self.args.should_save
-        with checkpoint.writing(
-            run_dir, step, main=main, share=lambda value: broadcast_object_list([value])[0]
-        ) as folder:
-            veneer.save(  # on every rank: they compare what they hold, and the main one writes
-                self.adapter.model, folder / checkpoint.ADAPTER, name=self.adapter.name, base_name=self.base_name,
-                provenance={"step": step},
-            )  # fmt: skip
+        with checkpoint.writing(run_dir, step, main, lambda value: broadcast_object_list([value])[0]) as folder:
+            # on every rank: they compare what they hold, and the main one writes
+            self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance={"step": step})
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
@@ -180,12 +153,8 @@ class AdapterTrainer(SFTTrainer):
                         callbacks[type(item).__name__] = item.state()
                 self.state.save_to_json(str(folder / checkpoint.STATE))
         if main:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `run.fit` has loaded the checkpoint's adapter instead of attaching a new one."""
