@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer.errors import VeneerError, sentence
 
-# name -> one line. The command is <name>_command in veneer.cli.<name>, or in veneer.cli.library for those below.
+# name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES names.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "eval": "Measure a model on data, with and without an adapter.",
@@ -43,7 +43,7 @@ COMMANDS = {
     "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
-LIBRARY = {"list", "add", "rm", "tag", "gc", "push", "pull"}
+FILES = {**dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"), "keygen": "serve"}
 HELP = {"help_option_names": ["-h", "--help"]}
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
@@ -65,7 +65,7 @@ class _Lazy(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name not in COMMANDS:
             return name, stub, rest
-        module = import_module(f"veneer.cli.{'library' if name in LIBRARY else name}")
+        module = import_module(f"veneer.cli.{FILES.get(name, name)}")
         single = typer.Typer(rich_markup_mode="rich", add_completion=False)
         single.command(name, context_settings=HELP)(getattr(module, f"{name}_command"))
         return name, typer.main.get_command(single), rest

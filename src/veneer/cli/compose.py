@@ -6,35 +6,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from veneer.cli.options import Overwrite
 from veneer.errors import ConfigError, sentence
 
 
 def compose_command(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New adapter folder.")],
-    adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none."),
-    ],
+    output: Annotated[Path, Argument(metavar="OUT", help="New adapter folder.")],
+    adapters: Annotated[list[str], Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none.")],
     method: Annotated[
         Literal["sum", "svd", "ties", "dare", "dare_ties", "prune"] | None,
-        typer.Option(help="How to combine them; svd if a rank or an energy is given, else sum."),
+        Option(help="How to combine them; svd if a rank or an energy is given, else sum."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the result.", min=1)] = None,
-    energy: Annotated[float | None, typer.Option(help="Instead of a rank: the share of ‖ΔW‖² to keep.")] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Share of entries that ties, dare, dare_ties and prune keep.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, for DoRA and for what is trained in full.")] = None,
+    rank: Annotated[int | None, Option(help="Rank of the result.", min=1)] = None,
+    energy: Annotated[float | None, Option(help="Instead of a rank: the share of ‖ΔW‖² to keep.")] = None,
+    density: Annotated[float | None, Option(help="Share of entries that ties, dare, dare_ties and prune keep.")] = None,
+    base: Annotated[str | None, Option(help="Base model, for DoRA and for what is trained in full.")] = None,
     layer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated."),
+        list[str] | None, Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the entries that dare keeps.")] = 0,
+    seed: Annotated[int, Option(help="Of the entries that dare keeps.")] = 0,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write the weighted sum, or a mixture, of adapters of one base as a new adapter.
 

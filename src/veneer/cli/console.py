@@ -47,8 +47,10 @@ def table_of(*heads: str) -> Table:
     """A plain table. A head that begins with ">" is that of a column of numbers."""
     table = Table(box=None, header_style="bold", caption_justify="left")
     for head in heads:
-        word = head.removeprefix(">")
-        table.add_column(word, **({"overflow": "fold"} if word == head else {"justify": "right"}))  # type: ignore[arg-type]
+        number = head.startswith(">")
+        table.add_column(
+            head[number:], justify="right" if number else "left", overflow="ellipsis" if number else "fold"
+        )
     return table
 
 

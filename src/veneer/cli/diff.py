@@ -6,17 +6,17 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option
 
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
 
 def diff_command(
-    a: Annotated[str, typer.Argument(metavar="A", help=ADAPTER_HELP)],
-    b: Annotated[str, typer.Argument(metavar="B", help=ADAPTER_HELP)],
-    layers: Annotated[int, typer.Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
+    a: Annotated[str, Argument(metavar="A", help=ADAPTER_HELP)],
+    b: Annotated[str, Argument(metavar="B", help=ADAPTER_HELP)],
+    layers: Annotated[int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
     as_json: AsJson = False,
-    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with code 1 if they differ.")] = False,
+    exit_code: Annotated[bool, Option("--exit-code", help="End with code 1 if they differ.")] = False,
 ) -> None:
     """Show where two adapters change a model, how much, and how far their directions lie apart.
 
@@ -43,7 +43,7 @@ def diff_command(
         if found.layers and not found.same_change:
             out.print(_table(found.layers, layers))
     if exit_code and not found.identical:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _table(entries: Any, count: int) -> Any:

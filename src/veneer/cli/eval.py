@@ -5,37 +5,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from veneer.cli.options import ADAPTER_HELP, AsJson, BaseModel, Precision, Verify
 
-Data = Annotated[str, typer.Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")]
-Exact = Annotated[
-    int, typer.Option(help="Also write the first so many completions, and count those exactly right.", min=0)
-]
+Exact = Annotated[int, Option(help="Also write the first so many completions, and count those exactly right.", min=0)]
 MaxLength = Annotated[
-    int | None, typer.Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2)
+    int | None, Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2)
 ]
-TooLong = Annotated[Literal["error", "truncate", "drop"], typer.Option(help="What to do with a longer example.")]
+TooLong = Annotated[Literal["error", "truncate", "drop"], Option(help="What to do with a longer example.")]
 
 
 def eval_command(
     base: BaseModel,
-    data: Data,
-    adapter: Annotated[str | None, typer.Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
-    only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Do not measure the base.")] = False,
+    data: Annotated[str, Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")],
+    adapter: Annotated[str | None, Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
+    only_adapter: Annotated[bool, Option("--only-adapter", help="Do not measure the base.")] = False,
     exact: Exact = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion with --exact.", min=1)] = 64,
+    max_new_tokens: Annotated[int, Option(help="Longest completion with --exact.", min=1)] = 64,
     max_length: MaxLength = None,
     too_long: TooLong = "error",
-    batch_size: Annotated[int, typer.Option(help="Examples in one forward pass.", min=1)] = 8,
+    batch_size: Annotated[int, Option(help="Examples in one forward pass.", min=1)] = 8,
     precision: Precision = "auto",
-    whole: Annotated[bool, typer.Option("--whole", help="Count the prompts too, not the completions alone.")] = False,
-    messages_column: Annotated[str | None, typer.Option(help="Column with the chat messages.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
-    completion_column: Annotated[str | None, typer.Option(help="Column with the completion.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with plain text.")] = None,
-    split: Annotated[str, typer.Option(help="Which split of a hub data set.")] = "train",
+    whole: Annotated[bool, Option("--whole", help="Count the prompts too, not the completions alone.")] = False,
+    messages_column: Annotated[str | None, Option(help="Column with the chat messages.")] = None,
+    prompt_column: Annotated[str | None, Option(help="Column with the prompt.")] = None,
+    completion_column: Annotated[str | None, Option(help="Column with the completion.")] = None,
+    text_column: Annotated[str | None, Option(help="Column with plain text.")] = None,
+    split: Annotated[str, Option(help="Which split of a hub data set.")] = "train",
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:

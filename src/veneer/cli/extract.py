@@ -5,32 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from veneer.cli.options import AsJson, BaseModel, Overwrite
 
 
 def extract_command(
     base: BaseModel,
-    tuned: Annotated[str, typer.Argument(help="The same model, fine-tuned in full.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the adapter.")],
-    rank: Annotated[int | None, typer.Option(help="Rank of every product.")] = None,
-    energy: Annotated[float | None, typer.Option(help="Or the share of each change to keep, such as 0.95.")] = None,
-    targets: Annotated[
-        str, typer.Option(help="Which weights get a product: words or patterns, comma separated.")
-    ] = "all",
-    exclude: Annotated[str, typer.Option(help="What is left out, however it changed; comma separated.")] = "",
+    tuned: Annotated[str, Argument(help="The same model, fine-tuned in full.")],
+    output: Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")],
+    rank: Annotated[int | None, Option(help="Rank of every product.")] = None,
+    energy: Annotated[float | None, Option(help="Or the share of each change to keep, such as 0.95.")] = None,
+    targets: Annotated[str, Option(help="Which weights get a product: words or patterns, comma separated.")] = "all",
+    exclude: Annotated[str, Option(help="What is left out, however it changed; comma separated.")] = "",
     keep: Annotated[
         str,
-        typer.Option(
+        Option(
             help="What is written whole: auto (changed norms, biases and the like), none, lossy (also weights that "
             "keep too little), or patterns beside them; comma separated."
         ),
     ] = "auto",
-    least: Annotated[float, typer.Option(help="The share of its change below which a weight is lossy.")] = 0.5,
+    least: Annotated[float, Option(help="The share of its change below which a weight is lossy.")] = 0.5,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
-    layers: Annotated[int, typer.Option(help="Show the so many layers that keep least; 0 shows all.", min=0)] = 12,
+    layers: Annotated[int, Option(help="Show the so many layers that keep least; 0 shows all.", min=0)] = 12,
 ) -> None:
     """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.
 

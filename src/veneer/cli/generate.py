@@ -5,32 +5,26 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import typer
+from typer import Option, echo
 
 from veneer.cli.options import ADAPTER_HELP, MANY, BaseModel, Precision, Verify
 
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")
-]
+Prompts = Annotated[list[str] | None, Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")]
 
 
 def generate_command(
     base: BaseModel,
     prompt: Prompts = None,
-    adapter: Annotated[str | None, typer.Option(help=ADAPTER_HELP)] = None,
-    both: Annotated[bool, typer.Option("--both", help="Base and adapter side by side.")] = False,
-    chat: Annotated[bool, typer.Option(help="Put the prompt through the chat template, as a user's message.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0: the most likely token each time; above: sampling.", min=0)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help=f"End at this string; {MANY}.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts in one batch.", min=1)] = 16,
+    adapter: Annotated[str | None, Option(help=ADAPTER_HELP)] = None,
+    both: Annotated[bool, Option("--both", help="Base and adapter side by side.")] = False,
+    chat: Annotated[bool, Option(help="Put the prompt through the chat template, as a user's message.")] = False,
+    system: Annotated[str | None, Option(help="System message, with --chat.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer in tokens.", min=1)] = 128,
+    temperature: Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)] = 0.0,
+    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)] = 1.0,
+    seed: Annotated[int, Option(help="Seed of the sampling.", min=0)] = 0,
+    stop: Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")] = None,
+    batch_size: Annotated[int, Option(help="Prompts in one batch.", min=1)] = 16,
     precision: Precision = "auto",
     verify: Verify = True,
 ) -> None:
@@ -70,6 +64,6 @@ def generate_command(
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))
         if not both:
-            typer.echo(row[1])
+            echo(row[1])
     if both:
         out.print(table)

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from veneer.cli.options import Adapter, AsJson
 
@@ -15,9 +15,7 @@ from veneer.cli.options import Adapter, AsJson
 def inspect_command(
     adapter: Adapter,
     as_json: AsJson = False,
-    layers: Annotated[
-        int, typer.Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
-    ] = 12,
+    layers: Annotated[int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)] = 12,
 ) -> None:
     """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its base.
 
@@ -45,16 +43,13 @@ def _facts(saved: Any) -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
     from veneer.fileio.hashing import coverage
 
-    base = dict(saved.metadata.get("base", {}))
-    proof = coverage(base)
-    weights = base.pop("weights", {})
-    for name in ("rest", "fresh"):
-        base.pop(name, None)
+    record = saved.metadata.get("base", {})
+    base = {name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")}
     return {
         "path": str(saved.path),
         "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
-        "fingerprint": _fingerprint(weights),
-        "proof": proof,
+        "fingerprint": _fingerprint(record.get("weights", {})),
+        "proof": coverage(record),
         "config": saved.config.to_dict(),
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": saved.parameters,
@@ -106,8 +101,8 @@ def _training(provenance: dict[str, Any]) -> dict[str, str]:
     words = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
     words += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
     words += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
-    config = provenance.get("config") or {}
-    return {"training": ", ".join(words + ([f"on {config['data']}"] if "data" in config else []))} if words else {}
+    words += [f"on {data}"] if words and (data := (provenance.get("config") or {}).get("data")) else []
+    return {"training": ", ".join(words)} if words else {}
 
 
 def _norms(facts: dict[str, Any], count: int) -> Any:

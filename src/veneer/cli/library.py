@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, echo
 
 from veneer.cli.options import AsJson, Library
 
 
 def list_command(
     library: Library = None,
-    tag: Annotated[str | None, typer.Option(help="Only those with this tag.")] = None,
-    base: Annotated[str | None, typer.Option(help="Only those for this base.")] = None,
+    tag: Annotated[str | None, Option(help="Only those with this tag.")] = None,
+    base: Annotated[str | None, Option(help="Only those for this base.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the adapters of a library.
@@ -44,10 +44,10 @@ def list_command(
 
 
 def add_command(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder, or a remote place such as hf://owner/name.")],
-    name: Annotated[str, typer.Argument(help="Its name there: letters, digits, _ - .")],
-    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the name stands for.")] = False,
+    adapter: Annotated[str, Argument(help="Adapter folder, or a remote place such as hf://owner/name.")],
+    name: Annotated[str, Argument(help="Its name there: letters, digits, _ - .")],
+    tag: Annotated[list[str] | None, Option(help="A tag; may be given several times.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what the name stands for.")] = False,
     library: Library = None,
 ) -> None:
     """Verify an adapter and copy it into a library. Other commands take it as library:NAME.
@@ -65,10 +65,7 @@ def add_command(
     out.print(f"{entry.name}  {store.get(name)}", soft_wrap=True)
 
 
-def rm_command(
-    names: Annotated[list[str], typer.Argument(help="Names of adapters.")],
-    library: Library = None,
-) -> None:
+def rm_command(names: Annotated[list[str], Argument(help="Names of adapters.")], library: Library = None) -> None:
     """Take names out of a library. The files go with the next `veneer gc`, an hour later at the earliest.
 
     \b
@@ -85,9 +82,9 @@ def rm_command(
 
 
 def tag_command(
-    name: Annotated[str, typer.Argument(help="Name of an adapter.")],
-    tags: Annotated[list[str] | None, typer.Argument(help="Tags to add.")] = None,
-    remove: Annotated[list[str] | None, typer.Option(help="A tag to take away; may be given several times.")] = None,
+    name: Annotated[str, Argument(help="Name of an adapter.")],
+    tags: Annotated[list[str] | None, Argument(help="Tags to add.")] = None,
+    remove: Annotated[list[str] | None, Option(help="A tag to take away; may be given several times.")] = None,
     library: Library = None,
 ) -> None:
     """Add tags to an adapter of a library, or take them away.
@@ -105,10 +102,10 @@ def tag_command(
 
 def gc_command(
     grace: Annotated[
-        float, typer.Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0)
+        float, Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0)
     ] = 3600.0,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
+        bool, Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
     ] = False,
     library: Library = None,
 ) -> None:
@@ -132,12 +129,12 @@ def gc_command(
 
 
 def push_command(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder, or library:NAME.")],
-    place: Annotated[str, typer.Argument(help="hf://owner/name, s3://bucket/folder, file:///folder, …")],
-    revision: Annotated[str | None, typer.Option(help="Branch of a repository on the hub.")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit on the hub.")] = None,
+    adapter: Annotated[str, Argument(help="Adapter folder, or library:NAME.")],
+    place: Annotated[str, Argument(help="hf://owner/name, s3://bucket/folder, file:///folder, …")],
+    revision: Annotated[str | None, Option(help="Branch of a repository on the hub.")] = None,
+    message: Annotated[str | None, Option(help="Message of the commit on the hub.")] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made on the hub.")
+        bool | None, Option("--private/--public", help="Of a repository that is made on the hub.")
     ] = None,
 ) -> None:
     """Verify an adapter and put it at a remote place. Prints the place with the revision that it has there.
@@ -150,14 +147,14 @@ def push_command(
     from veneer.store import remote
     from veneer.store.library import resolve
 
-    typer.echo(remote.push(resolve(adapter), place, revision=revision, message=message, private=private))
+    echo(remote.push(resolve(adapter), place, revision=revision, message=message, private=private))
 
 
 def pull_command(
-    place: Annotated[str, typer.Argument(help="hf://owner/name[@revision], s3://bucket/folder, …")],
-    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="New folder (default: the cache).")] = None,
+    place: Annotated[str, Argument(help="hf://owner/name[@revision], s3://bucket/folder, …")],
+    output: Annotated[Path | None, Argument(metavar="OUT", help="New folder (default: the cache).")] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub; else what push printed after the @.")
+        str | None, Option(help="Branch, tag or commit on the hub; else what push printed after the @.")
     ] = None,
 ) -> None:
     """Fetch an adapter, verify it, and print its folder. Other commands take a remote place for ADAPTER too.
@@ -173,4 +170,4 @@ def pull_command(
     if output is not None:
         must_not_exist(output, overwrite=False)  # before the download
     found = remote.pull(place, revision=revision)
-    typer.echo(found if output is None else remote.push(found, str(output)))
+    echo(found if output is None else remote.push(found, str(output)))

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from veneer.cli.options import AsJson, Overwrite
 
 Paths = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         metavar="BASE ADAPTER... OUT",
         help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
         "places), each with =WEIGHT behind it if that is not 1; the new folder.",
@@ -21,18 +21,16 @@ Paths = Annotated[
 ]
 MergedPrecision = Annotated[
     Literal["stored", "fp32", "bf16", "fp16"],
-    typer.Option("--precision", help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
+    Option("--precision", help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
 ]
 Rounding = Annotated[
     Literal["auto", "nearest", "faithful"],
-    typer.Option(
+    Option(
         help="How to round to 16 bits. faithful: up or down so that the change survives; auto: where nearest would "
         "lose more than 1 % of it."
     ),
 ]
-VerifyBase = Annotated[bool, typer.Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")]
-VerifyResult = Annotated[bool, typer.Option("--verify", help="Read the result again and prove each of its numbers.")]
-Layers = Annotated[int, typer.Option(help="Show the so many layers that keep the least of their change.", min=0)]
+VerifyBase = Annotated[bool, Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")]
 
 
 def merge_command(
@@ -41,8 +39,8 @@ def merge_command(
     rounding: Rounding = "auto",
     overwrite: Overwrite = False,
     verify_base: VerifyBase = True,
-    verify: VerifyResult = False,
-    layers: Layers = 0,
+    verify: Annotated[bool, Option("--verify", help="Read the result again and prove each of its numbers.")] = False,
+    layers: Annotated[int, Option(help="Show the so many layers that keep the least of their change.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapters as one plain model that transformers loads without Veneer.

@@ -1,4 +1,4 @@
-"""`veneer serve`: a base and its adapters behind OpenAI's API."""
+"""`veneer serve`: a base and its adapters behind OpenAI's API; `veneer keygen`: a key for it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option, echo
 
 from veneer.cli.options import MANY, BaseModel
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SHORT: Any = {"float32": "fp32", "bfloat16": "bf16"}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
 
-Adapters = Annotated[Path | None, typer.Option(help="Folder of adapter folders, or a library.")]
-Name = Annotated[str | None, typer.Option(help="What clients call the base. Default: the last part of BASE.")]
-Memory = Annotated[str | None, typer.Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")]
-Pin = Annotated[list[str] | None, typer.Option(help=f"Load this adapter at the start and keep it; {MANY}.")]
 Length = Annotated[
-    int, typer.Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
+    int, Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
 ]
-Keys = Annotated[Path | None, typer.Option(help="File of API keys (see `veneer keygen`).")]
 AllowOpen = Annotated[
-    bool, typer.Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
+    bool, Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
 ]
 StoredPrecision = Annotated[
     Literal["auto", "stored", "fp32", "bf16", "float32", "bfloat16"],
-    typer.Option(
+    Option(
         "--precision",
         "--dtype",
         help="Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is bf16 where the "
@@ -41,21 +35,21 @@ StoredPrecision = Annotated[
 
 def serve_command(
     base: BaseModel,
-    adapters: Adapters = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = HOST,
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
-    name: Name = None,
-    memory: Memory = None,
-    pin: Pin = None,
-    rows: Annotated[int, typer.Option(help="Answers that are written at one time.", min=1, max=4096)] = ROWS,
+    adapters: Annotated[Path | None, Option(help="Folder of adapter folders, or a library.")] = None,
+    host: Annotated[str, Option(help="Address to listen at.")] = HOST,
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
+    name: Annotated[str | None, Option(help="What clients call the base. Default: the last part of BASE.")] = None,
+    memory: Annotated[str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")] = None,
+    pin: Annotated[list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")] = None,
+    rows: Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)] = ROWS,
     length: Length = LENGTH,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.", min=0.1)] = 600.0,
-    grace: Annotated[float, typer.Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
-    keys: Keys = None,
+    queue: Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)] = 256,
+    timeout: Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)] = 600.0,
+    grace: Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
+    keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
     allow_open: AllowOpen = False,
     precision: StoredPrecision = "stored",
-    engine: Annotated[Literal["veneer", "vllm"], typer.Option(help="Who computes.")] = "veneer",
+    engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
 
@@ -76,7 +70,7 @@ def serve_command(
     # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
     sys.setswitchinterval(1e-4)
     budget, called = bytes_in(memory), name or called_by_default(base)
-    precision = _SHORT.get(precision, precision)
+    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(sentence(f"--host {host} without keys", "keys, or an address of this machine alone", do))
@@ -222,3 +216,26 @@ def called_by_default(base: str) -> str:
     if path.suffix.lower() == ".gguf":
         return path.stem
     return path.resolve().name if path.exists() else base
+
+
+def keygen_command(
+    name: Annotated[str, Argument(help="Whose key it is: a word for the log.")],
+    adapter: Annotated[
+        list[str] | None, Option("--adapter", "-a", help=f"Adapters that it may use, by name or pattern; {MANY}.")
+    ] = None,
+    base: Annotated[bool, Option(help="Whether it may use the base without an adapter.")] = True,
+    admin: Annotated[bool, Option("--admin", help="It may load and unload adapters and read metrics.")] = False,
+) -> None:
+    """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a hash, to stdout.
+
+    \b
+    Examples:
+      veneer keygen alice --adapter 'french-*' --no-base >> keys.toml
+      veneer keygen operator --adapter '*' --admin >> keys.toml
+    """
+    from veneer.cli.console import err
+    from veneer.serve.access import generate
+
+    key, entry = generate(name, adapters=adapter or (), base=base, admin=admin)
+    echo(entry)
+    err.print(f"The key of {name}, which is shown this once: {key}", soft_wrap=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import typer
+from typer import Argument, Exit, Option
 
 from veneer.train.config import TrainConfig, load_config
 
@@ -43,7 +43,7 @@ def train_command(config: Path | None, **flags: Any) -> None:
     if result.interrupted:
         say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
         say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
-        raise typer.Exit(130)
+        raise Exit(130)
     base, adapter = settings.base, str(result.adapter)
     say(err, "\nNext:")
     say(err, f"  {shlex.join(['veneer', 'generate', base, '--adapter', adapter, '--both', '--prompt', '…'])}")
@@ -59,13 +59,13 @@ def _flag_type(annotation: Any) -> Any:
 
 def _signature() -> inspect.Signature:
     """The configuration's file, and a flag for each field of `TrainConfig`."""
-    file = typer.Argument(help="YAML file with any of the settings below.")
+    file = Argument(help="YAML file with any of the settings below.")
     types: dict[str, Any] = {"config": Annotated[Path | None, file]}
     for name, info in TrainConfig.model_fields.items():
         extra: Any = info.json_schema_extra
         word = name.replace("_", "-")
         flag = f"--{word}/--no-{word}" if bool in (info.annotation, *get_args(info.annotation)) else f"--{word}"
-        option = typer.Option(flag, help=_help(info), rich_help_panel=extra["panel"])
+        option = Option(flag, help=_help(info), rich_help_panel=extra["panel"])
         types[name] = Annotated[_flag_type(info.annotation), option]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature([inspect.Parameter(name, kind, default=None, annotation=types[name]) for name in types])

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from veneer.cli.options import Adapter, AsJson
 
 
 def verify_command(
     adapter: Adapter,
-    base: Annotated[
-        str | None,
-        typer.Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id."),
-    ] = None,
+    base: Annotated[str | None, Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.")] = None,
     as_json: AsJson = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse an adapter with warnings too.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Refuse an adapter with warnings too.")] = False,
 ) -> None:
     """Check an adapter: its files, header, hashes, config, numbers and norms, and that it was made for a base.
 
@@ -39,7 +36,7 @@ def verify_command(
     else:
         out.print(str(report), soft_wrap=True)
     if not report.ok or (strict and report.warnings):
-        raise typer.Exit(2)
+        raise Exit(2)
 
 
 def _folder(base: str) -> Path:

@@ -17,12 +17,9 @@ from veneer.train.prepare import Prepared
 
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTConfig:
     """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know."""
-    eval_every, save_every = config.eval_every, config.save_every
-    if config.early_stopping:  # the best checkpoint must be one that was evaluated
-        eval_every = eval_every or save_every
-        save_every = save_every or eval_every
-    eval_every = eval_every or max(1, math.ceil(prepared.steps / 5))
-    save_every = save_every or (eval_every if config.early_stopping else max(1, math.ceil(prepared.steps / 10)))
+    early = config.early_stopping  # then the best checkpoint must be one that was evaluated
+    eval_every = config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
+    save_every = config.save_every or (eval_every if early else max(1, math.ceil(prepared.steps / 10)))
     _check_names(config)
     return SFTConfig(
         output_dir=str(output),
@@ -46,7 +43,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         prediction_loss_only=True,
         save_steps=save_every,
         save_total_limit=config.keep_checkpoints,
-        load_best_model_at_end=bool(config.early_stopping),  # by the loss
+        load_best_model_at_end=bool(early),  # by the loss
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run

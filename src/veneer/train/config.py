@@ -104,20 +104,17 @@ class TrainConfig(BaseModel):
     resume: bool | None = _run(None, "Continue an unfinished run (default: if there is one with this configuration).")
     overwrite: bool = _run(False, "Replace what an earlier run left in the output folder.")
 
-    @field_validator("targets", "exclude", "train_also", "trackers", "layers", mode="before")
+    @field_validator("targets", "exclude", "train_also", "trackers", "layers", "resume", mode="before")
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:
         """A comma-separated text is a list: the flags write it so. One value is a list of one, but for `targets`."""
+        if info.field_name == "resume":
+            return None if value == "auto" else value
         if isinstance(value, str) and "," in value and not value.startswith("re:"):
             value = [part.strip() for part in value.split(",") if part.strip()]
         if info.field_name == "targets":
             return value[0] if isinstance(value, list) and len(value) == 1 else value
         return [value] if isinstance(value, int | str) else value
-
-    @field_validator("resume", mode="before")
-    @classmethod
-    def _auto(cls, value: Any) -> Any:
-        return None if value == "auto" else value
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
@@ -142,8 +139,7 @@ class TrainConfig(BaseModel):
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
     """The configuration in the YAML file at `path` with `changes` over it (those that are not None).
 
-    Raises `ConfigError` for a missing or unreadable file, YAML that does not parse (with the line), an unknown field
-    (with the nearest known one) and a value of the wrong type or out of range. All problems are in one message.
+    Raises `ConfigError` for a file that cannot be read or parsed; for all unknown fields and wrong values at once.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     return make_config(given) if path is None else make_config({**read_yaml(path), **given}, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +30,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, examples: Examples, *, batch_size: int = 8, progress: Callable[[int], None] | None = None
-) -> Evaluation:
-    """Loss and accuracy over `examples`. `progress` is called with the number of examples done after each batch."""
+def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
+    """Loss and accuracy over `examples`."""
     order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
     total, items, correct, training = 0.0, 0, 0, model.training
     model.eval()
@@ -45,8 +42,6 @@ def evaluate(
             total += float(result.total)
             items += int(result.items)
             correct += int(result.correct)
-            if progress is not None:
-                progress(start + len(rows))
     finally:
         model.train(training)
     return Evaluation(total / max(items, 1), correct / max(items, 1), items, len(examples))
@@ -55,14 +50,11 @@ def evaluate(
 def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [b, s] of the examples at `rows`, padded on the right."""
     width = max(examples.lengths[i] for i in rows)
-
-    def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
-
+    ids, labels = [examples.input_ids[i] for i in rows], [examples.labels[i] for i in rows]
+    parts = {"input_ids": (ids, 0), "attention_mask": ([[1] * len(row) for row in ids], 0), "labels": (labels, IGNORED)}
     return {
-        "input_ids": padded([examples.input_ids[i] for i in rows], 0),
-        "attention_mask": padded([[1] * examples.lengths[i] for i in rows], 0),
-        "labels": padded([examples.labels[i] for i in rows], IGNORED),
+        name: torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
+        for name, (lists, fill) in parts.items()
     }
 
 

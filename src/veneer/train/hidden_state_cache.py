@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,7 @@ class HiddenStateCache:
 
     @contextmanager
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within the block the model's forward takes the hidden states of this batch from memory; those that are not
-        there yet are computed first.
+        """Within the block the model's forward takes the hidden states of this batch from memory, computed if need be.
 
         Args:
             inputs: the model's keyword arguments: input_ids [b, s], and attention_mask, with padding on the right, or
@@ -68,17 +68,15 @@ class HiddenStateCache:
             ConfigError: another input, or padding on the left; what the blocks above compute depends on more than the
                 hidden states (seen when the first row is computed).
         """
-        rows, hidden = _rows(inputs), []
-        for row in rows:
-            key = _key(row)
+        hidden = []
+        for row in _rows(inputs):
+            key, first = _key(row), not self.known
             if key not in self.known:
-                first = not self.known
                 self.known[key] = self._computed(unwrap(model), row)
-                if first:
-                    self._prove(unwrap(model), row)
+            if first:
+                self._prove(unwrap(model), row, self.known[key])
             hidden.append(self.known[key])
-        device = inputs["input_ids"].device
-        whole = pad_sequence(hidden, batch_first=True).to(device)
+        whole = pad_sequence(hidden, batch_first=True).to(inputs["input_ids"].device)
         short = inputs["input_ids"].shape[1] - whole.shape[1]
         with self._standing_in(nn.functional.pad(whole, (0, 0, 0, short))):
             yield
@@ -107,17 +105,14 @@ class HiddenStateCache:
     def _standing_in(self, hidden: Tensor) -> Iterator[None]:
         """The last of the lower blocks answers with these hidden states, the others with what they are given."""
 
-        def form(output: Tensor) -> Any:
+        def answer(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
             return output if self.extra_outputs is None else (output, *self.extra_outputs)
-
-        def passing(*args: Any, **kwargs: Any) -> Any:
-            return form(args[0] if args else kwargs["hidden_states"])
 
         before = [block.__dict__.get("forward") for block in self.blocks]
         try:
-            for block in self.blocks[:-1]:
-                block.forward = passing
-            self.blocks[-1].forward = lambda *args, **kwargs: form(hidden)
+            for block in self.blocks:
+                block.forward = partial(answer, block)
             yield
         finally:
             for block, own in zip(self.blocks, before, strict=True):
@@ -126,7 +121,7 @@ class HiddenStateCache:
                     block.forward = own
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module, row: dict[str, Tensor]) -> None:
+    def _prove(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
         """That the model computes the same from the hidden states as from the row."""
         modes = {module: module.training for module in model.modules()}
         try:
@@ -134,7 +129,7 @@ class HiddenStateCache:
             expected = model(**row, use_cache=False).logits
             # nothing that another row has left behind may be read either
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
-            with self._standing_in(self.known[_key(row)].to(expected.device)[None]):
+            with self._standing_in(hidden.to(expected.device)[None]):
                 found = model(**row, use_cache=False).logits
         finally:
             for module, mode in modes.items():
@@ -149,7 +144,7 @@ class _Reached(Exception):  # noqa: N818 (it is no error)
     """The lower blocks have run; nothing above needs to."""
 
 
-def _below(model: nn.Module) -> tuple[list[nn.Module], int]:
+def _below(model: Any) -> tuple[list[nn.Module], int]:
     """(the blocks below the lowest one in which something trains, how many blocks there are)."""
     expected = "everything that trains to lie in the upper blocks"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -161,20 +156,16 @@ def _below(model: nn.Module) -> tuple[list[nn.Module], int]:
             lowest = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained)
             if not lowest:
                 raise ConfigError(sentence("an adapter in block 0", expected, f"set layers, or {INSTEAD}"))
-            _need_no_chance(model, list(stack[:lowest]))
+            drops = [module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)]
+            config = vars(model.config).items()
+            drops += [value for name, value in config if name.endswith(("dropout", "_pdrop"))]
+            if any(isinstance(p, float | int) and p > 0 for p in drops):
+                found = "a base with dropout, which draws anew each time"
+                raise ConfigError(sentence(found, "dropout of 0 in the base's configuration", INSTEAD))
             return list(stack[:lowest]), len(stack)
     stack = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside = next((name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains")
     raise ConfigError(sentence(f"{outside!r}, outside the blocks", expected, f"set targets, or {INSTEAD}"))
-
-
-def _need_no_chance(model: Any, blocks: list[nn.Module]) -> None:
-    drops = [module.p for block in blocks for module in block.modules() if isinstance(module, nn.Dropout)]
-    config = getattr(model, "config", None)
-    drops += [value for name, value in vars(config).items() if name.endswith(("dropout", "_pdrop"))] if config else []
-    if any(isinstance(p, float | int) and p > 0 for p in drops):
-        found = "a base with dropout, which draws anew each time"
-        raise ConfigError(sentence(found, "dropout of 0 in the base's configuration", INSTEAD))
 
 
 def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
@@ -196,7 +187,5 @@ def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def _key(row: Mapping[str, Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(row):
-        digest.update(name.encode() + row[name].cpu().numpy().tobytes())
-    return digest.digest()
+    content = b"".join(name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row))
+    return hashlib.blake2b(content, digest_size=16).digest()

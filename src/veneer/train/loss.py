@@ -21,6 +21,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import reduce
 from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -187,13 +188,12 @@ class _Head:
     """What a model's forward does after its body, on rows [n, h] of which each is treated alone."""
 
     def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
-        self.model = model
-        self.inputs = inputs
+        self.model, self.inputs = model, inputs
         if "output_router_logits" in inspect.signature(own_class(model).forward).parameters:
             self.inputs = {**inputs, "output_router_logits": False}  # the balance of the experts is known already
         self.output: Any = None
-        self.rows = torch.empty(0)
-        self.memory, self.taken = torch.empty(0), False
+        self.rows = self.memory = torch.empty(0)
+        self.taken = False
         self.view = self.reusing(_view(model, path, lambda *_, **__: _with_rows(self.output, self.rows)))
 
     def __call__(self, rows: Tensor) -> Any:
@@ -298,9 +298,7 @@ def _body(model: nn.Module) -> ModulePath | None:
 
 def _is_model(model: nn.Module, path: ModulePath) -> bool:
     """Whether there is one of transformers' models at the end of a path of attributes."""
-    module: Any = model
-    for name in path:
-        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    module = reduce(lambda module, name: getattr(module, "_modules", {}).get(name), path, model)
     return hasattr(type(module), "base_model_prefix")
 
 

@@ -159,8 +159,7 @@ def _unfinished(config: TrainConfig, output: Path) -> bool:
 def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
     """The newest checkpoint of the run in `output`, which began with the same data."""
     if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
-        newest = checkpoint.newest(output)
-        if newest is not None:
+        if (newest := checkpoint.newest(output)) is not None:
             say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
         return newest
     if config.overwrite:
@@ -186,8 +185,8 @@ def _status(output: Path, status: str, config: TrainConfig, prepared: Prepared) 
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "accelerate")
-    return {**{name: version(name) for name in names}, "python": platform.python_version()}
+    named = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+    return {**named, "python": platform.python_version()}
 
 
 def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
@@ -217,12 +216,7 @@ def _describe(
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     say(console, f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples")
-    width, labelled = _largest_batch(prepared, config)
-    expected = memory.estimate(
-        model, tokens=width, labelled=labelled, rank=config.rank, optimiser=config.optimiser,
-        checkpointing=config.activation_checkpointing,
-    )  # fmt: skip
-    say(console, f"Memory   {expected}")
+    say(console, f"Memory   {memory.estimate(model, config, *_largest_batch(prepared, config))}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
@@ -258,12 +252,10 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
     except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
         raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
     except OSError as error:
-        last = checkpoint.newest(output)
-        error.add_note(
-            f"The newest complete checkpoint is {last[0]}; start the same command again to go on from it."
-            if last is not None
-            else "There is no checkpoint yet; the same command starts over."
-        )
+        note = "There is no checkpoint yet; the same command starts over."
+        if (last := checkpoint.newest(output)) is not None:
+            note = f"The newest complete checkpoint is {last[0]}; start the same command again to go on from it."
+        error.add_note(note)
         raise
     finally:
         bar.close()

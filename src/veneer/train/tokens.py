@@ -11,13 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from veneer.errors import DataError
 from veneer.train.data import Records
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross-entropy skips
 
@@ -53,7 +50,7 @@ class Examples:
 
 def tokenise(
     rows: Records,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     max_length: int,
     too_long: Literal["error", "truncate", "drop"] = "error",
@@ -61,19 +58,18 @@ def tokenise(
 ) -> Examples:
     """Token ids and labels of every row, at most `max_length` tokens each.
 
-    `too_long` says what happens to a longer row; "truncate" keeps the start. A row that is left without a token to
-    learn from (all of its completion cut away) is dropped under "truncate" and "drop".
+    `too_long` says what happens to a longer row; "truncate" keeps the start, if there is a token to learn from in it.
 
     Raises `DataError` when a row is too long and `too_long` is "error", when a row has nothing to learn from, and when
     chat rows meet a tokenizer without a chat template.
     """
-    encode = _encoder(rows, tokenizer, completion_only)
+    encode, learn_all = _encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     kept: list[tuple[list[int], list[int], int]] = []
     long: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
         tokens, learn = encode(row, rows.places[i])
-        targets = [token if flag else IGNORED for token, flag in zip(tokens, learn, strict=True)]
+        targets = [token if flag or learn_all else IGNORED for token, flag in zip(tokens, learn, strict=True)]
         learns = any(
             target != IGNORED for target in targets[1:max_length]
         )  # the first has nothing to be predicted from
@@ -110,41 +106,37 @@ def tokenise(
 Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
-def _encoder(rows: Records, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Encoder:
-    """The function from one row (and its place, for errors) to its tokens and which of them to learn."""
+def _encoder(rows: Records, tokenizer: Any) -> Encoder:
+    """The function from one row (and its place, for errors) to its tokens and which of them are of completions."""
     if rows.kind == "text":
         return lambda row, place: _encode_text(row["text"], tokenizer)
     if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
-        return lambda row, place: _encode_pair(row["prompt"], row["completion"], tokenizer, completion_only)
+        return lambda row, place: _encode_pair(row["prompt"], row["completion"], tokenizer)
     if tokenizer.chat_template is None:
         raise DataError(
             f"{rows.source} holds chat messages, and the base model's tokenizer has no chat template.\n"
             "Expected a chat model.\nDo: choose its instruct version, or give `prompt` and `completion` as text."
         )
     if rows.kind == "prompt":
-        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, completion_only, place)
+        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, place)
     template = _training_template(tokenizer)
     if template is not None:
-        return lambda row, place: _encode_marked(row["messages"], tokenizer, template, completion_only)
-    return lambda row, place: _encode_turns([], row["messages"], tokenizer, completion_only, place)
+        return lambda row, place: _encode_marked(row["messages"], tokenizer, template)
+    return lambda row, place: _encode_turns([], row["messages"], tokenizer, place)
 
 
-def _ended(tokens: list[int], learn: list[bool], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _ended(tokens: list[int], learn: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
     """With the end-of-text token, which teaches the model to stop."""
-    end: Any = tokenizer.eos_token_id
-    if end is None or (tokens and tokens[-1] == end):
-        return tokens, learn
-    return [*tokens, end], [*learn, True]
+    end = tokenizer.eos_token_id
+    return (tokens, learn) if end is None or tokens[-1:] == [end] else ([*tokens, end], [*learn, True])
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     tokens = list(tokenizer(text)["input_ids"])
-    return _ended(tokens, [bool(text)] * len(tokens), tokenizer) if text else (tokens, [False] * len(tokens))
+    return _ended(tokens, [True] * len(tokens), tokenizer) if text else (tokens, [False] * len(tokens))
 
 
-def _encode_pair(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, completion_only: bool
-) -> tuple[list[int], list[bool]]:
+def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Prompt and completion as text. The prompt's tokens are those that generation will see.
 
     Encoded together, tokens may merge across the border and the model would train on a prompt that it never meets
@@ -154,13 +146,12 @@ def _encode_pair(
     tokens = list(tokenizer(prompt + completion)["input_ids"])
     if tokens[: len(head)] != head:
         tokens = head + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    learn = [not completion_only] * len(head) + [True] * (len(tokens) - len(head))
+    learn = [False] * len(head) + [True] * (len(tokens) - len(head))
     return _ended(tokens, learn, tokenizer) if completion else (tokens, learn)
 
 
-def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A chat template that marks the assistant's turns: the tokenizer's own, or trl's version of it, if there is
-    one."""
+def _training_template(tokenizer: Any) -> str | None:
+    """A chat template that marks the assistant's turns: the tokenizer's own, or trl's version, if there is one."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     template = tokenizer.chat_template
@@ -172,22 +163,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def _encode_marked(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, completion_only: bool
-) -> tuple[list[int], list[bool]]:
-    encoded: Any = tokenizer.apply_chat_template(
+def _encode_marked(messages: list[Any], tokenizer: Any, template: str) -> tuple[list[int], list[bool]]:
+    encoded = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return list(encoded["input_ids"]), [bool(flag) or not completion_only for flag in encoded["assistant_masks"]]
+    return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
 
 
-def _encode_turns(
-    prompt: list[dict[str, Any]],
-    completion: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    completion_only: bool,
-    place: str,
-) -> tuple[list[int], list[bool]]:
+def _encode_turns(prompt: list[Any], completion: list[Any], tokenizer: Any, place: str) -> tuple[list[int], list[bool]]:
     """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in `completion` are
     learnt.
 
@@ -203,15 +186,13 @@ def _encode_turns(
         cuts.append((_prefix(_chat(messages[: number + 1], tokenizer), full, place), learn))
     flags = [False] * len(full)
     for (start, _), (end, learn) in pairwise(cuts):
-        flags[start:end] = [learn or not completion_only] * (end - start)
+        flags[start:end] = [learn] * (end - start)
     return full, flags
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, header: bool = False) -> list[int]:
-    if not messages:
-        return []
-    options: Any = {"tokenize": True, "return_dict": True, "add_generation_prompt": header}
-    return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+def _chat(messages: list[Any], tokenizer: Any, header: bool = False) -> list[int]:
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": header}
+    return list(tokenizer.apply_chat_template(messages, **options)["input_ids"]) if messages else []
 
 
 def _prefix(start: list[int], full: list[int], place: str) -> int:

@@ -126,9 +126,11 @@ class AdapterTrainer(SFTTrainer):
         self._eval_total = None
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._eval_total is not None and output.metrics is not None:
-            total, items, correct = self._eval_total.tolist()
-            output.metrics |= {f"{prefix}_loss": total / max(items, 1), f"{prefix}_accuracy": correct / max(items, 1)}
+        counts: Any = self._eval_total
+        if counts is not None and output.metrics is not None:
+            loss, items, correct = counts.tolist()
+            output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
+            output.metrics[f"{prefix}_accuracy"] = correct / max(items, 1)
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -137,7 +139,8 @@ class AdapterTrainer(SFTTrainer):
         from transformers.trainer_utils import rotate_checkpoints
 
         self.store_flos()
-        step, main, callbacks = self.state.global_step, self.args.should_save, self.state.stateful_callbacks
+        step, main = self.state.global_step, self.args.should_save
+        callbacks: Any = self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
         with checkpoint.writing(run_dir, step, main, lambda value: broadcast_object_list([value])[0]) as folder:
             # on every rank: they compare what they hold, and the main one writes
