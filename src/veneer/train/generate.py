@@ -44,6 +44,8 @@ def generate(
     Raises:
         DataError: an empty prompt, or a prompt with `max_new_tokens` is longer than the model's context.
     """
+    from transformers import GenerationConfig
+
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -51,8 +53,15 @@ def generate(
         found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
         do = "shorten the prompt, or ask for fewer new tokens"
         raise DataError(sentence(found, f"at most {context:,} together, the model's context", do))
-    options = _options(tokenizer, max_new_tokens, temperature, top_p, stop)
-    pad = options["generation_config"].pad_token_id or 0
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling: Any = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
+        use_cache=True, **{"do_sample": False, **sampling},
+    )  # fmt: skip
+    options = {"generation_config": config, **({"tokenizer": tokenizer} if stop else {})}
     texts, training = [""] * len(encoded), model.training
     model.eval()
     try:
@@ -63,7 +72,7 @@ def generate(
                 rows = order[start : start + batch_size]
                 width = len(encoded[rows[0]])
                 short = [width - len(encoded[row]) for row in rows]
-                ids = [[pad] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
+                ids = [[pad or 0] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
                 mask = [[0] * count + [1] * (width - count) for count in short]
                 inputs = {"input_ids": ids, "attention_mask": mask}
                 inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
@@ -91,18 +100,3 @@ def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     if not ids:
         raise DataError(sentence("an empty prompt", "at least one token", "write something to continue"))
     return ids
-
-
-def _options(
-    tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
-) -> dict[str, Any]:
-    from transformers import GenerationConfig
-
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    sampling: Any = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=end if pad is None else pad, eos_token_id=end,
-        stop_strings=list(stop) or None, use_cache=True, **{"do_sample": False, **sampling},
-    )  # fmt: skip
-    return {"generation_config": config, **({"tokenizer": tokenizer} if stop else {})}
