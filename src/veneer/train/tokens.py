@@ -70,9 +70,8 @@ def tokenise(
     for i, row in enumerate(rows.rows):
         tokens, learn = encode(row, rows.places[i])
         targets = [token if flag or learn_all else IGNORED for token, flag in zip(tokens, learn, strict=True)]
-        learns = any(
-            target != IGNORED for target in targets[1:max_length]
-        )  # the first has nothing to be predicted from
+        # a first token has no context to be predicted from, so it never counts
+        learns = any(target != IGNORED for target in targets[1:max_length])
         if len(tokens) > max_length:
             long.append((len(tokens), i))
             if too_long != "truncate" or not learns:

@@ -52,9 +52,7 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
         first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
-        last = (
-            [] if len(indices) % self.batch == 0 or not batches else batches.pop()
-        )  # short: it would shift the others
+        last = batches.pop() if batches and len(indices) % self.batch else []  # short: it would shift all the others
         order = torch.randperm(len(batches), generator=generator).tolist()
         return chain(first, *(batches[number] for number in order), last)
 
