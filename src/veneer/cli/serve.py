@@ -70,16 +70,16 @@ def serve_command(
     # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
     sys.setswitchinterval(1e-4)
     budget, called = bytes_in(memory), name or called_by_default(base)
-    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
+    dtype: Any = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(sentence(f"--host {host} without keys", "keys, or an address of this machine alone", do))
     if engine == "vllm":
-        _become_vllm(base, adapters, host, port, name, rows, length, keys, precision)
+        _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
     ring = Keyring() if keys is None else read_keys(keys)
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
-        service = _service(base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, precision)
+        service = _service(base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, dtype)
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
