@@ -26,8 +26,8 @@ class Examples:
     input_ids: list[list[int]]
     labels: list[list[int]]
     index: list[int]
-    dropped: int
-    truncated: int
+    dropped: int = 0
+    truncated: int = 0
 
     @cached_property
     def lengths(self) -> list[int]:
