@@ -26,6 +26,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+__all__ = [
+    "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError", "ConfigError", "DataError",
+    "ExtractError", "LibraryError", "MergeError", "OutputExistsError", "RemoteError", "SelectionError", "TargetError",
+    "TrainingError", "VeneerError",
+]  # fmt: skip
+
 
 class VeneerError(Exception):
     """The root of the tree: catch this to catch everything that Veneer raises on purpose."""

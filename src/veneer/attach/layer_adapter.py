@@ -132,6 +132,10 @@ class LayerAdapter(nn.Module):
                 weight = weight.mT if known.flipped else weight
                 run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
                 return run(change.scale, x, weight, bias, factors["A"], factors["B"])
+        return self._run_any(module, base, layer_state, args, kwargs, now)
+
+    def _run_any(self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any) -> Any:
+        """A forward that is not one fused product: in factors, on the changed weight, or on a view."""
         full = self.replacements(module)
         if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
             return viewed(self, module, base, layer_state, args, kwargs, now)

@@ -38,6 +38,8 @@ from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing
 from veneer.fileio.atomic import new_folder, write_whole
 from veneer.store.remote import is_remote, pull
 
+__all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
+
 INDEX, COPY, LOCK, OBJECTS = "index.json", "index.copy.json", "lock", "objects"
 FORMAT = 1
 #: seconds for which an object without a name is kept

@@ -39,6 +39,8 @@ from veneer.tools.merge_checkpoint.job import MergeJob, computed, planned
 from veneer.tools.merge_checkpoint.journal import JOURNAL, working_folder
 from veneer.tools.merge_checkpoint.pipeline import Pipeline, Progress, as_bytes
 
+__all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
+
 
 @dataclass(frozen=True)
 class CheckpointMerge:
