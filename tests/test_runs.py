@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import sys
 import threading
 import traceback
 
 import pytest
 import torch
+from tests.support.cells import pairwise
 from tests.support.models import IDS, ConvNet, Shared, Stack, TinyLM
 from tests.support.tiny import tiny_model
 from tests.support.toys import adapt, bits, cast, error, example, flat, numbers, randomise, selected
@@ -182,9 +184,10 @@ def test_autocast_on_whole_models(make_model):
 IMAGES = [example for example in EXAMPLES if example[0] in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")]
 
 
-@pytest.mark.parametrize(("kind", "number"), IMAGES)
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "number", "variant", "weights"),
+    pairwise(itertools.product(IMAGES, ["lora", "dora"], [False, True])),
+)
 def test_channels_last_stays_channels_last(kind, number, variant, weights):
     module, (x,) = example(kind, number)
     memory = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -257,7 +260,7 @@ def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
         return run
 
     def call(name):
-        for _ in range(700):
+        for _ in range(250):
             if not torch.equal(selected(model, name, IDS), expected[name]):
                 wrong.append(name)
 
@@ -270,7 +273,7 @@ def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
             changes.append(name)
 
     async def task(name):
-        for _ in range(700):
+        for _ in range(250):
             with veneer.use(model, name):
                 await asyncio.sleep(0)
                 if not torch.equal(model(IDS), expected[name]):

@@ -20,15 +20,25 @@ from veneer.fileio.hashing import digest
 
 CASES = {"weights": {}, "weights-and-biases": {"bias": "all"}}
 every_model = pytest.mark.parametrize("entry", REAL.values(), ids=REAL)
-every_case = pytest.mark.parametrize(
-    ("entry", "case"),
-    [
-        pytest.param(entry, case, id=f"{name}-{case}")
-        for name, entry in REAL.items()
-        for case in CASES
-        if entry.biases or case == "weights"
-    ],
-)
+
+
+def cases(marks):
+    """Every model with every case that says something of it; ``marks`` are those of weights alone where there are
+    biases too."""
+    return pytest.mark.parametrize(
+        ("entry", "case"),
+        [
+            pytest.param(entry, case, id=f"{name}-{case}", marks=marks if entry.biases and case == "weights" else ())
+            for name, entry in REAL.items()
+            for case in CASES
+            if entry.biases or case == "weights"
+        ],
+    )
+
+
+every_case = cases(())
+#: for what each parameter does by itself: who trains weights and biases trains the weights as well
+fullest_case = cases(pytest.mark.slow)
 
 
 def floats(output: Any) -> list[Tensor]:
@@ -188,7 +198,7 @@ def test_training_moves_the_adapter_alone(entry, case):
         assert same(run(model, example), plain)
 
 
-@every_case
+@fullest_case
 def test_merging_is_exact_and_unmerging_restores_the_bits(entry, case):
     handle, example = trained(entry, case)
     model = handle.model
@@ -201,7 +211,7 @@ def test_merging_is_exact_and_unmerging_restores_the_bits(entry, case):
     assert same(run(model, example), adapted)
 
 
-@every_case
+@fullest_case
 def test_a_saved_adapter_gives_the_same_answers_on_an_equal_base(entry, case, tmp_path):
     handle, example = trained(entry, case)
     adapted = run(handle.model, example)
@@ -219,7 +229,7 @@ def test_a_saved_adapter_gives_the_same_answers_on_an_equal_base(entry, case, tm
     assert same(run(fresh, example), plain)
 
 
-@every_case
+@fullest_case
 def test_detaching_gives_back_the_very_model(entry, case):
     model, example, loss = entry.build()
     before, plain = Snapshot(model), run(model, example)

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 import torch
+from tests.support.cells import pairwise
+from tests.support.compiled import needs_loop
 from tests.support.models import IDS, Stack, TinyLM
 from tests.support.tiny import tiny_model
 from tests.support.toys import adapt, calibration, error, example, flat
@@ -38,12 +40,20 @@ def first(y):
 
 
 # every option of a kind with one variant, every variant on one example of each kind; docs/support.md has all of them
-CASES = [(*case, "lora") for case in ROWS]
-CASES += [(kind, number, name) for kind, number in ROWS if number == 0 for name in STORED if name != "lora"]
-CASES = [case for case in CASES if not (case[2] == "eva" and type(LAYERS[case[0]]).inputs is Layer.inputs)]
+CASES = [(case, "lora") for case in ROWS]
+CASES += [(case, name) for case in ROWS if case[1] == 0 for name in STORED if name != "lora"]
+CASES = [case for case in CASES if not (case[1] == "eva" and type(LAYERS[case[0][0]]).inputs is Layer.inputs)]
+KERNELS = ("compiled", "tensors")
 
 
-@pytest.mark.parametrize(("kind", "number", "variant"), CASES)
+def with_each_kernel(cells):
+    """The quick suite has each pair of a kernel with a kind, a variant, a count of tokens."""
+    return pairwise(
+        ((*cell, kernel) for cell in cells for kernel in KERNELS), marks={"compiled": needs_loop("mixed_rows")}
+    )
+
+
+@pytest.mark.parametrize(("kind", "number", "variant", "kernel"), with_each_kernel(CASES), indirect=["kernel"])
 def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
     module, args = example(kind, number)
     module(*args)  # an embedding's max_norm writes into its rows when they are first read
@@ -65,8 +75,11 @@ def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
     assert not any("veneer" in key for key in module.state_dict())
 
 
-@pytest.mark.parametrize("tokens", [None, 1, 3, 400])
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "loha", "vera"])
+@pytest.mark.parametrize(
+    ("variant", "tokens", "kernel"),
+    with_each_kernel(itertools.product(["lora", "rslora", "dora", "pissa", "loha", "vera"], [None, 1, 3, 400])),
+    indirect=["kernel"],
+)
 def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
     torch.manual_seed(1)
     model = Linears()

@@ -73,8 +73,9 @@ def defined(model, handle, x):
         return values(model, handle, x)
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"])
 @pytest.mark.parametrize("name", CASES)
-def test_both_ways_are_the_definition(name, formed, calls):
+def test_both_ways_are_the_definition(name, fast, formed, calls):
     model, handle, x = adapted(name)
     found = values(model, handle, x)
     assert [one.form for one in calls] == [formed]
@@ -82,7 +83,7 @@ def test_both_ways_are_the_definition(name, formed, calls):
     assert found[1].stride() == x.stride()
     for mine, exact in zip(found, defined(model, handle, x), strict=True):
         assert error(mine, exact) < 1e-12
-    assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x, *handle.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x, *handle.parameters()), fast_mode=fast)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
+from tests.support.cells import pairwise
 from tests.support.toys import Squared, cast, definition, error, flat, randomise
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -29,19 +31,19 @@ EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(ki
 BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 #: what a variant that looks at data needs is its own test's business
 PLAIN = [variant.name for variant in VARIANTS if not variant.needs]
-dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-variants = pytest.mark.parametrize("variant", PLAIN)
 examples = pytest.mark.parametrize(("kind", "number"), EXAMPLES)
 #: every option of every kind for a variant without and one with a gain; every variant for one option of each kind
-cases = pytest.mark.parametrize(
-    ("kind", "number", "variant"),
-    [
-        (*example, variant)
-        for example in EXAMPLES
-        for variant in PLAIN
-        if not example[1] or variant in ("lora", "toy_scaled")
-    ],
-)
+CASES = [
+    (example, variant)
+    for example in EXAMPLES
+    for variant in PLAIN
+    if not example[1] or variant in ("lora", "toy_scaled")
+]
+
+
+def cases(*axes):
+    """Every case with every value of these axes; the quick suite has each pair of values."""
+    return pairwise((*case, *values) for case in CASES for values in itertools.product(*axes))
 
 
 def make(kind: str, number: int, dtype: torch.dtype):
@@ -59,8 +61,7 @@ def attached(module, variant="lora", rank=2, name="default", **fields):
     return handle
 
 
-@dtypes
-@cases
+@pytest.mark.parametrize(("kind", "number", "variant", "dtype"), cases(BOUNDS))
 def test_three_ways_to_compute_it_agree(kind, number, variant, dtype):
     module, args = make(kind, number, dtype)
     base = module(*args)
@@ -80,9 +81,7 @@ def test_three_ways_to_compute_it_agree(kind, number, variant, dtype):
     assert error(flat(base), expected) > 1e-3, "the adapter changes nothing here, so this test would prove nothing"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@cases
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("kind", "number", "variant", "dtype", "path"), cases([torch.float64, torch.float32], PATHS))
 def test_gradients_equal_float64_autograd_through_the_changed_weight(kind, number, variant, dtype, path):
     module, args = make(kind, number, dtype)
     handle = attached(module, variant)
@@ -102,23 +101,35 @@ def test_gradients_equal_float64_autograd_through_the_changed_weight(kind, numbe
         assert error(gradient, expected_gradient) < (2e-5 if dtype == torch.float32 else 1e-9)
 
 
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"])
 @examples
-def test_gradcheck(kind, number):
+def test_gradcheck(kind, number, fast):
+    """Fast: the Jacobian times random vectors, which an entry that is wrong changes as well."""
     module, args = make(kind, number, torch.float64)
     handle = attached(module)
     # piecewise functions have no derivative at their corners, which a difference quotient may straddle
     smooth = getattr(module, "mode", "") != "max" and getattr(module, "nonlinearity", "") != "relu"
     if smooth and getattr(module, "max_norm", None) is None and not getattr(module, "scale_grad_by_freq", False):
-        assert torch.autograd.gradcheck(lambda *_: flat(module(*args)), list(handle.parameters()))
+        assert torch.autograd.gradcheck(lambda *_: flat(module(*args)), list(handle.parameters()), fast_mode=fast)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@examples
-def test_a_thousand_merges_leave_no_trace(kind, number, dtype):
+def merges():
+    """(kind, number, dtype, how often): what one merge leaves is seen after three, and what adds up is no matter of the
+    layer; the slow suite merges each kind a thousand times."""
+    for example in EXAMPLES:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            thousand = example == ("linear", 0)
+            yield pytest.param(*example, dtype, 1000 if thousand else 3)
+            if not thousand and example[1] == 0:
+                yield pytest.param(*example, dtype, 1000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "number", "dtype", "times"), list(merges()), ids=str)
+def test_a_thousand_merges_leave_no_trace(kind, number, dtype, times):
     module, _ = make(kind, number, dtype)
     handle = attached(module)
     before = {name: value.clone() for name, value in module.state_dict().items() if "veneer" not in name}
-    for _ in range(1000 if number == 0 else 20):
+    for _ in range(times):
         handle.merge()
         handle.unmerge()
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
@@ -130,9 +141,10 @@ def test_a_thousand_merges_leave_no_trace(kind, number, dtype):
     assert all(not torch.equal(module.state_dict()[name], before[name]) for name in changed)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@variants
-@pytest.mark.parametrize("kind", LAYERS.names())
+@pytest.mark.parametrize(
+    ("kind", "variant", "dtype"),
+    pairwise(itertools.product(LAYERS.names(), PLAIN, [torch.bfloat16, torch.float16])),
+)
 def test_merged_weights_are_rounded_correctly_once(kind, variant, dtype):
     """Each merged weight is one of the two 16-bit neighbours of W + ΔW, and no neighbour is nearer."""
     module, _ = make(kind, 0, dtype)
@@ -158,8 +170,7 @@ def _next(values, toward):
     return back.to(torch.int32).bitwise_and(0xFFFF).to(torch.int16).view(values.dtype)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@cases
+@pytest.mark.parametrize(("kind", "number", "variant", "dtype"), cases(BOUNDS))
 def test_attaching_changes_no_output(kind, number, variant, dtype):
     module, args = make(kind, number, dtype)
     before = flat(module(*args))

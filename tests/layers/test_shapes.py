@@ -194,7 +194,7 @@ def near(found, expected):
     return bool((found - expected).norm() < 1e-10 * max(float(expected.norm()), 1e-3))
 
 
-@pytest.mark.parametrize(
+every_pair = pytest.mark.parametrize(
     ("kind", "variant"),
     [
         (kind, variant.name)
@@ -203,9 +203,12 @@ def near(found, expected):
         if "inputs" not in variant.needs or tells_inputs(kind)
     ],
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(data=st.data())
-def test_four_ways_to_the_same_output(kind, variant, data):
+#: of each pair: a kind is drawn from a dozen times as often, once for every variant
+FEW, MANY = 5, 40
+draws = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+
+
+def four_ways(kind, variant, data):
     handle, args = drawn(kind, variant, data)
     expected, _, _ = reference(handle, args)
     with torch.no_grad():
@@ -214,3 +217,18 @@ def test_four_ways_to_the_same_output(kind, variant, data):
                 assert near(flat(handle.model(*args)), expected)
         handle.merge()
         assert near(flat(handle.model(*args)), expected)
+
+
+@every_pair
+@settings(max_examples=FEW, **draws)
+@given(data=st.data())
+def test_four_ways_to_the_same_output(kind, variant, data):
+    four_ways(kind, variant, data)
+
+
+@pytest.mark.slow
+@every_pair
+@settings(max_examples=MANY, **draws)
+@given(data=st.data())
+def test_four_ways_to_the_same_output_of_more_shapes(kind, variant, data):
+    four_ways(kind, variant, data)
