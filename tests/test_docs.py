@@ -3,7 +3,7 @@ name and draw is looked up in ``test_pages.py``."""
 
 from __future__ import annotations
 
-import os
+import functools
 import re
 import shlex
 import shutil
@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 from demo import pronounce
+from tests.support.forked import Program
 from tests.support.tiny import sums, write_rows
+from typer.testing import CliRunner
 
 import veneer
+from veneer.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 #: the README first: commands of later pages go on from what its commands wrote
@@ -32,10 +35,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])
 def test_python_blocks_run_as_shown(where, code, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{where}\n{done.stderr}"
+    block = Program(code, "torch", "transformers", folder=tmp_path, strict=True)
+    assert block.wait() == 0, f"{where}\n{block.said}"
 
 
 def test_the_readme_example_is_twenty_lines_or_so():
@@ -50,19 +51,20 @@ def test_there_are_commands_in_the_readme():
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"train", "inspect", "generate", "eval", "merge"}
 
 
+@functools.cache
+def help_of(command: str) -> str:
+    found = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_of_the_docs_parse(line):
     """Each command and each of its flags exists."""
     _, command, *arguments = shlex.split(line, comments=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "veneer.cli", command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
-    )
+    said = help_of(command)
     for flag in (argument for argument in arguments if argument.startswith("--")):
-        assert re.search(rf"{flag}\b", done.stdout), f"{flag} is no flag of veneer {command}"
+        assert re.search(rf"{flag}\b", said), f"{flag} is no flag of veneer {command}"
 
 
 @pytest.mark.slow
@@ -89,16 +91,12 @@ def test_the_public_api_is_enough_for_the_flat_example():
 
 def test_the_flat_example_trains_saves_and_merges(base, tmp_path):
     rows = write_rows(tmp_path / "sums.jsonl", sums(24))
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "train_flat.py"),
-        str(base),
-        str(rows),
-        str(tmp_path / "adapter"),
-    ]
-    done = subprocess.run([*command, "--steps", "20", "--rank", "4"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    example = str(ROOT / "examples" / "train_flat.py")
+    command = [example, str(base), str(rows), str(tmp_path / "adapter"), "--steps", "20", "--rank", "4"]
+    code = f"import runpy, sys; sys.argv = {command}; runpy.run_path({example!r}, run_name='__main__')"
+    done = Program(code, "torch", "transformers")
+    assert done.wait() == 0, done.said
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.said)]
     assert losses[-1] < losses[0]
-    assert "of the change kept after rounding" in done.stdout
+    assert "of the change kept after rounding" in done.said
     assert veneer.adapter_files.read(tmp_path / "adapter").metadata["provenance"]["steps"] == 20

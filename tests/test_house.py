@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from tests.support.forked import printed
 
 import veneer
 
@@ -103,20 +102,16 @@ def test_transformers_is_loaded_in_one_room():
             assert not any(name.split(".")[0] in ("transformers", "peft", "trl", "datasets") for name in names), file
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
 def test_the_core_imports_nothing_heavy():
     heavy = "transformers peft trl datasets accelerate triton bitsandbytes ray fastapi matplotlib plotly numba"
     code = f"import sys, veneer; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    assert python(code).strip() == "[]"
+    assert printed(code).strip() == "[]"
 
 
 def test_the_command_line_starts_without_the_libraries_of_its_commands():
     heavy = "transformers trl datasets pydantic"
     code = f"import sys, veneer.cli; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    assert python(code).strip() == "[]"
+    assert printed(code).strip() == "[]"
 
 
 def test_names_that_are_imported_late_are_the_ones_that_type_checkers_see():
@@ -142,7 +137,7 @@ from veneer import *
 from veneer import optim
 print(veneer.Bank is Bank, callable(compose), veneer.optim is optim, veneer.models.load_base.__name__, callable(attach))
 """
-    assert python(code).split("\n")[:2] == ["[]", "True True True load_base True"]
+    assert printed(code).split("\n")[:2] == ["[]", "True True True load_base True"]
 
 
 def test_public_names():

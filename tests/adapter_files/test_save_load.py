@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import textwrap
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -33,6 +31,7 @@ from tests.support.adapters import (
     small,
     small_adapter,
 )
+from tests.support.forked import Program
 from tests.support.models import IDS, ConvNet, TinyLM
 from tests.support.packed import LIBRARIES, x_dtype
 from tests.support.toys import bits, calibration, error, flat, randomise
@@ -587,27 +586,26 @@ def test_a_failure_while_saving_leaves_the_old_folder(tmp_path, monkeypatch):
 def test_a_killed_process_leaves_an_adapter_that_loads(tmp_path):
     """kill -9 at random moments of a loop that saves over the same folder: the folder always holds one whole
     adapter."""
+    path = tmp_path / "adapter"
     script = textwrap.dedent(
-        """
-        import sys, torch, veneer
+        f"""
+        import torch, veneer
         torch.manual_seed(0)
         model = torch.nn.Linear(64, 64)
         handle = veneer.attach(model, veneer.LoraConfig(rank=8))
         while True:
             handle.parameters()[0].data.add_(1)
-            handle.save(sys.argv[1], overwrite=True)
+            handle.save({str(path)!r}, overwrite=True)
             print("saved", flush=True)
         """
     )
-    path = tmp_path / "adapter"
     for moment in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        for _ in range(5 + 3 * moment):
-            assert process.stdout.readline() == b"saved\n"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process = Program(script, "torch")
+        while process.said.count("saved") < 5 + 3 * moment:
+            assert process.alive, process.said
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
         torch.manual_seed(0)
         veneer.load(nn.Linear(64, 64), path)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.banks import Linears, saved
 from tests.support.compiled import needs_loop
+from tests.support.forked import Program
 from tests.support.toys import error
 
 import veneer
@@ -153,9 +151,9 @@ def test_a_compiled_loop_is_kept_until_what_it_calls_changes(tmp_path):
     for number in (1, 2):
         (tmp_path / "called.py").write_text(f"import numba\n@numba.njit\ndef step(x):\n    return x + {number}\n")
         # without bytecode: two texts of one second and one size are the same to Python
-        command = [sys.executable, "-B", "-c", "import loops"]
-        environment = {**os.environ, "SOURCES": str(number)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        found.append(done.stdout.strip())
+        code = "import sys; sys.dont_write_bytecode = True; import loops"
+        done = Program(code, "torch", "numba", folder=tmp_path, SOURCES=str(number))
+        assert done.wait() == 0, done.said
+        found.append(done.said.strip())
     assert found == ["2", "3"]
     assert len(list(tmp_path.rglob("*loop_*.nbi"))) == 2

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.support.forked import printed
 from tests.support.packed import LIBRARIES, x_dtype
 from tests.support.toys import error
 from torch import nn
@@ -232,8 +231,7 @@ def test_zero_weights_stay_zero(storage, examples):
 def test_no_library_is_imported():
     heavy = "bitsandbytes torchao gguf diffusers transformers"
     code = f"import sys, veneer.bases; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert printed(code).strip() == "[]"
 
 
 # ---------------------------------------------------------------------------------------------- plain

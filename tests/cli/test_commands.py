@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests.support.forked import Program, printed
 from tests.support.tiny import sums, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,14 +75,15 @@ def test_merge_writes_a_model_that_transformers_loads_alone(
         f"m = M.from_pretrained({str(tmp_path / 'merged')!r}); t = T.from_pretrained({str(tmp_path / 'merged')!r});"
         "assert 'veneer' not in sys.modules; print(m(**t('3 + 5 =', return_tensors='pt')).logits.sum().item())"
     )
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone = Program(code, "torch", "transformers")
+    assert alone.wait() == 0, alone.said
     import veneer as library
 
     model = AutoModelForCausalLM.from_pretrained(base)
     library.load(model, adapter)
     with torch.no_grad():
         adapted = model(**AutoTokenizer.from_pretrained(base)("3 + 5 =", return_tensors="pt")).logits.sum()
-    assert float(alone.stdout) == pytest.approx(float(adapted), rel=1e-4)
+    assert float(alone.said.splitlines()[-1]) == pytest.approx(float(adapted), rel=1e-4)
     again = veneer("merge", base, adapter, tmp_path / "merged", "--overwrite")
     assert again.code == 0
     assert not list(tmp_path.glob(".*"))
@@ -212,13 +213,10 @@ def test_help_and_version(veneer: Case) -> None:
 def test_help_loads_no_library_of_the_commands() -> None:
     code = (
         "import sys; from veneer.cli import run; run([{arguments}])\n"
-        "heavy = {{'transformers', 'trl', 'datasets', 'accelerate'}} & set(sys.modules); print(heavy, file=sys.stderr)"
+        "print({{'transformers', 'trl', 'datasets', 'accelerate'}} & set(sys.modules))"
     )
     for arguments in ("'--help'", "'train', '--help'", "'merge', '--help'"):
-        found = subprocess.run(
-            [sys.executable, "-c", code.format(arguments=arguments)], capture_output=True, text=True, check=True
-        )
-        assert found.stderr.strip() == "set()", arguments
+        assert printed(code.format(arguments=arguments)).rstrip().endswith("\nset()"), arguments
 
 
 def test_the_tensorboard_tracker(veneer: Case, base: Path, tmp_path: Path) -> None:

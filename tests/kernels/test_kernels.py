@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.compiled import needs_loop
+from tests.support.forked import printed
 from tests.support.toys import error
 
 from veneer.kernels import compiled, cost_model, dropout, fused
@@ -334,5 +333,4 @@ A, B = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=
 fused.linears(fused.Settings((1.0,), 0.1, 3), x, [W], [None], [A], [B])[0].sum().backward()
 print("numba" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == loaded
+    assert printed(code).strip() == loaded

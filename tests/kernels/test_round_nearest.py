@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.compiled import needs_loop
+from tests.support.forked import printed
 from tests.support.rounding import exact, made, same_bits, ties
 
 from veneer.kernels import rounding
@@ -177,10 +176,6 @@ def test_what_the_loop_is_not_for_goes_through_torch(case, monkeypatch):
     assert not loops
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
 FOLD = """
 import sys, torch
 {before}
@@ -196,12 +191,12 @@ print("numba" in sys.modules, folded.view(torch.int16).long().sum().item())
 def test_without_numba_torch_does_it():
     absent = "import importlib.util as util; find = util.find_spec; "
     absent += "util.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)"
-    (used, bits), (unused, same) = (run(FOLD.format(before=one)).split() for one in ("", absent))
+    (used, bits), (unused, same) = (printed(FOLD.format(before=one)).split() for one in ("", absent))
     assert (used, unused) == ("True", "False")
     assert bits == same
 
 
 def test_importing_and_folding_a_small_weight_loads_no_numba():
     code = FOLD.format(before="").replace("1500", "50")
-    assert run(code).split()[0] == "False"
-    assert run("import sys, veneer; print('numba' in sys.modules)") == "False"
+    assert printed(code).split()[0] == "False"
+    assert printed("import sys, veneer; print('numba' in sys.modules)").strip() == "False"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.support.compiled import needs_loop
+from tests.support.forked import printed
 from tests.support.toys import error
 from torch import Tensor
 
@@ -161,9 +159,7 @@ print("numba" in sys.modules, compiled.mixed_rows_loop(W, torch.float32) is not 
 @needs_loop("thin_matmul")
 def test_a_process_with_all_of_it_off_never_loads_numba():
     def start(value: str) -> list[str]:
-        environment = {**os.environ, switch.VARIABLE: value}
-        command = [sys.executable, "-c", CODE]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        return printed(CODE, **{switch.VARIABLE: value}).split()
 
     *on, with_loops = start("1")
     *off, without = start("0")

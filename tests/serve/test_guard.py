@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,6 +17,7 @@ import httpx
 import openai
 import pytest
 from tests.support.api_server import BASE, adapter_at, fake_service, listening, serving, until
+from tests.support.forked import Program
 
 from veneer.errors import ConfigError
 from veneer.serve import limits, page
@@ -379,14 +379,15 @@ def test_a_port_that_is_taken():
 @contextmanager
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
-    line = [sys.executable, "-m", "tests.support.api_server", str(folder), str(pause), str(grace)]
-    root = Path(__file__).parents[2]
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server"
+    child = Program(f"{code}; api_server.main()", "torch", "transformers", "openai", folder=Path(__file__).parents[2])
     try:
-        yield child, child.stdout.readline().strip()
+        child.until(lambda: re.search(r"^http://.*\n", child.said, re.MULTILINE) or not child.alive)
+        (address,) = re.findall(r"^http://.*$", child.said, re.MULTILINE)
+        yield child, address
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
 
 
 def stream(url, into):
@@ -460,7 +461,7 @@ def test_sigterm_lets_streams_finish(tmp_path):
         words = []
         thread = stream(url, words)
         assert httpx.get(f"{url}/ready").status_code == 200
-        child.send_signal(signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         assert httpx.get(f"{url}/health").status_code == 200
         refused = httpx.post(f"{url}/v1/completions", json=BODY)
@@ -477,7 +478,7 @@ def test_sigterm_does_not_wait_beyond_its_grace(tmp_path):
         words = []
         thread = stream(url, words)
         start = time.monotonic()
-        child.send_signal(signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         assert child.wait(15) == 0
         assert time.monotonic() - start < 10
         thread.join(20)
@@ -487,10 +488,10 @@ def test_sigterm_does_not_wait_beyond_its_grace(tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     with process(tmp_path / "dir", 1.0, 60) as (child, url):
         thread = stream(url, [])
-        child.send_signal(signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         start = time.monotonic()
-        child.send_signal(signal.SIGTERM)
+        child.kill(signal.SIGTERM)
         assert child.wait(10) == 128 + signal.SIGTERM
         assert time.monotonic() - start < 5
         thread.join(20)
