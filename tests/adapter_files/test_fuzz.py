@@ -10,6 +10,7 @@ import pytest
 from scripts.fuzz import __main__ as fuzz
 from scripts.fuzz import judge
 from scripts.fuzz.mutations import MUTATIONS
+from tests.support.processes import CONTEXT
 
 
 def failures(outcomes) -> list:
@@ -89,6 +90,7 @@ def hangs(pipe, folder, seed, numbers):
 @pytest.mark.parametrize(("target", "words"), [(dies, "exit code 99"), (hangs, "no end within")])
 def test_a_process_that_dies_or_hangs_is_a_failure(tmp_path, monkeypatch, target, words):
     monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz.multiprocessing, "get_context", lambda _: CONTEXT)
     (outcome,) = fuzz._watch(tmp_path, 0, range(5, 9), target)
     assert (outcome.number, outcome.kind) == (5, "failure")
     assert words in outcome.text

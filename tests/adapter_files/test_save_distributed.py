@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from tests.support.processes import CONTEXT
 from tests.support.tiny import tiny_model
 from tests.support.toys import error, randomise
 from torch import nn
@@ -234,13 +235,12 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """`ran(task)`: the folder in which two processes did a task, once they have done all of them: it takes them half a
-    minute to start."""
+    """`ran(task)`: the folder in which two processes did a task, once they have done all of them."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
+    mp.start_processes(work, (port, folder), nprocs=2, start_method=CONTEXT.get_start_method())
 
     def of(task: Callable[[int, Path], None]) -> Path:
         for rank in range(2):

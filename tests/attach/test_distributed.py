@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tests.support.models import TinyLM
+from tests.support.processes import CONTEXT
 from tests.support.toys import error, randomise
 from torch import nn
 
@@ -76,7 +77,7 @@ def test_two_processes(kind, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, kind, str(tmp_path)), nprocs=2)
+    mp.start_processes(work, (port, kind, str(tmp_path)), nprocs=2, start_method=CONTEXT.get_start_method())
     if kind == "ddp":
         torch.manual_seed(0)
         model = TinyLM()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from tests.support import crashes
-from tests.support.crashes import CONTEXT, DIED, OPERATIONS, make
+from tests.support.crashes import DIED, OPERATIONS, make
+from tests.support.processes import CONTEXT
 
 import veneer
 from veneer.errors import AdapterError

@@ -1,11 +1,9 @@
 """Children that do things to an adapter or a library, and die of it: by kill -9 at some moment, or by themselves before
-the k-th step on the disk. They are forked from a server that has imported everything, so that one costs some
-milliseconds. For ``test_crashes.py``."""
+the k-th step on the disk. For ``test_crashes.py``."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -18,8 +16,6 @@ import veneer
 from veneer.fileio import atomic
 from veneer.store.library import Library
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["veneer", "veneer.store.library"])  # not this file: the server does not know its folder
 DIED = 77
 #: every call by which anything changes on the disk
 STEPS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "utime", "chmod")
