@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.support.commands import refused
+from tests.support.forked import Program
 from tests.support.tiny import sums, write_rows, write_tiny
 
 from veneer.train import checkpoint
@@ -195,6 +195,7 @@ def test_bad_bases(veneer: Case, base: Path, data: Path, adapter: Path, tmp_path
 # ---------------------------------------------------------------------------------------------- the adapter
 
 
+@pytest.mark.usefixtures("asked_here")
 def test_an_adapter_of_another_base(veneer: Case, data: Path, adapter: Path, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "other", seed=1)
     refused(veneer("merge", other, adapter, tmp_path / "m"), "another base", "q_proj|layers")
@@ -301,7 +302,7 @@ import resource, signal, sys
 from veneer.cli import run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(run(sys.argv[1:]))
+sys.exit(run({arguments}))
 """
 
 
@@ -314,15 +315,11 @@ def test_a_write_that_the_system_refuses(base: Path, data: Path, adapter: Path, 
         if command == "merge"
         else ["train", "--base", base, "--data", data, "--output", target]
     )
-    found = subprocess.run(
-        [sys.executable, "-c", LIMITED.format(limit=20_000), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 2, found.stderr
-    assert "Traceback" not in found.stderr
-    assert re.search(r"Error: Found: .*\bDo: ", re.sub(r"\s+", " ", found.stderr))
+    code = LIMITED.format(limit=20_000, arguments=[*map(str, arguments)])
+    found = Program(code, "torch", "transformers", "trl.trainer.sft_trainer")
+    assert found.wait() == 2, found.said
+    assert "Traceback" not in found.said
+    assert re.search(r"Error: Found: .*\bDo: ", re.sub(r"\s+", " ", found.said))
     assert not (target.exists() and command == "merge")
     assert checkpoint.newest(target) is None
     assert not list(tmp_path.glob(".*"))

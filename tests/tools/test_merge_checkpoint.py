@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, transformers_models, written
+from tests.support.forked import Program, printed
 from tests.support.real_models import REAL
 from tests.support.tiny import write_tiny
 from tests.support.toys import randomise
@@ -33,7 +34,7 @@ from veneer.errors import (
 )
 from veneer.kernels.compiled import on
 from veneer.models.safetensors_dir import open_checkpoint
-from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+from veneer.tools.merge_checkpoint import merge_checkpoint, merge_plan, prove
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written by another library")
@@ -280,7 +281,7 @@ def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
 # ------------------------------------------------------------------------------------------------ kills
 
 CHILD = """
-import sys, time
+import time
 import veneer.tools.merge_checkpoint as merging
 from veneer.tools.merge_checkpoint import pipeline
 pipeline.STEP = 1 << 14
@@ -290,8 +291,7 @@ def slowly(self, *arguments):
     time.sleep(0.03)
 pipeline._Writer.store = slowly
 print("begun", flush=True)
-merging.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])
-print("done", flush=True)
+merging.merge_checkpoint({base!r}, [{adapter!r}], {out!r})
 """
 
 
@@ -299,24 +299,24 @@ def killed_and_resumed(base, adapter, out, kills, seed):
     """Kill merges at random moments; returns how many tensors the last run found done, and how often it was killed."""
     chance, done, killed = random.Random(seed), 0, 0
     for _ in range(kills):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, base, adapter, out], stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "begun\n"
+        code = CHILD.format(base=str(base), adapter=str(adapter), out=str(out))
+        child = Program(code, "torch", "transformers")
+        child.until(lambda child=child: child.said.startswith("begun\n"))
         journal = out.with_name(f".{out.name}.merging") / "journal.jsonl"
-        while child.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > done):
+        while child.alive and not (journal.is_file() and journal.read_text().count("\n") > done):
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.1))
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         killed += child.wait() == -signal.SIGKILL
-        child.stdout.close()
         if out.exists():
             break
         done = journal.read_text().count("\n")
     return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None, killed
 
 
-def _kills(tmp_path, kills, seed):
+def _kills(tmp_path, kills, seed, targets="all"):
     model, base = tiny(tmp_path / "base")
-    adapter = trained(model, tmp_path / "adapter")
+    adapter = trained(model, tmp_path / "adapter", targets=targets)
     merge_checkpoint(base, [adapter], tmp_path / "expected")
     resumed, killed = killed_and_resumed(base, adapter, tmp_path / "out", kills, seed)
     assert killed > 0
@@ -327,7 +327,7 @@ def _kills(tmp_path, kills, seed):
 
 
 def test_a_killed_merge_goes_on_where_it_was(tmp_path):
-    _kills(tmp_path, 2, 0)
+    _kills(tmp_path, 2, 0, targets="all-linear")  # for which no other process is asked
 
 
 @pytest.mark.slow
@@ -364,14 +364,16 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
     """Also on a system without fcntl."""
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
-    without = "" if fcntl else "import sys; sys.modules['fcntl'] = None"
+    without = "import sys, time; assert 'filelock' not in sys.modules"
+    without += "" if fcntl else "; sys.modules['fcntl'] = None"
     holder = f"""
         {without}
         from pathlib import Path
         from veneer.tools.merge_checkpoint.journal import working_folder
         with working_folder(Path({str(tmp_path / "out")!r}), "another"):
             print("held", flush=True)
-            input()
+            while not Path({str(tmp_path / "go")!r}).exists():
+                time.sleep(0.01)
     """
     merges = f"""
         {without}
@@ -382,15 +384,14 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
         except MergeError as error:
             print(error)
     """
-    command = [sys.executable, "-W", "ignore", "-c"]
-    held = subprocess.Popen(
-        [*command, textwrap.dedent(holder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert held.stdout.readline() == "held\n"
-    second = [*command, textwrap.dedent(merges)]
-    assert "another process" in subprocess.run(second, capture_output=True, text=True, check=True).stdout
-    held.communicate("\n")
-    assert subprocess.run(second, capture_output=True, text=True, check=True).stdout == ""
+    held = Program(textwrap.dedent(holder), "torch")
+    held.until(lambda: held.said == "held\n" or not held.alive)
+    assert held.alive, held.said
+    assert "another process" in printed(textwrap.dedent(merges))
+    (tmp_path / "go").touch()
+    assert held.wait() == 0
+    assert printed(textwrap.dedent(merges)) == ""
+    (tmp_path / "go").unlink()
     equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
     nothing_left(tmp_path, "base", "adapter", "out", "memory")
 
@@ -398,31 +399,47 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
 # ------------------------------------------------------------------------------------------------ memory
 
 
+@pytest.mark.usefixtures("own_process")
 def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
     """The child that knows the names is Python too, which would look for modules where the user happens to be."""
     model, base = tiny(tmp_path / "base")
-    adapter = trained(model, tmp_path / "adapter", targets="all-linear")
+    adapter = trained(model, tmp_path / "adapter", targets="all")  # of norms too, for which the child is asked
     for name in ("pickle", "torch", "veneer", "transformers"):
         (adapter / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)")
     monkeypatch.chdir(adapter)
+    asked, run = [], merge_plan.subprocess.run
+    monkeypatch.setattr(merge_plan.subprocess, "run", lambda *given, **how: asked.append(given) or run(*given, **how))
     merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert asked
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("vocabulary", "blocks", "compiled"), [(12288, 12, False), (65536, 3, True)])
+def large(**shape):
+    """A Llama in bfloat16 that costs no drawing of its numbers: what matters is how many are in memory, not which."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, **shape)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.to_empty(device="cpu")
+    block = (torch.randn(1 << 20) * 0.02).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            for part in flat.split(len(block)):
+                part.copy_(block[: len(part)])
+    return model
+
+
+@pytest.mark.parametrize(("vocabulary", "blocks", "compiled"), [(12288, 9, False), (65536, 3, True)])
 def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, tmp_path):
     """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The second has room for
     numba's own code."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=blocks, num_attention_heads=8, vocab_size=vocabulary
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = large(num_hidden_layers=blocks, vocab_size=vocabulary)
     base = written(model, tmp_path / "base", max_shard_size="150MB")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear", rank=4)
     del model
