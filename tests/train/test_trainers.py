@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -14,7 +16,6 @@ import veneer
 
 # every one of these trainers uses what the next version of a library that it stands on will lack
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-runs = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,30 @@ def needs(run: Run) -> None:
         pytest.importorskip("pytorch_lightning")
 
 
-@runs
-def test_a_run_saves_its_adapter_and_goes_on_from_it_bit_for_bit(run: Run, bases: Path, tmp_path: Path):
+class First(NamedTuple):
+    """A run that began with a new adapter; tests only read it."""
+
+    run: Run
+    handle: veneer.Handle
+    before: dict[str, torch.Tensor]
+    save: Callable[[Path], None]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: run.name)
+def first(request: pytest.FixtureRequest, bases: Path, tmp_path_factory: pytest.TempPathFactory) -> First:
+    run, folder = request.param, tmp_path_factory.mktemp("first")
     needs(run)
     handle = attached(bases, run, seed=1)
     before = numbers(handle)
-    save = run.train(handle.model, tmp_path / "run", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        save = run.train(handle.model, folder, None)
+    return First(run, handle, before, save, folder)
+
+
+def test_a_run_saves_its_adapter_and_goes_on_from_it_bit_for_bit(first: First, bases: Path, tmp_path: Path):
+    run, handle, before, save, folder = first
     after = numbers(handle)
     assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith(".B"))
     save(tmp_path / "saved")
@@ -79,17 +98,15 @@ def test_a_run_saves_its_adapter_and_goes_on_from_it_bit_for_bit(run: Run, bases
     assert torch.equal(outputs(veneer.load(loaded(bases, run), tmp_path / "saved").model), expected)
 
     again = attached(bases, run, seed=2)
-    run.train(again.model, tmp_path / "again", tmp_path / "run")
+    run.train(again.model, tmp_path / "again", folder)
     for name, value in numbers(again).items():
         assert torch.equal(value, after[name]), name
 
 
-@runs
-def test_a_checkpoint_is_no_larger_than_pefts(run: Run, bases: Path, tmp_path: Path):
-    needs(run)
-    run.train(attached(bases, run, seed=1).model, tmp_path / "ours", None)
+def test_a_checkpoint_is_no_larger_than_pefts(first: First, bases: Path, tmp_path: Path):
+    run = first.run
     run.train(wrapped(bases, run), tmp_path / "theirs", None)
     for step in (HALF, STEPS):
-        ours, theirs = (tmp_path / whose / run.checkpoint.format(step) for whose in ("ours", "theirs"))
+        ours, theirs = (folder / run.checkpoint.format(step) for folder in (first.folder, tmp_path / "theirs"))
         assert size(ours) <= 1.1 * size(theirs)
         assert run.whole or not list(ours.glob("model*"))
