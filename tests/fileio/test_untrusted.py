@@ -484,8 +484,9 @@ def test_a_message_is_never_longer_than_one_reads(tmp_path):
 @pytest.mark.parametrize(
     "field", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"]
 )
-def test_an_expression_that_never_ends_ends(tmp_path, field, pattern):
+def test_an_expression_that_never_ends_ends(tmp_path, monkeypatch, field, pattern):
     """Each takes Python's ``re`` years on this model's paths."""
+    monkeypatch.setattr("veneer.formats.patterns.SECONDS", 0.05)
     path = stripped(small_adapter(tmp_path / "adapter", model=long(), targets=["linear"]))
     config = json.loads((path / CONFIG).read_text())
     value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern
