@@ -4,15 +4,12 @@
     base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
     base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
 
-Norms, embeddings and heads decide about the output as much as the changed layers do, so a base that differs in one of
-them is another base. What is no part of it: buffers that the model computes itself (they are in no state dict), and
-what the adapter holds a copy of, such as running statistics.
+What is no part of it: buffers that the model computes itself (they are in no state dict), and what the adapter holds a
+copy of, such as running statistics.
 
-A fingerprint that was computed is kept as long as its weight lives, for saving again and for the next adapter. It holds
-while the weight has the same memory, shape and type, torch counts no write to it, and a sample of its elements is the
-same. Rejected: the count alone, as torch does not count what is written through ``.data``, which is how much code
-initialises or adds to a weight. What writes a few elements of a large weight that way is not seen; ``forget`` is for
-whoever does.
+A fingerprint is kept as long as its weight lives, and holds while that has the same memory, shape and type, torch
+counts no write to it, and a sample of its elements is the same. Writes of few elements through ``.data`` are not seen;
+``forget`` is for whoever does that.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from veneer.attach.targets import Names
 from veneer.bases import Storage, storage_of
 from veneer.fileio.hashing import BLAKE3, fingerprints
 from veneer.fileio.throttle import gives_way
-from veneer.models.named_weights import Named, named
+from veneer.models.named_weights import named
 
 #: elements of a weight that are looked at to tell whether it was written to
 SAMPLE = 1024
@@ -94,29 +91,24 @@ class Content:
         if isinstance(self.anchor, nn.Module):
             own = [*self.anchor.parameters(), *self.anchor.buffers()]
         tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
-        stamps = [_stamp(tensor) for tensor in tensors if _has_memory(tensor)]
-        return tuple(stamps) if stamps else None
+        # one that only stands for others, packed or in other processes, has no memory of its own
+        lie = (t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided)
+        return tuple(map(_stamp, lie)) or None
 
 
 def base_tensors(names: Names) -> list[BaseTensor]:
     """Every parameter and lasting buffer of a model, each once, adapters aside."""
-    return [_base_tensor(names, entry) for entry in named(names)]
-
-
-def _base_tensor(names: Names, entry: Named) -> BaseTensor:
-    path, name = entry.ref
-    module = names.modules[path]
-    held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-    return BaseTensor(entry.names, module, held, None if entry.buffer else storage_of(held))
-
-
-# ---------------------------------------------------------------------------------------------- fingerprints
+    found = []
+    for entry in named(names):
+        path, name = entry.ref
+        module = names.modules[path]
+        held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
+        found.append(BaseTensor(entry.names, module, held, None if entry.buffer else storage_of(held)))
+    return found
 
 
 #: {kind: (stamp, fingerprint)} by the identity of the tensor
 _KNOWN: Any = WeakIdKeyDictionary()
-
-
 #: threads that hash take turns, so that none computes what another is about to know
 _HASHING = threading.RLock()
 
@@ -133,7 +125,8 @@ def fingerprints_of(
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
-        known = [_remembered(content, stamp, kind) for content, stamp in zip(contents, stamps, strict=True)]
+        kept = [_KNOWN.get(content.anchor, {}).get(kind) for content in contents]
+        known = [old[1] if old and old[0] == stamp else None for old, stamp in zip(kept, stamps, strict=True)]
         new = [content for content, value in zip(contents, known, strict=True) if value is None]
         made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None, like=kind)
         found: list[str] = []
@@ -166,16 +159,6 @@ def _prepared(tensors: Sequence[BaseTensor]) -> Iterator[None]:
                 tensor.storage.release(tensor.module)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _remembered(content: Content, stamp: tuple[Any, ...] | None, kind: str) -> str | None:
-    known = _KNOWN.get(content.anchor, {}).get(kind)
-    return known[1] if known is not None and stamp is not None and known[0] == stamp else None
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor lies in memory of its own: not one that only stands for others, packed or in other processes."""
-    return not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
-
-
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
     place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
     return *place, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
@@ -192,9 +175,6 @@ def _sample(tensor: Tensor) -> bytes:
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
         some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
         return some.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-# ---------------------------------------------------------------------------------------------- records
 
 
 def record_of(

@@ -7,13 +7,9 @@
     veneer.safetensors            the adapter parameters of variants that PEFT does not have; the file above then holds
                                   the plain LoRA that they amount to
 
-    write(path, tensors, …)       all of it in one step
-    read(path) -> AdapterFiles    checked, without a model
-
-``read`` believes nothing that it has not checked (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes;
-here: types and magnitudes); ``load`` also compares the fingerprints with the model at hand. Nothing that a folder says
-decides about more than the adapter itself: no code in it is run, no memory is taken by a number in it, no other file is
-opened for it.
+``write`` makes all of it in one step. ``read`` checks it without a model and believes nothing that it has not checked
+(``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes; here: types and magnitudes); ``load`` also compares
+the fingerprints with the model at hand.
 """
 
 from __future__ import annotations
@@ -86,9 +82,8 @@ class AdapterFiles:
         """
         more = [entry.at for entry in self.low.values() if entry.extras]
         if more:
-            found = (
-                f"variant {self.config.variant!r}, whose change is no low-rank product alone (at {listing(more, 3)})"
-            )
+            found = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
+            found = f"{found} (at {listing(more, 3)})"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
             raise AdapterError(sentence(found, "changes of the form scale · B @ A", do))
         return self.products

@@ -1,10 +1,4 @@
-"""Is a model the base that an adapter was trained on? Its fingerprints against those in the adapter's record.
-
-    must_be_base    raises where a tensor differs; warns where the record and the model speak of other tensors
-    warn_foreign    of a folder that another library wrote, which has no fingerprint
-
-What a fingerprint is: ``base_proof.py``.
-"""
+"""Is a model the base that an adapter was trained on? Its fingerprints (``base_proof.py``) against the record's."""
 
 from __future__ import annotations
 
@@ -41,7 +35,20 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     different = [name for name, expected in recorded.items() if fingerprints.get(name, expected) != expected]
     if different:
         raise BaseMismatchError(_another_base(saved, different))
-    _warn_unproven(names, saved, [name for name in recorded if name not in fingerprints])
+    lacking = [name for name in recorded if name not in fingerprints]
+    told = {*recorded, *record.get("fresh", ())}
+    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in saved.full.items() for name in full}
+    unknown = [
+        tensor.path
+        for tensor in base_tensors(names)
+        if isinstance(tensor.weight, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
+    ]
+    said = {"parameters of this model are not in its record": unknown}
+    said["tensors of its record are not in this model"] = lacking
+    parts = [f"{len(paths)} {what} ({listing(paths, 3)})" for what, paths in said.items() if paths]
+    if parts and "rest" in record:  # one of an earlier Veneer speaks of adapted layers alone
+        text = f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
+        warnings.warn(f"{text}you use reads them.", UnverifiedAdapter, stacklevel=5)
 
 
 def warn_foreign(path: str | Path) -> None:
@@ -69,30 +76,3 @@ def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:
         found += f", of which {listing(lost, 3)} were random as the adapter was trained, and are in no file"
         do = f"train it anew with train_also={modules[:3]!r}, or {do}"
     return f"The adapter {saved.path} was made for another base. {sentence(found, expected, do)}"
-
-
-def _warn_unproven(names: Names, saved: AdapterFiles, lacking: Sequence[str]) -> None:
-    """Warn where the record and the model do not speak of the same tensors. A record of an earlier Veneer speaks of
-    adapted layers alone."""
-    record = saved.metadata["base"]
-    if "rest" not in record:
-        return
-    told = {*prints_in(record), *record.get("fresh", ())}
-    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in saved.full.items() for name in full}
-    unknown = [
-        tensor.path
-        for tensor in base_tensors(names)
-        if isinstance(tensor.weight, nn.Parameter) and told.isdisjoint(tensor.names) and own.isdisjoint(tensor.names)
-    ]
-    if lacking or unknown:
-        parts = []
-        if unknown:
-            parts.append(f"{len(unknown)} parameters of this model are not in its record ({listing(unknown, 3)})")
-        if lacking:
-            parts.append(f"{len(lacking)} tensors of its record are not in this model ({listing(lacking, 3)})")
-        warnings.warn(
-            f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
-            "you use reads them.",
-            UnverifiedAdapter,
-            stacklevel=6,
-        )

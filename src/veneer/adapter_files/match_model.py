@@ -27,14 +27,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign
-from veneer.adapter_files.peft_mapping import (
-    all_refs,
-    attention_above,
-    differs,
-    means_parameter,
-    module_at,
-    ref_at,
-)
+from veneer.adapter_files.peft_mapping import all_refs, attention_above, differs, means_parameter, module_at, ref_at
 from veneer.adapter_files.record import PARAMETERS
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.layer_adapter import LayerAdapter

@@ -8,9 +8,8 @@
     notes of people
 
 It is made of what is known: PEFT's config and Veneer's record. What is not known is left out or said to be "not
-stated"; nothing is guessed. Nothing reads it back, so people may edit it. Saving again writes anew what stands above
-the last line of the template and keeps what stands below; a card without that line belongs to somebody else and is kept
-whole. (Telling an edited card from a generated one by its hash would call every card of an older Veneer edited.)
+stated". Nothing reads it back, so people may edit it. Saving again writes anew what stands above the last line of the
+template and keeps what stands below; a card without that line belongs to somebody else and is kept whole.
 
 The keys of ``provenance`` that it reads, all of them optional:
 
@@ -23,9 +22,7 @@ The keys of ``provenance`` that it reads, all of them optional:
     metrics             {name: value} those that begin with "eval_" go into the front matter too
     finished            str           when
 
-``veneer train`` gives the last four.
-
-Format: https://huggingface.co/docs/hub/model-cards
+``veneer train`` gives the last four. Format: https://huggingface.co/docs/hub/model-cards
 """
 
 from __future__ import annotations
@@ -134,17 +131,14 @@ class _Card:
 
     def model_index(self) -> list[dict[str, Any]]:
         data = self.eval_data or self.data
-        values = {
-            name: value
+        measured = [
+            {"type": name.removeprefix("eval_"), "name": name, "value": value}
             for name, value in self.told["metrics"].items()
             if name.startswith("eval_") and type(value) in (int, float) and math.isfinite(value)
-        }
-        if not values or not data or not self.generates:
+        ]
+        if not measured or not data or not self.generates:
             return []
         dataset = {"name": _shown(data), "type": _hub_id(data) or "private"}
-        measured = [
-            {"type": name.removeprefix("eval_"), "name": name, "value": value} for name, value in values.items()
-        ]
         results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}]
         return [{"name": self.title, "results": results}]
 

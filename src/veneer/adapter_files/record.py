@@ -9,8 +9,8 @@
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
     versions, provenance    of the libraries; what the caller gave
 
-A hash tells what an accident or a thoughtless edit changed. It keeps out nobody who means harm, as whoever writes a
-folder can write its hashes. So nothing that a record says decides about more than the adapter itself.
+A hash tells what an accident changed; whoever writes a folder can write its hashes. So nothing that a record says
+decides about more than the adapter itself.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ def sealed(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """A record with the hashes of everything, its own included."""
+    versions = {}
+    for package in ("veneer", "torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     record = {
         "format": FORMAT,
         **record,
         "hashes": {"tensors": hash_tensors(tensors), peft.CONFIG: hash_json(peft_config)},
-        "versions": dict(_installed("veneer", "torch", "transformers")),
+        "versions": versions,
         "provenance": _plain(dict(provenance)),
     }
     if parameters:
@@ -156,13 +160,9 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
             expected = "a rank of at least 1 and a number"
             yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
-        if "rows" in said and not _row_pairs(rows):
+        pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
+        if "rows" in said and not (pairs and all(type(end) is int for part in rows for end in part)):
             yield sentence(f"rows {_brief(rows)} for {at!r}", "(start, stop) pairs", "get another copy")
-
-
-def _row_pairs(rows: Any) -> bool:
-    pairs = isinstance(rows, list) and rows and all(isinstance(part, list) and len(part) == 2 for part in rows)
-    return bool(pairs) and all(type(end) is int for part in rows for end in part)
 
 
 def _brief(value: Any) -> str:
@@ -180,9 +180,3 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def hash_record(record: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in record["hashes"].items() if key != "record"}
     return hash_json({**record, "hashes": rest})
-
-
-def _installed(*packages: str) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            yield package, version(package)

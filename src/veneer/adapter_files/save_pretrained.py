@@ -7,11 +7,8 @@
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
         the parameters in the folder are copied into those that train
 
-Without this, transformers would write all that ``state_dict()`` holds: the base, and beside it tensors of which
-``from_pretrained`` knows nothing and which it would leave out.
-
-transformers' ``Trainer`` loads adapters by itself only into a ``PeftModel``, so two of its methods are taught to ask
-first whether the model has adapters of ours (``learn``). That is one place for it and for all that are derived from it.
+Without this, transformers would write all that ``state_dict()`` holds. Its ``Trainer`` loads adapters by itself only
+into a ``PeftModel``, so two of its methods are taught to ask first whether the model has adapters of ours (``learn``).
 """
 
 from __future__ import annotations
@@ -81,9 +78,8 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     if attached is None or attached.merged is not None or not attached.configs:
         _save_plain(module, options)
     elif adapters_of(module) is not attached:
-        found = (
-            f"{SAVE} of a {own_class(module).__name__} within the model that {', '.join(attached.configs)} belongs to"
-        )
+        owners = ", ".join(attached.configs)
+        found = f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
         raise SelectionError(sentence(found, "one folder for all of an adapter", do))
     else:

@@ -1,8 +1,7 @@
 """Is this adapter what it says it is, and was it made for this base? Every check, not only the first that fails.
 
-``read`` and ``load`` refuse at the first thing that is wrong, as they must. Whoever is handed a folder wants the whole
-list, and also what is no error: files that have no business there, a layer whose change is a hundred times that of its
-neighbours, an adapter that changes nothing. So the same checks run here one by one, and each gives a ``Finding``.
+``read`` and ``load`` refuse at the first thing that is wrong. Whoever is handed a folder wants the whole list, and also
+what is no error: so the same checks run here one by one, and each gives a ``Finding``.
 
     error      read or load refuses it, or it does not fit the base
     warning    it loads, and somebody should look at it
@@ -12,9 +11,8 @@ Norms are compared with those of the adapter's own layers of the same shape: d =
 of all d (MAD), since means and deviations would be moved by the very layer that is looked for (Leys et al. 2013,
 "Detecting outliers"). A layer is odd where d > 6 · 1.4826 · MAD and its norm is also ten times off.
 
-Rejected: one call of ``load`` on the base. It needs all of its weights in memory; here they are read from the files one
-at a time. Which tensors of the files are which weight is asked of the model on the meta device that their config means
-(``models.meta_model``), as merging does; of files without such a config the names alone tell.
+The base's weights are read from the files one at a time. Which tensors are which weight is asked of the model on the
+meta device that their config means (``models.meta_model``); of files without such a config the names alone tell.
 """
 
 from __future__ import annotations
@@ -53,8 +51,6 @@ Level = Literal["ok", "warning", "error"]
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".js", ".jar"}
 #: layers of one shape that it takes to call one of them odd; how many deviations and how many times it is off then
 ENOUGH, DEVIATIONS, TIMES = 6, 6 * 1.4826, 10
-
-
 #: names of which a checkpoint holds one where the model ties them
 TIED = (
     "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight",
@@ -224,8 +220,7 @@ class _Checks:
             if known and "pickle" in known:
                 self.add("warning", "files", f"{file.name} is {known}; Veneer does not open it")
             elif runs or os.access(file, os.X_OK):
-                text = "is a program; an adapter needs none, and Veneer runs none"
-                self.add("warning", "files", f"{file.name} {text}")
+                self.add("warning", "files", f"{file.name} is a program; an adapter needs none, and Veneer runs none")
 
     def recorded(
         self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -234,9 +229,8 @@ class _Checks:
         problems = list(malformed(record, self.path))
         parameters = None if problems else self.tried("record", folder.read_parameters, self.path, record)
         checks = self.tried("record", altered, self.path, record, config, tensors, parameters) or {}
-        for what in (what for what, other in checks.items() if other):
-            text = sentence(f"{what} changed after it was written", "the files as they were saved", "get another copy")
-            problems.append(text)
+        again = "the files as they were saved", "get another copy"
+        problems += [sentence(f"{at} changed after it was written", *again) for at, other in checks.items() if other]
         for problem in problems:
             self.add("error", "record", problem)
         if checks and not problems:
@@ -245,21 +239,18 @@ class _Checks:
 
     def numbers(self, tensors: Mapping[str, Tensor]) -> None:
         self.judge("numbers", folder.odd_numbers(tensors, "get another copy"), "every number is finite")
-        types = sorted(
-            {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.dtype in folder.FLOATS}
-        )
+        floats = {tensor.dtype for tensor in tensors.values() if tensor.dtype in folder.FLOATS}
+        types = sorted(str(dtype).removeprefix("torch.") for dtype in floats)
         if len(types) > 1:
             self.add("warning", "numbers", f"stored in several types: {', '.join(types)}")
         elif types == ["float64"]:
-            text = "stored as float64, of which nothing that loads it keeps more than float32"
-            self.add("warning", "numbers", text)
+            self.add("warning", "numbers", "stored as float64, of which nothing that loads it keeps more than float32")
 
     def sizes(self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]) -> None:
         plain = {entry.at for entry in saved.low.values() if not entry.extras}
         zero = [at for at, norm in norms.items() if norm == 0 and at in plain]
         if zero and len(zero) == len(norms) and not saved.full:
-            text = "every change is zero: this adapter changes nothing (was it ever trained?)"
-            self.add("warning", "norms", text)
+            self.add("warning", "norms", "every change is zero: this adapter changes nothing (was it ever trained?)")
         elif zero:
             self.add("warning", "norms", f"changes of zero, as before training, at {listing(zero)}")
         odd = list(_outliers(products, norms))
@@ -267,9 +258,8 @@ class _Checks:
             found = f"‖ΔW‖ is {norm:.3g} at {at!r}, and {usual:.3g} in the middle of the layers of its shape"
             self.add("warning", "norms", found)
         if not zero and not odd:
-            largest = max(norms.values(), default=0.0)
-            text = f"no change stands out among those of its shape (‖ΔW‖ up to {largest:.3g})"
-            self.add("ok", "norms", text)
+            largest = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
+            self.add("ok", "norms", f"no change stands out among those of its shape ({largest})")
 
     def against(
         self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float], weights: BaseWeights
@@ -324,9 +314,9 @@ class _Checks:
         different = [at for at, value in fingerprints.items() if value not in (None, rest[at])]
         if different:
             found = (
-                f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change "
+                f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change"
             )
-            self.add("error", "base", sentence(f"{found}({listing(different, 4)})", "its own base", do))
+            self.add("error", "base", sentence(f"{found} ({listing(different, 4)})", "its own base", do))
         if lacking:
             found = f"{len(lacking)} tensors that it computes with are not in this base: {listing(lacking, 4)}"
             self.add("warning", "base", found)
