@@ -101,11 +101,11 @@ def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
         return None
     if alone:
         found = "alone=True of a model whose weights are spread over processes"
-        raise AdapterError(sentence(found, "a call on every rank", "call save on every rank, without alone"))
+        raise AdapterError(found, "a call on every rank", "call save on every rank, without alone")
     store = dist.distributed_c10d._get_default_store()
     if store is None and meshes:
         found = f"a process group of {dist.get_backend()} without a store, and weights that are spread over it"
-        raise AdapterError(sentence(found, "gloo or nccl", "initialise torch.distributed with one of them"))
+        raise AdapterError(found, "gloo or nccl", "initialise torch.distributed with one of them")
     if store is None:  # MPI has none
         return None
     return _met(store, members, path, spread=bool(meshes))
@@ -190,14 +190,14 @@ class Ranks:
         if absent:
             missing = listing(str(rank) for rank in keys if rank not in answers)
             found = f"no answer from rank {missing} within {PATIENCE:g} s"
-            raise AdapterError(sentence(found, "one from every rank", "see what that rank printed; it may be gone"))
+            raise AdapterError(found, "one from every rank", "see what that rank printed; it may be gone")
         groups: dict[str, list[int]] = {}
         for rank, answer in answers.items():
             groups.setdefault(answer["is"], []).append(rank)
         if len(groups) > 1:
             parted = " and ".join(f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items())
             do = "look for what differs by rank: a seed, gradients that are not averaged, a base that was loaded anew"
-            raise AdapterError(sentence(f"{what} that differs by rank ({parted})", "one on all ranks", do))
+            raise AdapterError(f"{what} that differs by rank ({parted})", "one on all ranks", do)
         return result
 
     def gate(self) -> None:
@@ -217,7 +217,7 @@ class Ranks:
                 _raise(rank, json.loads(self.store.get(f"{self.key}/{self.step}/{rank}")))
             if time.monotonic() > deadline:
                 found = f"{count} of {len(self.members)} ranks at the gathering of a weight after {PATIENCE:g} s"
-                raise AdapterError(sentence(found, "all of them", "see what the others printed; one may be gone"))
+                raise AdapterError(found, "all of them", "see what the others printed; one may be gone")
             time.sleep(pause)
             pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
 

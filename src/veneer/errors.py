@@ -34,7 +34,11 @@ __all__ = [
 
 
 class VeneerError(Exception):
-    """The root of the tree: catch this to catch everything that Veneer raises on purpose."""
+    """The root of the tree: catch this to catch everything that Veneer raises on purpose. It takes a message, or what
+    was found, what was expected and what to do (``sentence``)."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(sentence(*words) if len(words) == 3 else "".join(words))
 
 
 class ConfigError(VeneerError, ValueError):

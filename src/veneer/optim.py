@@ -207,7 +207,7 @@ class RankBudget:
         missing = [key for key, parameter in self._parameters() if parameter.grad is None]
         if missing:
             do = "call step after backward and before zero_grad"
-            raise ConfigError(sentence(f"no gradient at {listing(missing)}", "one", do))
+            raise ConfigError(f"no gradient at {listing(missing)}", "one", do)
         for key, parameter in self._parameters():
             smooth, unsure, gradient = self._sensitivity[key], self._uncertainty[key], cast(Tensor, parameter.grad)
             now = (parameter * gradient).abs().to(smooth)
@@ -237,7 +237,7 @@ class RankBudget:
             if theirs != ours:
                 odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
                 do = "make the RankBudget of the adapter that this state is of"
-                raise ConfigError(sentence(f"a state that differs at {listing(odd)}", "the same layers and sizes", do))
+                raise ConfigError(f"a state that differs at {listing(odd)}", "the same layers and sizes", do)
         for name, own in self._averages():
             for key, value in own.items():
                 value.copy_(state[name][key])

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from veneer.errors import ConfigError, nearest, sentence
+from veneer.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class Registry(Generic[T]):
     def add(self, name: str, value: T) -> T:
         """Register ``value``; a name that is taken is a ConfigError: no file silently replaces another."""
         if name in self._values:
-            raise ConfigError(sentence(f"a second {self.kind} named {name!r}", "a new name", "choose another name"))
+            raise ConfigError(f"a second {self.kind} named {name!r}", "a new name", "choose another name")
         self._values[name] = value
         return value
 
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
             found = f"{self.kind} {name!r}{nearest(name, self._values)}"
-            raise ConfigError(sentence(found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"))
+            raise ConfigError(found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists")
         return self._values[name]
 
     def __iter__(self) -> Iterator[T]:

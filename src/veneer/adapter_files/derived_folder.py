@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
 from veneer.adapter_files.peft_mapping import config_fields, written
-from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
+from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all
 from veneer.fileio.hashing import BLAKE3, kind_in, prints_in
 from veneer.formats import peft
 
@@ -52,7 +52,7 @@ def write_derived(
     """
     path, full = Path(path), full or {}
     if not low and not full:
-        raise AdapterError(sentence("no change at all", "at least one", "check what was left out"))
+        raise AdapterError("no change at all", "at least one", "check what was left out")
     raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))  # ``read`` would refuse it
     tensors = {
         peft.key(at, suffix): written(tensor)
@@ -99,14 +99,14 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     if 0 < len(old) < len(bases):
         found = f"SHA-256 fingerprints in {listing(map(str, old))}, and BLAKE3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
-        raise AdapterError(sentence(found, "fingerprints of one kind, which can be compared", do))
+        raise AdapterError(found, "fingerprints of one kind, which can be compared", do)
     known: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
         fingerprints = prints_in(base)
         differ = [name for name, print_ in fingerprints.items() if known.get(name, print_) != print_]
         if differ:
             found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
-            raise BaseMismatchError(sentence(found, "adapters of one base", "leave one of them out"))
+            raise BaseMismatchError(found, "adapters of one base", "leave one of them out")
         known |= fingerprints
     weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
     whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {"weights": weights}

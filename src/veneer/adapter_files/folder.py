@@ -83,9 +83,8 @@ class AdapterFiles:
         more = [entry.at for entry in self.low.values() if entry.extras]
         if more:
             found = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
-            found = f"{found} (at {listing(more, 3)})"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
-            raise AdapterError(sentence(found, "changes of the form scale · B @ A", do))
+            raise AdapterError(f"{found} (at {listing(more, 3)})", "changes of the form scale · B @ A", do)
         return self.products
 
     @cached_property
@@ -136,7 +135,7 @@ def write(
         record = {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
         record = sealed(record, tensors, peft_config, provenance, parameters)
     elif parameters:
-        raise AdapterError(sentence("numbers of a variant without a base", "both", "name the base"))
+        raise AdapterError("numbers of a variant without a base", "both", "name the base")
     texts = {peft.CONFIG: json.dumps(peft_config, indent=2) + "\n"}
     if record is not None:
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
@@ -249,12 +248,12 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
             found = f"{path / PARAMETERS}, of which the record says nothing"
-            raise AdapterError(sentence(found, "files that belong together", "remove it, or get another copy"))
+            raise AdapterError(found, "files that belong together", "remove it, or get another copy")
         return {}
     if not (path / PARAMETERS).is_file():
         found = f"no {PARAMETERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
         do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
-        raise AdapterError(sentence(found, "the folder as it was saved", do))
+        raise AdapterError(found, "the folder as it was saved", do)
     return read_tensors(path / PARAMETERS)[0]
 
 
@@ -265,8 +264,7 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)
     variant = next(matching, None) if said else VARIANTS["lora"]
     if variant is None:
-        found = f"{listing(said)} in {peft.CONFIG}"
-        raise AdapterError(sentence(found, "a variant that Veneer has", "use PEFT for it"))
+        raise AdapterError(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
     targets = config.get("target_modules") or ()
     if not isinstance(targets, str):
         targets = [*targets, *(config.get("target_parameters") or ())]
@@ -291,7 +289,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file_.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
     except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
         found, do = f"{file} cannot be read ({error})", "get the file again; it may be cut short"
-        raise AdapterError(sentence(found, "a whole safetensors file", do)) from error
+        raise AdapterError(found, "a whole safetensors file", do) from error
 
 
 def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
@@ -332,5 +330,4 @@ def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
     for path, tensors in full.items():
         variance = tensors.get("running_var")
         if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
-            found = f"a variance below zero in {path}.running_var"
-            yield sentence(found, "variances", "get the file again")
+            yield sentence(f"a variance below zero in {path}.running_var", "variances", "get the file again")

@@ -307,7 +307,7 @@ class _Match:
             written = self.full.get(holder, {}).pop(name, None)
             if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
                 found = f"another weight of {holder!r} in {self.saved.path} than in this model"
-                raise BaseMismatchError(sentence(found, "the base that it was trained on", "load that base"))
+                raise BaseMismatchError(found, "the base that it was trained on", "load that base")
 
     def check_complete(self) -> None:
         """A file without a record may be cut short at a whole tensor: is there one for every target of its config?"""

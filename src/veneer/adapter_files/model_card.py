@@ -299,8 +299,7 @@ def _shown(name: Any) -> str:
 
 def _line(words: Any) -> str:
     """Words of others on one line, with what Markdown and HTML would take for marks escaped."""
-    text = " ".join(str(words).split())
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(words).split()))
 
 
 def _code(words: Any) -> str:

@@ -273,8 +273,7 @@ def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = N
 def attention_above(names: Names, ref: ParamRef) -> str | None:
     """The path of the attention whose out-projection's weight this is, or None."""
     above, _, last = ref[0].rpartition(".")
-    found = last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
-    return above if found else None
+    return above if last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention) else None
 
 
 def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:

@@ -61,8 +61,7 @@ def sealed(
     try:
         record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
     except TypeError as error:
-        found = f"a provenance that is not JSON ({error})"
-        raise AdapterError(sentence(found, "plain values", "convert it")) from error
+        raise AdapterError(f"a provenance that is not JSON ({error})", "plain values", "convert it") from error
     record["hashes"]["record"] = hash_record(record)
     return record
 
@@ -85,7 +84,7 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         if (path / RECORD).exists():
             found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
             do = f"remove {RECORD} if another library rewrote the tensors"
-            raise AdapterError(sentence(found, "files that belong together", do))
+            raise AdapterError(found, "files that belong together", do)
         return None
     try:
         record = parse(metadata["veneer"])
@@ -94,7 +93,7 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return record
     except ValueError as error:
         found = f"a damaged record in {path / peft.TENSORS} ({error})"
-        raise AdapterError(sentence(found, "Veneer's record", "get it again")) from error
+        raise AdapterError(found, "Veneer's record", "get it again") from error
 
 
 def altered(
@@ -128,7 +127,7 @@ def must_belong(checks: Mapping[str, bool], path: Path) -> None:
         found = f"{path}, of which {' and '.join(changed)} changed after it was written"
         if changed == [PARAMETERS]:
             found = f"{path / PARAMETERS}, which changed after it was written"
-        raise AdapterError(sentence(found, "the files as they were saved", "get another copy of the folder"))
+        raise AdapterError(found, "the files as they were saved", "get another copy of the folder")
 
 
 def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:

@@ -24,7 +24,7 @@ from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
 from veneer.distributed import meet, reshard, whole_values
-from veneer.errors import AdapterError, listing, sentence
+from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import digest, hash_json
 from veneer.variants import VARIANTS
 
@@ -134,8 +134,7 @@ def _content(
     """What ``folder.write`` takes of an adapter."""
     config = need_adapters(model, name).configs[name]
     if VARIANTS[config.variant].peft is None:
-        found = f"variant {config.variant!r}"
-        raise AdapterError(sentence(found, "one that PEFT's format can express", "merge it instead"))
+        raise AdapterError(f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead")
     names = Names(model)
     peft_form = peft_entries(names, name)
     base_name = base_name_of(model) if base_name is None else base_name
@@ -189,7 +188,7 @@ def _proof(
     unknown = [at for at, held in weights.items() if id(held) in gone]
     if unknown:
         found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
-        raise AdapterError(sentence(found, "the base's weights, for its fingerprint", "save it before that merge"))
+        raise AdapterError(found, "the base's weights, for its fingerprint", "save it before that merge")
     record = record_of(tensors, {at: by_identity[id(held)] for at, held in weights.items()}, left_out, of)
     return {**record, **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {})}
 

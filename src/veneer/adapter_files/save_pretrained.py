@@ -81,7 +81,7 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         owners = ", ".join(attached.configs)
         found = f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
-        raise SelectionError(sentence(found, "one folder for all of an adapter", do))
+        raise SelectionError(found, "one folder for all of an adapter", do)
     else:
         _save_adapter(module, options)
 
@@ -100,7 +100,7 @@ def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
     if (folder / peft.CONFIG).exists():
         found = f"{folder}, which holds an adapter, for weights into which one is merged"
         expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
-        raise OutputExistsError(sentence(found, expected, "choose another folder"))
+        raise OutputExistsError(found, expected, "choose another folder")
     if options.get("state_dict") is not None:
         ours = module.state_dict().keys() - seen.state_dict().keys()
         options["state_dict"] = {key: value for key, value in _state(options).items() if key not in ours}
@@ -136,7 +136,7 @@ def _selected(model: nn.Module) -> str:
         return only_name(model, None)
     if chosen.name is None:
         found = "a selection of the base, or of an adapter for each row"
-        raise SelectionError(sentence(found, "one adapter", f"call {SAVE} inside `with veneer.use(model, name):`"))
+        raise SelectionError(found, "one adapter", f"call {SAVE} inside `with veneer.use(model, name):`")
     return only_name(model, chosen.name)
 
 
@@ -147,7 +147,7 @@ def _must_be_an_adapters(options: Mapping[str, Any]) -> None:
     if odd:
         found = f"{', '.join(f'{name}={options[name]!r}' for name in odd)} for a model with an unmerged adapter"
         do = "leave it out, or merge the adapter to save the whole model"
-        raise AdapterError(sentence(found, "what an adapter folder can follow", do))
+        raise AdapterError(found, "what an adapter folder can follow", do)
 
 
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
@@ -159,7 +159,7 @@ def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
     if base is None or Path(base).resolve() != folder.resolve():
         found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
-        raise OutputExistsError(sentence(found, expected, "choose another folder, or remove the model from it"))
+        raise OutputExistsError(found, expected, "choose another folder, or remove the model from it")
 
 
 def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
@@ -221,7 +221,7 @@ def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Ca
     if lacking or strange:
         found = f"a state_dict without {listing(lacking, 3)}" if lacking else f"a state_dict with {listing(strange, 3)}"
         do = "leave state_dict out, or pass model.state_dict()"
-        raise AdapterError(sentence(found, f"the tensors of adapter {name!r} under their names in the model", do))
+        raise AdapterError(found, f"the tensors of adapter {name!r} under their names in the model", do)
     if all(key not in state or _is(state[key], value) for key, value in own.items()):
         write()
         return
@@ -254,7 +254,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     name = _selected(model)
     if need_adapters(model).merged is not None:
         found = f"{need_adapters(model).merged!r} merged into the weights"
-        raise MergeError(sentence(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first"))
+        raise MergeError(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first")
     load_plan = match(model, folder, [])
     own = {(path, weight): change for path, _, weight, change in changes(model, name)}
     parts = {path: part for path, _, part in adapters(model, name)}
@@ -285,8 +285,7 @@ def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], l
     for path in sorted(parts.keys() | load_plan.full.keys()):
         here = set(parts[path].full.state_dict()) if path in parts else set()
         if here != (there := set(load_plan.full.get(path, ()))):
-            found = f"{listing(sorted(there))} of {path!r} trained in full"
-            yield sentence(found, listing(sorted(here)), do)
+            yield sentence(f"{listing(sorted(there))} of {path!r} trained in full", listing(sorted(here)), do)
 
 
 def learn(module: Any) -> None:

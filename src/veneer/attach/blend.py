@@ -18,7 +18,7 @@ from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 
 
 def finite_weights(weights: Mapping[Any, Any]) -> None:
@@ -30,7 +30,7 @@ def finite_weights(weights: Mapping[Any, Any]) -> None:
         except OverflowError:  # a whole number that no float can hold
             fine = False
         if not fine:
-            raise SelectionError(sentence(f"weight {weight!r} of {name!r}", "a finite number", "correct it"))
+            raise SelectionError(f"weight {weight!r} of {name!r}", "a finite number", "correct it")
 
 
 def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
@@ -98,7 +98,7 @@ class Blend:
         if module.training and any("running_mean" in found for found, _ in values):
             found = f"a blend at a {own_class(module).__name__} in training mode, which moves its running statistics"
             do = "call eval() on that module, or train one adapter at a time"
-            raise SelectionError(sentence(found, "one adapter, whose statistics they are", do))
+            raise SelectionError(found, "one adapter, whose statistics they are", do)
         low = self.changes  # which another adapter may train in full: ``changed`` has both
         return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
 

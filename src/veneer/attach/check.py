@@ -93,7 +93,7 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
     name = only_name(model, name)
     if need_adapters(model).merged is not None:
         found = f"{need_adapters(model).merged!r} merged into the weights, where no adapter runs"
-        raise CheckError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
+        raise CheckError(found, "an unmerged model", "call veneer.unmerge(model) first")
     modules = (module for _, module in walk(model))
     if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
         raise CheckError(problem)

@@ -115,7 +115,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         found = "a model whose output has no .loss for these batches"
-        raise ConfigError(sentence(found, "batches with labels, or loss=", "pass loss=lambda model, batch: …"))
+        raise ConfigError(found, "batches with labels, or loss=", "pass loss=lambda model, batch: …")
     return loss
 
 

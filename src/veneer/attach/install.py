@@ -34,7 +34,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
-from veneer.errors import MergeError, TargetError, raise_all, sentence
+from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
 from veneer.layers._base import factors
 from veneer.variants import VARIANTS, InitContext
@@ -216,9 +216,8 @@ def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Te
     if values.is_meta or values.isfinite().all():
         return values
     found = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
-    expected = f"finite numbers, from which variant {variant!r} starts"
     do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
-    raise _BadStartError(sentence(f"{found} with NaN or infinity", expected, do))
+    raise _BadStartError(f"{found} with NaN or infinity", f"finite numbers, from which variant {variant!r} starts", do)
 
 
 def make_change(
@@ -254,7 +253,7 @@ def make_change(
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
             found = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
-            raise _BadStartError(sentence(found, "numbers that have a decomposition", do)) from error
+            raise _BadStartError(found, "numbers that have a decomposition", do) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(dtype, copy=bool(given))
@@ -286,7 +285,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     names = list(attached.configs) if name is None else [name]
     if attached.merged in names and not keep_merged:
         do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
-        raise MergeError(sentence(f"{attached.merged!r} is merged into the weights", "an unmerged model", do))
+        raise MergeError(f"{attached.merged!r} is merged into the weights", "an unmerged model", do)
     for adapter in names:
         attached.selections[adapter].parts = None  # an error for calls that still select it
     for _, _, layer_state in layer_states(model):

@@ -31,8 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         TargetError: it is no module.
     """
     if not isinstance(model, nn.Module):
-        found = f"a {type(model).__name__} for a model"
-        raise TargetError(sentence(found, "a torch.nn.Module", "load the model first"))
+        raise TargetError(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
     while ADAPTERS not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None or len(model._modules) != 1:
@@ -46,14 +45,13 @@ def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = Tru
     another model's. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
     attached = adapters_of(model)
     if attached is None:
-        found = f"no adapter on this {type(model).__name__}"
-        raise SelectionError(sentence(found, "one", "call veneer.attach or load first"))
+        raise SelectionError(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
     attached.claim(unwrap(model))
     if (walk or STRAY) and (problem := strangers(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in attached.configs):
         found = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
-        raise SelectionError(sentence(found, f"one of {', '.join(attached.configs)}", "use a name that is attached"))
+        raise SelectionError(found, f"one of {', '.join(attached.configs)}", "use a name that is attached")
     return attached
 
 
@@ -76,7 +74,7 @@ def only_name(model: nn.Module, name: str | None) -> str:
     attached = need_adapters(model, name)
     if name is None and len(attached.configs) > 1:
         found = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
-        raise SelectionError(sentence(found, "a name", "say which adapter is meant"))
+        raise SelectionError(found, "a name", "say which adapter is meant")
     return name if name is not None else next(iter(attached.configs))
 
 

@@ -154,7 +154,7 @@ def merge(
     attached = need_adapters(model, name)
     if attached.merged is not None:
         raise MergeError(
-            sentence(f"{attached.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first")
+            f"{attached.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first"
         )
     _must_be_whole(model, "a merge")
     known_rounding(rounding)
@@ -219,13 +219,13 @@ def unmerge(model: nn.Module) -> None:
     model = unwrap(model)
     attached = need_adapters(model)
     if attached.merged is None:
-        raise MergeError(sentence("a model in which nothing is merged", "a merged adapter", "call veneer.merge first"))
+        raise MergeError("a model in which nothing is merged", "a merged adapter", "call veneer.merge first")
     _must_be_whole(model, "an unmerge")
     every = list(_stored_weights(model, attached.merged))
     weights = list(filter(_is_kept, every))
     if len(weights) < len(every) and not attached.merging:  # of a merge that was cut off, the others are as they were
         found = f"{attached.merged!r}, merged with keep=False"
-        raise MergeError(sentence(found, "the weights from before the merge", "load the base again"))
+        raise MergeError(found, "the weights from before the merge", "load the base again")
     merged, edited = [], []
     for weight in weights:
         found, expected = _digest(weight.stored()), weight.keeper.__dict__.get("digests", {}).get(weight.name)
@@ -236,8 +236,7 @@ def unmerge(model: nn.Module) -> None:
             (merged if between else edited).append(weight)
     if edited:
         found = f"weights edited since the merge (also by .to(dtype)): {listing(weight.where for weight in edited)}"
-        do = "undo the edit, or detach(model, keep_merged=True) to keep it"
-        raise MergeError(sentence(found, "the merged weights", do))
+        raise MergeError(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
     _restore(merged)
     attached.merged = None  # what is kept has no meaning from here on
     _forget(every)
@@ -289,9 +288,8 @@ def _untied(model: nn.Module, name: str) -> Iterator[str]:
             other, target = first.setdefault(id(value), (where, weight))
             tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
             if weight is not target and not (tensors and weight.data_ptr() == target.data_ptr() != 0):
-                found = f"{where!r} and {other!r}, one weight when attached, untied since"
                 do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
-                yield sentence(found, "one weight", do)
+                yield sentence(f"{where!r} and {other!r}, one weight when attached, untied since", "one weight", do)
 
 
 def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]) -> _Content | None:

@@ -87,7 +87,7 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     """
     if not isinstance(config, LoraConfig):
         do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
-        raise ConfigError(sentence(f"config={config!r}", "a veneer.LoraConfig", do))
+        raise ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
     problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"

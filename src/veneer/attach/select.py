@@ -16,7 +16,7 @@ from veneer.attach.blend import blended, finite_weights
 from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import by_rows
 from veneer.attach.state import BASE, ActiveAdapter
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
 #: what a call or a row uses: an adapter, the base alone, or a blend {name: weight}
@@ -45,9 +45,8 @@ class use:
 
     def __init__(self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None) -> None:
         if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
-            found = f"path={path!r}"
             do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
-            raise SelectionError(sentence(found, "a way to compute an adapted layer", do))
+            raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
         self._path = {} if path is None else {"path": path}
         attached = need_adapters(model, walk=False)
         self._uid = attached.uid
@@ -60,9 +59,8 @@ class use:
             rows = [distinct.setdefault(selected.name, selected) for selected in rows]
             self._selected = by_rows(unwrap(model), attached, rows)
         else:
-            found = f"{name!r} to use"
             expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
-            raise SelectionError(sentence(found, expected, "choose one of these"))
+            raise SelectionError(f"{name!r} to use", expected, "choose one of these")
         self._entered = False
 
     def __enter__(self) -> None:
@@ -87,11 +85,11 @@ def _selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
         return need_adapters(model, choice, walk=False).selections[choice]
     if not choice:
         do = 'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone'
-        raise SelectionError(sentence("a blend of nothing, {}", "at least one adapter", do))
+        raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
     finite_weights(choice)
     if None in choice:
         found, expected = "the weight of None in a blend", "names alone: what is missing to 1 is the base's anyway"
-        raise SelectionError(sentence(found, expected, "leave it out"))
+        raise SelectionError(found, expected, "leave it out")
     uses = [(_selected(model, name), weight) for name, weight in choice.items()]
     uses = [(selected, weight) for selected, weight in uses if weight]
     return blended(uses) if uses else BASE

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
 from veneer.attach.state import ActiveAdapter, ModelAdapters
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
@@ -118,7 +118,7 @@ class _ByRows:
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
     do = "exclude that layer, or run each adapter on its rows alone"
-    return SelectionError(sentence(f"a {own_class(module).__name__} {why}", "one row an adapter", do))
+    return SelectionError(f"a {own_class(module).__name__} {why}", "one row an adapter", do)
 
 
 def _objects(value: Any) -> Iterator[Any]:
@@ -136,7 +136,7 @@ def by_rows(model: nn.Module, attached: ModelAdapters, selections: Sequence[Acti
     """A selection that uses ``selections[i]`` for row i; rows that use the same hold the same object."""
     distinct = list(dict.fromkeys(selections))
     if not distinct:
-        raise SelectionError(sentence("no names", "one name or None for each row", "name an adapter for each row"))
+        raise SelectionError("no names", "one name or None for each row", "name an adapter for each row")
     if len(distinct) == 1:
         return distinct[0]
     rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]

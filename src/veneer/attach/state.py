@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from torch import nn
 
 from veneer.config import LoraConfig
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 from veneer.layers import Layer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
 def detached(name: str | None) -> SelectionError:
     """The error of a call whose adapter is gone."""
     found = f"a call that selects {name!r}, which was detached"
-    return SelectionError(sentence(found, "an adapter that stays until the call has ended", "detach it later"))
+    return SelectionError(found, "an adapter that stays until the call has ended", "detach it later")
 
 
 class ModelAdapters:
@@ -159,9 +159,9 @@ class LayerState(nn.Module):
         if chosen.parts is None:
             found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
             do = "call the model inside `with veneer.use(model, name):`"
-            return SelectionError(sentence(found, "one selected adapter, or None for the base", do))
+            return SelectionError(found, "one selected adapter, or None for the base", do)
         found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
-        return SelectionError(sentence(found, f"the merged adapter {merged!r}", "call veneer.unmerge(model) first"))
+        return SelectionError(found, f"the merged adapter {merged!r}", "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""

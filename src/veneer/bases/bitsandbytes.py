@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.bases._base import Storage, register
-from veneer.errors import TargetError, sentence
+from veneer.errors import TargetError
 
 NESTED_BLOCK = 256
 
@@ -73,7 +73,7 @@ class Bitsandbytes8bit(Storage):
     def stored(self, weight: Any) -> dict[str, Tensor]:
         if weight.SCB is None:
             found = "an 8-bit weight of bitsandbytes without its scale, which the first call moves into its module"
-            raise TargetError(sentence(found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"))
+            raise TargetError(found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first")
         return {"values": weight.data, "scale": weight.SCB}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases._base import Storage, register
-from veneer.errors import MergeError, sentence
+from veneer.errors import MergeError
 
 
 def _diffusers() -> Any:
@@ -69,9 +69,8 @@ class Gguf(Storage):
                 made = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:
             found = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
-            expected = "a type that it writes, such as Q8_0 or Q4_0"
             do = "keep the adapter unmerged, or merge it into the model that the file was quantised from"
-            raise MergeError(sentence(found, expected, do)) from error
+            raise MergeError(found, "a type that it writes, such as Q8_0 or Q4_0", do) from error
         new = {"blocks": torch.from_numpy(made).to(old["blocks"].device)}
         kept, fresh = ((self.decode(weight, each) - values).square().view(-1, block).sum(1) for each in (old, new))
         blocks = torch.where((kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new)))

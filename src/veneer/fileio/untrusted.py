@@ -255,13 +255,13 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
         AdapterError: it is larger, no JSON, or no object; says where and why.
     """
     if len(text) > MAX_JSON:
-        raise AdapterError(sentence(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do))
+        raise AdapterError(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do)
     try:
         content = parse(text)
     except ValueError as error:
-        raise AdapterError(sentence(f"{file}, which is not JSON ({error})", "a JSON object", do)) from error
+        raise AdapterError(f"{file}, which is not JSON ({error})", "a JSON object", do) from error
     if not isinstance(content, dict):
-        raise AdapterError(sentence(f"{file}, a JSON {type(content).__name__}", "a JSON object", do))
+        raise AdapterError(f"{file}, a JSON {type(content).__name__}", "a JSON object", do)
     return content
 
 

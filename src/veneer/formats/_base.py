@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from veneer.errors import AdapterError, listing, sentence
+from veneer.errors import AdapterError, listing
 from veneer.formats.peft import MAGNITUDE, PeftLayer, of_parameter
 from veneer.registry import Registry
 
@@ -187,13 +187,13 @@ def layer_of(
     rank = A.shape[0] if A.dim() > 1 else 0
     found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
     if not rank:
-        raise AdapterError(sentence(found, "A [rank, in, …] of at least rank 1", "get the whole file again"))
+        raise AdapterError(found, "A [rank, in, …] of at least rank 1", "get the whole file again")
     if shape is not None and suffixes == PAIR:
         if A.numel() != rank * math.prod(shape[1:]) or B.numel() != shape[0] * rank:
-            raise AdapterError(sentence(found, f"those of a weight {shape}", "give the base that it was made for"))
+            raise AdapterError(found, f"those of a weight {shape}", "give the base that it was made for")
         A, B = A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
     if B.dim() < 2 or B.shape[1] != rank:
-        raise AdapterError(sentence(found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"))
+        raise AdapterError(found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again")
     alpha = float(rank if alpha is None else alpha)
     A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
     return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, {}).with_magnitude(magnitude)
@@ -204,7 +204,7 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     made = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
     if dtype is not None and tensor.isfinite().all() and not made.isfinite().all():
         found = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
-        raise AdapterError(sentence(found, "finite numbers", "choose fp32"))
+        raise AdapterError(found, "finite numbers", "choose fp32")
     return made
 
 
@@ -218,7 +218,7 @@ def scalar(tensor: Tensor, key: str) -> float:
     """The one real number that a tensor holds; AdapterError where it holds anything else."""
     if tensor.numel() != 1 or tensor.is_complex():
         found = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
-        raise AdapterError(sentence(found, "one number", "get the file again"))
+        raise AdapterError(found, "one number", "get the file again")
     return float(tensor.item())
 
 
@@ -227,10 +227,10 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
         found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
-        raise AdapterError(sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"))
+        raise AdapterError(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
     if broken := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
         found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
-        raise AdapterError(sentence(found, "finite ones", "get another copy"))
+        raise AdapterError(found, "finite ones", "get another copy")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -241,6 +241,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors, header = {key: file.get_tensor(key) for key in names}, file.metadata() or {}
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         found = f"{path}, which cannot be read ({error})"
-        raise AdapterError(sentence(found, "a whole safetensors file", "get the file again")) from error
+        raise AdapterError(found, "a whole safetensors file", "get the file again") from error
     require_finite(tensors, path)
     return tensors, header

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from veneer.errors import AdapterError, raise_all, sentence
+from veneer.errors import AdapterError, raise_all
 from veneer.fileio.untrusted import parse
 from veneer.formats import Adapter, BaseFacts, Contents, Format, Options, register
 from veneer.formats._base import cast, read_tensors
@@ -41,9 +41,9 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"a damaged header {HEADER} in {path} ({error!r})"
-        raise AdapterError(sentence(found, "what the file is", "get the file again")) from error
+        raise AdapterError(found, "what the file is", "get the file again") from error
     if number != FORMAT:
-        raise AdapterError(sentence(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer"))
+        raise AdapterError(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer")
     about = {"header": {HEADER: header[HEADER]}, "base": of}
     return Contents(deltas=tensors, full=frozenset(full), base_name=of.get("name"), about=about)
 

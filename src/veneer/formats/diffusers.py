@@ -88,11 +88,10 @@ def _layer(
 ) -> peft.PeftLayer:
     """One module's change: its path in the file, in its part, and in the base."""
     if not {"A", "B"} <= set(group):
-        raise AdapterError(sentence(f"half a pair at {at!r}", "both factors", "get the whole file again"))
+        raise AdapterError(f"half a pair at {at!r}", "both factors", "get the whole file again")
     shape = base.shapes.get(f"{where}.weight")
     if base.shapes and shape is None:
-        do = "give the base that it was made for"
-        raise AdapterError(sentence(f"{at!r}, which this base lacks", "one of its modules", do))
+        raise AdapterError(f"{at!r}, which this base lacks", "one of its modules", "give the base that it was made for")
     alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
     if alpha is None and config:
         rank, _, scale = peft.strength(config, inside)
@@ -108,7 +107,7 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         found = f"{HEADER} in {path}, a JSON {type(config).__name__}"
     except ValueError as error:
         found = f"{HEADER} in {path}, which is not JSON ({error})"
-    raise AdapterError(sentence(found, "the config of the adapter", "get the file again"))
+    raise AdapterError(found, "the config of the adapter", "get the file again")
 
 
 def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError(sentence("no package gguf", "it, for this format", "pip install gguf")) from error
+        raise ConfigError("no package gguf", "it, for this format", "pip install gguf") from error
     return gguf
 
 
@@ -102,10 +102,10 @@ class _Names:
         type_ = config.get("model_type")
         if not type_:
             found = "no base, or one without config.json"
-            raise AdapterError(sentence(found, "one that names its architecture", "give the base's folder"))
+            raise AdapterError(found, "one that names its architecture", "give the base's folder")
         if type_ not in ARCHITECTURES or not hasattr(library.MODEL_ARCH, ARCHITECTURES[type_].name):
             found = f"model_type {type_!r}, whose conversion to GGUF is not known here"
-            raise AdapterError(sentence(found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"))
+            raise AdapterError(found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model")
         self.family = ARCHITECTURES[type_]
         arch = getattr(library.MODEL_ARCH, self.family.name)
         self.name = library.MODEL_ARCH_NAMES[arch]
@@ -210,17 +210,17 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader raises what it meets in a damaged file
         found = f"{path}, which cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else error!r})"
-        raise AdapterError(sentence(found, "a whole GGUF file", "get the file again")) from error
+        raise AdapterError(found, "a whole GGUF file", "get the file again") from error
     if said.get("general.type") != "adapter" or said.get("adapter.type") != "lora":
         found = f"{path} with general.type {said.get('general.type')!r}, adapter.type {said.get('adapter.type')!r}"
-        raise AdapterError(sentence(found, "a LoRA adapter", "a model is a base: name its adapter here"))
+        raise AdapterError(found, "a LoRA adapter", "a model is a base: name its adapter here")
     require_finite(tensors, path)
     names = _Names(library, base)
     if not base.shapes:
-        raise AdapterError(sentence("no base", "one whose weights have names", "give the base's folder"))
+        raise AdapterError("no base", "one whose weights have names", "give the base's folder")
     if said.get("general.architecture") != names.name:
         found = f"an adapter for {said.get('general.architecture')!r} and a base of {names.name!r}"
-        raise AdapterError(sentence(found, "one architecture", "give the base that it was made for"))
+        raise AdapterError(found, "one architecture", "give the base that it was made for")
     problems: list[str] = []
     weights = {name: weight for weight in base.shapes for name in names.of(weight)}
     low: dict[str, PeftLayer] = {}
@@ -257,7 +257,7 @@ def _layer(
     sizes = (*B.shape[:1], *across.shape[1:])  # (out, in)
     if A.dim() != 2 or B.dim() != 2 or sizes != (shape[::-1] if embeds or lies else shape):
         found = f"{name!r} with a {tuple(A.shape)} and b {tuple(B.shape)} for a weight {shape}"
-        raise AdapterError(sentence(found, "shapes that fit", "give the base that it was made for"))
+        raise AdapterError(found, "shapes that fit", "give the base that it was made for")
     if embeds:
         return layer_of(at, across.contiguous(), B, alpha, suffixes=EMBEDDING)
     order = names.order(weight, B.shape[0])
@@ -293,7 +293,7 @@ def _joined(
         fits = fits and B.shape == (shape[0], out, a.shape[1])
     if not fits:
         found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
-        raise AdapterError(sentence(found, "those of its base", "give the base that it was made for"))
+        raise AdapterError(found, "those of its base", "give the base that it was made for")
     A = given[0][0]
     if len(given) == len(parts) and all(torch.equal(other, A) for other, _ in given):
         return A, torch.cat([B for _, B in given], 1)

@@ -16,7 +16,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from veneer.errors import AdapterError, sentence
+from veneer.errors import AdapterError
 
 #: bytes of one value, by the type's number
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -38,7 +38,7 @@ def check(path: Path) -> None:
     except (ValueError, struct.error) as error:  # of an empty file too
         why = "it ends within its header" if isinstance(error, struct.error) else str(error)
         found = f"{path}, which cannot be read as GGUF ({why})"
-        raise AdapterError(sentence(found, "a whole GGUF file", "get the file again")) from error
+        raise AdapterError(found, "a whole GGUF file", "get the file again") from error
 
 
 def _check(data: mmap.mmap) -> None:

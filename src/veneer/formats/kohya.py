@@ -74,7 +74,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         groups.setdefault(name, {})[suffix] = tensor
     if not base.shapes:
         found = f"{path}, whose names have _ for every dot"
-        raise AdapterError(sentence(found, "a base to tell what they mean", "give the base that it was made for"))
+        raise AdapterError(found, "a base to tell what they mean", "give the base that it was made for")
     here = {name.partition(".")[0] for name in base.shapes}
     parts = {prefix: next((p for p in means if p in here), means[0]) for prefix, means in PREFIXES.items()}
     part_by_name = {name: parts.get(_prefix(name) or "", "") for name in groups}
@@ -110,12 +110,12 @@ def _module(name: str, names: Mapping[str, list[str]]) -> str:
     flat = name.removeprefix(f"{_prefix(name)}_")
     found = names.get(flat, [])
     if len(found) > 1:
-        raise AdapterError(sentence(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"))
+        raise AdapterError(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them")
     if not found:
         do = "give the base that it was made for"
         if any(mark in flat for mark in _ORIGINAL):
             do += ": these are block names of the model as first published, not those of diffusers"
-        raise AdapterError(sentence(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do))
+        raise AdapterError(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do)
     return found[0]
 
 
@@ -124,26 +124,24 @@ def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...])
     keys, magnitude = set(group), group.get("dora_scale")
     if keys & _TUCKER:
         found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
-        raise AdapterError(sentence(found, "factors whose product is short", "merge it with LyCORIS, and extract"))
+        raise AdapterError(found, "factors whose product is short", "merge it with LyCORIS, and extract")
     if keys - _KNOWN:
         found = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
-        raise AdapterError(sentence(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it"))
+        raise AdapterError(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         low = _low(group)
         if low is None:
-            raise AdapterError(
-                sentence(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file")
-            )
+            raise AdapterError(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file")
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             found = f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"  # another method
             do = "merge it with LyCORIS (wd_on_output was off)"
-            raise AdapterError(sentence(found, f"one number for each of {shape[0]} outputs", do))
+            raise AdapterError(found, f"one number for each of {shape[0]} outputs", do)
         return layer_of(at, *low, shape=shape, magnitude=magnitude)
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         found = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
-        raise AdapterError(sentence(found, "those of one change", "get the whole file again")) from error
+        raise AdapterError(found, "those of one change", "get the whole file again") from error
 
 
 def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
@@ -220,7 +218,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
     if twice:
         found = f"modules that have one name with _ for . ({listing(twice, 3)})"
-        raise AdapterError(sentence(found, "names that differ", "use the diffusers format"))
+        raise AdapterError(found, "names that differ", "use the diffusers format")
     tensors: dict[str, Tensor] = {}
     for change in adapter.changes:
         key, layer = flat[change.weight], change.layer

@@ -51,10 +51,10 @@ def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> di
     if part is None:
         bare = next(weight for weight, first in inside.items() if not first)
         found = f"{bare!r}, which does not say which model of a pipeline it belongs to"
-        raise AdapterError(sentence(found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}"))
+        raise AdapterError(found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}")
     if any(inside.values()):
         both = next(weight for weight, first in inside.items() if first)
-        raise AdapterError(sentence(f"part {part!r} and a path {both!r} with one", "one of both", "leave part out"))
+        raise AdapterError(f"part {part!r} and a path {both!r} with one", "one of both", "leave part out")
     return {change.weight: (part, change.module) for change in changes}
 
 
@@ -70,7 +70,7 @@ def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[di
     counts = Counter(layers)
     found = {name: counts[name] for name in PARTS if name in counts}
     if part is not None and part not in found:
-        raise AdapterError(sentence(f"part {part!r}, of which the file has nothing", listing(found), "choose one"))
+        raise AdapterError(f"part {part!r}, of which the file has nothing", listing(found), "choose one")
     whole = {name.partition(".")[0] for name in base.shapes} & set(found)
     if part is None and len(found) == 1 and not whole:
         return dict.fromkeys(found, ""), ()
@@ -78,11 +78,11 @@ def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[di
         lacking = set(found) - whole if base.shapes else set()
         if lacking:
             found_ = f"layers of {listing(sorted(lacking))}, which this base lacks"
-            raise AdapterError(sentence(found_, f"those of {listing(sorted(whole))}", "choose a part, or give both"))
+            raise AdapterError(found_, f"those of {listing(sorted(whole))}", "choose a part, or give both")
         return {name: f"{name}." for name in found}, ()
     if part is None:
         counts = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
         do = "choose one with part, or give a module that holds them as children of these names"
-        raise AdapterError(sentence(f"several models in one file: {counts}", "those of the base", do))
+        raise AdapterError(f"several models in one file: {counts}", "those of the base", do)
     left = [f"{count} layers of {name}: another part was asked for" for name, count in found.items() if name != part]
     return {part: f"{part}." if part in whole else ""}, tuple(left)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from veneer.errors import AdapterError, sentence
+from veneer.errors import AdapterError
 
 #: characters of the expressions of one field together, and of all copies that counted repetitions make of one
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
@@ -61,8 +61,7 @@ class Expressions:
         if self._left <= PER_PATH:  # too little for one more path
             self._left = PER_PATH
             wrong = "an expression that takes longer than any that people use"
-            do = "name the modules by the ends of their paths"
-            raise AdapterError(sentence(wrong, "a plain regular expression", do))
+            raise AdapterError(wrong, "a plain regular expression", "name the modules by the ends of their paths")
         return found is not None
 
 

@@ -143,7 +143,7 @@ class PeftLayer:
             B = self.B.reshape(-1, rank, groups).permute(2, 0, 1) if self.stacked else self.B.reshape(groups, -1, rank)
         except RuntimeError as error:
             found = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
-            raise AdapterError(sentence(found, f"a product of rank {self.rank}", "get the file again")) from error
+            raise AdapterError(found, f"a product of rank {self.rank}", "get the file again") from error
         return LowRank(A, B, self.scale)
 
     def with_low(self, low: LowRank) -> PeftLayer:

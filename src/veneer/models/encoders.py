@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
 from veneer.models.load import Precision, tokenizer_at, type_and_device
 from veneer.models.locate import config_of, find_base
@@ -54,7 +54,7 @@ def must_be_causal(source: str | Path) -> None:
             "choose a causal base; to train another kind of model, call veneer.attach on it in Python and train it "
             "with transformers' Trainer or a loop of your own"
         )
-        raise ConfigError(sentence(f"{source}, {reason}", "a causal language model", do))
+        raise ConfigError(f"{source}, {reason}", "a causal language model", do)
 
 
 def _otherwise(name: str) -> str | None:
@@ -106,7 +106,7 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
         try:
             return parse(file.read_bytes()) if file.is_file() else {}
         except ValueError as error:
-            raise ConfigError(sentence(f"{file}, which is no JSON ({error})", "JSON", "get it again")) from error
+            raise ConfigError(f"{file}, which is no JSON ({error})", "JSON", "get it again") from error
 
     modules = read(folder / "modules.json")
     if not modules:
@@ -118,7 +118,6 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
     if unknown or len(chosen) != 1 or chosen[0] not in names:
         found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
-        expected = "a transformer, one pooling of mean, cls or max, and Normalize"
-        raise ConfigError(sentence(found, expected, "use another"))
+        raise ConfigError(found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another")
     longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
     return names[chosen[0]], "Normalize" in kinds, longest

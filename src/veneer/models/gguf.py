@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
 from veneer.models.messages import first_line, log, quiet
 
@@ -62,9 +62,8 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
         raise
     except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file
         found = f"{file} cannot be read as GGUF ({first_line(error)})"
-        expected = "a complete GGUF file of an architecture that transformers converts"
         do = "fetch the file again, or use the model's safetensors"
-        raise ConfigError(sentence(found, expected, do)) from error
+        raise ConfigError(found, "a complete GGUF file of an architecture that transformers converts", do) from error
     config = type(marked.config)(**marked.config.to_dict())
     config.__dict__.pop("quantization_config", None)
     plain: Any = type(marked)(config)

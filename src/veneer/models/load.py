@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.source_analysis import compares_attention
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base
@@ -133,7 +133,7 @@ def tokenizer_at(place: str, name: str) -> Any:
                 raise
             found = f"no usable tokenizer in {name} ({first_line(error)})"
             do = "save the tokenizer into the same folder"
-            raise ConfigError(sentence(found, "tokenizer.json beside the weights", do)) from error
+            raise ConfigError(found, "tokenizer.json beside the weights", do) from error
 
 
 def save_plain(

@@ -55,7 +55,7 @@ def find_base(name: str) -> str:
         if path.suffix.lower() != ".gguf":
             found = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
             expected = "a model folder, a .gguf file or a hub id"
-            raise ConfigError(sentence(found, expected, "name the folder that holds config.json"))
+            raise ConfigError(found, expected, "name the folder that holds config.json")
         return str(converted_gguf(path))
     if path.is_dir():
         return str(_from_folder(path, name))
@@ -69,8 +69,7 @@ def find_base(name: str) -> str:
 def _package(name: str) -> Path:
     spec = find_spec(name.replace("-", "_"))
     if spec is None or spec.origin is None:
-        do = f"pip install --no-deps {name}"
-        raise ConfigError(sentence(f"no Python package {name!r}", "an installed one", do))
+        raise ConfigError(f"no Python package {name!r}", "an installed one", f"pip install --no-deps {name}")
     folder = Path(spec.origin).parent
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
@@ -83,13 +82,13 @@ def _from_folder(path: Path, name: str) -> Path:
         return converted_gguf(files[0])
     if files:
         found = f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
-        raise ConfigError(sentence(found, "one", f"name the file, for example {files[0]}"))
+        raise ConfigError(found, "one", f"name the file, for example {files[0]}")
     if (path / "adapter_config.json").is_file():
         found, expected = f"{name} is an adapter, not a base model", "the folder of the model that it adapts"
-        raise ConfigError(sentence(found, expected, f"`veneer inspect {name}` names its base"))
+        raise ConfigError(found, expected, f"`veneer inspect {name}` names its base")
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     found, expected = f"{name} is not a model folder; it holds {inside}", "config.json with model.safetensors, or one "
-    raise ConfigError(sentence(found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"))
+    raise ConfigError(found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote")
 
 
 def _not_there(path: Path, name: str) -> str:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 
 log = logging.getLogger("veneer.models")
 
@@ -33,11 +33,11 @@ def explained(name: str, error: Exception) -> Exception:
         found = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
         expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
         do = "check the spelling and the network; for a private model log in with `hf auth login`"
-        return ConfigError(sentence(found, f"{expected}from here", do))
+        return ConfigError(found, f"{expected}from here", do)
     if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
         found = f"the model in {name} cannot be loaded ({first_line(error)})"
         expected = "a complete causal language model that this transformers version knows"
-        return ConfigError(sentence(found, expected, "check that the files are complete, or upgrade transformers"))
+        return ConfigError(found, expected, "check that the files are complete, or upgrade transformers")
     return error
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.models.messages import loading
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def meta_model(folder: str | Path, architecture: str | None = None) -> PreTraine
         class_: Any = next(models, None)
         if class_ is None:
             found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
-            raise ConfigError(sentence(found, "a class of transformers", "give the model itself (model=…)"))
+            raise ConfigError(found, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
             model = class_(config)

@@ -81,7 +81,7 @@ class Checkpoint:
             stream.seek(start)
             if stream.readinto(flat.numpy().data) != size:
                 found = f"{self.where[name]}, which ended within {name!r}"
-                raise CheckpointError(sentence(found, "the file as it was", "let nobody write to it meanwhile"))
+                raise CheckpointError(found, "the file as it was", "let nobody write to it meanwhile")
         return flat.view(self.dtype(name)).reshape(shape)
 
 
@@ -94,12 +94,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(sentence(f"no folder {folder}", "the folder of a model", "check the path"))
+        raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
     refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
     index, index_name, names = None, None, sorted(path.name for path in folder.iterdir())
     indices, names = ([name for name in names if name.endswith(ending)] for ending in (INDEX, ENDING))
     if len(indices) > 1:
-        raise CheckpointError(sentence(f"{listing(indices)} in {folder}", "one index", "keep the files of one model"))
+        raise CheckpointError(f"{listing(indices)} in {folder}", "one index", "keep the files of one model")
     if indices:
         index_name = indices[0]
         refuse(misplaced(folder, indices))
@@ -111,7 +111,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         found = f"no {listing(missing)} in {folder}"
-        raise CheckpointError(sentence(found, "the files that the index names", "get the whole model"))
+        raise CheckpointError(found, "the files that the index names", "get the whole model")
     files = {name: _checked(read_header, folder / name) for name in names}
     refuse(list(_problems(files, index)))
     where = {tensor: file for file, header in files.items() for tensor in in_order(header)}
@@ -135,12 +135,12 @@ def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The files that an index names: plain names in its own folder."""
     weights = index.get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
-        raise CheckpointError(sentence(f"no weight_map of names in {path}", "one", "get the file again"))
+        raise CheckpointError(f"no weight_map of names in {path}", "one", "get the file again")
     names = sorted(set(weights.values()))
     odd = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
     if odd:
         found = f"{listing(map(repr, odd))} in {path}"
-        raise CheckpointError(sentence(found, f"names of {ENDING} files beside it", "get the file again"))
+        raise CheckpointError(found, f"names of {ENDING} files beside it", "get the file again")
     return names
 
 

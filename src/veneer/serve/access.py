@@ -98,10 +98,10 @@ def read_keys(path: str | Path) -> Keyring:
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = f"a key file {path} that cannot be read ({error})"
-        raise ConfigError(sentence(problem, "a list of keys in TOML", "see `veneer keygen --help`")) from error
+        raise ConfigError(problem, "a list of keys in TOML", "see `veneer keygen --help`") from error
     found = entries.get("keys") if entries.keys() <= {"keys"} else None
     if not isinstance(found, list) or not found:
-        raise ConfigError(sentence(f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"))
+        raise ConfigError(f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`")
     keys, problems = [], []
     for number, entry in enumerate(found, 1):
         if reasons := [f"Key {number}: {reason}" for reason in _wrong(entry)]:

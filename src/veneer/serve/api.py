@@ -76,7 +76,7 @@ def _veneer(request: Request, error: Any) -> Response:
 
 def _bug(request: Request, error: Exception) -> Response:
     """starlette raises it again when this is sent, so that it is in the log."""
-    return Refusal(500, sentence("a bug in the server", "an answer", "tell whoever runs it"), code="bug").response()
+    return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug").response()
 
 
 @router.get("/health")
@@ -160,7 +160,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         raise Refusal(400, message, param="echo")
     if len(sent) * body.n > limits.ANSWERS:
         found = f"{len(sent)} prompts with n = {body.n}"
-        raise Refusal(400, sentence(found, f"at most {limits.ANSWERS} answers", "send several requests"), param="n")
+        raise Refusal(400, found, f"at most {limits.ANSWERS} answers", "send several requests", param="n")
     tokens = await _read(service, sent, "prompt")
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
 

@@ -68,7 +68,7 @@ class Catalogue:
         if self.folder is None:
             return
         if not self.folder.is_dir():
-            raise ConfigError(sentence(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check"))
+            raise ConfigError(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check")
         self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
         with self._lock:
             self._sync()
@@ -279,7 +279,7 @@ class Catalogue:
             return SavedState()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             found = f"{file}, which is damaged ({error})"
-            raise ConfigError(sentence(found, "what the server wrote", "mend or delete it")) from error
+            raise ConfigError(found, "what the server wrote", "mend or delete it") from error
 
     def _write_state(self, state: SavedState, before: SavedState) -> None:
         if state != before:
@@ -321,7 +321,7 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         found = f"an adapter folder that cannot be read or written ({error.strerror or type(error).__name__})"
-        raise Refusal(503, sentence(found, "one that can", "see to it; nothing was changed"), code="disk") from error
+        raise Refusal(503, found, "one that can", "see to it; nothing was changed", code="disk") from error
 
 
 def _within(top: Path, where: str) -> Path | None:

@@ -168,7 +168,7 @@ class Embedder:
         while (call := self._calls.take()) is not None:
             begun = any(other is call for other, _ in batch)
             if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
-                late = Refusal(504, sentence("texts that took too long", "an answer in time", "send fewer at once"))
+                late = Refusal(504, "texts that took too long", "an answer in time", "send fewer at once")
                 self._end(call, late)
                 continue
             length = max(longest, len(call.texts[call.next]))
@@ -236,4 +236,4 @@ class Embedder:
 
 
 def _stopping() -> Refusal:
-    return Refusal(503, sentence("a server that stops", "one that runs", "send it to another"), code="draining")
+    return Refusal(503, "a server that stops", "one that runs", "send it to another", code="draining")

@@ -153,12 +153,12 @@ class Engine:
         size, most = len(request.prompt), request.sampling.max_tokens
         if not 0 < size < self.length:
             expected = f"1 to {self.length - 1}, and room for an answer"
-            raise RequestError(sentence(f"a prompt of {size} tokens", expected, "shorten it"))
+            raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
             expected = f"ids from 0 to {self._vocabulary - 1}"
-            raise RequestError(sentence("a token that the model does not have", expected, "use its tokenizer"))
+            raise RequestError("a token that the model does not have", expected, "use its tokenizer")
         if most < 1:
-            raise RequestError(sentence("an answer of no tokens", "max_tokens of at least 1", "ask for more"))
+            raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
         return min(most, self.length - size)
 
     def _poke(self) -> None:

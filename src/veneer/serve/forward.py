@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.serve import slots as slots_
 from veneer.serve.slots import BLOCK, NOW, Slots
 
@@ -35,7 +35,7 @@ class Forward:
 
     def __init__(self, model: Any) -> None:
         if model.training:
-            raise ConfigError(sentence("a model in training mode", "one in eval mode", "call model.eval()"))
+            raise ConfigError("a model in training mode", "one in eval mode", "call model.eval()")
         self.model, self.device = model, next(model.parameters()).device
         self.attention = model.config._attn_implementation
         parameters = inspect.signature(type(model).forward).parameters
@@ -49,8 +49,7 @@ class Forward:
         if getattr(config, "kv_sharing_modes", None) is not None:
             raise self._refusal("layers that share keys and values")
         if self.attention.startswith(PREFIX):
-            do = "close that engine first"
-            raise ConfigError(sentence("a model that an engine serves", "one that none does", do))
+            raise ConfigError("a model that an engine serves", "one that none does", "close that engine first")
         name = PREFIX + self.attention
         ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
@@ -67,7 +66,7 @@ class Forward:
     def _refusal(self, found: str) -> ConfigError:
         attention = "an architecture whose attention goes through transformers' attention functions, causal, over all "
         expected = f"{attention}tokens or a sliding window"
-        return ConfigError(sentence(f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm"))
+        return ConfigError(f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm")
 
     def close(self) -> None:
         """Give the model its own attention back."""

@@ -91,15 +91,15 @@ class Guard:
         if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
             # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the next request
             found = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
-            raise Refusal(400, sentence(found, "one way to say where it ends", "send Content-Length alone"))
+            raise Refusal(400, found, "one way to say where it ends", "send Content-Length alone")
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
-            raise Refusal(431, sentence("headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"))
+            raise Refusal(431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
         if hosts is not None and name not in hosts:
             expected = f"one of {', '.join(hosts)}, as this server has no keys"
-            raise Refusal(403, sentence(f"host {host[:100]!r}", expected, "use that address, or start it with --keys"))
+            raise Refusal(403, f"host {host[:100]!r}", expected, "use that address, or start it with --keys")
         path = scope["path"]
         if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
             raise draining()
@@ -133,4 +133,4 @@ async def _body(headers: Headers, receive: Any) -> bytes | None:
                     return bytes(body)
     except TimeoutError:
         expected = f"all of it within {limits.BODY_SECONDS:g} s"
-        raise Refusal(408, sentence("a body that did not arrive", expected, "send it faster")) from None
+        raise Refusal(408, "a body that did not arrive", expected, "send it faster") from None

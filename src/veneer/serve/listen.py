@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.serve import limits
 
 log = logging.getLogger("veneer.serve")
@@ -117,7 +117,7 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         found, do = f"{host}:{port}, {error.strerror or error}", "choose another with --host and --port"
-        raise ConfigError(sentence(found, "a free address of this machine", do)) from error
+        raise ConfigError(found, "a free address of this machine", do) from error
 
 
 def is_loopback(host: str) -> bool:

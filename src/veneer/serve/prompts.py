@@ -126,7 +126,7 @@ def _apart(
 
 def _refusal(expected: str) -> Refusal:
     found = "the text of a special token in a message"
-    return Refusal(400, sentence(found, expected, "leave it out"), param="messages", code="special_token")
+    return Refusal(400, found, expected, "leave it out", param="messages", code="special_token")
 
 
 def plain(
@@ -142,8 +142,7 @@ def plain(
         _check_fits(tokenizer, prompt, length, param)
         return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
     if max(prompt) >= vocabulary:
-        message = sentence(f"token {max(prompt)}", f"tokens below {vocabulary}", "check the tokenizer")
-        raise Refusal(400, message, param=param)
+        raise Refusal(400, f"token {max(prompt)}", f"tokens below {vocabulary}", "check the tokenizer", param=param)
     return tuple(prompt)
 
 
@@ -174,7 +173,7 @@ def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
     start: Any = getattr(tokenizer, "bos_token_id", None)
     if not tokens and start is None:
-        raise Refusal(400, sentence("a prompt without a token", "at least one", "send some text"), param=param)
+        raise Refusal(400, "a prompt without a token", "at least one", "send some text", param=param)
     return tuple(tokens) or (start,)
 
 
@@ -198,9 +197,8 @@ def check_schema(schema: Mapping[str, Any] | None) -> None:
     size = len(json.dumps(schema))
     if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
         deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
-        found = f"a schema of {size:,} bytes{deep}"
         expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
-        raise Refusal(400, sentence(found, expected, "simplify it"), param="response_format")
+        raise Refusal(400, f"a schema of {size:,} bytes{deep}", expected, "simplify it", param="response_format")
 
 
 def _depth(value: Any) -> int:

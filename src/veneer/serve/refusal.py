@@ -33,19 +33,18 @@ _EXPECTED = re.compile(r"(?:Input|List|String|Dictionary) should (?:be|have) (.*
 
 
 class Refusal(VeneerError, RuntimeError):  # noqa: N818
-    """An answer with a status of 400 or above."""
+    """An answer with a status of 400 or above. ``words`` are those of any error."""
 
     def __init__(
         self,
         status: int,
-        message: str,
-        *,
+        *words: str,
         param: str | None = None,
         code: str | None = None,
         kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(*words)
         self.status, self.param, self.code = status, param, code
         self.kind = kind or KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.headers = dict(headers or {})

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.errors import sentence
 from veneer.serve.requests import RequestError, Sampling
 
 log = logging.getLogger("veneer.serve")
@@ -199,21 +198,18 @@ class Schemas:
             import llguidance.hf
         except ImportError as error:
             expected = "the library that keeps answers to schemas"
-            raise RequestError(
-                sentence("a schema, and no llguidance", expected, "pip install 'veneer[serve]'")
-            ) from error
+            raise RequestError("a schema, and no llguidance", expected, "pip install 'veneer[serve]'") from error
         if self._known is None:
             do = "ask without a schema"
             if not self._eos:
-                expected = "one, to end what a schema describes"
-                raise RequestError(sentence("a base without an end-of-text token", expected, do))
+                raise RequestError("a base without an end-of-text token", "one, to end what a schema describes", do)
             try:
                 self._known = llguidance.hf.from_tokenizer(
                     self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
                 )
             except Exception as error:
                 found = f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
-                raise RequestError(sentence(found, "a fast tokenizer", do)) from error
+                raise RequestError(found, "a fast tokenizer", do) from error
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
         except (TypeError, ValueError) as error:
@@ -226,4 +222,4 @@ class Schemas:
 
 def _bad_schema(how: str, why: Any) -> RequestError:
     found = f"a schema {how} ({str(why)[:500]})"
-    return RequestError(sentence(found, "a JSON schema of what llguidance supports", "simplify it"))
+    return RequestError(found, "a JSON schema of what llguidance supports", "simplify it")

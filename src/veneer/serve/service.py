@@ -175,7 +175,7 @@ async def unless_gone(request: Request, work: Any) -> Any:
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Refusal(499, sentence("a client that went away", "one that waits", "send it again"))
+            raise Refusal(499, "a client that went away", "one that waits", "send it again")
         return working.result()
     finally:
         for task in (working, leaving):

@@ -61,7 +61,6 @@ def run(line: Sequence[str]) -> NoReturn:
     """Become vLLM. ``ConfigError``: it is not installed."""
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
-        do = "pip install vllm, or serve with --engine veneer"
-        raise ConfigError(sentence("no vLLM here", "the command `vllm`", do))
+        raise ConfigError("no vLLM here", "the command `vllm`", "pip install vllm, or serve with --engine veneer")
     sys.stdout.flush()
     os.execv(program, [program, *line[1:]])

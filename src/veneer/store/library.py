@@ -104,7 +104,7 @@ class Library:
         path = self._object(self.entry(name).object)
         if not path.is_dir():
             found = f"no folder {path}, which {name!r} stands for"
-            raise LibraryError(sentence(found, "it there", f"run {self._mend()}, or add it again"))
+            raise LibraryError(found, "it there", f"run {self._mend()}, or add it again")
         return path
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
@@ -130,7 +130,7 @@ class Library:
         with self._change(create=True) as names:
             if name in names and not overwrite:
                 found = f"an adapter {name!r} in {self.folder}"
-                raise OutputExistsError(sentence(found, "a new name", "choose another, or allow overwriting"))
+                raise OutputExistsError(found, "a new name", "choose another, or allow overwriting")
             self._store(path, key)
             if name in names:
                 self._retire(names[name].object)
@@ -154,13 +154,13 @@ class Library:
         """
         remove = tuple(remove)
         if not tags and not remove:
-            raise LibraryError(sentence("no tag to add or remove", "at least one", "name it"))
+            raise LibraryError("no tag to add or remove", "at least one", "name it")
         _check_words(name, (*tags, *remove))
         with self._change() as names:
             entry = self._need(names, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
                 found = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
-                raise LibraryError(sentence(found, "tags that it has", "check the spelling"))
+                raise LibraryError(found, "tags that it has", "check the spelling")
             kept = tuple(tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove)
             names[name] = replace(entry, tags=kept)
         return names[name]
@@ -222,7 +222,7 @@ class Library:
             copy_files(path, folder)
             if content_hash(folder) != key:
                 found = f"files in {path} that changed while they were copied"
-                raise AdapterError(sentence(found, "files at rest", "add it again when they are written"))
+                raise AdapterError(found, "files at rest", "add it again when they are written")
 
     def _retire(self, key: str) -> None:
         """Start the grace period of an object anew: a name of it is about to go."""
@@ -233,15 +233,13 @@ class Library:
     def _locked(self, *, create: bool = False) -> Iterator[None]:
         """One writer at a time. Only ``create`` makes the folder: a mistyped one must not appear."""
         if not create and not (self.folder / OBJECTS).is_dir():
-            do = "check the path, or add one"
-            raise LibraryError(sentence(f"no library in {self.folder}", "a folder with adapters", do))
+            raise LibraryError(f"no library in {self.folder}", "a folder with adapters", "check the path, or add one")
         import filelock  # here, as it takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
         soft: type = filelock.SoftFileLock  # a type checker is told that every lock is one
         if isinstance(lock, soft):  # a killed writer would leave it locked
-            do = "keep adapters in plain folders"
-            raise LibraryError(sentence("a system without flock", "Linux, macOS or a BSD", do))
+            raise LibraryError("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
         (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
         with lock:
             yield
@@ -273,7 +271,7 @@ class Library:
         except _DAMAGED as error:
             what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             found, do = f"an index {index} that {what}", f"run {self._mend()}"
-            raise LibraryError(sentence(found, "the index of a library", do)) from error
+            raise LibraryError(found, "the index of a library", do) from error
 
     def _readable(self) -> tuple[dict[str, Entry], bool]:
         """The names of the index (and True), or else those of its copy, or else none."""
@@ -286,7 +284,7 @@ class Library:
         if name not in names:
             found = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
             expected = f"one of {listing(sorted(names))}" if names else "one that was added"
-            raise LibraryError(sentence(found, expected, "check the name, or add it"))
+            raise LibraryError(found, expected, "check the name, or add it")
         return names[name]
 
     def _mend(self) -> str:
@@ -296,7 +294,7 @@ class Library:
 def _parse(file: Path) -> dict[str, Entry]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
-        raise LibraryError(sentence(f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer"))
+        raise LibraryError(f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer")
     names = {}
     for name, fields in content["names"].items():
         entry = Entry(**{**fields, "tags": tuple(fields["tags"])})

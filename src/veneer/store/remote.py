@@ -33,7 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
-from veneer.errors import AdapterError, RemoteError, VeneerError, sentence
+from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
 
@@ -80,7 +80,7 @@ def push(
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
         found = f"a revision, a message or private for {target.where}"
-        raise RemoteError(sentence(found, "none: they are the hub's", "leave them out; a push returns its revision"))
+        raise RemoteError(found, "none: they are the hub's", "leave them out; a push returns its revision")
     match target.kind:
         case "hub":
             return _push_hub(path, target, message or "Upload adapter", private)
@@ -109,7 +109,7 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
     source = _parsed(place, revision)
     if source.kind == "path":
         if source.revision:
-            raise RemoteError(sentence(f"a revision of the folder {place}", "none", "leave it out"))
+            raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
         return read(source.where).path
     # a name for people to find it by in the cache, and one for us
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.where).name)[:60].strip(".-") or "adapter"
@@ -134,14 +134,13 @@ def _parsed(place: str, revision: str | None) -> _Place:
         kind, (where, _, own) = "hub", place.partition("@")
         where = where.rstrip("/")
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB), re.ASCII):
-            expected = "hf://owner/name or hf://owner/name@revision"
-            raise RemoteError(sentence(f"the place {place!r}", expected, "write it so"))
+            raise RemoteError(f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so")
     elif is_remote(place):
         if _HASH.fullmatch(place.rpartition("@")[2]):
             where, _, own = place.rpartition("@")
         kind, where = "store", where.rstrip("/")
     if own and revision and own != revision:
-        raise RemoteError(sentence(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out"))
+        raise RemoteError(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out")
     return _Place(kind, where, own or revision)
 
 
@@ -150,7 +149,7 @@ def _package(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         found = f"no package {name}, which remote places need"
-        raise RemoteError(sentence(found, "it installed", "pip install 'veneer[remote]'")) from error
+        raise RemoteError(found, "it installed", "pip install 'veneer[remote]'") from error
 
 
 def _kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
@@ -188,8 +187,7 @@ def _push_hub(path: Path, target: _Place, message: str, private: bool | None) ->
         api.create_repo(repo, private=private, exist_ok=True)
         if private is not None and bool(api.model_info(repo).private) != private:  # the hub ignores it then
             found = f"{target.where}, which exists and is {'public' if private else 'private'}"
-            do = "change it in its settings on the hub, or choose another name"
-            raise RemoteError(sentence(found, "the other", do))
+            raise RemoteError(found, "the other", "change it in its settings on the hub, or choose another name")
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=target.revision))
@@ -208,8 +206,7 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
     with _hub_errors(source, "read"):
         commit = str(_api().model_info(repo, revision=source.revision).sha)
     if not _COMMIT.fullmatch(commit):  # it becomes a path
-        found = f"the commit {commit!r} of {source.where}"
-        raise RemoteError(sentence(found, "40 hexadecimal digits", "check HF_ENDPOINT"))
+        raise RemoteError(f"the commit {commit!r} of {source.where}", "40 hexadecimal digits", "check HF_ENDPOINT")
 
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
@@ -249,7 +246,7 @@ def _hub_errors(place: _Place, what: str) -> Iterator[None]:
         else:
             do = "see what it says, or try again later"
             words = f"the hub refused to {what} {where} ({_said(error)})", "an answer", do
-        raise RemoteError(sentence(*words)) from error
+        raise RemoteError(*words) from error
 
 
 def _store(place: _Place) -> tuple[Any, str]:
@@ -260,10 +257,10 @@ def _store(place: _Place) -> tuple[Any, str]:
         system, root = fsspec.core.url_to_fs(place.where)
     except ImportError as error:
         do = f"install it ({_said(error)})"
-        raise RemoteError(sentence(f"no package for {scheme}:// places", "one that fsspec uses", do)) from error
+        raise RemoteError(f"no package for {scheme}:// places", "one that fsspec uses", do) from error
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
-        raise RemoteError(sentence(f"the place {place.where!r} ({error})", expected, "check it")) from error
+        raise RemoteError(f"the place {place.where!r} ({error})", expected, "check it") from error
     system.invalidate_cache()  # others write there too
     return system, root.rstrip("/")
 
@@ -291,7 +288,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
         found, do = f"the revision {key!r} of {source.where}", "give that, or leave it out for the newest"
-        raise RemoteError(sentence(found, "what `push` returned after the '@'", do))
+        raise RemoteError(found, "what `push` returned after the '@'", do)
     if key is not None and _intact(keep / key, key):
         return keep / key  # without a network
     with _store_errors(source, "read"):
@@ -300,7 +297,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
             key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(key):
                 found = f"{source.where}/{LATEST}, which holds {key[:80]!r}"
-                raise RemoteError(sentence(found, "the hash of an adapter", "push one, or name a revision"))
+                raise RemoteError(found, "the hash of an adapter", "push one, or name a revision")
     folder_there = root if key is None else f"{root}/{key}"
 
     def fetch(folder: Path) -> None:
@@ -311,7 +308,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
                     system.get_file(f"{folder_there}/{name}", str(folder / name))
         if key is not None and content_hash(folder) != key:
             found = f"other files at {source.where}@{key} than were pushed there"
-            raise AdapterError(sentence(found, "those of that hash", "push it again"))
+            raise AdapterError(found, "those of that hash", "push it again")
 
     if key is not None:
         return _kept(keep / key, f"{source.where}@{key}", fetch, key)
@@ -339,7 +336,7 @@ def _store_errors(place: _Place, what: str) -> Iterator[None]:
         else:
             do = "check the network, the place and the credentials"
             words = f"{where} cannot be used ({type(error).__name__}: {said})", f"a place to {what}", do
-        raise RemoteError(sentence(*words)) from error
+        raise RemoteError(*words) from error
 
 
 def _said(error: BaseException) -> str:

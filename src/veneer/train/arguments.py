@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
-from veneer.errors import ConfigError, listing, nearest, sentence
+from veneer.errors import ConfigError, listing, nearest
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
@@ -62,12 +62,9 @@ def _check_names(config: TrainConfig) -> None:
     optimisers = [str(name.value) for name in OptimizerNames]
     if config.optimiser not in optimisers:
         found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
-        raise ConfigError(
-            sentence(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
-        )
+        raise ConfigError(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
     ready = get_available_reporting_integrations()
     for tracker in config.trackers:
         if tracker not in ready:
             found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
-            expected = f"one that is (here: {listing(ready)})"
-            raise ConfigError(sentence(found, expected, "install its package, or correct it"))
+            raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")

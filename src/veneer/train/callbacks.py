@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from transformers import TrainerCallback
 
-from veneer.errors import TrainingError, sentence
+from veneer.errors import TrainingError
 from veneer.train.checkpoint import LOG
 
 
@@ -57,7 +57,7 @@ class StopOnNan(TrainerCallback):
             if value is not None and not math.isfinite(value):
                 found = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
                 do = "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32)"
-                raise TrainingError(sentence(found, "a finite number", f"{do}; the last checkpoint is intact"))
+                raise TrainingError(found, "a finite number", f"{do}; the last checkpoint is intact")
 
 
 class StopOnSignal(TrainerCallback):

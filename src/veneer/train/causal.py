@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 
 #: tokens of the trial, and how many of them are the same in both rows
 LENGTH, SAME = 8, 5
@@ -40,4 +40,4 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
     if (one - other).norm() > max(1e-4, 4 * torch.finfo(logits.dtype).eps) * one.norm():
         found = f"{name}, a {type(model).__name__} whose predictions change with the tokens that come after them"
         do = "choose a causal base; to train another kind of model, call veneer.attach on it in Python"
-        raise ConfigError(sentence(found, "a causal language model, which cannot see its labels", do))
+        raise ConfigError(found, "a causal language model, which cannot see its labels", do)

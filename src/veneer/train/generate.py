@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 
 Prompt = str | list[dict[str, Any]]
 
@@ -52,7 +52,7 @@ def generate(
     if context is not None and encoded and (longest := len(encoded[order[0]])) + max_new_tokens > context:
         found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
         do = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(sentence(found, f"at most {context:,} together, the model's context", do))
+        raise DataError(found, f"at most {context:,} together, the model's context", do)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling: Any = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
@@ -92,11 +92,10 @@ def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:
-        found = "a chat prompt, and a base without a chat template"
-        raise DataError(sentence(found, "a chat model", "pass the prompt as text"))
+        raise DataError("a chat prompt, and a base without a chat template", "a chat model", "pass the prompt as text")
     else:
         chat = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
         ids = list(chat["input_ids"])
     if not ids:
-        raise DataError(sentence("an empty prompt", "at least one token", "write something to continue"))
+        raise DataError("an empty prompt", "at least one token", "write something to continue")
     return ids

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach.lookup import unwrap
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 
 #: the inputs of a row that its hidden states may depend on
 READ = {"input_ids", "attention_mask", "position_ids"}
@@ -100,7 +100,7 @@ class HiddenStateCache:
             return found[0]
         finally:
             hook.remove()
-        raise ConfigError(sentence("a forward that does not run the model's blocks", "one that does", INSTEAD))
+        raise ConfigError("a forward that does not run the model's blocks", "one that does", INSTEAD)
 
     @contextmanager
     def _standing_in(self, hidden: Tensor) -> Iterator[None]:
@@ -138,7 +138,7 @@ class HiddenStateCache:
         if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
             self.known.clear()
             what = "blocks above that read more of the lower ones than their hidden states"
-            raise ConfigError(sentence(what, "a stack of blocks, each on the output of the one before", INSTEAD))
+            raise ConfigError(what, "a stack of blocks, each on the output of the one before", INSTEAD)
 
 
 class _Reached(Exception):  # noqa: N818 (it is no error)
@@ -150,30 +150,30 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
     expected = "everything that trains to lie in the upper blocks"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ConfigError(sentence("a base that is sharded over processes", "a whole one", INSTEAD))
+        raise ConfigError("a base that is sharded over processes", "a whole one", INSTEAD)
     stacks = {path: stack for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)}
     for path, stack in stacks.items():
         if trained and all(name.startswith(f"{path}.") for name in trained):
             lowest = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained)
             if not lowest:
-                raise ConfigError(sentence("an adapter in block 0", expected, f"set layers, or {INSTEAD}"))
+                raise ConfigError("an adapter in block 0", expected, f"set layers, or {INSTEAD}")
             drops = [module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)]
             config = vars(model.config).items()
             drops += [value for name, value in config if name.endswith(("dropout", "_pdrop"))]
             if any(isinstance(p, float | int) and p > 0 for p in drops):
                 found = "a base with dropout, which draws anew each time"
-                raise ConfigError(sentence(found, "dropout of 0 in the base's configuration", INSTEAD))
+                raise ConfigError(found, "dropout of 0 in the base's configuration", INSTEAD)
             return list(stack[:lowest]), len(stack)
     stack = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside = next((name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains")
-    raise ConfigError(sentence(f"{outside!r}, outside the blocks", expected, f"set targets, or {INSTEAD}"))
+    raise ConfigError(f"{outside!r}, outside the blocks", expected, f"set targets, or {INSTEAD}")
 
 
 def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     """Each row of the batch without its padding, as a batch of one."""
     more = {name for name, value in inputs.items() if value is not None} - READ - OTHER
     if more:
-        raise ConfigError(sentence(f"inputs {sorted(more)}", f"only {sorted(READ)}", INSTEAD))
+        raise ConfigError(f"inputs {sorted(more)}", f"only {sorted(READ)}", INSTEAD)
     mask = inputs.get("attention_mask")
     rows = []
     for number in range(len(inputs["input_ids"])):
@@ -181,7 +181,7 @@ def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         if mask is not None:
             length = int(mask[number].sum())
             if not bool(mask[number, :length].all()):
-                raise ConfigError(sentence("padding on the left", "padding on the right", INSTEAD))
+                raise ConfigError("padding on the left", "padding on the right", INSTEAD)
             row = {name: value[:, :length] for name, value in row.items()}
         rows.append(row)
     return rows

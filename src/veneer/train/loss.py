@@ -38,7 +38,7 @@ from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
 from veneer.attach.source_analysis import submodule_calls
 from veneer.attach.views import view
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.kernels import fused
 from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.tokens import IGNORED
@@ -80,7 +80,7 @@ def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = 
         ConfigError: `chunk` is less than 1.
     """
     if chunk < 1:
-        raise ConfigError(sentence(f"chunk={chunk}", "at least one row", f"leave it out for {CHUNK}"))
+        raise ConfigError(f"chunk={chunk}", "at least one row", f"leave it out for {CHUNK}")
     labels: Tensor = inputs["labels"]
     rest = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
     rest.setdefault("use_cache", False)

@@ -12,7 +12,7 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 from trl.data_utils import pack_dataset
 
 from veneer import models
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.train import data, tokens
 from veneer.train.config import TrainConfig
 
@@ -44,7 +44,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
     max_length = config.max_length or min(context or LONGEST, LONGEST)
     if context is not None and max_length > context:
         expected = f"at most {context:,}, the context of {config.base}"
-        raise ConfigError(sentence(f"max_length {max_length:,}", expected, "lower it"))
+        raise ConfigError(f"max_length {max_length:,}", expected, "lower it")
     options: Any = {"max_length": max_length, "too_long": config.too_long, "completion_only": config.completion_only}
     parts = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
     examples = {name: tokens.tokenise(part, tokenizer, **options) for name, part in parts.items()}
@@ -66,7 +66,7 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         found = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
-        raise ConfigError(sentence(found, "at least one", "lower it"))
+        raise ConfigError(found, "at least one", "lower it")
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
 

@@ -25,7 +25,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 import veneer
 from veneer import models
 from veneer.attach.summary import size
-from veneer.errors import ConfigError, OutputExistsError, sentence
+from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
 from veneer.train.arguments import arguments_of
@@ -130,18 +130,18 @@ def _unfinished(config: TrainConfig, output: Path) -> bool:
     same command may simply be given again after a kill. `resume: false` with `overwrite` starts over.
     """
     if output.is_file():
-        raise OutputExistsError(sentence(f"{output} is a file", "a folder for the run", "choose another output"))
+        raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
     run = checkpoint.read_json(output / checkpoint.RUN)
     if run is None and output.is_dir() and any(output.iterdir()):
         do = "choose another output; Veneer replaces nothing that it did not write"
-        raise OutputExistsError(sentence(f"{output} is not empty and holds no Veneer run", "a new folder", do))
+        raise OutputExistsError(f"{output} is not empty and holds no Veneer run", "a new folder", do)
     if run is None and config.resume:
-        raise ConfigError(sentence(f"no run in {output}", "one to resume", "leave out --resume, or check the path"))
+        raise ConfigError(f"no run in {output}", "one to resume", "leave out --resume, or check the path")
     if run is None or (run["status"] == "finished" and config.overwrite):
         return False
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
-        raise OutputExistsError(sentence(f"{output} holds a finished run", "a new folder", do))
+        raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
     old, new = run["config"], config.content()
     changed = [name for name in {**old, **new} if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
     if not changed and config.resume is not False:
@@ -166,7 +166,7 @@ def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Conso
         return None
     found = f"the data have changed since the unfinished run in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
-    raise ConfigError(sentence(found, "the same bytes, to resume it exactly", do))
+    raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
 
 def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:

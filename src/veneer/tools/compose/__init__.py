@@ -129,7 +129,7 @@ def compose(
     """
     if isinstance(base, str | Path):
         found, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
-        raise ConfigError(sentence(found, "a model, or its weights by path", do))
+        raise ConfigError(found, "a model, or its weights by path", do)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
     given, layers = [1.0] * len(adapters) if weights is None else list(weights), layers or {}
     how = _options(len(adapters), given, method, rank, energy, density, layers, seed)
@@ -225,7 +225,7 @@ def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
         if peft.not_for_peft(source.peft_config) is not None:
             found = f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path} without a record"
             do = "load each on its model and save it with veneer.save first"
-            raise AdapterError(sentence(found, "adapters of Veneer's, or such as PEFT applies alike", do))
+            raise AdapterError(found, "adapters of Veneer's, or such as PEFT applies alike", do)
     for source in foreign:
         applied(source)  # as PEFT would: an error where it is not known how
     names = listing((str(source.path) for source in foreign), 3)
@@ -248,8 +248,7 @@ def _layer_weights(
         try:
             test = path_test(pattern)
         except re.error as error:
-            expected = f"a regular expression after re: ({error})"
-            problems.append(sentence(f"pattern {pattern!r}", expected, "correct it"))
+            problems.append(sentence(f"pattern {pattern!r}", f"a regular expression after re: ({error})", "correct it"))
             continue
         if not any(map(test, known)):
             leaves = dict.fromkeys(aligned.at.rpartition(".")[2] for aligned in aligned_weights)
@@ -331,7 +330,7 @@ def _base_weight(
     """The base weight below these changes, which must be the one that the adapters were made for."""
     if base_weights.source is None:
         found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
-        raise AdapterError(sentence(found, "the base's weights", "pass base= (--base on the command line)"))
+        raise AdapterError(found, "the base's weights", "pass base= (--base on the command line)")
     base_weight = base_weights.base_weight(aligned, sources[used[0]].peft_config)
     printed = None
     for number in used:
@@ -339,5 +338,5 @@ def _base_weight(
         printed = printed or (None if expected is None else fingerprint(base_weight.dense, expected))
         if printed != expected and expected is not None:
             found = f"another weight {aligned.weight!r} in the base than {sources[number].path} was made for"
-            raise BaseMismatchError(sentence(found, "the base of the adapters", "pass that base"))
+            raise BaseMismatchError(found, "the base of the adapters", "pass that base")
     return base_weight

@@ -170,6 +170,6 @@ def applied(saved: AdapterFiles) -> dict[str, LowRank]:
         twice = saved.record is None and peft.attention_of(path) is not None
         if twice and (reason := peft.unsure(saved.peft_config)) is not None:
             found = f"a change of {layer.at!r} in {saved.path}: {reason}"
-            raise AdapterError(sentence(found, "a known meaning", "use PEFT for it"))
+            raise AdapterError(found, "a known meaning", "use PEFT for it")
         products[layer.at] = replace(layer.low, scale=layer.scale * peft.TIMES) if twice else layer.low
     return products

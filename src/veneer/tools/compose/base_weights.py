@@ -21,7 +21,7 @@ from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters_of, parameter_path, unwrap
 from veneer.attach.targets import Names, own_parameters
 from veneer.bases import storage_of
-from veneer.errors import AdapterError, listing, sentence
+from veneer.errors import AdapterError, listing
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import squeezed, swapped_stack
@@ -55,7 +55,7 @@ class BaseWeights:
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
             found = f"a base into which {attached.merged!r} is merged"
-            raise AdapterError(sentence(found, "the base's own weights", "call veneer.unmerge(model) first"))
+            raise AdapterError(found, "the base's own weights", "call veneer.unmerge(model) first")
         return None if model is None else Names(unwrap(model))
 
     @property
@@ -75,7 +75,7 @@ class BaseWeights:
             except KeyError:
                 return None
         if tensor is not None and tensor.is_meta:
-            raise AdapterError(sentence(f"{path!r} on the meta device", "values", "load the base's weights first"))
+            raise AdapterError(f"{path!r} on the meta device", "values", "load the base's weights first")
         return None if tensor is None else tensor.detach().cpu()
 
     def _of_model(self, path: str) -> Tensor | None:
@@ -91,7 +91,7 @@ class BaseWeights:
         if storage is not None:
             return storage.dense(stored)
         if isinstance(stored, Tensor) and not stored.is_floating_point():
-            raise AdapterError(sentence(f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense"))
+            raise AdapterError(f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense")
         return stored
 
     def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
@@ -108,7 +108,7 @@ class BaseWeights:
         path, dense = next(((p, found) for p in paths if (found := self.get(p)) is not None), ("", None))
         if dense is None:
             found = f"no {' or '.join(map(repr, paths))} in the base"
-            raise AdapterError(sentence(found, "the weight that the adapters change", "pass the base that they are of"))
+            raise AdapterError(found, "the weight that the adapters change", "pass the base that they are of")
         if self.names is not None:
             above, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[above]]
@@ -125,7 +125,7 @@ class BaseWeights:
         if weight.shape != ((groups, in_, out) if swapped else (groups, out, in_)):
             found = f"{path!r} of shape {tuple(dense.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
-            raise AdapterError(sentence(found, expected, "pass the base that the adapters are of"))
+            raise AdapterError(found, expected, "pass the base that the adapters are of")
         return BaseWeight(weight, swapped, dense)
 
 
@@ -137,7 +137,7 @@ def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> 
     if first is None or not all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values()):
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
         what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(aligned.template.A.shape)}, {ways}"
-        raise AdapterError(sentence(what, "a weight of which it can be told how it is used", "pass model= too"))
+        raise AdapterError(what, "a weight of which it can be told how it is used", "pass model= too")
     return first
 
 

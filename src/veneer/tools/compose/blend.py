@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, sentence
+from veneer.errors import AdapterError
 from veneer.lowrank import LowRank
 from veneer.tools.compose.merge_methods import MERGE_METHODS, factored, merged_vector
 from veneer.variants.dora import row_norms
@@ -76,7 +76,7 @@ def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str
     if nothing:
         found = f"a sum that scales {nothing} rows of {at!r} to 0"
         do = "change the weights a little, or use another method"
-        raise AdapterError(sentence(found, "a row that is W's, rescaled, plus a product", do))
+        raise AdapterError(found, "a row that is W's, rescaled, plus a product", do)
     products = [term.low.to(torch.float64).gained(gain) for term, gain in zip(terms, gains, strict=True)]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())

@@ -57,7 +57,7 @@ def combined(
         elif name == "weight" and at in changed:  # a base weight that PEFT writes along with its change
             first, *others = tensors.values()
             if not all(torch.equal(tensor, first) for tensor in others):
-                raise BaseMismatchError(sentence(f"different frozen weights of {path!r}", "one base", "leave one out"))
+                raise BaseMismatchError(f"different frozen weights of {path!r}", "one base", "leave one out")
             full.setdefault(where[at], {})[name] = first
         else:
             weights = {number: weight for number in tensors if (weight := weigh((at, path), number))}

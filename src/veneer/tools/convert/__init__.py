@@ -127,11 +127,11 @@ def conversion(
     must_not_exist(out, overwrite)
     if from_ == to:
         found = f"{source}, which is of the format {to!r} already"
-        raise AdapterError(sentence(found, "another format", "copy it, or choose another format"))
+        raise AdapterError(found, "another format", "copy it, or choose another format")
     base_info = open_base(base)
     if to == "veneer" and base_info.module is None:
         found = "no base, whose fingerprints the folder is to hold"
-        raise AdapterError(sentence(found, "the base that the adapter was made for", 'give base, or choose "peft"'))
+        raise AdapterError(found, "the base that the adapter was made for", 'give base, or choose "peft"')
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
         left_out = [*contents.left_out, *_lost(made, to)]
@@ -205,22 +205,22 @@ def detect(path: str | Path) -> str:
     if path.is_dir():
         return _detect_folder(path)
     if not path.is_file():
-        raise AdapterError(sentence(f"nothing at {path}", "an adapter", "check the path"))
+        raise AdapterError(f"nothing at {path}", "an adapter", "check the path")
     with path.open("rb") as stream:
         start = stream.read(16)
     tensors = start[8:9] == b"{"  # after the length of the header
     if not tensors and start.startswith((b"PK", b"\x80")):
         found = f"{path}, a pickle, which runs code as it is opened"
-        raise AdapterError(sentence(found, "safetensors or GGUF", "get the adapter as safetensors"))
+        raise AdapterError(found, "safetensors or GGUF", "get the adapter as safetensors")
     found = read_header(path) if tensors else Header({}, {}, 0)
     keys, header = found.tensors, found.metadata
     if known := next((format_.name for format_ in FORMATS if format_.recognises(start, keys, header)), None):
         return known
     if any(key.startswith(peft.PREFIX) for key in keys):
         found = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
-        raise AdapterError(sentence(found, "the folder", "name the folder that holds both"))
+        raise AdapterError(found, "the folder", "name the folder that holds both")
     what = f" with keys such as {listing(sorted(keys), 2)}" if keys else ""
-    raise AdapterError(sentence(f"{path}{what}", f"one of {', '.join(FORMATS.names())}", "check the file"))
+    raise AdapterError(f"{path}{what}", f"one of {', '.join(FORMATS.names())}", "check the file")
 
 
 def _detect_folder(path: Path) -> str:
@@ -230,10 +230,10 @@ def _detect_folder(path: Path) -> str:
     files = sorted(path.iterdir())
     if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
         found = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
-        raise AdapterError(sentence(found, peft.TENSORS, "save the adapter again as safetensors"))
+        raise AdapterError(found, peft.TENSORS, "save the adapter again as safetensors")
     inside = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
     do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
-    raise AdapterError(sentence(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do))
+    raise AdapterError(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do)
 
 
 def _as_folder(
@@ -245,14 +245,14 @@ def _as_folder(
         return folder.read(source), Contents(), {}
     contents = reader(source, base_info.facts, options)
     if not contents.low and not contents.deltas:
-        raise AdapterError(sentence(f"no change at all in {source}", "at least one", "check the file"))
+        raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
     if contents.deltas:
         errors = _from_deltas(source, contents, scratch, base_info, options, verify_base)
         return folder.read(scratch), contents, errors
     dora = [bool(layer.extras) for layer in contents.low.values()]
     if any(dora) and not all(dora):
         found = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
-        raise AdapterError(sentence(found, "all of them or none", "merge it with the tool that made it"))
+        raise AdapterError(found, "all of them or none", "merge it with the tool that made it")
     config = {"peft_type": "LORA", "base_model_name_or_path": contents.base_name, "r": 1, "lora_alpha": 1}
     config["fan_in_fan_out"] = contents.transposed
     stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
@@ -266,7 +266,7 @@ def _from_deltas(
     """Write a folder of dense changes to ``scratch``; how far its products are off."""
     if base_info.module is None:
         found = f"{source}, whose changes only a model's layers make products of"
-        raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
+        raise AdapterError(found, "the base that it was made for", "give the base")
     model = base_info.module()
     _verify(model, contents.about.get("base") or {}, source, verify_base)
     names = frozenset(contents.deltas) if options.whole else contents.full
@@ -289,7 +289,7 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
     other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
     if other:
         found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
-        raise BaseMismatchError(sentence(found, "its own base", "give that one, or pass verify_base=False"))
+        raise BaseMismatchError(found, "its own base", "give that one, or pass verify_base=False")
 
 
 def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
@@ -322,7 +322,7 @@ def _adapter(
 ) -> Adapter:  # fmt: skip
     if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
         found = f"{saved.path}, with layers that only Veneer and its base know"
-        raise AdapterError(sentence(found, "the base that it was made for", "give the base"))
+        raise AdapterError(found, "the base that it was made for", "give the base")
 
     def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
         if base_info.module is None:
@@ -339,7 +339,7 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object) -> None:
     """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one."""
     if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
         found = f"an adapter that PEFT would apply in another way ({why})"
-        raise AdapterError(sentence(found, "changes that PEFT computes", "merge it, or convert it to dense"))
+        raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
     if to.peft or not FORMATS[from_].peft or saved.record is not None or not isinstance(base, nn.Module):
         return
     names, config, problems = Names(base), saved.peft_config, []

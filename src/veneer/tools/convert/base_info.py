@@ -22,7 +22,7 @@ from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import Names
 from veneer.bases import storage_of
-from veneer.errors import AdapterError, ConfigError, listing, sentence
+from veneer.errors import AdapterError, ConfigError, listing
 from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats._base import BaseFacts
 from veneer.formats.parts import PARTS
@@ -52,8 +52,7 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
 def _with_weights(model: nn.Module) -> nn.Module:
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
-        found = f"a base on the meta device ({listing(empty, 2)})"
-        raise AdapterError(sentence(found, "its weights", "load them first"))
+        raise AdapterError(f"a base on the meta device ({listing(empty, 2)})", "its weights", "load them first")
     return model
 
 

@@ -128,7 +128,7 @@ def extract(
             products.append(product)
     if not products and not whole:
         found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
-        raise ExtractError(sentence(found, "something to write", "widen targets or keep"))
+        raise ExtractError(found, "something to write", "widen targets or keep")
     report = ExtractReport(
         out,
         tuple(product.facts for product in products),
@@ -167,10 +167,10 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
         broken += [] if finite or (one.entry.buffer and not differs) else [one.path]
     if broken:
         found = f"NaN or infinity in {listing(broken, 40)}"
-        raise ExtractError(sentence(found, "finite numbers in base and tuned model", "get the models again"))
+        raise ExtractError(found, "finite numbers in base and tuned model", "get the models again")
     if not changed:
         found = f"no difference between {both.old.what} and {both.new.what}"
-        raise ExtractError(sentence(found, "a fine-tuned model and its base", "check which models these are"))
+        raise ExtractError(found, "a fine-tuned model and its base", "check which models these are")
     return changed
 
 

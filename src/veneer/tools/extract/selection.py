@@ -100,9 +100,9 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     words = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(word, str) and word for word in words):
         found, expected = f"keep={keep!r}", "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
-        raise ConfigError(sentence(found, expected, "name what is to be written whole"))
+        raise ConfigError(found, expected, "name what is to be written whole")
     if AUTO in words and NONE in words:
-        raise ConfigError(sentence("keep with 'auto' and 'none'", "one of them", "leave one out"))
+        raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
     return words
 
 

@@ -144,8 +144,7 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
         old = of_module(structure, "the base")
     elif isinstance(base, Mapping):
         if model is None:
-            found = "a state dict for the base and no model"
-            raise ExtractError(sentence(found, "the model that it is of", "give model=…"))
+            raise ExtractError("a state dict for the base and no model", "the model that it is of", "give model=…")
         structure = unwrap(model)
         old = of_state(structure, base, "the base")
     else:
@@ -157,7 +156,7 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     for one in (base, tuned):
         if isinstance(one, nn.Module) and (meta := [path for path, p in one.named_parameters() if p.is_meta]):
             found = f"{listing(meta, 3)} on the meta device"
-            raise ExtractError(sentence(found, "weights that hold numbers", "load the model first, or name its folder"))
+            raise ExtractError(found, "weights that hold numbers", "load the model first, or name its folder")
     return both
 
 
@@ -169,7 +168,7 @@ def _tuned(tuned: Source, structure: nn.Module, own: bool) -> Weights:
         attached = adapters_of(tuned)
         if attached is not None and attached.merged is None:
             found = f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they do not change"
-            raise ExtractError(sentence(found, "a fine-tuned model", "merge one first, or save it with veneer.save"))
+            raise ExtractError(found, "a fine-tuned model", "merge one first, or save it with veneer.save")
         return of_module(tuned, "the tuned model")
     if isinstance(tuned, Mapping):
         return of_state(structure, tuned, "the tuned model")

@@ -30,7 +30,7 @@ from torch import nn
 
 from veneer.adapter_files.folder import content_hash
 from veneer.attach.merge import MergeReport
-from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all, sentence
+from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all
 from veneer.fileio.atomic import disk_errors, must_not_exist, publish
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
@@ -109,7 +109,7 @@ def merge_checkpoint(
 
 def _merged(job: MergeJob, base: str | Path, out: Path, progress: Progress | None) -> CheckpointMerge:
     if out == job.checkpoint.folder.resolve() or out in job.checkpoint.folder.resolve().parents:
-        raise MergeError(sentence(f"{out}, which holds the base", "another folder for the result", "choose another"))
+        raise MergeError(f"{out}, which holds the base", "another folder for the result", "choose another")
     with disk_errors(out), working_folder(out, job.identity()) as (folder, journal):
         try:
             run = Pipeline(job, folder, journal, progress)

@@ -62,8 +62,7 @@ def _expected(checkpoint: Checkpoint, dtype: torch.dtype | None, file: Path) -> 
     content = (checkpoint.folder / file).read_bytes()
     if dtype is None or file != Path(CONFIG):
         return content
-    said = _retyped(json.loads(content), str(dtype).removeprefix("torch."))
-    return (json.dumps(said, indent=2) + "\n").encode()
+    return (json.dumps(_retyped(json.loads(content), str(dtype).removeprefix("torch.")), indent=2) + "\n").encode()
 
 
 def _retyped(said: Any, dtype: str) -> Any:

@@ -144,11 +144,10 @@ def planned(
     """Check what was asked for and find what it does to each tensor, as ``merge_checkpoint`` takes it. ``by_prints``
     allows to find the tensors by the fingerprints that the adapters say, if they are compared."""
     if not adapters:
-        raise MergeError(sentence("no adapter", "one or several", "name them"))
+        raise MergeError("no adapter", "one or several", "name them")
     known_rounding(rounding)
     if dtype is not None and dtype not in FLOATS:
-        do = "choose one, or None to keep the base's"
-        raise MergeError(sentence(f"dtype={dtype}", listing(map(str, FLOATS)), do))
+        raise MergeError(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
     pairs = [(one, 1.0) if isinstance(one, str | Path) else one for one in adapters]
     given = [(Path(path), float(weight)) for path, weight in pairs]
     folder = Path(base).expanduser()
@@ -175,7 +174,7 @@ def computed(job: MergeJob, name: str, tensor: Tensor, compiled: bool) -> tuple[
             finite = not value.is_floating_point() or bool(value.isfinite().all())
         if not finite:
             found = f"{name}: W + ΔW is not finite in {dtype}"
-            raise MergeError(sentence(found, "finite weights", "check the adapter, or choose a wider dtype"))
+            raise MergeError(found, "finite weights", "check the adapter, or choose a wider dtype")
         if not work.place.within:
             result = value
         else:
@@ -205,5 +204,5 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
     if bool((tensor.isfinite() & ~result.isfinite()).any()):
         found = f"{name}: numbers beyond the range of {dtype}"
-        raise MergeError(sentence(found, "a dtype that holds them", "choose bfloat16 or float32"))
+        raise MergeError(found, "a dtype that holds them", "choose bfloat16 or float32")
     return result

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import MergeError, sentence
+from veneer.errors import MergeError
 
 JOURNAL = "journal.jsonl"
 
@@ -59,7 +59,7 @@ def _locked(out: Path, path: Path) -> Iterator[None]:
             raise Timeout(str(path))
     except Timeout:
         found = f"another process that merges into {out}, as {path} is locked"
-        raise MergeError(sentence(found, "one", "wait for it, or choose another folder")) from None
+        raise MergeError(found, "one", "wait for it, or choose another folder") from None
     try:
         yield
     finally:

@@ -177,7 +177,7 @@ def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[in
             if target is None or change.storage.name != "plain" or rewrites:
                 text = f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as it is read"
                 do = "merge it in memory (veneer.merge), and save the model"
-                raise MergeError(sentence(text, "weights that lie in the files as they are used", do))
+                raise MergeError(text, "weights that lie in the files as they are used", do)
             work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
             found[work.path] = replace(work, changes=(*work.changes, (share, change)))
         for _, module, part in adapters_of(model, adapter):
@@ -190,7 +190,7 @@ def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[in
                     found[work.path] = replace(work, full=(*work.full, (share, value.detach())))
     if both := [path for path, work in found.items() if work.changes and work.full]:
         text = f"{listing(both)}, which one adapter changes and another replaces"
-        raise MergeError(sentence(text, "one or the other", "merge one adapter after the other"))
+        raise MergeError(text, "one or the other", "merge one adapter after the other")
     return found
 
 
@@ -260,7 +260,7 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
     except _NeedsBase:
         if change.rows is not None or numbers.keys() - {"A", "B"} - set(change.variant.peft_keys):
             found = f"variant {change.variant.name!r} on {work.path!r}, which the files hold in parts"
-            raise MergeError(sentence(found, "the whole of it in one tensor", "merge it in memory")) from None
+            raise MergeError(found, "the whole of it in one tensor", "merge it in memory") from None
         shape = change.dims[:2]
         own = {
             name: value[groups] if name == "A" else value[groups, rows] if name == "B"
@@ -284,7 +284,7 @@ def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank
     gains = [torch.ones(sizes).double() if gain is None else gain.double().view(sizes) for gain in given]
     whole = 1 + torch.stack([share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]).sum(0)
     if whole.abs().min() < 1e-6:
-        raise MergeError(sentence("a row that these weights scale to nothing", "a gain that is not 0", "change them"))
+        raise MergeError("a row that these weights scale to nothing", "a gain that is not 0", "change them")
     own = [low.to(torch.float64).gained(gain / whole) for low, gain in zip(lows, gains, strict=True)]
     return LowRank.sum(own, shares), whole.flatten()
 

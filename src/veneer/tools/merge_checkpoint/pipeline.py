@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.attach.merge import LayerMerge
-from veneer.errors import CheckpointError, sentence
+from veneer.errors import CheckpointError
 from veneer.kernels.threads import apart
 from veneer.models.safetensors_dir import in_order
 from veneer.tools.merge_checkpoint.direct_writer import DirectWriter
@@ -158,7 +158,7 @@ class _Writer:
                 piece = source.read(min(left, PIECE))
                 if not piece:
                     found = "a file that became shorter while it was read"
-                    raise CheckpointError(sentence(found, "the base as it was", "let nobody write to it meanwhile"))
+                    raise CheckpointError(found, "the base as it was", "let nobody write to it meanwhile")
                 target.write(piece)
                 left -= len(piece)
 
