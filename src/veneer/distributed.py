@@ -87,11 +87,8 @@ def reshard(model: nn.Module) -> None:
 
 def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
     """The ranks that hold a model, once all of them have come to save it at ``path``; None for a rank that saves by
-    itself: the only one, one that was told so (``alone``), or one that the others leave waiting.
-
-    Raises:
-        AdapterError: the weights are spread, and not every rank comes in time, comes to the same path, or may come.
-    """
+    itself: the only one, one that was told so (``alone``), or one that the others leave waiting. ``AdapterError``: the
+    weights are spread, and not every rank comes in time, comes to the same path, or may come."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     sharded: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]

@@ -116,12 +116,9 @@ _HASHING = threading.RLock()
 def fingerprints_of(
     tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = BLAKE3
 ) -> list[str]:
-    """The fingerprint of each tensor, computed for those alone that changed since they were last asked for.
-
-    Args:
-        bits: what merged weights held before, by identity (``merge.kept_bits``).
-        kind: BLAKE3, or SHA256 to compare with a record that has fingerprints of that kind.
-    """
+    """The fingerprint of each tensor, computed for those alone that changed since they were last asked for. ``bits``:
+    what merged weights held before, by identity (``merge.kept_bits``). ``kind``: BLAKE3, or SHA256 to compare with a
+    record that has fingerprints of that kind."""
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
@@ -183,13 +180,9 @@ def record_of(
     left_out: Collection[int],
     fingerprints_of_all: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
 ) -> dict[str, dict[str, str]]:
-    """The fingerprints of a record, "weights" and "rest".
-
-    Args:
-        changed: what the adapter changes at a low rank, by path.
-        left_out: the identities of what is neither: what the adapter replaces.
-        fingerprints_of_all: the fingerprint of each tensor, None of one of which nobody knows.
-    """
+    """The fingerprints of a record, "weights" and "rest". ``changed``: what the adapter changes at a low rank, by path.
+    ``left_out``: the identities of what is neither: what the adapter replaces. ``fingerprints_of_all``: the fingerprint
+    of each tensor, None of one of which nobody knows."""
     own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
     rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.known]
     found = fingerprints_of_all([*changed.values(), *rest])

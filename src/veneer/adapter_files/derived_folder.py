@@ -86,12 +86,8 @@ def write_derived(
 
 def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     """What the sources say of their base, with the fingerprints of all of them; None where one of them says nothing.
-    "rest" is there if all of them have it.
-
-    Raises:
-        BaseMismatchError: they speak of different bases.
-        AdapterError: their fingerprints are of different kinds, so that nobody can tell.
-    """
+    "rest" is there if all of them have it. ``BaseMismatchError``: they speak of different bases. ``AdapterError``:
+    their fingerprints are of different kinds, so that nobody can tell."""
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]

@@ -62,13 +62,9 @@ def card(
     record: Mapping[str, Any] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
-    """The text of an adapter's README.md.
-
-    Args:
-        peft_config: the fields of ``adapter_config.json``.
-        record: Veneer's record (``AdapterFiles.record``), or None for an adapter of another library.
-        shapes: of the tensors in its file, by name, which say more of who can load it.
-    """
+    """The text of an adapter's README.md. ``peft_config``: the fields of ``adapter_config.json``. ``record``: Veneer's
+    record (``AdapterFiles.record``), or None for an adapter of another library. ``shapes``: of the tensors in its file,
+    by name, which say more of who can load it."""
     return _Card(peft_config, record or {}, shapes or {}).text()
 
 

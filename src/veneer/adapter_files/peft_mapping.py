@@ -248,12 +248,8 @@ def _task(model: nn.Module) -> str | None:
 
 
 def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = None) -> str | None:
-    """Why PEFT computes something else than a change of the weight gives, or None.
-
-    Args:
-        parameter: it changes the parameter, not the module.
-        nested: the attention that PEFT adapted along with this out-projection.
-    """
+    """Why PEFT computes something else than a change of the weight gives, or None. ``parameter``: it changes the
+    parameter, not the module. ``nested``: the attention that PEFT adapted along with this out-projection."""
     path, name = ref
     module, kind = names.modules[path], kind_for(names.modules[path], name)
     above = [weight_reader.path for weight_reader in weight_readers(names, path, name) if weight_reader.path != nested]

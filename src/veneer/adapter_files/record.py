@@ -103,11 +103,8 @@ def altered(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """For each part of a folder that the record has a hash of, in words: whether it has changed.
-
-    Args:
-        parameters: those of ``veneer.safetensors``; None if they could not be read.
-    """
+    """For each part of a folder that the record has a hash of, in words: whether it has changed. ``parameters``: those
+    of ``veneer.safetensors``; None if they could not be read."""
     hashes = record["hashes"]
     checks = {
         "the record in its header": hash_record(record) != hashes.get("record"),

@@ -65,14 +65,10 @@ def cover(model: nn.Module) -> None:
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     """What ``module.save_pretrained(…)`` does, with the arguments of its own method, while there are adapters.
-
-    Raises:
-        SelectionError: several adapters and none selected, or rows of several; ``module`` is but a part of the model
-            that they were attached to.
-        AdapterError: an option or a state dict that an adapter folder cannot follow, and all that ``veneer.save``
-            refuses.
-        OutputExistsError: the folder holds what ``from_pretrained`` would load along.
-    """
+    ``SelectionError``: several adapters and none selected, or rows of several; ``module`` is but a part of the model
+    that they were attached to. ``AdapterError``: an option or a state dict that an adapter folder cannot follow, and
+    all that ``veneer.save`` refuses. ``OutputExistsError``: the folder holds what ``from_pretrained`` would load
+    along."""
     options = _arguments(module, args, kwargs)
     attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
     if attached is None or attached.merged is not None or not attached.configs:
@@ -208,11 +204,7 @@ def _state(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]) -> None:
     """``write`` while the model holds the tensors of a state dict: its own, or the whole ones of a model whose
-    parameters are sharded.
-
-    Raises:
-        AdapterError: it lacks tensors of the adapter, or has others than the model.
-    """
+    parameters are sharded. ``AdapterError``: it lacks tensors of the adapter, or has others than the model."""
     whole = model.state_dict(keep_vars=True)
     own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
     part = f".{STATE}.{name}."
@@ -242,14 +234,9 @@ def _is(one: Tensor, other: Tensor) -> bool:
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
     """Copy the parameters of an adapter folder into those of the selected adapter (or the only one), which an optimiser
-    may hold.
-
-    Raises:
-        AdapterError: the folder is damaged or does not fit the model, or the adapter there is made otherwise (other
-            weights, ranks, strengths, another variant). Nothing was copied.
-        BaseMismatchError: it was made for another base.
-        MergeError: an adapter is merged into the weights.
-    """
+    may hold. ``AdapterError``: the folder is damaged or does not fit the model, or the adapter there is made otherwise
+    (other weights, ranks, strengths, another variant). Nothing was copied. ``BaseMismatchError``: it was made for
+    another base. ``MergeError``: an adapter is merged into the weights."""
     model = unwrap(model)
     name = _selected(model)
     if need_adapters(model).merged is not None:

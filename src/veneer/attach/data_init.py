@@ -44,12 +44,8 @@ def gather(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """What the variant of ``plans`` needs, or None if it needs nothing.
-
-    Raises:
-        ConfigError: something that it needs is missing or cannot be had from these layers, or something is given
-            that it would ignore.
-    """
+    """What the variant of ``plans`` needs, or None if it needs nothing. ``ConfigError``: something that it needs is
+    missing or cannot be had from these layers, or something is given that it would ignore."""
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
     problems = list(_problems(plans, modules, batches is not None, loss is not None, original is not None))

@@ -54,11 +54,8 @@ def install(
     calibration: Calibration | None = None,
 ) -> None:
     """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched.
-
-    Args:
-        parameters: the adapter parameters of each weight; made anew without.
-        calibration: what a variant may look at of one weight besides the weight itself, by name.
-    """
+    ``parameters``: the adapter parameters of each weight; made anew without. ``calibration``: what a variant may look
+    at of one weight besides the weight itself, by name."""
     problems = list(name_problems(model, name))  # another thread may have been faster
     raise_all(TargetError, "Nothing was attached", problems)
     names = Names(model)
@@ -81,11 +78,8 @@ def build(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
-    """The parts of a planned adapter by the path of their module. The model does not know them yet.
-
-    Raises:
-        TargetError: a variant cannot start from these weights.
-    """
+    """The parts of a planned adapter by the path of their module. The model does not know them yet. ``TargetError``: a
+    variant cannot start from these weights."""
     modules, given = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])

@@ -25,11 +25,7 @@ def adapters_of(model: nn.Module) -> ModelAdapters | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers.
-
-    Raises:
-        TargetError: it is no module.
-    """
+    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers. ``TargetError``: it is no module."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
     while ADAPTERS not in model.__dict__:

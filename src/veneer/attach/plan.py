@@ -80,11 +80,7 @@ class Plans:
 
 @in_turn
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
-    """What ``config`` means for ``model``. Nothing is changed.
-
-    Raises:
-        TargetError: with every problem.
-    """
+    """What ``config`` means for ``model``. Nothing is changed. ``TargetError``: with every problem."""
     if not isinstance(config, LoraConfig):
         do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
         raise ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)

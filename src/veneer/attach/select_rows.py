@@ -28,13 +28,9 @@ _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dt
 
 
 class Parts(Mapping[Any, Any]):
-    """The part at a layer: that of each distinct adapter, for its rows.
-
-    Args:
-        selections: what the rows use, each once; ``rows`` are the indices of those that use it, ``count`` is how many
-            rows there are in all.
-        time_first: whether the model has a module whose inputs hold the rows along the second axis.
-    """
+    """The part at a layer: that of each distinct adapter, for its rows. ``selections``: what the rows use, each once;
+    ``rows`` are the indices of those that use it, ``count`` is how many rows there are in all. ``time_first``: whether
+    the model has a module whose inputs hold the rows along the second axis."""
 
     def __init__(
         self, uid: str, selections: Sequence[ActiveAdapter], rows: Sequence[Tensor], count: int, time_first: bool

@@ -27,11 +27,8 @@ def must_not_exist(path: Path, overwrite: bool) -> None:
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk first, then renamed in
-    one step. When the block raises, nothing of it stays and ``path`` is as it was.
-
-    Raises:
-        OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False.
-    """
+    one step. When the block raises, nothing of it stays and ``path`` is as it was. ``OutputExistsError``: ``path``
+    exists, is not an empty folder, and ``overwrite`` is False."""
     path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     must_not_exist(path, overwrite)
     with _temporary(path) as folder:
@@ -42,10 +39,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """The path of a temporary file to write, which becomes ``path`` when the block ends, as with ``new_folder``.
-
-    Raises:
-        OutputExistsError: ``path`` exists and ``overwrite`` is False, or is a folder.
-    """
+    ``OutputExistsError``: ``path`` exists and ``overwrite`` is False, or is a folder."""
     path = Path(path).resolve()
     must_not_exist(path, overwrite)
     if path.is_dir():

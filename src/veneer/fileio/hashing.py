@@ -62,12 +62,9 @@ def fingerprints(
     weights: Iterable[Callable[[], Tensor]], threads: int | None = None, like: str = BLAKE3
 ) -> Iterator[str]:
     """The ``fingerprint`` of each weight, in this order, by several threads: hashing leaves Python to others.
-
-    Args:
-        weights: each makes one weight. They are called in this thread, one after the other, and at most a few before
-            their turn, so that what has to be decoded first is never in memory as a whole.
-        threads: None takes one for each core.
-    """
+    ``weights``: each makes one weight. They are called in this thread, one after the other, and at most a few before
+    their turn, so that what has to be decoded first is never in memory as a whole. ``threads``: None takes one for each
+    core."""
     threads = min(MOST_THREADS, len(cores())) if threads is None else threads
     if threads == 1:
         yield from (fingerprint(weight(), like) for weight in weights)

@@ -31,11 +31,8 @@ class Spilled:
     strides: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor, in memory of the processor, with the strides that it had.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """The tensor, in memory of the processor, with the strides that it had. ``OSError``: the file cannot be
+        read."""
         size = self.shape.numel() * self.dtype.itemsize
         self.spill.file.seek(self.offset)
         raw = numpy.fromfile(self.spill.file, numpy.uint8, size)

@@ -77,12 +77,8 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of a safetensors file. No number of a tensor is read.
-
-    Raises:
-        AdapterError: names the file, and each tensor that is not what the file's size allows.
-        OSError: the system does not let us read it.
-    """
+    """Read and check the header of a safetensors file. No number of a tensor is read. ``AdapterError``: names the file,
+    and each tensor that is not what the file's size allows. ``OSError``: the system does not let us read it."""
     path = Path(path)
     if not path.is_file():  # opening a pipe or a device could wait forever
         raise AdapterError(_unreadable(path, "it is no regular file"))
@@ -186,10 +182,7 @@ def _gap(tensors: Mapping[str, Any], room: int) -> str | None:
 def parse(text: str | bytes) -> Any:
     """A JSON value, more strictly than ``json`` reads it: no key twice, no NaN or infinity, no whole number beyond 64
     bits, no half of a surrogate pair (which no file can be written with), and bounded depth and memory. ASCII or UTF-8.
-
-    Raises:
-        ValueError: says what was found.
-    """
+    ``ValueError``: says what was found."""
     raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(raw) > MAX_HEADER or sum(map(raw.count, _MARKS)) > MAX_MARKS:
         raise ValueError(f"more than {MAX_MARKS:,} values")
@@ -249,11 +242,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, file: str, do: str = "get the file again") -> dict[str, Any]:
-    """A JSON object of at most ``MAX_JSON`` bytes.
-
-    Raises:
-        AdapterError: it is larger, no JSON, or no object; says where and why.
-    """
+    """A JSON object of at most ``MAX_JSON`` bytes. ``AdapterError``: it is larger, no JSON, or no object; says where
+    and why."""
     if len(text) > MAX_JSON:
         raise AdapterError(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do)
     try:

@@ -27,11 +27,8 @@ MAX_AXES = 4
 
 
 def check(path: Path) -> None:
-    """Go through everything in front of the numbers.
-
-    Raises:
-        AdapterError: the file is cut short, or claims what its size does not allow.
-    """
+    """Go through everything in front of the numbers. ``AdapterError``: the file is cut short, or claims what its size
+    does not allow."""
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check(data)

@@ -40,11 +40,8 @@ def refusals(adapter: Adapter) -> list[str]:
 
 
 def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
-    """(part, the path in it) of each change's module, by its weight.
-
-    Raises:
-        AdapterError: no part in the paths and none given, or both.
-    """
+    """(part, the path in it) of each change's module, by its weight. ``AdapterError``: no part in the paths and none
+    given, or both."""
     inside = {change.weight: part_of(change.module) for change in changes}
     if part is None and all(inside.values()):
         return {change.weight: (inside[change.weight], change.module.partition(".")[2]) for change in changes}
@@ -59,14 +56,9 @@ def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> di
 
 
 def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Which parts of a file to read: (what to put before the paths of each, what is left out).
-
-    Args:
-        layers: the part of each layer of the file.
-
-    Raises:
-        AdapterError: several parts for a base that is one of them, or a part that the file lacks.
-    """
+    """Which parts of a file to read: (what to put before the paths of each, what is left out). ``layers``: the part of
+    each layer of the file. ``AdapterError``: several parts for a base that is one of them, or a part that the file
+    lacks."""
     counts = Counter(layers)
     found = {name: counts[name] for name in PARTS if name in counts}
     if part is not None and part not in found:

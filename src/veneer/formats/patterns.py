@@ -28,12 +28,8 @@ _REPEAT = re.compile(r"\{(\d*)(?:,\d*)?\}")
 
 
 class Expressions:
-    """Several expressions that share one limit of time.
-
-    Raises:
-        ValueError: one is no regular expression, or none that ``regex`` reads as ``re`` does, or they are too large.
-        AdapterError: of ``matching``: they take too long.
-    """
+    """Several expressions that share one limit of time. ``ValueError``: one is no regular expression, or none that
+    ``regex`` reads as ``re`` does, or they are too large. ``AdapterError``: of ``matching``: they take too long."""
 
     def __init__(self, sources: Iterable[str], written: str = "{}", *, whole: bool = True) -> None:
         sources = tuple(sources)

@@ -130,11 +130,8 @@ class PeftLayer:
 
     @property
     def low(self) -> LowRank:
-        """The change as a value, with one group but for grouped convolutions and stacks.
-
-        Raises:
-            AdapterError: A and B that are no product of this rank.
-        """
+        """The change as a value, with one group but for grouped convolutions and stacks. ``AdapterError``: A and B that
+        are no product of this rank."""
         rank = self._rank
         groups = self.A.shape[0] // rank
         try:

@@ -131,10 +131,7 @@ def of_state(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
 
 def of_folder(model: nn.Module, folder: str | Path) -> Weights:
     """The values of a folder of safetensors whose tensors are those of ``model`` by transformers' rules.
-
-    Raises:
-        CheckpointError: not such a folder, or tensors that do not fill the parameters that they are a part of.
-    """
+    ``CheckpointError``: not such a folder, or tensors that do not fill the parameters that they are a part of."""
     checkpoint = open_checkpoint(folder)
     found = map_checkpoint_names(model, checkpoint.where)
     pieces: dict[str, list[tuple[str, Place]]] = {}

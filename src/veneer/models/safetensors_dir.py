@@ -65,12 +65,8 @@ class Checkpoint:
         return self.files[self.where[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some ``rows`` of its first axis, in memory of its own.
-
-        Raises:
-            KeyError: no such tensor.
-            CheckpointError: the file became shorter since its header was read.
-        """
+        """One tensor, or some ``rows`` of its first axis, in memory of its own. ``KeyError``: no such tensor.
+        ``CheckpointError``: the file became shorter since its header was read."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
@@ -86,12 +82,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint in a folder: its headers, checked; no number of it is read.
-
-    Raises:
-        CheckpointError: no safetensors there, or several that no index tells apart, an index that names other files or
-            tensors than there are, a damaged file; with every problem at once.
-    """
+    """The checkpoint in a folder: its headers, checked; no number of it is read. ``CheckpointError``: no safetensors
+    there, or several that no index tells apart, an index that names other files or tensors than there are, a damaged
+    file; with every problem at once."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")

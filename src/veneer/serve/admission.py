@@ -28,13 +28,9 @@ AHEAD = 4
 
 
 class Admission:
-    """The requests between the queue and the rows. The engine's thread alone calls it.
-
-    Args:
-        lock: guards the scheduler.
-        wake: called, in any thread, when adapters have been loaded.
-        end: ends a request: (state, "error", what went wrong, its cause).
-    """
+    """The requests between the queue and the rows. The engine's thread alone calls it. ``lock``: guards the scheduler.
+    ``wake``: called, in any thread, when adapters have been loaded. ``end``: ends a request: (state, "error", what went
+    wrong, its cause)."""
 
     def __init__(
         self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any], rows: int,

@@ -33,12 +33,8 @@ log = logging.getLogger("veneer.serve")
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, [rows, width] in float32, of ``hidden`` [rows, tokens, width].
-
-    Args:
-        mask: [rows, tokens], 1 where there is a token.
-        how: "mean", "cls" (the first token) or "max".
-    """
+    """One vector a row, [rows, width] in float32, of ``hidden`` [rows, tokens, width]. ``mask``: [rows, tokens], 1
+    where there is a token. ``how``: "mean", "cls" (the first token) or "max"."""
     hidden, there = hidden.float(), mask.bool()[..., None]
     if how == "cls":
         vectors = hidden[:, 0]

@@ -98,12 +98,9 @@ class Engine:
 
     def submit(self, request: Request, deliver: Deliver) -> RequestState:
         """Queue a request, from any thread; what is returned can ``cancel`` it. ``deliver`` is called with each piece,
-        in the engine's thread, and must return at once; the last piece, and no other, has ``finish``.
-
-        Raises:
-            RequestError: a prompt that is empty, too long or of unknown tokens; a schema that is not understood.
-            Busy: the queue is full, or the engine is draining.
-        """
+        in the engine's thread, and must return at once; the last piece, and no other, has ``finish``. ``RequestError``:
+        a prompt that is empty, too long or of unknown tokens; a schema that is not understood. ``Busy``: the queue is
+        full, or the engine is draining."""
         limit, schema = self._limit(request), request.sampling.schema
         sampler = Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)

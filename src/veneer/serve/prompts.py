@@ -44,12 +44,9 @@ Chat = Sequence[Mapping[str, str]]
 
 
 def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
-    """The tokens of a chat in the base's own template; of special tokens, the template's alone.
-
-    Raises:
-        Refusal: the base has no template, its template takes no such chat, it cannot fit into the context, which is
-            ``length`` tokens, or a special token in a content cannot be read as ordinary text.
-    """
+    """The tokens of a chat in the base's own template; of special tokens, the template's alone. ``Refusal``: the base
+    has no template, its template takes no such chat, it cannot fit into the context, which is ``length`` tokens, or a
+    special token in a content cannot be read as ordinary text."""
     if not getattr(tokenizer, "chat_template", None):
         message = sentence("a base without a chat template", "one that was made for chats", "use /v1/completions")
         raise Refusal(400, message, param="messages", code="no_chat_template")
@@ -133,11 +130,8 @@ def plain(
     tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, length: int, param: str = "prompt"
 ) -> tuple[int, ...]:
     """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A special token that is
-    written out in a text is that token.
-
-    Raises:
-        Refusal: a token that the base does not have, a text without any, or one that cannot fit into the context.
-    """
+    written out in a text is that token. ``Refusal``: a token that the base does not have, a text without any, or one
+    that cannot fit into the context."""
     if isinstance(prompt, str):
         _check_fits(tokenizer, prompt, length, param)
         return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
@@ -179,10 +173,7 @@ def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
 
 def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, short: bool) -> int:
     """How many tokens each answer may have: what the client ``asked`` for, or what is left, or ``SHORT`` of it.
-
-    Raises:
-        Refusal: prompt and answer do not fit into the context together, which is ``length`` tokens.
-    """
+    ``Refusal``: prompt and answer do not fit into the context together, which is ``length`` tokens."""
     longest = max(map(len, prompts))
     left = length - longest
     if left < 1 or (asked or 1) > left:

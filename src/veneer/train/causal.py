@@ -20,12 +20,8 @@ LENGTH, SAME = 8, 5
 
 @torch.no_grad()
 def must_not_see_later_tokens(model: Any, name: str) -> None:
-    """Raise a ConfigError if the logits of a position depend on tokens after it.
-
-    Args:
-        model: one of transformers', called with input_ids and attention_mask [2, LENGTH]. Its mode is kept.
-        name: what to call it in the error.
-    """
+    """Raise a ConfigError if the logits of a position depend on tokens after it. ``model``: one of transformers',
+    called with input_ids and attention_mask [2, LENGTH]. Its mode is kept. ``name``: what to call it in the error."""
     size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(LENGTH) * 7 + 3).remainder(size).repeat(2, 1)
     ids[1, SAME:] = (ids[1, SAME:] + size // 2).remainder(size)

@@ -20,12 +20,8 @@ TINY = 1e-30
 
 
 class ChunkedCrossEntropy:
-    """Sums over the chunks: of the loss, of its gradients, of the right answers.
-
-    Args:
-        like: logits [1, c, v] of the largest chunk, for the shape, dtype and device of the sums.
-        accuracy: whether right answers are counted.
-    """
+    """Sums over the chunks: of the loss, of its gradients, of the right answers. ``like``: logits [1, c, v] of the
+    largest chunk, for the shape, dtype and device of the sums. ``accuracy``: whether right answers are counted."""
 
     def __init__(self, like: Tensor, accuracy: bool) -> None:
         self.accuracy = accuracy

@@ -37,14 +37,9 @@ INSTEAD = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The frozen lower blocks of a model, and their output for each row.
-
-    Args:
-        model: one of transformers' causal language models, with everything that trains in the upper ones of its blocks.
-
-    Raises:
-        ConfigError: something outside those blocks trains, nothing lies below, or what lies below is random.
-    """
+    """The frozen lower blocks of a model, and their output for each row. ``model``: one of transformers' causal
+    language models, with everything that trains in the upper ones of its blocks. ``ConfigError``: something outside
+    those blocks trains, nothing lies below, or what lies below is random."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks, self.count = _below(model)
@@ -59,15 +54,9 @@ class HiddenStateCache:
     @contextmanager
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within the block the model's forward takes the hidden states of this batch from memory, computed if need be.
-
-        Args:
-            inputs: the model's keyword arguments: input_ids [b, s], and attention_mask, with padding on the right, or
-                the position_ids of packed rows, or neither.
-
-        Raises:
-            ConfigError: another input, or padding on the left; what the blocks above compute depends on more than the
-                hidden states (seen when the first row is computed).
-        """
+        ``inputs``: the model's keyword arguments: input_ids [b, s], and attention_mask, with padding on the right, or
+        the position_ids of packed rows, or neither. ``ConfigError``: another input, or padding on the left; what the
+        blocks above compute depends on more than the hidden states (seen when the first row is computed)."""
         hidden = []
         for row in _rows(inputs):
             content = b"".join(name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row))

@@ -213,11 +213,8 @@ def _provenance(
 
 
 def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters of other libraries.
-
-    Raises:
-        AdapterError: they and others mean different things by the same numbers.
-    """
+    """Notes on adapters of other libraries. ``AdapterError``: they and others mean different things by the same
+    numbers."""
     foreign = [source for source in sources if source.record is None]
     if not foreign:
         return []

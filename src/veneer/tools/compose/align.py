@@ -45,12 +45,9 @@ Changes = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
 def align(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) -> list[AlignedWeight]:
-    """The weights that these adapters change, in the first one's order.
-
-    Raises:
-        AdapterError: with every problem at once: shapes that differ, a weight that is tied in one and not in another,
-            a module in one and its parameter in another, parameters whose order in a file nobody knows.
-    """
+    """The weights that these adapters change, in the first one's order. ``AdapterError``: with every problem at once:
+    shapes that differ, a weight that is tied in one and not in another, a module in one and its parameter in another,
+    parameters whose order in a file nobody knows."""
     problems: list[str] = []
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for number, saved in enumerate(saved_adapters):

@@ -96,10 +96,7 @@ class BaseWeights:
 
     def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
         """The weight that these changes are of; ``config`` is the PEFT config of an adapter that changes it.
-
-        Raises:
-            AdapterError: there is no such weight, or it cannot be told how it is used.
-        """
+        ``AdapterError``: there is no such weight, or it cannot be told how it is used."""
         path = aligned.weight
         if path is None and self.names is not None and (ref := ref_at(self.names, aligned.path, config)) is not None:
             path = parameter_path(*ref)

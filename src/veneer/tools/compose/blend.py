@@ -61,14 +61,8 @@ def reduced(total: LowRank, how: ComposeOptions) -> Blend:
 
 
 def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str, dtype: torch.dtype) -> Blend:
-    """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``.
-
-    Args:
-        weight: the frozen weight [g, out, in].
-
-    Raises:
-        AdapterError: G is 0 in some row, where the sum has no such form.
-    """
+    """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``. ``weight``: the frozen weight
+    [g, out, in]. ``AdapterError``: G is 0 in some row, where the sum has no such form."""
     W = weight.double()
     gains = [_gain(term, W) for term in terms]
     G = 1 + torch.stack([term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]).sum(0)

@@ -31,13 +31,9 @@ def combined(
     sources: Sequence[AdapterFiles], aligned_weights: Sequence[AlignedWeight], weigh: Weigh, how: ComposeOptions,
     base_weights: BaseWeights,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """The parameters and running statistics by path in a file and name.
-
-    Raises:
-        AdapterError: the base is needed and not there, shapes differ, or a running variance would be negative; with
-            every problem at once.
-        BaseMismatchError: adapters that carry frozen weights along carry different ones.
-    """
+    """The parameters and running statistics by path in a file and name. ``AdapterError``: the base is needed and not
+    there, shapes differ, or a running variance would be negative; with every problem at once. ``BaseMismatchError``:
+    adapters that carry frozen weights along carry different ones."""
     params: dict[tuple[str, str], dict[int, Tensor]] = {}
     where: dict[str, str] = {}
     for number, source in enumerate(sources):

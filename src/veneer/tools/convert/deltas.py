@@ -83,13 +83,8 @@ def put(
     model: nn.Module, deltas: Mapping[str, Tensor], whole: frozenset[str], *, rank: int | None, energy: float | None
 ) -> dict[str, float]:
     """Install the adapter ``NAME`` that makes these changes. Vectors, and what ``whole`` names, are trained in full.
-
-    Returns:
-        of each change that became a product, ‖ΔW - product‖ / ‖ΔW‖.
-
-    Raises:
-        AdapterError: names or shapes that the model does not have. Nothing was changed.
-    """
+    Returns, for each change that became a product, ‖ΔW - product‖ / ‖ΔW‖. ``AdapterError``: names or shapes that the
+    model does not have. Nothing was changed."""
     names, problems = Names(model), []
     refs = {name: ref for name in deltas if (ref := _ref_of(names, name, deltas[name], problems)) is not None}
     full: dict[str, dict[str, Tensor]] = {}
@@ -148,12 +143,9 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
 
 
 def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
-    """A [g, r, in], B [g, out, r] in float32, and the relative error, of ΔW [g, out, in] in float64.
-
-    Args:
-        rank: r, at most min(out, in); None takes the least that keeps the share ``energy`` of ‖ΔW‖², or with None there
-            too that leaves at most 1e-6 · ‖ΔW‖.
-    """
+    """A [g, r, in], B [g, out, r] in float32, and the relative error, of ΔW [g, out, in] in float64. ``rank``: r, at
+    most min(out, in); None takes the least that keeps the share ``energy`` of ‖ΔW‖², or with None there too that leaves
+    at most 1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
     rest = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)  # [min]: what is left when only the first i are kept
     allowed = (EXACT**2 if energy is None else 1 - energy) * rest[0]

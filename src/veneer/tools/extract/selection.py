@@ -43,10 +43,7 @@ def select_weights(
     adapter: str,
 ) -> Selection:
     """Sort what changed; ``adapter`` is the name under which the adapter will stand on the model for a moment.
-
-    Raises:
-        TargetError: a pattern that matches nothing, a weight that cannot carry its change; with every problem.
-    """
+    ``TargetError``: a pattern that matches nothing, a weight that cannot carry its change; with every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
     patterns = [pattern for pattern in keep if pattern not in WORDS]
     problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))

@@ -132,12 +132,8 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
-    """Open two models; of a folder no number is read.
-
-    Raises:
-        ConfigError, CheckpointError: a folder that is no model.
-        ExtractError: a state dict as the base without ``model``; adapters on the tuned model that are not merged.
-    """
+    """Open two models; of a folder no number is read. ``ConfigError``, ``CheckpointError``: a folder that is no model.
+    ``ExtractError``: a state dict as the base without ``model``; adapters on the tuned model that are not merged."""
     name = None
     if isinstance(base, nn.Module):
         structure = unwrap(base)
@@ -187,10 +183,7 @@ def _folder(source: str | Path, structure: nn.Module | None) -> Path:
 
 def pair_weights(both: Both) -> list[WeightPair]:
     """Every parameter and lasting buffer of the base with what it is in the tuned model, in the model's order.
-
-    Raises:
-        ExtractError: other names, shapes or types, a tied weight with two values; with all of them.
-    """
+    ``ExtractError``: other names, shapes or types, a tied weight with two values; with all of them."""
     names = Names(both.model)
     pairs: list[WeightPair] = []
     missing: dict[str, list[str]] = {both.old.what: [], both.new.what: []}

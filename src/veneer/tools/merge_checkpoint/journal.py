@@ -22,11 +22,8 @@ JOURNAL = "journal.jsonl"
 @contextmanager
 def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """The folder in which the result grows, and what its journal says is done: the last line of a file counts all of
-    its tensors that are. The journal of another merge is thrown away, with its folder.
-
-    Raises:
-        MergeError: another process has it.
-    """
+    its tensors that are. The journal of another merge is thrown away, with its folder. ``MergeError``: another process
+    has it."""
     folder = out.with_name(f".{out.name}.merging")
     with _locked(out, folder.with_name(f"{folder.name}.lock")):
         lines: list[dict[str, Any]] = []

@@ -72,13 +72,10 @@ class MergePlan:
 
 def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> MergePlan:
     """What merging these adapters does to the checkpoint in ``folder``, which is of ``model``, with or without weights;
-    None lets a child process build that from the folder's config.
-
-    Raises:
-        AdapterError, TargetError: an adapter that cannot be read, or that does not fit the model.
-        CheckpointError: the files lack a weight that an adapter changes, or hold it in a way that cannot be followed.
-        MergeError: a change that cannot be merged tensor by tensor.
-    """
+    None lets a child process build that from the folder's config. ``AdapterError``, ``TargetError``: an adapter that
+    cannot be read, or that does not fit the model. ``CheckpointError``: the files lack a weight that an adapter
+    changes, or hold it in a way that cannot be followed. ``MergeError``: a change that cannot be merged tensor by
+    tensor."""
     if model is not None:
         return _recipe(folder, adapters, model)
     code = f"import sys; from {__name__} import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"

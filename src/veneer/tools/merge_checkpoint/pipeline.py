@@ -51,12 +51,8 @@ class Pipeline:
         self._reading, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def run(self) -> None:
-        """Everything that is left to do.
-
-        Raises:
-            BaseMismatchError, MergeError, CheckpointError, OSError: the first that is met; what the journal says is
-                done then, is.
-        """
+        """Everything that is left to do. ``BaseMismatchError``, ``MergeError``, ``CheckpointError``, ``OSError``: the
+        first that is met; what the journal says is done then, is."""
         names = list(self._left())
         with self._reading, self._hashing, apart(), _Writer(self) as writer, ThreadPoolExecutor(1) as writing:
             before: tuple[int, Future[None]] | None = None  # bytes of the tensor that is being written
