@@ -2,15 +2,12 @@
 
 The defaults are those that current results support:
 
-- ``targets="all-linear"``: all linear layers of the body. Adapting attention alone trails adapting the MLPs as well, at
-  equal parameter counts too (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023,
-  "QLoRA", arXiv:2305.14314, section 4).
+- ``targets="all-linear"``: adapting attention alone trails adapting the MLPs too (Schulman and Thinking Machines Lab
+  2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 4).
 - ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a constant alpha makes the
-  best learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters"). At rank
-  16 this is the common ``alpha = 2 · rank``.
+  best learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters").
 - B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al. 2021,
   arXiv:2106.09685, section 4.1).
-- The learning rate belongs to the trainer: about ten times that of full fine-tuning (the same 2025 report).
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
     W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
 
-Rounding to nearest would lose most of a small change of 16-bit weights, which lie on the grid already; so where it
-would, a weight is rounded so that what the adapter reads survives (``kernels/error_feedback.py``). Storages with a grid
-of their own (packed ones) round as they do.
+Where rounding to nearest would lose most of a small change of 16-bit weights, a weight is rounded so that what the
+adapter reads survives (``kernels/error_feedback.py``). Storages with a grid of their own round as they do.
 
-One weight at a time is made, checked, kept and overwritten, so that no more than one is in memory twice. The old bits
-are kept beside the adapter (outside of what state dicts and ``.to`` see; with ``keep=False`` in a temporary file until
-the last weight is written). Each is kept before it is overwritten, and the model counts as merged until the last is
-back, so that whatever interrupts either way, ``unmerge`` can finish it.
+One weight at a time is made, checked, kept and overwritten. Each is kept before that, and the model counts as merged
+until the last is back, so that whatever interrupts either way, ``unmerge`` can finish it.
 """
 
 from __future__ import annotations

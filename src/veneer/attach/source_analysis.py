@@ -13,13 +13,10 @@
     project(h, self.emb)                      what project reads of that parameter: ("emb", "weight")
 
 It follows a method into what it calls of its own class, of the classes above and of plain Python functions that are
-given something of ``self``; through local names, loops, tuples, properties and what a call returns.
-
-Limits. Code in C, or made at run time, shows nothing, nor does a class without source; a name that is computed
-(``getattr(self, name)``) is no name; calls are followed to a depth of 16; a branch that never runs counts as read.
-Hence no answer is a promise: a weight that is read in a way that cannot be seen is found by ``veneer.check``; layers
-that may share an input are only computed together if the tensors are one at the call (``fused_linear.py``); and a
-forward is only cut where a trial on a few rows gives the same (``train/loss.py``).
+given something of ``self``; through local names, loops, tuples, properties and what a call returns. Code in C, or made
+at run time, shows nothing, nor does a class without source; a name that is computed is no name; calls are followed to a
+depth of 16; a branch that never runs counts as read. Hence no answer is a promise, and each is checked by who asks:
+``veneer.check`` finds weights that are read unseen, ``fused_linear.py`` compares the inputs, ``train/loss.py`` tries.
 """
 
 from __future__ import annotations

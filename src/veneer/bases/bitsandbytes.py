@@ -18,13 +18,12 @@ With ``compress_statistics`` the scales are stored in 8 bits themselves, in bloc
 
 ``quant_storage`` only says as which dtype the bytes are labelled; ``stored`` always gives bytes.
 
-On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place for another kernel.
-That rounds the scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any more (bitsandbytes
-0.50). ``prepare`` undoes the layout and keeps the module from it, so that a frozen base stays what it was.
+On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place, which rounds the
+scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any more (bitsandbytes 0.50).
+``prepare`` undoes the layout and keeps the module from it.
 
-**Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW, and
-the nearest numbers under the scale as it will be stored. Quantising anew would move every element of a block by a
-rounding; under the old scale those that did not change stay, and merging nothing changes no bit.
+**Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW: under
+the old scale those numbers that did not change stay.
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """

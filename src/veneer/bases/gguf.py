@@ -6,16 +6,12 @@ numbers. For Q8_0, for example, block = 32 and size = 34:
     byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
     meaning   d    | q₀ … q₃₁            d: float16, q: int8
 
-The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they are. The types have up
-to three levels of scales, so both directions are left to the two libraries that know them: ``gguf.quants`` (numpy) and
-the torch port of it in diffusers, which is used where it has the type, as it also runs on a GPU. Reading is exact in
-float32; diffusers' own forward computes the weights in float16.
+The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they are. Both directions
+are left to the two libraries that know the types: ``gguf.quants`` (numpy) and the torch port of it in diffusers, which
+is used where it has the type, as it also runs on a GPU. Reading is exact in float32.
 
-**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come closer, as they do if
-it did not change. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge refuses
-them.
-
-Models that transformers loads from a GGUF file are not packed: it decodes every weight on the way.
+**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come closer. The k-quants
+and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge refuses them.
 """
 
 from __future__ import annotations

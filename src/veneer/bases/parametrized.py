@@ -2,19 +2,14 @@
 
     module.weight = pₙ(… p₁(p₀(original)))        the ``ParametrizationList`` under ``module.parametrizations.weight``
 
-**Reading.** Computing the weight may change state: in training mode spectral norm runs a step of the power method,
-which overwrites its vectors u and v, so that every access makes another weight. The frozen weight is what the list
-computes in evaluation mode from its state as it is now. It is computed on a view of the list (the same parameters,
-copied buffers), as switching ``training`` in place and back would be seen by other threads.
+**Reading.** Computing the weight may change state: in training mode spectral norm moves its vectors u and v. The frozen
+weight is what the list computes in evaluation mode from its state as it is now, on a view of the list (the same
+parameters, copied buffers), as switching ``training`` in place would be seen by other threads.
 
-**Merging.** Most parametrizations have no exact inverse: no g and v give the very bits of a rounded W + ΔW, and no
-orthogonal matrix is W + ΔW at all. So a merge leaves the originals alone and gives the list another class, whose result
-is the buffer ``merged``; ``module.weight`` then is the merged weight bit for bit, and nothing else is computed, so that
-u and v rest. Unmerging gives the class back. Rejected: appending a last parametrization that ignores its input, as all
-the others would still run and move their state.
-
-The state dict of a merged list has one more key, ``merged``. Torch itself refuses to pickle parametrized modules (it
-copies them); ``parametrize.remove_parametrizations`` on a merged one leaves the merged weight.
+**Merging.** Most parametrizations have no exact inverse. So a merge leaves the originals alone and gives the list
+another class, whose result is the buffer ``merged``, bit for bit, so that u and v rest; it is one more key of the state
+dict. Unmerging gives the class back. Torch itself refuses to pickle parametrized modules (it copies them);
+``parametrize.remove_parametrizations`` on a merged one leaves the merged weight.
 """
 
 from __future__ import annotations

@@ -11,9 +11,7 @@ Weights that also quantise x as it comes (``act_quant_kwargs``, ``activation_qua
 call of them passes no gradient to x, so that whatever is trained below such a layer would silently get a wrong one.
 
 **Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes closer to W + ΔW, and
-rounds under it. A new scale alone would move all elements of a block: torchao's symmetric rule divides by
-(high - low) / 2, so that quantising a decoded int4 block again shrinks it by a fifteenth. Under the old scale, what did
-not change stays.
+rounds under it: a new scale alone would move all elements of a block, and shrink a decoded int4 one by a fifteenth.
 """
 
 from __future__ import annotations

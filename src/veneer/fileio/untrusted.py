@@ -5,13 +5,10 @@
     the rest         the numbers, each tensor in its own range, without a gap
 
 A file says of itself what it holds, and everything here treats that as a claim: each number is compared with the size
-that the disk reports before anything is allocated by it. The header alone is read, so a checkpoint of many GiB costs
-what its list of names costs. The layout is the one that https://github.com/huggingface/safetensors documents.
+on the disk before anything is allocated by it. Layout: https://github.com/huggingface/safetensors.
 
-Rejected: to rely on the safetensors library alone. It refuses most of this, but names neither the file nor the tensor,
-and the text of its errors changes with its version; and JSON has the same traps in ``adapter_config.json``, of which
-it knows nothing: keys that are there twice (two readers may believe two values), NaN, numbers of a million digits,
-lists nested so deep that a reader runs out of stack.
+The safetensors library refuses most of this, but names neither the file nor the tensor; and JSON has traps of its own:
+keys that are there twice, NaN, numbers of a million digits, lists nested so deep that a reader runs out of stack.
 """
 
 from __future__ import annotations

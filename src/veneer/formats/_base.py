@@ -3,11 +3,8 @@
     read(path, base, options)                  -> Contents    what the file says, in PEFT's terms
     write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
 
-PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them, so
-that values pass through untouched.
-To add one: a file here that calls ``register(Format(...))``. ``convert`` and the tests find it.
-
-Rejected: a pair of functions for each pair of formats. Six formats would be thirty conversions.
+PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them. To
+add a format: a file here that calls ``register(Format(...))``.
 """
 
 from __future__ import annotations

@@ -13,17 +13,14 @@ llama.cpp stores some weights otherwise than transformers does, and a change of 
 - ``gate_up_proj`` of experts is split into gate and up, which share A;
 - GPT-2's Conv1D is transposed to [out, in], which A and B are already.
 
-Only architectures whose conversion does nothing else to matrices are known here: another may reorder rows in a way of
-its own, and its adapter would load and be wrong. alpha is stored in float32; a layer whose scale is another than
-alpha / r has the rest multiplied into B.
+Only architectures whose conversion does nothing else to matrices are known here. alpha is stored in float32; a layer
+whose scale is another than alpha / r has the rest multiplied into B.
 
 Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
-a word), and an embedding or head where both are one weight: llama.cpp would read its change in two orientations, and
-stops with a failed assertion.
+a word), and an embedding or head where both are one weight, whose change it would read in two orientations.
 
-Read from llama.cpp's src/llama-adapter.cpp, src/llama-graph.cpp, convert_lora_to_gguf.py and conversion/ (as of
-llama-cpp-python 0.3.36). The tests run four families in it, gpt2 among them; all other ``ARCHITECTURES`` were compared
-with it once, as tiny random models that its own converter had written: logits within 1e-3 of what the adapter does.
+Read from llama.cpp's sources (as of llama-cpp-python 0.3.36). The tests run four families in it; all other
+``ARCHITECTURES`` were compared with it once, as tiny random models of its own converter: logits within 1e-3.
 """
 
 from __future__ import annotations

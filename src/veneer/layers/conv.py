@@ -4,9 +4,8 @@ weight [in, out/g, *k].
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
 A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (g · r outputs in
-g groups, and the module's other options), followed by a 1 × 1 convolution with B. An output of ΔW is a channel, in a
-transposed convolution too, and not a channel at a place of the kernel. A change of a grouped weight is grouped itself;
-PEFT's is not (its A spans all groups), which is why that can't be merged.
+g groups, and the module's other options), followed by a 1 × 1 convolution with B. A change of a grouped weight is
+grouped itself; PEFT's is not (its A spans all groups), which is why that can't be merged.
 
 In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1. It has none of transposed ones.
 """

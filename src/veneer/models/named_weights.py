@@ -5,8 +5,8 @@
     of_folder(model, folder)    in safetensors, read when they are asked for
 
 A ``Value`` is one parameter (or lasting buffer): its shape, its dtype, and how to read it, all of it or some rows of
-its first axis. Nothing is read before; so two models that are larger than memory can be gone through side by side, one
-weight at a time, and a stack of experts one expert at a time, although its file may hold a tensor for each of them.
+its first axis. So two models that are larger than memory can be gone through side by side, one weight at a time, and a
+stack of experts one expert at a time, although its file may hold a tensor for each of them.
 
 A tied parameter is one value under all its names. A file may hold it several times; ``Value.again`` are the others,
 for whoever needs to know that they are equal.

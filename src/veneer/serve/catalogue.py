@@ -6,8 +6,7 @@
                                         "hidden": []}
 
 ``served.json`` is what ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter`` leave: names that are not the folder's
-own, what is pinned, and folders that are not served although they are there
-(``docs/decisions/071-the-adapter-folder-is-the-registry.md``).
+own, what is pinned, and folders that are not served although they are there.
 
 Nothing that a client says reaches a file outside DIR: a name is a word without separators, a path is relative, has no
 "..", and must lie in DIR when all links are followed. What is inside an adapter folder is ``saved.read``'s to judge.

@@ -3,12 +3,9 @@
     schedule → prefill → decode → sample → deliver
 
 One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and one call for a token
-of each running row. A prompt that is longer is computed in pieces, beside the running rows, and joins them when it is
-whole.
+of each running row. A longer prompt is computed in pieces, beside the running rows, and joins them when it is whole.
 
     submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running → end
-
-Why not transformers' continuous batching: ``docs/decisions/060-the-server-has-an-engine-of-its-own.md``.
 """
 
 from __future__ import annotations

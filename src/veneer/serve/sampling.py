@@ -3,11 +3,8 @@
     schema's mask  →  temperature  →  top_k  →  top_p  →  argmin of E_i / p_i, with exponential numbers E_i  →  token
 
 A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else in the batch moves
-it, and token i is chosen with probability p_i (the first of some exponential clocks, which is Gumbel's argmax). Why not
-one uniform number: ``docs/decisions/067-a-seed-belongs-to-a-row.md``.
-
-The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs more
-of them is sorted alone.
+it. The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs
+more of them is sorted alone.
 """
 
 from __future__ import annotations

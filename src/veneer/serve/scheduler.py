@@ -2,12 +2,9 @@
 
     key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
-This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens, with virtual time the count of whoever was taken
-last; ``docs/decisions/064-least-served-first.md`` has the rules and the reasons. A server without keys has one key.
-
-The queue is bounded. So that nobody can fill it before the others come, an adapter may hold at most three times as many
-places as are left: alone, it gets three quarters of the queue. Where there are keys, the same holds for each of them,
-and an adapter's share is one of its key's places.
+This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens; ``docs/decisions/064-least-served-first.md`` has
+the rules and the reasons. A server without keys has one key. The queue is bounded: an adapter, and each key, may hold
+at most three times as many places as are left.
 """
 
 from __future__ import annotations

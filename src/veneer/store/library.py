@@ -5,18 +5,14 @@
     objects/<hash>/         an adapter folder, named by the hash of its files; never written to again
     lock                    whoever changes anything holds it (filelock)
 
-A name is a line in the index, an object is content: the same adapter under two names is stored once. A change is: take
-the lock, read the index, put a whole object in place, replace the index by a rename. So a crash, at any moment, leaves
-the old index or the new one, and every object that an index speaks of is whole. Readers take no lock: they read one
-file, which is always whole, and then a folder, which never changes.
+A name is a line in the index, an object is content. A change is: take the lock, read the index, put a whole object in
+place, replace the index by a rename. So a crash, at any moment, leaves the old index or the new one, and every object
+that an index speaks of is whole. Readers take no lock.
 
 One lock is held for the whole of a change, the copying too: a folder under a temporary name is then always the leftover
-of a writer that died, and ``gc`` needs no clock to know it. An object that no name refers to is deleted by ``gc`` after
-a grace period, counted from the moment when its last name went (the folder's own time of change, which ``remove``
-sets); so a path from ``get`` is good for that long.
-
-It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows. ``docs/decisions/089-locks-are-filelocks.md``
-has what was rejected, ``docs/adapters.md`` how NFS behaves.
+of a writer that died. An object that no name refers to is deleted by ``gc`` after a grace period, counted from the
+moment when its last name went (the folder's own time of change, which ``remove`` sets); so a path from ``get`` is good
+for that long. It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows.
 """
 
 from __future__ import annotations

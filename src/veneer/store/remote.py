@@ -5,17 +5,13 @@
     anything without "://"          a folder here: pulling it is reading it, pushing to it is copying
 
 ``push`` returns the place with the revision that it made, which names these bytes for good. On the hub that is a
-commit. Elsewhere it is the hash of the files: object stores have no versions that all of them share and cannot rename a
-folder, so nothing that a reader may be reading is written over:
+commit. Elsewhere it is the hash of the files, and nothing that a reader may be reading is written over:
 
     <place>/<hash>/…     the files, first
     <place>/latest       the hash, last: one small object, which every store replaces at once
 
-A crash in between leaves the old ``latest``, and files that the next push of the same adapter completes. A place that
-holds an adapter's files without ``latest`` (somebody copied a folder there) can be pulled too; it has no revisions.
-
-What is pulled is verified under a temporary name and then renamed, so the cache holds nothing bad. Only an adapter's
-own files are ever fetched: no pickles, no code.
+A place that holds an adapter's files without ``latest`` can be pulled too; it has no revisions. What is pulled is
+verified under a temporary name and then renamed. Only an adapter's own files are ever fetched: no pickles, no code.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
 """Hidden-state cache for the frozen lower blocks: computed once for each row of the data.
 
-Over a frozen base, with adapters in the upper blocks alone, the output of the blocks below the lowest adapted one never
-changes: from the second epoch on it comes from memory.
-
     row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  hidden [s, h], kept
     batch of rows         →  their hidden, padded with zeros   →  blocks k …, the head
 
-A row is computed alone, without padding, so its numbers do not depend on the batch in which it came first: a resumed
-run ends in the same bits.
+A row is computed alone, without padding: a resumed run ends in the same bits.
 """
 
 from __future__ import annotations

@@ -2,16 +2,14 @@
 
     loss = Σ_{b,t : label[b,t+1] ≠ -100}  -log softmax(logits[b,t])[label[b,t+1]]  /  items
 
-The output head is the largest layer of a small model (a quarter of a step for a vocabulary of 49,152), and its logits
-in fp32, their softmax and their gradient are the largest tensors. So the model's body runs once, the rows without a
-label are dropped, and the head runs on `chunk` rows at a time, each differentiated as soon as its loss is known:
+The body runs once, the rows without a label are dropped, and the head runs on `chunk` rows at a time, each
+differentiated as soon as its loss is known:
 
     hidden [b, s, h]  →  rows [n, h]  →  for each chunk:  logits [c, v]  →  Σ -log p,  ∂/∂rows, ∂/∂(head parameters)
 
-What the head is, the model says: its own forward runs on a view of it whose body answers with the rows at hand, so soft
-caps, logit scales, biases and adapters on the head are all in it. Whether a forward can be cut there is read in its
-source, and tried once a model on a few rows; any other model is asked for the logits of the columns with a label.
-(trl's fused head multiplies by `lm_head.weight` directly, past an adapter, and off the GPU scores every position.)
+What the head is, the model says: its own forward runs on a view of it whose body answers with the rows at hand. Whether
+a forward can be cut there is read in its source, and tried once a model on a few rows; any other model is asked for the
+logits of the columns with a label.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖: every gain starts at 1. As in section
 4.3 of the paper no gradient flows through the norm.
 
-The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few rows at a time: a
-sum that stays in the cache costs a third of one that does not. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but
-cancels where ΔW undoes a row: a norm of ‖W‖ / 100 would lose four digits.
+The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few rows at a time, which
+stay in the cache. ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖² would cancel where ΔW undoes a row.
 
 A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn.
 """

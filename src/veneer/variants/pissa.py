@@ -3,10 +3,8 @@ singular values. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16: the p
 
     ΔW = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
 
-PiSSA, OLoRA and LoRA-GA start from a product that is not zero and take it off the base weight. Here the base is never
-written: the start stays beside it and is subtracted. All of A and B has a gradient from the first step. Rejected: [B,
-−B₀] @ [A ; A₀], the same matrix as a difference of two large products. In 16 bits its rounding error is as large as a
-small ΔW; written as above ΔW is exactly zero at the start, in every dtype, and errors are relative to what was learnt.
+The start stays beside the base weight and is subtracted. [B, −B₀] @ [A ; A₀] would be a difference of two large
+products, whose rounding error in 16 bits is as large as a small ΔW; written as above ΔW is exactly zero at the start.
 """
 
 from __future__ import annotations

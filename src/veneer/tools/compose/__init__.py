@@ -4,10 +4,8 @@
     svd     the same, to a rank  its best approximation, from the thin factors alone
     ties, dare, dare_ties, prune entry by entry on the dense ΔWᵢ, one layer after the other; then to a rank
 
-A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023, arXiv:2212.04089).
-
-DoRA rescales rows, W' = g ⊙ (W + ΔW), so its change is no product; but a weighted sum of such changes and of plain ones
-is DoRA again, exactly (``blend.py``). It needs the base: g = m / ‖W + ΔW‖, and a file knows m alone.
+A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023, arXiv:2212.04089). A sum of
+DoRA's changes and of plain ones is DoRA again (``blend.py``); it needs the base, as g = m / ‖W + ΔW‖ and a file has m.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     align(adapter files)  ->  an AlignedWeight for each weight that any of them changes: at, path, who changes it
 
-Adapters of one model may have other paths for one weight in their files, as PEFT nests what it wraps: so changes are
-matched by ``PeftLayer.at``. A tied weight stands in a file under each of its names; the record lists the first. The
-others are its aliases, of which the changes are the same product, transposed where one module reads the weight so.
+Changes are matched by ``PeftLayer.at``, as PEFT nests what it wraps. A tied weight stands in a file under each of its
+names; the record lists the first. The others are its aliases, of which the changes are the same product, transposed
+where one module reads the weight so.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
     source --read--> an adapter folder in PEFT's layout --write--> out
 
-What a format cannot hold is an error that names every reason; what does not change an output and has no place there
-(the record, a dropout) is told in the report. Factors are copied, not computed: to ``peft``, ``kohya`` and
-``diffusers`` they keep their bits. Where a format has another rule for the scale, alpha changes and the product stays.
-
-``veneer`` is the folder with fingerprints of its base, so it asks for the base itself. All of ``gguf`` and the reading
-of ``kohya`` ask for the names of its weights, and ``dense`` for the weights where the change depends on them.
+What a format cannot hold is an error that names every reason; what does not change an output and has no place there is
+told in the report. To ``peft``, ``kohya`` and ``diffusers`` factors keep their bits; where a format has another rule
+for the scale, alpha changes and the product stays. ``veneer`` is the folder with fingerprints of its base, so it asks
+for the base itself. All of ``gguf`` and the reading of ``kohya`` ask for the names of its weights, and ``dense`` for
+the weights where the change depends on them.
 """
 
 from __future__ import annotations

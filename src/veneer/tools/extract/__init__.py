@@ -8,14 +8,10 @@ change.
 Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is a few times the
 largest tensor, and what is written.
 
-``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows one alpha / r and no
-patterns. The error is measured with the factors as they are written.
+``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows no patterns.
 
 A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone did is no change.
-Where the tuned dtype is the finer one the difference is taken as it is, since small steps live there.
-
-Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too: what changed is written, or
-named in the report.
+Where the tuned dtype is the finer one the difference is taken as it is. What changed is written, or named in a report.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Bytes that go to a file one after the other, past the system's cache where it lets them.
 
-Through the cache each byte takes a fresh page, which the system must find: a quarter of the processor's time of a
-merge. Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory, so bytes are gathered in one
+Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory, so bytes are gathered in one
 buffer. Where the file system does not have them, the same writes go through the cache.
 """
 

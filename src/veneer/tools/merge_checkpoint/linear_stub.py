@@ -4,11 +4,8 @@
 
 An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint. Where the
 checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing was renamed, turned or joined
-on the way into the model. So a merge that compares fingerprints anyway does without transformers, which takes seconds
-to load, and without an architecture that it knows.
-
-Left to the model itself is whatever may have a second name: a tie of an embedding and a head, so what is as large as
-the vocabulary; a layer and its like elsewhere, so all of it where one of these is not changed. And so is every other
+on the way into the model. Left to the model itself is whatever may have a second name: what is as large as the
+vocabulary (a tie of an embedding and a head), and all of it where a layer's like is not changed. And so is every other
 kind of layer, and what is trained in full.
 """
 

@@ -5,8 +5,7 @@
 
 The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by the code that loads
 them onto a real one: whatever a live merge refuses is refused here. transformers, which knows the names, is 140 MB of
-code and more. A merge that promises a bound for its memory does without: adapters of ours say enough of linear layers
-(``linear_stub_model``), and for all else a child process makes the plan and hands it over.
+code: adapters of ours say enough of linear layers (``linear_stub_model``), for all else a child process makes the plan.
 """
 
 from __future__ import annotations
