@@ -127,7 +127,6 @@ def _divided(
 
 
 def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
-    """The record of each weight that still changes, with the kind and the rows that all sources name."""
     layers = {layer.at: layer for layer in low.values()}
     changes: dict[str, Any] = {}
     for source in sources:

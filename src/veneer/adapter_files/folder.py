@@ -258,7 +258,6 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
-    """The LoraConfig that a PEFT config means."""
     said = {name for name in ("use_rslora", "use_dora") if config.get(name)}
     # Several variants are plain LoRA to PEFT; a file that says nothing more is that.
     matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)

@@ -76,7 +76,6 @@ class MatchCache:
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
     def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:
-        """As ``plan_low``."""
         key = tuple((ref, spec.rank, spec.alpha, repr(spec.slices)) for ref, spec in specs.items())
         if key in self.plans:
             return self.plans[key]
@@ -141,7 +140,6 @@ class _Match:
         self.problem(f"a change of {at!r}, which this model lacks{nearby}", "the same modules")
 
     def match_modules(self) -> None:
-        """Find the weight of the model that each change of the file is of."""
         for file_path, entry in throttled(self.saved.low.items()):
             ref = ref_at(self.names, file_path, self.saved.peft_config)
             if ref is None:
@@ -266,7 +264,6 @@ class _Match:
         return pair
 
     def recorded(self, changes: Mapping[str, Any]) -> dict[ParamRef, TargetSpec]:
-        """What the record says of each change."""
         specs: dict[ParamRef, TargetSpec] = {}
         for at, described in changes.items():
             above, _, name = at.rpartition(".")
@@ -278,7 +275,6 @@ class _Match:
         return specs
 
     def plan_full(self) -> None:
-        """Find the parameters and buffers that the folder holds in full, and whether they are there and fit."""
         names = self.names
         for file_path, tensors in self.saved.full.items():
             self.full.setdefault(module_at(names, file_path), {}).update(tensors)
@@ -323,7 +319,6 @@ class _Match:
             self.problem(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file")
 
     def plan(self) -> LoadPlan:
-        """What came of it, once there are no problems."""
         names, full = self.names, self.full
         whole = frozenset(path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors)
         readers = full_readers(names, self.full_names)

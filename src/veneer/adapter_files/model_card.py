@@ -109,7 +109,6 @@ class _Card:
         return f"---\n{front_matter(self.metadata())}---\n\n" + "\n\n".join(filter(None, body)) + f"\n\n{LINE}\n"
 
     def metadata(self) -> dict[str, Any]:
-        """The front matter."""
         base = _hub_id(self.base_name)
         datasets = map(_hub_id, (*self.told["datasets"], self.data, self.eval_data))
         metadata = {
@@ -209,7 +208,6 @@ class _Card:
         yield "vLLM decides by the architecture of the base which of its layers may have adapters."
 
     def not_vllm(self) -> Iterator[str]:
-        """What vLLM's loader refuses, or would get wrong."""
         if not self.generates:
             yield "it serves language models"
         if self.config.get("target_parameters"):
@@ -268,7 +266,6 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:
-    """A Markdown table of names and values."""
     rows = [f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |" for name, value in values.items()]
     return "\n".join([f"| {head} | value |", "|---|---|", *rows]) if rows else ""
 
@@ -307,7 +304,6 @@ def _code(words: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

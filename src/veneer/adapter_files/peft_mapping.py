@@ -92,7 +92,6 @@ def _several(module: nn.Module, weight: str) -> bool:
 
 
 def _wraps(peft_form: list[PeftEntry]) -> dict[str, int]:
-    """How many wrappers PEFT puts around each module."""
     counts: Counter[str] = Counter()
     for entry in peft_form:
         counts[entry.path] = counts[entry.path] + 1 if entry.parameter else 1

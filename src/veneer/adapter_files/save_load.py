@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,11 @@ def save(
     ranks = meet(str(path), model, alone=alone)
 
     def collected() -> dict[str, Any]:
-        with _whole_parameters(model, only_name(model, name)):
-            return _content(model, only_name(model, name), base_name, fingerprints)
+        own = only_name(model, name)
+        modules = [change for *_, change in changes(model, own)] + [part.full for _, _, part in adapters(model, own)]
+        values = whole_values(value for m in modules for value in (*m.parameters(), *m.buffers()))
+        with with_values(modules, values):
+            return _content(model, own, base_name, fingerprints)
 
     def put(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
@@ -103,12 +106,6 @@ def _mark(content: Mapping[str, Any]) -> str:
     return hash_json([tensors, rest, content["config"].to_dict()])
 
 
-def _whole_parameters(model: nn.Module, name: str) -> AbstractContextManager[None]:
-    """A block in which an adapter's parameters that are spread over processes are whole."""
-    modules = [change for *_, change in changes(model, name)] + [part.full for _, _, part in adapters(model, name)]
-    return with_values(modules, whole_values(value for m in modules for value in (*m.parameters(), *m.buffers())))
-
-
 @contextmanager
 def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
     """A block in which modules hold other tensors, ``values`` by the identity of those that they stand for."""
@@ -131,7 +128,6 @@ def base_name_of(model: nn.Module) -> str | None:
 def _content(
     model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """What ``folder.write`` takes of an adapter."""
     config = need_adapters(model, name).configs[name]
     if VARIANTS[config.variant].peft is None:
         raise AdapterError(f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead")

@@ -106,7 +106,12 @@ def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """The selected adapter, or the only one, as a folder beside whatever else lies in it."""
     folder, name = Path(next(iter(options.values()))), _selected(model)
-    _must_be_an_adapters(options)
+    odd = [option for option in ("variant", "distributed_checkpoint") if options.get(option)]
+    odd += [option for option in ("save_peft_format", "safe_serialization") if options.get(option) is False]
+    if odd:
+        found = f"{', '.join(f'{one}={options[one]!r}' for one in odd)} for a model with an unmerged adapter"
+        do = "leave it out, or merge the adapter to save the whole model"
+        raise AdapterError(found, "what an adapter folder can follow", do)
     state = _state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
@@ -134,16 +139,6 @@ def _selected(model: nn.Module) -> str:
         found = "a selection of the base, or of an adapter for each row"
         raise SelectionError(found, "one adapter", f"call {SAVE} inside `with veneer.use(model, name):`")
     return only_name(model, chosen.name)
-
-
-def _must_be_an_adapters(options: Mapping[str, Any]) -> None:
-    """Refuse options that mean something for a whole model alone."""
-    odd = [name for name in ("variant", "distributed_checkpoint") if options.get(name)]
-    odd += [name for name in ("save_peft_format", "safe_serialization") if options.get(name) is False]
-    if odd:
-        found = f"{', '.join(f'{name}={options[name]!r}' for name in odd)} for a model with an unmerged adapter"
-        do = "leave it out, or merge the adapter to save the whole model"
-        raise AdapterError(found, "what an adapter folder can follow", do)
 
 
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
@@ -226,7 +221,6 @@ def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Ca
 
 
 def _is(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one place in memory."""
     alike = type(one) is type(other.detach()) or one is other
     return alike and one.shape == other.shape and one.data_ptr() == other.data_ptr()
 

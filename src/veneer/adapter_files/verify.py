@@ -124,8 +124,6 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
 
 
 class _Checks:
-    """The checks of one folder; each adds what it found."""
-
     def __init__(self, path: Path, weights: BaseWeights | None) -> None:
         self.path, self.weights = path, weights
         self.findings: list[Finding] = []

@@ -41,8 +41,6 @@ def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
 
 
 class _Table(Mapping[Any, Any]):
-    """The parts of a blend, as ``state.ActiveAdapter`` has them."""
-
     def __init__(self, uses: Sequence[tuple[ActiveAdapter, float]]) -> None:
         self.uses = uses
 

@@ -89,7 +89,6 @@ def _problems(
 
 @contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
-    """The model without adapters, in evaluation mode."""
     attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
     selection = {**context.current.selection, **({attached.uid: BASE} if attached else {})}
     try:

@@ -99,7 +99,18 @@ def build(
             entry.storage.release(modules[entry.path])
     raise_all(TargetError, "Nothing was attached", problems)
     _copy_full(parts, modules, plans)
-    _link_readers(parts, names, plans)
+    # who reads past a weight's holder is told of its part, and each module with a fused fast path has one
+    readers = [reader for entry in plans.low for reader in entry.weight_readers]
+    for reader in (*readers, *plans.full_readers):
+        below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
+        part = parts[reader.path]
+        if reader.method == "forward":
+            part.read_below[reader.below] = below
+        else:
+            part.entries.setdefault(reader.method, {})[reader.below] = below
+    for path in list(parts):
+        for above in switched(names, path):
+            parts[above]  # makes it
     for path, part in parts.items():
         part.requires_grad_(trainable).train(modules[path].training)
     return {path: parts[path] for path in modules if path in parts}
@@ -122,21 +133,6 @@ def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.M
         for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
             if own is not None and name not in module._non_persistent_buffers_set:
                 full.register_buffer(name, own.detach().clone())
-
-
-def _link_readers(parts: defaultdict[str, LayerAdapter], names: Names, plans: Plans) -> None:
-    """Tell who reads past a weight's holder of its part, and give a part to each module with a fused fast path."""
-    readers = [reader for entry in plans.low for reader in entry.weight_readers]
-    for reader in (*readers, *plans.full_readers):
-        below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
-        part = parts[reader.path]
-        if reader.method == "forward":
-            part.read_below[reader.below] = below
-        else:
-            part.entries.setdefault(reader.method, {})[reader.below] = below
-    for path in list(parts):
-        for above in switched(names, path):
-            parts[above]  # makes it
 
 
 def enlist(model: nn.Module) -> ModelAdapters:

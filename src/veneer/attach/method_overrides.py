@@ -67,7 +67,6 @@ def without_adapters(module: nn.Module) -> nn.Module:
 
 
 def _differs(module: nn.Module) -> bool:
-    """Whether a module holds anything of ours, at any depth."""
     return any(
         STATE in below._modules or any(stands(below, name) for name in below.__dict__) for _, below in walk(module)
     )

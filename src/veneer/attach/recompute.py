@@ -121,7 +121,6 @@ def values(change: Change, weight: Any) -> Tensor:
 
 @torch.no_grad()
 def _sum(change: Change, weight: Any, low: LowRank) -> Tensor:
-    """W + ΔW in at least float32."""
     dense = change.storage.dense(weight)
     return change.layer.fold(low.delta(at_least_float32(dense.dtype)), dense.shape).add_(dense)
 

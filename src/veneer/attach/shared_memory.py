@@ -61,7 +61,6 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _meeting(spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """The pairs of sorted spans that have an address in common."""
     open_: list[_Span] = []
     for span in spans:
         device, start, _, number = span

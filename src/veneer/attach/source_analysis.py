@@ -65,7 +65,6 @@ def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
 
 @functools.cache
 def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
-    """The functions that a class and those above it have under each name."""
     found: dict[str, list[FunctionType]] = {}
     for above in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, value in vars(above).items():

@@ -227,7 +227,6 @@ def _unpacked(weight: Any) -> Tensor:
 
 
 def _bytes(data: Tensor) -> Tensor:
-    """Packed numbers as a flat view of bytes."""
     return data.detach().view(torch.uint8).view(-1)
 
 
@@ -238,7 +237,6 @@ def _blocks(values: Tensor, width: int) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale in float64; 0 where the scale is 0, as the values are too."""
     return torch.where(scale == 0, 0.0, 1 / scale.double())
 
 

@@ -101,7 +101,6 @@ def _grid(shape: torch.Size, blocks: torch.Size) -> list[int]:
 
 
 def _sums(values: Tensor, blocks: torch.Size) -> Tensor:
-    """The sum over each block, in the shape of ``blocks``."""
     return values.reshape(_grid(values.shape, blocks)).sum(list(range(1, 2 * values.dim(), 2)))
 
 

@@ -52,8 +52,6 @@ MENDABLE = {
 
 
 class _Lazy(TyperGroup):
-    """A group that knows the names of its commands and imports a command when it is called."""
-
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = {name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()}

@@ -40,7 +40,6 @@ def inspect_command(
 
 
 def _facts(saved: Any) -> dict[str, Any]:
-    """Everything that is shown, as JSON values."""
     from veneer.fileio.hashing import coverage
 
     record = saved.metadata.get("base", {})

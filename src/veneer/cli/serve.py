@@ -121,7 +121,6 @@ def _service(
     base: str, called: str, adapters: Path | None, keys: Any, budget: int | None, pins: list[str], rows: int,
     length: int, queue: int, timeout: float, precision: Any,
 ) -> Any:  # fmt: skip
-    """Load the base, and put what serves it together."""
     from veneer import models
     from veneer.bank import Bank
     from veneer.cli.console import err
@@ -161,7 +160,6 @@ def _service(
 
 
 def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
-    """Serve until a signal says to stop."""
     from veneer.serve import page
     from veneer.serve.api import create
     from veneer.serve.listen import make
@@ -172,7 +170,6 @@ def _listen(service: Any, listening: Any, host: str, port: int, budget: int | No
 
 
 def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
-    """What is served, and where."""
     from rich.table import Table
     from rich.text import Text
 

@@ -58,7 +58,6 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """The configuration's file, and a flag for each field of `TrainConfig`."""
     file = Argument(help="YAML file with any of the settings below.")
     types: dict[str, Any] = {"config": Annotated[Path | None, file]}
     for name, info in TrainConfig.model_fields.items():

@@ -28,21 +28,17 @@ def verify_command(
     """
     from veneer.adapter_files.verify import verify
     from veneer.cli.console import echo_json, out
+    from veneer.models.locate import folder_of
+    from veneer.models.safetensors_dir import ENDING
     from veneer.store.library import resolve
 
-    report = verify(resolve(adapter), None if base is None else _folder(base))
+    folder = None if base is None else Path(base).expanduser()
+    if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):  # which need no config
+        folder = folder_of(base)
+    report = verify(resolve(adapter), folder)
     if as_json:
         echo_json(report.to_dict())
     else:
         out.print(str(report), soft_wrap=True)
     if not report.ok or (strict and report.warnings):
         raise Exit(2)
-
-
-def _folder(base: str) -> Path:
-    """The folder of a base's files, which needs no config where it holds safetensors."""
-    from veneer.models.locate import folder_of
-    from veneer.models.safetensors_dir import ENDING
-
-    folder = Path(base).expanduser()
-    return folder if folder.is_dir() and any(folder.glob(f"*{ENDING}")) else folder_of(base)

@@ -70,7 +70,6 @@ def _text(data: mmap.mmap, at: int) -> int:
 
 
 def _within(data: mmap.mmap, at: int, size: int) -> int:
-    """Where something of this size ends."""
     if size > len(data) - at:
         raise ValueError(f"it claims {size:,} bytes where {max(0, len(data) - at):,} are left")
     return at + size

@@ -104,7 +104,6 @@ def _flattened(base: BaseFacts, start: str) -> dict[str, list[str]]:
 
 
 def _module(name: str, names: Mapping[str, list[str]]) -> str:
-    """The one module that a name means."""
     flat = name.removeprefix(f"{_prefix(name)}_")
     found = names.get(flat, [])
     if len(found) > 1:
@@ -118,7 +117,6 @@ def _module(name: str, names: Mapping[str, list[str]]) -> str:
 
 
 def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...]) -> PeftLayer:
-    """One module's change."""
     keys, magnitude = set(group), group.get("dora_scale")
     if keys & _TUCKER:
         found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
@@ -228,9 +226,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
     for loss in _lost_in_diffusers(adapter.changes):
-        found = (
-            f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN}) leaves out {loss}, so that its outputs differ"
-        )
+        where = f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN})"
+        found = f"{where} leaves out {loss}, so that its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
         do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
         warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=3)

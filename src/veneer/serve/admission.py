@@ -88,7 +88,6 @@ class Admission:
         self._without.clear()
 
     def _receive(self, state: RequestState, running: int) -> None:
-        """The lease of an admitted request, if it has arrived."""
         if not state.future.done():
             return
         if error := state.future.exception():
@@ -110,7 +109,6 @@ class Admission:
 
 
 def _base_alone() -> Future[Any]:
-    """A lease where there is no bank."""
     future: Future[Any] = Future()
     future.set_result(SimpleNamespace(release=lambda: None))
     return future

@@ -315,7 +315,6 @@ def _locked(top: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk() -> Iterator[None]:
-    """What the disk refuses, as an answer."""
     try:
         yield
     except OSError as error:

@@ -158,7 +158,6 @@ class Embedder:
             self._end(call, _stopping())
 
     def _take(self) -> list[tuple[_Call, int]]:
-        """One text after the other, until the batch is full."""
         batch: list[tuple[_Call, int]] = []
         longest = 0
         while (call := self._calls.take()) is not None:

@@ -143,7 +143,6 @@ class Engine:
         return self._thread is not None and self._thread.is_alive() and not self._draining
 
     def _limit(self, request: Request) -> int:
-        """Tokens that may be generated."""
         size, most = len(request.prompt), request.sampling.max_tokens
         if not 0 < size < self.length:
             expected = f"1 to {self.length - 1}, and room for an answer"
@@ -210,7 +209,6 @@ class Engine:
                 self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _all(self) -> list[RequestState]:
-        """What has not ended."""
         with self._wake:
             waiting = self._scheduler.waiting_requests()
         return [*self._running, *filter(None, [self._long]), *self._admission.admitted, *waiting]
@@ -276,14 +274,12 @@ class Engine:
         return logits
 
     def _decode(self, states: list[RequestState]) -> Tensor:
-        """The next token of each running row."""
         logits = self._forward.decode(self._slots, [state.last for state in states], [state.length for state in states])
         for state in states:
             state.length += 1
         return logits
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
-        """Deliver a row's next token, and end the row where its answer ends."""
         if sampled.token is None:
             self._end(state, "error", sampled.error)
             return
@@ -355,7 +351,6 @@ def give_back() -> None:
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text."""
     sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
     ids: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
     return frozenset(id for some in ids for id in (some if isinstance(some, list | tuple) else [some])) - {None}

@@ -101,7 +101,6 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
 
 
 def _draw_tokens(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
-    """A token for each row, [rows, vocabulary] in fp32."""
     settings = [row.sampling for row in rows]
     clocks = torch.empty_like(logits)
     for row, own in zip(rows, clocks, strict=True):

@@ -66,12 +66,10 @@ def _prompts(what: str, most: int) -> Callable[[Any], Any]:
 
 
 def _as_list(value: Any) -> Any:
-    """A text, a list of tokens, or a list of either: as a list of prompts."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
 def _stops(value: Any) -> Any:
-    """The same of ``stop``."""
     few = isinstance(value, list) and len(value) <= limits.STOPS
     if not (isinstance(value, str) or (few and all(isinstance(one, str) for one in value))):
         found = f"{len(value):,} items in stop" if isinstance(value, list) and not few else f"{kind(value)} in stop"

@@ -77,11 +77,8 @@ class Text:
         found = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
         if found >= 0:
             return text[:found], True
-        keep = 0 if final else max(_overlap(text, word) for word in self._stop)
+        # letters at the end of the text with which a stop string begins
+        sizes = (n for word in self._stop for n in range(min(len(word), len(text) + 1)) if text.endswith(word[:n]))
+        keep = 0 if final else max(sizes)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
-
-
-def _overlap(text: str, word: str) -> int:
-    """Letters at the end of ``text`` with which ``word`` begins."""
-    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)

@@ -257,7 +257,6 @@ class Library:
         write_whole(self.folder / COPY, text)
 
     def _names(self) -> dict[str, Entry]:
-        """What the index says; nothing if there was never one."""
         index = self.folder / INDEX
         # In this order: a first writer may come in between, and it writes the index before the first object.
         if not index.exists() and not (self.folder / COPY).exists() and not self._objects():
@@ -304,7 +303,6 @@ def _parse(file: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
-    """What an adapter folder is, verified."""
     saved = read(path)
     base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get("base_model_name_or_path")
     size = sum((path / file).stat().st_size for file in FILES if (path / file).is_file())
@@ -321,7 +319,6 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
 
 
 def _delete(path: Path) -> int:
-    """Delete a file or a folder; how many bytes that frees."""
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         shutil.rmtree(path)

@@ -193,7 +193,6 @@ def _layer(
 
 
 def _spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
-    """How the row spaces and the column spaces of two changes lie to each other."""
     rows, columns = [], []
     one, other = a.svd(), b.svd()
     for group in range(a.A.shape[0]):

@@ -20,7 +20,15 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
     early = config.early_stopping  # then the best checkpoint must be one that was evaluated
     eval_every = config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
     save_every = config.save_every or (eval_every if early else max(1, math.ceil(prepared.steps / 10)))
-    _check_names(config)
+    optimisers = [str(name.value) for name in OptimizerNames]
+    if config.optimiser not in optimisers:  # which transformers would refuse later, with a traceback
+        found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
+        raise ConfigError(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
+    ready = get_available_reporting_integrations()
+    for tracker in config.trackers:
+        if tracker not in ready:
+            found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
+            raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")
     return SFTConfig(
         output_dir=str(output),
         max_steps=prepared.steps,
@@ -55,16 +63,3 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
-
-
-def _check_names(config: TrainConfig) -> None:
-    """The names that transformers would refuse later, with a traceback."""
-    optimisers = [str(name.value) for name in OptimizerNames]
-    if config.optimiser not in optimisers:
-        found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
-        raise ConfigError(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
-    ready = get_available_reporting_integrations()
-    for tracker in config.trackers:
-        if tracker not in ready:
-            found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
-            raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")

@@ -72,8 +72,6 @@ class ChunkedCrossEntropy:
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients are known."""
-
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
@@ -93,7 +91,6 @@ def leaf_of(rows: Tensor) -> Tensor:
 
 
 def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves that a tensor was computed from and that want a gradient."""
     found, seen, todo = [], set(), [output.grad_fn]
     while todo:
         node: Any = todo.pop()

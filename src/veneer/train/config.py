@@ -179,7 +179,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _explain(problem: Any) -> str:
-    """One pydantic problem in one line: what was found, what was expected, what to do."""
     name = ".".join(str(part) for part in problem["loc"][:1])
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":

@@ -84,7 +84,6 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
 
 
 def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
-    """[(place, row)] and the SHA-256 of the file."""
     suffix, folder = path.suffix.lower(), path.parent
     if not path.exists():
         where = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"

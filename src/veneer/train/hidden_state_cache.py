@@ -155,7 +155,6 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
 
 
 def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """Each row of the batch without its padding, as a batch of one."""
     more = {name for name, value in inputs.items() if value is not None} - READ - OTHER
     if more:
         raise ConfigError(f"inputs {sorted(more)}", f"only {sorted(READ)}", INSTEAD)

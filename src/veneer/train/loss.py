@@ -111,7 +111,6 @@ def causal_loss(
 
 
 def _columns(labels: Tensor) -> Tensor:
-    """The columns in which any row has a label: [c]."""
     columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
     # Nothing to learn, yet the graph must reach the parameters: a distributed backward waits for every rank.
     return columns if len(columns) else torch.zeros(1, dtype=torch.long, device=labels.device)
@@ -301,7 +300,6 @@ def _is_model(model: nn.Module, path: ModulePath) -> bool:
 
 
 def _view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -> nn.Module:
-    """A view of a module in which the one at the end of the path answers so."""
     if not path:
         seen = view(module, type(module), {})
         seen.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None, forward=answer)
@@ -315,7 +313,6 @@ def _view(module: nn.Module, path: ModulePath, answer: Callable[..., Any]) -> nn
 
 
 def _with_rows(output: Any, rows: Tensor) -> Any:
-    """A copy of a body's output with other hidden states."""
     changed = copy.copy(output)
     changed.last_hidden_state = rows[None]
     return changed

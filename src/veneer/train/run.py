@@ -99,7 +99,12 @@ def fit(
     _describe(config, base.model, handle, prepared, cached, console)
     if config.check:
         _check(base.model, prepared)
-    before = _open(config, output, prepared, found)  # only now: a run that cannot begin leaves nothing behind
+    if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
+        checkpoint.clear(output)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(output)
+    _status(output, "running", config, prepared)
+    before = checkpoint.cut_log(output, found[1] if found is not None else 0)
     stop, bar = watch.StopOnSignal(console), watch.ProgressBar(console, found[1] if found else 0)
     early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
     trainer = AdapterTrainer(
@@ -124,11 +129,8 @@ def fit(
 
 
 def _unfinished(config: TrainConfig, output: Path) -> bool:
-    """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is right.
-
-    `overwrite` gives leave to replace what cannot be resumed; a run that can be is resumed all the same, so that the
-    same command may simply be given again after a kill. `resume: false` with `overwrite` starts over.
-    """
+    """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is right. `overwrite`
+    gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
     if output.is_file():
         raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
     run = checkpoint.read_json(output / checkpoint.RUN)
@@ -169,16 +171,6 @@ def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Conso
     raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
 
-def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:
-    """Make the folder ready, write down what runs in it, and return the log up to the step to go on from."""
-    if found is None and (output / checkpoint.RUN).exists():
-        checkpoint.clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(output)
-    _status(output, "running", config, prepared)
-    return checkpoint.cut_log(output, found[1] if found is not None else 0)
-
-
 def _status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
     about = {"status": status, "config": config.content(), "data": prepared.hashes, "steps": prepared.steps}
     checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": _versions()})
@@ -190,7 +182,6 @@ def _versions() -> dict[str, str]:
 
 
 def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
-    """A new adapter, or the one of the checkpoint, which also verifies that the base is the same."""
     if found is not None:
         return veneer.load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
@@ -262,7 +253,6 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
 
 
 def _result(output: Path, base: Any, handle: Any, interrupted: bool) -> Result:
-    """What the log and the checkpoints tell."""
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]

@@ -136,11 +136,8 @@ def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
 
 
 def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Prompt and completion as text. The prompt's tokens are those that generation will see.
-
-    Encoded together, tokens may merge across the border and the model would train on a prompt that it never meets
-    again; where that happens the completion is encoded by itself.
-    """
+    """Prompt and completion as text. Where tokens merge across the border, the completion is encoded by itself: the
+    prompt's tokens are those that generation will see."""
     head = list(tokenizer(prompt)["input_ids"])
     tokens = list(tokenizer(prompt + completion)["input_ids"])
     if tokens[: len(head)] != head:
@@ -171,10 +168,7 @@ def _encode_marked(messages: list[Any], tokenizer: Any, template: str) -> tuple[
 
 def _encode_turns(prompt: list[Any], completion: list[Any], tokenizer: Any, place: str) -> tuple[list[int], list[bool]]:
     """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in `completion` are
-    learnt.
-
-    Works with every template that writes a chat as a growing text; one that rewrites earlier turns is an error.
-    """
+    learnt. A template that rewrites earlier turns is an error."""
     messages = [*prompt, *completion]
     cuts: list[tuple[int, bool]] = [(0, False)]
     full = _chat(messages, tokenizer)

@@ -152,7 +152,6 @@ def _options(
     count: int, weights: Sequence[float], method: str | None, rank: int | None, energy: float | None,
     density: float | None, layers: Layers, seed: int,
 ) -> ComposeOptions:  # fmt: skip
-    """The options, checked without reading anything."""
     every = [*weights, *(value for factor in layers.values() for value in _listed(factor))]
     finite, given = all(map(_is_finite_number, every)), len(weights)
     nothing = finite and given and not any(weights)

@@ -114,7 +114,6 @@ def _weights(
 
 
 def _ties(one: peft.PeftLayer, other: peft.PeftLayer) -> Iterator[bool]:
-    """In which ways (transposed or not) one change is the other."""
     for transposed in (False, True):
         low = other.low.T if transposed else other.low
         if one.scale == other.scale and torch.equal(one.low.A, low.A) and torch.equal(one.low.B, low.B):

@@ -267,7 +267,8 @@ def _from_deltas(
         found = f"{source}, whose changes only a model's layers make products of"
         raise AdapterError(found, "the base that it was made for", "give the base")
     model = base_info.module()
-    _verify(model, contents.about.get("base") or {}, source, verify_base)
+    if verify_base:
+        _verify(model, contents.about.get("base") or {}, source)
     names = frozenset(contents.deltas) if options.whole else contents.full
     errors = deltas.put(model, contents.deltas, names, rank=options.rank, energy=options.energy)
     try:
@@ -277,10 +278,8 @@ def _from_deltas(
     return errors
 
 
-def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base: bool) -> None:
+def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
     """Compare the fingerprints that a dense file took over from its adapter."""
-    if not verify_base:
-        return
     tensors = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
     fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(said)), strict=True)
     known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
@@ -292,7 +291,6 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path, verify_base
 
 
 def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
-    """The low-rank changes with the names of their weights."""
     said = saved.metadata.get("changes") or {}
     fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
     transposed = bool(saved.peft_config.get("fan_in_fan_out"))

@@ -109,7 +109,9 @@ def extract(
     must_not_exist(out, overwrite)
     both = open_both(base, tuned, model)
     weight_pairs, names = pair_weights(both), Names(both.model)
-    changed, name = _changed(weight_pairs, both), _free_name(both.model)
+    changed, attached = _changed(weight_pairs, both), adapters_of(both.model)
+    taken = () if attached is None else attached.configs
+    name = next(name for number in count() if (name := f"extracted{number}") not in taken)
     excluded = (exclude,) if isinstance(exclude, str) else exclude
     selection = select_weights(names, changed, targets, excluded, keep_patterns, name)
     dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
@@ -155,7 +157,6 @@ def _odd_options(rank: Any, energy: Any, least: Any) -> list[str]:
 
 
 def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
-    """The pairs that differ."""
     changed, broken = [], []
     for one in weight_pairs:
         differs, finite = one.compare()
@@ -168,13 +169,6 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
         found = f"no difference between {both.old.what} and {both.new.what}"
         raise ExtractError(found, "a fine-tuned model and its base", "check which models these are")
     return changed
-
-
-def _free_name(model: nn.Module) -> str:
-    """A name for an adapter that the model does not have."""
-    attached = adapters_of(model)
-    taken = () if attached is None else attached.configs
-    return next(name for number in count() if (name := f"extracted{number}") not in taken)
 
 
 def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Product:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,9 @@ def pair_weights(both: Both) -> list[WeightPair]:
                 missing[both.new.what] += [entry.path] if new is None else []
             continue
         module = names.modules[entry.ref[0]]
-        shape = _shape(entry, module)
+        held: Any = module._buffers[entry.ref[1]] if entry.buffer else weight_of(module, entry.ref[1])
+        storage = None if entry.buffer else storage_of(held)
+        shape = tuple(held.shape if storage is None else storage.shape(held))
         if not old.shape == new.shape == shape:
             shapes.append(f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})")
             continue
@@ -225,16 +227,6 @@ def pair_weights(both: Both) -> list[WeightPair]:
 LONG = 40
 COMPARE = "compare the two models"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _shape(entry: Named, module: nn.Module) -> tuple[int, ...]:
-    """The shape that the structure has."""
-    name = entry.ref[1]
-    if entry.buffer:
-        return tuple(module._buffers[name].shape)
-    stored = weight_of(module, name)
-    storage = storage_of(stored)
-    return tuple(stored.shape if storage is None else storage.shape(stored))
 
 
 def _untied(both: Both, entry: Named, old: Value, new: Value) -> Iterator[str]:

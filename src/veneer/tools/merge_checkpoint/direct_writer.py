@@ -58,7 +58,6 @@ class DirectWriter:
         os.close(self.descriptor)
 
     def _put(self, count: int) -> None:
-        """Write so many bytes of the buffer."""
         done = 0
         while done < count:
             os.lseek(self.descriptor, self._first + done, os.SEEK_SET)

@@ -111,9 +111,17 @@ class MergeJob:
     def compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
         """BaseMismatchError for parameters not of the adapters' base; ``loaded`` are tensors that are there already."""
         mismatches = []
+
+        def read(name: str) -> Tensor:
+            return loaded[name] if name in loaded else self.checkpoint.read(name)
+
         for path in paths:
-            tensors, _, said = self.merge_plan.fingerprints[path]
-            found = self._fingerprints(path, loaded)
+            tensors, shape, said = self.merge_plan.fingerprints[path]
+            works = {name: next(w for w in self.merge_plan.works[name] if w.path == path) for name in tensors}
+            found = {
+                kind: fingerprint_of(shape, (read(name)[work.place.within] for name, work in works.items()), kind)
+                for kind in {kind_of(expected) for expected in said.values()}
+            }
             if wrong := [adapter for adapter, expected in said.items() if expected != found[kind_of(expected)]]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(wrong)})")
         if mismatches:
@@ -122,20 +130,6 @@ class MergeJob:
             same = "if these are the same in another precision"
             do = f"name that base, or pass verify_base=False (--no-verify-base) {same}"
             raise BaseMismatchError(f"This is another base. {sentence(wrong, expected, do)}")
-
-    def _fingerprints(self, path: str, loaded: Mapping[str, Tensor]) -> dict[str, str]:
-        """By kind, of those kinds that the adapters have."""
-        plan = self.merge_plan
-        tensors, shape, said = plan.fingerprints[path]
-        within = {name: next(own.place.within for own in plan.works[name] if own.path == path) for name in tensors}
-        return {
-            kind: fingerprint_of(
-                shape,
-                ((loaded[name] if name in loaded else self.checkpoint.read(name))[within[name]] for name in tensors),
-                kind,
-            )
-            for kind in {kind_of(expected) for expected in said.values()}
-        }
 
 
 def planned(
