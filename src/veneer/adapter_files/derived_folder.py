@@ -37,19 +37,11 @@ def write_derived(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder with these changes.
-
-    Args:
-        sources: at least one; the first lends its config.
-        low: the changes (``PeftLayer.with_low`` makes them; with ``extras`` where ``variant`` has some).
-        full: parameters that are trained in full, by path and name.
-        variant: "lora" or "dora".
-
-    Raises:
-        BaseMismatchError: the sources were made for different bases.
-        AdapterError: a number is not finite or a change absurdly large, or nothing is left.
-        OutputExistsError: the path exists and ``overwrite`` is False.
-    """
+    """Write an adapter folder with these changes. ``sources``: at least one; the first lends its config. ``low``: the
+    changes (``PeftLayer.with_low`` makes them; with ``extras`` where ``variant`` has some). ``full``: parameters that
+    are trained in full, by path and name. ``variant``: "lora" or "dora". ``BaseMismatchError``: the sources were made
+    for different bases. ``AdapterError``: a number is not finite or a change absurdly large, or nothing is left.
+    ``OutputExistsError``: the path exists and ``overwrite`` is False."""
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")

@@ -94,16 +94,10 @@ def match(
     of_weights: bool = False,
     cache: MatchCache | None = None,
 ) -> LoadPlan:
-    """Verify a folder against a model, which stays as it is (see ``install_from``).
-
-    Args:
-        problems: those that are known already.
-        cache: what is known of the model already; what is found out is added.
-
-    Raises:
-        AdapterError: the folder is damaged, or does not fit the model.
-        BaseMismatchError: the base's weights are others than those it was trained on.
-    """
+    """Verify a folder against a model, which stays as it is (see ``install_from``). ``problems``: those that are known
+    already. ``cache``: what is known of the model already; what is found out is added. ``AdapterError``: the folder is
+    damaged, or does not fit the model. ``BaseMismatchError``: the base's weights are others than those it was trained
+    on."""
     saved = read(path)
     cache = MatchCache(Names(model)) if cache is None else cache
     folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)

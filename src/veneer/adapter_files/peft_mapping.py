@@ -37,11 +37,9 @@ from veneer.variants import VARIANTS
 
 @dataclass(frozen=True)
 class PeftEntry:
-    """One change as the PEFT file holds it, for one of the modules that have its weight.
-
-    ``where`` is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``),
-    ``low`` what this module reads. ``exact`` says that the file holds the very parameters of the change.
-    """
+    """One change as the PEFT file holds it, for one of the modules that have its weight. ``where`` is its path in the
+    file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``), ``low`` what this module reads.
+    ``exact`` says that the file holds the very parameters of the change."""
 
     where: str
     target: str

@@ -126,11 +126,9 @@ def _sum(change: Change, weight: Any, low: LowRank) -> Tensor:
 
 
 class _Changed(torch.autograd.Function):
-    """``values``, of which nothing is saved: backward asks for the change anew.
-
-    With s = gain, spread over the weight, and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G and
-    ∂s = G ⊙ (W + ΔW); how both depend on the parameters, autograd knows.
-    """
+    """``values``, of which nothing is saved: backward asks for the change anew. With s = gain, spread over the weight,
+    and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G and ∂s = G ⊙ (W + ΔW); how both depend on the
+    parameters, autograd knows."""
 
     @staticmethod
     def forward(ctx: Any, change: Change, weight: Any, *parameters: Tensor) -> Tensor:

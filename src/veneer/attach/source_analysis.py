@@ -147,11 +147,8 @@ class _SameInput:
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
     """(path, late) of each call `self.path(…)` in the source of a forward. `late`: whether what follows reads another
     input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
-    would be the view.
-
-    Left out are the parts of the code that do not run here (with labels, for router logits) or do nothing
-    (`logits_to_keep`).
-    """
+    would be the view. Left out are the parts of the code that do not run here (with labels, for router logits) or do
+    nothing (`logits_to_keep`)."""
     own = plain(forward)
     function = tree_of(own) if own else None
     if not isinstance(function, ast.FunctionDef):

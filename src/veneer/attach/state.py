@@ -79,12 +79,10 @@ def detached(name: str | None) -> SelectionError:
 
 
 class ModelAdapters:
-    """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged.
-
-    ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets
-    another. ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its
-    end, so that only weights of which a copy is kept may have been written.
-    """
+    """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged. ``uid``
+    identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
+    ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its end, so
+    that only weights of which a copy is kept may have been written."""
 
     root: weakref.ref[nn.Module] | None = None
     merging = False

@@ -29,14 +29,10 @@ def digest(tensor: Tensor) -> str:
 
 def fingerprint(weight: Tensor, like: str = BLAKE3) -> str:
     """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16: "b3:" and 32
-    hexadecimal digits, or without "b3:" as folders hold it that were written before BLAKE3 (then it is SHA-256).
-
-    A base is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both. Whole
-    numbers and booleans are taken as they are.
-
-    Args:
-        like: the kind, or a fingerprint of it: what the result is to be compared with.
-    """
+    hexadecimal digits, or without "b3:" as folders hold it that were written before BLAKE3 (then it is SHA-256). A base
+    is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both. Whole numbers
+    and booleans are taken as they are. ``like``: the kind, or a fingerprint of it: what the result is to be compared
+    with."""
     return fingerprint_of(weight.shape, [weight], like)
 
 

@@ -253,11 +253,9 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a link to one.
-
-    One exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into
-    ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the blobs of the same repository.
-    """
+    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a link to one. One
+    exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into ``models--…/blobs``. So
+    the files of a folder in such a snapshot may lie in the blobs of the same repository."""
     places, problems = _places(folder), []
     for name in names:
         file = folder / name

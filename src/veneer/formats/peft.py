@@ -172,16 +172,10 @@ def split(
     extras: Iterable[str] = (),
     ours: bool = False,
 ) -> tuple[dict[str, PeftLayer], dict[str, dict[str, Tensor]]]:
-    """The file's tensors as (low-rank changes by path, fully trained parameters by path and name).
-
-    Args:
-        suffixes: the (A, B) suffixes that layer kinds use.
-        extras: the suffixes of further parameters that variants use.
-        ours: Veneer wrote the config, with whole paths.
-
-    Raises:
-        AdapterError: a key that means nothing here, an A without a B, a rank that the config contradicts.
-    """
+    """The file's tensors as (low-rank changes by path, fully trained parameters by path and name). ``suffixes``: the
+    (A, B) suffixes that layer kinds use. ``extras``: the suffixes of further parameters that variants use. ``ours``:
+    Veneer wrote the config, with whole paths. ``AdapterError``: a key that means nothing here, an A without a B, a rank
+    that the config contradicts."""
     known: dict[str, Any] = {suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)}
     known |= {suffix: (None, suffix) for suffix in extras}
     pairs: dict[str, dict[str, Any]] = {}

@@ -35,11 +35,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files.
-
-    ``files`` are their headers by name, ``index`` what the index says (None for a single file), ``where`` the file of
-    each tensor, in the order of files and of the bytes in them.
-    """
+    """A folder of safetensors files. ``files`` are their headers by name, ``index`` what the index says (None for a
+    single file), ``where`` the file of each tensor, in the order of files and of the bytes in them."""
 
     folder: Path
     files: Mapping[str, Header]

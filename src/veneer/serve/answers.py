@@ -153,9 +153,7 @@ def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any]
 
 async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
     """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that there is an answer.
-
-    An answer that breaks off ends the stream with an event {"error": …} and without [DONE].
-    """
+    An answer that breaks off ends the stream with an event {"error": …} and without [DONE]."""
     generated, at = 0, [len(head) for head in form.heads]
     item: tuple[int, Piece] | None = first
     async with aclosing(pieces):

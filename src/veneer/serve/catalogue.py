@@ -110,17 +110,11 @@ class Catalogue:
         return tuple(sorted(self._paths))
 
     def load(self, name: str, where: str | None, *, inplace: bool = False, pin: bool | None = None) -> None:
-        """Load an adapter now, verified, and remember it.
-
-        Args:
-            where: its path in the folder (its name in a library); None: where the name leads already.
-            inplace: replace what the name stands for. If the new one cannot be loaded, the old one stays.
-            pin: keep it in memory, or no longer; None leaves that as it is.
-
-        Raises:
-            Refusal: a name or a path that cannot be one, an adapter that is loaded already.
-            AdapterError: it is damaged, altered, or made for another base.
-        """
+        """Load an adapter now, verified, and remember it. ``where``: its path in the folder (its name in a library);
+        None: where the name leads already. ``inplace``: replace what the name stands for. If the new one cannot be
+        loaded, the old one stays. ``pin``: keep it in memory, or no longer; None leaves that as it is. ``Refusal``: a
+        name or a path that cannot be one, an adapter that is loaded already. ``AdapterError``: it is damaged, altered,
+        or made for another base."""
         with self._lock, _disk():
             self._root()
             if not NAME.fullmatch(name) or name == self.base:

@@ -69,15 +69,9 @@ class _Call:
 
 
 class Embedder:
-    """Answers calls for embeddings in a thread of its own.
-
-    Args:
-        model: an encoder of transformers; ``pad`` is the token that fills short rows.
-        how, normal: see ``pool``.
-        rows, tokens: the most texts, and tokens with padding, of one batch.
-        queue: the most texts that wait.
-        observer: as the engine's.
-    """
+    """Answers calls for embeddings in a thread of its own. ``model``: an encoder of transformers; ``pad`` is the token
+    that fills short rows. ``how``, ``normal``: see ``pool``. ``rows``, ``tokens``: the most texts, and tokens with
+    padding, of one batch. ``queue``: the most texts that wait. ``observer``: as the engine's."""
 
     def __init__(
         self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,

@@ -141,11 +141,9 @@ class Forward:
 
 
 def context(config: Any) -> int | None:
-    """Positions that a row may have; None where the architecture sets no limit.
-
-    Rotary frequencies that change beyond a length are chosen for all rows of a call by its longest one. So rows end
-    before that length: no row's numbers may follow from its neighbours.
-    """
+    """Positions that a row may have; None where the architecture sets no limit. Rotary frequencies that change beyond a
+    length are chosen for all rows of a call by its longest one. So rows end before that length: no row's numbers may
+    follow from its neighbours."""
     config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -106,12 +106,9 @@ def kind(value: Any) -> str:
 
 
 def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The answer to what pydantic found in a body; never what was sent.
-
-    pydantic lists an error for each form that a field may have (a text; a list of texts; …), the one for a text first.
-    Of the first field that is wrong, the one that says most is of the form that came nearest: not "no text", but "a
-    list of 17, at most 16".
-    """
+    """The answer to what pydantic found in a body; never what was sent. pydantic lists an error for each form that a
+    field may have (a text; a list of texts; …), the one for a text first. Of the first field that is wrong, the one
+    that says most is of the form that came nearest: not "no text", but "a list of 17, at most 16"."""
     first = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),

@@ -199,11 +199,9 @@ class Scheduler(Generic[E]):
 
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to the longest.
-
-    The first always is. Others join while rows × longest stays within ``budget`` tokens and at most a quarter of
-    it is padding.
-    """
+    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to the longest. The
+    first always is. Others join while rows × longest stays within ``budget`` tokens and at most a quarter of it is
+    padding."""
     taken: list[int] = []
     longest = real = 0
     for place, length in enumerate(lengths):

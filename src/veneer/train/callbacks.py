@@ -23,9 +23,7 @@ from veneer.train.checkpoint import LOG
 
 class LossLog(TrainerCallback):
     """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch, tokens, seconds.
-
-    `seconds` and `tokens` go on from `before`, the last line of the run that is resumed.
-    """
+    `seconds` and `tokens` go on from `before`, the last line of the run that is resumed."""
 
     def __init__(self, output: Path, before: list[dict[str, Any]]) -> None:
         self.path = output / LOG
@@ -61,10 +59,8 @@ class StopOnNan(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once.
-
-    Use as a context manager around `trainer.train()`; `stopped` says whether a signal came.
-    """
+    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once. Use
+    as a context manager around `trainer.train()`; `stopped` says whether a signal came."""
 
     def __init__(self, console: Console) -> None:
         self.stopped, self.console = False, console

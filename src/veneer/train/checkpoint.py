@@ -54,10 +54,8 @@ def _remove(*paths: Path) -> None:
 @contextmanager
 def writing(output: str | Path, step: int, main: bool, share: Callable[[Any], Any]) -> Iterator[Path]:
     """A folder to fill, which becomes checkpoint-`step` when the block ends without an error, and vanishes otherwise.
-
     `main` is true in the one process that makes and renames it; `share` gives every process the first one's value, and
-    so is a barrier too. A failed write, whichever library noticed it, comes out as an `OSError`.
-    """
+    so is a barrier too. A failed write, whichever library noticed it, comes out as an `OSError`."""
     target = path_of(output, step)
     with disk_errors(target), ExitStack() as stack:
         folder = stack.enter_context(new_folder(target, overwrite=True)) if main else None

@@ -41,13 +41,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Records:
-    """Raw rows of one shape.
-
-    `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each row {"prompt",
-    "completion"}, both strings or both message lists) or "text" (each row {"text"}). `places[i]` says where row i came
-    from ("line 12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data set), `unused`
-    are the columns of the first row that play no part.
-    """
+    """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each
+    row {"prompt", "completion"}, both strings or both message lists) or "text" (each row {"text"}). `places[i]` says
+    where row i came from ("line 12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data
+    set), `unused` are the columns of the first row that play no part."""
 
     kind: Kind
     rows: list[dict[str, Any]]
@@ -65,11 +62,9 @@ class Records:
 
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
-    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the hub.
-
-    Raises `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing
-    columns (with the names found and the nearest) and wrong types.
-    """
+    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the hub. Raises
+    `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing columns
+    (with the names found and the nearest) and wrong types."""
     path = Path(source).expanduser()
     if path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~")):
         raw, digest = _read_file(path)

@@ -32,18 +32,11 @@ def generate(
     stop: Sequence[str] = (),
     seed: int | None = None,
 ) -> list[str]:
-    """The continuation of each prompt, in order, without the prompt and without the stop string.
-
-    Args:
-        prompts: texts, or chats (lists of {"role", "content"}), which go through the tokenizer's chat template.
-        temperature: 0 takes the most likely token each time; above 0 samples.
-        top_p: when sampling, from the smallest set of tokens with this much probability.
-        stop: strings that end a row.
-        seed: of the sampling; the global random state is left as it was.
-
-    Raises:
-        DataError: an empty prompt, or a prompt with `max_new_tokens` is longer than the model's context.
-    """
+    """The continuation of each prompt, in order, without the prompt and without the stop string. ``prompts``: texts, or
+    chats (lists of {"role", "content"}), which go through the tokenizer's chat template. ``temperature``: 0 takes the
+    most likely token each time; above 0 samples. ``top_p``: when sampling, from the smallest set of tokens with this
+    much probability. ``stop``: strings that end a row. ``seed``: of the sampling; the global random state is left as it
+    was. ``DataError``: an empty prompt, or a prompt with `max_new_tokens` is longer than the model's context."""
     from transformers import GenerationConfig
 
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]

@@ -56,13 +56,10 @@ def tokenise(
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
 ) -> Examples:
-    """Token ids and labels of every row, at most `max_length` tokens each.
-
-    `too_long` says what happens to a longer row; "truncate" keeps the start, if there is a token to learn from in it.
-
-    Raises `DataError` when a row is too long and `too_long` is "error", when a row has nothing to learn from, and when
-    chat rows meet a tokenizer without a chat template.
-    """
+    """Token ids and labels of every row, at most `max_length` tokens each. `too_long` says what happens to a longer
+    row; "truncate" keeps the start, if there is a token to learn from in it. Raises `DataError` when a row is too long
+    and `too_long` is "error", when a row has nothing to learn from, and when chat rows meet a tokenizer without a chat
+    template."""
     encode, learn_all = _encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     kept: list[tuple[list[int], list[int], int]] = []
     long: list[tuple[int, int]] = []

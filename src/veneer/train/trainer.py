@@ -31,12 +31,10 @@ from veneer.train.loss import token_loss
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on (seed, epoch) alone; neighbours are of similar length.
-
-    transformers sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in
-    falling order of length; here the batches are shuffled after that, all but the first, which holds the longest
-    example and so shows at once whether memory suffices.
-    """
+    """Every index once, in an order that depends on (seed, epoch) alone; neighbours are of similar length. transformers
+    sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in falling order of
+    length; here the batches are shuffled after that, all but the first, which holds the longest example and so shows at
+    once whether memory suffices."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0

@@ -39,10 +39,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
 
 
 def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
-    """Numbers that look uniform in ±√(6 / fan_in), the same everywhere: the top 24 bits of a hash of the position.
-
-    The hash is Wellons' 32-bit mixer, with constants below 2³¹ so that no product leaves an int64.
-    """
+    """Numbers that look uniform in ±√(6 / fan_in), the same everywhere: the top 24 bits of a hash of the position. The
+    hash is Wellons' 32-bit mixer, with constants below 2³¹ so that no product leaves an int64."""
     x = torch.arange(math.prod(shape), dtype=torch.int64, device=device) * 2 + stream
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

@@ -89,12 +89,9 @@ def generator(seed: str) -> torch.Generator:
 
 def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -> tuple[LowRank, float]:
     """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense [g, out, in]; and
-    ‖ΔW − product‖.
-
-    Exact decompositions where the rank is a good part of the weight's, or where a share is asked for; else a random
-    range finder (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself either way.
-    Rows and columns of zeros stay zero.
-    """
+    ‖ΔW − product‖. Exact decompositions where the rank is a good part of the weight's, or where a share is asked for;
+    else a random range finder (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself
+    either way. Rows and columns of zeros stay zero."""
     largest = min(delta.shape[1:])
     if rank is None or 3 * (rank + MORE) > largest:
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
