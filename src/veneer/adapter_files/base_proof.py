@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from veneer.attach.adapted_module import state_of, weight_of
+from veneer.attach.adapted_module import state_of
 from veneer.attach.targets import Names
-from veneer.bases import Storage, storage_of
+from veneer.bases import Storage
 from veneer.fileio.hashing import BLAKE3, fingerprints
 from veneer.fileio.throttle import gives_way
 from veneer.models.named_weights import named
@@ -100,10 +100,7 @@ def base_tensors(names: Names) -> list[BaseTensor]:
     """Every parameter and lasting buffer of a model, each once, adapters aside."""
     found = []
     for entry in named(names):
-        path, name = entry.ref
-        module = names.modules[path]
-        held: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-        found.append(BaseTensor(entry.names, module, held, None if entry.buffer else storage_of(held)))
+        found.append(BaseTensor(entry.names, names.modules[entry.ref[0]], *entry.held(names)))
     return found
 
 

@@ -68,7 +68,14 @@ def write_derived(
         dtype=first.dtype if kept else None,
     )  # fmt: skip
     if base is not None:
-        base = _divided(base, changes or {}, full)
+        # what is left out is one of the rest again, what is trained in full is none
+        trained = {f"{peft.unnested(at)[0]}.{name}".lstrip(".") for at, tensors in full.items() for name in tensors}
+        fingerprints, changed = prints_in(base), changes or {}
+        base["weights"] = {at: base["weights"][at] for at in changed}
+        if "rest" in base:
+            base["rest"] = {at: print_ for at, print_ in fingerprints.items() if at not in {*changed, *trained}}
+            if fresh := [name for name in base.pop("fresh", ()) if name not in trained]:
+                base["fresh"] = fresh
     write(
         path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
         overwrite=overwrite, parameters={},
@@ -103,19 +110,6 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
         fresh = list(dict.fromkeys(name for base in bases for name in base.get("fresh", ())))
         whole |= {"fresh": fresh} if fresh else {}
     return whole
-
-
-def _divided(
-    base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """A base's record for these changes: what is left out is one of the rest again, what is trained in full is none."""
-    whole = {**base, "weights": {at: base["weights"][at] for at in changes}}
-    if "rest" not in base:
-        return whole
-    own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, tensors in full.items() for name in tensors}
-    whole["rest"] = {at: print_ for at, print_ in prints_in(base).items() if at not in changes and at not in own}
-    fresh = [name for name in whole.pop("fresh", ()) if name not in own]
-    return whole | ({"fresh": fresh} if fresh else {})
 
 
 def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:

@@ -157,10 +157,21 @@ def place(
     transposed = {p for entry, p in holders if kind_for(modules[p], entry.weight).out_axis != entry.layer.out_axis}
     selected: dict[Any, LayerAdapter] = {}
     for path, part in parts.items():
-        layer_state = _layer_state(modules[path], attached)
+        module = modules[path]
+        layer_state = state_of(module)
+        if layer_state is None:
+            kind = kind_of(module)
+            storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
+            trusted = storage.modules() if storage is not None else ()
+            factored = kind is not None and factors(kind, module, type(module), trusted)
+            product = factored and kind.product and storage is not None and storage.name == "plain"
+            layer_state = LayerState(attached, kind, factored, switches(module), product)
+            layer_state.bound = tuple(bound(module))
+            layer_state.train(module.training)
+            make_adapted(module, layer_state)
         layer_state.transposed = layer_state.transposed or path in transposed
-        part.finalize(modules[path], layer_state)
-        enter(modules[path], part.entries)
+        part.finalize(module, layer_state)
+        enter(module, part.entries)
         selected.update(dict.fromkeys(part.keys(layer_state), part))
     share(names, parts)
     return selected
@@ -179,21 +190,6 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
                 together = Together(members) if len(members) > 1 else None
                 for _, part in members:
                     part.together = together
-
-
-def _layer_state(module: nn.Module, attached: ModelAdapters) -> LayerState:
-    layer_state = state_of(module)
-    if layer_state is None:
-        kind = kind_of(module)
-        storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
-        trusted = storage.modules() if storage is not None else ()
-        factored = kind is not None and factors(kind, module, type(module), trusted)
-        product = factored and kind.product and storage is not None and storage.name == "plain"
-        layer_state = LayerState(attached, kind, factored, switches(module), product)
-        layer_state.bound = tuple(bound(module))
-        layer_state.train(module.training)
-        make_adapted(module, layer_state)
-    return layer_state
 
 
 class _BadStartError(TargetError):

@@ -89,21 +89,16 @@ def _feed(whole: Any, tensor: Tensor) -> None:
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        _feed_rounded(whole, flat)
+        buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)  # a small one, which stays in the cache
+        raw: Any = buffer.view(torch.uint8).numpy()
+        for piece in flat.split(PIECE) if len(flat) else ():
+            buffer[: len(piece)].copy_(piece)
+            whole.update(raw[: 2 * len(piece)].data)
         return
     step = TRANSFER if tensor.device.type != "cpu" else max(1, len(flat))
     for start in range(0, len(flat), step):
         piece = flat[start : start + step].to(dtype).cpu()
         whole.update(piece.view(torch.uint8).numpy().data)
-
-
-def _feed_rounded(whole: Any, flat: Tensor) -> None:
-    """The same of numbers in another type, through one small buffer."""
-    buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)
-    raw: Any = buffer.view(torch.uint8).numpy()
-    for piece in flat.split(PIECE) if len(flat) else ():
-        buffer[: len(piece)].copy_(piece)
-        whole.update(raw[: 2 * len(piece)].data)
 
 
 def prints_in(base: Mapping[str, Any]) -> dict[str, str]:

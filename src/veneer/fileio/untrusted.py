@@ -189,7 +189,12 @@ def parse(text: str | bytes) -> Any:
         value = json.loads(decoded, object_pairs_hook=_unique, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
-    _shallow(value)
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [below for values in nested for below in values]
+    if level:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in raw or b"\\uD" in raw:
         json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
     return value
@@ -218,18 +223,6 @@ def _finite(digits: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"the number {digits[:40]}, which no float holds")
     return number
-
-
-def _shallow(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        nested = (
-            above.values() if isinstance(above, dict) else above for above in level if isinstance(above, dict | list)
-        )
-        level = [below for values in nested for below in values]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def read_json(file: Path) -> dict[str, Any]:

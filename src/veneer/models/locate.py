@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.models.gguf import converted_gguf
 from veneer.models.messages import explained, loading, log
 
@@ -61,7 +61,12 @@ def find_base(name: str) -> str:
         return str(_from_folder(path, name))
     looks_like_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
-        raise ConfigError(_not_there(path, name))
+        hint = f" (nor is there a folder {path.parent})"
+        if path.parent.is_dir():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
+            hint = f" (near it there is {', '.join(near)})" if near else ""
+        expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
+        raise ConfigError(f"no base model at {name}{hint}", expected, "check the path")
     _announce("Asking the hub for %s …", name)
     return name
 
@@ -89,12 +94,3 @@ def _from_folder(path: Path, name: str) -> Path:
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     found, expected = f"{name} is not a model folder; it holds {inside}", "config.json with model.safetensors, or one "
     raise ConfigError(found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote")
-
-
-def _not_there(path: Path, name: str) -> str:
-    hint = f" (nor is there a folder {path.parent})"
-    if path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
-        hint = f" (near it there is {', '.join(near)})" if near else ""
-    expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
-    return sentence(f"no base model at {name}{hint}", expected, "check the path")

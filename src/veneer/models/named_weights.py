@@ -90,6 +90,12 @@ class Named:
     def path(self) -> str:
         return self.names[0]
 
+    def held(self, names: Names) -> tuple[Any, Any]:
+        """What its module keeps under its name, and how that is stored (None: as it is)."""
+        module, name = names.modules[self.ref[0]], self.ref[1]
+        weight: Any = module._buffers[name] if self.buffer else weight_of(module, name)
+        return weight, None if self.buffer else storage_of(weight)
+
 
 def named(names: Names) -> list[Named]:
     """The parameters and lasting buffers of a model, each once, in the model's order."""
@@ -109,10 +115,7 @@ def of_module(model: nn.Module, what: str = "the model") -> Weights:
     names = Names(model)
     values: dict[str, Value] = {}
     for entry in named(names):
-        path, name = entry.ref
-        module = names.modules[path]
-        tensor: Any = module._buffers[name] if entry.buffer else weight_of(module, name)
-        storage = None if entry.buffer else storage_of(tensor)
+        tensor, storage = entry.held(names)
         if storage is None:
             value = _value(tensor.shape, tensor.dtype, tensor.detach)
         else:
@@ -204,17 +207,17 @@ def _filled(
         return checkpoint.shape(pieces[0][0])
     count = 0
     for name, place in pieces:
-        target = _size(shape, place.index)
-        source = _size(checkpoint.shape(name), place.within)
+        target, source = sliced(shape, place.index), sliced(checkpoint.shape(name), place.within)
         if target != source and target != (1, *source):
             return None
-        count += torch.Size(target).numel()
+        count += target.numel()
     return shape if count == torch.Size(shape).numel() else None
 
 
-def _size(shape: Sequence[int], index: Sequence[slice]) -> tuple[int, ...]:
+def sliced(shape: Sequence[int], index: Sequence[slice]) -> torch.Size:
+    """The shape of the part ``index`` of a tensor."""
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=False)]
-    return (*sizes, *shape[len(index) :])
+    return torch.Size([*sizes, *shape[len(index) :]])
 
 
 def _assembled(

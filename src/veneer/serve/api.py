@@ -1,12 +1,9 @@
 """The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes only.
 
-    GET  /health /ready /metrics
-    GET  /v1/models  /v1/models/{id}  /v1/adapters
-    POST /v1/completions  /v1/chat/completions  /v1/embeddings
-    POST /v1/load_lora_adapter  /v1/unload_lora_adapter
-
-A route checks what was sent (schemas), who sent it (access) and which adapters are meant (``requested_adapters``),
-makes requests of it, and hands them to the engine.
+GET  /health /ready /metrics
+GET  /v1/models  /v1/models/{id}  /v1/adapters
+POST /v1/completions  /v1/chat/completions  /v1/embeddings
+POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 """
 
 from __future__ import annotations

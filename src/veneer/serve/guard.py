@@ -8,9 +8,6 @@ refused before a byte of its body is read. The log names no query, no header and
 A server without keys answers loopback names in the Host header alone: a web page that points a name of its own at
 127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another origin cannot send
 without being asked first, and no answer allows it.
-
-A body whose end is said in two ways is refused, and its connection closed: behind a proxy that believes the other way,
-a request could hide in it (request smuggling).
 """
 
 from __future__ import annotations

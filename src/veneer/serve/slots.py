@@ -2,17 +2,15 @@
 
     keys, values of a layer   [rows, kv heads, columns, head dim]     row r holds its tokens in columns 0 … length − 1
 
-The running rows are a dense prefix of the first axis, so a decode step reads views: nothing is concatenated, no
-key-value head is repeated and no mask is built a layer. A row that ends is replaced by the last one.
-
-Three ways to call the model, each of which says where the tokens of its rows lie:
+The running rows are a dense prefix of the first axis, so a decode step reads views. A row that ends is replaced by the
+last one. Three ways to call the model, each of which says where the tokens of its rows lie:
 
     fill      new rows, right-padded, from column 0: attention is causal within the call
     extend    one row goes on from a column: for prompts longer than a call
     decode    one token for each running row, each at its own column
 
-Columns of a row at and behind its length are never seen, and are zero again once the row has left
-(``docs/decisions/062-nothing-of-a-row-outlives-it.md``). Rotary positions are in the keys already: a row may be moved.
+Columns of a row at and behind its length are never seen, and are zero again once the row has left. Rotary positions
+are in the keys already: a row may be moved.
 """
 
 from __future__ import annotations

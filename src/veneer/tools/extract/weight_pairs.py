@@ -12,17 +12,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import own_class
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.targets import Names
-from veneer.bases import storage_of
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL
@@ -198,8 +197,7 @@ def pair_weights(both: Both) -> list[WeightPair]:
                 missing[both.new.what] += [entry.path] if new is None else []
             continue
         module = names.modules[entry.ref[0]]
-        held: Any = module._buffers[entry.ref[1]] if entry.buffer else weight_of(module, entry.ref[1])
-        storage = None if entry.buffer else storage_of(held)
+        held, storage = entry.held(names)
         shape = tuple(held.shape if storage is None else storage.shape(held))
         if not old.shape == new.shape == shape:
             shapes.append(f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})")

@@ -37,6 +37,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.models.named_weights import sliced
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
 #: an adapter folder and how much of it is merged
@@ -196,8 +197,7 @@ def _unplaced(path: str, work: TensorEdit, places: Mapping[str, models.Place], c
         return  # a counter of a norm, which old files do not have
     covered = torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
     for tensor, place in places.items():
-        shape = _part(work.shape, place.index)
-        own = _part(torch.Size(checkpoint.shape(tensor)), place.within)
+        shape, own = sliced(work.shape, place.index), sliced(checkpoint.shape(tensor), place.within)
         if shape.numel() != own.numel() or (not place.index and shape != own):
             yield sentence(f"{tensor!r} of shape {tuple(own)}", f"{tuple(shape)}", "name the base of the adapter")
         dtype = checkpoint.dtype(tensor)
@@ -213,11 +213,6 @@ def _unplaced(path: str, work: TensorEdit, places: Mapping[str, models.Place], c
         yield sentence(found, "every weight that the adapter changes", "name the base that it was trained on")
 
 
-def _part(shape: torch.Size, index: tuple[slice, ...]) -> torch.Size:
-    sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=False)]
-    return torch.Size([*sizes, *shape[len(sizes) :]])
-
-
 def _whole(places: Mapping[str, models.Place]) -> tuple[str, ...]:
     """The tensors that hold a parameter, in its order; of several that each hold all of it, one."""
     ordered = sorted(places, key=lambda tensor: [part.start for part in places[tensor].index])
@@ -231,7 +226,7 @@ class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
 def apply(work: TensorEdit, weight: Tensor, dtype: torch.dtype, rounding: str, compiled: bool) -> Folded:
     """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes into a live model, bit
     for bit, with its ``rounding``. ``compiled=False`` leaves numba alone."""
-    shape = _part(work.shape, work.place.index)
+    shape = sliced(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
