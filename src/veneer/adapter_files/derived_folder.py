@@ -5,9 +5,6 @@
 What the sources prove goes over to the result: the fingerprints of their base, which must be one base, and the weights
 that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either; where
 one knows of adapted layers alone, so does the result.
-
-A product is all that remains: the result is plain LoRA, or DoRA where the caller gives magnitudes, whatever variants
-the sources were.
 """
 
 from __future__ import annotations

@@ -99,7 +99,6 @@ def _wraps(peft_form: list[PeftEntry]) -> dict[str, int]:
 
 
 def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[str, Tensor]:
-    """The tensors of the PEFT file."""
     tensors: dict[str, Tensor] = {}
     for entry in peft_form:
         change, weight = entry.change, weight_of(entry.module, entry.weight)

@@ -121,7 +121,6 @@ def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> I
 
 
 def base_name_of(model: nn.Module) -> str | None:
-    """The name by which transformers loaded it."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or None
 
 

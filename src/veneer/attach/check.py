@@ -41,6 +41,7 @@ from veneer.precision import double, place
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
 #: gradients that much smaller than the largest are rounding errors of zero, such as that of a key's bias
 NOISE = 1e-4
+DEPENDS, REACH = "a layer that the output depends on", "exclude it, or give an example that reaches it"
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ class CheckReport:
     compared: int
 
     def __str__(self) -> str:
-        return (
-            f"adapter {self.adapter!r}: all {len(self.weights)} changes reach the output and receive a gradient, "
-            f"{self.compared} of them that of W + ΔW"
-        )
+        seen = f"all {len(self.weights)} changes reach the output and receive a gradient"
+        return f"adapter {self.adapter!r}: {seen}, {self.compared} of them that of W + ΔW"
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,7 @@ class _Item:
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(
-        self,
-        what: str,
-        expected: str = "a layer that the output depends on",
-        do: str = "exclude it, or give an example that reaches it",
-    ) -> str:
+    def problem(self, what: str, expected: str = DEPENDS, do: str = REACH) -> str:
         return sentence(f"{self.where!r} ({own_class(self.module).__name__}) {what}", expected, do)
 
 

@@ -1,11 +1,8 @@
-"""What data-driven variants look at before they start: the inputs of layers, the gradients of weights, the weights
-from before a quantisation.
+"""What data-driven variants look at before they start, on the base alone, in evaluation mode:
 
-    inputs     Σ xᵀx over the batches, [g, in, in]          EVA
-    gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
-    original   W before it was quantised, [g, out, in]      LoftQ
-
-It is gathered on the base alone, in evaluation mode, before anything is attached.
+inputs     Σ xᵀx over the batches, [g, in, in]          EVA
+gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
+original   W before it was quantised, [g, out, in]      LoftQ
 """
 
 from __future__ import annotations

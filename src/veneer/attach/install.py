@@ -1,11 +1,8 @@
 """Put planned adapters into a model, and take them out again.
 
-    install(model, name, plans)     makes all adapter parameters first, then puts them into the layers
-    build, place                    the two halves of it, for who keeps the parts outside of the model (a bank)
-    detach(model)                   gives back the very model: classes, modules, parameters, ``requires_grad``
-
-``build`` leaves the model alone, so that running out of memory or a variant that cannot start changes nothing.
-``place`` changes classes and tables only.
+install(model, name, plans)     makes all adapter parameters first, then puts them into the layers
+build, place                    the two halves of it, for who keeps the parts outside of the model (a bank)
+detach(model)                   gives back the very model: classes, modules, parameters, ``requires_grad``
 """
 
 from __future__ import annotations

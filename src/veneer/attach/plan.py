@@ -1,8 +1,6 @@
 """From (model, config) to a plan: which weight gets which rank, who reads it, and what is trained in full.
 
-    plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
-
-What has no two axes to factor (a bias, the scale of a norm) is trained in full, and stands in ``Plans.full`` by module.
+plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
 """
 
 from __future__ import annotations

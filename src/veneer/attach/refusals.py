@@ -1,10 +1,8 @@
 """Why a weight cannot be changed, in words: one function for each kind of reason, none of which changes the model.
 
-    refusals_of     a low-rank change of a weight, for every module that holds or reads it
-    check_full      parameters that are trained in full
-    name_problems   an adapter of this name, whatever it is
-
-An adapter that the model's forward would never see is refused here, so that none is trained without effect.
+refusals_of     a low-rank change of a weight, for every module that holds or reads it
+check_full      parameters that are trained in full
+name_problems   an adapter of this name, whatever it is
 """
 
 from __future__ import annotations

@@ -189,7 +189,6 @@ class Reader(ast.NodeVisitor):
             self.bind(one, _below(paths, "*"))
 
     def assign(self, target: ast.AST, value: ast.AST | None) -> None:
-        """``target = value``"""
         pairs = [node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)]
         if len(pairs) == 2:
             for one, other in zip(*pairs, strict=False):
@@ -198,7 +197,6 @@ class Reader(ast.NodeVisitor):
             self.bind(target, self.paths(value))
 
     def loop(self, target: ast.AST, values: ast.AST) -> None:
-        """``for target in values``"""
         parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
         call = values if isinstance(values, ast.Call) else None
         if call and _is_call(call, "enumerate") and len(parts) == 2:

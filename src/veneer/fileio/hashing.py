@@ -23,7 +23,6 @@ MOST_THREADS = 8
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype and bytes."""
     return _hash(str(tensor.dtype), [tensor])
 
 
@@ -79,7 +78,6 @@ def fingerprints(
 
 
 def cores() -> Sequence[Any]:
-    """The cores that this process may use."""
     return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 

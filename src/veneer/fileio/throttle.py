@@ -26,7 +26,6 @@ def throttle_loads(busy: Callable[[], bool]) -> None:
 
 
 def gives_way() -> bool:
-    """Whether this thread was told to."""
     return getattr(_THREAD, "busy", None) is not None
 
 

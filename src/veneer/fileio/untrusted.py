@@ -226,7 +226,6 @@ def _finite(digits: str) -> float:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, as ``json_object``."""
     with file.open("rb") as stream:
         return json_object(stream.read(MAX_JSON + 1), str(file))
 

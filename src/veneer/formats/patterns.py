@@ -44,7 +44,6 @@ class Expressions:
         return (number for number, matcher in enumerate(self._matchers) if self._matched(matcher, text))
 
     def matches(self, text: str) -> bool:
-        """Whether one of them does."""
         return next(self.matching(text), None) is not None
 
     def _matched(self, matcher: Callable[..., Any], text: str) -> bool:

@@ -50,10 +50,8 @@ def must_be_causal(source: str | Path) -> None:
     """
     reason = _otherwise(str(source))
     if reason is not None:
-        do = (
-            "choose a causal base; to train another kind of model, call veneer.attach on it in Python and train it "
-            "with transformers' Trainer or a loop of your own"
-        )
+        other = "to train another kind of model, call veneer.attach on it in Python and train it"
+        do = f"choose a causal base; {other} with transformers' Trainer or a loop of your own"
         raise ConfigError(f"{source}, {reason}", "a causal language model", do)
 
 

@@ -38,7 +38,6 @@ def folder_of(source: str | Path) -> Path:
 
 
 def config_of(source: str | Path) -> Any:
-    """A base's config, as transformers reads it."""
     from transformers import AutoConfig
 
     place = find_base(str(source))

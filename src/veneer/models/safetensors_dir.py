@@ -4,8 +4,7 @@
     model-00001-of-00002.safetensors, …                 shards, and
     model.safetensors.index.json                        which tensor is in which shard
 
-A tensor is read with plain reads into memory of its own, not mapped: the pages of a map count as the process's memory
-for as long as the system likes, and what is promised here is a bound.
+A tensor is read with plain reads into memory of its own: the pages of a map would count as the process's memory.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class Checkpoint:
         return entry.stop - entry.start
 
     def start(self, name: str) -> int:
-        """Where a tensor's bytes begin in its file."""
         return self.files[self.where[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -109,7 +107,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def in_order(header: Header) -> list[str]:
-    """The tensors of a file in the order of their bytes."""
     return sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop))
 
 

@@ -70,7 +70,6 @@ class Admission:
                 state.future.add_done_callback(lambda _: self._wake())
 
     def remove(self, state: RequestState) -> None:
-        """A request that runs now, or is over."""
         if state in self.admitted:
             self.admitted.remove(state)
 

@@ -195,7 +195,6 @@ def _data(content: dict[str, Any]) -> bytes:
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    """Probabilities as chat completions show them."""
     return [
         {**_named(token.text, token.logprob), "top_logprobs": [_named(text, logprob) for _, text, logprob in token.top]}
         for token in tokens

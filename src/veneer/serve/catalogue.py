@@ -74,7 +74,6 @@ class Catalogue:
 
     @property
     def pinned(self) -> tuple[str, ...]:
-        """What was pinned through the API, and is there."""
         return tuple(sorted(self._state.pinned & self._paths.keys()))
 
     def restore_pins(self) -> None:
@@ -188,7 +187,6 @@ class Catalogue:
         return self.folder
 
     def _sync(self) -> None:
-        """Bring bank and names in step with the disk."""
         found = self._scan()
         state = self._state = self._read_state()
         wanted = {name: path for name, path in found.items() if name not in state.hidden}

@@ -73,7 +73,9 @@ class Engine:
             raise
         self._slots, self._aside = self._new_slots()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._eos = _ends(model, tokenizer)
+        sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+        ends: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
+        self._eos = frozenset(id for one in ends for id in (one if isinstance(one, list | tuple) else [one])) - {None}
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
         self._wake = threading.Condition()  # guards what follows; notified when there is something to do or to know
@@ -98,7 +100,16 @@ class Engine:
         in the engine's thread, and must return at once; the last piece, and no other, has ``finish``. ``RequestError``:
         a prompt that is empty, too long or of unknown tokens; a schema that is not understood. ``Busy``: the queue is
         full, or the engine is draining."""
-        limit, schema = self._limit(request), request.sampling.schema
+        size, most, schema = len(request.prompt), request.sampling.max_tokens, request.sampling.schema
+        if not 0 < size < self.length:
+            expected = f"1 to {self.length - 1}, and room for an answer"
+            raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
+        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
+            expected = f"ids from 0 to {self._vocabulary - 1}"
+            raise RequestError("a token that the model does not have", expected, "use its tokenizer")
+        if most < 1:
+            raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
+        limit = min(most, self.length - size)
         sampler = Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
@@ -129,7 +140,6 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests that are computed."""
         return len(self._running) + (self._long is not None)
 
     @property
@@ -139,20 +149,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken and computed."""
         return self._thread is not None and self._thread.is_alive() and not self._draining
-
-    def _limit(self, request: Request) -> int:
-        size, most = len(request.prompt), request.sampling.max_tokens
-        if not 0 < size < self.length:
-            expected = f"1 to {self.length - 1}, and room for an answer"
-            raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
-        if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
-            expected = f"ids from 0 to {self._vocabulary - 1}"
-            raise RequestError("a token that the model does not have", expected, "use its tokenizer")
-        if most < 1:
-            raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
-        return min(most, self.length - size)
 
     def _poke(self) -> None:
         with self._wake:
@@ -326,7 +323,6 @@ class Engine:
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
     def _new_slots(self) -> tuple[Slots, Slots]:
-        """Slots of the running rows, and of the long prompt."""
         device = self._forward.device
         return Slots(self.rows, self.length, device), Slots(1, self.length, device)
 
@@ -348,9 +344,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
-    ids: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
-    return frozenset(id for some in ids for id in (some if isinstance(some, list | tuple) else [some])) - {None}

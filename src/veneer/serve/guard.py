@@ -105,7 +105,6 @@ class Guard:
 
 
 def no_key(headers: Any) -> Refusal:
-    """No key, or one that is not known."""
     found = "a key that is not known" if headers.get("authorization") else "no key"
     message = sentence(found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key")
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

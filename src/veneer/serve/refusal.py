@@ -69,7 +69,6 @@ def draining() -> Refusal:
 
 
 def of(error: VeneerError) -> Refusal:
-    """The answer to an error of the library."""
     match error:
         case Refusal():
             return error

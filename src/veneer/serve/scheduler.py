@@ -151,7 +151,6 @@ class Scheduler(Generic[E]):
         return first[owner][flow]
 
     def remove(self, request: E) -> bool:
-        """Remove a request that still waits; whether it did."""
         if request not in self._lines.get(request.owner, {}).get(request.flow, ()):
             return False
         self._out(request)

@@ -60,7 +60,6 @@ class Service:
         return not self.draining and (self.engine is None or self.engine.ready)
 
     def unready(self) -> Refusal:
-        """Why it takes no requests."""
         if self.draining:
             return refusal.draining()
         message = sentence("an engine that does not run", "one that does", "look at the log, start it again")

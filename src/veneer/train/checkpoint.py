@@ -24,12 +24,10 @@ ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json",
 
 
 def path_of(output: str | Path, step: int) -> Path:
-    """The folder of the checkpoint at `step`."""
     return Path(output) / f"checkpoint-{step}"
 
 
 def newest(output: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint and its step."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*") if path.is_dir()}
     found = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
     return max(found, key=lambda pair: pair[1], default=None)

@@ -132,7 +132,6 @@ class TrainConfig(BaseModel):
         return self
 
     def content(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
         return self.model_dump(mode="json")
 
 
@@ -155,7 +154,6 @@ def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainC
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -57,7 +57,6 @@ class Records:
         return len(self.rows)
 
     def select(self, indices: Sequence[int]) -> Records:
-        """The rows at `indices`, in that order."""
         return replace(self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices])
 
 

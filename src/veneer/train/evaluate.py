@@ -31,7 +31,6 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
-    """Loss and accuracy over `examples`."""
     order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
     total, items, correct, training = 0.0, 0, 0, model.training
     model.eval()

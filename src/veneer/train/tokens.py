@@ -38,7 +38,6 @@ class Examples:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the loss counts."""
         return sum(label != IGNORED for labels in self.labels for label in labels[1:])
 
     def dataset(self) -> Any:

@@ -352,12 +352,10 @@ def _lost(saved: AdapterFiles, to: str) -> list[str]:
     """What the source says and ``to`` has no place for, beyond what would change an output."""
     kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved.config.variant, saved.config.dropout
+    numbers = f"the numbers of variant {variant!r}; the change that they amount to is kept"
     losses = [
         (saved.metadata and to != "veneer", f"the record: {kept} and provenance"),
-        (
-            saved.adapter_parameters and to != "veneer",
-            f"the numbers of variant {variant!r}; the change that they amount to is kept",
-        ),
+        (saved.adapter_parameters and to != "veneer", numbers),
         (dropout and to not in ("veneer", "peft"), f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [loss for lost, loss in losses if lost]

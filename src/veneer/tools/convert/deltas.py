@@ -1,10 +1,7 @@
 """Between an adapter and the whole changes that it makes: ΔW = W' - W of every parameter, and back by singular values.
 
-    ΔW = gain ⊙ (W + scale · B A) - W           of any variant, on any layer; W' - W of what is trained in full
-    ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the best product of a rank (Eckart and Young 1936)
-
-With the base this is what a merge would add, in float64. Without it the file alone tells, for plain products on layers
-whose shape shows in their factors.
+ΔW = gain ⊙ (W + scale · B A) - W           of any variant, on any layer; W' - W of what is trained in full
+ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the best product of a rank (Eckart and Young 1936)
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Two models side by side: each parameter of the base with the one that it became, and their difference.
 
-    open_both(base, tuned, model) -> Both      structure, base values, tuned values
-    pair_weights(both) -> [WeightPair]         every name and shape checked
-
-A ``WeightPair`` reads its two values when it is asked. A stack of matrices [E, out, in] is read one matrix at a time.
+open_both(base, tuned, model) -> Both      structure, base values, tuned values
+pair_weights(both) -> [WeightPair]         every name and shape checked
 """
 
 from __future__ import annotations
@@ -96,7 +94,6 @@ class WeightPair:
         return changed, finite
 
     def change(self) -> float:
-        """‖ΔW‖, in float64."""
         return math.sqrt(sum((b.double() - a.double()).square().sum().item() for a, b in self.pieces()))
 
 

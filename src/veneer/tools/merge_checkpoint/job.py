@@ -48,7 +48,6 @@ class MergeJob:
     decided: dict[str, str] = field(default_factory=dict)
 
     def target(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the result."""
         own = self.checkpoint.dtype(name)
         return self.dtype if self.dtype is not None and own in FLOATS else own
 
@@ -56,12 +55,10 @@ class MergeJob:
         return name not in self.merge_plan.works and self.target(name) == self.checkpoint.dtype(name)
 
     def written(self, name: str) -> int:
-        """Bytes of a tensor in the result."""
         own = self.checkpoint.bytes(name)
         return own // self.checkpoint.dtype(name).itemsize * self.target(name).itemsize
 
     def both(self, name: str) -> int:
-        """Bytes of a tensor as it was and as it will be."""
         return self.checkpoint.bytes(name) + self.written(name)
 
     def room(self) -> tuple[int, bool]:
@@ -97,16 +94,6 @@ class MergeJob:
             text += b" " * (-len(text) % 8)
             head = len(text).to_bytes(8, "little") + text
         return head, {name: len(head) + start for name, start in starts.items()}
-
-    def last_of_each(self) -> dict[str, list[str]]:
-        """The parameters whose fingerprint can be told once a tensor is read, by its name."""
-        if not self.verify_base:
-            return {}
-        order = {name: number for number, name in enumerate(self.checkpoint.where)}
-        last: dict[str, list[str]] = {}
-        for path, (tensors, *_) in self.merge_plan.fingerprints.items():
-            last.setdefault(max(tensors, key=order.__getitem__), []).append(path)
-        return last
 
     def compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
         """BaseMismatchError for parameters not of the adapters' base; ``loaded`` are tensors that are there already."""

@@ -47,7 +47,11 @@ class Pipeline:
         self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
         self.resumed = sum(self.done.values())
         self._limit, self._compiled = job.room()
-        self._last_of_each = job.last_of_each()
+        order = {name: number for number, name in enumerate(job.checkpoint.where)}
+        #: the parameters whose fingerprint can be told once a tensor is read, by its name
+        self._last_of_each: dict[str, list[str]] = {}
+        for path, (tensors, *_) in job.merge_plan.fingerprints.items() if job.verify_base else ():
+            self._last_of_each.setdefault(max(tensors, key=order.__getitem__), []).append(path)
         self._reading, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def run(self) -> None:
@@ -179,5 +183,4 @@ def _flushed(target: int, journal: TextIO, line: str) -> None:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, in order."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
