@@ -1,16 +1,13 @@
 """An adapter folder against a model: does it fit, is it of this base, and what would be installed?
 
-    match(model, path, problems) -> LoadPlan        plans, adapter parameters, and what is trained in full
+match(model, path, problems) -> LoadPlan        plans, adapter parameters, and what is trained in full
 
-    read            the folder by itself                                    folder
-    match modules   each change of the file to a weight of the model        peft_mapping
-    plan            ranks and readers of each change, its parameters
-    plan full       what the folder holds in full
-    complete        is there a tensor for every target?
-    verify          the fingerprints of the base                            match_base
-
-The model stays as it is, and all problems up to the last stage are raised at once. ``save_load`` installs a
-``LoadPlan`` on the model, a bank keeps it outside.
+read            the folder by itself                                    folder
+match modules   each change of the file to a weight of the model        peft_mapping
+plan            ranks and readers of each change, its parameters
+plan full       what the folder holds in full
+complete        is there a tensor for every target?
+verify          the fingerprints of the base                            match_base
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@ So the bottleneck is a lookup in A and a product with B. What follows from the o
 - dropout drops whole tokens of the update;
 - one input is active at a time, so A's Kaiming fan-in is 1, not V (with V the update would start √V times too small);
 - the row of ``padding_idx`` never changes: ΔW's column for it is zero.
-
-``max_norm`` scales rows of the weight down in place as they are read; here it scales those of W + ΔW, a tensor of the
-call, and never the base's.
 """
 
 from __future__ import annotations

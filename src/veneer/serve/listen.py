@@ -1,10 +1,7 @@
 """The process: sockets, connections, signals.
 
-    first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
-    second                     exit at once, with 128 + the signal's number
-
-Why: ``docs/decisions/070-signals-are-handled-before-uvicorn-sees-them.md``. uvicorn bounds neither the time for a
-request's head, nor the time for which a client may not read, nor (politely) the number of connections: ``Connection``.
+first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
+second                     exit at once, with 128 + the signal's number
 """
 
 from __future__ import annotations

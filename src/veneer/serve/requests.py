@@ -1,7 +1,4 @@
-"""What passes between the API and the engine: values, and the errors of handing one in.
-
-Request  →  Engine.submit  →  Piece, Piece, …, Piece(finish="stop")
-"""
+"""What passes between the API and the engine: values, and the errors of handing one in."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ that an index speaks of is whole. Readers take no lock.
 One lock is held for the whole of a change, the copying too: a folder under a temporary name is then always the leftover
 of a writer that died. An object that no name refers to is deleted by ``gc`` after a grace period, counted from the
 moment when its last name went (the folder's own time of change, which ``remove`` sets); so a path from ``get`` is good
-for that long. It needs atomic renames of folders: Linux, macOS, the BSDs, not Windows.
+for that long. It needs atomic renames of folders: not Windows.
 """
 
 from __future__ import annotations
