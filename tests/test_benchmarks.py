@@ -100,6 +100,7 @@ def test_train_step(arch, tmp_path):
 
 def test_a_step_is_measured_a_few_rows_a_process(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_step, "PROCESSES", (("peft", "veneer"), ("loralib", "peft, bf16 adapters")))
+    monkeypatch.setattr(train_step, "child", lambda script, *arguments: train_step.main(arguments)["cases"][0])
     small = [*SHAPE, "--arch", "llama", "--dtype", "float32", "--tokens", "16", "--rank", "4", "--runs", "1"]
     train_step.main([*small, "--apart", "--out", str(tmp_path)])
     (case,) = written(tmp_path, "train_step")["cases"]
