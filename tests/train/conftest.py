@@ -16,7 +16,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "sums.jsonl", sums(40))
 
 
-def config_of(base: Path, rows: Path, output: Path, **changes: Any) -> Any:
+def config_of(base: Path, rows: Path, output: Path, /, **changes: Any) -> Any:
     """A `TrainConfig` of a small run with dropout and evaluation."""
     from veneer.train.config import make_config
 
