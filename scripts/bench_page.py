@@ -86,10 +86,10 @@ def readme() -> str:
 def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
     own = "veneer, model's own attention and loss"
     for name, title, who, number in (
-        ("train_step", "a training step of 30 layers", "veneer", ""),
-        ("train_step_small", "a training step of 12 layers", "veneer", ""),
-        ("train_step", "30 layers, with the model's own attention and loss", own, ""),
-        ("train_step_small", "12 layers, with the model's own attention and loss", own, ""),
+        ("train_step", "a training step of {} layers", "veneer", ""),
+        ("train_step_small", "a training step of {} layers", "veneer", ""),
+        ("train_step", "{} layers, with the model's own attention and loss", own, ""),
+        ("train_step_small", "{} layers, with the model's own attention and loss", own, ""),
         ("train_memory", "peak memory of a step", "veneer", "peak"),
         ("train_memory", "kept by a step for backward", "veneer", "saved"),
     ):
@@ -97,7 +97,8 @@ def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
             sides = [case["rows"].get(side) or {} for side in (who, "peft")]
             cells = [side.get(number) if number else side for side in sides]
             if all(cells):
-                yield [f"{title}, {SHORT[case['setting']['dtype']]}", *map(ratio, cells)]
+                setting = case["setting"]
+                yield [f"{title.format(setting['layers'])}, {SHORT[setting['dtype']]}", *map(ratio, cells)]
     for case in found.get("forward", {"cases": []})["cases"]:
         if case["setting"]["dtype"] == "float32" and case["setting"]["tokens"] in (1, 256):
             title = f"a forward pass of {_tokens(case['setting']['tokens'])}, fp32"

@@ -200,13 +200,13 @@ def load_loses_alpha(patch):
 
 
 def load_is_off_by_a_bit(patch):
-    original = match_model.parameters_of
+    original = match_model._Match.parameters_of
 
     def numbers(*args):
         found = original(*args)
         return {**found, "A": torch.nextafter(found["A"], found["A"] + 1)}
 
-    patch.setattr(match_model, "parameters_of", numbers)
+    patch.setattr(match_model._Match, "parameters_of", numbers)
 
 
 def first_row_decides(patch):
