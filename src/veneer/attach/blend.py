@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, weight_of
@@ -19,6 +20,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError
+from veneer.lowrank import LowRank
 
 
 def finite_weights(weights: Mapping[Any, Any]) -> None:
@@ -99,6 +101,22 @@ class Blend:
             raise SelectionError(found, "one adapter, whose statistics they are", do)
         low = self.changes  # which another adapter may train in full: ``changed`` has both
         return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
+
+    def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
+        """As ``LayerAdapter.stacks``: the adapters' changes beside each other, as one of the sum of their ranks."""
+        own: dict[str, list[tuple[Any, LowRank, float]]] = {}
+        for part, weight in self.parts:
+            found = part.stacks(module)
+            if found is None or part.full._parameters.keys() & self.changes.keys():
+                return None
+            for name, (stack, low) in found.items():
+                own.setdefault(name, []).append((stack, low, weight))
+        joined = {}
+        for name, uses in own.items():
+            A = torch.cat([low.A for _, low, _ in uses], 1)
+            B = torch.cat([low.B * (low.scale * weight) for _, low, weight in uses], 2)
+            joined[name] = uses[0][0], LowRank(A, B, 1.0)
+        return joined
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """As ``LayerAdapter.changed``. What is not wide is rounded once, after the blend."""

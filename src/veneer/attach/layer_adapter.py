@@ -26,6 +26,7 @@ from veneer import context
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
+from veneer.attach.experts import dropped, is_stack
 from veneer.attach.fused_linear import Direct, Together, direct, outputs
 from veneer.attach.state import LayerState, ModulePath
 from veneer.attach.views import view, viewed
@@ -167,6 +168,19 @@ class LayerAdapter(nn.Module):
             dense = dense.to(x.dtype) if x.is_floating_point() else dense
             y = reader.op(module, x, dense, None if gain is not None else bias)
         return _with_update(reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout)
+
+    def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
+        """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
+        weights = {name: weight_of(module, name) for name in self.changes}
+        if not all(is_stack(change, weights[name]) for name, change in self.changes.items()):
+            return None
+        found = {}
+        for name, change in self.changes.items():
+            low, gain = change.resolve(weights[name])
+            if gain is not None:
+                return None
+            found[name] = weights[name], dropped(change, low)
+        return found
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 
 from veneer.attach.adapted_module import method_of, own_class, state_of, weight_of
 from veneer.attach.dtypes import at_least_float32, cast_floats, is_float, no_autocast, output_dtype, widen
+from veneer.attach.experts import form_from_now_on, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached
+from veneer.attach.unformed import CannotStandError
 from veneer.bases import BASES
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ def viewed(
     if read_below or any(child is not layer_state for child in module._modules.values()):
         narrow = None  # what runs below is not widened
     wide = narrow is not None
+    standing = None if read_below else stand_ins(part, module, layer_state, (args, kwargs), formable=not wide)
+    if standing is not None:
+        try:
+            return _on_stand_ins(function, module, base, {**full, **standing}, layer_state, args, kwargs)
+        except CannotStandError:
+            form_from_now_on(layer_state)
     values = {**full, **part.changed(module, wide)}
     if wide:
         own = {**module._buffers, **module._parameters, **values}
@@ -62,6 +70,17 @@ def viewed(
             y = cast_floats(function(seen, *args, **kwargs), output)
     for entry in made:
         _write_back(*entry)
+    return y
+
+
+def _on_stand_ins(
+    function: Any, module: nn.Module, base: type[nn.Module], values, layer_state: LayerState, args: tuple, kwargs: dict
+) -> Any:
+    """``viewed`` with weights that are not formed."""
+    made: list[_Seen] = []
+    seen = _seen(module, base, values, {}, layer_state, made)
+    y = function(seen, *args, **kwargs)
+    made[0].write_back()
     return y
 
 

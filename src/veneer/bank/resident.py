@@ -84,6 +84,9 @@ class ResolvedLowRank:
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
         return {} if self.bias is None else {"bias": self.bias}
 
+    def stacks(self, module: nn.Module) -> None:
+        """As ``LayerAdapter.stacks``: this is a layer of one matrix."""
+
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """As ``LayerAdapter.changed``."""
         weight: Any = weight_of(module, self.name)

@@ -10,7 +10,7 @@ from veneer.errors import ConfigError, sentence
 
 VARIABLE = "VENEER_COMPILED"
 #: what numba compiles, and what needs no numba
-LOOPS = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "round_nearest")
+LOOPS = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows", "round_nearest")
 NAMES = (*LOOPS, "saved_inputs")
 
 

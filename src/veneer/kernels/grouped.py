@@ -1,0 +1,209 @@
+"""Rows that each meet one matrix of a stack, and that matrix's low-rank change: the experts of a mixture.
+
+    y_s = x_s W_eᵀ + scale · (x_s A_eᵀ) B_eᵀ        e: the matrix of row s
+    x: [S, in]   W: [E, out, in]   A: [E, r, in]   B: [E, out, r]
+
+As in ``fused.py``: the thin part comes first and x W_eᵀ is added to it within its own product, so that 16-bit outputs
+are rounded once, with the change in them; x is all that is saved. A matrix that no row meets costs nothing.
+
+On a processor the rows of each matrix are a segment, and each segment is a few products: a grouped product of torch
+is such a loop too there. Elsewhere the products are torch's grouped ones, which wait for nothing on the host; these
+cannot add to what is there, so 16-bit outputs are rounded twice.
+
+Rejected: gathering A and B for each row. For a batch of training that is more memory than the rows take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.kernels import compiled, has_tiles, reference
+from veneer.kernels.compiled import SavedInput, again, kept, on
+
+#: alignment of rows in torch's grouped products on a GPU, in bytes
+ALIGNED = 16
+
+
+class Segments(NamedTuple):
+    """Which rows meet which matrix, on the host.
+
+    Fields:
+        bounds: (matrix, first row, the one after its last), for those that any row meets, in the order of the rows.
+        sizes: numbers of rows of these, and of the rest that meets none.
+    """
+
+    bounds: Sequence[tuple[int, int, int]]
+    sizes: Sequence[int]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that meet a matrix."""
+        return self.bounds[-1][2] if self.bounds else 0
+
+
+def segments(ends: Sequence[int], rows: int) -> Segments:
+    """Of rows in the order of their matrices, of which each has rows up to its place in ``ends``."""
+    bounds, first = [], 0
+    for matrix, end in enumerate(ends):
+        if end > first:
+            bounds.append((matrix, first, end))
+            first = end
+    return Segments(bounds, [last - first for _, first, last in bounds] + [rows - first])
+
+
+def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
+    """Rows in any order, row s of matrix ids[s]: (their order by matrix, the segments of that)."""
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    ends = [0] * matrices
+    for matrix in ids:
+        ends[matrix] += 1
+    for matrix in range(1, matrices):
+        ends[matrix] += ends[matrix - 1]
+    return order, segments(ends, len(ids))
+
+
+def linear(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments, source: Tensor | None = None
+) -> Tensor:
+    """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and B. On a processor.
+
+    Args:
+        source: a tensor that x may be rows of; then its rows are saved in place of x.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
+        return _Grouped.apply(scale, where, source, x, weight, A, B)  # pyright: ignore[reportReturnType]
+    return _forward(scale, where, x, weight, A, B)
+
+
+def elsewhere(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor, product: Callable[..., Tensor]
+) -> Tensor:
+    """The same on other devices, where ``product`` is the one that the model uses for x and the stack [E, in, out]."""
+    y = product(x, weight.mT, ends)
+    down, up = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
+    grouped: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return y + grouped(grouped(x, down.mT, offs=ends), up.mT, offs=ends)
+
+
+def _aligned(factor: Tensor, axis: int) -> Tensor:
+    """A factor whose rank is a multiple of what the grouped products ask for."""
+    step = ALIGNED // factor.element_size()
+    lacks = -factor.shape[axis] % step
+    return F.pad(factor, (0, lacks) if axis == 2 else (0, 0, 0, lacks)) if lacks else factor
+
+
+def definition(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments) -> Tensor:
+    """What ``linear`` must equal, by operations that have derivatives of any order."""
+    ys = [x.new_zeros(x.shape[0] - where.rows, weight.shape[1])]
+    for (matrix, *_), piece in reversed([*zip(where.bounds, x.split(where.sizes), strict=False)]):
+        down, up = A[matrix].to(x.dtype), B[matrix].to(x.dtype)
+        ys.insert(0, reference.matmul_update(piece, down, up, scale, F.linear(piece, weight[matrix])))
+    return torch.cat(ys)
+
+
+def _forward(scale: float, where: Segments, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    y = compiled.expert_change(x, A, B, scale, where.bounds)
+    if y is None:
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        down, up = A.to(x.dtype), B.to(x.dtype)
+        for (matrix, *_), piece, place in zip(where.bounds, x.split(where.sizes), y.split(where.sizes), strict=False):
+            h = piece @ down[matrix].mT
+            h *= scale
+            torch.mm(h, up[matrix].mT, out=place)
+    return _added(y, x, weight, where)
+
+
+def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments) -> Tensor:
+    """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
+    vectors = part.dtype is torch.bfloat16 and weight.stride(2) == 1 and has_tiles()
+    pieces = x.split(where.sizes), part.split(where.sizes)
+    for (matrix, first, last), rows, place in zip(where.bounds, *pieces, strict=False):
+        if vectors and last - first == 1:
+            place[0].addmv_(weight[matrix], rows[0])
+        else:
+            place.addmm_(rows, weight[matrix].mT)
+    if where.sizes[-1]:
+        part[where.rows :] = 0
+    return part
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: float, where: Segments, source: Tensor | None, x, weight, A, B):
+        ctx.scale, ctx.where = scale, where
+        index = _picked(x, source)
+        if index is not None:
+            ctx.gate = None
+            ctx.save_for_backward(source, None, None, index, weight, A, B)
+        else:
+            *made_of, ctx.gate = kept(x)
+            ctx.save_for_backward(*made_of, None, weight, A, B)
+        return _forward(scale, where, x, weight, A, B)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.autocast(dy.device.type, enabled=False):
+            return _backward(ctx, dy)
+
+
+def _picked(x: Tensor, source: Tensor | None) -> Tensor | None:
+    """The rows of ``source`` that x is, if its node says so and they are fewer."""
+    node: Any = x.grad_fn
+    if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
+        return None
+    if node.name() != "IndexBackward0" or node.next_functions[0][0] is not source.grad_fn:
+        return None
+    picks = node._saved_indices
+    fewer = len(picks) == 1 and picks[0] is not None and picks[0].dim() == 1 and len(source) < len(x)
+    return picks[0] if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:] else None
+
+
+def _backward(ctx: Any, dy: Tensor):
+    first, second, third, index, weight, A, B = ctx.saved_tensors
+    scale, where = ctx.scale, ctx.where
+    need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
+    saved = SavedInput(first, second, third, ctx.gate)
+    x = again(saved, need_x) if index is None else first.index_select(0, index)
+    if torch.is_grad_enabled():
+        return _differentiable(ctx, x, weight, A, B, dy)
+    dy = dy.contiguous()
+    dx, dA, dB = _thin_gradients(scale, where, x, dy, A, B, need_x, need_A or need_B)
+    if need_x:
+        _added(dx, dy, weight.mT, where)
+    return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
+
+
+def _thin_gradients(scale: float, where: Segments, x, dy, A, B, need_x: bool, need_factors: bool) -> Any:
+    """(s dy B A [S, in], that of A, that of B)."""
+    found = compiled.expert_gradients(x, dy, A, B, scale, where.bounds, need_x, need_factors)
+    if found is not None:
+        return found
+    down, up = A.to(x.dtype), B.to(x.dtype)
+    dx = torch.empty_like(x) if need_x else None
+    dA, dB = (torch.zeros_like(down), torch.zeros_like(up)) if need_factors else (None, None)
+    for matrix, first, last in where.bounds:
+        rows, carried = x[first:last], dy[first:last]
+        u = carried @ up[matrix]
+        u *= scale
+        if dx is not None:
+            torch.mm(u, down[matrix], out=dx[first:last])
+        if dA is not None and dB is not None:
+            h = rows @ down[matrix].mT
+            h *= scale
+            dA[matrix], dB[matrix] = u.mT @ rows, carried.mT @ h
+    return dx, *(None if one is None else one.to(like.dtype) for one, like in ((dA, A), (dB, B)))
+
+
+def _differentiable(ctx: Any, x, weight, A, B, dy):
+    tensors = [one.view_as(one) for one in (x, A, B)]
+    y = definition(tensors[0], weight, *tensors[1:], ctx.scale, ctx.where)
+    needs = [ctx.needs_input_grad[place] for place in (3, 5, 6)]
+    wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    dx, dA, dB = (next(found) if need else None for need in needs)
+    return None, None, None, dx, None, dA, dB
