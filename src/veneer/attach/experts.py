@@ -50,8 +50,8 @@ def stand_ins(
     """
     if layer_state in _FORMING or context.current.path == "materialised" or not _eager():
         return None
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    if any(type(leaf) not in (Tensor, nn.Parameter) for leaf in leaves):
+    leaves = _tensors(*inputs)
+    if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
         return None
     changes = part.stacks(module)
     if not changes:
@@ -62,6 +62,14 @@ def stand_ins(
         name: stand_in(Stack(weight, low.A, low.B, low.scale, formable, call, source))
         for name, (weight, low) in changes.items()
     }
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors in a call's arguments."""
+    leaves: Any = [*args, *kwargs.values()]
+    if not all(leaf is None or isinstance(leaf, Tensor | int | float) for leaf in leaves):
+        leaves = pytree.tree_leaves(leaves)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def form_from_now_on(layer_state: LayerState) -> None:

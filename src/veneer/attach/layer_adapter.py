@@ -176,7 +176,11 @@ class LayerAdapter(nn.Module):
             return None
         found = {}
         for name, change in self.changes.items():
-            low, gain = change.resolve(weights[name])
+            if change.variant.resolve is VARIANTS["lora"].resolve and change.rows is None:
+                own: Any = change._parameters  # in every layer of a decoding step
+                low, gain = LowRank(own["A"], own["B"], change.scale), None
+            else:
+                low, gain = change.resolve(weights[name])
             if gain is not None:
                 return None
             found[name] = weights[name], dropped(change, low)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class Unformed(Tensor):
     stack: Stack
     index: Index
     flipped: bool
+    # the class's own attributes would each pass through ``__torch_function__``
+    shape: Any
+    dtype: Any
+    device: Any
+    ndim: Any
 
     def formed(self) -> Tensor:
         return self.stack.formed(self.index, self.flipped)
@@ -177,9 +183,16 @@ def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
         shape, strides = (len(index), *shape[1:]), (shape[1] * shape[2], shape[2], 1)
     if flipped:
         shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*strides[:-2], strides[-1], strides[-2])
-    made: Any = Tensor._make_wrapper_subclass(Unformed, shape, strides=strides, dtype=W.dtype, device=W.device)
-    made.stack, made.index, made.flipped = stack, index, flipped
+    dtype, device = W.dtype, W.device
+    made: Any = Tensor._make_wrapper_subclass(Unformed, shape, strides=strides, dtype=dtype, device=device)
+    own = made.__dict__
+    own["stack"], own["index"], own["flipped"] = stack, index, flipped
+    own["_shape"], own["_dtype"], own["_device"], own["_ndim"] = torch.Size(shape), dtype, device, len(shape)
     return made
+
+
+for _name in ("shape", "dtype", "device", "ndim"):
+    setattr(Unformed, _name, property(attrgetter(f"_{_name}")))
 
 
 class _Carried(torch.autograd.Function):

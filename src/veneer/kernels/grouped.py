@@ -35,15 +35,14 @@ class Segments(NamedTuple):
     Fields:
         bounds: (matrix, first row, the one after its last), for those that any row meets, in the order of the rows.
         sizes: numbers of rows of these, and of the rest that meets none.
+        rows: the number of rows that meet a matrix.
+        loop: what a compiled loop makes of it, once for all stacks that are read with it.
     """
 
     bounds: Sequence[tuple[int, int, int]]
     sizes: Sequence[int]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows that meet a matrix."""
-        return self.bounds[-1][2] if self.bounds else 0
+    rows: int
+    loop: list[Any]
 
 
 def segments(ends: Sequence[int], rows: int) -> Segments:
@@ -53,7 +52,7 @@ def segments(ends: Sequence[int], rows: int) -> Segments:
         if end > first:
             bounds.append((matrix, first, end))
             first = end
-    return Segments(bounds, [last - first for _, first, last in bounds] + [rows - first])
+    return Segments(bounds, [end - start for _, start, end in bounds] + [rows - first], first, [])
 
 
 def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
@@ -100,18 +99,20 @@ def _aligned(factor: Tensor, axis: int) -> Tensor:
 def definition(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments) -> Tensor:
     """What ``linear`` must equal, by operations that have derivatives of any order."""
     ys = [x.new_zeros(x.shape[0] - where.rows, weight.shape[1])]
-    for (matrix, *_), piece in reversed([*zip(where.bounds, x.split(where.sizes), strict=False)]):
+    for (matrix, *_), piece in reversed([*zip(where.bounds, x.split_with_sizes(where.sizes), strict=False)]):
         down, up = A[matrix].to(x.dtype), B[matrix].to(x.dtype)
         ys.insert(0, reference.matmul_update(piece, down, up, scale, F.linear(piece, weight[matrix])))
     return torch.cat(ys)
 
 
 def _forward(scale: float, where: Segments, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    y = compiled.expert_change(x, A, B, scale, where.bounds)
+    y = compiled.expert_change(x, A, B, scale, where)
     if y is None:
         y = x.new_empty(x.shape[0], weight.shape[1])
         down, up = A.to(x.dtype), B.to(x.dtype)
-        for (matrix, *_), piece, place in zip(where.bounds, x.split(where.sizes), y.split(where.sizes), strict=False):
+        for (matrix, *_), piece, place in zip(
+            where.bounds, x.split_with_sizes(where.sizes), y.split_with_sizes(where.sizes), strict=False
+        ):
             h = piece @ down[matrix].mT
             h *= scale
             torch.mm(h, up[matrix].mT, out=place)
@@ -121,7 +122,7 @@ def _forward(scale: float, where: Segments, x: Tensor, weight: Tensor, A: Tensor
 def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments) -> Tensor:
     """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
     vectors = part.dtype is torch.bfloat16 and weight.stride(2) == 1 and has_tiles()
-    pieces = x.split(where.sizes), part.split(where.sizes)
+    pieces = x.split_with_sizes(where.sizes), part.split_with_sizes(where.sizes)
     for (matrix, first, last), rows, place in zip(where.bounds, *pieces, strict=False):
         if vectors and last - first == 1:
             place[0].addmv_(weight[matrix], rows[0])
@@ -180,7 +181,7 @@ def _backward(ctx: Any, dy: Tensor):
 
 def _thin_gradients(scale: float, where: Segments, x, dy, A, B, need_x: bool, need_factors: bool) -> Any:
     """(s dy B A [S, in], that of A, that of B)."""
-    found = compiled.expert_gradients(x, dy, A, B, scale, where.bounds, need_x, need_factors)
+    found = compiled.expert_gradients(x, dy, A, B, scale, where, need_x, need_factors)
     if found is not None:
         return found
     down, up = A.to(x.dtype), B.to(x.dtype)

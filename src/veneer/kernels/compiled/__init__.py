@@ -63,23 +63,23 @@ def single_adapter_change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
     return loop.change(x, A, B, scale) if loop.able(x, A, B) else None
 
 
-def expert_change(x: Tensor, A: Tensor, B: Tensor, scale: float, bounds: Any) -> Tensor | None:
-    """scale · x A_eᵀ B_eᵀ [S, out] of x [S, in], A [E, r, in] and B [E, out, r], for segments of rows: (e, first row,
-    the one after the last). No gradient."""
-    loops = _experts(x, A, B, bounds)
-    return None if loops is None else loops.change(x, A, B, scale, bounds)
+def expert_change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> Tensor | None:
+    """scale · x A_eᵀ B_eᵀ [S, out] of x [S, in], A [E, r, in] and B [E, out, r], for the segments of
+    ``kernels.grouped``. No gradient."""
+    loops = _experts(x, A, B, where)
+    return None if loops is None else loops.change(x, A, B, scale, where)
 
 
 def expert_gradients(
-    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float, bounds: Any, need_x: bool, need_factors: bool
+    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool, need_factors: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
     """The gradients of ``expert_change`` by x, A and B, given dy [S, out]; None for those that are not needed."""
-    loops = _experts(x, A, B, bounds)
-    return None if loops is None else loops.gradients(x, dy, A, B, scale, bounds, need_x, need_factors)
+    loops = _experts(x, A, B, where)
+    return None if loops is None else loops.gradients(x, dy, A, B, scale, where, need_x, need_factors)
 
 
-def _experts(x: Tensor, A: Tensor, B: Tensor, bounds: Any) -> Any:
-    if not bounds or not on("expert_rows") or torch.get_num_threads() > THREADS:
+def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
+    if not where.bounds or not on("expert_rows") or torch.get_num_threads() > THREADS:
         return None
     loops = _module("expert_rows")
     return loops if loops.able(x, A, B) else None

@@ -15,7 +15,7 @@ Importing this module loads numba, as ``kernels.compiled`` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -25,9 +25,10 @@ from torch import Tensor
 from veneer.kernels.compiled import mixed_rows
 from veneer.kernels.compiled.mixed_rows import DTYPES, Rows
 from veneer.kernels.compiled.numba_ops import at, compiled, narrow, wide
-from veneer.kernels.compiled.thin_blocks import BLOCK, add, dots
+from veneer.kernels.compiled.thin_blocks import BLOCK, add, add_one, dots, dots_one
 
-Bounds = Sequence[tuple[int, int, int]]
+#: rows up to which each is multiplied by itself
+FEW = 16
 
 _STORED = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 _WIDE, _PLACE = np.empty(0, np.float32), np.empty(0, np.int64)
@@ -38,31 +39,76 @@ def able(x: Tensor, A: Tensor, B: Tensor) -> bool:
     return x.is_cpu and x.dtype in DTYPES and A.dtype in DTYPES and A.dtype is B.dtype
 
 
-def change(x: Tensor, A: Tensor, B: Tensor, scale: float, bounds: Bounds) -> Tensor:
-    """y [S, out] of x [S, in], A [E, r, in] and B [E, out, r]; what rows behind the last segment get is arbitrary."""
-    table = np.array(bounds, np.int64)
-    down, up, places = _chosen(A, B, table)
-    groups = np.empty((len(table), 4), np.int64)
-    groups[:, :2], groups[:, 2] = table[:, 1:], np.arange(len(table))
-    groups[:, 3] = groups[:, 2] + 1
-    addresses = np.empty((len(table), 3), np.int64)
-    for column, factor in enumerate((down, up)):
-        addresses[:, column] = factor.data_ptr() + places * (factor.stride(0) * factor.element_size())
-    addresses[:, 2] = down.shape[1]
-    covered = int(table[-1, 2])
-    rows = Rows(np.arange(covered), groups, np.full(len(table), scale, np.float32))
+class _Where(NamedTuple):
+    """``grouped.Segments`` as the loops have them.
+
+    Fields:
+        table: [n, 3] matrices and bounds of their rows.
+        rows: of ``mixed_rows``, without weights.
+        picks: the matrices, if they are few among all; else None.
+    """
+
+    table: Any
+    order: Any
+    groups: Any
+    picks: Tensor | None
+
+
+def _where(where: Any, matrices: int) -> _Where:
+    """Made once for all stacks that are read with these segments."""
+    if not where.loop:
+        table = np.array(where.bounds, np.int64)
+        groups = np.empty((len(table), 4), np.int64)
+        groups[:, :2], groups[:, 2] = table[:, 1:], np.arange(len(table))
+        groups[:, 3] = groups[:, 2] + 1
+        picks = torch.from_numpy(table[:, 0].copy()) if 2 * len(table) <= matrices else None
+        where.loop.append(_Where(table, np.arange(where.rows), groups, picks))
+    return where.loop[0]
+
+
+def change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> Tensor:
+    """y [S, out] of x [S, in], A [E, r, in] and B [E, out, r]; zero in rows that meet no matrix."""
+    known = _where(where, len(A))
+    if len(x) <= FEW and _whole(A) and _whole(B):
+        return _of_few(x.contiguous(), A, B, scale, known.table)
+    down, up = _chosen(A, B, known.picks)
+    count, rank, width = len(known.table), down.shape[1], down.element_size()
+    addresses = np.empty((count, 3), np.int64)
+    places = known.groups[:, 2] if known.picks is not None else known.table[:, 0]
+    addresses[:, 0] = places * (down.stride(0) * width) + down.data_ptr()
+    addresses[:, 1] = places * (up.stride(0) * width) + up.data_ptr()
+    addresses[:, 2] = rank
+    rows = Rows(known.order, known.groups, np.full(count, scale, np.float32))
     x = x.contiguous()
-    y = mixed_rows.change(x[:covered] if covered < len(x) else x, up.shape[2], rows, addresses, down.dtype)
-    return y if covered == len(x) else torch.cat([y, y.new_zeros(len(x) - covered, y.shape[1])])
+    lacks = len(x) - where.rows
+    y = mixed_rows.change(x[: where.rows] if lacks else x, up.shape[2], rows, addresses, down.dtype)
+    return torch.cat([y, y.new_zeros(lacks, y.shape[1])]) if lacks else y
+
+
+def _whole(factor: Tensor) -> bool:
+    """Whether each matrix lies in one piece, perhaps transposed."""
+    return factor.is_contiguous() or factor.mT.is_contiguous()
+
+
+def _of_few(x: Tensor, A: Tensor, B: Tensor, scale: float, table: Any) -> Tensor:
+    """``change`` of few rows, with each factor read where it is: copies of four experts' take longer."""
+    rank, in_ = A.shape[1:]
+    out = B.shape[1]
+    y = x.new_empty(len(x), out)
+    _FEW(
+        x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), len(x), rank, in_, out, scale,
+        A.stride(2) == 1, B.stride(2) == 1, table.ctypes.data, len(table), _STORED[x.dtype], _STORED[A.dtype],
+    )  # fmt: skip
+    return y
 
 
 def gradients(
-    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float, bounds: Bounds, need_x: bool, need_factors: bool
+    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool, need_factors: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx [S, in] as ``change`` gives it, that of A, that of B), None for what is not needed."""
     if not need_factors:
-        return change(dy, B.mT, A.mT, scale, bounds), None, None
-    table = np.array(bounds, np.int64)
+        return change(dy, B.mT, A.mT, scale, where), None, None
+    table = _where(where, len(A)).table
     down, up = A.contiguous(), B.mT.contiguous()
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x) if need_x else None
@@ -76,13 +122,12 @@ def gradients(
     return dx, dA.to(A.dtype), dB.mT.to(B.dtype)
 
 
-def _chosen(A: Tensor, B: Tensor, table: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
-    """A and Bᵀ, contiguous, of the matrices that any row meets if these are few, and where each segment's lies."""
-    if 2 * len(table) > len(A):
-        return A.contiguous(), B.mT.contiguous(), table[:, 0]
-    picks = torch.from_numpy(table[:, 0].copy())
-    down, up = A.index_select(0, picks), B.mT.index_select(0, picks)
-    return down.contiguous(), up.contiguous(), np.arange(len(table))
+def _chosen(A: Tensor, B: Tensor, picks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A and Bᵀ of these matrices (None: all), contiguous."""
+    if picks is not None:  # what lies whole is picked faster
+        A = A.index_select(0, picks) if A.is_contiguous() else A.mT.index_select(0, picks).mT
+        B = B.index_select(0, picks) if B.is_contiguous() else B.mT.index_select(0, picks).mT
+    return A.contiguous(), B.mT.contiguous()
 
 
 @numba.njit(fastmath={"contract"})
@@ -147,4 +192,33 @@ def _gradients(
                 _narrowed(dxs[first:last], dx[:n])
 
 
-_LOOP = compiled(_gradients)
+def _few(x_at, y_at, A_at, B_at, rows, rank, in_, out, scale, A_by_rank, B_by_out, table_at, count, like, factor):
+    xs, ys = numba.carray(at(x_at, like), (rows, in_)), numba.carray(at(y_at, like), (rows, out))
+    table = numba.carray(at(table_at, _PLACE), (count, 3))
+    x, y, h = np.empty((1, in_), np.float32), np.empty((1, out), np.float32), np.empty((1, rank), np.float32)
+    strength, one, done = np.float32(scale), np.float32(1), 0
+    for g in range(count):
+        e = table[g, 0]
+        A_e, B_e = A_at + e * rank * in_ * factor.itemsize, B_at + e * rank * out * factor.itemsize
+        for s in range(table[g, 1], table[g, 2]):
+            _widened(x, xs[s : s + 1])
+            if A_by_rank:
+                dots_one(h[0], x[0], numba.carray(at(A_e, factor), (rank, in_)))
+            else:
+                h[0] = np.float32(0)
+                add_one(h[0], x[0], numba.carray(at(A_e, factor), (in_, rank)), 0, in_, one)
+            for k in range(rank):
+                h[0, k] *= strength
+            if B_by_out:
+                dots_one(y[0], h[0], numba.carray(at(B_e, factor), (out, rank)))
+            else:
+                y[0] = np.float32(0)
+                add_one(y[0], h[0], numba.carray(at(B_e, factor), (rank, out)), 0, rank, one)
+            _narrowed(ys[s : s + 1], y)
+            done = s + 1
+    for s in range(done, rows):
+        y[0] = np.float32(0)
+        _narrowed(ys[s : s + 1], y)
+
+
+_LOOP, _FEW = map(compiled, (_gradients, _few))
