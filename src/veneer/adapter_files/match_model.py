@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter_files.expert_pairs import with_stacks
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign
 from veneer.adapter_files.peft_mapping import all_refs, attention_above, differs, means_parameter, module_at, ref_at
@@ -95,8 +96,8 @@ def match(
     already. ``cache``: what is known of the model already; what is found out is added. ``AdapterError``: the folder is
     damaged, or does not fit the model. ``BaseMismatchError``: the base's weights are others than those it was trained
     on."""
-    saved = read(path)
     cache = MatchCache(Names(model)) if cache is None else cache
+    saved = with_stacks(read(path), cache.names, problems)
     folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)
     folder.match_modules()
     folder.plan_low_rank(cache)

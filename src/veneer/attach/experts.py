@@ -274,14 +274,14 @@ def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **how: Any) -> Any:
     if how or _is(input):
         return NotImplemented
     y = _matmul(torch.bmm, batch1, batch2)
-    return y if y is NotImplemented else y + input
+    return y if y is NotImplemented else y + input.to(y.dtype)
 
 
 @_operation(torch.addmm, Tensor.addmm)
 def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **how: Any) -> Any:
     if how or _is(input) or not _is(mat2, 2) or _is(mat1):
         return NotImplemented
-    return _matrix(mat1, mat2, True, input) if input.ndim == 1 else _matrix(mat1, mat2, True) + input
+    return _matrix(mat1, mat2, True, input) if input.ndim == 1 else _matrix(mat1, mat2, True) + input.to(mat1.dtype)
 
 
 @_operation(torch._grouped_mm)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
+from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
@@ -79,13 +80,16 @@ class _ByRows:
     ) -> Any:
         whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
         alone = all(child is layer_state for child in module._modules.values())  # nobody below asks what is selected
-        refusal = self._refusal(kind, (args, kwargs), alone)
+        tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
+        if tokens is not None and tokens > 1 and whole.time_first:
+            tokens = None
+        refusal = self._refusal(kind, (args, kwargs), alone, routed=tokens is not None)
         if refusal is not None:
             raise _cannot_tell(module, refusal)
         outputs = []
         for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
             try:
-                own, named = kind.take(module, args, kwargs, rows, whole.count)
+                own, named = kind.take(module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1))
             except LookupError:
                 raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
             with nullcontext() if alone else whole.only(selected):
@@ -93,14 +97,14 @@ class _ByRows:
                     outputs.append(method_of(base, method)(module, *own, **named))
                 else:
                     outputs.append(part.run(module, base, layer_state, own, named, now, share=False, method=method))
-        return kind.put(module, outputs, whole.order)
+        return kind.put(module, outputs, spread(whole.order, tokens or 1))
 
-    def _refusal(self, kind: Layer, inputs: Any, alone: bool) -> str | None:
+    def _refusal(self, kind: Layer, inputs: Any, alone: bool, routed: bool) -> str | None:
         """Why the rows of a call cannot be told, or None: an object that no rows can be taken out of, or two axes that
         count the rows: in a model that puts time first, or of a mask of [time, time] where a module runs others."""
         for value in () if alone else _objects(inputs):
             return f"given a {type(value).__name__}, which cannot be divided into rows"
-        if type(kind).take is not Layer.take:
+        if routed or type(kind).take is not Layer.take:
             return None
         square, leaves = (self.whole.count,) * 2, [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         masks = not alone and len(leaves) > 1

@@ -1,0 +1,122 @@
+"""Rows of a stack of matrices with low-rank changes equal the definition, whichever rows meet which matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.toys import error
+
+from veneer.kernels import compiled, grouped
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@st.composite
+def shapes(draw):
+    """(rows of each matrix, rows of none, out, in, rank), with empty matrices, one row, and all rows of one."""
+    sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 18, 40]), min_size=1, max_size=6))
+    some = st.integers(1, 9)
+    return sizes, draw(st.sampled_from([0, 0, 2])), draw(some), draw(some), draw(some)
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"])
+def loops(request):
+    """With the compiled loops and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(compiled, "on", lambda name: False)
+        yield
+
+
+def made(case, dtype, factors, flipped):
+    sizes, rest, out, in_, rank = case
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    count = len(sizes)
+    x, W = drawn(sum(sizes) + rest, in_).to(dtype), drawn(count, out, in_).to(dtype)
+    A, B = drawn(count, rank, in_).to(factors), drawn(count, out, rank).to(factors)
+    if flipped:  # as a stack that is held transposed gives them
+        W, A, B = (one.mT.contiguous().mT for one in (W, A, B))
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    where = grouped.segments(ends, len(x))
+    ids = torch.repeat_interleave(torch.arange(count), torch.tensor(sizes)).tolist()
+    return [one.requires_grad_() for one in (x, A, B)], W, where, ids
+
+
+def dense(x, W, A, B, scale, ids):
+    """In float64: each row with W + ΔW of its matrix."""
+    changed = W.double() + scale * (B.double() @ A.double())
+    ys = [x[row].double() @ changed[matrix].mT for row, matrix in enumerate(ids)]
+    ys += [x[row].double() * 0 @ changed[0].mT for row in range(len(ids), len(x))]
+    return torch.stack(ys) if ys else x.new_zeros(0, W.shape[1]).double()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+     (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+@given(case=shapes(), flipped=st.booleans())
+def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
+    (x, A, B), W, where, ids = made(case, dtype, factors, flipped)
+    y = grouped.linear(x, W, A, B, 0.5, where)
+    expected = dense(x, W, A, B, 0.5, ids)
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    bound = BOUNDS[dtype]
+    if not len(x):
+        return
+    assert error(y, expected) < bound
+    with torch.no_grad():
+        assert error(grouped.linear(x, W, A, B, 0.5, where), expected) < bound
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), (x, A, B))
+    found = torch.autograd.grad((y * weights.to(dtype)).sum(), (x, A, B))
+    for own, gradient in zip(found, wanted, strict=True):
+        size = float(gradient.norm())
+        assert float((own.double() - gradient.double()).norm()) <= 2 * bound * size
+
+
+def test_gradients_of_gradients_are_those_of_the_definition():
+    (x, A, B), W, where, _ = made(([2, 0, 3], 1, 4, 5, 2), torch.float64, torch.float64, False)
+    assert torch.autograd.gradgradcheck(lambda *args: grouped.linear(args[0], W, *args[1:], 0.5, where), (x, A, B))
+
+
+def test_rows_in_any_order_are_put_by_their_matrix():
+    order, where = grouped.by_id([2, 0, 2, 1], 4)
+    assert order == [1, 3, 0, 2]
+    assert list(where.bounds) == [(0, 0, 1), (1, 1, 2), (2, 2, 4)]
+
+
+def test_rows_of_a_tensor_are_saved_as_that_tensor():
+    (x, A, B), W, where, _ = made(([4, 4], 0, 5, 6, 2), torch.float32, torch.float32, False)
+    source = x[:3] * 1
+    rows = source[torch.tensor([0, 0, 1, 2, 2, 1, 0, 1])]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
+        y = grouped.linear(rows, W, A, B, 0.5, where, source)
+    assert not any(value.data_ptr() == rows.data_ptr() for value in saved)
+    found = torch.autograd.grad(y.square().sum(), (x, A, B), retain_graph=True)
+    wanted = torch.autograd.grad(grouped.definition(rows, W, A, B, 0.5, where).square().sum(), (x, A, B))
+    for own, gradient in zip(found, wanted, strict=True):
+        assert error(own, gradient) < 1e-5
+
+
+def test_ranks_are_filled_up_for_the_grouped_products_of_a_gpu():
+    """On a processor torch's grouped products are a loop, so that what other devices get can be tested here."""
+    (x, A, B), W, _, ids = made(([2, 0, 3], 0, 8, 16, 3), torch.float32, torch.float32, False)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    y = grouped.elsewhere(x, W, A, B, 0.5, ends, lambda x, W, ends: torch._grouped_mm(x, W, offs=ends))
+    expected = dense(x, W, A, B, 0.5, ids)
+    assert error(y, expected) < 1e-5
+    found = torch.autograd.grad(y.square().sum(), (x, A, B))
+    wanted = torch.autograd.grad(expected.square().sum(), (x, A, B))
+    for own, gradient in zip(found, wanted, strict=True):
+        assert error(own, gradient) < 1e-5
