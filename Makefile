@@ -114,6 +114,7 @@ bench: setup
 	$(BENCH)/import_time.py
 	$(BENCH)/attach.py
 	$(BENCH)/forward.py
+	$(BENCH)/experts.py
 	$(KEEP) $(BENCH)/mixed.py
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py

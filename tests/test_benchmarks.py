@@ -16,6 +16,7 @@ from scripts import bench_page
 import candidates
 import compose
 import engine
+import experts
 import fingerprints
 import forward
 import frozen
@@ -57,6 +58,7 @@ def recorded(base, tmp_path_factory) -> Path:
         train_step.main([*few, *out, "--rank", "4", "--runs", "1"])
         train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
         forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
+        experts.main(["--tiny", *out, "--runs", "1"])
         engine.main([*SHAPE, *out, "--runs", "1", "--dtype", "float32"])
         mixed.main([*SHAPE, *out, "--runs", "1", "--length", "4"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
@@ -82,6 +84,16 @@ def written(folder: Path, name: str) -> dict:
 
 def check(row: dict) -> None:
     assert row["low"] <= row["ratio"] <= row["high"]
+
+
+def test_experts(recorded):
+    result = written(recorded, "experts")
+    asked = [(case["setting"]["call"], case["setting"]["dtype"]) for case in result["cases"]]
+    assert asked == [(call, dtype) for dtype in ("float32", "bfloat16") for call in ("one token", "a step")]
+    for case in result["cases"]:
+        assert list(case["rows"])[:3] == ["base", "veneer", "peft"]
+        for row in case["rows"].values():
+            check(row)
 
 
 @pytest.mark.parametrize("arch", candidates.ARCHITECTURES)

@@ -135,6 +135,57 @@ def test_tokens_that_are_not_a_view_of_rows_first_are_refused():
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_a_banks_rows_reach_experts(tmp_path):
+    model = build("qwen3_moe", torch.float32)
+    for adapter in "ab":
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=[TARGETS, "q_proj"]), adapter)
+        for parameter in handle.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        handle.save(tmp_path / adapter)
+    ids = torch.randint(0, 50, (3, 5))
+    alone = {}
+    with torch.no_grad():
+        for adapter in ("a", "b", None):
+            with veneer.use(model, adapter):
+                alone[adapter] = model(ids).logits
+        for adapter in "ab":
+            veneer.detach(model, adapter)
+        bank = veneer.Bank(model)
+        for adapter in "ab":
+            bank.register(adapter, tmp_path / adapter)
+        with bank.rows(["b", None, "a"]):
+            mixed = model(ids).logits
+    for row, adapter in enumerate(["b", None, "a"]):
+        assert error(mixed[row], alone[adapter][row]) < 1e-5
+
+
+def test_a_step_keeps_little_more_than_the_bases():
+    """Of the inputs of the stacks, the tokens are kept once, not for each expert, and products as their factors."""
+    model, module = attached("qwen3_moe", "grouped_mm", torch.float32)
+    hidden, index, weights = inputs_for(module, torch.float32, tokens=4096)
+    parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
+
+    def kept(name):
+        places = {}
+
+        def pack(value):
+            place = value.untyped_storage().data_ptr()
+            if place not in parameters:
+                places[place] = value.untyped_storage().nbytes()
+            return value
+
+        x = hidden.clone().requires_grad_() * 1
+        with veneer.use(model, name), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            y = module(x, index, weights)
+        return sum(places.values()), y, x.nbytes
+
+    base, *held = kept(None)
+    own, _, tokens = kept("default")
+    rows = 2 * tokens  # which hooks see: with them, an input is kept as it is
+    assert own <= base + tokens + rows + 4096
+    del held
+
+
 def test_a_blend_is_one_change_of_more_ranks(dtype):
     model, module = attached("qwen3_moe", "grouped_mm", dtype)
     second = veneer.attach(model, veneer.LoraConfig(rank=3, targets=TARGETS), "b")

@@ -48,7 +48,7 @@ def stand_ins(
         inputs: the arguments of the call.
         formable: whether W + ΔW may be formed in the weights' own dtype after all.
     """
-    if layer_state in _FORMING or context.current.path == "materialised" or not _eager():
+    if not _eager() or layer_state in _FORMING or context.current.path == "materialised":
         return None
     leaves = _tensors(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):

@@ -55,6 +55,7 @@ class LayerAdapter(nn.Module):
         self.low = nn.Module()
         self.full = nn.Module()
         self.changes: dict[str, Change] = {}
+        self.gained = False
         self.direct: Direct | None = None
         self.together: Together | None = None
         self.read_below: dict[ModulePath, LayerAdapter] = {}
@@ -171,6 +172,8 @@ class LayerAdapter(nn.Module):
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
         """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
+        if self.gained:  # to find that out again takes W + ΔW
+            return None
         weights = {name: weight_of(module, name) for name in self.changes}
         if not all(is_stack(change, weights[name]) for name, change in self.changes.items()):
             return None
@@ -182,6 +185,7 @@ class LayerAdapter(nn.Module):
             else:
                 low, gain = change.resolve(weights[name])
             if gain is not None:
+                self.gained = True
                 return None
             found[name] = weights[name], dropped(change, low)
         return found

@@ -83,10 +83,8 @@ def elsewhere(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor, product: Callable[..., Tensor]
 ) -> Tensor:
     """The same on other devices, where ``product`` is the one that the model uses for x and the stack [E, in, out]."""
-    y = product(x, weight.mT, ends)
     down, up = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
-    grouped: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    return y + grouped(grouped(x, down.mT, offs=ends), up.mT, offs=ends)
+    return product(x, weight.mT, ends) + product(product(x, down.mT, ends), up.mT, ends)
 
 
 def _aligned(factor: Tensor, axis: int) -> Tensor:
@@ -159,7 +157,10 @@ def _picked(x: Tensor, source: Tensor | None) -> Tensor | None:
         return None
     if node.name() != "IndexBackward0" or node.next_functions[0][0] is not source.grad_fn:
         return None
-    picks = node._saved_indices
+    try:
+        picks = node._saved_indices
+    except RuntimeError:  # a backward has freed them
+        return None
     fewer = len(picks) == 1 and picks[0] is not None and picks[0].dim() == 1 and len(source) < len(x)
     return picks[0] if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:] else None
 
