@@ -134,7 +134,6 @@ def test_tokens_that_are_not_a_view_of_rows_first_are_refused():
         module(time_first.view(6, -1), index, weights)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_a_banks_rows_reach_experts(tmp_path):
     model = build("qwen3_moe", torch.float32)
     for adapter in "ab":
@@ -186,6 +185,7 @@ def test_a_step_keeps_little_more_than_the_bases():
     del held
 
 
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_a_blend_is_one_change_of_more_ranks(dtype):
     model, module = attached("qwen3_moe", "grouped_mm", dtype)
     second = veneer.attach(model, veneer.LoraConfig(rank=3, targets=TARGETS), "b")
