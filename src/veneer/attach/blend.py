@@ -107,7 +107,7 @@ class Blend:
         own: dict[str, list[tuple[Any, LowRank, float]]] = {}
         for part, weight in self.parts:
             found = part.stacks(module)
-            if found is None or part.full._parameters.keys() & self.changes.keys():
+            if found is None or part.replacements(module).keys() & self.changes.keys():
                 return None
             for name, (stack, low) in found.items():
                 own.setdefault(name, []).append((stack, low, weight))

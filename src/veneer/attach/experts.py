@@ -301,7 +301,7 @@ def _is(value: Any, axes: int = 0) -> bool:
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    return _C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
 def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None) -> Tensor:

@@ -77,10 +77,9 @@ def _on_stand_ins(
     function: Any, module: nn.Module, base: type[nn.Module], values, layer_state: LayerState, args: tuple, kwargs: dict
 ) -> Any:
     """``viewed`` with weights that are not formed."""
-    made: list[_Seen] = []
-    seen = _seen(module, base, values, {}, layer_state, made)
-    y = function(seen, *args, **kwargs)
-    made[0].write_back()
+    made: list[_Made] = []
+    y = function(_seen(module, base, values, {}, layer_state, made), *args, **kwargs)
+    _write_back(*made[0])
     return y
 
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import compiled, has_tiles, reference
-from veneer.kernels.compiled import SavedInput, again, kept, on
+from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
+from veneer.kernels.compiled.switch import on
 
 #: alignment of rows in torch's grouped products on a GPU, in bytes
 ALIGNED = 16

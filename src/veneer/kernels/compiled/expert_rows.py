@@ -7,8 +7,6 @@
 ``change`` is the loop of ``mixed_rows`` with an expert for an adapter. ``gradients`` reads x and dy once, computes the
 rank-r activations again and keeps the sums of an expert in the processor's cache. torch's products of a segment cost
 microseconds each, of 64 segments more than what they compute.
-
-Importing this module loads numba, as ``kernels.compiled`` says.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.compiled import mixed_rows
-from veneer.kernels.compiled.mixed_rows import DTYPES, Rows
+from veneer.kernels.compiled.mixed_rows import DTYPES
 from veneer.kernels.compiled.numba_ops import at, compiled, narrow, wide
 from veneer.kernels.compiled.thin_blocks import BLOCK, add, add_one, dots, dots_one
 
@@ -78,7 +76,7 @@ def change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> Tensor:
     addresses[:, 0] = places * (down.stride(0) * width) + down.data_ptr()
     addresses[:, 1] = places * (up.stride(0) * width) + up.data_ptr()
     addresses[:, 2] = rank
-    rows = Rows(known.order, known.groups, np.full(count, scale, np.float32))
+    rows = known.order, known.groups, np.full(count, scale, np.float32)
     x = x.contiguous()
     lacks = len(x) - where.rows
     y = mixed_rows.change(x[: where.rows] if lacks else x, up.shape[2], rows, addresses, down.dtype)
@@ -95,7 +93,7 @@ def _of_few(x: Tensor, A: Tensor, B: Tensor, scale: float, table: Any) -> Tensor
     rank, in_ = A.shape[1:]
     out = B.shape[1]
     y = x.new_empty(len(x), out)
-    _FEW(
+    _few(
         x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), len(x), rank, in_, out, scale,
         A.stride(2) == 1, B.stride(2) == 1, table.ctypes.data, len(table), _STORED[x.dtype], _STORED[A.dtype],
     )  # fmt: skip
@@ -114,7 +112,7 @@ def gradients(
     dx = torch.empty_like(x) if need_x else None
     dA, dB = (torch.zeros(factor.shape, dtype=torch.float32) for factor in (down, up))
     tensors = (x, dy, down, up, dA, dB)
-    _LOOP(
+    _gradients(
         *(one.data_ptr() for one in tensors), 0 if dx is None else dx.data_ptr(),
         len(x), len(down), down.shape[1], x.shape[1], dy.shape[1], scale,
         table.ctypes.data, len(table), _STORED[x.dtype], _STORED[down.dtype],
@@ -153,6 +151,7 @@ def _scaled(to, by_rank, scale):
             by_rank[k, i] = to[i, k]
 
 
+@compiled
 def _gradients(
     x_at, dy_at, A_at, B_at, dA_at, dB_at, dx_at, rows, experts, rank, in_, out, scale, table_at, count, like, factor
 ):
@@ -192,6 +191,7 @@ def _gradients(
                 _narrowed(dxs[first:last], dx[:n])
 
 
+@compiled
 def _few(x_at, y_at, A_at, B_at, rows, rank, in_, out, scale, A_by_rank, B_by_out, table_at, count, like, factor):
     xs, ys = numba.carray(at(x_at, like), (rows, in_)), numba.carray(at(y_at, like), (rows, out))
     table = numba.carray(at(table_at, _PLACE), (count, 3))
@@ -219,6 +219,3 @@ def _few(x_at, y_at, A_at, B_at, rows, rank, in_, out, scale, A_by_rank, B_by_ou
     for s in range(done, rows):
         y[0] = np.float32(0)
         _narrowed(ys[s : s + 1], y)
-
-
-_LOOP, _FEW = map(compiled, (_gradients, _few))
