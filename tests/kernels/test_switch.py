@@ -14,7 +14,7 @@ from tests.support.toys import error
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.kernels import compiled, cost_model, fused, rounding
+from veneer.kernels import compiled, cost_model, fused, grouped, rounding
 from veneer.kernels.compiled import saved_inputs, switch
 from veneer.lowrank import LowRank
 
@@ -40,10 +40,19 @@ def merge() -> list[Tensor]:
     return [rounding.fold(weight, low, rounding="nearest").weight]
 
 
+def experts() -> list[Tensor]:
+    """The output and gradients of rows that meet three matrices of a stack."""
+    x, W, A, B = torch.randn(9, 48), torch.randn(4, 40, 48), torch.randn(4, 8, 48), torch.randn(4, 40, 8)
+    x, A, B = (one.requires_grad_() for one in (x, A, B))
+    y = grouped.linear(x, W, A, B, 0.5, grouped.segments([2, 2, 8, 9], 9))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, A, B])]
+
+
 #: what runs each loop, and by how much its result may differ from torch's
 RUNS: dict[str, tuple[Callable[[], list[Tensor]], float]] = {
     "thin_matmul": (step, 1e-5),
     "single_adapter_bf16": (lambda: inference(3), 1e-2),
+    "expert_rows": (experts, 1e-5),
     "round_nearest": (merge, 0.0),
 }
 

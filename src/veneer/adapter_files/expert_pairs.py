@@ -76,8 +76,8 @@ def _pieces(
         found = places.get(f"{path}.weight", ())
         if len(found) != 1 or not found[0].index or found[0].within or len(found[0].index) > 2:
             continue
-        at, (matrix, *rows) = found[0].path, found[0].index
-        piece = _Piece(matrix.start, rows[0] if rows else slice(None), saved.low[path])
+        at, index = found[0].path, list(found[0].index)
+        piece = _Piece(index[0].start, index[1] if len(index) > 1 else slice(None), saved.low[path])
         stacks.setdefault(at, []).append(piece)
         taken.add(path)
     return stacks, taken

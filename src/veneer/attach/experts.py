@@ -284,7 +284,7 @@ def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **how: Any) -> Any:
     return _matrix(mat1, mat2, True, input) if input.ndim == 1 else _matrix(mat1, mat2, True) + input.to(mat1.dtype)
 
 
-@_operation(torch._grouped_mm)
+@_operation(getattr(torch, "_grouped_mm", None))
 def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     if bias is not None or out_dtype is not None:
         return NotImplemented

@@ -203,8 +203,8 @@ def _thin_gradients(scale: float, where: Segments, x, dy, A, B, need_x: bool, ne
 
 
 def _differentiable(ctx: Any, x, weight, A, B, dy):
-    tensors = [one.view_as(one) for one in (x, A, B)]
-    y = definition(tensors[0], weight, *tensors[1:], ctx.scale, ctx.where)
+    tensors = x, A, B = [one.view_as(one) for one in (x, A, B)]
+    y = definition(x, weight, A, B, ctx.scale, ctx.where)
     needs = [ctx.needs_input_grad[place] for place in (3, 5, 6)]
     wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
