@@ -342,7 +342,8 @@ def _rows_by_id(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
     """(order of the rows by matrix, the way back, the segments), once for all stacks of a call."""
     known = stack.call.get(id(ids))
     if known is None:
-        order, where = grouped.by_id(ids.tolist(), len(stack.W))
+        count = len(stack.W)
+        order, where = grouped.by_id([number + count if number < 0 else number for number in ids.tolist()], count)
         way = torch.tensor(order) if order != list(range(len(order))) else None
         known = stack.call[id(ids)] = ids, (way, None if way is None else way.argsort(), where)
     return known[1]
