@@ -128,16 +128,20 @@ def test_names_that_are_imported_late_are_the_ones_that_type_checkers_see():
         _ = veneer.nothing  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_import_veneer_loads_what_attaching_needs_and_later_the_rest():
+def test_import_veneer_loads_nothing_and_attaching_what_it_needs():
     code = """
 import sys, veneer
+print([name for name in sys.modules if name.startswith("veneer.")])
+import veneer.attach.install
+from veneer import attach
 late = ["veneer.adapter_files", "veneer.bank", "veneer.models", "veneer.tools"]
-print([name for name in late if name in sys.modules])
+print([name for name in late if name in sys.modules], callable(attach), attach is veneer.attach)
 from veneer import *
 from veneer import optim
 print(veneer.Bank is Bank, callable(compose), veneer.optim is optim, veneer.models.load_base.__name__, callable(attach))
 """
-    assert printed(code).split("\n")[:2] == ["[]", "True True True load_base True"]
+    found = printed(code).split("\n")[:3]
+    assert found == ["['veneer.attach']", "[] True True", "True True True load_base True"]
 
 
 def test_public_names():

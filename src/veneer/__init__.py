@@ -12,45 +12,60 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from veneer import errors
-from veneer.attach.fresh_weights import FreshWeights
-from veneer.attach.install import detach
-from veneer.attach.merge import MergeReport, merge, unmerge
-from veneer.attach.plan import SkippedLayers
-from veneer.attach.qconfig import NotQuantized
-from veneer.attach.select import use
-from veneer.attach.summary import summarise
-from veneer.config import LoraConfig
-from veneer.errors import VeneerError
-from veneer.handle import Handle, attach, load
-
 if TYPE_CHECKING:
-    from veneer import adapter_files, optim
+    from veneer import adapter_files, errors, optim
     from veneer.adapter_files import UnverifiedAdapter, save
     from veneer.adapter_files.save_pretrained import LoadedElsewhere
     from veneer.attach.check import check
+    from veneer.attach.fresh_weights import FreshWeights
+    from veneer.attach.install import detach
+    from veneer.attach.merge import MergeReport, merge, unmerge
+    from veneer.attach.plan import SkippedLayers
+    from veneer.attach.qconfig import NotQuantized
+    from veneer.attach.select import use
+    from veneer.attach.summary import summarise
     from veneer.bank import Bank
+    from veneer.config import LoraConfig
+    from veneer.errors import VeneerError
+    from veneer.handle import Handle, attach, load
     from veneer.tools.compare import Difference, compare
     from veneer.tools.compose import ComposeReport, compose
     from veneer.tools.extract import ExtractReport, extract
 
-#: public name -> the module that holds it, imported when the name is first used: few programs need these, and
-#: `import veneer` takes little longer than `import torch` without them
+#: public name -> the module that holds it, imported when the name is first used: `import veneer` alone adds nothing to
+#: `import torch`, and no program imports what it does not use
 _LAZY = {
     "Bank": "veneer.bank",
     "ComposeReport": "veneer.tools.compose",
     "Difference": "veneer.tools.compare",
     "ExtractReport": "veneer.tools.extract",
+    "FreshWeights": "veneer.attach.fresh_weights",
+    "Handle": "veneer.handle",
     "LoadedElsewhere": "veneer.adapter_files.save_pretrained",
+    "LoraConfig": "veneer.config",
+    "MergeReport": "veneer.attach.merge",
+    "NotQuantized": "veneer.attach.qconfig",
+    "SkippedLayers": "veneer.attach.plan",
     "UnverifiedAdapter": "veneer.adapter_files",
+    "VeneerError": "veneer.errors",
+    "attach": "veneer.handle",
     "check": "veneer.attach.check",
     "compare": "veneer.tools.compare",
     "compose": "veneer.tools.compose",
+    "detach": "veneer.attach.install",
     "extract": "veneer.tools.extract",
+    "load": "veneer.handle",
+    "merge": "veneer.attach.merge",
     "save": "veneer.adapter_files",
+    "summarise": "veneer.attach.summary",
+    "unmerge": "veneer.attach.merge",
+    "use": "veneer.attach.select",
 }
 #: submodules that are imported when first used as an attribute
-_LAZY_MODULES = ("adapter_files", "bank", "fileio", "formats", "models", "optim", "tools")
+_LAZY_MODULES = ("adapter_files", "bank", "errors", "fileio", "formats", "models", "optim", "tools")
+# the folder, before anybody asks for the function: whenever it were imported later, it would take the function's name
+importlib.import_module("veneer.attach")
+globals().pop("attach")
 
 __version__ = "0.1.0"
 

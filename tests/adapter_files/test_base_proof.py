@@ -247,7 +247,7 @@ def numbered() -> nn.Module:
 
 @pytest.mark.parametrize(("folder", "proven"), [("adapted_layers", 1), ("sha256", 6)])
 def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, proven, tmp_path):
-    """`adapted_layers` is of a Veneer that recorded nothing of the rest, `sha256` of one that had no BLAKE3."""
+    """`adapted_layers` is of a Veneer that recorded nothing of the rest, `sha256` of one that had no XXH3."""
     path, model = WRITTEN_BEFORE / folder, numbered()
     handle = veneer.load(model, path)
     torch.testing.assert_close(model(torch.ones(1, 4)), torch.tensor([[45.6168, 49.3722]]))
@@ -261,7 +261,7 @@ def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, prov
         veneer.load(other, path)
     assert not verify(path, other).ok
     handle.save(tmp_path / "again")
-    assert all(one.startswith("b3:") for one in hashing.prints_in(record(tmp_path / "again")).values())
+    assert all(one.startswith("xxh3:") for one in hashing.prints_in(record(tmp_path / "again")).values())
     assert veneer.compare(path, tmp_path / "again").base == "unknown"
     with pytest.raises(AdapterError, match=f"SHA-256 fingerprints in .*{folder}.*save those of an earlier"):
         veneer.compose([path, tmp_path / "again"], tmp_path / "no")
@@ -408,7 +408,7 @@ def test_several_threads_hash_what_one_hashes():
     assert list(hashing.fingerprints(made, 3)) == list(hashing.fingerprints(made, 1))
     old = "8d8d55dabd45ee450a3d6b98c7538b24"  # as folders of an earlier Veneer have it
     assert hashing.fingerprint(weights[0], like=old) == old
-    assert hashing.fingerprint(weights[0]).startswith("b3:")
+    assert hashing.fingerprint(weights[0]).startswith("xxh3:")
 
 
 # ---------------------------------------------------------------------------------------------- new heads

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from veneer.attach.adapted_module import state_of
 from veneer.attach.targets import Names
 from veneer.bases import Storage
-from veneer.fileio.hashing import BLAKE3, fingerprints
+from veneer.fileio.hashing import XXH3, fingerprints
 from veneer.fileio.throttle import gives_way
 from veneer.models.named_weights import named
 
@@ -111,10 +111,10 @@ _HASHING = threading.RLock()
 
 
 def fingerprints_of(
-    tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = BLAKE3
+    tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = XXH3
 ) -> list[str]:
     """The fingerprint of each tensor, computed for those alone that changed since they were last asked for. ``bits``:
-    what merged weights held before, by identity (``merge.kept_bits``). ``kind``: BLAKE3, or SHA256 to compare with a
+    what merged weights held before, by identity (``merge.kept_bits``). ``kind``: XXH3, or SHA256 to compare with a
     record that has fingerprints of that kind."""
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]

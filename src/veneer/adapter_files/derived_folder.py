@@ -20,7 +20,7 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
 from veneer.adapter_files.peft_mapping import config_fields, written
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all
-from veneer.fileio.hashing import BLAKE3, kind_in, prints_in
+from veneer.fileio.hashing import XXH3, kind_in, prints_in
 from veneer.formats import peft
 
 
@@ -87,9 +87,9 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]
-    old = [source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != BLAKE3]
+    old = [source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != XXH3]
     if 0 < len(old) < len(bases):
-        found = f"SHA-256 fingerprints in {listing(map(str, old))}, and BLAKE3 in the others"
+        found = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
         raise AdapterError(found, "fingerprints of one kind, which can be compared", do)
     known: dict[str, str] = {}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: what a fingerprint begins with, by its hash. BLAKE3 is as hard to forge as SHA-256, and several times faster.
-BLAKE3, SHA256 = "b3:", ""
+#: what a fingerprint begins with, by its hash. XXH3 is as fast as memory; like every hash of a record, it tells what an
+#: accident or an edit changed, and keeps out nobody who means harm.
+XXH3, SHA256 = "xxh3:", ""
 #: numbers that are rounded and hashed at once: few enough that they stay in the cache in between, and that torch rounds
 #: them in this thread alone; and from another device, where each transfer takes time of its own
 PIECE, TRANSFER = 1 << 15, 1 << 24
@@ -26,22 +27,22 @@ def digest(tensor: Tensor) -> str:
     return _hash(str(tensor.dtype), [tensor])
 
 
-def fingerprint(weight: Tensor, like: str = BLAKE3) -> str:
-    """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16: "b3:" and 32
-    hexadecimal digits, or without "b3:" as folders hold it that were written before BLAKE3 (then it is SHA-256). A base
+def fingerprint(weight: Tensor, like: str = XXH3) -> str:
+    """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16: "xxh3:" and 32
+    hexadecimal digits, or without "xxh3:" as folders hold it that were written before (then it is SHA-256). A base
     is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both. Whole numbers
     and booleans are taken as they are. ``like``: the kind, or a fingerprint of it: what the result is to be compared
     with."""
     return fingerprint_of(weight.shape, [weight], like)
 
 
-def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = BLAKE3) -> str:
+def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XXH3) -> str:
     """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other along its first
     axis."""
-    from blake3 import blake3
+    from xxhash import xxh3_128
 
     kind = kind_of(like)
-    whole = blake3() if kind == BLAKE3 else hashlib.sha256()
+    whole = xxh3_128() if kind == XXH3 else hashlib.sha256()
     whole.update(str(tuple(shape)).encode())
     for part in parts:
         _feed(whole, part.detach())
@@ -49,12 +50,12 @@ def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = BL
 
 
 def kind_of(fingerprint: str) -> str:
-    """How a fingerprint was made: BLAKE3 or SHA256."""
-    return BLAKE3 if fingerprint.startswith(BLAKE3) else SHA256
+    """How a fingerprint was made: XXH3 or SHA256."""
+    return XXH3 if fingerprint.startswith(XXH3) else SHA256
 
 
 def fingerprints(
-    weights: Iterable[Callable[[], Tensor]], threads: int | None = None, like: str = BLAKE3
+    weights: Iterable[Callable[[], Tensor]], threads: int | None = None, like: str = XXH3
 ) -> Iterator[str]:
     """The ``fingerprint`` of each weight, in this order, by several threads: hashing leaves Python to others.
     ``weights``: each makes one weight. They are called in this thread, one after the other, and at most a few before
@@ -106,7 +107,7 @@ def prints_in(base: Mapping[str, Any]) -> dict[str, str]:
 
 def kind_in(base: Mapping[str, Any]) -> str:
     """The kind of a record's fingerprints, which is one for all of them."""
-    return kind_of(next(iter(prints_in(base).values()), BLAKE3))
+    return kind_of(next(iter(prints_in(base).values()), XXH3))
 
 
 def coverage(base: Mapping[str, Any] | None) -> str:
