@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels import cost_model, fused
+from veneer.kernels import cost_model, device, fused
 from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Layer
 
@@ -46,7 +46,7 @@ class Direct:
         """Whether the layer may be computed on x before its own call: no hook of it gives it another x."""
         weight: Any = module._parameters[self.weight]
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        return not hooks and fused.applies(x, weight)
+        return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
     def reads(self, module: nn.Module) -> tuple[Any, ...]:
         """What the layer's output depends on besides x, to be compared: identities and versions."""
@@ -71,13 +71,16 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Ten
         weight: Any = module._parameters[known.weight]
         weights.append(weight.mT if known.flipped else weight)
         biases.append(None if known.bias is None else module._parameters[known.bias])
-        A.append(known.change._parameters["A"])
-        B.append(known.change._parameters["B"])
-    tokens = x.numel() // x.shape[-1]
+        factors = known.change._parameters if x.is_cpu else known.change.adapter_parameters
+        A.append(factors["A"])
+        B.append(factors["B"])
     dropout = members[0][1].drops
     seed = new_seed() if dropout else 0
-    form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)
     scales = tuple(known.change.scale for _, known in members)
+    if not x.is_cpu:
+        return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
+    tokens = x.numel() // x.shape[-1]
+    form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)
     return fused.linears(fused.Settings(scales, dropout, seed, form), x, weights, biases, A, B)
 
 
@@ -110,7 +113,7 @@ class Together:
             y, read = ready.pop(id(part))
             if not ready:
                 del _THREAD.ready
-            if read == part.direct.reads(module):
+            if read == part.direct.reads(module) and (x.is_cpu or y.dtype == device.dtype_of(x)):
                 return y
         known = part.direct
         if part is not self.members[0][1] or not known.fits(module, x):

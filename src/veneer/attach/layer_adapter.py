@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from veneer.attach.experts import dropped, is_stack
 from veneer.attach.fused_linear import Direct, Together, direct, outputs
 from veneer.attach.state import LayerState, ModulePath
 from veneer.attach.views import view, viewed
-from veneer.kernels import cost_model, fused
+from veneer.kernels import cost_model, device, fused
 from veneer.kernels.dropout import dropout as drop
 from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Layer
@@ -134,6 +135,8 @@ class LayerAdapter(nn.Module):
                 weight = weight.mT if known.flipped else weight
                 run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
                 return run(change.scale, x, weight, bias, factors["A"], factors["B"])
+            if device.applies(x, weight):
+                return self._with_others(module, known, x, share)
         return self._run_any(module, base, layer_state, args, kwargs, now)
 
     def _run_any(self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any) -> Any:
@@ -157,7 +160,12 @@ class LayerAdapter(nn.Module):
             settings = fused.Settings((low.scale,), dropout, new_seed() if dropout else 0)
             matrix = weight.mT if reader.out_axis == 1 else weight
             return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
-        if base in reader.types() and gain is None and not layer_state.transposed and fused.applies(x, weight):
+        if reader.product and device.plain(x):
+            y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
+            if y is not None:
+                return y
+        same = fused.applies(x, weight) or device.applies_alike(x, weight)
+        if same and base in reader.types() and gain is None and not layer_state.transposed:
             y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
             if y is not None:
                 return y
@@ -190,6 +198,12 @@ class LayerAdapter(nn.Module):
             found[name] = weights[name], dropped(change, low)
         return found
 
+    def _with_others(self, module: nn.Module, known: Direct, x: Tensor, share: bool) -> Tensor:
+        """The output of a layer that the fused kernel computes, with those of layers that read the same x."""
+        if self.together is not None and share and self.together.applies(known, x):
+            return self.together.output(module, self, x)
+        return outputs([(module, known)], x)[0]
+
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""
         values = {}
@@ -200,6 +214,32 @@ class LayerAdapter(nn.Module):
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
             values[name] = value if wide else value.to(own)
         return values
+
+
+def _on_device(
+    change: Change, reader: Any, layer_state: LayerState, x: Tensor, weight: Any, bias: Any, low: LowRank,
+    gain: Tensor | None, dropout: float,
+) -> Tensor | None:  # fmt: skip
+    """A matrix product on a device. A packed weight is read here if it has a gain, so that no dense copy of it is kept
+    for backward; without, its library's own product is as good. None where this is not for the call."""
+    if layer_state.product:
+        if not device.applies(x, weight):
+            return None
+        read: Any = weight.mT if reader.out_axis == 1 else weight
+    elif gain is None or change.storage.computed or change.storage.name == "plain" or weight.device != x.device:
+        return None
+    else:
+        read = partial(_read, change, weight, reader.out_axis == 1)
+    low = low.T if layer_state.transposed else low
+    factors = (low.A[0],), (low.B[0],)
+    return device.linears((low.scale,), x, (read,), (bias,), *factors, (gain,), dropout, new_seed() if dropout else 0)[
+        0
+    ]
+
+
+def _read(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Tensor:
+    dense = change.storage.dense(weight).to(dtype)
+    return dense.mT if flipped else dense
 
 
 def _with_update(

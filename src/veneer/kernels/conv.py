@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels import cost_model, dropout, fused, reference
+from veneer.kernels import cost_model, device, dropout, fused, reference
 
 #: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
 SMALL = 1 << 17
@@ -99,6 +99,11 @@ def conv(
     loops = product and cost_model.looped(x.dtype, x.device)
     form = not drops and tokens > cost_model.forms_above(weight.shape[0], in_, B.shape[1], x.dtype, loops)
     seed = dropout.seed() if drops else 0
+    if product and not x.is_cpu:
+        tokens_ = x.movedim(1, -1)
+        return device.linears([scale], tokens_, [weight.flatten(1)], [bias], [A], [B], None, drops, seed)[0].movedim(
+            -1, 1
+        )
     if product:
         settings = fused.Settings((scale,), drops, seed, form)
         y = fused.linears(settings, x.movedim(1, -1), [weight.flatten(1)], [bias], [A], [B])[0]
@@ -167,7 +172,7 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
 
 def _dropped(settings: Settings, x: Tensor) -> Tensor | None:
     """The entries of x, in the order of memory, that the low-rank path does not see."""
-    return dropout.drawn(x.numel(), settings.drops, settings.seed, x.device).entries() if settings.drops else None
+    return dropout.entries(x.numel(), settings.drops, settings.seed, x.device) if settings.drops else None
 
 
 def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:

@@ -11,13 +11,12 @@ over rows (``compiled/thin_matmul.py``) meets the draws in its order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from veneer.precision import place
 
 _C: Any = torch._C
 
@@ -29,7 +28,7 @@ ROWS = 4
 
 def seed() -> int:
     """A seed for ``drawn``, from torch's default generator."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 class Dropped(NamedTuple):
@@ -66,12 +65,16 @@ def drawn(count: int, p: float, seed: int, device: torch.device, width: int | No
     if p > SPARSE:
         mask = torch.rand(groups, width, generator=generator, device=device) < p
         return Dropped(mask.nonzero()[:, 1].contiguous(), mask.sum(1).cumsum(0), width, count)
-    counting = place(device)
-    means = torch.full((groups,), -math.log1p(-p) * width, dtype=torch.float64, device=counting)
-    counts = torch.poisson(means, generator=generator if counting == device else torch.Generator().manual_seed(seed))
-    ends = counts.long().to(device).cumsum(0)
+    means = torch.full((groups,), -math.log1p(-p) * width, dtype=torch.float64, device=device)
+    ends = torch.poisson(means, generator=generator).long().cumsum(0)
     draws = int(ends[-1]) if groups else 0
     return Dropped(torch.randint(max(width, 1), (draws,), generator=generator, device=device), ends, width, count)
+
+
+def mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -> Tensor:
+    """True where a number of this shape is kept, with probability 1 - p; to be multiplied by."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
 
 
 def of_rows(x: Tensor, p: float, seed: int) -> Dropped:
@@ -79,14 +82,24 @@ def of_rows(x: Tensor, p: float, seed: int) -> Dropped:
     return drawn(x.numel(), p, seed, x.device, ROWS * x.shape[1])
 
 
+def entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """What is dropped of ``count`` numbers, for ``without``: entries, or on a device a mask of what is kept. There the
+    number of entries could not be read without waiting for all that runs."""
+    if device.type != "cpu":
+        return mask((count,), p, seed, device)
+    return drawn(count, p, seed, device).entries()
+
+
 def without(x: Tensor, entries: Tensor) -> Tensor:
-    """A copy of x, of any shape, with zeros in these entries; differentiable."""
+    """A copy of x, of any shape, with zeros in these entries, or where this mask is False; differentiable."""
+    if entries.dtype is torch.bool:
+        return x * entries.view(x.shape)
     return x.reshape(-1).index_fill(0, entries, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout(x, p)``, and that itself where a number of draws cannot vary (a compiled graph) or random numbers are
-    under rules of their own (``torch.func``)."""
-    if torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None:
+    under rules of their own (``torch.func``), and on a device."""
+    if not x.is_cpu or torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None:
         return F.dropout(x, p)
     return without(x, drawn(x.numel(), p, seed(), x.device).entries()) / (1 - p)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import compiled, dropout, has_tiles, reference
+from veneer.kernels import compiled, device, dropout, has_tiles, reference
 from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import Dropped
 
@@ -38,12 +38,14 @@ _C: Any = torch._C
 
 def applies(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
-    Everything else (torch.compile, torch.func, autocast, tensor subclasses, …) takes the reference."""
+    Everything else (torch.compile, torch.func, autocast, tensor subclasses, …) takes the reference, and what lies on
+    a device ``device.py``."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
         and x.dtype == weight.dtype
-        and x.device == weight.device
+        and x.is_cpu
+        and weight.is_cpu
         and not weight.requires_grad
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
@@ -171,6 +173,8 @@ def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> 
         return part.addmm_(tokens, weight.mT)
     if part.device.type == "cpu" and part.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(tokens, part, weight, bias, "add")
+    if not part.is_cpu:
+        return device.onto(part, tokens, weight, bias)
     return part.addmm_(tokens, weight.mT).add_(bias)  # rounded twice
 
 

@@ -12,6 +12,7 @@ A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B l
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
 from veneer.variants.lora import LORA
+
+_C: Any = torch._C
 
 #: how many bytes of W + ΔW are formed at a time on a CPU
 CHUNK = 1 << 20
@@ -33,8 +36,24 @@ def init(start: InitContext) -> dict[str, Tensor]:
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
     norms = row_norms(base(), low)
+    if not norms.is_cpu and not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is None:
+        return low, cast(Tensor, _Gain.apply(parameters["magnitude"], norms))
     gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
     return low, torch.where(norms == 0, torch.ones_like(gain), gain)
+
+
+class _Gain(torch.autograd.Function):
+    """The same gain where each operation is a launch: what a norm of zero has made is put right afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, magnitude: Tensor, norms: Tensor) -> Tensor:
+        ctx.save_for_backward(norms)
+        return (magnitude / norms).nan_to_num_(1.0, 1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (norms,) = ctx.saved_tensors
+        return (gradient / norms).nan_to_num(0.0, 0.0, 0.0), None
 
 
 @torch.no_grad()
@@ -49,7 +68,8 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with plain:
         changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
-        return torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in changed], dim=1).flatten()
+        norms = [torch.linalg.vector_norm(part, dim=-1) for part in changed]
+        return (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).flatten()
 
 
 register(
