@@ -44,6 +44,11 @@ class Svd(NamedTuple):
         return low, float(self.S[:, rank:].norm())
 
 
+def zero_column(A: Float[Tensor, "g r in_"], column: int) -> Float[Tensor, "g r in_"]:
+    """A copy with zeros in one column; without an index tensor, which a device would wait for."""
+    return A.select_scatter(A.new_zeros(A.shape[:2]), 2, column)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """``scale · B @ A``, one product a group."""
@@ -68,8 +73,7 @@ class LowRank:
 
     def without(self, input_: int) -> LowRank:
         """The same change with a zero column for one input."""
-        index = torch.tensor([input_], device=self.A.device)
-        return LowRank(self.A.index_fill(2, index, 0), self.B, self.scale)
+        return LowRank(zero_column(self.A, input_), self.B, self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRank:
         if self.A.dtype == self.B.dtype == dtype:

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from veneer import precision
 from veneer.bases import Storage
+from veneer.errors import TargetError, sentence
 from veneer.layers import Dims, Layer
-from veneer.lowrank import LowRank
+from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
+
+
+def _offloaded(gradient: Tensor) -> None:
+    """Who trains would train copies that nobody has after the call."""
+    found = "a gradient of adapter parameters that accelerate has offloaded"
+    raise TargetError(sentence(found, "parameters in memory", "offload the base first, then attach; or do not train"))
 
 
 class Change(nn.Module):
@@ -48,6 +55,7 @@ class Change(nn.Module):
         self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
         self.scale = variant.scale(alpha, rank)
         self.rows = rows
+        self._moved_rows: Tensor | None = None
         for name, value in parameters.items():
             if name in variant.frozen:
                 self.register_buffer(name, value)
@@ -59,8 +67,17 @@ class Change(nn.Module):
 
     @property
     def adapter_parameters(self) -> dict[str, Any]:
-        """The variant's parameters, trained and frozen, by name."""
-        return {**self._parameters, **self._buffers}
+        """The variant's parameters, trained and frozen, by name; those that accelerate has offloaded, where it runs."""
+        hook = self.__dict__.get("_hf_hook")
+        if hook is None or not any(value.is_meta for value in {**self._parameters, **self._buffers}.values()):
+            return {**self._parameters, **self._buffers}
+        hook.pre_forward(self)
+        found = {**self._parameters, **self._buffers}
+        hook.post_forward(self, None)
+        for value in found.values():
+            if value.requires_grad:
+                value.register_hook(_offloaded)
+        return found
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
@@ -69,11 +86,10 @@ class Change(nn.Module):
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
         if self.frozen_input is not None and "A" in parameters:
             # a gain may depend on ΔW, of which that input is no part
-            A = parameters["A"]
-            parameters["A"] = A.index_fill(2, torch.tensor([self.frozen_input], device=A.device), 0)
+            parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low, gain = self.variant.resolve(parameters, self.scale, lambda: self._dense(weight, dtype))
         if self.rows is not None:
-            rows = self.rows.to(low.B.device)
+            rows = self._rows_on(low.B.device)
             low = low.place(rows, self.dims.out)
             gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
         return low if self.frozen_input is None else low.without(self.frozen_input), gain
@@ -87,7 +103,20 @@ class Change(nn.Module):
         dense = self.storage.dense(weight)
         dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
         dense = self.layer.unfold(dense, self.dims)
-        return dense if self.rows is None else dense[:, self.rows.to(dense.device)]
+        return dense if self.rows is None else dense[:, self._rows_on(dense.device)]
+
+    def _rows_on(self, device: torch.device) -> Tensor:
+        """``rows`` on a device, brought there once."""
+        rows: Any = self.rows
+        if device == rows.device:
+            return rows
+        moved = self._moved_rows
+        if moved is None or moved.device != device:
+            self._moved_rows = moved = rows.to(device, non_blocking=True)
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_moved_rows": None}
 
     def changed(
         self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False

@@ -38,6 +38,7 @@ class Parts(Mapping[Any, Any]):
     ) -> None:
         self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
         self.order = torch.cat(list(rows)).argsort()
+        self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
 
     def __getitem__(self, key: Any) -> Any:
         tables = [selected.parts if selected.parts is not None else selected.table for selected in self.selections]
@@ -45,6 +46,19 @@ class Parts(Mapping[Any, Any]):
         if all(part is None for part in parts):
             raise KeyError(key)
         return _ByRows(self, parts)
+
+    def on(self, device: torch.device) -> tuple[Sequence[Tensor], Tensor]:
+        """``rows`` and ``order`` on a device, brought there at once and kept."""
+        if device.type == "cpu":
+            return self.rows, self.order
+        if device not in self._moved:
+            *rows, order = (
+                torch.cat([*self.rows, self.order])
+                .to(device, non_blocking=True)
+                .split([*map(len, self.rows), self.count])
+            )
+            self._moved[device] = rows, order
+        return self._moved[device]
 
     def only(self, selected: ActiveAdapter) -> Any:
         """A block in which one of the adapters is selected alone."""
@@ -87,7 +101,9 @@ class _ByRows:
         if refusal is not None:
             raise _cannot_tell(module, refusal)
         outputs = []
-        for selected, rows, part in zip(whole.selections, whole.rows, self.parts, strict=True):
+        leaves = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        every, order = whole.on(next((leaf.device for leaf in leaves), whole.order.device))
+        for selected, rows, part in zip(whole.selections, every, self.parts, strict=True):
             try:
                 own, named = kind.take(module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1))
             except LookupError:
@@ -97,7 +113,7 @@ class _ByRows:
                     outputs.append(method_of(base, method)(module, *own, **named))
                 else:
                     outputs.append(part.run(module, base, layer_state, own, named, now, share=False, method=method))
-        return kind.put(module, outputs, spread(whole.order, tokens or 1))
+        return kind.put(module, outputs, spread(order, tokens or 1))
 
     def _refusal(self, kind: Layer, inputs: Any, alone: bool, routed: bool) -> str | None:
         """Why the rows of a call cannot be told, or None: an object that no rows can be taken out of, or two axes that
