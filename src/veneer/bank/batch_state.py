@@ -14,6 +14,7 @@ One call at a time has a batch state: nothing moves under it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -28,7 +29,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.select_rows import Parts
 from veneer.attach.state import BASE, ActiveAdapter
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
-from veneer.kernels import batched, fused
+from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
 from veneer.kernels.compiled import THREADS, mixed_rows_loop, row_groups
 
@@ -38,6 +39,8 @@ SMALLEST = 8
 KEPT = 2
 #: tokens a row up to which rows are grouped
 FEW = 4
+#: on a device: runs of rows up to which each is a product, and rows an adapter up to which each has factors of its own
+RUNS, ROWS = 2, 4
 
 #: what a row uses: adapters and their weights; nothing is the base alone
 Uses = tuple[tuple[ResidentAdapter, float], ...]
@@ -68,7 +71,9 @@ class Layer:
         own: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
         self.flipped = resolved_low.layer.out_axis == 1
         self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
-        self.device, self.narrow, self.dtype = own.device, own.dtype, at_least_float32(own.dtype)
+        self.away = not own.is_cpu
+        self.device, self.narrow = own.device, own.dtype
+        self.dtype = own.dtype if self.away else at_least_float32(own.dtype)
         self.time_first = batch_state.frame.time_first
         self.factors = resolved_low.A.dtype
         self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
@@ -77,6 +82,9 @@ class Layer:
     def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
         """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
         parts = [resident.parts.get(self.key) for resident in members]
+        if self.away:
+            A, B = self.side_by_side([[part] if type(part) is ResolvedLowRank else [] for part in parts])
+            return A, B
         pairs = [(part.A, part.B) if type(part) is ResolvedLowRank else self.nothing for part in parts]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
         # another call, which may be an ordinary one, reads what is made here
@@ -84,6 +92,22 @@ class Layer:
             if len({len(one) for one in A}) == 1:
                 return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
             return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(B, batch_first=True).to(self.dtype)
+
+    def side_by_side(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
+        """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with zeros below these: one
+        copy each, in the dtype of the weight, that lives as long as a product."""
+        ranks = [sum(len(part.A) for part in parts) for parts in rows]
+        most, made = max(ranks), []
+        for name, width in (("A", self.in_), ("B", self.out)):
+            zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(most, width)
+            pieces = [
+                piece
+                for parts, rank in zip(rows, ranks, strict=True)
+                for piece in (*(getattr(part, name) for part in parts), zeros[rank:])
+                if len(piece)
+            ]
+            made.append(torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.dtype))
+        return made
 
     def seen(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.members:
@@ -107,7 +131,7 @@ class Layer:
             x, own = args[0], module._parameters
             weight: Any = own[self.name]
             if (
-                fused.applies(x, weight)
+                (fused.applies(x, weight) or device.applies_alike(x, weight))
                 and x.ndim > 1
                 and x.shape[0] == assignment.count
                 and not (x.requires_grad and torch.is_grad_enabled())
@@ -122,7 +146,9 @@ class Layer:
                     table = assignment.tables.get(self.key)
                     table = assignment.table_of(self) if table is None else table
                     delta = self.compiled.change(flat, self.out, assignment.together, table, self.factors)
-                elif tokens > FEW:
+                elif self.away and assignment.apart_on_device(tokens):
+                    delta = batched.by_rows(flat, *assignment.row_factors(self))
+                elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
                     delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
                 else:
                     delta = self.grouped(flat, tokens, assignment)
@@ -176,6 +202,7 @@ class BatchAssignment:
         #: laid out, by layer: for all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next((one.factors for one in others), {})
         self.made: dict[Any, list[batched.Run]] = {}
+        self.by_row: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.tables: dict[Any, Any] = {}
         self.distinct = {uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)}
@@ -220,11 +247,35 @@ class BatchAssignment:
             self.made[layer.key] = runs
         return self.made[layer.key]
 
+    @cached_property
+    def run_count(self) -> int:
+        return 1 + sum(one != other for one, other in itertools.pairwise(self.rows))
+
+    def apart_on_device(self, tokens: int) -> bool:
+        """Whether each row is multiplied with factors of its own."""
+        return self.run_count > RUNS and (tokens > FEW or self.count <= ROWS * max(len(self.members), 1))
+
+    def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights [rows, 1, r]."""
+        if layer.key not in self.by_row:
+            rows = [[(r.parts[layer.key], weight) for r, weight in uses if layer.key in r.parts] for uses in self.rows]
+            parts, weights = [[part for part, _ in own] for own in rows], None
+            if any(weight != 1 for own in rows for _, weight in own):
+                each = [torch.tensor([weight for part, weight in own for _ in part.A]) for own in rows]
+                weights = pad_sequence(each, batch_first=True)[:, None]
+                weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
+            self.by_row[layer.key] = parts, weights
+        parts, weights = self.by_row[layer.key]
+        A, B = layer.side_by_side(parts)
+        return A, B, weights
+
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
         """For each size of rank how rows of so many tokens are grouped, and the factors of a layer."""
         key, lanes = (tokens, layer.device, layer.dtype), self.lanes
         if key not in self.groupings:
             self.groupings[key] = [_grouping(self.rows, members, *key) for members in lanes.values()]
+        if layer.away:
+            return zip(self.groupings[key], [layer.laid_out(members) for members in lanes.values()], strict=True)
         if layer.key not in self.factors:
             self.factors[layer.key] = [layer.laid_out(members) for members in lanes.values()]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
@@ -252,7 +303,7 @@ class BatchAssignment:
 def _grouping(
     rows: Sequence[Uses], members: Sequence[ResidentAdapter], tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Grouping:
-    """The rows that use some of these adapters, by their lanes."""
+    """The rows that use some of these adapters, by their lanes; made on the processor, as nobody waits for it."""
     count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
     rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
     mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
@@ -265,17 +316,20 @@ def _grouping(
     size = max(map(len, rows_of_lane))
     padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
 
+    def there(made: Tensor) -> Tensor:
+        return made.to(device, non_blocking=True)
+
     def of_tokens(indices: Sequence[int]) -> Tensor | None:
         """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
-        wide = torch.tensor(indices, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
+        wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(tokens, device="cpu")
         flat = wide.flatten()
         same = len(flat) == count * size * tokens == len(rows) * tokens
-        return None if same and torch.equal(flat, torch.arange(len(flat), device=device)) else flat
+        return None if same and torch.equal(flat, torch.arange(len(flat), device="cpu")) else there(flat)
 
     order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
-    strength = torch.tensor([[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device=device)
+    strength = torch.tensor([[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu")
     plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
-    weights = None if plain else strength.repeat_interleave(tokens, 1)[:, None]
+    weights = None if plain else there(strength.repeat_interleave(tokens, 1)[:, None])
     back = []
     for number in range(max(map(len, mine))):
         has = [len(own) > number for own in mine]
@@ -283,7 +337,7 @@ def _grouping(
         index = of_tokens([lane * size + within for lane, within in own])
         lacks = None
         if not all(has):
-            lacks = ~torch.tensor(has, device=device).repeat_interleave(tokens)[:, None]
+            lacks = there(~torch.tensor(has, device="cpu").repeat_interleave(tokens)[:, None])
         back.append((index, lacks))
     return Grouping(0, count, order, weights, tuple(back))
 
@@ -296,6 +350,15 @@ class BatchState:
         self.layers: dict[Any, Layer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
+        self.nothing: dict[Any, Tensor] = {}
+
+    def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """So many zeros, which nobody writes to."""
+        found = self.nothing.get((dtype, device))
+        if found is None or len(found) < count:
+            with torch.inference_mode(False):
+                found = self.nothing[dtype, device] = torch.zeros(count, dtype=dtype, device=device)
+        return found[:count]
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
         """Make what the rows use what calls of its layers mean."""

@@ -6,10 +6,15 @@ two batched products:
     h = A xᵀ            A: [S, r, in]   x, grouped: [S, n, in]   h: [S, r, n]
     Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
-Adapters' numbers are float32 whatever the base is: a processor's batched products of thin matrices take several times
-as long in 16 bits. A row that blends k adapters stands in k groups.
+On a processor adapters' numbers are float32 whatever the base is: its batched products of thin matrices take several
+times as long in 16 bits. A row that blends k adapters stands in k groups.
 
 **Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with theirs.
+
+**On a device** a launch is dear and a copy of thin factors is not: each row is multiplied with factors of its own, laid
+side by side for the call by one launch, and nothing of them is kept:
+
+    Δ = (x Aᵀ) B        x: [N, t, in]   A: [N, r, in]   B: [N, r, out]
 
 Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, where groups take 15 µs
 and the layer itself 246 in float32: all adapters side by side and a mask over the ranks (48 µs), a product an adapter
@@ -69,6 +74,13 @@ def widened(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None
         onto = part if onto is None else onto.add_(part)
     assert onto is not None
     return onto
+
+
+def by_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
+    """Δ [N · t, out] of x [N · t, in]; each number of a row's ranks times its weight [N, 1, r]."""
+    h = torch.bmm(x.view(len(A), -1, x.shape[1]), A.mT)
+    h = h if weights is None else h.mul_(weights)
+    return torch.bmm(h, B).view(len(x), -1)
 
 
 #: rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out], weight), …))
