@@ -40,14 +40,9 @@ class ChunkedCrossEntropy:
         if self.wide is not None:
             wide = self.wide[: len(wide)].copy_(wide)
         shares = self.shares[: len(wide)]
-        torch.softmax(wide, dim=-1, out=shares)
+        chosen, told = _shares(wide, answers, shares)
         if self.accuracy:
             self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
-        chosen = shares.gather(1, answers)
-        told = chosen.log()
-        unlikely = (chosen < TINY).squeeze(1)
-        if unlikely.any():  # a share that is too small for its logarithm
-            told[unlikely] = torch.log_softmax(wide[unlikely], dim=-1).gather(1, answers[unlikely])
         self.total -= told.sum()
         if not logits.requires_grad:
             return
@@ -84,6 +79,22 @@ class _KnownGradients(torch.autograd.Function):
             raise NotImplementedError(sentence(found, "one derivative", "differentiate model(**inputs).loss instead"))
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(known * upstream.to(known.device) if needed else None for known, needed in pairs)
+
+
+def _shares(logits: Tensor, answers: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``out`` with the softmax of logits [c, v]; returns those of the answers [c, 1], and their logarithms."""
+    if not logits.is_cpu:  # where to ask whether a share is small is to wait
+        torch.sub(logits, logits.logsumexp(dim=-1, keepdim=True), out=out)
+        told = out.gather(1, answers)
+        out.exp_()
+        return told.exp(), told
+    torch.softmax(logits, dim=-1, out=out)
+    chosen = out.gather(1, answers)
+    told = chosen.log()
+    unlikely = (chosen < TINY).squeeze(1)
+    if unlikely.any():  # a share that is too small for its logarithm
+        told[unlikely] = torch.log_softmax(logits[unlikely], dim=-1).gather(1, answers[unlikely])
+    return chosen, told
 
 
 def leaf_of(rows: Tensor) -> Tensor:

@@ -65,14 +65,17 @@ class TokenLoss(NamedTuple):
     extra: Tensor | None
 
 
-def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK) -> TokenLoss:
+def token_loss(
+    model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK, count: int | None = None
+) -> TokenLoss:
     """The summed loss of one batch.
 
     `inputs` are the model's keyword arguments with `labels` [b, s] (-100 where the loss does not count, not shifted).
     Works on any `transformers` causal language model. At most `chunk` rows of logits are held at a time, if the model's
     forward is its body and then a head on each row; of any other (and inside DDP, FSDP or `torch.compile`, and with an
     adapter for each row), the logits of the columns with a label. The total is a float32, a float64 one for such
-    logits; it can be differentiated once.
+    logits; it can be differentiated once. `count` is how many labels there are, if the caller knows: to find them in
+    the memory of a GPU, the host would wait for it.
 
     Raises:
         ConfigError: `chunk` is less than 1.
@@ -84,7 +87,7 @@ def token_loss(model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = 
     rest.setdefault("use_cache", False)
     path = _body(model)
     if path is not None:
-        return _in_chunks(model, path, rest, labels, accuracy, chunk)
+        return _in_chunks(model, path, rest, labels, accuracy, chunk, count)
     columns = _columns(labels)
     if "logits_to_keep" in inspect.signature(type(unwrap(model)).forward).parameters:
         # Numbers fit hidden states on any device; a tensor would have to be where the last block of a spread model is.
@@ -139,11 +142,16 @@ def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
 
 
 def _in_chunks(
-    model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int
-) -> TokenLoss:
-    wanted = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # [b, s]: whether the hidden state here has a label
-    places = wanted.flatten().nonzero().squeeze(1)  # [n]
-    answers = labels[:, 1:][wanted[:, :-1]]  # [n]
+    model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int,
+    count: int | None,
+) -> TokenLoss:  # fmt: skip
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [b, s]: what the hidden state here should say
+    wanted = targets != IGNORED
+    if count is None or labels.is_cpu:
+        places = wanted.flatten().nonzero().squeeze(1)  # [n]
+    else:
+        places = wanted.flatten().byte().argsort(descending=True, stable=True)[:count]
+    answers = targets.flatten().index_select(0, places)  # [n]
     body, head = model.get_submodule(".".join(path)), _Head(model, path, inputs)
     rows: Tensor | None = None
     first = torch.empty(0)

@@ -28,6 +28,10 @@ from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
+from veneer.train.tokens import IGNORED
+
+#: the key under which a batch says how many labels it has
+LABELS = "veneer_labels"
 
 
 class EpochSampler(Sampler[int]):
@@ -87,21 +91,35 @@ class AdapterTrainer(SFTTrainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
 
+    def get_batch_samples(self, *args: Any) -> Any:
+        """The batches of a step, each with the number of its labels, so that nothing in the step waits for the device:
+        numbers of all of them, and the tokens of all processes, are read here at once."""
+        samples, items = super().get_batch_samples(*args)
+        if samples and all("labels" in inputs for inputs in samples):
+            # packed rows have no mask, and no padding
+            masks = [inputs.get("attention_mask") for inputs in samples]
+            whole = sum(
+                inputs["input_ids"].numel() for inputs, mask in zip(samples, masks, strict=True) if mask is None
+            )
+            counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
+            seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
+            *counts, total = torch.stack([*counts, self._sum(seen)]).tolist()
+            samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
+            self._total_train_tokens += total
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return samples, items
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
         if return_outputs:
             raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
-        training = model.training
+        training, count = model.training, inputs.get(LABELS)
+        inputs = {name: value for name, value in inputs.items() if name != LABELS}
         with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
-            result = token_loss(model, inputs, accuracy=not training)
-        if training:
-            mask = inputs.get("attention_mask")  # packed rows have none, and no padding
-            seen = mask.sum() if mask is not None else torch.tensor(inputs["input_ids"].numel()).to(self.args.device)
-            self._total_train_tokens += int(self._sum(seen))
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        else:
+            result = token_loss(model, inputs, accuracy=not training, count=count)
+        if not training:
             counts = self._sum(torch.stack([double(result.total.detach()), result.items, result.correct]))  # [3]
             self._eval_total = counts if self._eval_total is None else self._eval_total + counts
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
