@@ -82,18 +82,21 @@ class Forward:
         if width > BLOCK:  # fewer shapes: a processor's library keeps a kernel for each that it meets
             width = max(width, min(-(-width // BLOCK) * BLOCK, slots.length - start))
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
-        ids = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
+        ids = self._there([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
         positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
-        last = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device) if width > 1 else None
+        last = self._there([len(ids) - 1 for ids in prompts]) if width > 1 else None
         with slots.fill(first, len(prompts), width, start):
             return self._logits(slots, ids, positions, last)
 
+    def _there(self, numbers: Any) -> Tensor:
+        """Numbers on the device, by one copy, for which the processor does not wait."""
+        return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
+
     def decode(self, slots: Slots, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits [rows, vocabulary] behind one more token for each running row, of which it has ``lengths``."""
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        positions = torch.tensor(lengths, device=self.device)
+        ids, positions = self._there([tokens, lengths]).unbind()
         with slots.decode(lengths, positions):
-            return self._logits(slots, ids, positions[:, None], None)
+            return self._logits(slots, ids[:, None], positions[:, None], None)
 
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last
@@ -102,7 +105,7 @@ class Forward:
         finally:
             NOW.last = None
         if logits.shape[1] > 1 and last is not None:  # a head that is no module
-            logits = logits[torch.arange(len(logits), device=logits.device), last][:, None]
+            logits = _last(logits, last)
         return logits[:, -1]
 
     def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
@@ -159,7 +162,12 @@ def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     last = getattr(NOW, "last", None)
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
-    return (inputs[0][torch.arange(len(last), device=last.device), last][:, None], *inputs[1:])
+    return (_last(inputs[0], last), *inputs[1:])
+
+
+def _last(values: Tensor, last: Tensor) -> Tensor:
+    """Of values [rows, width, ·] that in each row's column ``last``, [rows, 1, ·]."""
+    return values[torch.arange(len(values), device=values.device), last.to(values.device)][:, None]
 
 
 def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:

@@ -87,12 +87,17 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
                 failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
                 free[i] = torch.nan
     best, tokens = free.max(dim=-1)
-    finite, chosen = torch.isfinite(best).tolist(), tokens.tolist()
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and finite[i]]
+    facts = [torch.isfinite(best), tokens]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        some = free if len(drawn) == len(rows) else free[drawn]
-        for i, token in zip(drawn, _draw_tokens(some.float(), [rows[i] for i in drawn]), strict=True):
-            chosen[i] = token
+        draw = _Draw(_rows_of(free, drawn).float(), [rows[i] for i in drawn])
+        facts[1] = draw.tokens if len(drawn) == len(rows) else tokens.index_copy(0, _there(drawn, tokens), draw.tokens)
+        facts.append(draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows)))
+    # all that the processor must know, at once: it waits for a device
+    finite, chosen, *short = torch.stack([fact.to(tokens.dtype) for fact in facts]).tolist()
+    for number, i in enumerate(drawn):
+        if finite[i] and short[0][i]:
+            chosen[i] = draw.again(number)  # pyright: ignore[reportPossiblyUnboundVariable]
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
     sampled = {i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)} | failed
     if asked:
@@ -100,52 +105,73 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     return list(sampled.values())
 
 
-def _draw_tokens(logits: Tensor, rows: Sequence[Sampler]) -> list[int]:
-    settings = [row.sampling for row in rows]
-    clocks = torch.empty_like(logits)
-    for row, own in zip(rows, clocks, strict=True):
-        row.draw(own)
-    noise = clocks.log_()
-    # below this temperature logits overflow; the most likely token has all of the probability long before
-    warm = torch.tensor([max(one.temperature, 1e-5) for one in settings], device=logits.device)[:, None]
-    scaled = (logits - logits.amax(-1, keepdim=True)) / warm
-    cut = [i for i, one in enumerate(settings) if one.top_k or one.top_p < 1]
-    tokens = (scaled - noise).argmax(-1).tolist() if len(cut) < len(rows) else [0] * len(rows)
-    if cut:
-        found = _nucleus(scaled[cut], noise[cut], [settings[i] for i in cut])
-        for i, token in zip(cut, found, strict=True):
-            tokens[i] = token
-    return tokens
+def _there(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Values on the device of a tensor, which nobody waits for."""
+    return torch.tensor(values, device="cpu").to(like.device, non_blocking=True)
 
 
-def _nucleus(scaled: Tensor, noise: Tensor, settings: Sequence[Sampling]) -> list[int]:
-    """Of rows with top_k or top_p: a token each. ``noise`` is the logarithm of each token's clock."""
-    vocabulary = scaled.shape[-1]
-    most = min(vocabulary, max(CANDIDATES, *(one.top_k for one in settings)))
-    values, ids = scaled.topk(most)
-    # mass of the whole vocabulary where top_k is off, of the k most likely where it is on
-    total = scaled.logsumexp(-1)
-    limits = torch.tensor([min(one.top_k or most, most) for one in settings], device=scaled.device)[:, None]
-    within = torch.arange(most, device=scaled.device) < limits
-    values = values.masked_fill(~within, -torch.inf)
-    some = torch.tensor([bool(one.top_k) for one in settings], device=scaled.device)
-    total = torch.where(some, values.logsumexp(-1), total)
-    chances = (values - total[:, None]).exp()
-    top_p = torch.tensor([one.top_p for one in settings], device=scaled.device)[:, None]
-    tokens = _first(values, ids, noise, _nucleus_mask(chances, top_p))
-    short = (chances.sum(-1, keepdim=True) < top_p)[:, 0].tolist()
-    for i, one in enumerate(settings):
-        if short[i] and not one.top_k and most < vocabulary:  # the nucleus is larger than what was sorted
-            order = scaled[i : i + 1].sort(descending=True)
-            kept = _nucleus_mask(torch.softmax(order.values, -1), top_p[i : i + 1])
-            tokens[i] = _first(order.values, order.indices, noise[i : i + 1], kept)[0]
-    return tokens
+def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows, in their order."""
+    return values if len(rows) == len(values) else values.index_select(0, _there(rows, values))
 
 
-def _first(values: Tensor, ids: Tensor, noise: Tensor, kept: Tensor) -> list[int]:
-    """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first."""
+def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """Values of these rows, among ``count`` of which the others have 0."""
+    return values.new_zeros(count).index_copy(0, _there(rows, values), values)
+
+
+class _Draw:
+    """Tokens for rows of logits [rows, vocabulary] in fp32. Of those in ``short`` top_p needs more tokens than were
+    sorted: ``again`` draws theirs, with the same clocks."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
+        self.settings = [row.sampling for row in rows]
+        clocks = torch.empty_like(logits)
+        for row, own in zip(rows, clocks, strict=True):
+            row.draw(own)
+        self.noise = clocks.log_()
+        # below this temperature logits overflow; the most likely token has all of the probability long before
+        warm = _there([max(one.temperature, 1e-5) for one in self.settings], logits)[:, None]
+        self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
+        self.short = logits.new_zeros(len(rows), dtype=torch.bool)
+        cut = [i for i, one in enumerate(self.settings) if one.top_k or one.top_p < 1]
+        self.tokens = (self.scaled - self.noise).argmax(-1) if len(cut) < len(rows) else self.short.long()
+        if cut:
+            found, short = self._nucleus(cut)
+            all_ = len(cut) == len(rows)
+            self.tokens = found if all_ else self.tokens.index_copy(0, _there(cut, found), found)
+            self.short = short if all_ else _spread(short, cut, len(rows))
+
+    def _nucleus(self, cut: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of rows with top_k or top_p: a token each, and whether more would have to be sorted for it."""
+        scaled, noise = _rows_of(self.scaled, cut), _rows_of(self.noise, cut)
+        settings, vocabulary = [self.settings[i] for i in cut], scaled.shape[-1]
+        most = min(vocabulary, max(CANDIDATES, *(one.top_k for one in settings)))
+        values, ids = scaled.topk(most)
+        # mass of the whole vocabulary where top_k is off, of the k most likely where it is on
+        total = scaled.logsumexp(-1)
+        limits = _there([min(one.top_k or most, most) for one in settings], scaled)[:, None]
+        within = torch.arange(most, device=scaled.device) < limits
+        values = values.masked_fill(~within, -torch.inf)
+        some = _there([bool(one.top_k) for one in settings], scaled)
+        total = torch.where(some, values.logsumexp(-1), total)
+        chances = (values - total[:, None]).exp()
+        top_p = _there([one.top_p for one in settings], scaled)[:, None]
+        tokens = _first(values, ids, noise, _nucleus_mask(chances, top_p))
+        short = (chances.sum(-1, keepdim=True) < top_p)[:, 0] & ~some
+        return tokens, short if most < vocabulary else torch.zeros_like(short)
+
+    def again(self, row: int) -> int:
+        order = self.scaled[row : row + 1].sort(descending=True)
+        top_p = torch.full_like(order.values[:, :1], self.settings[row].top_p)
+        kept = _nucleus_mask(torch.softmax(order.values, -1), top_p)
+        return int(_first(order.values, order.indices, self.noise[row : row + 1], kept))
+
+
+def _first(values: Tensor, ids: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+    """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first: [rows]."""
     rings = (values - noise.gather(-1, ids)).masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
-    return ids.gather(-1, rings)[:, 0].tolist()
+    return ids.gather(-1, rings)[:, 0]
 
 
 def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:

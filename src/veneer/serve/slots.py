@@ -178,7 +178,7 @@ class _Fill:
 
     def __init__(self, first: int, count: int, width: int, start: int) -> None:
         self.rows, self.columns, self.start = slice(first, first + count), slice(start, start + width), start
-        self.masks: dict[int | None, Tensor | None] = {}
+        self.masks: dict[tuple[int | None, torch.device], Tensor | None] = {}
         self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,12 +208,12 @@ class _Fill:
             window = None
         if not self.start and window is None:
             return None
-        if window not in self.masks:
+        if (form := (window, device)) not in self.masks:
             columns = torch.arange(stop, device=device)
             behind = columns[self.start :, None] - columns  # how far a column lies behind the token
             mask = behind >= 0
-            self.masks[window] = mask if window is None else mask & (behind < window)
-        return self.masks[window]
+            self.masks[form] = mask if window is None else mask & (behind < window)
+        return self.masks[form]
 
 
 class _Decode:
@@ -221,15 +221,15 @@ class _Decode:
 
     def __init__(self, positions: Tensor, columns: int) -> None:
         self.positions, self.n, self.columns = positions, len(positions), columns
-        self.places: dict[tuple[int, int], Tensor] = {}
-        self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self.places: dict[tuple[int, int, torch.device], Tensor] = {}  # a model may lie on several devices
+        self.masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
         self.kept = self.attended = 0  # layers
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        form = heads, wide = key.shape[1], layer.keys.shape[2]
+        form = heads, wide, _ = key.shape[1], layer.keys.shape[2], key.device
         if (place := self.places.get(form)) is None:
             starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * wide
-            place = self.places[form] = (starts + self.positions[:, None]).view(-1)
+            place = self.places[form] = (starts + self.positions.to(key.device)[:, None]).view(-1)
         keys, values = layer.flat
         keys.index_copy_(0, place, key.reshape(-1, keys.shape[1]))
         values.index_copy_(0, place, value.reshape(-1, values.shape[1]))
@@ -249,13 +249,14 @@ class _Decode:
 
     def _mask(self, window: int | None, query: Tensor) -> Tensor:
         """What is added to the scores, [n, 1, 1, columns]."""
-        if (mask := self.masks.get((window, query.dtype))) is None:
-            columns, now = torch.arange(self.columns, device=query.device), self.positions[:, None]
+        form = window, query.dtype, query.device
+        if (mask := self.masks.get(form)) is None:
+            columns, now = torch.arange(self.columns, device=query.device), self.positions.to(query.device)[:, None]
             unseen = columns > now
             if window is not None:
                 unseen |= columns <= now - window
             flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
-            mask = self.masks[(window, query.dtype)] = flat[:, None, None]
+            mask = self.masks[form] = flat[:, None, None]
         return mask
 
 
