@@ -10,7 +10,9 @@ methods besides ``forward`` that read a changed weight (``entries``).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Iterator
+from types import MethodType
 from typing import Any, cast
 
 from torch import nn
@@ -19,6 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from veneer import context
 from veneer.attach.qconfig import Qconfig
 from veneer.attach.state import STATE, LayerState
+
+#: where accelerate's hooks keep the forward that they wrap
+WRAPPED = "_old_forward"
 
 
 class Adapted:
@@ -134,6 +139,16 @@ def install(module: nn.Module, layer_state: LayerState) -> None:
     """Make ``module`` adapted. Nothing else of it changes."""
     set_child(module, STATE, layer_state)
     module.__class__ = adapted_class(type(module), ())
+    if wrapped_forward(module):
+        module.__dict__[WRAPPED] = MethodType(type(module).forward, module)
+
+
+def wrapped_forward(module: nn.Module) -> bool:
+    """Whether what stands in the place of a module's forward is a wrapper of accelerate's around the class's own, which
+    it keeps as a bound method: its hooks put inputs, and offloaded weights, on the device of a ``device_map``."""
+    own = module.__dict__.get(WRAPPED)
+    plain = isinstance(own, MethodType) and own.__self__ is module and "_hf_hook" in module.__dict__
+    return plain and inspect.unwrap(own.__func__) is inspect.unwrap(own_class(module).forward)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -143,6 +158,8 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def uninstall(module: nn.Module) -> None:
     own = own_class(module)
     set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
+    if wrapped_forward(module):
+        module.__dict__[WRAPPED] = MethodType(own.forward, module)
     module.__class__ = own
 
 

@@ -293,6 +293,10 @@ def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, proble
     """What is to be written, or None and a problem more."""
     target, storage, values = weight.target, weight.storage, weight.values
     plain = isinstance(target, Tensor)
+    if plain and target.is_meta:
+        do = "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer merge)"
+        problems.append(sentence(f"{weight.where}, whose numbers are elsewhere (offloaded?)", "a weight in memory", do))
+        return None
     if plain and target.is_inference() and not torch.is_inference_mode_enabled():
         found = f"{weight.where}, made under torch.inference_mode, which torch lets nobody write outside it"
         problems.append(sentence(found, "a weight that can be written", "merge under torch.inference_mode too"))

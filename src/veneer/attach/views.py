@@ -10,6 +10,7 @@ written back to the module afterwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from veneer.attach.adapted_module import method_of, own_class, state_of, weight_of
+from veneer.attach.adapted_module import WRAPPED, method_of, own_class, state_of, weight_of, wrapped_forward
 from veneer.attach.dtypes import at_least_float32, cast_floats, is_float, no_autocast, output_dtype, widen
 from veneer.attach.experts import form_from_now_on, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached
@@ -149,6 +150,9 @@ def view(
         base = base.__bases__[0]
     seen = object.__new__(base)
     seen.__dict__.update(module.__dict__)
+    if WRAPPED in seen.__dict__ and wrapped_forward(module):  # of the view, as it is of the module
+        seen.__dict__[WRAPPED] = MethodType(base.forward, seen)
+        seen.__dict__["forward"] = partial(seen.__dict__["forward"].func, seen)
     if attributes:
         seen.__dict__.update(attributes)
     for kind in ("_parameters", "_buffers"):
