@@ -116,10 +116,18 @@ def _fast_bf16() -> bool:
 
 def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
     """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there is one."""
-    import torch
 
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
-    return dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return dtype, device or best_device()
+
+
+def best_device() -> str:
+    """The GPU if there is one: NVIDIA's or AMD's, Apple's, or the processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def tokenizer_at(place: str, name: str) -> Any:

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from veneer.errors import ConfigError, listing, nearest
+from veneer.models.load import best_device
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
@@ -61,5 +62,5 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         bf16=False,  # the weights have their type already: no autocast
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device() == "cpu",
     )
