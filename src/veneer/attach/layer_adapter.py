@@ -231,10 +231,8 @@ def _on_device(
     else:
         read = partial(_read, change, weight, reader.out_axis == 1)
     low = low.T if layer_state.transposed else low
-    factors = (low.A[0],), (low.B[0],)
-    return device.linears((low.scale,), x, (read,), (bias,), *factors, (gain,), dropout, new_seed() if dropout else 0)[
-        0
-    ]
+    drops = dropout, new_seed() if dropout else 0
+    return device.linears((low.scale,), x, (read,), (bias,), (low.A,), (low.B,), (gain,), *drops)[0]
 
 
 def _read(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,6 @@ from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import mask
 
 _C: Any = torch._C
-_cast: Any = vars(torch)["_foreach_copy_"]
 Read = Callable[[torch.dtype], Tensor]
 
 
@@ -132,18 +131,37 @@ _NOTHING = _Nothing()
 
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """The tensors in a dtype, with the strides that they have; those of one other dtype by one launch."""
+    """The tensors in a dtype; those of one other dtype by one launch."""
     found, casts = list(tensors), {}
     for place, one in enumerate(tensors):
         if one is not None and one.dtype != dtype:
             casts.setdefault(one.dtype, []).append(place)
     for places in casts.values():
-        old = [cast(Tensor, tensors[place]) for place in places]
-        new = [torch.empty_like(one, dtype=dtype, requires_grad=False) for one in old]
-        _cast(new, old)
-        for place, one in zip(places, new, strict=True):
+        for place, one in zip(places, _cast([cast(Tensor, tensors[place]) for place in places], dtype), strict=True):
             found[place] = one
     return found
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    if len(tensors) == 1 or not tensors[0].is_cuda:
+        return [one.to(dtype) for one in tensors]
+    if _copies_lists():
+        made = [torch.empty_like(one, dtype=dtype, requires_grad=False) for one in tensors]
+        vars(torch)["_foreach_copy_"](made, tensors)
+        return made
+    places = [place for place, one in enumerate(tensors) if one.is_contiguous()]  # joined, and cast meanwhile
+    sizes = [tensors[place].numel() for place in places]
+    flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
+    if places:
+        torch.cat([tensors[place].view(-1) for place in places], out=flat)
+    parts = dict(zip(places, flat.split(sizes), strict=True))
+    return [parts[i].view(one.shape) if i in parts else one.to(dtype) for i, one in enumerate(tensors)]
+
+
+@functools.cache
+def _copies_lists() -> bool:
+    """Whether this torch casts a list of tensors by one kernel of its own."""
+    return _C._dispatch_has_kernel_for_dispatch_key("aten::_foreach_copy_", "CUDA")
 
 
 def product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -231,6 +249,9 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         ctx.settings, ctx.shape, ctx.kind = settings, x.shape, x.device.type
         ctx.cast = None if seen is x else x.dtype
         *made_of, ctx.gate = kept(x) if seen is x else SavedInput(cast(Tensor, seen))
+        ctx.dropped = settings.dropout > 0 and made_of[1] is None
+        if ctx.dropped:  # backward reads no other x, and there is no more of this one
+            made_of[0] = read
         h = h if h.shape[1] * 8 <= x.shape[-1] else None
         # the casts of weights too, as torch's own autocast keeps them
         casts = (None if one is own else one for one, own in zip(weights_, weights, strict=True))
@@ -267,8 +288,10 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     weights, biases, A, B, gains = _apart(tensors)
     weights = [own if one is None else one for one, own in zip(casts, weights, strict=True)]
     tokens = x.reshape(-1, x.shape[-1])
-    kept_ = mask(tokens.shape, settings.dropout, settings.seed, x.device) if settings.dropout else None
-    read = tokens if kept_ is None or not (True in needs_A or h is None) else tokens * kept_
+    kept_ = None
+    if settings.dropout and (needs_x or not ctx.dropped):
+        kept_ = mask(tokens.shape, settings.dropout, settings.seed, x.device)
+    read = tokens if kept_ is None or ctx.dropped else tokens * kept_
     h = read @ joined.mT if h is None else h
     U = h.new_empty(h.shape)  # s (dy B), [T, R]
     db, dB, dgain, dys = cast(Any, ([None] * count for _ in range(4)))

@@ -36,10 +36,17 @@ def init(start: InitContext) -> dict[str, Tensor]:
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
     norms = row_norms(base(), low)
-    if not norms.is_cpu and not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is None:
+    if _launches(norms):
         return low, cast(Tensor, _Gain.apply(parameters["magnitude"], norms))
     gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
     return low, torch.where(norms == 0, torch.ones_like(gain), gain)
+
+
+def _launches(tensor: Tensor) -> bool:
+    """Whether each operation on a tensor is a launch on a device, now."""
+    if tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return _C._functorch.peek_interpreter_stack() is None
 
 
 class _Gain(torch.autograd.Function):
@@ -67,7 +74,10 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with plain:
-        changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
+        if _launches(weight):  # baddbmm copies too
+            changed = (part.to(dtype, copy=True).baddbmm_(B, low.A, alpha=low.scale) for part, B in parts)
+        else:
+            changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
         norms = [torch.linalg.vector_norm(part, dim=-1) for part in changed]
         return (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).flatten()
 
