@@ -15,6 +15,7 @@ DEMO_ENV := GOMP_SPINCOUNT=20000 $(KEEP)
 help:
 	@echo "make demo       fine-tune a real language model, prove the gain, merge it, show it (minutes)"
 	@echo "make test       the test suite           make test-slow   the slower checks too"
+	@echo "make test-cuda  what a GPU is asked for, counted on an emulated one (a part of make test)"
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
@@ -47,8 +48,13 @@ demo: $(VENV)/.demo
 
 # one process a core, each with one thread
 TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-test: setup
+test: setup test-cuda
 	$(TESTS) -m "not slow"
+
+# Launches, waits and bytes on a GPU, on a device that is emulated in main memory (a g++ is needed; half a minute)
+.PHONY: test-cuda
+test-cuda: setup
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.support.emulated_device -p no:xdist tests/cuda
 
 # What needs torch, pytest and hypothesis alone, in an environment that has nothing else. Tests that need more are skipped.
 CORE := .venv-core

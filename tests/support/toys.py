@@ -82,7 +82,7 @@ def randomise(handle, size: float = 0.3) -> None:
     for change in handle.changes.values():
         for name, parameter in change.named_parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64) * size
-            parameter.data.copy_(noise + (parameter.detach().double() if name in around_one else 0))
+            parameter.data.copy_(noise + (parameter.detach().cpu().double() if name in around_one else 0))
     for part in handle.layers.values():
         for parameter in part.full.parameters():
             parameter.data.add_(torch.randn_like(parameter) * size)

@@ -20,6 +20,9 @@ from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
 
+#: of a packed weight, of which no more than a piece should be dense
+PIECES = 8
+
 
 def _offloaded(gradient: Tensor) -> None:
     """Who trains would train copies that nobody has after the call."""
@@ -87,7 +90,7 @@ class Change(nn.Module):
         if self.frozen_input is not None and "A" in parameters:
             # a gain may depend on ΔW, of which that input is no part
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
-        low, gain = self.variant.resolve(parameters, self.scale, lambda: self._dense(weight, dtype))
+        low, gain = self.variant.resolve(parameters, self.scale, self._base(weight, dtype))
         if self.rows is not None:
             rows = self._rows_on(low.B.device)
             low = low.place(rows, self.dims.out)
@@ -97,6 +100,17 @@ class Change(nn.Module):
     def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
         """``resolve`` for a merge, in float64: a gain is the same for one matrix as for a stack of them."""
         return self.resolve(weight, torch.float64)
+
+    def _base(self, weight: Any, dtype: torch.dtype | None) -> Any:
+        """What reads W for the variant: whole, or as an iterator of a packed weight's rows."""
+
+        def base() -> Tensor:
+            return self._dense(weight, dtype)
+
+        lies = self.layer.product and not self.layer.out_axis and self.rows is None
+        if lies and dtype is None and self.storage.dense_name is None:
+            vars(base)["pieces"] = lambda: (one[None] for one in self.storage.pieces(weight, PIECES))
+        return base
 
     def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
         """[g, out, in] in the dtype of the weight, where arithmetic in ``dtype`` is done."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.adapted_module import weight_of
-from veneer.attach.change import Change
+from veneer.attach.change import PIECES, Change
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
 from veneer.attach.experts import dropped, is_stack
 from veneer.attach.fused_linear import Direct, Together, direct, outputs
@@ -236,8 +236,16 @@ def _on_device(
 
 
 def _read(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Tensor:
-    dense = change.storage.dense(weight).to(dtype)
-    return dense.mT if flipped else dense
+    """The dense weight [out, in] in a dtype; piece by piece, as these may be of a wider one."""
+    whole, first = None, 0
+    for piece in change.storage.pieces(weight, PIECES):
+        if len(piece) == (change.dims.in_ if flipped else change.dims.out):
+            return piece.to(dtype).mT if flipped else piece.to(dtype)
+        if whole is None:
+            whole = piece.new_empty(change.dims.out, change.dims.in_, dtype=dtype)
+        whole[first : first + len(piece)].copy_(piece)
+        first += len(piece)
+    return cast(Tensor, whole)
 
 
 def _with_update(

@@ -62,6 +62,10 @@ class Storage(ABC):
         """The weight as a dense floating-point tensor, exactly."""
         return self.decode(weight, self.stored(weight))
 
+    def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
+        """The dense weight in about so many pieces of rows, where it can be read in pieces; else as a whole."""
+        yield self.dense(weight)
+
     def dtype(self, weight: Any) -> torch.dtype:
         """The dtype of the dense weight."""
         return self.dense(weight).dtype

@@ -150,6 +150,24 @@ class Bitsandbytes4bit(Storage):
             packed, _scales(stored), state.blocksize, state.quant_type, state.shape, torch.float32
         )
 
+    def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
+        state, stored = weight.quant_state, self.stored(weight)
+        rows, columns = state.shape if len(state.shape) == 2 else (1, 0)
+        step = -(-rows // count)
+        while step < rows and step * columns % state.blocksize:  # a piece is of whole blocks
+            step += 1
+        if not columns or step >= rows:
+            yield self.dense(weight)
+            return
+        packed, scales = stored["packed"].view(-1, 1), _scales(stored)
+        for first in range(0, rows, step):
+            size = min(step, rows - first)
+            start, end = first * columns, (first + size) * columns
+            yield torch.ops.bitsandbytes.dequantize_4bit(
+                packed[start // 2 : -(-end // 2)], scales[start // state.blocksize : -(-end // state.blocksize)],
+                state.blocksize, state.quant_type, (size, columns), torch.float32,
+            )  # fmt: skip
+
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         state, new = weight.quant_state, self.stored(weight)
         old_scales, width = _scales(new), state.blocksize

@@ -94,8 +94,12 @@ def faithful(
     if gain is not None and gain.shape[2] == 1:
         gain = gain.expand(-1, rows, -1)
     held = torch.promote_types(weight.dtype, out.dtype)
-    high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
-    many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
+    if weight.is_cpu:
+        high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
+        many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
+    else:  # as many launches for every number of rows, in buffers that are no larger than the weight
+        high = max(1, min(rows, rows * columns * held.itemsize // (5 * CHUNK * 8)))
+        many = groups
     pieces = [
         (slice(group, group + many), slice(row, row + high))
         for group in range(0, groups, many)

@@ -44,8 +44,9 @@ __all__ = ["Folded", "fold"]
 #: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers that a compiled loop
 #: gets at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
-#: of a weight on another device: the share of it that is a tile, and numbers in one at least and at most
-SHARE, SMALLEST, LARGEST = 16, 1 << 10, 1 << 22
+#: of a weight on another device: the share of it that is a tile, numbers in one at least, the share of free memory that
+#: is for the temporaries of a tile, and how many bytes these are for a number, about
+SHARE, SMALLEST, FREE, WIDE = 8, 1 << 10, 16, 40
 #: numbers whose squares are summed at once: the float32 sum of more drifts
 LINE = 256
 WORKERS = 8
@@ -126,8 +127,8 @@ def fold(
         compiled: whether numba may be used: the same bits sooner, and 100 MiB for its code.
 
     Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
-    device, about as much as a 16-bit weight takes. Without float64 there (MPS) the processor does it. The bits depend
-    on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    device, about 2.5 times as much as a 16-bit weight takes. Without float64 there (MPS) the processor does it. The
+    bits depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -193,10 +194,19 @@ def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, com
 
 
 def _tile(like: Tensor) -> int:
-    """Numbers in a tile at most. On a processor they fit into its cache. A device has the time of a launch for each
-    operation, and waits for memory: there it is a share of the weight, so that the temporaries in float64, some 40
-    bytes a number, are no more than the weight itself."""
-    return TILE if like.device.type == "cpu" else min(max(like.numel() // SHARE, SMALLEST), LARGEST)
+    """Numbers in a tile at most. On a processor they fit into its cache. On a device each operation has the time of a
+    launch: there it is a share of the weight, so that as many are launched for every weight, and the temporaries in
+    float64 are a few times as large as a 16-bit weight; fewer where memory is short."""
+    if like.device.type == "cpu":
+        return TILE
+    tile = max(-(-like.numel() // SHARE), SMALLEST)
+    return min(tile, max(_free(like.device) // (FREE * WIDE), SMALLEST)) if like.is_cuda else tile
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that a CUDA device can still give, those that torch has set aside included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator[Piece]:

@@ -11,6 +11,7 @@ A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -35,7 +36,11 @@ def init(start: InitContext) -> dict[str, Tensor]:
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
-    norms = row_norms(base(), low)
+    pieces: Any = getattr(base, "pieces", None)  # of a packed weight, which is never dense as a whole
+    if pieces is None or low.B.is_cpu or torch.compiler.is_compiling():
+        norms = row_norms(base(), low)
+    else:
+        norms = _norms_of_pieces(pieces(), low)
     if _launches(norms):
         return low, cast(Tensor, _Gain.apply(parameters["magnitude"], norms))
     gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
@@ -64,6 +69,18 @@ class _Gain(torch.autograd.Function):
 
 
 @torch.no_grad()
+def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
+    """``row_norms`` of a weight that is given a few rows [1, n, in] at a time."""
+    norms, first = [], 0
+    for piece in pieces:
+        rows = slice(first, first + piece.shape[1])
+        norms.append(row_norms(piece, LowRank(low.A, low.B[:, rows], low.scale)))
+        first = rows.stop
+        del piece  # before the next one is made
+    return torch.cat(norms)
+
+
+@torch.no_grad()
 def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W and ΔW, and at least
     float32. A part of W at a time is in that dtype."""
@@ -74,10 +91,10 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with plain:
-        if _launches(weight):  # baddbmm copies too
-            changed = (part.to(dtype, copy=True).baddbmm_(B, low.A, alpha=low.scale) for part, B in parts)
-        else:
-            changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
+        if _launches(weight) and len(weight) == 1:  # baddbmm copies once more
+            one = weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
+            return torch.linalg.vector_norm(one, dim=-1)
+        changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
         norms = [torch.linalg.vector_norm(part, dim=-1) for part in changed]
         return (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).flatten()
 

@@ -1,0 +1,221 @@
+"""Two devices of type CUDA in main memory, whose launches, waits and bytes are counted: ``python -m pytest -p
+tests.support.emulated_device tests/cuda``, which is ``make test-cuda``.
+
+``emulated_device.cpp`` is compiled once for each torch, into ``$VENEER_TEST_CACHE`` or the user's cache, and must be
+loaded before torch looks for CUDA: so these tests run in a process of their own, and this is a plugin of pytest.
+
+    with count() as seen: run()         seen.launches, seen.waits: names of what the device was asked for, in order
+    with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what was held before
+    with without_float64(): run()       as on MPS
+
+What it cannot show: kernels, their speed and their rounding, streams, graphs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COUNT = 2
+
+
+class NoCompilerError(Exception):
+    """There is no g++ here."""
+
+
+def built() -> Path:
+    """The library for this torch, compiled if it is not there."""
+    found: Any = importlib.util.find_spec("torch")
+    torch_folder = Path(found.origin).parent
+    made_of = SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
+    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer-tests"
+    folder = Path(os.environ.get("VENEER_TEST_CACHE", usual))
+    library = folder / f"emulated-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    if shutil.which("g++") is None:
+        raise NoCompilerError
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = library.with_suffix(f".{os.getpid()}")
+    include = torch_folder / "include"
+    options = ["-shared", "-fPIC", "-O1", "-w", "-std=c++20", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    torch_libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
+    subprocess.run(["g++", *options, str(SOURCE), "-o", str(partial), *torch_libraries], check=True)
+    partial.rename(library)
+    return library
+
+
+def loaded() -> Any:
+    """The library in this process, below a torch that has not been imported yet."""
+    library = built()
+    found: Any = importlib.util.find_spec("torch")
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
+    device = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    device.device_events.restype = ctypes.c_char_p
+    device.device_held.restype = device.device_peak.restype = ctypes.c_long
+    return device
+
+
+try:
+    DEVICE: Any = loaded()
+    missing = ""
+except NoCompilerError:
+    if os.environ.get("CI"):
+        raise
+    DEVICE, missing = None, "no g++, which builds the emulated device (apt-get install g++)"
+
+import torch  # noqa: E402 (what is loaded above must be there first)
+import torch.cuda.random  # noqa: E402
+from torch import nn  # noqa: E402
+
+G0, G1 = torch.device("cuda:0"), torch.device("cuda:1")
+
+
+class _Device:
+    """``torch.cuda.device``."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _pretend() -> None:
+    """What torch asks a CUDA library for in Python."""
+    with warnings.catch_warnings(), suppress(ImportError):
+        warnings.simplefilter("ignore")
+        importlib.import_module("bitsandbytes")  # before it could look for kernels
+    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()  # before functions are others
+    assert DEVICE.device_ready(), "torch has looked for CUDA before the device was there"
+
+    def gives(value: Any) -> Callable[..., Any]:
+        return lambda *_, **__: value
+
+    properties = types.SimpleNamespace(
+        name="emulated", major=8, minor=0, total_memory=80 << 30, multi_processor_count=8
+    )
+    nothing = (
+        "_lazy_init empty_cache synchronize set_device manual_seed manual_seed_all set_rng_state set_rng_state_all"
+    )
+    answers: dict[str, Any] = {
+        **dict.fromkeys(nothing.split()),
+        "is_available": True,
+        "is_initialized": True,
+        "is_bf16_supported": True,
+        "device_count": COUNT,
+        "current_device": 0,
+        "get_device_name": "emulated",
+        "get_device_capability": (8, 0),
+        "get_device_properties": properties,
+        "mem_get_info": (60 << 30, 80 << 30),
+    }
+    functions = {name: gives(value) for name, value in answers.items()}
+    functions["get_rng_state"] = lambda *_: torch.Generator("cuda").get_state()
+    functions["get_rng_state_all"] = lambda: [torch.Generator("cuda").get_state()]
+    for name in ("memory_allocated", "memory_reserved"):
+        functions[name] = lambda *_: DEVICE.device_held(0)
+    functions["max_memory_allocated"] = lambda *_: DEVICE.device_peak(0)
+    for name, function in functions.items():
+        for module in (torch.cuda, torch.cuda.random):
+            if hasattr(module, name):
+                setattr(module, name, function)
+    torch.cuda.device = _Device  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.cuda = lambda self, *_, **__: self.to(G0)  # pyright: ignore[reportAttributeAccessIssue]
+    nn.Module.cuda = lambda self, *_: self.to(G0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if DEVICE is not None:
+    _pretend()
+
+
+class Seen:
+    """What the devices were asked for within a block."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    def _of(self, kind: str) -> list[str]:
+        return [name for name, what in self.events if what.startswith(kind)]
+
+    @property
+    def launches(self) -> list[str]:
+        return self._of("launch")
+
+    @property
+    def waits(self) -> list[str]:
+        return [f"{name} ({what})" for name, what in self.events if what.startswith("wait")]
+
+    @property
+    def between(self) -> list[str]:
+        """Copies from one device to the other."""
+        return self._of("peer")
+
+
+@contextmanager
+def count() -> Iterator[Seen]:
+    seen = Seen()
+    DEVICE.device_record()
+    try:
+        yield seen
+    finally:
+        lines = DEVICE.device_events().decode().splitlines()
+        seen.events = [(name, what) for name, what in (line.split("\t") for line in lines)]
+
+
+class Bytes:
+    peak = kept = 0
+
+
+@contextmanager
+def bytes_more() -> Iterator[Bytes]:
+    more, before = Bytes(), DEVICE.device_held(0)
+    DEVICE.device_reset_peak()
+    yield more
+    more.peak, more.kept = DEVICE.device_peak(0) - before, DEVICE.device_held(0) - before
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    DEVICE.device_narrow(1)
+    try:
+        yield
+    finally:
+        DEVICE.device_narrow(0)
+
+
+@contextmanager
+def one_visible() -> Iterator[None]:
+    """Let who asks see one device: transformers wants ``nn.DataParallel`` for two."""
+    before, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
+    try:
+        yield
+    finally:
+        torch.cuda.device_count = before
+
+
+def waits_of(run: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Counter[str]:
+    """The waits of a call that has run before, less those of the same without adapters."""
+    found = []
+    for call in (run, plain):
+        names: list[str] = []
+        if call is not None:
+            call()
+            with count() as seen:
+                call()
+            names = seen.waits
+        found.append(Counter(names))
+    return found[0] - found[1]
