@@ -208,7 +208,7 @@ def test_16_bits_are_rounded_once_with_a_bias():
     module = nn.Sequential(nn.Linear(64, 256)).to(torch.bfloat16)
     x = torch.randn(32, 64).to(torch.bfloat16)
     handle = veneer.attach(module, veneer.LoraConfig(rank=4, targets="all"))
-    randomise(handle, 0.05)
+    randomise(handle, 0.005)  # its own roundings hardly move a number
     exact = copy.deepcopy(module).double()(x.double())
     found = copy.deepcopy(module).to(G0)(x.to(G0)).cpu()
     nearest = exact.to(torch.bfloat16)

@@ -67,17 +67,18 @@ def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
 def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same x [*, in]."""
     weights, biases, A, B = [], [], [], []
+    here = x.is_cpu
     for module, known in members:
         weight: Any = module._parameters[known.weight]
         weights.append(weight.mT if known.flipped else weight)
         biases.append(None if known.bias is None else module._parameters[known.bias])
-        factors = known.change._parameters if x.is_cpu else known.change.adapter_parameters
+        factors = known.change._parameters if here else known.change.adapter_parameters
         A.append(factors["A"])
         B.append(factors["B"])
     dropout = members[0][1].drops
     seed = new_seed() if dropout else 0
     scales = tuple(known.change.scale for _, known in members)
-    if not x.is_cpu:
+    if not here:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
     tokens = x.numel() // x.shape[-1]
     form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)

@@ -164,8 +164,8 @@ class LayerAdapter(nn.Module):
             y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
             if y is not None:
                 return y
-        same = fused.applies(x, weight) or device.applies_alike(x, weight)
-        if same and base in reader.types() and gain is None and not layer_state.transposed:
+        stock = base in reader.types() and gain is None and not layer_state.transposed
+        if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
             y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
             if y is not None:
                 return y

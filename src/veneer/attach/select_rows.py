@@ -47,10 +47,13 @@ class Parts(Mapping[Any, Any]):
             raise KeyError(key)
         return _ByRows(self, parts)
 
-    def on(self, device: torch.device) -> tuple[Sequence[Tensor], Tensor]:
-        """``rows`` and ``order`` on a device, brought there at once and kept."""
-        if device.type == "cpu":
+    def on(self, inputs: Any) -> tuple[Sequence[Tensor], Tensor]:
+        """``rows`` and ``order`` on the device of a call's inputs, brought there at once and kept."""
+        if not isinstance(inputs, Tensor):
+            inputs = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), self.order)
+        if inputs.is_cpu:
             return self.rows, self.order
+        device = inputs.device
         if device not in self._moved:
             *rows, order = (
                 torch.cat([*self.rows, self.order])
@@ -101,8 +104,7 @@ class _ByRows:
         if refusal is not None:
             raise _cannot_tell(module, refusal)
         outputs = []
-        leaves = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        every, order = whole.on(next((leaf.device for leaf in leaves), whole.order.device))
+        every, order = whole.on(args[0] if args and isinstance(args[0], Tensor) else (args, kwargs))
         for selected, rows, part in zip(whole.selections, every, self.parts, strict=True):
             try:
                 own, named = kind.take(module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1))
