@@ -28,8 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from veneer.attach.adapted_module import state_of
 from veneer.attach.targets import Names
 from veneer.bases import Storage
-from veneer.fileio.hashing import XXH3, fingerprints
-from veneer.fileio.throttle import gives_way
+from veneer.fileio.hashing import XXH3, fingerprint
 from veneer.models.named_weights import named
 
 #: elements of a weight that are looked at to tell whether it was written to
@@ -119,14 +118,11 @@ def fingerprints_of(
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
-        kept = [_KNOWN.get(content.anchor, {}).get(kind) for content in contents]
-        known = [old[1] if old and old[0] == stamp else None for old, stamp in zip(kept, stamps, strict=True)]
-        new = [content for content, value in zip(contents, known, strict=True) if value is None]
-        made = fingerprints([content.dense for content in new], threads=1 if gives_way() else None, like=kind)
         found: list[str] = []
-        for content, stamp, value in zip(contents, stamps, known, strict=True):
-            if value is None:
-                value = next(made)
+        for content, stamp in zip(contents, stamps, strict=True):
+            then, value = _KNOWN.get(content.anchor, {}).get(kind, (None, ""))
+            if stamp is None or then != stamp:
+                value = fingerprint(content.dense(), kind)
                 if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
                     _KNOWN.setdefault(content.anchor, {})[kind] = stamp, value
             found.append(value)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +16,6 @@ XXH3, SHA256 = "xxh3:", ""
 #: numbers that are rounded and hashed at once: few enough that they stay in the cache in between, and that torch rounds
 #: them in this thread alone; and from another device, where each transfer takes time of its own
 PIECE, TRANSFER = 1 << 15, 1 << 24
-#: threads that hash; more wait for memory, and for each other's turn of Python
-MOST_THREADS = 8
 
 
 def digest(tensor: Tensor) -> str:
@@ -52,34 +47,6 @@ def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XX
 def kind_of(fingerprint: str) -> str:
     """How a fingerprint was made: XXH3 or SHA256."""
     return XXH3 if fingerprint.startswith(XXH3) else SHA256
-
-
-def fingerprints(
-    weights: Iterable[Callable[[], Tensor]], threads: int | None = None, like: str = XXH3
-) -> Iterator[str]:
-    """The ``fingerprint`` of each weight, in this order, by several threads: hashing leaves Python to others.
-    ``weights``: each makes one weight. They are called in this thread, one after the other, and at most a few before
-    their turn, so that what has to be decoded first is never in memory as a whole. ``threads``: None takes one for each
-    core."""
-    threads = min(MOST_THREADS, len(cores())) if threads is None else threads
-    if threads == 1:
-        yield from (fingerprint(weight(), like) for weight in weights)
-        return
-    waiting: deque[Future[str]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="veneer-hash") as pool:
-        for weight in weights:
-            waiting.append(pool.submit(fingerprint, weight(), like))
-            # a large weight at the head keeps nobody from hashing what comes after it
-            while len(pending := [future for future in waiting if not future.done()]) > threads:
-                wait(pending, return_when=FIRST_COMPLETED)
-            while waiting and waiting[0].done():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def cores() -> Sequence[Any]:
-    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _feed(whole: Any, tensor: Tensor) -> None:
