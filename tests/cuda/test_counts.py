@@ -213,7 +213,7 @@ def test_a_merge_takes_as_many_launches_whatever_the_size():
                 handle.merge(rounding=rounding)
             launches[rounding, rows] = len(seen.launches)
     assert launches["nearest", 256] == launches["nearest", 1024] <= 300
-    assert launches["faithful", 1024] <= launches["faithful", 256] <= 600
+    assert launches["faithful", 1024] == launches["faithful", 256] <= 1400
 
 
 # What these tests are worth: each of these changes is found.

@@ -236,7 +236,7 @@ Tensor wide_sum_of(const Tensor& onto, const Tensor& left, const Tensor& right, 
   return wide_sum(onto, left, right, dtype, beta, alpha, out);
 }
 
-// what only CUDA has: counts of whole numbers, and convolutions of each channel apart
+// counts of whole numbers, which only CUDA has
 
 Tensor histc(const Tensor& t, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
   say("histc", "launch");
@@ -246,39 +246,6 @@ Tensor histc(const Tensor& t, int64_t bins, const at::Scalar& least, const at::S
     counts = at::histc(as_processor(t).to(at::kFloat), bins, least, most).to(t.scalar_type());
   }
   return counts.to(t.device(), counts.scalar_type(), /*non_blocking=*/true);
-}
-
-const Tensor& depthwise(const Tensor& x, const Tensor& weight, c10::SymIntArrayRef, const Maybe<Tensor>& bias,
-                        c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
-                        const Tensor& out) {
-  say("_conv_depthwise2d", "launch");
-  Inside quiet;
-  auto given = bias && bias->defined() ? Maybe<Tensor>(as_processor(*bias)) : Maybe<Tensor>();
-  auto y = at::conv2d_symint(as_processor(x), as_processor(weight), given, stride, padding, dilation, x.sym_size(1));
-  grow(out, y.sizes(), {});
-  as_processor(out).copy_(y);
-  return out;
-}
-
-Tensor depthwise_of(const Tensor& x, const Tensor& weight, c10::SymIntArrayRef kernel, const Maybe<Tensor>& bias,
-                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation) {
-  return depthwise(x, weight, kernel, bias, stride, padding, dilation, at::empty({0}, x.options()));
-}
-
-std::tuple<Tensor, Tensor> depthwise_back(const Tensor& dy, const Tensor& x, const Tensor& weight, c10::SymIntArrayRef,
-                                          c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
-                                          c10::SymIntArrayRef dilation, std::array<bool, 2> wanted) {
-  say("_conv_depthwise2d_backward", "launch");
-  auto dx = wanted[0] ? at::empty(x.sizes(), x.options()) : Tensor();
-  auto dw = wanted[1] ? at::empty(weight.sizes(), weight.options()) : Tensor();
-  Inside quiet;
-  std::vector<c10::SymInt> none(2, 0);
-  auto found = at::convolution_backward_symint(as_processor(dy), as_processor(x), as_processor(weight), std::nullopt,
-                                               stride, padding, dilation, false, none, x.sym_size(1),
-                                               {wanted[0], wanted[1], false});
-  if (dx.defined()) as_processor(dx).copy_(std::get<0>(found));
-  if (dw.defined()) as_processor(dw).copy_(std::get<1>(found));
-  return {dx, dw};
 }
 
 // ---------------------------------------------------------------------------------------------------- generators, hooks
@@ -432,8 +399,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("addmm.dtype_out", TORCH_FN(wide_sum));
   m.impl("addmm.dtype", TORCH_FN(wide_sum_of));
   m.impl("histc", TORCH_FN(histc));
-  m.impl("_conv_depthwise2d", TORCH_FN(depthwise_of));
-  m.impl("_conv_depthwise2d_backward.output_mask", TORCH_FN(depthwise_back));
 }
 
 extern "C" {

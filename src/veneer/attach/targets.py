@@ -43,8 +43,10 @@ class Names:
 
     @cached_property
     def on_meta_device(self) -> bool:
-        """Whether all of the model is on the meta device: its values come later."""
-        return all(parameter.is_meta for _, parameter in self.parameters())
+        """Whether all of the model is on the meta device: its values come later. Of one with accelerate's hooks they
+        are elsewhere already, offloaded."""
+        hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
+        return not hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """((path, name), parameter) of each plain parameter, a tied one under each of its names."""

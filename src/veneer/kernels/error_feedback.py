@@ -97,9 +97,9 @@ def faithful(
     if weight.is_cpu:
         high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
         many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
-    else:  # as many launches for every number of rows, in buffers that are no larger than the weight
-        high = max(1, min(rows, rows * columns * held.itemsize // (5 * CHUNK * 8)))
-        many = groups
+    else:  # as many launches for every number of rows, in buffers of about the size of the weight
+        share = max(columns * held.itemsize / (5 * CHUNK * 8), 0.25)
+        high, many = -(-rows // max(1, round(1 / share))), groups
     pieces = [
         (slice(group, group + many), slice(row, row + high))
         for group in range(0, groups, many)

@@ -66,8 +66,8 @@ def round_once(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Ten
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
     nearest = values.float()
-    error = values - nearest.double()
-    even = (nearest.view(torch.int32) & 1) == 0
-    toward = torch.where(error > 0, torch.inf, -torch.inf).float()
-    odd = torch.where((error != 0) & even & nearest.isfinite(), torch.nextafter(nearest, toward), nearest)
-    return odd.to(dtype)
+    moves = (nearest.view(torch.int32) & 1) == 0
+    moves &= values != nearest
+    moves &= nearest.isfinite()
+    toward = torch.where(values > nearest, torch.inf, -torch.inf).float()
+    return torch.where(moves, torch.nextafter(nearest, toward), nearest).to(dtype)
