@@ -17,8 +17,10 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
 import types
 import warnings
 from collections import Counter
@@ -31,22 +33,31 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 COUNT = 2
 
 
-class NoCompilerError(Exception):
-    """There is no g++ here."""
+def _torch_folder() -> Path:
+    found: Any = importlib.util.find_spec("torch")
+    return Path(found.origin).parent
+
+
+def why_not() -> str:
+    """Why there is no emulated device here; empty if there is one."""
+    if sys.platform != "linux":
+        return "the emulated device is for Linux"
+    if not re.search(r"^cuda.*= None$", (_torch_folder() / "version.py").read_text(), re.MULTILINE):
+        return "this torch has CUDA, and the device is emulated for one that has not"
+    if shutil.which("g++") is None:
+        return "no g++, which builds the emulated device (apt-get install g++)"
+    return ""
 
 
 def built() -> Path:
     """The library for this torch, compiled if it is not there."""
-    found: Any = importlib.util.find_spec("torch")
-    torch_folder = Path(found.origin).parent
+    torch_folder = _torch_folder()
     made_of = SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
     usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "veneer-tests"
     folder = Path(os.environ.get("VENEER_TEST_CACHE", usual))
     library = folder / f"emulated-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    if shutil.which("g++") is None:
-        raise NoCompilerError
     folder.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}")
     include = torch_folder / "include"
@@ -60,22 +71,18 @@ def built() -> Path:
 def loaded() -> Any:
     """The library in this process, below a torch that has not been imported yet."""
     library = built()
-    found: Any = importlib.util.find_spec("torch")
     for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_torch_folder() / "lib" / name), ctypes.RTLD_GLOBAL)
     device = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     device.device_events.restype = ctypes.c_char_p
     device.device_held.restype = device.device_peak.restype = ctypes.c_long
     return device
 
 
-try:
-    DEVICE: Any = loaded()
-    missing = ""
-except NoCompilerError:
-    if os.environ.get("CI"):
-        raise
-    DEVICE, missing = None, "no g++, which builds the emulated device (apt-get install g++)"
+missing = why_not()
+if missing and os.environ.get("CI"):
+    raise RuntimeError(missing)
+DEVICE: Any = None if missing else loaded()
 
 import torch  # noqa: E402 (what is loaded above must be there first)
 import torch.cuda.random  # noqa: E402

@@ -65,7 +65,7 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
         found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
         return sentence(found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that")
     if getattr(weight, "is_meta", False) and not names.on_meta_device and not nn.parameter.is_lazy(weight):
-        found = f"{what}, whose weight is on the meta device while others hold numbers (offloaded?)"
+        found = f"{what}, whose weight is on the meta device, its numbers elsewhere (offloaded?)"
         return sentence(found, "a weight that holds numbers", "load it first, or leave it out")
     if nn.parameter.is_lazy(weight):
         return sentence(f"{what}, whose weight has no shape yet", "a model that has run once", "run it on an example")
