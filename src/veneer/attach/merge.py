@@ -293,7 +293,7 @@ def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, proble
     """What is to be written, or None and a problem more."""
     target, storage, values = weight.target, weight.storage, weight.values
     plain = isinstance(target, Tensor)
-    if plain and target.is_meta:
+    if plain and target.is_meta and "_hf_hook" in weight.module.__dict__:
         do = "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer merge)"
         problems.append(sentence(f"{weight.where}, whose numbers are elsewhere (offloaded?)", "a weight in memory", do))
         return None
