@@ -14,6 +14,7 @@ What it cannot show: kernels, their speed and their rounding, streams, graphs.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import os
@@ -189,6 +190,7 @@ class Bytes:
 
 @contextmanager
 def bytes_more() -> Iterator[Bytes]:
+    gc.collect()  # what others have left is no part of it
     more, before = Bytes(), DEVICE.device_held(0)
     DEVICE.device_reset_peak()
     yield more

@@ -199,6 +199,7 @@ def _write_all(
                 _keep(weight, stored, spill)
                 weight.write(stored)
             reports += [report] if report else []
+            del content, stored  # before the next one is made
     expected = "paths of weights that the adapter changes at a low rank"
     problems += [sentence(f"inputs of {path!r}", expected, "leave it out") for path in moments]
     return reports
