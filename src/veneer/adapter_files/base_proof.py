@@ -9,7 +9,8 @@ copy of, such as running statistics.
 
 A fingerprint is kept as long as its weight lives, and holds while that has the same memory, shape and type, torch
 counts no write to it, and a sample of its elements is the same. Writes of few elements through ``.data`` are not seen;
-``forget`` is for whoever does that.
+``forget`` is for whoever does that. Rejected: the count alone, as torch does not count what is written through
+``.data``, which is how much code initialises or adds to a weight.
 """
 
 from __future__ import annotations

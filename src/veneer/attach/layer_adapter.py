@@ -10,6 +10,10 @@ Linear, adapted (a subclass of nn.Linear: ``adapted_module.py``)
 factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers that are linear in their one weight
 materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
 viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
+
+Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the
+instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
+weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ Where rounding to nearest would lose most of a small change of 16-bit weights, a
 adapter reads survives (``kernels/error_feedback.py``). Storages with a grid of their own round as they do.
 
 One weight at a time is made, checked, kept and overwritten. Each is kept before that, and the model counts as merged
-until the last is back, so that whatever interrupts either way, ``unmerge`` can finish it.
+until the last is back, so that whatever interrupts either way, ``unmerge`` can finish it. Rejected: to make all
+weights twice, first to check and then to write, which takes twice as long and could not put back what it wrote if the
+second pass fails.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
     without_adapters(model)                      a view of the model as it would be without any of this
 
 What stands there is an attribute of the object, found before the method of its class. A function alone would not do: an
-attribute of an object is bound to nothing, and copies and pickles of the model need one that is theirs.
+attribute of an object is bound to nothing, and copies and pickles of the model need one that is theirs. Rejected:
+a subclass, as for adapted layers. The forward of every model that has the method would then be ours too, and FSDP2 puts
+classes of its own above.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``torch.ao.quantization`` swaps layers by their exact class, which an adapted layer no longer has: it stays in floating
 point, merged or not, and nothing says so. Whatever of that package looks at a layer first gives it an attribute
-``qconfig``; that is where an adapted layer speaks.
+``qconfig``; that is where an adapted layer speaks. Rejected: to answer to the exact class. A layer of int8 made
+from one would lose its adapters with everything else.
 """
 
 from __future__ import annotations

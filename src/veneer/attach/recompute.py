@@ -2,6 +2,9 @@
 
 Here a module's table of parameters makes the tensor at each read; what autograd saves of it is a note of how to make it
 again; and the gradient of the weight goes into that of the few adapter parameters before the next one comes.
+
+Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the base), and a tensor
+subclass that is made by each operation (what a forward does with its type, or below Python, would fail).
 """
 
 from __future__ import annotations

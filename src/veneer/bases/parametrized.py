@@ -9,7 +9,8 @@ parameters, copied buffers), as switching ``training`` in place would be seen by
 **Merging.** Most parametrizations have no exact inverse. So a merge leaves the originals alone and gives the list
 another class, whose result is the buffer ``merged``, bit for bit, so that u and v rest; it is one more key of the state
 dict. Unmerging gives the class back. Torch itself refuses to pickle parametrized modules (it copies them);
-``parametrize.remove_parametrizations`` on a merged one leaves the merged weight.
+``parametrize.remove_parametrizations`` on a merged one leaves the merged weight. Rejected: appending a last
+parametrization that ignores its input, as all the others would still run and move their state.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
 
 PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them. To
-add a format: a file here that calls ``register(Format(...))``.
+add a format: a file here that calls ``register(Format(...))``. Rejected: a pair of functions for each pair of formats.
+Six formats would be thirty conversions.
 """
 
 from __future__ import annotations

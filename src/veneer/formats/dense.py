@@ -5,7 +5,7 @@
 
 The form that every tool can add, and the only one that holds any variant on any layer: DoRA's change is W' - W. It is
 as large as the weights. ``full`` names the parameters that the adapter trained in full; on the way back these stay
-whole.
+whole. Rejected: the changed weights themselves. A change is exact where W' would be rounded.
 """
 
 from __future__ import annotations

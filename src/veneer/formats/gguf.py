@@ -13,7 +13,8 @@ llama.cpp stores some weights otherwise than transformers does, and a change of 
 - ``gate_up_proj`` of experts is split into gate and up, which share A;
 - GPT-2's Conv1D is transposed to [out, in], which A and B are already.
 
-Only architectures whose conversion does nothing else to matrices are known here. alpha is stored in float32; a layer
+Only architectures whose conversion does nothing else to matrices are known here: another one may split or reorder rows
+in a way of its own, and its adapter would load and be wrong. alpha is stored in float32; a layer
 whose scale is another than alpha / r has the rest multiplied into B.
 
 Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without

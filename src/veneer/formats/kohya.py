@@ -9,8 +9,9 @@
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
 
 A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its paths, and a name must
-mean exactly one of them. LoHa and LoKr are read as the one product that they amount to (see ``variants/loha.py`` and
-``lokr.py``). Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
+mean exactly one of them. Rejected: tables of known names, as other converters have. A name that no table foresaw would
+be lost or, worse, mean another layer. LoHa and LoKr are read as the one product that they amount to (see
+``variants/loha.py`` and ``lokr.py``). Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
 
 Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run on the files.
 """

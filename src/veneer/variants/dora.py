@@ -4,7 +4,8 @@ So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts a
 4.3 of the paper no gradient flows through the norm.
 
 The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few rows at a time, which
-stay in the cache. ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖² would cancel where ΔW undoes a row.
+stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but cancels where ΔW undoes a row: a norm of
+‖W‖ / 100 would lose four digits.
 
 A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn.
 """

@@ -11,8 +11,9 @@
 
 A vector's weight multiplies it before the election, so that a negative one votes for the other sign; with all weights λ
 this is TIES with its λ. What is kept is counted in each weight by itself. One vector at a time is in memory, made when
-it is needed (twice for an election), with three results of that size. (PEFT does the same on A and B one by one, whose
-signs are no signs of ΔW.)
+it is needed (twice for an election), with three results of that size. Rejected: the same on A and B one by one, as
+PEFT does. The product of sparse factors is no sparse product, signs of A and B are no signs of ΔW, and the result
+changes if A and B are scaled against each other, which leaves ΔW as it is.
 """
 
 from __future__ import annotations

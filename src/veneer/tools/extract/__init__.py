@@ -12,6 +12,8 @@ largest tensor, and what is written.
 
 A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone did is no change.
 Where the tuned dtype is the finer one the difference is taken as it is. What changed is written, or named in a report.
+Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too, and some of its changes have
+no low rank.
 """
 
 from __future__ import annotations

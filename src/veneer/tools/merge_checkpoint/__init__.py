@@ -9,7 +9,7 @@ folder beside OUT until it is whole, then takes its name in one step.
 
 **A killed merge goes on where it was.** The folder's journal says which tensors are on the disk: a line is written once
 what it tells was flushed. A journal of another merge (other files, adapters, weights, dtype or rounding) is thrown
-away with its folder.
+away with its folder. Rejected: a finished file as the unit, as many models are one file of many GiB.
 """
 
 from __future__ import annotations
