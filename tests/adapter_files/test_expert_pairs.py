@@ -128,3 +128,12 @@ def test_a_pair_that_does_not_fit_is_named(tmp_path):
     pairs[path] = pairs[path][0][:, :-1], pairs[path][1]
     with pytest.raises(AdapterError, match=r"experts\.1\.w1"):
         veneer.load(model, written(tmp_path / "old", pairs))
+
+
+def test_an_expert_of_alpha_zero_changes_nothing_and_the_others_stay(tmp_path):
+    model = build("mixtral", torch.float32)
+    pairs = pairs_of(model, LAYOUTS["mixtral"], {})
+    expected = with_pairs(model, LAYOUTS["mixtral"], pairs, lambda path: 0 if ".experts.0." in path else 3)
+    ids = torch.randint(0, 50, (2, 7))
+    veneer.load(model, written(tmp_path / "old", pairs, alpha_pattern={r"experts\.0\.w[123]": 0}))
+    assert error(model(ids).logits, expected(ids).logits) < 1e-5

@@ -100,6 +100,7 @@ def _stacked(at: str, pieces: list[_Piece], names: Names, rooted: bool, problems
     by_expert: dict[int, list[_Piece]] = {}
     for piece in pieces:
         by_expert.setdefault(piece.expert, []).append(piece)
+    scale = next((piece.layer.scale for piece in pieces if piece.layer.scale), 0.0)
     rank = max(sum(len(piece.layer.A) for piece in own) for own in by_expert.values())
     A, B = first.A.new_zeros(experts, rank, in_), first.B.new_zeros(experts, out, rank)
     for expert, own in by_expert.items():
@@ -107,11 +108,11 @@ def _stacked(at: str, pieces: list[_Piece], names: Names, rooted: bool, problems
         for _, rows, layer in sorted(own, key=lambda piece: piece.rows.start or 0):
             after = start + len(layer.A)
             A[expert, start:after] = layer.A
-            B[expert, rows, start:after] = _scaled(layer.B, layer.scale / first.scale)
+            B[expert, rows, start:after] = _scaled(layer.B, layer.scale / (scale or 1))
             start = after
     rate = math.sqrt(rank) if rooted else rank
     stacked = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-    return replace(first, at=at, A=stacked[0], B=stacked[1], rank=rank, alpha=first.scale * rate)
+    return replace(first, at=at, A=stacked[0], B=stacked[1], rank=rank, alpha=scale * rate)
 
 
 def _scaled(B: Tensor, factor: float) -> Tensor:
