@@ -39,7 +39,9 @@ def test_every_kind_of_layer_traces_where_its_base_does(kind, variant):
         module.eval().requires_grad_(False)
         try:
             traced(copy.deepcopy(module), args)
-        except Exception:
+        except RuntimeError as error:  # what the base gives or takes is nothing that a trace can hold
+            if "cannot be traced. Only Tensors" not in str(error):
+                raise
             continue
         handle = veneer.attach(module, veneer.LoraConfig(rank=1, targets="all", variant=variant))
         randomise(handle)

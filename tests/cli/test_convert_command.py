@@ -52,7 +52,7 @@ def test_what_cannot_be_is_one_message(veneer: Case, adapter: Path, base: Path, 
     out = tmp_path / "out"
     refused(veneer("convert", adapter, out, "--to", "gguf"), "no base", "give the base")
     refused(veneer("convert", adapter, out, "--to", "kohya"), "give part")
-    refused(veneer("convert", adapter, out, "--to", "onnx"), "format 'onnx'", "one of ", "veneer, peft")
+    refused(veneer("convert", adapter, out, "--to", "onnx"), "format 'onnx'", "one of veneer, peft")
     refused(veneer("convert", tmp_path / "nothing", out, "--to", "peft"), "nothing at")
     refused(veneer("convert", adapter, out, "--to", "gguf", "--base", tmp_path / "no"), "no base model at")
     out.mkdir()

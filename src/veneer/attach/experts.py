@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from veneer import context
@@ -26,7 +25,7 @@ from veneer.attach.change import Change
 from veneer.attach.dtypes import is_float, no_autocast
 from veneer.attach.state import LayerState
 from veneer.attach.unformed import OPERATIONS, Stack, Unformed, stand_in
-from veneer.kernels import fused, grouped, reference
+from veneer.kernels import eager, fused, grouped, reference
 from veneer.layers._base import GENERAL
 from veneer.lowrank import LowRank
 
@@ -48,7 +47,9 @@ def stand_ins(
         inputs: the arguments of the call.
         formable: whether W + ΔW may be formed in the weights' own dtype after all.
     """
-    if not _eager() or layer_state in _FORMING or context.current.path == "materialised":
+    if not eager() or _C._get_tracing_state() is not None:
+        return None
+    if layer_state in _FORMING or context.current.path == "materialised":
         return None
     leaves = _tensors(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
@@ -75,15 +76,6 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
 def form_from_now_on(layer_state: LayerState) -> None:
     """This layer's forward does what nothing can stand for."""
     _FORMING.add(layer_state)
-
-
-def _eager() -> bool:
-    return (
-        not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
-        and _C._get_tracing_state() is None
-        and _C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def is_stack(change: Change, weight: Any) -> bool:

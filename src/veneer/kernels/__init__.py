@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+_C: Any = torch._C
+
+
+def eager() -> bool:
+    """Whether functions and tensors of our own may be used now: not under ``torch.compile``, ``torch.func`` or
+    forward-mode AD. (``fused.applies`` has this in line: a call is time in every layer of a decoding step.)"""
+    return (
+        not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
+        and _C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 @functools.cache

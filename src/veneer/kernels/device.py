@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from veneer.kernels import reference
+from veneer.kernels import eager, reference
 from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import mask
 
@@ -64,9 +64,7 @@ def plain(x: Tensor) -> bool:
         and x.ndim > 0
         and type(x.shape[0]) is int
         and x.is_floating_point()
-        and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
-        and _C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and eager()
     )
 
 
@@ -119,15 +117,7 @@ def linears(
         return _forward(None, settings, x, *tensors, *biases, *A, *B, *gains)
 
 
-class _Nothing:
-    """``contextlib.nullcontext`` without the call that makes one."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NOTHING = _Nothing()
+_NOTHING = nullcontext()  # one serves all calls
 
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

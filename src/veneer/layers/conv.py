@@ -12,6 +12,7 @@ In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,9 @@ class _Convolution(Layer):
     def types(self) -> tuple[type[nn.Module], ...]:
         return (self._cls,)
 
+    @abstractmethod
     def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
         """The layer with A [g, r, in/g · |k|] as its weight: [N, g · r, *spatial]."""
-        raise NotImplementedError
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]

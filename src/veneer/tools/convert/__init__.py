@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import formats
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
@@ -40,15 +39,9 @@ from veneer.fileio.untrusted import Header, read_header
 from veneer.formats import FORMATS, Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, peft
 from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
-from veneer.registry import import_all
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
 from veneer.tools.report_text import rank_range
-
-formats.register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
-_NOT_PEFT = "what PEFT would compute otherwise (the folder then says so); the parameters of variants that PEFT lacks"
-formats.register(Format("peft", "an adapter folder of PEFT", _NOT_PEFT, peft=True))
-import_all(formats.__name__, list(formats.__path__))
 
 __all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
 
