@@ -106,7 +106,7 @@ def main() -> int:
         f"{ratio:.2f} × the base's time."
     )
     console.print(told, highlight=False)
-    console.print(str(merged), highlight=False)
+    console.print(merged.summary, highlight=False)
     rows = [(who, judgement.error_rate, judgement.exact) for who, judgement in scores.items()]
     (OUT / "result.json").write_text(json.dumps({"scores": rows, "summary": told}, indent=2) + "\n")
 

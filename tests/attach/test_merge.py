@@ -55,6 +55,8 @@ def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert len(report.layers) == len(expected)
     assert "of the change kept after rounding" in str(report)
+    assert "of the change kept after rounding" in report.summary
+    assert "still attached" in str(report)
     handle.unmerge()
     assert same(bits(model), before)
 

@@ -70,6 +70,7 @@ def test_merge_writes_a_model_that_transformers_loads_alone(
     found = veneer("merge", base, adapter, tmp_path / "merged")
     assert found.code == 0, found.err
     assert "of the change kept" in found.out
+    assert "attached" not in found.out, "what lies on the disk is a plain model"
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
         f"m = M.from_pretrained({str(tmp_path / 'merged')!r}); t = T.from_pretrained({str(tmp_path / 'merged')!r});"

@@ -59,7 +59,9 @@ class MergeReport:
         """The worst layer's share of the change that survived rounding; 1.0 where nothing changed."""
         return min((layer.retention for layer in self.layers), default=1.0)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many parameters changed, and how much of the change survived rounding: a sentence for people."""
         worst = min(self.layers, key=lambda layer: layer.retention, default=None)
         if worst is None:
             return f"merged {self.adapter!r}: nothing to change"
@@ -70,10 +72,14 @@ class MergeReport:
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
             f"rounding (median), {worst.retention:.2%} at worst ({worst.path}, where it is {worst.change:.1e} of the "
-            f"weight){others}\n"
-            "the model is still attached; handle.detach(keep_merged=True) leaves a plain one with these weights, "
-            "which other libraries can save and quantise"
+            f"weight){others}"
         )
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return self.summary
+        plain = "handle.detach(keep_merged=True) leaves a plain one with these weights"
+        return f"{self.summary}\nthe model is still attached; {plain}, which other libraries can save and quantise"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class CheckpointMerge:
     resumed: int
 
     def __str__(self) -> str:
-        lines = [str(self.report), f"written to {self.path}"]
+        lines = [self.report.summary, f"written to {self.path}"]
         hidden = f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"
         lines += [hidden] if self.left_out else []
         lines += [f"{self.resumed} tensors were there from a run that was interrupted"] if self.resumed else []
