@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import signal
@@ -504,3 +505,23 @@ def test_a_killed_server_knows_its_adapters_after_a_restart(tmp_path):
         assert answer.status_code == 200
         child.kill()
     assert fake_service(folder).catalogue.refresh() == ("fr", "french")
+
+
+def test_an_answer_does_not_wait_for_the_client_to_confirm_its_head():
+    """Nagle's algorithm, on which a second write waits for the client's delayed confirmation of the first: 40 ms."""
+
+    async def accepted() -> int:
+        options: list[int] = []
+
+        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(met, sock=listening):
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            await reader.read()
+            writer.close()
+        return options[0]
+
+    assert asyncio.run(accepted())

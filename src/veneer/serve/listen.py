@@ -111,7 +111,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4's addresses too
-        return socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
+        listening = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
+        # for the connections too: asyncio does that by itself only for sockets that name their protocol
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         found, do = f"{host}:{port}, {error.strerror or error}", "choose another with --host and --port"
         raise ConfigError(found, "a free address of this machine", do) from error
