@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from veneer.errors import CheckpointError
+from veneer.fileio import pages
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import direct_writer
 from veneer.tools.merge_checkpoint.direct_writer import BLOCK, DirectWriter
@@ -20,7 +22,8 @@ from veneer.tools.merge_checkpoint.pipeline import _Writer
 
 # ---------------------------------------------------------------------------------------------- files
 
-STEPS = st.lists(st.tuples(st.sampled_from(["write", "flush", "again"]), st.integers(0, 5 * BLOCK)), max_size=12)
+KINDS = st.sampled_from(["write", "large", "copy", "flush", "again"])
+STEPS = st.lists(st.tuples(KINDS, st.integers(0, 5 * BLOCK)), max_size=12)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -32,13 +35,22 @@ def test_a_stream_holds_what_was_written(direct, steps, seed, tmp_path_factory):
     expected, sure = bytearray(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct_writer, "ROOM", 2 * BLOCK)
+        patch.setattr(pages, "LARGE", 1)
         if not direct:
             patch.setattr(direct_writer, "DIRECT", 0)
         own = DirectWriter(folder / "file", 0)
         for step, count in steps:
-            if step == "write":
-                own.write(source[seed : seed + count])
-                expected += source[seed : seed + count]
+            if step in ("write", "large", "copy"):
+                part = source[seed : seed + count]
+                if step == "write":
+                    own.write(part)
+                elif step == "large":  # in memory as in the file: whole blocks are written from where they lie
+                    memory = pages.empty_bytes(len(part), len(expected)).numpy()
+                    memory[:] = list(part)
+                    own.write(memory.data)
+                else:
+                    assert own.copy(io.BytesIO(part + b"behind"), count) == count
+                expected += part
                 continue
             own.flush()
             sure = len(expected)
@@ -97,9 +109,11 @@ def test_a_source_that_ends_too_early(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     with (tmp_path / "model.safetensors").open("ab") as file:
         file.truncate(checkpoint.start("a") + 8)
-    writer, written = SimpleNamespace(job=SimpleNamespace(checkpoint=checkpoint)), []
+    writer, target = SimpleNamespace(job=SimpleNamespace(checkpoint=checkpoint)), DirectWriter(tmp_path / "out", 0)
     with pytest.raises(CheckpointError, match="became shorter"):
-        _Writer._copy(writer, SimpleNamespace(write=written.append), "a")
-    assert b"".join(written) == torch.arange(2.0).numpy().tobytes()
+        _Writer._copy(writer, target, "a")
+    target.finish()
+    target.close()
+    assert (tmp_path / "out").read_bytes() == torch.arange(2.0).numpy().tobytes()
     with pytest.raises(CheckpointError, match="ended within 'a'"):
         checkpoint.read("a")

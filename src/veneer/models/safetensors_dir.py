@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, CheckpointError, listing, raise_all, sentence
+from veneer.fileio.pages import empty_bytes
 from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
@@ -67,7 +68,7 @@ class Checkpoint:
             first, last, _ = rows.indices(shape[0])
             row = size // shape[0] if shape[0] else 0
             shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
-        flat = torch.empty(size, dtype=torch.uint8, device="cpu")
+        flat = empty_bytes(size)
         with (self.folder / self.where[name]).open("rb") as stream:
             stream.seek(start)
             if stream.readinto(flat.numpy().data) != size:

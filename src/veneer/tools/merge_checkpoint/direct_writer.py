@@ -1,7 +1,8 @@
 """Bytes that go to a file one after the other, past the system's cache where it lets them.
 
-Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory, so bytes are gathered in one
-buffer. Where the file system does not have them, the same writes go through the cache.
+Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory. Large tensors that lie as they must
+(``fileio.pages``) are written from where they are; all else is gathered in one buffer. Where the file system does not
+have direct writes, the same writes go through the cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import errno
 import mmap
 import os
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 #: what disks and file systems ask for at most, and bytes that are written at once
 BLOCK, ROOM = 1 << 12, 1 << 23
@@ -32,19 +36,38 @@ class DirectWriter:
 
     def write(self, data: memoryview | bytes) -> None:
         data = memoryview(data)
+        first = -self._filled % BLOCK
+        if len(data) > ROOM and (_address(data) + first) % BLOCK == 0:  # as in the file: whole blocks go as they are
+            last = first + (len(data) - first) // BLOCK * BLOCK
+            self.write(data[:first])
+            self.flush()
+            self._put(data[first:last], self._first)
+            self._first, data = self._first + last - first, data[last:]
         while len(data):
             count = min(len(data), ROOM - self._filled)
             self._buffer[self._filled : self._filled + count] = data[:count]
-            data, self._filled = data[count:], self._filled + count
-            if self._filled == ROOM:
-                self._put(ROOM)
-                self._first, self._filled = self._first + ROOM, 0
+            data = data[count:]
+            self._fill(count)
+
+    def copy(self, source: Any, count: int) -> int:
+        """The next ``count`` bytes of a file; returns how many were there."""
+        left = count
+        while left and (read := source.readinto(self._buffer[self._filled : min(self._filled + left, ROOM)])):
+            left -= read
+            self._fill(read)
+        return count - left
+
+    def _fill(self, count: int) -> None:
+        self._filled += count
+        if self._filled == ROOM:
+            self._put(self._buffer, self._first)
+            self._first, self._filled = self._first + ROOM, 0
 
     def flush(self) -> None:
         """Hand everything to the system, with zeros up to the end of a block. What follows writes that block again."""
         whole = -(-self._filled // BLOCK) * BLOCK
         self._buffer[self._filled : whole] = bytes(whole - self._filled)
-        self._put(whole)
+        self._put(self._buffer[:whole], self._first)
         full = self._filled // BLOCK * BLOCK
         self._buffer[: self._filled - full] = bytes(self._buffer[full : self._filled])
         self._first, self._filled = self._first + full, self._filled - full
@@ -57,12 +80,12 @@ class DirectWriter:
     def close(self) -> None:
         os.close(self.descriptor)
 
-    def _put(self, count: int) -> None:
+    def _put(self, data: memoryview, first: int) -> None:
         done = 0
-        while done < count:
-            os.lseek(self.descriptor, self._first + done, os.SEEK_SET)
+        while done < len(data):
+            os.lseek(self.descriptor, first + done, os.SEEK_SET)
             try:
-                done += os.write(self.descriptor, self._buffer[done:count])
+                done += os.write(self.descriptor, data[done:])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
@@ -77,3 +100,7 @@ class DirectWriter:
             if error.errno != errno.EINVAL or not direct:
                 raise
             return self._open(0)
+
+
+def _address(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).ctypes.data

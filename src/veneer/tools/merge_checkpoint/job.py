@@ -30,7 +30,7 @@ from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import Adapter, MergePlan, TensorEdit, apply, recipe_for, replaced
 
 #: bytes that numba takes, with what it needs to compile
-NUMBA = 240 * 2**20
+NUMBA = 128 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -140,13 +140,16 @@ def planned(
     return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base)
 
 
-def computed(job: MergeJob, name: str, tensor: Tensor, compiled: bool) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba."""
+def computed(
+    job: MergeJob, name: str, tensor: Tensor, compiled: bool, offset: int = 0
+) -> tuple[Tensor, list[LayerMerge]]:
+    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba; ``offset`` is
+    where the tensor will be written in a file."""
     dtype, layers, result = job.target(name), [], None
     for work in job.merge_plan.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled)
+            folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled, offset)
             value = folded.weight
             layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
             finite = folded.finite

@@ -4,7 +4,7 @@
                    └─────► hashing, compared before anything of it is written
 
 A thread each. How many bytes may lie between reading and writing is bounded (``MergeJob.room``): what would be too much
-is not read ahead. What no adapter changes is copied as it is written, a piece at a time.
+is not read ahead. What no adapter changes is read straight into what is written.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from veneer.tools.merge_checkpoint.direct_writer import DirectWriter
 from veneer.tools.merge_checkpoint.job import MergeJob, computed
 from veneer.tools.merge_checkpoint.journal import JOURNAL
 
-#: bytes that are written between two lines of the journal, and that are copied at once
-STEP, PIECE = 128 * 2**20, 8 * 2**20
+#: bytes that are written between two lines of the journal
+STEP = 128 * 2**20
 
 #: called as (bytes done, bytes in all, name of the tensor)
 Progress = Callable[[int, int, str], object]
@@ -58,6 +58,7 @@ class Pipeline:
         """Everything that is left to do. ``BaseMismatchError``, ``MergeError``, ``CheckpointError``, ``OSError``: the
         first that is met; what the journal says is done then, is."""
         names = list(self._left())
+        starts = {name: at for file in self.job.checkpoint.files for name, at in self.job.layout(file)[1].items()}
         with self._reading, self._hashing, apart(), _Writer(self) as writer, ThreadPoolExecutor(1) as writing:
             before: tuple[int, Future[None]] | None = None  # bytes of the tensor that is being written
             ahead = self._reading.submit(self._read, names[0]) if names else None
@@ -67,7 +68,9 @@ class Pipeline:
                 if before is not None and before[0] + needed > self._limit:
                     before = before[1].result()
                 ahead = self._reading.submit(self._read, following) if following and needed <= self._limit else None
-                result, layers = (None, []) if loaded is None else computed(self.job, name, loaded[0], self._compiled)
+                result, layers = None, []
+                if loaded is not None:
+                    result, layers = computed(self.job, name, loaded[0], self._compiled, starts[name])
                 if loaded is not None and loaded[1] is not None:
                     loaded[1].result()  # what is not of the base goes no further
                 loaded = None
@@ -88,7 +91,7 @@ class Pipeline:
     def _bytes(self, name: str, both: bool = False) -> int:
         """The most that a tensor takes while it is read or written, or (``both``) computed."""
         if self.job.copied(name):
-            return PIECE
+            return 0  # it passes through the writer's buffer
         return self.job.both(name) if both else max(self.job.checkpoint.bytes(name), self.job.written(name))
 
     def _read(self, name: str) -> Loaded:
@@ -151,16 +154,11 @@ class _Writer:
 
     def _copy(self, target: DirectWriter, name: str) -> None:
         checkpoint = self.job.checkpoint
-        left = checkpoint.bytes(name)
         with (checkpoint.folder / checkpoint.where[name]).open("rb", buffering=0) as source:
             source.seek(checkpoint.start(name))
-            while left:
-                piece = source.read(min(left, PIECE))
-                if not piece:
-                    found = "a file that became shorter while it was read"
-                    raise CheckpointError(found, "the base as it was", "let nobody write to it meanwhile")
-                target.write(piece)
-                left -= len(piece)
+            if target.copy(source, checkpoint.bytes(name)) < checkpoint.bytes(name):
+                found = "a file that became shorter while it was read"
+                raise CheckpointError(found, "the base as it was", "let nobody write to it meanwhile")
 
     def _flush(self, target: int) -> None:
         """Let what was written be flushed to the disk, then said in the journal, while the next tensors are merged."""
