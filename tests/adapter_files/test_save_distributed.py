@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from tests.support.extras import needs
 from tests.support.processes import CONTEXT
 from tests.support.tiny import tiny_model
 from tests.support.toys import error, randomise
@@ -28,7 +29,8 @@ from veneer import distributed
 from veneer.distributed import whole
 from veneer.errors import AdapterError, CheckError, MergeError, OutputExistsError, SelectionError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# the ranks are processes of their own, of which no ImportError tells
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs("transformers", "peft")]
 
 IDS = torch.arange(4 * 6).view(4, 6) % 250 + 3
 STEPS = 3
@@ -101,6 +103,17 @@ def a_stale_copy_is_not_saved(rank: int, folder: Path) -> None:
         model(input_ids=IDS)
     optimizer.step()
     handle.save(folder / "adapter")
+
+
+def save_pretrained_beside_other_files(rank: int, folder: Path) -> None:
+    model, handle = attached()
+    shard(model)
+    handle.save(folder / "alone")
+    for way, options in (("every rank", {}), ("main process", {"is_main_process": rank == 0})):
+        (folder / way).mkdir(exist_ok=True)  # as a trainer's checkpoint, which holds the optimiser already
+        (folder / way / "optimizer.pt").write_bytes(b"state")
+        dist.barrier()
+        model.save_pretrained(folder / way, **options)
 
 
 def ddp_saves_on_every_rank(rank: int, folder: Path) -> None:
@@ -208,6 +221,7 @@ def what_needs_whole_weights_is_refused(rank: int, folder: Path) -> None:
 
 TASKS = (
     fsdp_trains_and_saves,
+    save_pretrained_beside_other_files,
     a_stale_copy_is_not_saved,
     ddp_saves_on_every_rank,
     ranks_that_differ_keep_the_old_folder,
@@ -299,6 +313,16 @@ def test_what_fsdp2_has_gathered_before_a_step_is_not_saved(ran: Any, tmp_path: 
     assert any(error(p, before) > 1e-4 for p, before in zip(handle.parameters(), start, strict=True))
     handle.save(tmp_path / "one")
     same_folder(folder / "adapter", tmp_path / "one")
+
+
+def test_save_pretrained_of_spread_weights_leaves_what_lies_in_the_folder(ran: Any) -> None:
+    folder = ran(save_pretrained_beside_other_files)
+    for way in ("every rank", "main process"):
+        assert {path.name for path in (folder / way).iterdir()} >= {"optimizer.pt", "adapter_config.json"}
+        assert (folder / way / "optimizer.pt").read_bytes() == b"state"
+        assert not [path for path in (folder / way).iterdir() if path.is_dir()]
+        (folder / way / "optimizer.pt").unlink()
+        same_folder(folder / "alone", folder / way)
 
 
 def test_ddp_saves_once_and_every_rank_returns_the_path(ran: Any, tmp_path: Path) -> None:

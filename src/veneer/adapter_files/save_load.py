@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,21 @@ def save(
     Warns:
         FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
     """
-    model, path = unwrap(model), Path(path)
+    path = Path(path)
+
+    def put(content: Mapping[str, Any]) -> None:
+        write(path, **content, provenance=provenance or {}, overwrite=overwrite)
+
+    save_by(put, model, path, name, base_name, fingerprints, alone)
+    return path
+
+
+def save_by(
+    put: Callable[[Mapping[str, Any]], None], model: nn.Module, path: Path, name: str | None,
+    base_name: str | None = None, fingerprints: Mapping[str, str] | None = None, alone: bool = False,
+) -> None:  # fmt: skip
+    """``save`` with another last step: ``put`` writes what was gathered, on one of the ranks that meet at ``path``."""
+    model = unwrap(model)
     if not alone:
         reshard(model)
     ranks = meet(str(path), model, alone=alone)
@@ -80,16 +94,12 @@ def save(
         with with_values(modules, values):
             return _content(model, own, base_name, fingerprints)
 
-    def put(content: Mapping[str, Any]) -> None:
-        write(path, **content, provenance=provenance or {}, overwrite=overwrite)
-
     if ranks is None:
         put(collected())
-        return path
+        return
     ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")  # before what is gathered
     content = ranks.each(collected, _mark, "an adapter, or a base,")
     ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
-    return path
 
 
 def _outline(model: nn.Module, name: str) -> list[Any]:

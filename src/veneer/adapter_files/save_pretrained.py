@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.adapter_files import model_card
-from veneer.adapter_files.folder import FILES
+from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import base_name_of, save, with_values
+from veneer.adapter_files.save_load import base_name_of, save_by, with_values
 from veneer.attach.adapted_module import layer_states, own_class, walk
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -115,7 +115,7 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     state = _state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
-            save(model, folder, name=name, overwrite=True)  # every process has a part of what the main one writes
+            _write(model, name, folder, alone=False)  # every process has a part of what the main one writes
         return
     _must_hold_no_model(model, folder)
     if state:
@@ -155,20 +155,24 @@ def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
 
 def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
     """The files of an adapter among those that a folder holds already. ``alone``: trainers let one process save."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        save(model, folder, name=name, overwrite=alone, alone=alone)
-        return
-    with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=folder) as temporary:
-        made = Path(temporary) / "adapter"
-        if (folder / model_card.NAME).is_file():  # whose notes are kept
-            made.mkdir()
-            (made / model_card.NAME).write_bytes((folder / model_card.NAME).read_bytes())
-        save(model, made, name=name, overwrite=True, alone=alone)
-        for file in FILES if (made / peft.TENSORS).exists() else ():
-            if (made / file).exists():
-                (made / file).replace(folder / file)
-            else:
-                (folder / file).unlink(missing_ok=True)
+
+    def put(content: Mapping[str, Any]) -> None:
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            write(folder, **content, provenance={}, overwrite=True)
+            return
+        with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=folder) as temporary:
+            made = Path(temporary) / "adapter"
+            if (folder / model_card.NAME).is_file():  # whose notes are kept
+                made.mkdir()
+                (made / model_card.NAME).write_bytes((folder / model_card.NAME).read_bytes())
+            write(made, **content, provenance={}, overwrite=True)
+            for file in FILES:
+                if (made / file).exists():
+                    (made / file).replace(folder / file)
+                else:
+                    (folder / file).unlink(missing_ok=True)
+
+    save_by(put, model, folder, name, alone=alone)
 
 
 def _tell(model: nn.Module, folder: Path) -> None:
