@@ -10,7 +10,7 @@ from tests.support.toys import error
 
 from veneer.kernels import compiled, grouped
 
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @st.composite
@@ -73,15 +73,18 @@ def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
     bound = BOUNDS[dtype]
     if not len(x):
         return
-    assert error(y, expected) < bound
+    sizes = [one.detach().abs().requires_grad_() for one in (x, A, B)]  # what is summed, which may cancel
+    size = dense(sizes[0], W.abs(), *sizes[1:], 0.5, ids)
     with torch.no_grad():
-        assert error(grouped.linear(x, W, A, B, 0.5, where), expected) < bound
+        without = grouped.linear(x, W, A, B, 0.5, where)
+    for own in (y, without):
+        assert float((own.detach().double() - expected.detach()).norm()) <= bound * float(size.detach().norm())
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weights).sum(), (x, A, B))
     found = torch.autograd.grad((y * weights.to(dtype)).sum(), (x, A, B))
-    for own, gradient in zip(found, wanted, strict=True):
-        size = float(gradient.norm())
-        assert float((own.double() - gradient.double()).norm()) <= 2 * bound * size
+    sizes = torch.autograd.grad((size * weights.abs()).sum(), sizes)
+    for own, gradient, size in zip(found, wanted, sizes, strict=True):
+        assert float((own.double() - gradient.double()).norm()) <= bound * float(size.double().norm())
 
 
 def test_gradients_of_gradients_are_those_of_the_definition():
