@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support.compiled import needs_loop
 from tests.support.moe import IMPLEMENTATIONS, MODELS, TARGETS, attached, build, definition, inputs_for, set_way
 from tests.support.toys import error
 from torch import nn
@@ -158,6 +159,7 @@ def test_a_banks_rows_reach_experts(tmp_path):
         assert error(mixed[row], alone[adapter][row]) < 1e-5
 
 
+@needs_loop("saved_inputs")
 def test_a_step_keeps_little_more_than_the_bases():
     """Of the inputs of the stacks, the tokens are kept once, not for each expert, and products as their factors."""
     model, module = attached("qwen3_moe", "grouped_mm", torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.compiled import needs_loop
 from tests.support.toys import error
 
 from veneer.kernels import compiled, grouped
@@ -98,6 +99,7 @@ def test_rows_in_any_order_are_put_by_their_matrix():
     assert list(where.bounds) == [(0, 0, 1), (1, 1, 2), (2, 2, 4)]
 
 
+@needs_loop("saved_inputs")
 def test_rows_of_a_tensor_are_saved_as_that_tensor():
     (x, A, B), W, where, _ = made(([4, 4], 0, 5, 6, 2), torch.float32, torch.float32, False)
     source = x[:3] * 1
