@@ -306,3 +306,11 @@ def test_whatever_a_forward_does_it_sees_the_changed_weight(read, dtype):
     found = torch.autograd.grad((y * weights.to(dtype)).sum(), tuple(handle.parameters()))
     for own, gradient in zip(found, wanted, strict=True):
         assert error(own, gradient) < 3 * bound
+
+
+def test_a_loaded_adapter_lies_in_memory_as_a_fresh_one(tmp_path):
+    """PEFT's layout of stacks is transposed; what products read and the optimiser steps over is not."""
+    model, _ = attached("gpt_oss", "grouped_mm", torch.float32)
+    veneer.save(model, tmp_path / "adapter")
+    handle = veneer.load(build("gpt_oss", torch.float32), tmp_path / "adapter", trainable=True)
+    assert all(parameter.is_contiguous() for parameter in handle.parameters())

@@ -239,7 +239,7 @@ def make_change(
             raise _BadStartError(found, "numbers that have a decomposition", do) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
-        parameters[name] = parameters[name].to(dtype, copy=bool(given))
+        parameters[name] = parameters[name].to(dtype, copy=bool(given), memory_format=torch.contiguous_format)
     return Change(
         parameters, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
         alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
