@@ -19,6 +19,7 @@ help:
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
+	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
@@ -137,6 +138,12 @@ bench: setup
 	$(BENCH)/merge_fidelity.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
+
+# On a machine with a GPU: right, free of waits, and how fast beside PEFT, TRL and, where they are installed, Liger,
+# Unsloth and vLLM. At most 10 minutes; the result becomes docs/gpu-measured.md.
+.PHONY: gpu
+gpu: setup
+	@$(BIN)/python benchmarks/gpu.py; done=$$?; [ $$done = 2 ] || $(BIN)/python scripts/docs.py || exit; exit $$done
 
 .PHONY: bench-grid
 bench-grid: setup

@@ -1,5 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
-docs/config.md from their registry, docs/benchmarks.md and tables in README.md from recorded results.
+docs/config.md from their registry, docs/benchmarks.md, docs/gpu-measured.md and tables in README.md from recorded
+results.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 import bench_page
+import gpu_page
 from veneer import cli
 from veneer.variants import VARIANTS, InitContext
 
@@ -94,8 +96,9 @@ def main() -> int:
         text = filled(text, name, table)
     variants = filled(config.read_text(), "variants", variants_table())
     stale = []
-    pages = ((ROOT / "docs" / "benchmarks.md", bench_page.page()), (ROOT / "docs" / "cli.md", cli_page()))
-    for path, content in (*pages, (readme, text), (config, variants)):
+    pages = {"benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "cli.md": cli_page()}
+    whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
+    for path, content in (*whole, (readme, text), (config, variants)):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

@@ -39,11 +39,17 @@ thread_local int inside = 0;  // what the processor does for an operation is no 
 
 std::mutex lock;
 bool recording = false, narrow = false;
+std::atomic<int> sync_mode = 0;  // of torch.cuda.set_sync_debug_mode: 1 warns of a wait, 2 refuses it
 std::string events;
 std::atomic<long> held[COUNT], peak[COUNT];
 
 void say(const std::string& name, const std::string& what) {
-  if (!recording || inside) return;
+  if (inside) return;
+  if (sync_mode && what.rfind("wait", 0) == 0) {  // as CUDA says it
+    TORCH_CHECK(sync_mode == 1, "called a synchronizing CUDA operation");
+    TORCH_WARN("called a synchronizing CUDA operation");
+  }
+  if (!recording) return;
   std::lock_guard<std::mutex> guard(lock);
   events += name + "\t" + what + "\n";
 }
@@ -248,6 +254,73 @@ Tensor histc(const Tensor& t, int64_t bins, const at::Scalar& least, const at::S
   return counts.to(t.device(), counts.scalar_type(), /*non_blocking=*/true);
 }
 
+// cells of recurrences, which only GPUs have in one kernel
+
+Tensor moved(const Tensor& made, Device device) {
+  auto out = at::empty_strided(made.sizes(), made.strides(), made.options().device(device));
+  as_processor(out).copy_(made);
+  return out;
+}
+
+Tensor gates_of(const Tensor& input, const Tensor& hidden, const Maybe<Tensor>& b1, const Maybe<Tensor>& b2) {
+  auto sum = as_processor(input) + as_processor(hidden);
+  return b1 && b1->defined() ? sum + as_processor(*b1) + as_processor(*b2) : sum;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& input, const Tensor& hidden, const Tensor& before,
+                                             const Maybe<Tensor>& b1, const Maybe<Tensor>& b2) {
+  say("_thnn_fused_lstm_cell", "launch");
+  Inside quiet;
+  auto parts = gates_of(input, hidden, b1, b2).chunk(4, 1);
+  auto i = parts[0].sigmoid(), f = parts[1].sigmoid(), g = parts[2].tanh(), o = parts[3].sigmoid();
+  auto after = f * as_processor(before) + i * g;
+  auto device = input.device();
+  return {moved(o * after.tanh(), device), moved(after, device), moved(at::cat({i, f, g, o}, 1), device)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_backward(const Maybe<Tensor>& dh, const Maybe<Tensor>& dc,
+                                                      const Tensor& before, const Tensor& after, const Tensor& gates,
+                                                      bool bias) {
+  if (!(dh && dh->defined()) && !(dc && dc->defined())) return {};
+  say("_thnn_fused_lstm_cell_backward_impl", "launch");
+  if (bias) say("sum", "launch");
+  Inside quiet;
+  auto c = as_processor(before), squashed = as_processor(after).tanh();
+  auto parts = as_processor(gates).chunk(4, 1);
+  auto i = parts[0], f = parts[1], g = parts[2], o = parts[3];
+  auto h_part = dh && dh->defined() ? as_processor(*dh) : at::zeros_like(c);
+  auto c_part = (dc && dc->defined() ? as_processor(*dc) : at::zeros_like(c)) + h_part * o * (1 - squashed * squashed);
+  auto all = at::cat({c_part * g * i * (1 - i), c_part * c * f * (1 - f), c_part * i * (1 - g * g),
+                      h_part * squashed * o * (1 - o)}, 1);
+  auto device = before.device();
+  return {moved(all, device), moved(c_part * f, device), bias ? moved(all.sum(0), device) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> gru_cell(const Tensor& input, const Tensor& hidden, const Tensor& before,
+                                    const Maybe<Tensor>& b1, const Maybe<Tensor>& b2) {
+  say("_thnn_fused_gru_cell", "launch");
+  Inside quiet;
+  auto x = as_processor(input), y = as_processor(hidden), h = as_processor(before);
+  if (b1 && b1->defined()) x = x + as_processor(*b1), y = y + as_processor(*b2);
+  auto xs = x.chunk(3, 1), ys = y.chunk(3, 1);
+  auto r = (xs[0] + ys[0]).sigmoid(), z = (xs[1] + ys[1]).sigmoid(), n = (xs[2] + r * ys[2]).tanh();
+  return {moved(n + z * (h - n), input.device()), moved(at::cat({r, z, n, h, ys[2]}, 1), input.device())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& dh, const Tensor& saved, bool bias) {
+  say("_thnn_fused_gru_cell_backward", "launch");
+  if (bias) say("sum", "launch"), say("sum", "launch");
+  Inside quiet;
+  auto d = as_processor(dh);
+  auto parts = as_processor(saved).chunk(5, 1);
+  auto r = parts[0], z = parts[1], n = parts[2], h = parts[3], y = parts[4];
+  auto dz = d * (h - n) * (1 - z) * z, dn = d * (1 - z) * (1 - n * n), dr = dn * y * (1 - r) * r;
+  auto dx = at::cat({dr, dz, dn}, 1), dy = at::cat({dr, dz, dn * r}, 1);
+  auto device = dh.device();
+  return {moved(dx, device), moved(dy, device), moved(d * z, device), bias ? moved(dx.sum(0), device) : Tensor(),
+          bias ? moved(dy.sum(0), device) : Tensor()};
+}
+
 // ---------------------------------------------------------------------------------------------------- generators, hooks
 
 struct Generator final : c10::GeneratorImpl {
@@ -399,6 +472,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("addmm.dtype_out", TORCH_FN(wide_sum));
   m.impl("addmm.dtype", TORCH_FN(wide_sum_of));
   m.impl("histc", TORCH_FN(histc));
+  m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&compute>());
+  m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&compute>());
+  m.impl("_thnn_fused_lstm_cell", TORCH_FN(lstm_cell));
+  m.impl("_thnn_fused_lstm_cell_backward_impl", TORCH_FN(lstm_cell_backward));
+  m.impl("_thnn_fused_gru_cell", TORCH_FN(gru_cell));
+  m.impl("_thnn_fused_gru_cell_backward", TORCH_FN(gru_cell_backward));
 }
 
 extern "C" {
@@ -418,4 +497,5 @@ void device_reset_peak() {
   for (int i = 0; i < COUNT; i++) peak[i] = held[i].load();
 }
 void device_narrow(int on) { narrow = on; }
+void device_sync_mode(int mode) { sync_mode = mode; }
 }

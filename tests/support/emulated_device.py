@@ -8,6 +8,8 @@ loaded before torch looks for CUDA: so these tests run in a process of their own
     with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what was held before
     with without_float64(): run()       as on MPS
 
+``torch.cuda.set_sync_debug_mode`` warns of waits or refuses them, with CUDA's own words.
+
 What it cannot show: kernels, their speed and their rounding, streams, graphs.
 """
 
@@ -89,6 +91,7 @@ import torch  # noqa: E402 (what is loaded above must be there first)
 import torch.cuda.random  # noqa: E402
 from torch import nn  # noqa: E402
 
+SYNC_MODES = ("default", "warn", "error")
 G0, G1 = torch.device("cuda:0"), torch.device("cuda:1")
 
 
@@ -104,9 +107,12 @@ class _Device:
 
 def _pretend() -> None:
     """What torch asks a CUDA library for in Python."""
+    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda own: own)
     with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
-        importlib.import_module("bitsandbytes")  # before it could look for kernels
+        # Before it could look for kernels, and without compiling its own, which fails anew in each call.
+        importlib.import_module("bitsandbytes")
+    torch.compile = compiler
     importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()  # before functions are others
     assert DEVICE.device_ready(), "torch has looked for CUDA before the device was there"
 
@@ -137,6 +143,8 @@ def _pretend() -> None:
     for name in ("memory_allocated", "memory_reserved"):
         functions[name] = lambda *_: DEVICE.device_held(0)
     functions["max_memory_allocated"] = lambda *_: DEVICE.device_peak(0)
+    functions["reset_peak_memory_stats"] = lambda *_: DEVICE.device_reset_peak()
+    functions["set_sync_debug_mode"] = lambda mode: DEVICE.device_sync_mode(SYNC_MODES.index(mode))
     for name, function in functions.items():
         for module in (torch.cuda, torch.cuda.random):
             if hasattr(module, name):
@@ -144,6 +152,15 @@ def _pretend() -> None:
     torch.cuda.device = _Device  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.cuda = lambda self, *_, **__: self.to(G0)  # pyright: ignore[reportAttributeAccessIssue]
     nn.Module.cuda = lambda self, *_: self.to(G0)  # pyright: ignore[reportAttributeAccessIssue]
+
+    clone = torch.UntypedStorage.clone
+
+    def clone_there(self: torch.UntypedStorage) -> torch.UntypedStorage:  # for copy.deepcopy
+        if not self.is_cuda:
+            return clone(self)
+        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self).clone().untyped_storage()
+
+    torch.UntypedStorage.clone = clone_there
 
 
 if DEVICE is not None:

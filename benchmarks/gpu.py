@@ -1,0 +1,211 @@
+"""One command for whoever has a GPU: what Veneer computes there, what it waits for, how long it takes and how much
+memory, beside the frozen base, PEFT, TRL, Liger, Unsloth and vLLM where they are installed. At most 10 minutes.
+
+    make gpu
+    python benchmarks/gpu.py                    all parts, into benchmarks/results/gpu-NAME.json
+    python benchmarks/gpu.py --only checks      one part; printed, and kept only with --out
+    python benchmarks/gpu.py --device cpu --quick --out FOLDER      every part on a processor, at a toy's size
+
+Each part runs in a process of its own within a limit of seconds, so none takes another's memory or time; what a part
+has answered before its limit counts. Parts for which no time is left are skipped, and the result says which.
+
+Nothing is predicted: no run on a GPU has been seen yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOTAL = 580  # seconds, of ten minutes
+#: a part that would have less than this is skipped
+LEAST = 15
+MAIN = ("frozen base", "veneer", "veneer, dropout", "veneer, bf16 adapters", "veneer, model's own loss", "peft",
+        "peft, dropout", "peft, bf16 adapters", "peft + trl")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """What runs in one process: ``limit`` in seconds; a model and storage to train, and by which candidates."""
+
+    name: str
+    limit: int
+    model: str = ""
+    storage: str = "bf16"
+    candidates: tuple[str, ...] = MAIN
+
+
+#: in the order of their worth
+PARTS = (
+    Part("checks", 150),
+    Part("smollm2-135m", 45, "smollm2-135m"),
+    Part("llama-1b", 45, "llama-1b"),
+    Part("llama-1b, nf4", 50, "llama-1b", "nf4"),
+    Part("qwen3-moe-1b", 50, "qwen3-moe-1b"),
+    Part("decode", 60),
+    Part("llama-8b", 70, "llama-8b", candidates=("frozen base", "veneer", "peft", "peft, bf16 adapters")),
+    Part("llama-8b, nf4", 70, "llama-8b", "nf4", ("frozen base", "veneer", "peft", "peft, bf16 adapters")),
+    Part("liger", 45, "llama-1b", candidates=("frozen base", "veneer", "peft + liger")),
+    Part("unsloth", 70, "smollm2-135m", candidates=("frozen base", "veneer", "unsloth")),
+    Part("qwen3-moe-8b", 60, "qwen3-moe-8b", candidates=("frozen base", "veneer", "peft")),
+    Part("decode beside vllm", 150),
+)
+
+
+def run_part(part: Part, device: str, quick: bool, seconds: float) -> Iterator[dict[str, Any]]:
+    """What a part finds, one answer after the other."""
+    start = time.monotonic()
+    if part.name == "unsloth":  # which wants to be first
+        import contextlib
+
+        with contextlib.suppress(Exception):  # what it says is asked for again, and then told
+            __import__("unsloth")
+    import gpu_place
+
+    place = gpu_place.find(device, quick)
+    until = start + 0.8 * seconds  # the rest is for what has begun
+    if part.name == "checks":
+        import gpu_checks
+
+        for name in gpu_checks.CHECKS:
+            if time.monotonic() > until:
+                yield {"check": name, "found": "skipped", "text": "no time was left"}
+            else:
+                yield gpu_checks.run(place, name)
+        return
+    import gpu_speed
+
+    if part.name.startswith("decode"):
+        yield {"decode": gpu_speed.decode(place, until, apart=part.name != "decode")}
+    else:
+        yield {"steps": gpu_speed.steps(place, part.model, part.storage, part.candidates, until)}
+
+
+def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]], str]:
+    """(the answers of a process of this program, what went wrong)."""
+    command = [sys.executable, str(Path(__file__)), *arguments]
+    environment = dict(os.environ)
+    if "checks" not in arguments and "cuda" in arguments:  # several GPUs that are seen are a trainer's to use
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
+        )  # fmt: skip
+        output, problem = done.stdout, ""
+        if done.returncode:
+            problem = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        raw = late.stdout or b""
+        output, problem = raw if isinstance(raw, str) else raw.decode(), f"ended after {timeout:.0f} s"
+    marked = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    return [json.loads(line) for line in marked], problem
+
+
+#: begins a line that is an answer; libraries print others
+MARK = "gpu-answer "
+
+
+def collect(parts: Sequence[Part], device: str, quick: bool, total: float, ask: Callable[..., Any]) -> dict[str, Any]:
+    """All parts within ``total`` seconds."""
+    end = time.monotonic() + total
+    found: dict[str, Any] = {"checks": [], "steps": [], "decode": [], "skipped": []}
+    for part in parts:
+        left = end - time.monotonic()
+        if left < LEAST:
+            found["skipped"].append({"part": part.name, "why": f"{total:.0f} s were over"})
+            print(f"{part.name}: skipped, no time is left", flush=True)
+            continue
+        seconds = min(part.limit, left)
+        more = ["--part", part.name, "--seconds", f"{seconds:.0f}", "--device", device, *(["--quick"] if quick else [])]
+        start = time.monotonic()
+        answers, problem = ask(more, seconds)
+        for answer in answers:
+            if "check" in answer:
+                found["checks"].append(answer)
+            elif "skipped" in answer:
+                found["skipped"].append({"part": part.name, "why": answer["skipped"]})
+            else:
+                for kind, case in answer.items():
+                    found[kind].append({**case, "part": part.name})
+        if problem:
+            found["skipped"].append({"part": part.name, "why": problem})
+        said = f"; {problem}" if problem else ""
+        print(f"{part.name}: {len(answers)} answers in {time.monotonic() - start:.0f} s{said}", flush=True)
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    for row in found["checks"]:
+        if row["found"] != "right":
+            print(f"  {row['found']}: {row['check']}: {row['text']}")
+    right = sum(row["found"] == "right" for row in found["checks"])
+    print(f"{right} of {len(found['checks'])} checks are right")
+    for case in [*found["steps"], *found["decode"]]:
+        print(", ".join(f"{key} {value}" for key, value in case["setting"].items()), f"({case['runs']} rounds)")
+        for name, row in case["rows"].items():
+            if "why" in row:
+                print(f"  {name:<26} –  {row['why']}")
+                continue
+            ratio = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" if "ratio" in row else "–"
+            peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:9,.0f} MiB"
+            print(f"  {name:<26} {ratio:<18} {row['seconds'] * 1000:9.1f} ms {row['tokens']:10,.0f} tokens/s {peak}")
+    for row in found["skipped"]:
+        print(f"  skipped: {row['part']}: {row['why']}")
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, mps or cpu")
+    parser.add_argument("--quick", action="store_true", help="a toy's sizes, one round")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    import gpu_place
+    from report import write
+
+    if options.part:
+        part = next(one for one in PARTS if one.name == options.part)
+        answers = []
+        try:
+            for answer in run_part(part, options.device, options.quick, options.seconds):
+                print(MARK + json.dumps(answer), flush=True)
+                answers.append(answer)
+        except gpu_place.Skipped as why:
+            answers.append({"skipped": str(why)})
+            print(MARK + json.dumps(answers[-1]), flush=True)
+        return {"answers": answers}
+    try:
+        place = gpu_place.find(options.device, options.quick)
+    except gpu_place.Skipped as why:
+        print(why, file=sys.stderr)
+        raise SystemExit(2) from None
+    parts = [part for part in PARTS if options.only is None or part.name in options.only]
+    found = collect(parts, options.device, options.quick, options.total, ask)
+    show(found)
+    whole = {**place.describe(), "quick": options.quick, **found}
+    usual = place.kind == "cuda" and not options.quick and options.only is None
+    if options.out is not None or usual:
+        whole = write(f"gpu-{slug(place.name)}", whole, options.out)
+    if any(row["found"] == "wrong" for row in found["checks"]):
+        raise SystemExit(1)
+    return whole
+
+
+if __name__ == "__main__":
+    main()

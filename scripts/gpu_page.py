@@ -1,0 +1,87 @@
+"""docs/gpu-measured.md: what `make gpu` has recorded in benchmarks/results/gpu-*.json, or that nothing has been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import bench_page
+from bench_page import ratio, table
+
+LEAD = """# Measured on GPUs
+
+Written by `make docs` from `benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with a GPU, in at most
+10 minutes. What a GPU is asked for, counted without one: [gpu.md](gpu.md).
+"""
+EMPTY = """
+**Not measured yet.** No run on a GPU has been recorded, so nothing is claimed here: not that anything is fast, and not
+that a kernel of a real GPU gives the numbers that the emulated device gives.
+"""
+
+
+def page() -> str:
+    files = sorted(bench_page.RESULTS.glob("gpu-*.json"))
+    results = [json.loads(file.read_text()) for file in files]
+    results = [one for one in results if one.get("device") == "cuda" and not one.get("quick")]
+    if not results:
+        return LEAD + EMPTY
+    note = (
+        "\nMedians of interleaved rounds, with quartiles; ratios are to the frozen base's step (forward, and the "
+        "gradient carried back to the embedded input) in the same round, the smaller the better. Memory is what a step "
+        "holds at its peak beyond what was there before it.\n"
+    )
+    return LEAD + note + "".join("\n" + "\n".join(_of(one)).rstrip() + "\n" for one in results)
+
+
+def _of(result: Mapping[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"## {result['gpu']}",
+        "",
+        f"{result['gpus']} × {result['memory'] / 2**30:.0f} GiB, capability {result['capability']}, CUDA "
+        f"{result['cuda']}; {result['machine']}; {versions}.",
+        "",
+        *_checks(result["checks"]),
+    ]
+    for case in result["steps"]:
+        setting = case["setting"]
+        title = f"A training step of {setting['model']}, {setting['storage']}"
+        lines += [f"{title}, {setting['rows']} × {setting['length']} tokens, {case['runs']} rounds.", "", *_rows(case)]
+    for case in result["decode"]:
+        setting = case["setting"]
+        text = f"{setting['rows']} prompts of {setting['prompt']} tokens and {setting['tokens']} tokens to each"
+        lines += [f"{text}, {setting['model']}, {setting['adapters']} adapters, {case['runs']} rounds.", "",
+                  *_rows(case)]  # fmt: skip
+    if result["skipped"]:
+        lines += ["Not measured:", "", *(f"- {row['part']}: {_cell(row['why'])}" for row in result["skipped"]), ""]
+    return lines
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many are right, and each that is not."""
+    right = sum(row["found"] == "right" for row in checks)
+    lines = [f"{right} of {len(checks)} checks against float64 are right.", ""]
+    others = [row for row in checks if row["found"] != "right"]
+    if others:
+        lines += table(["check", "", ""], [[row["check"], row["found"], _cell(row["text"])] for row in others])
+    return lines
+
+
+def _rows(case: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, row in case["rows"].items():
+        if "why" in row:
+            rows.append([name, "–", _cell(row["why"]), "–", "–"])
+            continue
+        milliseconds = [1000 * row[key] for key in ("seconds", "seconds_low", "seconds_high")]
+        peak = "–" if row["peak"] is None else f"{row['peak'] / 2**20:,.0f} MiB"
+        rows.append([
+            name, ratio(row) if "ratio" in row else "–",
+            "{:,.1f} ({:,.1f}–{:,.1f})".format(*milliseconds), f"{row['tokens']:,.0f}", peak,
+        ])  # fmt: skip
+    return table(["", f"ratio to {case['floor']}", "ms", "tokens/s", "peak"], rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
