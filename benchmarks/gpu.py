@@ -100,11 +100,12 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
         )  # fmt: skip
-        output, problem = done.stdout, ""
+        output: str = done.stdout
+        problem = ""
         if done.returncode:
             problem = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
     except subprocess.TimeoutExpired as late:
-        raw = late.stdout or b""
+        raw: Any = late.stdout or b""  # bytes, whatever was asked for
         output, problem = raw if isinstance(raw, str) else raw.decode(), f"ended after {timeout:.0f} s"
     marked = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
     return [json.loads(line) for line in marked], problem

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import veneer
-from gpu_place import LACKS, Place, Skipped, refuse_waits, waits
+from gpu_place import LACKS, Place, Skipped, Watch, refuse_waits, unwatched, waits
 from veneer.errors import VeneerError
 from veneer.layers import LAYERS
 from veneer.train.loss import causal_loss, token_loss
@@ -42,8 +42,6 @@ from veneer.variants import VARIANTS
 
 Check = Callable[[Place], str]
 CHECKS: dict[str, Check] = {}
-#: what stands around each operation of a cell: tests count there
-Watch = Callable[[str], AbstractContextManager[Any]]
 #: relative errors that a dtype may bring, of outputs; gradients may have ten times as much, of the largest one
 WITHIN = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}
 #: examples of a kind
@@ -124,25 +122,34 @@ def near_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wi
             raise Wrong(f"gradient of {name}: off by {off / (largest or 1):.1e} of the largest")
 
 
-def learn(model: Any, run: Callable[[Any], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def learn(model: Any, run: Callable[[Any], Tensor], watch: Watch = unwatched) -> tuple[Tensor, dict[str, Tensor]]:
     """(output, gradients of its mean square)."""
+    if watch is not unwatched:
+        run(model)  # the first call finds out what later ones know
     model.zero_grad(set_to_none=True)
-    y = run(model)
-    (y.float() if y.itemsize < 4 else y).square().mean().backward()
+    with watch("forward"):
+        y = run(model)
+    loss = (y.float() if y.itemsize < 4 else y).square().mean()
+    with watch("backward"):
+        loss.backward()
     return y, gradients(model)
 
 
 def against_float64(
-    model: Any, inputs: Any, run: Callable[[Any, Any], Tensor], within: float, name: str = "default"
-) -> Tensor:
-    """The outputs and gradients of an adapted model beside those of its definition; the outputs of the definition."""
+    place: Place, model: Any, inputs: Any, run: Callable[[Any, Any], Tensor], within: float, case: str = ""
+) -> None:
+    """The outputs and gradients of an adapted model beside those of its definition."""
     definition = exact(model)
-    with veneer.use(definition, name, path="materialised"):
+    with veneer.use(definition, "default", path="materialised"):
         wanted, wanted_gradients = learn(definition, lambda one: run(one, wide(inputs)))
-    found, found_gradients = learn(model, lambda one: run(one, inputs))
+    found, found_gradients = learn(model, lambda one: run(one, inputs), named(place, case))
     near("output", found, wanted, within)
     near_gradients(found_gradients, wanted_gradients, within)
-    return wanted
+
+
+def named(place: Place, case: str) -> Watch:
+    """The watch of one case of several."""
+    return (lambda operation: place.watch(f"{case}-{operation}")) if case else place.watch
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ def llama(place: Place, dtype: torch.dtype = torch.float32, name: str = "default
 # ---------------------------------------------------------------------------------------------- layers × variants
 
 
-def cell(place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = lambda _: nullcontext()) -> None:
+def cell(place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = unwatched) -> None:
     """One layer with one variant: forward, backward, merge, unmerge. ``VeneerError`` if it refuses the variant."""
     device = place.device
     model, inputs = copy.deepcopy(module).to(device), on(device, args)
@@ -196,7 +203,7 @@ def lacking(problem: RuntimeError) -> bool:
     return any(words in str(problem) for words in LACKS)
 
 
-def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: lambda _: nullcontext()) -> str:
+def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: unwatched) -> str:
     """Every variant on the examples of a kind: what came of the cells."""
     seen: Counter[str] = Counter()
     count = min(EXAMPLES, sum(1 for _ in LAYERS[kind].examples()))
@@ -217,7 +224,7 @@ def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *
     return ", ".join(f"{number} {what}" for what, number in seen.items())
 
 
-def rows(place: Place, kind: str, watch: Watch = lambda _: nullcontext()) -> str:
+def rows(place: Place, kind: str, watch: Watch = unwatched) -> str:
     """A batch whose rows use two adapters and none: in ``use`` and in a bank, each as in float64 alone."""
     if (kind, 0) not in ROWS:
         raise Skipped("its inputs hold no rows")
@@ -287,7 +294,7 @@ def architecture(place: Place, name: str) -> str:
         return loss(pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.cpu(), output))[None]
 
     with full_precision():
-        against_float64(model, inputs, run, 1e-4)
+        against_float64(place, model, inputs, run, 1e-4)
     return f"{len(handle.layers)} layers"
 
 
@@ -300,7 +307,7 @@ for _name in ARCHITECTURES:
 def dtypes(place: Place) -> str:
     for dtype, variant in itertools.product(WITHIN, ("lora", "dora")):
         model, _ = llama(place, dtype, variant=variant)
-        against_float64(model, IDS.to(place.device), logits, WITHIN[dtype])
+        against_float64(place, model, IDS.to(place.device), logits, WITHIN[dtype], f"{dtype}-{variant}")
     return f"{len(WITHIN)} dtypes"
 
 
@@ -311,10 +318,15 @@ def autocast(place: Place) -> str:
         wanted, grads = learn(exact(model), lambda one: logits(one, IDS))
         optimiser = torch.optim.SGD(handle.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler(place.kind, init_scale=256.0, enabled=cast is torch.float16)
+        ids, watch = IDS.to(place.device), named(place, f"{cast}-{base}")
         with torch.autocast(place.kind, dtype=cast):
-            y = logits(model, IDS.to(place.device))
+            logits(model, ids)
+            with watch("forward"):
+                y = logits(model, ids)
         before = [p.detach().clone() for p in handle.parameters()]
-        scaler.scale(y.float().square().mean()).backward()
+        loss = scaler.scale(y.float().square().mean())
+        with watch("backward"):
+            loss.backward()
         scaler.unscale_(optimiser)
         near(f"{cast} over {base}", y, wanted, 0.05)
         near_gradients(gradients(model), grads, 0.05)
@@ -338,7 +350,7 @@ def checkpointing(place: Place) -> str:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         with veneer.use(model.train(), "b"):
-            _, found = learn(model, lambda one: logits(one, ids))
+            _, found = learn(model, lambda one: logits(one, ids), named(place, f"reentrant-{reentrant}"))
         near_gradients(found, wanted, 1e-4)
     return "2 kinds"
 
@@ -346,12 +358,13 @@ def checkpointing(place: Place) -> str:
 @check("dropout: backward drops what forward dropped, about as often as it should")
 def dropout(place: Place) -> str:
     for p in (0.1, 0.5):
-        module = nn.Sequential(nn.Linear(64, 48, bias=False)).to(place.device)
+        module: Any = nn.Sequential(nn.Linear(64, 48, bias=False)).to(place.device)
         handle = veneer.attach(module, veneer.LoraConfig(rank=4, targets="all", dropout=p))
-        change = handle.changes["0.weight"]
+        change: Any = handle.changes["0.weight"]
         A, B = change.A[0], change.B[0]
         with torch.no_grad():
-            A.uniform_(0.5, 1.0), B.uniform_(0.5, 1.0)
+            A.uniform_(0.5, 1.0)
+            B.uniform_(0.5, 1.0)
         x = torch.randn(33, 64, device=place.device, requires_grad=True)
         y = module.train()(x)
         y.sum().backward()
@@ -371,12 +384,16 @@ def dropout(place: Place) -> str:
 @check("torch.compile and torch.export")
 def compiled(place: Place) -> str:
     backend = "inductor" if place.kind == "cuda" and torch.version.cuda else "aot_eager"
-    model, _ = llama(place)
-    ids = IDS.to(place.device)
-    wanted = logits(exact(model), IDS)
+    model, _ = llama(place, name="a")
+    randomise(veneer.attach(model, veneer.LoraConfig(rank=4), name="b"), 0.1)
+    ids, definition = IDS.to(place.device), exact(model)
     torch._dynamo.reset()
     run = torch.compile(lambda ids: logits(model, ids), fullgraph=True, backend=backend)
-    near(f"compiled by {backend}", run(ids), wanted, 1e-4)
+    for name in "ba":  # no graph is made anew
+        with veneer.use(definition, name):
+            wanted = logits(definition, IDS)
+        with veneer.use(model, name):
+            near(f"compiled by {backend}", run(ids), wanted, 1e-4)
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -386,7 +403,8 @@ def compiled(place: Place) -> str:
         def forward(self, ids: Tensor) -> Tensor:
             return logits(self.model, ids)
 
-    exported = torch.export.export(Logits(), (ids,), strict=False)
+    with veneer.use(model, "a"):
+        exported = torch.export.export(Logits(), (ids,), strict=False)
     near("exported", exported.module()(ids), wanted, 1e-4)
     return backend
 
@@ -424,8 +442,11 @@ def blends(place: Place) -> str:
             bank.add(Path(folder) / name)
         for tokens in (1, 12):
             ids = torch.randint(3, 250, (6, tokens))
+            ids_there = ids.to(place.device)
             with bank.rows(choices):
-                mixed = logits(model, ids.to(place.device))
+                logits(model, ids_there)
+                with place.watch(f"{tokens}-tokens"):
+                    mixed = logits(model, ids_there)
             for row, choice in enumerate(choices):
                 with veneer.use(definition, choice):
                     near(f"row {row}", mixed[row], logits(definition, ids[row : row + 1])[0], 1e-4)
@@ -447,7 +468,8 @@ def engine(place: Place) -> str:
         first = forward.fill(slots, 0, [row[:2] for row in ids])
         near("prompt", first, wanted[:, 1], 1e-4)
         for column in (2, 3):
-            y = forward.decode(slots, [row[column] for row in ids], [column] * 2)
+            with place.watch(f"decode-{column}"):
+                y = forward.decode(slots, [row[column] for row in ids], [column] * 2)
             near(f"column {column}", y, wanted[:, column], 1e-4)
     forward.close()
     return "2 rows"
@@ -466,8 +488,13 @@ def experts(place: Place) -> str:
         inputs = on(place.device, args)
         inputs[0].requires_grad_()
         own = [p for _, p in module.named_parameters() if p.requires_grad]
-        found_y = module(*inputs)
-        found = torch.autograd.grad(found_y.float().square().sum(), [*own, inputs[0]])
+        watch = named(place, f"{name}-{way}")
+        module(*inputs)
+        with watch("forward"):
+            found_y = module(*inputs)
+        loss = found_y.float().square().sum()
+        with watch("backward"):
+            found = torch.autograd.grad(loss, [*own, inputs[0]])
         near(f"{name}, {way}", found_y, y, WITHIN[dtype])
         names = [str(number) for number in range(len(wanted))]
         near_gradients(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), WITHIN[dtype])
@@ -497,7 +524,8 @@ def four_bits(place: Place) -> str:
         x = torch.randn(4, 8, 64)
         with veneer.use(definition := exact(plain), "default", path="materialised"):
             wanted, grads = learn(definition, lambda one, x=x: one(x.double()))
-        found, found_grads = learn(model, lambda one, x=x: one(x.to(place.device)))
+        there, watch = x.to(place.device), named(place, f"{variant}-{nested}")
+        found, found_grads = learn(model, lambda one, there=there: one(there), watch)
         near(f"{variant}, double {nested}", found, wanted, 1e-3)
         near_gradients(found_grads, grads, 1e-3)
         before = bits(model)
@@ -531,16 +559,17 @@ def spread(place: Place) -> str:
     import accelerate
 
     model = tiny_model(tie_word_embeddings=False)
-    where: dict[str, Any] = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0, "model.layers.1": 1, "model.norm": 1,
-             "lm_head": 1}  # fmt: skip
+    first, second = ("model.embed_tokens", "model.layers.0", "model.rotary_emb"), ("model.layers.1", "model.norm")
+    where: dict[str, Any] = {**dict.fromkeys(first, 0), **dict.fromkeys((*second, "lm_head"), 1)}
     randomise(handle := veneer.attach(model, veneer.LoraConfig(rank=4)), 0.1)
     wanted, grads = learn(exact(model), lambda one: logits(one, IDS))
     model = accelerate.dispatch_model(model, where, force_hooks=True)
-    found, found_grads = learn(model, lambda one: logits(one, IDS.to(place.device)))
+    ids = IDS.to(place.device)
+    found, found_grads = learn(model, lambda one: logits(one, ids), place.watch)
     near("output", found, wanted, 1e-4)
     near_gradients(found_grads, grads, 1e-4)
     handle.merge()
-    near("merged", logits(model, IDS.to(place.device)), wanted, 1e-3)
+    near("merged", logits(model, ids), wanted, 1e-3)
     handle.unmerge()
     return f"{place.count} GPUs"
 

@@ -7,7 +7,8 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +23,21 @@ class Skipped(Exception):  # noqa: N818 (no error of the program)
     """A part that cannot run here; the text says why."""
 
 
+#: what stands around an operation that is named: tests count there what a device is asked for
+Watch = Callable[[str], AbstractContextManager[Any]]
+
+
+def unwatched(_: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Place:
-    """A device, and whether sizes are a toy's."""
+    """A device, whether sizes are a toy's, and who watches."""
 
     device: torch.device
     quick: bool = False
+    watch: Watch = field(default=unwatched, compare=False)
 
     @property
     def kind(self) -> str:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import bench_page
-from bench_page import ratio, table
+if __package__:
+    from scripts import bench_page
+else:  # beside docs.py, which is run as a program
+    import bench_page
 
 LEAD = """# Measured on GPUs
 
@@ -64,7 +66,7 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{right} of {len(checks)} checks against float64 are right.", ""]
     others = [row for row in checks if row["found"] != "right"]
     if others:
-        lines += table(["check", "", ""], [[row["check"], row["found"], _cell(row["text"])] for row in others])
+        lines += bench_page.table(["check", "", ""], [[row["check"], row["found"], _cell(row["text"])] for row in others])
     return lines
 
 
@@ -77,10 +79,10 @@ def _rows(case: Mapping[str, Any]) -> list[str]:
         milliseconds = [1000 * row[key] for key in ("seconds", "seconds_low", "seconds_high")]
         peak = "–" if row["peak"] is None else f"{row['peak'] / 2**20:,.0f} MiB"
         rows.append([
-            name, ratio(row) if "ratio" in row else "–",
+            name, bench_page.ratio(row) if "ratio" in row else "–",
             "{:,.1f} ({:,.1f}–{:,.1f})".format(*milliseconds), f"{row['tokens']:,.0f}", peak,
         ])  # fmt: skip
-    return table(["", f"ratio to {case['floor']}", "ms", "tokens/s", "peak"], rows)
+    return bench_page.table(["", f"ratio to {case['floor']}", "ms", "tokens/s", "peak"], rows)
 
 
 def _cell(text: str) -> str:

@@ -43,24 +43,32 @@ def watching(into: Costs) -> Callable[[str], object]:
 
 
 def read() -> dict[str, Costs]:
-    """By "kind variant"."""
+    """By the name of what is run, which has no blanks."""
     limits: dict[str, Costs] = {}
     for line in FILE.read_text().splitlines():
-        kind, variant, *cells = line.split()
-        limits[f"{kind} {variant}"] = {
-            name: Cost(*map(int, cost.split("/"))) for name, cost in (cell.split("=") for cell in cells)
-        }
+        key, *cells = line.split()
+        limits[key] = {name: Cost(*map(int, cost.split("/"))) for name, cost in (cell.split("=") for cell in cells)}
     return limits
 
 
 def write(found: dict[str, Costs]) -> None:
     """Put what was found beside what the file holds of other layers."""
     whole = (read() if FILE.exists() else {}) | found
-    lines = [
-        f"{name} {' '.join(f'{operation}={cost.launches}/{cost.waits}/{cost.bytes}' for operation, cost in costs.items())}"
-        for name, costs in sorted(whole.items())
-    ]
+    lines = []
+    for name, costs in sorted(whole.items()):
+        cells = (f"{operation}={'/'.join(map(str, cost))}" for operation, cost in costs.items())
+        lines.append(" ".join([name, *cells]))
     FILE.write_text("\n".join(lines) + "\n")
+
+
+def kept(found: dict[str, Costs]) -> None:
+    """Assert that nothing costs more than its limit, or write the limits."""
+    if WRITE:
+        write(found)
+        return
+    limits = read()
+    problems = [one for name, costs in found.items() for one in exceeded(name, costs, limits)]
+    assert not problems, "\n".join(problems)
 
 
 def exceeded(name: str, costs: Costs, limits: dict[str, Costs]) -> list[str]:
