@@ -66,7 +66,8 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{right} of {len(checks)} checks against float64 are right.", ""]
     others = [row for row in checks if row["found"] != "right"]
     if others:
-        lines += bench_page.table(["check", "", ""], [[row["check"], row["found"], _cell(row["text"])] for row in others])
+        rows = [[row["check"], row["found"], _cell(row["text"])] for row in others]
+        lines += bench_page.table(["check", "", ""], rows)
     return lines
 
 

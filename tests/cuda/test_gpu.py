@@ -1,11 +1,9 @@
-"""``make gpu`` on the emulated device: every check is right and within its limits, every part of the program answers, and
-a time limit, a missing GPU, a missing library and a wrong number are said. No time is judged here."""
+"""``make gpu`` on the emulated device: every check is right and within its limits, every part of the program answers,
+and a time limit, a missing GPU, a missing library and a wrong number are said. No time is judged here."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,14 +15,19 @@ from tests.support.emulated_device import G0, one_visible
 
 import gpu
 import gpu_checks
+import gpu_model_checks
 import gpu_models
 import gpu_place
 import gpu_speed
+from gpu_compare import CHECKS
 from gpu_place import Place, Skipped
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 #: those of layers have a file of their own
-MODELS = [name for name in gpu_checks.CHECKS if not name.endswith((": every variant", ": rows and bank"))]
+MODELS = [name for name in CHECKS if not name.endswith((": every variant", ": rows and bank"))]
+#: the check that asks CUDA for waits
+OFFLOADED = "offloaded weights are refused before anything changes"
+WAITS = "a training step: no wait of the host in forward and backward (set_sync_debug_mode)"
 
 
 def slug(name: str) -> str:
@@ -43,7 +46,7 @@ def test_a_check_is_right_and_within_its_limits(name):
 
 def test_every_model_is_among_the_checks():
     """None was left out because its library is missing here."""
-    assert {f"model, {name}" for name in gpu_checks.ARCHITECTURES} <= {*MODELS}
+    assert {f"model, {name}" for name in gpu_model_checks.ARCHITECTURES} <= {*MODELS}
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------
@@ -107,7 +110,9 @@ def test_parts_end_with_their_time_and_say_so(capsys):
 
 def test_a_process_is_ended_at_its_limit_and_what_it_answered_counts(tmp_path, monkeypatch):
     script = tmp_path / "part.py"
-    script.write_text(f"import time\nprint('a word')\nprint({gpu.MARK!r} + '{{\"check\": 1}}', flush=True)\ntime.sleep(60)")
+    script.write_text(
+        f"import time\nprint('a word')\nprint({gpu.MARK!r} + '{{\"check\": 1}}', flush=True)\ntime.sleep(60)"
+    )
     monkeypatch.setattr(gpu, "__file__", str(script))
     assert gpu.child(["checks"], 2) == ([{"check": 1}], "ended after 2 s")
     script.write_text("raise SystemExit('broken')")
@@ -146,14 +151,18 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
 
 
 def test_a_processor_runs_the_program_too():
-    """In a process in which nothing is emulated."""
-    program = Path(gpu.__file__)
-    command = [sys.executable, str(program), "--device", "cpu", "--quick", "--part", "checks", "--seconds", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    answers = [json.loads(line.removeprefix(gpu.MARK)) for line in done.stdout.splitlines() if gpu.MARK in line]
-    assert [row["check"] for row in answers] == list(gpu_checks.CHECKS)
-    assert {row["found"] for row in answers} <= {"right", "skipped"}
-    assert sum(row["found"] == "right" for row in answers) > 20
+    place = Place(torch.device("cpu"), True)
+    rows = [gpu_checks.run(place, name) for name in ("linear: every variant", "model, llama", OFFLOADED, WAITS)]
+    assert [row["found"] for row in rows] == ["right", "right", "right", "skipped"]
+    assert "only CUDA says when the host waits for it; this is cpu" in rows[-1]["text"]
+
+
+def test_a_part_runs_in_a_process_of_its_own():
+    """In which nothing is emulated."""
+    (answer,), problem = gpu.child(["--part", "liger", "--device", "cpu", "--quick", "--seconds", "60"], 120)
+    assert problem == ""
+    assert answer["steps"]["rows"]["veneer"]["seconds"] > 0
+    assert answer["steps"]["rows"]["veneer"]["peak"] is None
 
 
 def test_a_wrong_number_ends_the_program_with_an_error(tmp_path, capsys):
