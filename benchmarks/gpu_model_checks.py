@@ -330,7 +330,8 @@ def eight_bits(place: Place) -> str:
     module = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
     plain = nn.Sequential(nn.Linear(64, 32, bias=False))
-    plain[0].weight.data = module[0].weight.dequantize().float()
+    stored: Any = module[0].weight
+    plain[0].weight.data = stored.dequantize().float()
     models = [module.to(place.device), plain]
     handles = [veneer.attach(one, veneer.LoraConfig(rank=4, targets="all")) for one in models]
     randomise(handles[0], 0.1)

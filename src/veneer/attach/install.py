@@ -232,7 +232,8 @@ def make_change(
     if not given or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                parameters = {**variant.init(start), **parameters}
+                begun = variant.init(start)  # where its data are: of float64, not on every device
+            parameters = {**{name: value.to(device) for name, value in begun.items()}, **parameters}
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
             found = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
