@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # tests/
+
 TOTAL = 580  # seconds, of ten minutes
 #: a part that would have less than this is skipped
 LEAST = 15

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import gc
 import itertools
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # tests/
 
 import torch
 

@@ -19,6 +19,7 @@ import gpu_model_checks
 import gpu_models
 import gpu_place
 import gpu_speed
+import veneer
 from gpu_compare import CHECKS
 from gpu_place import Place, Skipped
 
@@ -157,12 +158,13 @@ def test_a_processor_runs_the_program_too():
     assert "only CUDA says when the host waits for it; this is cpu" in rows[-1]["text"]
 
 
-def test_a_part_runs_in_a_process_of_its_own():
-    """In which nothing is emulated."""
-    (answer,), problem = gpu.child(["--part", "liger", "--device", "cpu", "--quick", "--seconds", "60"], 120)
+def test_a_part_runs_in_a_process_of_its_own(monkeypatch):
+    """In which nothing is emulated, and nothing but the package is to be found; this one has no time for its checks."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(veneer.__file__).parent.parent))
+    answers, problem = gpu.child(["--part", "checks", "--device", "cpu", "--quick", "--seconds", "0.1"], 120)
     assert problem == ""
-    assert answer["steps"]["rows"]["veneer"]["seconds"] > 0
-    assert answer["steps"]["rows"]["veneer"]["peak"] is None
+    assert [row["check"] for row in answers] == [name for name in CHECKS if not name.startswith("toy_")]
+    assert {row["text"] for row in answers} == {"no time was left"}
 
 
 def test_a_wrong_number_ends_the_program_with_an_error(tmp_path, capsys):
