@@ -2,8 +2,8 @@
 
     W' = round(gain ⊙ (W + ΔW))      to the weight's dtype, once
 
-Where rounding to nearest would lose most of a small change of 16-bit weights, a weight is rounded so that what the
-adapter reads survives (``kernels/error_feedback.py``). Storages with a grid of their own round as they do.
+Where rounding to nearest would lose most of a small change of 16-bit or quantised weights, a weight is rounded so that
+what the adapter reads survives (``kernels/error_feedback.py``). Storages that name no grid round as they do.
 
 One weight at a time is made, checked, kept and overwritten. Each is kept before that, and the model counts as merged
 until the last is back, so that whatever interrupts either way, ``unmerge`` can finish it. Rejected: to make all
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from veneer.distributed import spread_problem
 from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
 from veneer.fileio.spill import Spill, Spilled, aside
-from veneer.kernels.rounding import Folded, fold, known_rounding
+from veneer.kernels.grid import Grid
+from veneer.kernels.rounding import Folded, fold, fold_onto, known_rounding
 from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64
 
@@ -39,12 +40,14 @@ from veneer.precision import double, has_float64
 @dataclass(frozen=True)
 class LayerMerge:
     """What a merge did to one parameter: ``change`` is ‖ΔW‖ / ‖W‖, ``retention`` the share of ΔW that the rounded
-    weight realises, ``rounding`` how that was rounded: "nearest", "faithful", or "storage" (its own way)."""
+    weight realises, ``rounding`` how that was rounded: "nearest", "faithful", or "storage" (its own way). ``nearest``
+    is the share that rounding to nearest (or the storage's own way) realises."""
 
     path: str
     change: float
     retention: float
     rounding: str
+    nearest: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class MergeReport:
             return f"merged {self.adapter!r}: nothing to change"
         median = sorted(layer.retention for layer in self.layers)[len(self.layers) // 2]
         counts = Counter(layer.rounding for layer in self.layers)
-        words = {"faithful": "rounded faithfully", "storage": "rounded as their storage does"}
+        usual = sorted(layer.nearest for layer in self.layers if layer.rounding == "faithful")
+        beside = f" (to nearest: {usual[len(usual) // 2]:.2%})" if usual else ""
+        words = {"faithful": f"rounded faithfully{beside}", "storage": "rounded as their storage does"}
         others = "".join(f"; {counts[name]} {text}" for name, text in words.items() if counts[name])
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
@@ -328,32 +333,69 @@ def _folded(weight: _StoredWeight, rounding: str, moment: Tensor | None, problem
     low, gain = change.exactly(weight.target)
     dense, name = storage.dense(weight.target).detach(), storage.dense_name
     ours = type(dense) in (Tensor, nn.Parameter)  # not one that is spread over processes
-    if name is None or not ours or change.layer.apply_forward_rewrite(weight.module, dense) is not dense:
-        if moment is not None:
+    rewritten = change.layer.apply_forward_rewrite(weight.module, dense) is not dense
+    matrix = change.layer.unfold(dense, change.dims)
+    if rewritten or not ours or not _moment_fits(where, matrix, moment, problems):
+        if moment is not None and (rewritten or not ours):
             found = f"{where}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(found, "none: it has no faithful rounding", "leave it out"))
         exact = change.changed(weight.target, low, gain, torch.float64)
         return _encoded(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
-    matrix = change.layer.unfold(dense, change.dims)
-    square = len(matrix), *[matrix.shape[2]] * 2
-    if moment is not None and (moment.shape != square or not moment.isfinite().all()):
-        what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
-        found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
-        problems.append(sentence(found, expected, "give that of the inputs of this weight"))
-        return None
+    if name is None:
+        return _onto_grid(weight, matrix, low, gain, rounding, moment, problems)
     folded = fold_change(change, matrix, low, gain, rounding=rounding, inputs=moment)
     if not folded.finite:
         problems.append(weight.not_finite(dense.dtype))
         return None
-    report = LayerMerge(where, folded.change, folded.retention, folded.rounding)
+    report = LayerMerge(where, folded.change, folded.retention, folded.rounding, folded.sums.retention)
     return {name: change.layer.fold(folded.weight, dense.shape)}, report
+
+
+def _moment_fits(where: str, matrix: Tensor, moment: Tensor | None, problems: list[str]) -> bool:
+    square = len(matrix), *[matrix.shape[2]] * 2
+    if moment is None or (moment.shape == square and moment.isfinite().all()):
+        return True
+    what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
+    found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
+    problems.append(sentence(found, expected, "give that of the inputs of this weight"))
+    return False
 
 
 def fold_change(change: Change, weight: Tensor, low: LowRank, gain: Tensor | None, **options: Any) -> Folded:
     """``fold`` for a weight of this change's layer, [g, out, in], or for a part of it."""
-    # What reads an index knows no direction of inputs: there the change is in the outputs.
-    side = "inputs" if change.layer.drops_input else "outputs"
-    return fold(weight, low, gain, side=side, **options)
+    return fold(weight, low, gain, side=_side(change), **options)
+
+
+def _side(change: Change) -> str:
+    """What reads an index knows no direction of inputs: there the change is in the outputs."""
+    return "inputs" if change.layer.drops_input else "outputs"
+
+
+def _onto_grid(
+    weight: _StoredWeight, matrix: Tensor, low: LowRank, gain: Tensor | None, rounding: str, moment: Tensor | None,
+    problems: list[str],
+) -> _Content | None:  # fmt: skip
+    """What a storage with other numbers than a dtype's is to hold: each to nearest, then as ``rounding`` says."""
+    change, storage, target = weight.keeper, weight.storage, weight.target
+    content = _encoded(weight, change.changed(target, low, gain, torch.float64), problems)
+    if content is None:
+        return None
+    stored, report = cast(tuple[dict[str, Tensor], LayerMerge], content)  # a change has a report
+
+    def unfold(values: Tensor) -> Tensor:
+        return change.layer.unfold(values, change.dims)
+
+    def grid() -> Grid | None:
+        known = storage.grid(target, stored)
+        return None if known is None else known.reshaped(unfold)
+
+    nearest = unfold(storage.decode(target, stored))
+    options: Any = {"rounding": rounding, "side": _side(change), "inputs": moment}
+    folded = fold_onto(grid, matrix, low, gain, nearest, **options)
+    if folded.rounding == "nearest":
+        return content
+    stored = storage.onto(target, stored, double(change.layer.fold(folded.weight, storage.shape(target))))
+    return stored, replace(report, retention=folded.retention, rounding=folded.rounding)
 
 
 def _encoded(weight: _StoredWeight, values: Tensor, problems: list[str]) -> _Content | None:
@@ -375,7 +417,7 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: st
     change, realised = exact - old, rounded - old
     size, base = change.norm().item(), old.norm().item()
     retention = ((change * realised).sum() / (change * change).sum()).item() if size else 1.0
-    return LayerMerge(path, size / base if base else float(size > 0), retention, rounding)
+    return LayerMerge(path, size / base if base else float(size > 0), retention, rounding, retention)
 
 
 def _keep(weight: _StoredWeight, new: Mapping[str, Tensor], spill: Spill | None = None) -> None:

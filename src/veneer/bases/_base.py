@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels.grid import Grid
 from veneer.registry import Registry
 
 
@@ -45,6 +46,15 @@ class Storage(ABC):
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         """Dense float64 ``values`` as this storage would hold them, rounded once; nothing is written."""
+
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid | None:
+        """The numbers, in the dense weight's shape, that can be stored under the scales of ``stored``; None where there
+        is no such description. Faithful rounding chooses among them."""
+        return None
+
+    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        """Dense ``values``, each the nearest number of ``grid``, under the scales of ``stored``."""
+        raise NotImplementedError
 
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:

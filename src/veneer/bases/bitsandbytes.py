@@ -23,7 +23,8 @@ scales to bfloat16 for good, drops the nested ones, and passes no gradient to x 
 ``prepare`` undoes the layout and keeps the module from it.
 
 **Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW: under
-the old scale those numbers that did not change stay.
+the old scale those numbers that did not change stay. Under these scales each number goes to the nearest, or to one of
+its two neighbours (``kernels/error_feedback.py``).
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from veneer.bases._base import Storage, register
 from veneer.errors import TargetError
+from veneer.kernels.grid import Grid
 
 NESTED_BLOCK = 256
 
@@ -79,15 +81,19 @@ class Bitsandbytes8bit(Storage):
         return stored["values"].float() * (stored["scale"] * (1 / 127))[:, None]
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        def numbers(scale: Tensor) -> Tensor:
-            return (values * _inverse(scale)[:, None] * 127).round().clamp(-127, 127).to(torch.int8)
-
         def miss(scale: Tensor) -> Tensor:
-            return (self.decode(weight, {"values": numbers(scale), "scale": scale}) - values).square().sum(1)
+            return (self.decode(weight, self.onto(weight, {"scale": scale}, values)) - values).square().sum(1)
 
         old, new = self.stored(weight)["scale"], values.abs().amax(1).float()
-        scale = torch.where(miss(old) <= miss(new), old, new)
-        return {"values": numbers(scale), "scale": scale}
+        return self.onto(weight, {"scale": torch.where(miss(old) <= miss(new), old, new)}, values)
+
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
+        scale = (stored["scale"] * (1 / 127))[:, None].expand_as(weight)
+        return Grid(torch.arange(-127.0, 128, device=scale.device), scale)
+
+    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        numbers = values * _inverse(stored["scale"])[:, None] * 127
+        return {"values": numbers.round().clamp(-127, 127).to(torch.int8), "scale": stored["scale"]}
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -187,12 +193,24 @@ class Bitsandbytes4bit(Storage):
             scales = _scales(new)
         else:
             new["absmax"] = scales
-        found = numbers(scales)
-        packed = found[:, ::2] << 4 | found[:, 1::2]  # [blocks, 32]
-        old = _blocks(new["packed"], width // 2)
+        packed, old = _packed(numbers(scales)), _blocks(new["packed"], width // 2)
         packed = torch.where((same & (scales == old_scales))[:, None], old, packed)
         new["packed"] = packed.flatten()[: new["packed"].numel()]
         return {name: new[name] for name in self.stored(weight)}
+
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
+        state = weight.quant_state
+        scale = _scales(stored).repeat_interleave(state.blocksize)[: state.shape.numel()]
+        return Grid(state.code.float().unique(), scale.view(state.shape))
+
+    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        state, old = weight.quant_state, stored["packed"]
+        numbers = _nearest(_blocks(values, state.blocksize) * _inverse(_scales(stored))[:, None], state.code)
+        old_numbers = torch.stack([old >> 4, old & 15], 1).view(-1)
+        numbers = numbers.view(-1)[: len(old_numbers)]  # a level that occurs twice keeps its number
+        alike = state.code[numbers.int()] == state.code[old_numbers.int()]
+        packed = _packed(torch.where(alike, old_numbers, numbers).view(-1, 2)).flatten()
+        return {**stored, "packed": packed}
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         state = weight.quant_state
@@ -252,6 +270,11 @@ def _blocks(values: Tensor, width: int) -> Tensor:
     """The flattened values in rows of ``width``, the last one filled with zeros."""
     flat = values.reshape(-1)
     return F.pad(flat, (0, -flat.numel() % width)).view(-1, width)
+
+
+def _packed(numbers: Tensor) -> Tensor:
+    """Two numbers in a byte, [n, width] to [n, width / 2]."""
+    return numbers[:, ::2] << 4 | numbers[:, 1::2]
 
 
 def _inverse(scale: Tensor) -> Tensor:

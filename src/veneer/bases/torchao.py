@@ -12,6 +12,7 @@ call of them passes no gradient to x, so that whatever is trained below such a l
 
 **Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes closer to W + ΔW, and
 rounds under it: a new scale alone would move all elements of a block, and shrink a decoded int4 one by a fifteenth.
+Faithful rounding then chooses among the numbers that these scales allow.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from veneer.bases._base import Storage, register
 from veneer.errors import MergeError
+from veneer.kernels.grid import Grid
 
 WRITABLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 #: replaced by a merge; other tensors (the scales of x) stay
@@ -64,13 +66,22 @@ class Torchao(Storage):
             do = "keep the adapter unmerged, or merge it into the model before quantize_ and quantise that"
             raise MergeError(found, f"one of {', '.join(WRITABLE)}", do)
         old = self.stored(weight)
-        scale = getattr(weight, "act_pre_scale", None)
-        own = values if scale is None else values / scale.double()
+        own = _unscaled(weight, values)
         tries = [_quantised(weight, own, old), _quantised(weight, own, _parameters(weight, own, old))]
         kept, fresh = (_sums((self.decode(weight, each) - values).square(), old["scale"].shape) for each in tries)
         keep = kept <= fresh  # one a block
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
         return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
+
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid | None:
+        numbers, shape = stored["qdata"], weight.shape
+        columns, zero = getattr(weight, "act_pre_scale", None), stored.get("zero_point")
+        scale = _spread(stored["scale"].float(), shape)
+        scale = scale if columns is None else scale * columns.float()
+        return Grid(_levels(weight).to(numbers.device), scale, None if zero is None else _spread(zero.float(), shape))
+
+    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        return _quantised(weight, _unscaled(weight, values), stored)
 
     def dtype(self, weight: Any) -> torch.dtype:
         return torch.float32 if type(weight).__name__ in WRITABLE else weight.dtype
@@ -116,6 +127,22 @@ def _range(weight: Any) -> tuple[int, int]:
     bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
     bits -= bool(getattr(weight, "reduce_range", False))
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def _levels(weight: Any) -> Tensor:
+    """What ``qdata`` may hold, in ascending order: integers, or the finite numbers of a float8."""
+    dtype = weight.qdata.dtype
+    if not dtype.is_floating_point:
+        low, high = _range(weight)
+        return torch.arange(low, high + 1, dtype=torch.float32)
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
+    return every[every.isfinite()].unique()
+
+
+def _unscaled(weight: Any, values: Tensor) -> Tensor:
+    """Dense values as ``qdata`` and its scales are to hold them: without the scale of x, if there is one."""
+    scale = getattr(weight, "act_pre_scale", None)
+    return values if scale is None else values / scale.double()
 
 
 def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:

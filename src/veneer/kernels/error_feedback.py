@@ -1,6 +1,7 @@
 """Round a weight so that the errors cancel where the adapter reads, or where it writes.
 
-    V = gain ⊙ (W + ΔW), exact      W' of a 16-bit type: each number one of V's two neighbours      E = W' - V
+    V = gain ⊙ (W + ΔW), exact      W' of a 16-bit type, or of the grid of a quantised one: each number one of V's two
+                                    neighbours      E = W' - V
     minimise  ‖E Fᵀ‖² + λ ‖E‖²      F: [k, in], the directions to protect: those of A's rows, and given ones
 
 A change that is small beside the grid's step is lost to nearest where it does not reach the next tie, and that loss
@@ -26,10 +27,13 @@ and have no directions. Measured inputs are best by far, if they can be had.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.kernels.grid import Grid
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 
@@ -78,6 +82,7 @@ def faithful(
     gain: Tensor | None,
     protect: Float[Tensor, "g k in_"],
     out: Float[Tensor, "g out in_"],
+    grid: Grid | None = None,
 ) -> float:
     """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded as above; all of it must round to finite numbers.
 
@@ -86,6 +91,7 @@ def faithful(
         gain: [g, out, 1] or [g, 1, in] in float64. What it changes of a row lies outside of A's rows: then the row's
             own change is a direction to protect too.
         protect: F in float64.
+        grid: of a weight of this shape, whose numbers ``out`` gets; without, those of its 16-bit dtype.
 
     Returns:
         ⟨ΔW, E⟩, where ΔW is all that changes.
@@ -115,7 +121,7 @@ def faithful(
         factor = gain
         if gain is not None:  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
             factor = gain[own, some].mT if gain.shape[2] == 1 else gain[own].mT.gather(1, order[:, :, None])
-        inner = _Rows(kept, order, F, A, B[:, :, some], factor, out.dtype).run()
+        inner = _Rows(kept, order, F, A, B[:, :, some], factor, _cells(out.dtype, grid, piece)).run()
         _transposed(kept.to(out.dtype), out[piece])
         return inner
 
@@ -132,14 +138,29 @@ def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:
     return into
 
 
+#: fill the last two with the cells of values [g, count, rows] at these places; the third is for whatever it takes
+_Cells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _Cells:
+    if grid is None:
+        return lambda _, value, free, mid, half: neighbours(value, dtype, free, mid, half)
+    whole = grid.reshaped(lambda one: _transposed(one[piece]).flatten(0, 1))  # [g · in, rows], as ``_Rows.kept``
+
+    def cells(places: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
+        whole.reshaped(lambda one: one.index_select(0, places).view(value.shape)).cells(value, mid, half)
+
+    return cells
+
+
 class _Rows:
     """Some rows of some groups, from their first column to the last, in ``order``: the longest columns of F first, so
     that the last can trim the residual finely."""
 
     def __init__(
-        self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, dtype: torch.dtype
+        self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, cells: _Cells
     ) -> None:
-        self.F, self.A, self.B, self.gain, self.dtype = F, A, B, gain, dtype
+        self.F, self.A, self.B, self.gain, self.cells = F, A, B, gain, cells
         self.groups, self.columns, self.rows = kept.shape
         self.kept = kept.view(-1, self.rows)  # the columns of a group below those of the one before
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
@@ -185,7 +206,7 @@ class _Rows:
         value, change = self._exact(columns)
         tilt, mid, half = (one[:, :count] for one in self.buffers[1:4])
         F = self.F[:, :, columns]
-        neighbours(value, self.dtype, tilt, mid, half)
+        self.cells(self._places(columns), value, tilt, mid, half)
         ahead = F.mT @ F
         torch.mul(mid, ahead.diagonal(dim1=1, dim2=2)[:, :, None] + self.plain, out=tilt)
         if self.gain is not None:

@@ -34,12 +34,13 @@ from torch import Tensor
 from veneer.errors import ConfigError, sentence
 from veneer.kernels.compiled import rounding_loop
 from veneer.kernels.error_feedback import directions, faithful
+from veneer.kernels.grid import Grid
 from veneer.kernels.reference import round_once
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 from veneer.precision import has_float64, place
 
-__all__ = ["Folded", "fold"]
+__all__ = ["Folded", "fold", "fold_onto"]
 
 #: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers that a compiled loop
 #: gets at once. Fixed, so that the sums of a report do not depend on who asks
@@ -149,13 +150,55 @@ def fold(
         if side == "outputs":
             old, new, exact, spread = old.mT, new.mT, exact.T, None if spread is None else spread.mT
         sums, finite = _nearest(old, exact, spread, new, compiled)
-        retention, done = sums.retention, "nearest"
+        (change, retention), done = _told(sums), "nearest"
         able = dtype in HALF and finite and sums.size > 0
         if able and (rounding == "faithful" or (rounding == "auto" and wanting(sums))):
             retention = 1 + faithful(old, exact, spread, directions(exact.A, inputs), new) / sums.size
             done = "faithful"
+    return Folded(out, change, retention, done, finite, sums)
+
+
+def fold_onto(
+    grid: Callable[[], Grid | None],
+    weight: Float[Tensor, "g out in_"],
+    low: LowRank,
+    gain: Float[Tensor, " rows"] | None,
+    nearest: Float[Tensor, "g out in_"],
+    *,
+    rounding: str = "auto",
+    side: str = "inputs",
+    inputs: Float[Tensor, "g n n"] | None = None,
+) -> Folded:
+    """``fold`` onto the grid of a quantised weight.
+
+    Args:
+        grid: the numbers that there are, if they are asked for; None where faithful rounding is not for this weight.
+        weight: what is stored now.
+        nearest: what rounding to nearest makes of it; the result is this, or a float32 tensor of its own.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        exact = low.to(torch.float64)
+        spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
+        sums = _in_float64(weight, exact, spread, None, nearest)
+        finite = bool(nearest.isfinite().all()) and math.isfinite(sums.size)
+        folded = Folded(nearest, *_told(sums), "nearest", finite, sums)
+        wanted = finite and sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
+        known = grid() if wanted else None
+        if known is None:
+            return folded
+        old, new = weight, torch.empty_like(weight, dtype=torch.float32)
+        out = new
+        if side == "outputs":
+            old, new, exact = old.mT, new.mT, exact.T
+            known, spread = known.reshaped(lambda one: one.mT), None if spread is None else spread.mT
+        lost = faithful(old, exact, spread, directions(exact.A, inputs), new, known)
+        return replace(folded, weight=out, retention=1 + lost / sums.size, rounding="faithful")
+
+
+def _told(sums: Sums) -> tuple[float, float]:
+    """What a report says of them: how large the change is, and how much of it nearest keeps."""
     change, base = sums.size**0.5, sums.base**0.5
-    return Folded(out, change / base if base else float(change > 0), retention, done, finite, sums)
+    return change / base if base else float(change > 0), sums.retention
 
 
 def known_rounding(rounding: str) -> None:
@@ -226,9 +269,9 @@ def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator
                 )
 
 
-def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None) -> Sums:
-    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding.
-    ``gain`` is [g, out, 1] or [g, 1, in]."""
+def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None, made: Tensor | None = None) -> Sums:
+    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding or of
+    what is ``made`` already. ``gain`` is [g, out, 1] or [g, 1, in]."""
     if gain is not None and gain.shape[2] == 1:
         gain = gain.expand(-1, old.shape[1], -1)
 
@@ -238,7 +281,10 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
         value = torch.bmm(low.B[groups, rows], low.A[groups, :, columns]).mul_(low.scale).add_(base)
         if gain is not None:
             value *= gain[groups, rows] if gain.shape[2] == 1 else gain[groups, :, columns]
-        rounded = value.clone() if new is None else new[tile].copy_(round_once(value, new.dtype)).double()
+        if made is not None:
+            rounded = made[tile].double()
+        else:
+            rounded = value.clone() if new is None else new[tile].copy_(round_once(value, new.dtype)).double()
         change, realised = value.sub_(base).flatten(), (rounded - base).flatten()
         base = base.flatten()
         return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])

@@ -151,7 +151,7 @@ def computed(
         if work.changes:
             folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled, offset)
             value = folded.weight
-            layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding))
+            layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding, folded.sums.retention))
             finite = folded.finite
         else:
             value = replaced(work, part, dtype)
