@@ -89,7 +89,8 @@ class Content:
         """What differs once it was written to; None where nothing tells."""
         own = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            own = [*self.anchor.parameters(), *self.anchor.buffers()]
+            deep = self.storage is None or not self.storage.opaque  # below such a module are its adapters alone
+            own = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
         tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
         # one that only stands for others, packed or in other processes, has no memory of its own
         lie = (t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided)

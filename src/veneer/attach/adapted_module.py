@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from veneer import context
 from veneer.attach.qconfig import Qconfig
 from veneer.attach.state import STATE, LayerState
+from veneer.bases import is_opaque
 
 #: where accelerate's hooks keep the forward that they wrap
 WRAPPED = "_old_forward"
@@ -117,11 +118,14 @@ def enter(module: nn.Module, methods: Iterable[str]) -> None:
 
 
 def weight_of(module: nn.Module, name: str) -> Any:
-    """What a module keeps under a weight's name: its ``Parameter``, or the ``ParametrizationList`` that computes it."""
+    """What a module keeps under a weight's name: its ``Parameter``, the ``ParametrizationList`` that computes it, or,
+    of one whose weight only its own library reads, the module."""
     own = module._parameters
     weight = own[name] if name in own else None  # noqa: SIM401 (a ScriptModule's parameters are no dict)
     if weight is None and (lists := module._modules.get("parametrizations")) is not None:
-        weight = lists._modules.get(name)
+        return lists._modules.get(name)
+    if name == "weight" and (weight is None or weight.dtype.itemsize == 1) and is_opaque(module):
+        return module
     return weight
 
 

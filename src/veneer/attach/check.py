@@ -30,6 +30,7 @@ from veneer.attach.lookup import adapters, changes, need_adapters, only_name, pa
 from veneer.attach.recompute import Reads, Recomputed
 from veneer.attach.select import use
 from veneer.attach.state import BASE, STATE, ActiveAdapter
+from veneer.bases import is_opaque
 from veneer.distributed import spread_problem
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.spill import aside
@@ -226,8 +227,10 @@ def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     required = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
-    # the adapter's own (what some variants start from, and do not train) stay, and may be as large as the model
-    fixed = {id(one) for module in model.modules() if isinstance(module, Change) for one in module.buffers()}
+    # the adapter's own (what some variants start from, and do not train) stay, and so do quantised weights that are
+    # buffers: both may be as large as the model
+    large = (module for module in model.modules() if isinstance(module, Change) or is_opaque(module))
+    fixed = {id(one) for module in large for one in module.buffers()}
     buffers = [(buffer, aside(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
     try:
         for parameter in trained:

@@ -227,7 +227,7 @@ def make_change(
         name: partial(_starting, entry, variant.name, name, read) for name, read in {"base": base, **found}.items()
     }
     start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen)
-    device = getattr(weight, "device", None) or entry.storage.dense(weight).device
+    device = entry.storage.device(weight)
     parameters = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
         try:

@@ -153,7 +153,8 @@ class LayerAdapter(nn.Module):
         weight = weight_of(module, reader.weight)
         low, gain = change.resolve(weight)
         x = args[0] if args else next(iter(kwargs.values()))
-        bias = full.get("bias", module._parameters.get("bias"))
+        opaque = change.storage.opaque
+        bias = full.get("bias", getattr(module, "bias", None) if opaque else module._parameters.get("bias"))
         # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
         # right; elsewhere the caller's choice counts
         if now.path == cost_model.MATERIALISED or (gain is not None and layer_state.transposed):
@@ -176,6 +177,8 @@ class LayerAdapter(nn.Module):
         if gain is None and not full and not change.storage.computed:
             plain: Any = view(module, base, {}) if self.entries else module  # whose methods are the base's too
             y = base.forward(plain, *args, **kwargs)
+            if opaque:
+                change.storage.check_gradient(x, y)
         else:
             dense = change.storage.dense(weight)
             dense = dense.to(x.dtype) if x.is_floating_point() else dense

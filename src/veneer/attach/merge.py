@@ -71,8 +71,8 @@ class MergeReport:
         median = sorted(layer.retention for layer in self.layers)[len(self.layers) // 2]
         counts = Counter(layer.rounding for layer in self.layers)
         usual = sorted(layer.nearest for layer in self.layers if layer.rounding == "faithful")
-        beside = f" (to nearest: {usual[len(usual) // 2]:.2%})" if usual else ""
-        words = {"faithful": f"rounded faithfully{beside}", "storage": "rounded as their storage does"}
+        usually = f" (to nearest: {usual[len(usual) // 2]:.2%})" if usual else ""
+        words = {"faithful": f"rounded faithfully{usually}", "storage": "rounded as their storage does"}
         others = "".join(f"; {counts[name]} {text}" for name, text in words.items() if counts[name])
         return (
             f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
@@ -154,9 +154,9 @@ def merge(
 
     Raises:
         ConfigError: another rounding.
-        MergeError: a merged weight would not be finite, an adapter is merged already, this one has values of their own
-            for the names of a tied weight, or the weights are spread over processes. Every weight has the bits that it
-            had before.
+        MergeError: a weight is of a kind that its own library alone writes (GPTQ, AWQ, HQQ, FP8), a merged one would
+            not be finite, an adapter is merged already, this one has values of their own for the names of a tied
+            weight, or the weights are spread over processes. Every weight has the bits that it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
@@ -168,6 +168,10 @@ def merge(
         )
     _must_be_whole(model, "a merge")
     known_rounding(rounding)
+    if opaque := [weight for weight in _stored_weights(model, name) if weight.storage.opaque]:
+        storage: Any = opaque[0].storage
+        paths = listing(weight.where for weight in opaque)
+        raise MergeError(f"Nothing was merged of {name!r} ({paths}). {storage.refusal(opaque[0].target)}")
     return _merge_all(model, attached, name, keep, rounding, dict(inputs or {}))
 
 
@@ -315,7 +319,7 @@ def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, proble
         found = f"{weight.where}, made under torch.inference_mode, which torch lets nobody write outside it"
         problems.append(sentence(found, "a weight that can be written", "merge under torch.inference_mode too"))
         return None
-    if storage.dense_name is None and not has_float64(device := storage.dense(target).device):
+    if storage.dense_name is None and not has_float64(device := storage.device(target)):
         found = f"{weight.where}, a weight that is stored packed, on {device}, which has no float64"
         problems.append(sentence(found, "a device with float64", 'move the model for the merge: model.to("cpu")'))
         return None

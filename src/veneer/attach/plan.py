@@ -144,7 +144,12 @@ class _Planner:
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
         """The targets that can carry an adapter; a warning tells of the others: "all" means all that can."""
         by_identity = holders(self.names)
-        refused: dict[ParamRef, str] = {}
+        without = {path: module for path, module in self.names.modules.items() if kind_of(module) is None}
+        refused = {
+            (path, ""): problem
+            for path, module in without.items()
+            if (problem := refusals.unreadable_problem(path, module))
+        }
         for ref in targets:
             reasons = list(refusals.refusals_of(self.names, ref, by_identity))
             if not reasons and not is_matrix(self.names, ref):

@@ -18,7 +18,7 @@ from veneer.attach.lookup import adapters_of, parameter_path, strangers
 from veneer.attach.state import STATE, LayerState
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
-from veneer.bases import storage_of
+from veneer.bases import storage_of, unreadable
 from veneer.distributed import spread_problem
 from veneer.errors import sentence
 from veneer.layers import LAYERS, Layer, kind_of
@@ -57,6 +57,8 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
     kind, weight = kind_for(module, name), weight_of(module, name)
     shared = "" if holder == target else f" (it shares the weight of target {parameter_path(*target)!r})"
     what = f"{path!r}, a {own_class(module).__name__}{shared}"
+    if problem := unreadable_problem(path, module):
+        return problem
     if weight is None:
         found = f"{what}, whose {name!r} is no parameter (computed by a hook?)"
         return sentence(found, "a parameter, or a parametrization of torch.nn.utils.parametrize", "leave it out")
@@ -74,6 +76,15 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
         return sentence(found, "a floating-point parameter", "load the base in a floating-point dtype, or leave it out")
     reason = kind.refuses(module) or no_place(names, path) or _readers_refuse(names, path, name)
     return sentence(f"{what}: {reason}", "a layer whose adapter takes effect", "leave it out") if reason else None
+
+
+def unreadable_problem(path: str, module: nn.Module) -> str | None:
+    """Why a module with quantised weights cannot carry an adapter, or None if it can, or has none."""
+    said = unreadable(module)
+    if said is None:
+        return None
+    found = f"{path!r}, a {own_class(module).__name__}, {said[0]}"
+    return sentence(found, "weights in a floating-point dtype", f"{said[1]}, or leave it out")
 
 
 def _readers_refuse(names: Names, path: str, name: str) -> str | None:
@@ -130,6 +141,8 @@ def check_full(
             if parameter is None:
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
+            elif problem := None if parameter.is_floating_point() else unreadable_problem(path, module):
+                problems.append(problem)
             elif not parameter.is_floating_point():
                 problems.append(sentence(f"{where} of {parameter.dtype}", "floating point", "leave it out"))
             elif parameter.is_meta and not names.on_meta_device:

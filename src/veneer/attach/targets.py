@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer.attach.adapted_module import walk
+from veneer.bases import is_opaque, unreadable
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
 from veneer.layers import kind_of
@@ -96,9 +97,11 @@ class Names:
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included."""
+    """The names of a module's own parameters, parametrised ones included, and the weight of one that tells nobody what
+    it holds."""
     lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    return [*(name for name, p in module._parameters.items() if p is not None), *lists]
+    own = [name for name, p in module._parameters.items() if p is not None]
+    return [*own, *lists, *(["weight"] if "weight" not in own and is_opaque(module) else ())]
 
 
 def path_test(pattern: str) -> Callable[[str], bool]:
@@ -221,6 +224,8 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             others = listing({type(names.modules[path]).__name__ for path in found})
             what = f"targets pattern {pattern!r} matches {others}, without parameters of their own"
             do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            said = [said for path in found if (said := unreadable(names.modules[path]))]
+            what, do = (f"{what}, {said[0][0]}", f"{said[0][1]}, or leave them out") if said else (what, do)
             problems.append(sentence(what, "modules or parameters", do))
         elif not refs:
             what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"

@@ -42,6 +42,8 @@ def viewed(
     method="forward",
 ) -> Any:
     """The module's own forward (or another method), on a view with a part's changed weights: ``run`` of any part."""
+    if any(change.storage.opaque for change in part.changes.values()):
+        return _on_numbers(part, module, layer_state, args, kwargs)
     function, read_below, full = method_of(base, method), part.below(method), part.replacements(module)
     dtypes = {change.storage.dtype(weight_of(module, name)) for name, change in part.changes.items()}
     narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
@@ -72,6 +74,17 @@ def viewed(
     for entry in made:
         _write_back(*entry)
     return y
+
+
+def _on_numbers(part: Any, module: Any, layer_state: Any, args: tuple, kwargs: dict) -> Tensor:
+    """A linear layer whose own forward reads nothing that could be replaced: its op, on W + ΔW in at least float32."""
+    (x,), full = (*args, *kwargs.values()), part.replacements(module)
+    ((name, dense),) = part.changed(module, wide=True).items()
+    bias = full.get("bias", getattr(module, "bias", None))
+    with no_autocast(x):
+        bias = None if bias is None else widen(bias, dense.dtype)
+        y = layer_state.layer.op(module, widen(x, dense.dtype), dense, bias)
+    return y.to(output_dtype(x, part.changes[name].storage.dtype(module)))
 
 
 def _on_stand_ins(

@@ -1,8 +1,8 @@
 """The contract of a storage: read a frozen weight as dense numbers, and write a merged one back.
 
 A weight is what a module keeps under its name: a ``Parameter`` (plain or packed), or the ``ParametrizationList`` that
-computes it. ``stored`` gives the tensors that hold it, ``decode`` their meaning; a merge writes other tensors of the
-same names, and an unmerge writes the old ones.
+computes it; or the module itself, if it tells nobody (``opaque.py``). ``stored`` gives the tensors that hold it,
+``decode`` their meaning; a merge writes other tensors of the same names, and an unmerge writes the old ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Storage(ABC):
     """One way to store a weight. Final subclasses only, without state."""
 
     name: str
+    #: nothing but the module's own forward reads or writes the weight, which is then the module itself
+    opaque: bool = False
     #: reading the weight is a computation that may change state, so that the module's own forward must not do it
     computed: bool = False
     #: the name under which ``encode`` gives the dense values, rounded to the dtype of the dense weight and nothing
@@ -83,6 +85,10 @@ class Storage(ABC):
     def shape(self, weight: Any) -> torch.Size:
         """The shape of the dense weight."""
         return weight.shape
+
+    def device(self, weight: Any) -> torch.device:
+        """Where the weight lies."""
+        return getattr(weight, "device", None) or self.dense(weight).device
 
     def prepare(self, module: Any) -> None:  # noqa: B027 (most storages have nothing to do)
         """Bring a module's weight into the form that the other methods read; its meaning stays. Done when it is

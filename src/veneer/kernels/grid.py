@@ -37,8 +37,8 @@ class Grid:
         own = own if self.zero is None else own + self.zero
         nearest = torch.bucketize(own, (levels[1:] + levels[:-1]) / 2)
         one = self._numbers(nearest)
-        beside = nearest + ((value - one).sign() * scale.sign()).long()
-        other = self._numbers(beside.clamp_(0, len(levels) - 1))
+        next_one = nearest + ((value - one).sign() * scale.sign()).long()
+        other = self._numbers(next_one.clamp_(0, len(levels) - 1))
         torch.add(one, other, out=mid).mul_(0.5).sub_(value)
         torch.sub(one, other, out=half).mul_(0.5)
 

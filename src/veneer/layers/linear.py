@@ -1,8 +1,8 @@
 """``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with a
-weight that lies transposed, [in, out].
+weight that lies transposed, [in, out]; and the classes of libraries that quantise linear layers.
 
-That class is looked up where it has been imported already: a model that holds one has imported transformers, and
-``import veneer`` must not.
+Others' classes are looked up where they have been imported already: a model that holds one has imported its library,
+and ``import veneer`` must not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor, nn, randn
 from veneer.kernels import reference
 from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
+
+#: linear layers of other libraries that are no ``nn.Linear``
+QUANTISED = (("hqq.core.quantize", "HQQLinear"), ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"))
 
 
 class _Product(Layer):
@@ -55,7 +58,8 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        return (nn.Linear,)
+        found = (getattr(sys.modules.get(module), name, None) for module, name in QUANTISED)
+        return (nn.Linear, *(cls for cls in found if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

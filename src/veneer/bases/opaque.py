@@ -1,0 +1,169 @@
+"""Linear layers that other libraries keep quantised, each in a class with a forward of its own: GPTQ and AWQ by
+gptqmodel, HQQ, FP8 as transformers loads it. Their bytes are their library's affair; a call is all that is asked:
+
+    y = forward(x) + op(x; ΔW)          forward: the module's own, which also passes the gradient on to x
+
+So what a module keeps as its weight is here the module itself, whatever tensors it holds. Where W is asked for as
+numbers (a variant that starts from it, a gain, W + ΔW), forward is run without bias on the rows of the identity:
+
+    W[:, i] = forward(eᵢ)               in the dtype that the module computes in; exact for what quantises W alone
+
+Nothing can be written: a merge is refused, and so is a gradient where forward gives none to x. Rejected: a storage for
+each, as all that they have in common is what is used here, and their layouts change with their kernels (gptqmodel alone
+has 40, some of which pack the weight anew in the first call).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.bases._base import Storage, register
+from veneer.errors import MergeError, TargetError, sentence
+
+#: module and class of each, what it is called, and how to load its base in a floating-point dtype
+LIBRARIES = {
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): ("GPTQ or AWQ", "the checkpoint that was quantised"),
+    ("hqq.core.quantize", "HQQLinear"): ("HQQ", "the checkpoint without HqqConfig"),
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"): ("FP8 of fbgemm", "the checkpoint that was quantised"),
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"): (
+        "FP8 of compressed-tensors", "CompressedTensorsConfig(dequantize=True)",
+    ),
+}  # fmt: skip
+#: the same of modules whose weights nothing but their own forward could read, and that forward is no one product
+EXPERTS = {
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
+    ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"): (
+        "FP8 of fbgemm", "the checkpoint that was quantised",
+    ),
+}  # fmt: skip
+#: columns of W that one call gives
+COLUMNS = 1 << 10
+
+
+def _class(where: tuple[str, str]) -> Any:
+    """A class of a module that has been imported already, as whoever holds an instance has done."""
+    return getattr(sys.modules.get(where[0]), where[1], None)
+
+
+def _below(cls: Any) -> Iterator[Any]:
+    yield cls
+    for below in cls.__subclasses__():
+        if "veneer_base" not in below.__dict__:
+            yield from _below(below)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "veneer_base", type(module))  # of an adapted one, what it was
+
+
+def _kind(module: nn.Module) -> tuple[str, str] | None:
+    """The name of the format and the way out, if a module is one of ``LIBRARIES``."""
+    return next((said for at, said in LIBRARIES.items() if (cls := _class(at)) and isinstance(module, cls)), None)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of which only the forward is known: it is its own weight."""
+    if (cls := _class(("transformers.integrations.finegrained_fp8", "FP8Linear"))) and isinstance(module, cls):
+        weight: Any = module._parameters.get("weight")
+        return weight is not None and weight.element_size() == 1 and _own_class(module).forward is cls.forward
+    return _kind(module) is not None
+
+
+def unreadable(module: nn.Module) -> tuple[str, str] | None:
+    """(what it is, what to do) of a module with quantised weights that cannot carry an adapter. Those of
+    compressed-tensors become dense in the first call of the model, behind a wrapper of forward."""
+    said = next((said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)), None)
+    if said is None and getattr(module, "quantization_scheme", None) is not None:
+        said = "compressed-tensors", "CompressedTensorsConfig(dequantize=True), which takes no more than its first call"
+    if said is None and (kind := _kind(module)) is not None and not is_opaque(module):
+        weight: Any = module._parameters.get("weight")
+        said = kind if weight is not None and weight.element_size() == 1 else None
+    return None if said is None else (f"whose weights are stored as {said[0]}", f"load the base with {said[1]}")
+
+
+@register
+class Opaque(Storage):
+    name = "opaque"
+    opaque = True
+
+    def holds(self, weight: object) -> bool:
+        return isinstance(weight, nn.Module) and is_opaque(weight)
+
+    def stored(self, weight: Any) -> dict[str, Tensor]:
+        return {}
+
+    def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
+        out, in_ = self.shape(weight)
+        forward, device, dtype = _without_bias(weight).forward, self.device(weight), self.dtype(weight)
+        dense = torch.empty(out, in_, dtype=dtype, device=device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for first in range(0, in_, COLUMNS):
+                rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
+                rows[:-1, first:].fill_diagonal_(1)
+                *_, zero = y = forward(rows)  # not of zeros where a kernel has packed the bias too
+                dense[:, first : first + len(rows) - 1] = (y[:-1] - zero).mT
+        return dense
+
+    def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
+        raise MergeError(self.refusal(weight))
+
+    def refusal(self, weight: Any) -> str:
+        """Why nothing can be merged into this weight."""
+        name, do = _kind(weight) or ("quantised", "the checkpoint that was quantised")
+        do = f"load the base in a floating-point dtype ({do}), load the adapter on it and merge there, or leave it"
+        return sentence(f"a weight stored as {name}, which only its own library writes", "numbers to write", do)
+
+    def examples(self) -> Iterator[nn.Module]:
+        if find_spec("hqq") is None:
+            return
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
+
+        for dtype in (torch.float32, torch.bfloat16):
+            config = BaseQuantizeConfig(nbits=4, group_size=64)
+            yield HQQLinear(nn.Linear(64, 32), config, compute_dtype=dtype, device="cpu")
+
+    def dtype(self, weight: Any) -> torch.dtype:
+        """What the module computes in."""
+        own = getattr(weight, "compute_dtype", None)
+        tensors = (getattr(weight, name, None) for name in ("scales", "bias"))
+        return own or next((one.dtype for one in tensors if one is not None), torch.bfloat16)
+
+    def device(self, weight: Any) -> torch.device:
+        return next(tensor.device for tensor in (*weight.buffers(), *weight.parameters()))
+
+    def shape(self, weight: Any) -> torch.Size:
+        return torch.Size((weight.out_features, weight.in_features))
+
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        return tuple(below for at in LIBRARIES if (cls := _class(at)) for below in _below(cls))
+
+    def check_gradient(self, x: Tensor, y: Tensor) -> None:
+        """A forward that cuts the graph would leave all that is trained below it with a wrong gradient, silently.
+
+        Raises:
+            TargetError: y should have a gradient, and has none.
+        """
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            found = "a quantised layer whose forward passes no gradient to its input"
+            do = "train on a base whose kernels do (for GPTQ and AWQ a backend with SUPPORTS_TRAINING, such as torch)"
+            raise TargetError(found, "one that does, below which adapters train", f"{do}, or in 4 bits of bitsandbytes")
+
+
+def _without_bias(module: nn.Module) -> nn.Module:
+    """A second object of a module's own class on the same tensors, but without its bias, wherever that is."""
+    seen = object.__new__(_own_class(module))
+    seen.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers"):
+        own = getattr(module, table)
+        seen.__dict__[table] = {name: None if name == "bias" else value for name, value in own.items()}
+    if "bias" in seen.__dict__:
+        seen.__dict__["bias"] = None
+    return seen.eval()

@@ -1,0 +1,286 @@
+"""Layers that other libraries keep quantised: adapted by their own forward and a product of two thin matrices, never
+merged; in transformers' formats."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from tests.support.quantised import FORMATS, IN, OUT, TRAINABLE, libraries, variants_of  # noqa: F401 (a fixture)
+from tests.support.toys import error, randomise
+from torch import nn
+
+import veneer
+from veneer.attach.adapted_module import weight_of
+from veneer.bases import BASES, storage_of
+from veneer.errors import MergeError, TargetError
+
+CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3}
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(IN, IN), layer
+
+    def forward(self, x):
+        return self.layer(self.first(x))
+
+
+def close(module: nn.Module) -> float:
+    """gptqmodel's own kernels multiply in float16."""
+    return CLOSE[torch.float16 if type(module).__module__.startswith("gptqmodel") else torch.float32]
+
+
+def adapted(made, kind, real, **settings):
+    torch.manual_seed(0)
+    module, dense = made(kind, real=real)
+    handle = veneer.attach(module, veneer.LoraConfig(rank=4, **settings))
+    randomise(handle, 0.1)
+    (change,) = handle.changes.values()
+    return module, dense, handle, change
+
+
+def bias_of(module):
+    return module.bias.detach().double()
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_it_is_its_own_weight_and_reads_as_the_library_means_it(kind, real, libraries):  # noqa: F811
+    module, dense = libraries(kind, real=real)
+    storage = storage_of(weight_of(module, "weight"))
+    assert storage is BASES["opaque"]
+    assert weight_of(module, "weight") is module
+    found = storage.dense(module)
+    assert (found.dtype, found.shape) == (storage.dtype(module), storage.shape(module))
+    assert error(found, dense) <= (2e-3 if found.dtype != torch.float32 else 1e-6)
+    assert [other.name for other in BASES if other.holds(module)] == ["opaque"]
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_a_call_is_the_librarys_and_the_change(kind, real, libraries):  # noqa: F811
+    module, dense, handle, change = adapted(libraries, kind, real)
+    x = torch.randn(5, IN)
+    low, gain = change.exactly(module)
+    assert gain is None
+    delta = low.delta(torch.float64)[0]
+    with torch.no_grad():
+        expected = x.double() @ (dense + delta).mT + bias_of(module)
+        assert error(module(x), expected) <= close(module)
+        plain = handle.model  # the module itself
+        with veneer.use(plain, None):
+            base = module(x)
+        assert error(base, x.double() @ dense.mT + bias_of(module)) <= close(module)
+        assert error(module(x) - base, x.double() @ delta.mT) <= 10 * close(module)
+        assert error(module(input=x) if "fp8" in kind else module(x), expected) <= close(module)
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of(TRAINABLE))
+def test_gradients_are_those_of_the_definition(kind, real, libraries):  # noqa: F811
+    module, dense, _, change = adapted(libraries, kind, real)
+    x = torch.randn(5, IN, requires_grad=True)
+    weights = torch.randn(5, OUT)
+    (module(x) * weights).sum().backward()
+    A, B = (one.detach()[0].double().requires_grad_() for one in (change.A, change.B))
+    seen = x.detach().double().requires_grad_()
+    ((seen @ (dense + change.scale * B @ A).mT + bias_of(module)) * weights).sum().backward()
+    for found, expected in ((x.grad, seen.grad), (change.A.grad[0], A.grad), (change.B.grad[0], B.grad)):
+        assert error(found, expected) <= 2 * close(module)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in TRAINABLE])
+def test_a_forward_that_cuts_the_graph_answers_but_does_not_train_what_is_below(kind, libraries):  # noqa: F811
+    module, *_ = adapted(libraries, kind, False)
+    module(torch.randn(2, IN)).sum().backward()  # nothing below asks for a gradient
+    with pytest.raises(TargetError, match=r"passes no gradient.*Expected.*bitsandbytes"):
+        module(torch.randn(2, IN, requires_grad=True))
+    with torch.no_grad():
+        module(torch.randn(2, IN, requires_grad=True))
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_a_merge_is_refused_with_the_way_out_and_changes_nothing(kind, real, libraries):  # noqa: F811
+    module, _, handle, _ = adapted(libraries, kind, real)
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        before = module(x)
+        for rounding in ("auto", "faithful"):
+            with pytest.raises(MergeError, match=r"Nothing was merged.*floating-point dtype \(.*merge there"):
+                handle.merge(rounding=rounding)
+        assert torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_the_way_out_is_one(kind, real, libraries, tmp_path):  # noqa: F811
+    """The folder loads on a layer in full precision, under the same names, and merges there."""
+    torch.manual_seed(0)
+    module, dense = libraries(kind, real=real)
+    model = Net(module)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=4))
+    randomise(handle, 0.1)
+    assert [*handle.changes] == ["first.weight", "layer.weight"]
+    handle.save(tmp_path / "adapter")
+    low, _ = handle.changes["layer.weight"].exactly(module)
+    again = veneer.load(copied(model), tmp_path / "adapter")
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        assert torch.equal(again.model(x), model(x))
+    full = Net(nn.Linear(IN, OUT))
+    full.load_state_dict({"first.weight": model.first.weight, "first.bias": model.first.bias,
+                          "layer.weight": dense.float(), "layer.bias": bias_of(module).float()})  # fmt: skip
+    with pytest.warns(veneer.UnverifiedAdapter):
+        other = veneer.load(full, tmp_path / "adapter")
+    other.merge()
+    assert error(full.layer.weight, dense + low.delta(torch.float64)[0]) < 1e-6
+
+
+def copied(model):
+    """A copy without its adapters."""
+    other = copy.deepcopy(model)
+    veneer.detach(other)
+    return other
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of(TRAINABLE))
+def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
+    torch.manual_seed(0)
+    module, _ = libraries(kind, real=real)
+    model, own, state = Net(module), type(module), dict(module.__dict__)
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        before = model(x)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=4))
+    report = veneer.check(model, x)
+    assert "layer.weight" in report.weights
+    summary = handle.summary()
+    assert summary.trainable == 4 * (IN + IN) + 4 * (IN + OUT)
+    randomise(handle, 0.1)
+    handle.detach()
+    assert type(module) is own
+    assert module.__dict__.keys() == state.keys()
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_variants_that_read_the_weight_keep_the_bias(kind, real, variant, libraries):  # noqa: F811
+    module, dense, _, change = adapted(libraries, kind, real, variant=variant)
+    x = torch.randn(5, IN)
+    low, gain = change.exactly(module)
+    W = dense + low.delta(torch.float64)[0]
+    W = W if gain is None else W * gain[:, None]
+    with torch.no_grad():
+        assert error(module(x), x.double() @ W.mT + bias_of(module)) <= max(2e-3, close(module))
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_blends_and_rows_of_a_batch(kind, real, libraries):  # noqa: F811
+    torch.manual_seed(0)
+    module, dense = libraries(kind, real=real)
+    handles = {name: veneer.attach(module, veneer.LoraConfig(rank=2), name) for name in "ab"}
+    deltas = {}
+    for name, handle in handles.items():
+        randomise(handle, 0.1)
+        (change,) = handle.changes.values()
+        deltas[name] = change.exactly(module)[0].delta(torch.float64)[0]
+    x, tolerance = torch.randn(3, IN), max(2e-3, close(module))
+    with torch.no_grad():
+        with veneer.use(module, {"a": 0.5, "b": 2.0}):
+            W = dense + 0.5 * deltas["a"] + 2 * deltas["b"]
+            assert error(module(x), x.double() @ W.mT + bias_of(module)) <= tolerance
+        with veneer.use(module, ["b", None, "a"]):
+            found = module(x)
+        for row, name in enumerate(("b", None, "a")):
+            W = dense + (deltas[name] if name else 0)
+            assert error(found[row], x[row].double() @ W.mT + bias_of(module)) <= tolerance
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_copies_are_adapted_too(kind, real, libraries):  # noqa: F811
+    module, _, _, _ = adapted(libraries, kind, real)
+    other = copy.deepcopy(module)
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        expected = module(x)
+        assert torch.equal(other(x), expected)
+        for parameter in module._modules["veneer"].parameters():
+            parameter.zero_()
+        assert torch.equal(other(x), expected)
+        assert not torch.equal(module(x), expected)
+
+
+def test_words_mean_these_layers_too(libraries):  # noqa: F811
+    model = nn.ModuleDict({"q_proj": libraries("gptq")[0], "up": libraries("hqq")[0], "norm": nn.LayerNorm(4)})
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all-linear"))
+    assert [*handle.changes] == ["q_proj.weight", "up.weight"]
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be adapted
+
+
+@pytest.mark.parametrize("targets", ["all", "experts", "experts.gate_up_proj"])
+def test_experts_in_mxfp4_are_refused_with_the_way_out(targets, monkeypatch):
+    """As transformers' loader leaves them: kernels' tensors in the place of parameters, biases beside them."""
+    pytest.importorskip("transformers")
+    from transformers import GptOssConfig
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    settings = {"num_local_experts": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = nn.ModuleDict({"experts": Mxfp4GptOssExperts(GptOssConfig(**settings)), "q_proj": nn.Linear(4, 4)})
+    if targets == "all":
+        with pytest.warns(UserWarning, match=r"MXFP4.*Mxfp4Config\(dequantize=True\)"):
+            handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets))
+        assert "q_proj.weight" in handle.changes
+        return
+    with pytest.raises(TargetError, match=r"MXFP4.*Mxfp4Config\(dequantize=True\)"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets))
+
+
+@pytest.mark.parametrize("state", ["packed", "int8", "called"])
+def test_compressed_tensors_are_refused_with_the_way_out(state):
+    """Compressed, the first call of the model makes dense weights of them: adapted before, they would be lost. Then a
+    wrapper stands in the place of forward."""
+    layer = nn.Linear(32, 16)
+    layer.quantization_scheme, layer.quantization_status = object(), "compressed"
+    if state == "packed":
+        del layer.weight
+        layer.weight_packed = nn.Parameter(torch.zeros(16, 4, dtype=torch.int32), requires_grad=False)
+    elif state == "int8":
+        layer.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
+    else:
+        layer.forward = lambda x: type(layer).forward(layer, x)
+    with pytest.raises(TargetError, match=r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)"):
+        veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2))
+
+
+def test_a_quantised_layer_that_nobody_knows_is_refused():
+    class Strange(nn.Linear):
+        def forward(self, x):
+            return x
+
+    layer = Strange(8, 8)
+    layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TargetError, match=r"Strange, whose weight is stored as Parameter of torch.uint8"):
+        veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2))
+
+
+def test_float8_in_another_forward_than_the_product_is_no_opaque_layer():
+    pytest.importorskip("transformers")
+    from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear
+
+    assert issubclass(FP8GroupedLinear, FP8Linear)
+    grouped = object.__new__(FP8GroupedLinear)
+    nn.Module.__init__(grouped)
+    grouped.weight = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    assert storage_of(weight_of(grouped, "weight")) is None
+    with pytest.raises(TargetError, match=r"FP8.*FineGrainedFP8Config\(dequantize=True\)"):
+        veneer.attach(nn.Sequential(grouped), veneer.LoraConfig(rank=2, targets="0"))
+
+
+def test_a_library_of_that_name_without_the_class_is_no_matter(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", ModuleType("hqq.core.quantize"))
+    assert storage_of(nn.Linear(2, 2).weight) is BASES["plain"]

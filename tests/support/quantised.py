@@ -1,0 +1,243 @@
+"""Linear layers as libraries quantise them for transformers: the libraries' own where they run on this machine, else
+stand-ins with the same module, class, attributes and layout of bytes, whose forward dequantises and multiplies.
+
+    made("gptq") -> (module, W: what its bytes mean, in float64)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IN, OUT, GROUP = 64, 32, 32
+#: by the name of the format, what has to be installed for the library's own
+REAL = {"gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq"}
+#: the library's own classes, whose kernels need a GPU: those are replaced
+KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")
+#: formats whose forward passes a gradient to x
+TRAINABLE = ("gptq", "awq", "hqq", "fp8", "fp8 per tensor")
+FORMATS = (*REAL, *KERNELS)
+
+
+def integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric 4-bit numbers [out, in], scales and zeros [out, in / group] of a weight [out, in]."""
+    blocks = weight.view(len(weight), -1, group)
+    low, high = blocks.amin(2), blocks.amax(2)
+    scale = ((high - low) / 15).half()
+    zero = (-low / scale).round().clamp(0, 15).int()
+    numbers = (blocks / scale[..., None] + zero[..., None]).round().clamp(0, 15).int()
+    return numbers.view_as(weight), scale, zero
+
+
+def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Eight numbers of the last axis in one int32, the number ``order[i]`` in the i-th four bits."""
+    words = torch.zeros(*numbers.shape[:-1], numbers.shape[-1] // 8, dtype=torch.int64)
+    for place, source in enumerate(order):
+        words |= numbers[..., source::8].long() << 4 * place
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    numbers = torch.empty(*words.shape, 8, dtype=torch.int64)
+    for place, source in enumerate(order):
+        numbers[..., source] = words.long() >> 4 * place & 15
+    return numbers.flatten(-2)
+
+
+class BaseQuantLinear(nn.Module):
+    """What the classes of gptqmodel have in common: sizes, and buffers instead of parameters."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group_size = IN, OUT, 4, GROUP
+        self.register_buffer("bias", torch.randn(OUT).half() if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.dequantized().to(x.dtype).mT
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class GptqLinear(BaseQuantLinear):
+    """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in]."""
+
+    def __init__(self, weight: Tensor, bias: bool) -> None:
+        super().__init__(bias)
+        numbers, scale, zero = integers(weight, GROUP)
+        self.register_buffer("qweight", packed(numbers).mT.contiguous())
+        self.register_buffer("qzeros", packed(zero.mT))
+        self.register_buffer("scales", scale.mT.contiguous())
+        self.register_buffer("g_idx", torch.arange(IN) // GROUP)
+
+    def dequantized(self) -> Tensor:
+        zeros, numbers = unpacked(self.qzeros)[self.g_idx], unpacked(self.qweight.mT).mT  # [in, out]
+        return ((numbers - zeros) * self.scales[self.g_idx]).mT
+
+
+class AwqLinear(BaseQuantLinear):
+    """qweight [in, out / 8], qzeros [groups, out / 8], both in AWQ's order; scales [groups, out]."""
+
+    ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def __init__(self, weight: Tensor, bias: bool) -> None:
+        super().__init__(bias)
+        numbers, scale, zero = integers(weight, GROUP)
+        self.register_buffer("qweight", packed(numbers.mT, self.ORDER))
+        self.register_buffer("qzeros", packed(zero.mT, self.ORDER))
+        self.register_buffer("scales", scale.mT.contiguous())
+
+    def dequantized(self) -> Tensor:
+        zeros, numbers = unpacked(self.qzeros, self.ORDER), unpacked(self.qweight, self.ORDER)
+        groups = torch.arange(IN) // GROUP
+        return ((numbers - zeros[groups]) * self.scales[groups]).mT
+
+
+class HQQLinear(nn.Module):
+    """W_q holds two numbers a byte, the first half of the groups in the upper four bits; what they mean is in ``meta``,
+    and the bias is no parameter."""
+
+    def __init__(self, weight: Tensor, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.compute_dtype, self.device = IN, OUT, torch.float32, "cpu"
+        numbers, scale, zero = integers(weight, GROUP)
+        upper, lower = numbers.view(-1, GROUP).to(torch.uint8).chunk(2)
+        self.W_q = nn.Parameter(upper << 4 | lower, requires_grad=False)
+        self.meta = {"scale": scale.float().view(-1, 1), "zero": zero.float().view(-1, 1), "shape": weight.shape}
+        self.bias = torch.randn(OUT) if bias else None
+
+    def dequantize(self) -> Tensor:
+        numbers = torch.cat([self.W_q >> 4, self.W_q & 15]).float()
+        return ((numbers - self.meta["zero"]) * self.meta["scale"]).view(self.meta["shape"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.dequantize().to(x.dtype).mT
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+@torch.no_grad()
+def _gptqmodel(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
+    """The library's own, packed by it, and what it says that this means."""
+    linear = nn.Linear(IN, OUT, bias=bias)
+    linear.weight.data = weight
+    _, scale, zero = integers(weight, GROUP)
+    settings = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": False, "in_features": IN, "out_features": OUT}
+    if kind == "awq":
+        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear  # pyright: ignore[reportMissingImports]
+
+        made = AwqTorchLinear(**settings, bias=bias)
+        made.pack(linear, scale, zero)
+        made.post_init()
+        return made, made._dequantize_weight_for_inference(torch.zeros(1, IN), dtype=torch.float16).mT
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # pyright: ignore[reportMissingImports]
+
+    made = TorchLinear(**settings, bias=bias)
+    made.pack_block(linear, scale, zero, torch.arange(IN, dtype=torch.int32) // GROUP)
+    made.post_init()
+    return made, made.dequantize_weight().mT
+
+
+@torch.no_grad()
+def _hqq(weight: Tensor, bias: bool) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
+
+    linear = nn.Linear(IN, OUT, bias=bias)
+    linear.weight.data = weight
+    config = BaseQuantizeConfig(nbits=4, group_size=GROUP)
+    return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+
+
+def _float8(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
+    """transformers' own classes, as its loader leaves them, and what they hold."""
+    from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
+    from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    blocks = (16, 32) if kind == "fp8" else (OUT, IN) if kind == "fp8 per tensor" else (1, IN)
+    grid = weight.view(OUT // blocks[0], blocks[0], IN // blocks[1], blocks[1])
+    scale = grid.abs().amax((1, 3)) / 448
+    bytes_ = (grid / scale[:, None, :, None]).view(OUT, IN).to(torch.float8_e4m3fn)
+    dense = (bytes_.float().view_as(grid) * scale[:, None, :, None]).view(OUT, IN)
+    if kind == "fbgemm":
+        made: nn.Module = FbgemmFp8Linear(IN, OUT, bias)
+        made.weight_scale.data = scale
+    elif kind == "compressed-tensors fp8":
+        made = CompressedTensorsFP8Linear(IN, OUT, bias)
+        made.weight_scale.data = scale.mT.contiguous()
+    else:
+        made = FP8Linear(IN, OUT, blocks if kind == "fp8" else None, has_bias=bias)
+        made.weight_scale_inv.data = scale if kind == "fp8" else scale.view(())
+    made.weight.data = bytes_
+    if bias:
+        made.bias.data = torch.randn(OUT)
+    return made, dense
+
+
+@torch.no_grad()
+def _multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a kernel without a gradient, with scales that lie beside the weight's rows."""
+    return F.linear(x.float(), weight.float() * scale.float().view(-1, 1), bias).to(x.dtype)
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, Tensor]]:
+    """``made(kind, bias=True, real=False)``: a module of a format, and what its weight means in float64."""
+
+    def fp8_linear(x, weight, scale, block, bias=None, activation_scale=None, allow_deepgemm=True):
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        return F.linear(x, _dequantize_fp8_weight(weight, scale, block, x.dtype), bias)
+
+    def stand_in(kind: str) -> None:
+        if kind in KERNELS:
+            import transformers.integrations.compressed_tensors as tensors
+            import transformers.integrations.fbgemm_fp8 as fbgemm
+            import transformers.integrations.finegrained_fp8 as fine
+
+            monkeypatch.setattr(fine, "fp8_linear", fp8_linear)
+            whole = lambda x, scale_ub=None: (x, torch.ones(len(x)))  # noqa: E731 (rows that are not rounded)
+            monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", whole, raising=False)
+            monkeypatch.setattr(tensors, "quantize_fp8_per_row", whole, raising=False)
+            rowwise = lambda x, w, sx, sw, **_: _multiplied(x, w, sw, None)  # noqa: E731
+            monkeypatch.setattr(torch.ops, "fbgemm", SimpleNamespace(f8f8bf16_rowwise=rowwise), raising=False)
+            product = lambda x, w, scale_a, scale_b, out_dtype, bias: _multiplied(x, w.mT, scale_b, bias)  # noqa: E731
+            monkeypatch.setattr(tensors, "_scaled_mm_rowwise", product)
+            return
+        where, cls = ("hqq.core.quantize", HQQLinear) if kind == "hqq" else (
+            "gptqmodel.nn_modules.qlinear", BaseQuantLinear)  # fmt: skip
+        module = ModuleType(where)
+        setattr(module, cls.__name__, cls)
+        monkeypatch.setitem(sys.modules, where, module)
+
+    def made(kind: str, bias: bool = True, real: bool = False) -> tuple[nn.Module, Tensor]:
+        weight = torch.randn(OUT, IN) * 0.1
+        if not real:
+            stand_in(kind)
+        if kind in KERNELS:
+            module, dense = _float8(weight, bias, kind)
+        elif kind == "hqq":
+            module = _hqq(weight, bias) if real else HQQLinear(weight, bias)
+            dense = module.dequantize()
+        elif real:
+            module, dense = _gptqmodel(weight, bias, kind)
+        else:
+            module = GptqLinear(weight, bias) if kind == "gptq" else AwqLinear(weight, bias)
+            dense = module.dequantized()
+        return module, dense.double()
+
+    return made
+
+
+def variants_of(kinds: tuple[str, ...] = FORMATS) -> list:
+    """Each format by a stand-in, and by its library where that is installed."""
+    cells = [pytest.param(kind, False, id=f"{kind}-stand-in" if kind in REAL else kind) for kind in kinds]
+    for kind in kinds:
+        if kind in REAL:
+            lacking = pytest.mark.skipif(find_spec(REAL[kind]) is None, reason=f"{REAL[kind]} is not installed")
+            cells.append(pytest.param(kind, True, id=f"{kind}-{REAL[kind]}", marks=lacking))
+    return cells
