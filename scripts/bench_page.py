@@ -23,7 +23,7 @@ PROGRAMS = {
     "merge_fidelity": "merge_fidelity", "merge": "merge", "mixed": "mixed", "engine": "engine", "serve": "serve",
     "serve_cold": "serve", "serve_vanish": "serve",
 }  # fmt: skip
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 #: rows of the summary's first table, and how they are called there
 STEP_ROWS = {
     "full fine-tuning": "full fine-tuning",
@@ -280,6 +280,9 @@ def page() -> str:
         for group in _groups(result["cases"]):
             lines += _case_tables(name, group)
         lines += _merged_adapters(result.get("adapters", []))
+        if result.get("grids"):
+            lines += ["Quantised weights, from which ΔW starts; the time is the whole merge's.", ""]
+            lines += [*_roundings(result["grids"]), "", *_merged_grids(result["grid_adapters"])]
         if "calls" in result:
             text = ", ".join(f"{who} {count}" for who, count in result["calls"].items())
             lines += [f"Python calls in a forward of one `nn.Linear`: {text}.", ""]
@@ -473,12 +476,29 @@ def _roundings(cases: list[Mapping[str, Any]]) -> list[str]:
         setting = case["setting"]
         for number, name in enumerate(ways):
             row = case["rows"][name]
-            what = [setting["shape"], SHORT.get(setting["dtype"], "fp16"), f"{setting['size']:.0e}"]
+            what = [setting["shape"], SHORT.get(setting["dtype"], setting["dtype"]), f"{setting['size']:.0e}"]
             numbers = [f"{row['retention']:.3f}", *(f"{row[key]:.2%}" for key in ("inside", "outside"))]
             rows.append([*(what if number == 0 else [""] * 3), name, *numbers, f"{row['nanoseconds']:.1f}"])
     head = ["weight", "dtype", "‖ΔW‖ / ‖W‖", "rounding", "kept", "error on A's rows", "on random inputs", "ns a number"]
     lead = "Errors are relative to what ΔW adds to the output; `kept` is the slope of W' - W over ΔW."
     return [lead, "", *table(head, rows)]
+
+
+def _merged_grids(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of a base in 4 bits into which an adapter is merged."""
+    lines = []
+    for case in cases:
+        setting, own = case["setting"], case["rows"]["adapter"]["loss"]
+        rows = [
+            [name, f"{row['loss']:.4f}", f"{row['loss'] / own - 1:+.2%}", f"{row['right']:.1%}",
+             f"{row['divergence']:.5f}", f"{case['kept'][name]:.3f}" if name in case["kept"] else "–"]
+            for name, row in case["rows"].items()
+        ]  # fmt: skip
+        task, rate, steps = setting["task"], setting["rate"], setting["steps"]
+        lead = f"{task}, rate {rate:.0e}, {steps} steps; ‖ΔW‖ is {setting['size']:.1e} of ‖W‖ (median)."
+        head = ["", "held-out loss", "against the adapter", "tokens right", "divergence", "kept (median)"]
+        lines += [lead, "", *table(head, rows), ""]
+    return lines
 
 
 def _merged_adapters(cases: Sequence[Mapping[str, Any]]) -> list[str]:

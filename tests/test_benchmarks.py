@@ -297,6 +297,12 @@ def test_merge_fidelity(recorded):
     ]  # fmt: skip
     assert late["rows"]["adapter"]["divergence"] == 0
     assert late["rows"]["adapter"]["loss"] < late["rows"]["base"]["loss"]
+    (grid,) = result["grids"]
+    assert grid["rows"]["nearest"]["retention"] < 0.3 < 0.8 < grid["rows"]["faithful"]["retention"]
+    assert [case["setting"]["steps"] for case in result["grid_adapters"]] == [1, 2]
+    for case in result["grid_adapters"]:
+        assert list(case["rows"]) == ["base", "adapter", "nearest", "faithful"]
+        assert case["rows"]["adapter"]["divergence"] == 0
 
 
 def test_merge(recorded):

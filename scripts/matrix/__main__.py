@@ -25,7 +25,9 @@ def run(only: list[str], jobs: int) -> tuple[str, str]:
     from .storages import of_storage
 
     layers, storages = (
-        [name for name in names if not only or name in only] for names in (LAYERS.names(), BASES.names())
+        [name for name in names if not only or name in only]
+        # of those that only their libraries' forwards read: docs/quantised-bases.md
+        for names in (LAYERS.names(), [storage.name for storage in BASES if not storage.opaque])
     )
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=silence) as pool:
         running = {name: pool.submit(of_layer, name) for name in sorted(layers, key=lambda name: name not in LONG)}

@@ -101,8 +101,9 @@ outputs when it runs on them one by one.
 STORAGE_NOTES = """
 Here **exact** has the accuracy of the numbers that a layer computes with: outputs within 1e-10 in float64, 1e-6 in
 float32, 6e-4 in float16 and 5e-3 in bfloat16, gradients within twice that. **To its grid** means that the merged weight
-is rounded to what the storage can hold, which is less than a change needs: a merge keeps a part of it. An adapter that
-is left unmerged keeps all.
+is rounded to what the storage can hold, which is less than a change needs: here each number to the nearest, which keeps
+a part of it (`rounding="faithful"` keeps what the adapter reads). An adapter that is left unmerged keeps all. Bases of
+other libraries: [quantised-bases.md](quantised-bases.md).
 """
 
 

@@ -156,6 +156,8 @@ def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
     report = veneer.check(model, x)
     assert "layer.weight" in report.weights
     summary = handle.summary()
+    said = {"gptq": "GPTQ or AWQ", "awq": "GPTQ or AWQ", "hqq": "HQQ"}.get(kind, "FP8")
+    assert f"linear ({said}), lora" in str(summary)
     assert summary.trainable == 4 * (IN + IN) + 4 * (IN + OUT)
     randomise(handle, 0.1)
     handle.detach()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters, changes, only_name, unwrap
 from veneer.kernels import cost_model
 
@@ -63,8 +64,9 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
             entry[1] += sum(p.numel() for p in own)
             entry[2] += sum(p.numel() * p.element_size() for p in own)
 
-    for _, _, _, change in changes(model, name):
-        count(f"{change.layer.name}, {change.variant.name}", change.parameters())
+    for _, module, weight, change in changes(model, name):
+        stored = "" if change.storage.name == "plain" else f" ({change.storage.label(weight_of(module, weight))})"
+        count(f"{change.layer.name}{stored}, {change.variant.name}", change.parameters())
     for _, _, part in adapters(model, name):
         count("trained in full", part.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())

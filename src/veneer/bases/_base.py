@@ -86,6 +86,10 @@ class Storage(ABC):
         """The shape of the dense weight."""
         return weight.shape
 
+    def label(self, weight: Any) -> str:
+        """What people call this way to store a weight."""
+        return self.name
+
     def device(self, weight: Any) -> torch.device:
         """Where the weight lies."""
         return getattr(weight, "device", None) or self.dense(weight).device

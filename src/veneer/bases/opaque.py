@@ -130,6 +130,9 @@ class Opaque(Storage):
             config = BaseQuantizeConfig(nbits=4, group_size=64)
             yield HQQLinear(nn.Linear(64, 32), config, compute_dtype=dtype, device="cpu")
 
+    def label(self, weight: Any) -> str:
+        return (_kind(weight) or (self.name, ""))[0]
+
     def dtype(self, weight: Any) -> torch.dtype:
         """What the module computes in."""
         own = getattr(weight, "compute_dtype", None)
