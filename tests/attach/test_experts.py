@@ -187,6 +187,25 @@ def test_a_step_keeps_little_more_than_the_bases():
     del held
 
 
+def test_an_eager_step_keeps_tokens_once_and_products_as_their_factors():
+    """What is seen by the nodes themselves: hooks would have products kept as they are."""
+    _, module = attached("qwen3_moe", "eager", torch.float32)
+    hidden, index, weights = inputs_for(module, torch.float32, tokens=64)
+    x = hidden.clone().requires_grad_() * 1
+    nodes, held, owned = [module(x, index, weights).grad_fn], {}, set()
+    for node in nodes:  # grows
+        nodes.extend(after for after, _ in node.next_functions if after is not None and after not in nodes)
+        place = owned if "Grouped" not in node.name() else held
+        kept = node.saved_tensors if place is held else [getattr(node, f"_saved_{s}", None) for s in ("self", "other")]
+        for value in kept:
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                (place.setdefault(value.untyped_storage().data_ptr(), value) if place is held else
+                 place.add(value.untyped_storage().data_ptr()))  # fmt: skip
+    stacks = {value.untyped_storage().data_ptr() for value in module.parameters()}
+    more = [value for at, value in held.items() if at not in owned | stacks and value.is_floating_point()]
+    assert [value.data_ptr() for value in more] == [x.data_ptr()]
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_a_blend_is_one_change_of_more_ranks(dtype):
     model, module = attached("qwen3_moe", "grouped_mm", dtype)

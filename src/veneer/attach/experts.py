@@ -302,9 +302,8 @@ def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None =
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _autocast(x):
         recorded = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad)
-        if recorded and x.ndim == 2 and bias is None and x.is_cpu and x.dtype.itemsize < 4:
-            # torch prepares a 16-bit product anew for each number of rows, of which experts have many
-            return grouped.linear(x, W[None], A[None], B[None], scale, grouped.segments((len(x),), len(x)))
+        if recorded and x.ndim == 2 and bias is None and x.is_cpu:  # of which a call has many, with few rows each
+            return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
         return (fused.linear if recorded else fused.unrecorded)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
     low = LowRank(A, B, scale) if _autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)

@@ -15,8 +15,8 @@ Rejected: gathering A and B for each row. For a batch of training that is more m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torch import Tensor
 from veneer.kernels import compiled, has_tiles, reference
 from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.compiled.switch import on
+
+_C: Any = torch._C
 
 #: alignment of rows in torch's grouped products on a GPU, in bytes
 ALIGNED = 16
@@ -68,15 +70,16 @@ def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
 
 
 def linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments, source: Tensor | None = None
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None, source: Tensor | None = None
 ) -> Tensor:
     """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and B. On a processor.
 
     Args:
+        where: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in], [r, in], [out, r].
         source: a tensor that x may be rows of; then its rows are saved in place of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _Grouped.apply(scale, where, source, x, weight, A, B)  # pyright: ignore[reportReturnType]
+        return _apply(scale, where, source, x, weight, A, B)
     return _forward(scale, where, x, weight, A, B)
 
 
@@ -95,64 +98,80 @@ def _aligned(factor: Tensor, axis: int) -> Tensor:
     return F.pad(factor, (0, lacks) if axis == 2 else (0, 0, 0, lacks)) if lacks else factor
 
 
-def definition(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments) -> Tensor:
+def definition(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None) -> Tensor:
     """What ``linear`` must equal, by operations that have derivatives of any order."""
+    if where is None:
+        return reference.matmul_update(x, A.to(x.dtype), B.to(x.dtype), scale, F.linear(x, weight))
     ys = [x.new_zeros(x.shape[0] - where.rows, weight.shape[1])]
     for (matrix, *_), piece in reversed([*zip(where.bounds, x.split_with_sizes(where.sizes), strict=False)]):
-        down, up = A[matrix].to(x.dtype), B[matrix].to(x.dtype)
-        ys.insert(0, reference.matmul_update(piece, down, up, scale, F.linear(piece, weight[matrix])))
+        ys.insert(0, definition(piece, weight[matrix], A[matrix], B[matrix], scale, None))
     return torch.cat(ys)
 
 
-def _forward(scale: float, where: Segments, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _forward(scale: float, where: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     y = compiled.expert_change(x, A, B, scale, where)
     if y is None:
-        y = x.new_empty(x.shape[0], weight.shape[1])
+        y = x.new_empty(x.shape[0], weight.shape[-2])
         down, up = A.to(x.dtype), B.to(x.dtype)
-        for (matrix, *_), piece, place in zip(
-            where.bounds, x.split_with_sizes(where.sizes), y.split_with_sizes(where.sizes), strict=False
-        ):
-            h = piece @ down[matrix].mT
+        for piece, place, (one, other) in _pieces(where, (x, y), (down, up)):
+            h = piece @ one.mT
             h *= scale
-            torch.mm(h, up[matrix].mT, out=place)
+            torch.mm(h, other.mT, out=place)
     return _added(y, x, weight, where)
 
 
-def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments) -> Tensor:
+def _pieces(where: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]) -> Iterator[Any]:
+    """Of each matrix that rows meet, these rows of the first tensors and itself in the others, as a tuple."""
+    if where is None:
+        yield *rows, stacks
+        return
+    parts = (one.split_with_sizes(where.sizes) for one in rows)
+    for (matrix, *_), *own in zip(where.bounds, *parts, strict=False):
+        yield *own, [stack[matrix] for stack in stacks]
+
+
+def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments | None) -> Tensor:
     """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
-    vectors = part.dtype is torch.bfloat16 and weight.stride(2) == 1 and has_tiles()
-    pieces = x.split_with_sizes(where.sizes), part.split_with_sizes(where.sizes)
-    for (matrix, first, last), rows, place in zip(where.bounds, *pieces, strict=False):
-        if vectors and last - first == 1:
-            place[0].addmv_(weight[matrix], rows[0])
+    vectors = part.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_tiles()
+    if where is None and not (vectors and len(x) == 1):
+        return part.addmm_(x, weight.mT)
+    for rows, place, (matrix,) in _pieces(where, (x, part), (weight,)):
+        if vectors and len(rows) == 1:
+            place[0].addmv_(matrix, rows[0])
         else:
-            place.addmm_(rows, weight[matrix].mT)
-    if where.sizes[-1]:
+            place.addmm_(rows, matrix.mT)
+    if where is not None and where.sizes[-1]:
         part[where.rows :] = 0
     return part
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale: float, where: Segments, source: Tensor | None, x, weight, A, B):
+    def forward(ctx: Any, scale: float, where: Segments | None, source: Tensor | None, x, weight, A, B):
         ctx.scale, ctx.where = scale, where
-        index = _picked(x, source)
+        index = _picked(x, source, where is None)
         if index is not None:
             ctx.gate = None
             ctx.save_for_backward(source, None, None, index, weight, A, B)
         else:
-            *made_of, ctx.gate = kept(x)
+            *made_of, ctx.gate = kept(x, where is None)
             ctx.save_for_backward(*made_of, None, weight, A, B)
         return _forward(scale, where, x, weight, A, B)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not _C._is_any_autocast_enabled():  # to turn off what is off takes as long as a thin product
+            return _backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
 
 
-def _picked(x: Tensor, source: Tensor | None) -> Tensor | None:
-    """The rows of ``source`` that x is, if its node says so and they are fewer."""
+# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``eager``).
+_apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
+
+
+def _picked(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
+    """The rows of ``source`` that x is, if its node says so, and those of ``source`` are fewer or picked ``often``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
         return None
@@ -162,7 +181,7 @@ def _picked(x: Tensor, source: Tensor | None) -> Tensor | None:
         picks = node._saved_indices
     except RuntimeError:  # a backward has freed them
         return None
-    fewer = len(picks) == 1 and picks[0] is not None and picks[0].dim() == 1 and len(source) < len(x)
+    fewer = len(picks) == 1 and picks[0] is not None and picks[0].dim() == 1 and (often or len(source) < len(x))
     return picks[0] if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:] else None
 
 
@@ -171,35 +190,37 @@ def _backward(ctx: Any, dy: Tensor):
     scale, where = ctx.scale, ctx.where
     need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
     saved = SavedInput(first, second, third, ctx.gate)
-    x = again(saved, need_x) if index is None else first.index_select(0, index)
+    x = again(saved, need_x) if index is None else first
     if torch.is_grad_enabled():
+        x = x if index is None else x[index]
         return _differentiable(ctx, x, weight, A, B, dy)
     dy = dy.contiguous()
-    dx, dA, dB = _thin_gradients(scale, where, x, dy, A, B, need_x, need_A or need_B)
+    dx, dA, dB = _thin_gradients(scale, where, x, index, dy, A, B, need_x, need_A or need_B)
     if need_x:
         _added(dx, dy, weight.mT, where)
     return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
-def _thin_gradients(scale: float, where: Segments, x, dy, A, B, need_x: bool, need_factors: bool) -> Any:
+def _thin_gradients(scale: float, where: Segments | None, x, index, dy, A, B, need_x: bool, need_factors: bool) -> Any:
     """(s dy B A [S, in], that of A, that of B)."""
-    found = compiled.expert_gradients(x, dy, A, B, scale, where, need_x, need_factors)
+    found = compiled.expert_gradients(x, index, dy, A, B, scale, where, need_x, need_factors)
     if found is not None:
         return found
+    x = x if index is None else x[index]
     down, up = A.to(x.dtype), B.to(x.dtype)
-    dx = torch.empty_like(x) if need_x else None
-    dA, dB = (torch.zeros_like(down), torch.zeros_like(up)) if need_factors else (None, None)
-    for matrix, first, last in where.bounds:
-        rows, carried = x[first:last], dy[first:last]
-        u = carried @ up[matrix]
+    dx, factors = torch.empty_like(x), (torch.zeros_like(down), torch.zeros_like(up))
+    for rows, carried, to, (one, other, d_one, d_other) in _pieces(where, (x, dy, dx), (down, up, *factors)):
+        u = carried @ other
         u *= scale
-        if dx is not None:
-            torch.mm(u, down[matrix], out=dx[first:last])
-        if dA is not None and dB is not None:
-            h = rows @ down[matrix].mT
+        if need_x:
+            torch.mm(u, one, out=to)
+        if need_factors:
+            h = rows @ one.mT
             h *= scale
-            dA[matrix], dB[matrix] = u.mT @ rows, carried.mT @ h
-    return dx, *(None if one is None else one.to(like.dtype) for one, like in ((dA, A), (dB, B)))
+            d_one.copy_(u.mT @ rows)
+            d_other.copy_(carried.mT @ h)
+    dA, dB = factors
+    return dx if need_x else None, dA.to(A.dtype), dB.to(B.dtype)
 
 
 def _differentiable(ctx: Any, x, weight, A, B, dy):

@@ -71,15 +71,18 @@ def expert_change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> 
 
 
 def expert_gradients(
-    x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool, need_factors: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-    """The gradients of ``expert_change`` by x, A and B, given dy [S, out]; None for those that are not needed."""
+    x: Tensor, picks: Tensor | None, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool,
+    need_factors: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    """The gradients of ``expert_change`` by x (or its rows ``picks``), A and B, given dy [S, out]; None for those that
+    are not needed."""
     loops = _experts(x, A, B, where)
-    return None if loops is None else loops.gradients(x, dy, A, B, scale, where, need_x, need_factors)
+    return None if loops is None else loops.gradients(x, picks, dy, A, B, scale, where, need_x, need_factors)
 
 
 def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
-    if not where.bounds or not on("expert_rows") or torch.get_num_threads() > THREADS:
+    nothing = not len(x) if where is None else not where.bounds
+    if nothing or not on("expert_rows") or torch.get_num_threads() > THREADS:
         return None
     loops = _module("expert_rows")
     return loops if loops.able(x, A, B) else None

@@ -58,15 +58,16 @@ class SavedInput(NamedTuple):
     gate: Gate | None = None
 
 
-def kept(x: Tensor) -> SavedInput:
-    """What to keep of an x that is read by a function with a graph."""
+def kept(x: Tensor, piece: bool = False) -> SavedInput:
+    """What to keep of an x that is read by a function with a graph. ``piece``: it is one of many small ones, which
+    together are worth what one of them is not; a gate is not, as it takes longer than the product."""
     node: Any = x.grad_fn
-    if node is None or x.numel() <= MANY or not on("saved_inputs") or node.name() != "MulBackward0":
+    if node is None or not (piece or x.numel() > MANY) or not on("saved_inputs") or node.name() != "MulBackward0":
         return SavedInput(x)
     if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return SavedInput(x)  # checkpointing would compute what autograd keeps again to show it
     try:
-        found = _factors(node, x)
+        found = _plain_factors(node, x) if piece and x.numel() <= MANY else _factors(node, x)
     except RuntimeError:  # a backward has freed them, or they have been written to since
         return SavedInput(x)
     return SavedInput(x) if found is None else found
@@ -85,6 +86,12 @@ def again(one: SavedInput, passed: bool) -> Tensor:
     if third is not None:
         made = made * third if torch.is_grad_enabled() else made.mul_(third)
     return made
+
+
+def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
+    one, other = _saved(node, 0), _saved(node, 1)
+    whole = one is not None and other is not None and one.shape == other.shape == x.shape
+    return SavedInput(one, other) if whole and one.dtype == other.dtype == x.dtype else None
 
 
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
