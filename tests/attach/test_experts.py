@@ -187,6 +187,7 @@ def test_a_step_keeps_little_more_than_the_bases():
     del held
 
 
+@needs_loop("saved_inputs")
 def test_an_eager_step_keeps_tokens_once_and_products_as_their_factors():
     """What is seen by the nodes themselves: hooks would have products kept as they are."""
     _, module = attached("qwen3_moe", "eager", torch.float32)
