@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and a lookup would only wait
 
@@ -21,7 +22,7 @@ import veneer
 from demo import pronounce, report
 from veneer import models
 from veneer.attach.summary import size
-from veneer.train.config import TrainConfig
+from veneer.train.config import TrainConfig, make_config
 from veneer.train.generate import generate
 from veneer.train.run import fit
 
@@ -51,22 +52,7 @@ def main() -> int:
 
     step("Training")
     result = fit(
-        TrainConfig(
-            base=BASE,
-            data=str(OUT / "train.jsonl"),
-            eval_data=str(OUT / "watched.jsonl"),
-            output=OUT / "run",
-            attention="eager",
-            rank=8,
-            alpha=16,
-            learning_rate=4e-3,
-            schedule="cosine",
-            warmup=0.05,
-            batch_size=24,
-            max_steps=240,
-            eval_every=60,
-            save_every=120,
-        ),
+        settings(OUT / "run", data=str(OUT / "train.jsonl"), eval_data=str(OUT / "watched.jsonl")),
         console=console,
     )
     if result.interrupted:
@@ -151,6 +137,15 @@ def main() -> int:
         console.print(f"  {command}", highlight=False, soft_wrap=True)
     console.print(f'  peft.PeftModel.from_pretrained(model, "{result.adapter}")  # PEFT loads it too', highlight=False)
     return 0
+
+
+def settings(output: Path, **changes: Any) -> TrainConfig:
+    """The demo's recipe. ``changes``: other fields, or other values of these."""
+    recipe: dict[str, Any] = {
+        "base": BASE, "attention": "eager", "rank": 8, "alpha": 16, "learning_rate": 4e-3, "schedule": "cosine",
+        "warmup": 0.05, "batch_size": 24, "max_steps": 240, "eval_every": 60, "save_every": 120,
+    }  # fmt: skip
+    return make_config({**recipe, "output": output, **changes})
 
 
 def step(what: str) -> None:

@@ -14,6 +14,7 @@ from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
 from veneer.fileio.hashing import kind_in, prints_in
 from veneer.formats import peft
+from veneer.models.quantize import sources_of
 
 
 class UnverifiedAdapter(UserWarning):
@@ -32,7 +33,9 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
         lacking = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
         for tensor, fingerprint in zip(lacking, fingerprints_of(lacking, kind=kind), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
-    different = [name for name, expected in recorded.items() if fingerprints.get(name, expected) != expected]
+    sources = sources_of(names.model)  # a weight that was quantised as it was loaded goes by that of the file, too
+    own = {name: (found, sources.get(found)) for name, found in fingerprints.items()}
+    different = [name for name, expected in recorded.items() if expected not in own.get(name, (expected,))]
     if different:
         raise BaseMismatchError(_another_base(saved, different))
     lacking = [name for name in recorded if name not in fingerprints]
@@ -70,6 +73,9 @@ def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:
     found = f"other weights in {' and '.join(parts)}"
     expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
     do = "load that base, or pass verify_base=False if these are the same weights in another precision"
+    if (quantised := record.get("quantized")) and not quantised.get("original"):
+        expected += f", quantised by {quantised.get('by')} ({quantised.get('as', 'as its config says')})"
+        do += "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
     lost = [name for name in record.get("fresh", ()) if name in different]
     if lost:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))

@@ -26,6 +26,7 @@ from veneer.attach.targets import Names
 from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import digest, hash_json
+from veneer.models.quantize import quantization_in, sources_of
 from veneer.variants import VARIANTS
 
 
@@ -154,6 +155,7 @@ def _content(
         "base": {
             "name": base_name,
             "architecture": own_class(model).__name__,
+            **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, {at: held for at, (held, _) in weights.items()}, fingerprints),
         },
         "changes": {at: _described(change) for at, (_, change) in weights.items()},
@@ -188,7 +190,8 @@ def _proof(
     def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
         if fingerprints is not None:
             return [next((fingerprints[at] for at in tensor.names if at in fingerprints), None) for tensor in tensors]
-        return fingerprints_of(tensors, kept_bits(model))
+        sources = sources_of(model)
+        return [sources.get(own, own) for own in fingerprints_of(tensors, kept_bits(model))]
 
     unknown = [at for at, held in weights.items() if id(held) in gone]
     if unknown:

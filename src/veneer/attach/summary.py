@@ -10,6 +10,7 @@ from torch import nn
 
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters, changes, only_name, unwrap
+from veneer.bases import storage_of
 from veneer.kernels import cost_model
 
 
@@ -70,8 +71,14 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     for _, _, part in adapters(model, name):
         count("trained in full", part.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
-    total = sum(p.numel() for path, p in model.named_parameters() if "veneer" not in path.split("."))
+    total = sum(_numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split("."))
     return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows))
+
+
+def _numbers(weight: nn.Parameter) -> int:
+    """How many numbers a weight means, of which a packed one keeps several in an element."""
+    storage = storage_of(weight)
+    return weight.numel() if storage is None else storage.shape(weight).numel()
 
 
 def size(count: float) -> str:

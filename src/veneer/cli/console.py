@@ -68,8 +68,9 @@ def open_library(folder: Path | None) -> Library:
     return Library(default_folder() if folder is None else folder)
 
 
-def open_base_and_adapter(base: str, adapter: str | None, precision: str, verify: bool = True) -> tuple[Base, Any]:
-    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to fail."""
+def open_base_and_adapter(base: str, adapter: str | None, verify: bool = True, **loading: Any) -> tuple[Base, Any]:
+    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to fail. `loading`: as
+    `load_base` takes it."""
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
@@ -80,7 +81,7 @@ def open_base_and_adapter(base: str, adapter: str | None, precision: str, verify
     if folder is not None:
         veneer.adapter_files.read(folder)
     must_be_causal(base)
-    loaded = load_base(base, precision=precision)  # type: ignore[arg-type]
+    loaded = load_base(base, **loading)
     return loaded, None if folder is None else veneer.load(loaded.model, folder, verify_base=verify)
 
 

@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from veneer.cli.options import ADAPTER_HELP, AsJson, BaseModel, Precision, Verify
+from veneer.cli.options import (
+    ADAPTER_HELP,
+    AsJson,
+    Attention,
+    BaseModel,
+    Device,
+    DeviceMap,
+    Precision,
+    Quantize,
+    Verify,
+)
 
 Exact = Annotated[int, Option(help="Also write the first so many completions, and count those exactly right.", min=0)]
 MaxLength = Annotated[
@@ -27,6 +37,10 @@ def eval_command(
     too_long: TooLong = "error",
     batch_size: Annotated[int, Option(help="Examples in one forward pass.", min=1)] = 8,
     precision: Precision = "auto",
+    quantize: Quantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "auto",
     whole: Annotated[bool, Option("--whole", help="Count the prompts too, not the completions alone.")] = False,
     messages_column: Annotated[str | None, Option(help="Column with the chat messages.")] = None,
     prompt_column: Annotated[str | None, Option(help="Column with the prompt.")] = None,
@@ -58,7 +72,10 @@ def eval_command(
         raise ConfigError("--exact on data without prompts and completions", "both columns", "leave out --exact")
     length = max_length or min(context_length(base) or 2048, 2048)
     examples = tokenise(rows, load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
-    loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
+    loaded, handle = open_base_and_adapter(
+        base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
+        attention=attention,
+    )  # fmt: skip
     first = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
     for label, selected in base_and_adapter(handle, base=not only_adapter):

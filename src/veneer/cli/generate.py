@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 from typer import Option, echo
 
-from veneer.cli.options import ADAPTER_HELP, MANY, BaseModel, Precision, Verify
+from veneer.cli.options import (
+    ADAPTER_HELP,
+    MANY,
+    Attention,
+    BaseModel,
+    Device,
+    DeviceMap,
+    Precision,
+    Quantize,
+    Verify,
+)
 
 Prompts = Annotated[list[str] | None, Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")]
 
@@ -26,6 +36,10 @@ def generate_command(
     stop: Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")] = None,
     batch_size: Annotated[int, Option(help="Prompts in one batch.", min=1)] = 16,
     precision: Precision = "auto",
+    quantize: Quantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "auto",
     verify: Verify = True,
 ) -> None:
     """Write text. With an adapter, its text; with --both, the base's beside it.
@@ -50,7 +64,10 @@ def generate_command(
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise DataError("Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one.")
-    loaded, handle = open_base_and_adapter(base, adapter, precision, verify)
+    loaded, handle = open_base_and_adapter(
+        base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
+        attention=attention,
+    )  # fmt: skip
     first = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
     answers: dict[str, list[str]] = {}

@@ -16,6 +16,16 @@ Library = Annotated[
     Path | None, Option(help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME).")
 ]
 Precision = Annotated[Literal["auto", "stored", "fp32", "bf16"], Option(help="Type of the base weights.")]
+Quantize = Annotated[
+    Literal["nf4", "fp4", "int8"] | None, Option(help="Keep the base's linear layers in 4 or 8 bits (bitsandbytes).")
+]
+Device = Annotated[str | None, Option(help="Where to put the base: cpu, cuda:1, … Default: the GPU if there is one.")]
+DeviceMap = Annotated[
+    str | None, Option(help="Spread the base over several GPUs: auto, balanced, … as transformers takes it.")
+]
+Attention = Annotated[
+    str, Option("--attention", "--attn", help="Attention code: auto, products, eager, sdpa, flash_attention_2, …")
+]
 Verify = Annotated[bool, Option(help="Refuse an adapter of another base.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the folder if it exists.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option, echo
 
-from veneer.cli.options import MANY, BaseModel
+from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
@@ -49,6 +49,10 @@ def serve_command(
     keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
     allow_open: AllowOpen = False,
     precision: StoredPrecision = "stored",
+    quantize: Quantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "auto",
     engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
@@ -74,12 +78,16 @@ def serve_command(
     if keys is None and not is_loopback(host) and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
+    own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     if engine == "vllm":
+        _not_for_vllm(own)
         _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
     ring = Keyring() if keys is None else read_keys(keys)
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
-        service = _service(base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, dtype)
+        service = _service(
+            base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, {"precision": dtype, **own}
+        )
         if ring.open and is_loopback(host):
             from veneer.serve.guard import LOOPBACK
 
@@ -117,9 +125,28 @@ def _become_vllm(
     vllm.run(line)
 
 
+def _not_for_vllm(own: dict[str, Any]) -> None:
+    from veneer.errors import ConfigError, listing
+
+    given = [f"--{name.replace('_', '-')}" for name, value in own.items() if value not in (None, "auto")]
+    if given:
+        do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
+        raise ConfigError(f"{listing(given)} with --engine vllm", "vLLM's own ways to load a base", do)
+
+
+def _encoder(base: str, *, precision: Any, device: str | None, **others: Any) -> Any:
+    from veneer import models
+    from veneer.errors import ConfigError, listing
+
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value not in (None, "auto")]
+    if given:
+        raise ConfigError(f"{listing(given)} for {base}, an encoder", "a causal language model", "leave them out")
+    return models.load_encoder(base, precision=precision, device=device)
+
+
 def _service(
     base: str, called: str, adapters: Path | None, keys: Any, budget: int | None, pins: list[str], rows: int,
-    length: int, queue: int, timeout: float, precision: Any,
+    length: int, queue: int, timeout: float, loading: dict[str, Any],
 ) -> Any:  # fmt: skip
     from veneer import models
     from veneer.bank import Bank
@@ -132,7 +159,7 @@ def _service(
 
     causal = models.is_causal(base)
     with err.status(f"Loading {base} …"):
-        loaded: Any = (models.load_base if causal else models.load_encoder)(base, precision=precision)
+        loaded: Any = models.load_base(base, **loading) if causal else _encoder(base, **loading)
     model, tokenizer = loaded.model, loaded.tokenizer
     own = models.context_length(base) if causal else loaded.length
     length = min(length, own or length)

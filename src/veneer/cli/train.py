@@ -13,6 +13,9 @@ from typer import Argument, Exit, Option
 
 from veneer.train.config import TrainConfig, load_config
 
+#: other spellings of a flag
+ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
+
 
 def train_command(config: Path | None, **flags: Any) -> None:
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a flag; the flag wins.
@@ -46,7 +49,8 @@ def train_command(config: Path | None, **flags: Any) -> None:
         raise Exit(130)
     base, adapter = settings.base, str(result.adapter)
     say(err, "\nNext:")
-    say(err, f"  {shlex.join(['veneer', 'generate', base, '--adapter', adapter, '--both', '--prompt', '…'])}")
+    how = [] if settings.quantize is None else ["--quantize", settings.quantize]
+    say(err, f"  {shlex.join(['veneer', 'generate', base, *how, '--adapter', adapter, '--both', '--prompt', '…'])}")
     say(err, f"  {shlex.join(['veneer', 'merge', base, adapter, f'{settings.output}-merged'])}")
 
 
@@ -64,7 +68,7 @@ def _signature() -> inspect.Signature:
         extra: Any = info.json_schema_extra
         word = name.replace("_", "-")
         flag = f"--{word}/--no-{word}" if bool in (info.annotation, *get_args(info.annotation)) else f"--{word}"
-        option = Option(flag, help=_help(info), rich_help_panel=extra["panel"])
+        option = Option(flag, *ALSO.get(name, ()), help=_help(info), rich_help_panel=extra["panel"])
         types[name] = Annotated[_flag_type(info.annotation), option]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature([inspect.Parameter(name, kind, default=None, annotation=types[name]) for name in types])

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.source_analysis import compares_attention
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
-from veneer.models.locate import config_of, find_base
+from veneer.models.locate import config_of, find_base, folder_of
 from veneer.models.messages import first_line, loading, quiet
+from veneer.models.quantize import Quantize, keep_packed, note_sources, quantizer
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,9 @@ __all__ = [
 
 Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
 
+#: what transformers takes as a device map, beside a device and a dict
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 class Base(NamedTuple):
     """A loaded base. `name` is what the user wrote, which goes into an adapter's metadata."""
@@ -47,7 +51,13 @@ class Base(NamedTuple):
 
 
 def load_base(
-    source: str | Path, *, precision: Precision = "auto", device: str | None = None, attention: str = "auto"
+    source: str | Path,
+    *,
+    precision: Precision = "auto",
+    device: str | None = None,
+    attention: str = "auto",
+    quantize: Quantize | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Base:
     """A causal language model in eval mode and its tokenizer.
 
@@ -59,25 +69,100 @@ def load_base(
         device: where to put it; None is the GPU if there is one.
         attention: an attention implementation of transformers, or "products" (see ``use_products``); "auto" leaves the
             choice to transformers, and takes "products" for its "sdpa" on a CPU.
+        quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8 bits
+            (``models/quantize.py``). ``precision`` is then the type of all else, and of the products.
+        device_map: how to spread the model over several devices, as transformers takes it: "auto", "balanced", a
+            device, or a dict. Instead of ``device``.
 
     Raises:
         ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
-            model, no tokenizer, or an unreachable hub.
+            model, no tokenizer, or an unreachable hub; an attention or a device map that transformers refuses;
+            ``device`` and ``device_map`` both; a base that is quantised already, or no bitsandbytes to do it.
     """
-    from transformers import AutoModelForCausalLM
-
-    name = str(source)
+    name, spread = str(source), device_map is not None
+    if spread and device is not None:
+        found = f"device={device!r} and device_map={device_map!r}"
+        raise ConfigError(found, "one of them", "leave out one: a device map places all of the model")
+    _must_be_here(device, device_map)
+    _must_be_known(attention)
     place = find_base(name)
     dtype, device = type_and_device(precision, device)
-    chosen = None if attention in ("auto", "products") else attention
-    with loading(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=chosen)
+    model = _model(name, place, dtype, device, attention, quantize, device_map)
     tokenizer = tokenizer_at(place, name)
-    usual = device == "cpu" and model.config._attn_implementation == "sdpa"
+    usual = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
         with quiet():
             use_products(model)
-    return Base(model.to(device).eval(), tokenizer, name)
+    if quantize is not None:
+        keep_packed(model)
+        note_sources(model, folder_of(name))
+    placed = model if spread or quantize is not None else model.to(device)
+    return Base(placed.eval(), tokenizer, name)
+
+
+def _model(
+    name: str, place: str, dtype: Any, device: str, attention: str, quantize: Quantize | None, device_map: Any
+) -> Any:
+    """What ``from_pretrained`` makes of the files."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention not in ("auto", "products"):
+        options["attn_implementation"] = attention
+    if quantize is not None:
+        config = config_of(name)
+        if getattr(config, "quantization_config", None) is not None:
+            found = f"quantize={quantize!r} for {name}, whose weights are quantised already"
+            raise ConfigError(found, "weights in 16 or 32 bits", "leave out quantize, or name the base it was made of")
+        own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
+        options |= {"quantization_config": quantizer(quantize, own), "device_map": {"": _exact(device)}}
+    if device_map is not None:
+        options["device_map"] = device_map
+    with loading(name):
+        try:
+            return AutoModelForCausalLM.from_pretrained(place, **options)
+        except ImportError as error:
+            found = f"{name} with {', '.join(key for key in options if key != 'dtype') or 'its own code'}: "
+            raise ConfigError(f"{found}{first_line(error)}", "an installed package", "install it") from error
+
+
+def _must_be_known(attention: str) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if attention not in known and "/" not in attention:  # a kernel of the hub is owner/name
+        found = f"attention {attention!r}{nearest(attention, known)}"
+        raise ConfigError(found, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one")
+
+
+def _must_be_here(device: str | None, device_map: Any) -> None:
+    """Refuse a device that this machine does not have, or a map that neither is one nor names one."""
+    import torch
+
+    here = best_device()
+    if (isinstance(device_map, str) and device_map in MAPS) or isinstance(device_map, dict):
+        return
+    for option, value in (("device", device), ("device_map", device_map)):
+        if value is None:
+            continue
+        try:
+            wanted = torch.device(value)
+        except RuntimeError:
+            wanted = None
+        count = torch.accelerator.device_count() if wanted is not None and wanted.type == here != "cpu" else 1
+        if wanted is None or wanted.type not in ("cpu", here) or (wanted.index or 0) >= count:
+            maps = f", or {listing(MAPS)}" if option == "device_map" else ""
+            raise ConfigError(f"{option}={value!r}", f"a device of this machine (cpu or {here}){maps}", "choose one")
+
+
+def _exact(device: str) -> Any:
+    """A device with its index, by which accelerate knows a GPU."""
+    import torch
+
+    exact = torch.device(device)
+    if exact.type == "cpu" or exact.index is not None:
+        return device
+    return f"{exact.type}:{torch.accelerator.current_device_index()}"
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,13 @@ from veneer.train.prepare import Prepared
 
 
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTConfig:
-    """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know."""
+    """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know, and for
+    activations to be offloaded to where they are."""
+    on_cpu = (config.device or best_device()) == "cpu"
+    if config.offload_activations and on_cpu:
+        found = "offload_activations, and a run on the processor, whose activations are in main memory already"
+        do = "leave it out; to hold fewer of them, set activation_checkpointing or a smaller batch_size"
+        raise ConfigError(found, "a GPU", do)
     early = config.early_stopping  # then the best checkpoint must be one that was evaluated
     eval_every = config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
     save_every = config.save_every or (eval_every if early else max(1, math.ceil(prepared.steps / 10)))
@@ -58,9 +64,10 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run
         report_to=config.trackers or "none",
         activation_checkpointing=config.activation_checkpointing,
+        activation_offloading=config.offload_activations,
         gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
         bf16=False,  # the weights have their type already: no autocast
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=best_device() == "cpu",
+        use_cpu=on_cpu,
     )

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from veneer.errors import ConfigError, nearest
 
 # Fields that may differ when a run is resumed: they change what is kept or shown, not what is computed.
-FREE_ON_RESUME = frozenset({"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output"})
+FREE_ON_RESUME = frozenset(
+    {"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations"}
+)
 
 
 def _panel(title: str) -> Any:
@@ -81,7 +83,9 @@ class TrainConfig(BaseModel):
     max_steps: int | None = _optimiser(None, "Stop after this many steps instead.", ge=1)
     batch_size: int = _optimiser(8, "Examples in one forward pass.", ge=1)
     grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
-    optimiser: str = _optimiser("adamw_torch_fused", "Any optimiser name that transformers knows.")
+    optimiser: str = _optimiser(
+        "adamw_torch_fused", "Any optimiser that transformers knows: adamw, paged_adamw_8bit, lion_8bit, …"
+    )
     weight_decay: float = _optimiser(0.0, "Weight decay.", ge=0)
     adam_beta2: float = _optimiser(0.999, "Adam's second-moment decay.", gt=0, lt=1)
     max_grad_norm: float = _optimiser(1.0, "Clip gradients to this norm; 0 switches it off.", ge=0)
@@ -92,10 +96,22 @@ class TrainConfig(BaseModel):
     early_stopping: int | None = _run(None, "Stop after so many evaluations without a gain; keep the best.", ge=1)
     seed: int = _run(0, "Seed of the initialisation, the order of the data and the dropout.", ge=0)
     precision: Literal["auto", "fp32", "bf16"] = _run("auto", "Base weights; auto: bf16 where the hardware has it.")
-    attention: Literal["auto", "products", "eager", "sdpa", "flash_attention_2"] = _run(
-        "auto", "Attention code; auto: transformers' choice, and products where they are faster on a CPU."
+    quantize: Literal["nf4", "fp4", "int8"] | None = _run(
+        None, "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the products."
+    )
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = _run(
+        None, "Where to train (default: the GPU if there is one; CUDA_VISIBLE_DEVICES chooses among several)."
+    )
+    device_map: str | dict[str, int | str] | None = _run(
+        None, "Spread the base over several GPUs: auto, balanced, … as transformers takes it."
+    )
+    attention: str = _run(
+        "auto",
+        "Attention code: products, or any that transformers knows (eager, sdpa, flash_attention_2, …); auto: "
+        "transformers' choice, and products where they are faster on a CPU.",
     )
     activation_checkpointing: bool = _run(False, "Recompute activations: less memory, about a third slower.")
+    offload_activations: bool = _run(False, "Keep activations in main memory until backward: less memory of the GPU.")
     cache_lower: bool = _run(
         False, "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory."
     )
@@ -116,6 +132,11 @@ class TrainConfig(BaseModel):
             return value[0] if isinstance(value, list) and len(value) == 1 else value
         return [value] if isinstance(value, int | str) else value
 
+    @field_validator("optimiser")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return "adamw_torch_fused" if value == "adamw" else value
+
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
         if self.eval_data is not None and self.eval_fraction:
@@ -127,6 +148,8 @@ class TrainConfig(BaseModel):
                 f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must be a multiple of "
                 f"eval_every ({self.eval_every})"
             )
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("device and device_map are both given; expected one: a map places all of the model")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both given; expected one of them")
         return self

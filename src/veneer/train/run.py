@@ -88,11 +88,14 @@ def fit(
     prepared = prepare(config, tokenizer)
     found = _found(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
-    if (seen := arguments.n_gpu) > 1:
+    if (seen := arguments.n_gpu) > 1 and config.device_map is None:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
         say(console, f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).")
     set_seed(config.seed)
-    base = models.load_base(config.base, precision=config.precision, attention=config.attention)
+    base = models.load_base(
+        config.base, precision=config.precision, device=config.device, attention=config.attention,
+        quantize=config.quantize, device_map=config.device_map,
+    )  # fmt: skip
     must_not_see_later_tokens(base.model, config.base)
     handle = _attach(config, base.model, found)
     cached = HiddenStateCache(base.model) if config.cache_lower else None
@@ -199,7 +202,13 @@ def _describe(
     train = prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
-    say(console, f"Base     {config.base} ({str(model.dtype).removeprefix('torch.')})")
+    kept = [
+        str(model.dtype).removeprefix("torch."),
+        *([f"linear layers in {config.quantize}"] if config.quantize else []),
+    ]
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    kept += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
+    say(console, f"Base     {config.base} ({', '.join(kept)})")
     amount = f"{len(train):,} examples, {sum(train.lengths):,} tokens, {train.trained_tokens:,} of them learnt"
     say(console, f"Data     {config.data}: {amount}{notes}")
     if prepared.unused:

@@ -13,7 +13,7 @@ collation, trackers. What is replaced, and why:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -32,6 +32,17 @@ from veneer.train.tokens import IGNORED
 
 #: the key under which a batch says how many labels it has
 LABELS = "veneer_labels"
+
+
+@contextmanager
+def _adapted(model: Any) -> Iterator[None]:
+    """A block in which transformers' trainer sees that a quantised model has adapters, as it asks by PEFT's mark. Only
+    there: elsewhere the mark makes methods of the model call PEFT."""
+    model.__dict__["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del model.__dict__["_hf_peft_config_loaded"]
 
 
 class EpochSampler(Sampler[int]):
@@ -72,7 +83,8 @@ class AdapterTrainer(SFTTrainer):
         self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
     ) -> None:
         own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
-        super().__init__(model, **kwargs)
+        with _adapted(model):
+            super().__init__(model, **kwargs)
         model.__dict__.pop("forward", None)  # SFTTrainer's fused head
         model.__dict__.update(own)
         self.adapter, self.base_name, self.hidden_state_cache = adapter, base_name, hidden_state_cache

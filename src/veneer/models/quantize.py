@@ -1,0 +1,112 @@
+"""A base that is quantised as it is loaded, and of which weights its packed ones were made.
+
+    base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt in all but the output head
+    sources_of(base.model)                          {fingerprint of a packed weight: that of the file's weight}
+
+**One base, in another precision.** A fingerprint rounds to bfloat16, so that a base in float32 and in bfloat16 is one.
+What was quantised here is the same base too, and the files it came from are at hand: each packed weight goes by the
+fingerprint of the weight in the file. So an adapter that was trained on nf4 proves its base against the 16-bit files
+(``veneer merge``), against these in nf4, and against int8. A packed weight is known by its own fingerprint, so that one
+which was merged into is no longer taken for the file's. Rejected: a record with both fingerprints, as each reader would
+have to choose; asking the quantiser of transformers for the weights that pass through it, as it has no interface for
+that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from veneer.attach.targets import Names
+from veneer.errors import CheckpointError, ConfigError
+from veneer.fileio.hashing import fingerprint, fingerprint_of
+
+__all__ = ["Quantize", "quantization_in", "sources_of"]
+
+Quantize = Literal["nf4", "fp4", "int8"]
+
+#: the attribute of a model that holds what ``sources_of`` gives
+_SOURCES = "veneer_quantized_from"
+
+
+def quantizer(kind: Quantize, dtype: Any) -> Any:
+    """What ``from_pretrained`` takes as quantization_config. 4 bits: blocks of 64 with doubly quantised scales (QLoRA,
+    arXiv:2305.14314), products in ``dtype``. 8 bits: LLM.int8() (arXiv:2208.07339).
+
+    Raises:
+        ConfigError: an unknown kind; bitsandbytes or accelerate is not installed.
+    """
+    if kind not in ("nf4", "fp4", "int8"):
+        raise ConfigError(f"quantize={kind!r}", "nf4, fp4 or int8", "choose one, or leave it out")
+    lacking = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if lacking:
+        found = f"a base to be quantised to {kind}, and no {' nor '.join(lacking)}"
+        raise ConfigError(found, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        # which says in each call of each layer that x is rounded to float16 on its way to 8 bits
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_packed(model: nn.Module) -> None:
+    """Keep every 4-bit weight in the layout in which it was made. On a CPU with AVX512-BF16 a call in evaluation mode
+    repacks them, which rounds their scales for good: the base would be another one after its first call."""
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in module.__dict__:
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+
+
+def note_sources(model: nn.Module, folder: str | Path) -> None:
+    """Find, in the files at ``folder``, of which weight each packed one of ``model`` was made. Reads these files once
+    more, tensor by tensor. Weights that are no safetensors, or that lie otherwise in the model (GPT-2's), stay known by
+    what they are packed to alone."""
+    from veneer.models.meta import meta_model
+    from veneer.models.named_weights import named, of_folder
+
+    try:
+        files = of_folder(meta_model(folder), folder)
+    except CheckpointError:
+        return
+    names, found = Names(model), {}
+    for entry in named(names):
+        weight, storage = entry.held(names)
+        value = files.find(entry.names)
+        if storage is None or storage.name == "plain" or value is None or value.shape != storage.shape(weight):
+            continue
+        module: Any = names.modules[entry.ref[0]]
+        storage.prepare(module)
+        found[fingerprint(storage.dense(weight))] = fingerprint_of(value.shape, value.parts())
+        storage.release(module)
+    setattr(model, _SOURCES, found)
+
+
+def sources_of(model: nn.Module) -> Mapping[str, str]:
+    """The fingerprint of the file's weight by that of the packed one; empty for a model that ``load_base`` did not
+    quantise."""
+    return model.__dict__.get(_SOURCES, {})
+
+
+def quantization_in(model: nn.Module) -> dict[str, Any] | None:
+    """How a model of transformers is quantised, as a record says it: {"by": "bitsandbytes", "as": "nf4"}; with
+    "original": true where its weights go by the fingerprints of those that they were made of. None: not at all."""
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    said = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(said.get("quant_method"), "value", said.get("quant_method"))
+    kind = said.get("bnb_4bit_quant_type") if said.get("load_in_4bit") else "int8" if said.get("load_in_8bit") else None
+    about = {"by": str(method), "as": str(kind) if kind else None, "original": True if sources_of(model) else None}
+    return {name: value for name, value in about.items() if value is not None}
