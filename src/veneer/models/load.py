@@ -19,7 +19,7 @@ from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base, folder_of
 from veneer.models.messages import first_line, loading, quiet
-from veneer.models.quantize import Quantize, keep_packed, note_sources, quantizer
+from veneer.models.quantize import Quantize, keep_packed, must_have_whole_blocks, note_sources, quantizer
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,7 @@ def load_base(
         with quiet():
             use_products(model)
     if quantize is not None:
+        must_have_whole_blocks(model, name)
         keep_packed(model)
         note_sources(model, folder_of(name))
     placed = model if spread or quantize is not None else model.to(device)

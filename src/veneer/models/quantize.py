@@ -23,13 +23,15 @@ from typing import Any, Literal
 from torch import nn
 
 from veneer.attach.targets import Names
-from veneer.errors import CheckpointError, ConfigError
+from veneer.errors import CheckpointError, ConfigError, listing
 from veneer.fileio.hashing import fingerprint, fingerprint_of
 
 __all__ = ["Quantize", "quantization_in", "sources_of"]
 
 Quantize = Literal["nf4", "fp4", "int8"]
 
+#: numbers that share a scale
+BLOCK = 64
 #: the attribute of a model that holds what ``sources_of`` gives
 _SOURCES = "veneer_quantized_from"
 
@@ -67,6 +69,21 @@ def keep_packed(model: nn.Module) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in module.__dict__:
             module.__dict__["support_avx512bf16_for_cpu"] = False
+
+
+def must_have_whole_blocks(model: nn.Module, name: str) -> None:
+    """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers: bitsandbytes (0.50) reads
+    them there with the scales of other blocks."""
+    odd = [
+        f"{path} ({module.in_features})"
+        for path, module in model.named_modules()
+        if hasattr(getattr(module, "weight", None), "quant_state")
+        and module.weight.device.type == "cpu"
+        and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
+    ]
+    if odd:
+        found = f"{name} in 4 bits on a CPU, where the rows of {listing(odd, 2)} are no multiples of {BLOCK}"
+        raise ConfigError(found, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU")
 
 
 def note_sources(model: nn.Module, folder: str | Path) -> None:

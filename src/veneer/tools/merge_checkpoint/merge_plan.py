@@ -15,7 +15,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,20 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
             for number, adapter in enumerate(adapters):
                 install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False)
                 attached[f"merged{number}"] = adapter
-            return _read_off(whole, attached, saved_adapters, places, checkpoint, [str(one.message) for one in caught])
+            notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
+            return _read_off(whole, attached, saved_adapters, places, checkpoint, notes)
         finally:
             for name in attached:
                 detach(whole, name)
+
+
+def _precisions(adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]) -> Iterator[str]:
+    """What a person should know of adapters whose base was packed as they were trained."""
+    for (path, _), saved in zip(adapters, saved_adapters, strict=True):
+        said = saved.metadata.get("base", {}).get("quantized")
+        if said:
+            kind = said.get("as", f"{said.get('by')}'s form")
+            yield f"{path} was trained on its base in {kind}; it is merged into the weights that this was made of."
 
 
 def _read_off(
