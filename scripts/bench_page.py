@@ -22,6 +22,7 @@ PROGRAMS = {
     "fingerprints": "fingerprints",
     "merge_fidelity": "merge_fidelity", "merge": "merge", "mixed": "mixed", "engine": "engine", "serve": "serve",
     "serve_cold": "serve", "serve_vanish": "serve",
+    "quantized": "quantized", "quantized_fp4": "quantized", "quantized_int8": "quantized",
 }  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 #: rows of the summary's first table, and how they are called there
@@ -333,6 +334,8 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return _scaling(cases)
     if name == "merge_fidelity":
         return _roundings(cases)
+    if name.startswith("quantized"):
+        return [line for case in cases for line in _quantised(case)]
     if name in ("merge", "serve", "serve_cold", "serve_vanish"):
         form = {"merge": _files, "serve": _served, "serve_cold": _cold, "serve_vanish": _vanished}[name]
         return [line for case in cases for line in form(case)]
@@ -353,6 +356,16 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         rows = [[f"{floor}, ms", *(f"{case['rows'][floor]['seconds'] * 1000:,.1f}" for case in cases)]]
         rows += [[key, *(ratio(case["rows"].get(key)) for case in cases)] for key in keys]
     return ["".join(lead), "", *table(head, rows)]
+
+
+def _quantised(case: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{row['error_rate']:.3f}", f"{row['exact']:.1%}", f"{row['loss']:.3f}",
+         f"{row['retention']:.1%}" if "retention" in row else ""]
+        for name, row in case["rows"].items()
+    ]  # fmt: skip
+    lead = f"{said(case['setting'])}; error rates differ by {case['difference']:+.4f}."
+    return [lead, "", *table(["", "phoneme error rate", "words exact", "loss", "change kept"], rows)]
 
 
 def _memory(case: Mapping[str, Any]) -> list[str]:
