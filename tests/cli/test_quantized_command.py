@@ -43,6 +43,7 @@ def test_train_evaluate_generate_and_merge(veneer: Case, wide: Path, tmp_path: P
     found = veneer("generate", wide, "--adapter", output / "adapter", "--quantize", "nf4", "--prompt", "1 + 1 =",
                    "--max-new-tokens", 2)  # fmt: skip
     assert found.code == 0, found.err
+    assert "trained on it in nf4 (bitsandbytes)" in veneer("inspect", output / "adapter").out
     found = veneer("merge", wide, output / "adapter", tmp_path / "merged", "--verify")
     assert found.code == 0, found.err
     assert "was trained on its base in nf4" in found.out + found.err

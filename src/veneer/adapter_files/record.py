@@ -3,7 +3,8 @@
     veneer.json, and the same in the header of adapter_model.safetensors:
     format      of the record
     base        name, architecture, the fingerprint of each tensor (``base_proof.py``): those that the adapter changes
-                apart from the rest, of which folders of an earlier Veneer say nothing
+                apart from the rest, of which folders of an earlier Veneer say nothing; quantized: how it was packed
+                as the adapter was trained, and whether the fingerprints are of what it was packed from
     changes     rank, alpha and rows of each changed weight
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
@@ -138,14 +139,14 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
         return
     texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
-    tables = [record.get(name, {}) for name in ("versions", "provenance")]
+    tables = [record.get(name, {}) for name in ("versions", "provenance")] + [base.get("quantized", {})]
     rest, fresh = base.get("rest", {}), base.get("fresh", [])
     if isinstance(rest, dict) and isinstance(fresh, list):
         texts += [*rest.values(), *fresh]
     else:
         tables.append(None)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
-        expected = "text for names and hashes, and versions and provenance by name"
+        expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")
     if weights.keys() != changes.keys():
         odd = listing(sorted(weights.keys() ^ changes.keys()), 3)

@@ -79,10 +79,12 @@ def _head(facts: dict[str, Any]) -> Any:
     training += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
     training += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
     training += [f"on {run['data']}"] if training and "data" in run else []
+    how = facts["base"].get("quantized")
+    packed = f", trained on it in {how.get('as', 'packed form')} ({how.get('by')})" if how else ""
     unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     rows = {
         "adapter": f"{facts['path']}{unverified}",
-        "base": f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}",
+        "base": f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}{packed}",
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
         "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
