@@ -370,3 +370,22 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
         for number in heads:
             assert lines[number].count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
         assert sys.prefix not in text
+
+
+@pytest.mark.slow
+def test_quantized(tmp_path):
+    """On a base that knows nothing, so what it says of the error rate is not looked at."""
+    pytest.importorskip("bitsandbytes")
+    from tests.support.tiny import write_tiny
+
+    import quantized
+
+    base = write_tiny(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    folders = ["--folder", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert quantized.main(["--base", str(base), "--steps", "3", "--words", "4", *folders]) in (0, 1)
+    (case,) = written(tmp_path, "quantized")["cases"]
+    kept = {name: row.get("retention") for name, row in case["rows"].items()}
+    assert list(kept) == ["bf16", "nf4 on bf16", "nf4", "nf4 in 16 bits", "nf4 in nf4, nearest", "nf4 in nf4, auto"]
+    assert kept["bf16"] is kept["nf4"] is None
+    assert kept["nf4 in 16 bits"] > 0.98 > kept["nf4 in nf4, nearest"]
+    assert case["rows"]["nf4"]["loss"] != case["rows"]["nf4 on bf16"]["loss"]
