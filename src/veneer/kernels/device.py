@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import VeneerError
 from veneer.kernels import eager, reference
 from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import mask
@@ -106,6 +107,9 @@ def linears(
         weights: [out_i, in], or what reads it; they get no gradient.
         A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any floating-point dtype.
         gains: [out_i] or None.
+
+    Raises:
+        VeneerError: in backward, for a gradient with a graph through an x that autocast has cast.
     """
     gains = [None] * len(A) if gains is None else gains
     reads = tuple(cast(Any, None if isinstance(one, Tensor) else one) for one in weights)
@@ -270,7 +274,11 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     needs_x, needs = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
     if torch.is_grad_enabled():
         if ctx.cast is not None:
-            raise NotImplementedError("a gradient of a gradient through an x that autocast casts: leave autocast out")
+            raise VeneerError(
+                f"a second gradient through an input in {ctx.cast} that autocast casts to {settings.dtype}",
+                f"an input in {settings.dtype}, of which backward keeps no copy without a graph",
+                "cast the input before the layer, or compute this outside of autocast",
+            )
         function = functools.partial(_definition, settings)
         needed = ctx.needs_input_grad[1:]
         return None, *reference.gradients_of(function, (x, *tensors), needed, gradients, settings.dropout)
