@@ -3,6 +3,9 @@
 Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
 order. What such a run calls below uses that one adapter too. That is right for every layer whose inputs hold the rows
 along an axis that its kind knows (``Layer.take``), and an error for any other.
+
+On a device, where a launch is dear, plain changes of a linear layer are two products of all rows instead
+(``kernels/batched.py``).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from veneer.attach.adapted_module import method_of, own_class, walk
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
+from veneer.kernels import batched, device
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
@@ -39,6 +43,9 @@ class Parts(Mapping[Any, Any]):
         self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
         self.order = torch.cat(list(rows)).argsort()
         self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
+        self._made: dict[Any, Tensor] = {}
+        places = {row: place for place, own in enumerate(rows) for row in own.tolist()}
+        self.of_row = [places[row] for row in range(count)]
 
     def __getitem__(self, key: Any) -> Any:
         tables = [selected.parts if selected.parts is not None else selected.table for selected in self.selections]
@@ -62,6 +69,23 @@ class Parts(Mapping[Any, Any]):
             )
             self._moved[device] = rows, order
         return self._moved[device]
+
+    def zeros(self, count: int, like: Tensor) -> Tensor:
+        """So many, which nobody writes to: what changes nothing in the place of factors."""
+        key = like.dtype, like.device
+        if key not in self._made or len(self._made[key]) < count:
+            with torch.inference_mode(False):
+                self._made[key] = torch.zeros(count, dtype=like.dtype, device=like.device)
+        return self._made[key]
+
+    def scales(self, parts: Sequence[float], like: Tensor) -> Tensor:
+        """A factor of each row, [N, 1, 1], given those of the distinct adapters."""
+        key = *parts, like.dtype, like.device
+        if key not in self._made:
+            with torch.inference_mode(False):
+                found = torch.tensor([parts[place] for place in self.of_row], dtype=like.dtype)[:, None, None]
+                self._made[key] = found.to(like.device, non_blocking=True)
+        return self._made[key]
 
     def only(self, selected: ActiveAdapter) -> Any:
         """A block in which one of the adapters is selected alone."""
@@ -95,6 +119,10 @@ class _ByRows:
         share=True,
         method="forward",
     ) -> Any:
+        if method == "forward" and now.path is None and len(args) == 1 and not kwargs:
+            y = self._at_once(module, args[0])
+            if y is not None:
+                return y
         whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
         alone = all(child is layer_state for child in module._modules.values())  # nobody below asks what is selected
         tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
@@ -117,6 +145,39 @@ class _ByRows:
                     outputs.append(part.run(module, base, layer_state, own, named, now, share=False, method=method))
         return kind.put(module, outputs, spread(order, tokens or 1))
 
+    def _at_once(self, module: Any, x: Any) -> Tensor | None:
+        """The output of a linear layer on a device whose changes are plain; None where it is not that."""
+        known = next((part.direct for part in self.parts if part is not None), None)
+        if (
+            known is None
+            or not isinstance(x, Tensor)
+            or x.is_cpu
+            or x.ndim < 2
+            or known.weight not in module._parameters
+        ):
+            return None
+        whole, weight = self.whole, module._parameters[known.weight]
+        if len(x) != whole.count or (whole.time_first and x.ndim > 2 and x.shape[1] == whole.count):
+            return None
+        if not device.applies_alike(x, weight):
+            return None
+        bias = None if known.bias is None else module._parameters[known.bias]
+        if bias is not None and torch.is_grad_enabled() and x.itemsize < 4:
+            return None  # which is rounded once there
+        pairs = [_factors(part, x) for part in self.parts]
+        some = next((pair for pair in pairs if pair is not None), None)
+        if some is None or any(part is not None and pair is None for part, pair in zip(self.parts, pairs, strict=True)):
+            return None
+        A, B, scale = some
+        if any(one.dtype != A.dtype for pair in pairs if pair is not None for one in pair[:2]):
+            return None
+        filled = [(A[:0], B[:, :0], scale) if pair is None else pair for pair in pairs]
+        scales = [pair[2] for pair in filled]
+        downs, ups, _ = zip(*(filled[place] for place in whole.of_row), strict=True)
+        zeros = whole.zeros(max(map(len, downs)) * max(weight.shape), A)
+        scale = scale if len({*scales}) == 1 else whole.scales(scales, x)
+        return batched.linear(x, weight.mT if known.flipped else weight, bias, downs, ups, scale, zeros)
+
     def _refusal(self, kind: Layer, inputs: Any, alone: bool, routed: bool) -> str | None:
         """Why the rows of a call cannot be told, or None: an object that no rows can be taken out of, or two axes that
         count the rows: in a model that puts time first, or of a mask of [time, time] where a module runs others."""
@@ -132,6 +193,16 @@ class _ByRows:
             if x.shape[:2] == square
         )
         return f"with {self.whole.count} along two axes, of which either may be the rows" if unclear else None
+
+
+def _factors(part: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(A [r, in], B [out, r], the scale) of a plain change that drops nothing in this call."""
+    if part is None or part.direct is None or part.direct.drops:
+        return None
+    change = part.direct.change
+    factors = change.adapter_parameters
+    A, B = factors["A"][0], factors["B"][0]
+    return (A, B, change.scale) if A.device == B.device == x.device else None
 
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:

@@ -26,11 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import fused
+from veneer.kernels import device, fused
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,39 @@ def by_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
     h = torch.bmm(x.view(len(A), -1, x.shape[1]), A.mT)
     h = h if weights is None else h.mul_(weights)
     return torch.bmm(h, B).view(len(x), -1)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor], scale: float | Tensor,
+    zeros: Tensor,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias [N, *, out], row n with factors of its own; differentiable in all but W.
+
+    Args:
+        x: [N, *, in], on a device.
+        A, B: [r_n, in] and [out, r_n] of each row, of one dtype. The same tensor may stand for several rows.
+        scale: of all rows, or [N, 1, 1].
+        zeros: of the dtype of A and B, as many as the largest of these has numbers.
+    """
+    recorded, rows, most = torch.is_grad_enabled(), x.reshape(len(A), -1, x.shape[-1]), max(map(len, A))
+    joined = []
+    for factors in (A, [one.mT for one in B]):
+        width = factors[0].shape[1]
+        nothing = zeros[: most * width].view(most, width)
+        pieces = [piece for one in factors for piece in (one, nothing[len(one) :]) if len(piece)]
+        joined.append(torch.cat(pieces).view(len(factors), most, width))
+    downs, ups = [one.to(x.dtype) for one in joined] if recorded else cast(Any, device.same_dtype(joined, x.dtype))
+    h = torch.bmm(rows, downs.mT)
+    h, alpha = (h * scale, 1) if isinstance(scale, Tensor) else (h, scale)
+    delta = torch.baddbmm(h.detach().view(-1)[:1], h, ups, beta=0, alpha=alpha).view(-1, weight.shape[0])
+    tokens = rows.reshape(-1, x.shape[-1])
+    if not recorded:
+        y = fused.added(delta, tokens, weight, bias)
+    elif bias is None:
+        y = torch.addmm(delta, tokens, weight.mT)  # in place, the graph would copy what this is a view of
+    else:
+        y = torch.addmm(delta + bias, tokens, weight.mT)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 #: rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out], weight), …))
