@@ -10,7 +10,7 @@ x and dy once and computes the rank-r activations again. torch's products of a s
 segments more than what they compute.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 

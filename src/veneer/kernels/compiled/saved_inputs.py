@@ -90,8 +90,9 @@ def again(one: SavedInput, passed: bool) -> Tensor:
 
 def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
     one, other = _saved(node, 0), _saved(node, 1)
-    whole = one is not None and other is not None and one.shape == other.shape == x.shape
-    return SavedInput(one, other) if whole and one.dtype == other.dtype == x.dtype else None
+    if one is None or other is None or not one.shape == other.shape == x.shape:
+        return None
+    return SavedInput(one, other) if one.dtype == other.dtype == x.dtype else None
 
 
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
