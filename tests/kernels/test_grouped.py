@@ -93,7 +93,7 @@ def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
 @pytest.mark.parametrize("flipped", [False, True])
 def test_one_matrix_is_a_stack_of_one(loops, dtype, rows, flipped):
     factors = torch.float64 if dtype is torch.float64 else torch.float32
-    (x, A, B), W, where, ids = made(([rows], 0, 5, 6, 3), dtype, factors, flipped)
+    (x, A, B), W, _, ids = made(([rows], 0, 5, 6, 3), dtype, factors, flipped)
     expected = dense(x, W, A, B, 0.5, ids)
     y = grouped.linear(x, W[0], A[0], B[0], 0.5, None)
     assert error(y, expected) < BOUNDS[dtype]
