@@ -12,7 +12,7 @@ completions (nats a token):
 
 Without merging there is one more: the nf4 adapter on the base in bfloat16.
 
-    python benchmarks/quantized.py                    240 steps each, as the demo (half an hour on one core)
+    python benchmarks/quantized.py                    240 steps each, as the demo (half an hour on one quiet core)
     python benchmarks/quantized.py --kind int8
     python benchmarks/quantized.py --steps 4 --words 8 --folder /tmp/q --out /tmp/q      does it run
 
