@@ -283,7 +283,7 @@ def page() -> str:
         lines += _merged_adapters(result.get("adapters", []))
         if result.get("grids"):
             lines += ["Quantised weights, from which ΔW starts; the time is the whole merge's.", ""]
-            lines += [*_roundings(result["grids"]), "", *_merged_grids(result["grid_adapters"])]
+            lines += [*_roundings(result["grids"]), *_merged_grids(result["grid_adapters"])]
         if "calls" in result:
             text = ", ".join(f"{who} {count}" for who, count in result["calls"].items())
             lines += [f"Python calls in a forward of one `nn.Linear`: {text}.", ""]
@@ -510,7 +510,7 @@ def _merged_grids(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         task, rate, steps = setting["task"], setting["rate"], setting["steps"]
         lead = f"{task}, rate {rate:.0e}, {steps} steps; ‖ΔW‖ is {setting['size']:.1e} of ‖W‖ (median)."
         head = ["", "held-out loss", "against the adapter", "tokens right", "divergence", "kept (median)"]
-        lines += [lead, "", *table(head, rows), ""]
+        lines += [lead, "", *table(head, rows)]
     return lines
 
 
