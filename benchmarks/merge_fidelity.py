@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import veneer
-from report import RESULTS, write
+from report import RESULTS, machine, write
 from veneer.kernels.error_feedback import neighbours
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank
@@ -461,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     result["grids"].append(grid_case((64, 128) if options.quick else shape, grid, size))
                     show_case(result["grids"][-1])
         torch.set_num_threads(threads)
-        result["grid_adapters"] = grid_adapter(options)
+        result["grid_adapters"], result["grids_made"] = grid_adapter(options), machine()
     if options.only in (None, "adapters"):
         from veneer import models
 
@@ -470,8 +470,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for task in ("pronounce", *(["snips"] if options.snips else [])):
             result["adapters"] += adapters(task, options, base)
     if options.only == "grids" and not options.quick:
-        recorded = json.loads((RESULTS / "merge_fidelity.json").read_text())
-        return write("merge_fidelity", {**result, "cases": recorded["cases"], "adapters": recorded["adapters"]})
+        # the rest stays as it is, and so does what is said of where it was made
+        file = RESULTS / "merge_fidelity.json"
+        new = {name: result[name] for name in ("grids", "grid_adapters", "grids_made")}
+        whole = {**json.loads(file.read_text()), **new}
+        file.write_text(json.dumps(whole, indent=2) + "\n")
+        return whole
     if options.quick or options.only:
         return write("merge_fidelity", result, options.out) if options.out else result
     return write("merge_fidelity", result, options.out)

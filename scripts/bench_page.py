@@ -283,6 +283,7 @@ def page() -> str:
         lines += _merged_adapters(result.get("adapters", []))
         if result.get("grids"):
             lines += ["Quantised weights, from which ΔW starts; the time is the whole merge's.", ""]
+            lines += [_made(result["grids_made"]), ""]
             lines += [*_roundings(result["grids"]), *_merged_grids(result["grid_adapters"])]
         if "calls" in result:
             text = ", ".join(f"{who} {count}" for who, count in result["calls"].items())
