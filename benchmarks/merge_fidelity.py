@@ -174,12 +174,14 @@ def grid_case(shape: tuple[int, int], grid: str, size: float) -> dict[str, Any]:
 def grid_adapter(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Adapters that are trained on a base in nf4 and merged into it."""
     from veneer import models
+    from veneer.models.quantize import keep_packed
 
     base: Any = models.load_base(options.base, precision="fp32")
     head = base.model.get_output_embeddings()
     for path, module in list(base.model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head and module.bias is None:
             base.model.set_submodule(path, quantised(module, "nf4"))
+    keep_packed(base.model)
     rows, held, _ = pronunciations(options)
     cases = []
     with tempfile.TemporaryDirectory() as name:

@@ -24,5 +24,5 @@ def make_adapter(path, seed, base_seed=0, **config):
 
 def open_service(base, adapters, **fields):
     options = {"keys": Keyring(), "budget": None, "pins": [], "rows": 8, "length": 200, "queue": 256, "timeout": 60.0}
-    options = {**options, "precision": "fp32", **fields}
+    options = {**options, "loading": {"precision": "fp32"}, **fields}
     return _service(str(base), "tiny", adapters, *options.values())

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
+from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
@@ -147,14 +148,10 @@ class _ByRows:
 
     def _at_once(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer on a device whose changes are plain; None where it is not that."""
-        known = next((part.direct for part in self.parts if part is not None), None)
-        if (
-            known is None
-            or not isinstance(x, Tensor)
-            or x.is_cpu
-            or x.ndim < 2
-            or known.weight not in module._parameters
-        ):
+        if not isinstance(x, Tensor) or x.is_cpu or x.ndim < 2:
+            return None
+        known = next((part.direct for part in self.parts if isinstance(part, LayerAdapter)), None)
+        if known is None or known.weight not in module._parameters:
             return None
         whole, weight = self.whole, module._parameters[known.weight]
         if len(x) != whole.count or (whole.time_first and x.ndim > 2 and x.shape[1] == whole.count):
@@ -197,7 +194,7 @@ class _ByRows:
 
 def _factors(part: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """(A [r, in], B [out, r], the scale) of a plain change that drops nothing in this call."""
-    if part is None or part.direct is None or part.direct.drops:
+    if not isinstance(part, LayerAdapter) or part.direct is None or part.direct.drops:
         return None
     change = part.direct.change
     factors = change.adapter_parameters
