@@ -117,3 +117,21 @@ def test_a_source_that_ends_too_early(tmp_path):
     assert (tmp_path / "out").read_bytes() == torch.arange(2.0).numpy().tobytes()
     with pytest.raises(CheckpointError, match="ended within 'a'"):
         checkpoint.read("a")
+
+
+def test_after_a_write_that_failed_none_is_written(monkeypatch):
+    """Several results may wait to be written: those behind one that failed would lie in its place."""
+    writer, wrote = _Writer.__new__(_Writer), []
+    writer._failed = []
+
+    def failing(name, result, layers):
+        wrote.append(name)
+        if name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_store", failing)
+    writer.store("a", None, [])
+    for name in ("b", "c"):
+        with pytest.raises(OSError, match="No space"):
+            writer.store(name, None, [])
+    assert wrote == ["a", "b"]

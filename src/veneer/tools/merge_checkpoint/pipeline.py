@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
@@ -60,13 +61,13 @@ class Pipeline:
         names = list(self._left())
         starts = {name: at for file in self.job.checkpoint.files for name, at in self.job.layout(file)[1].items()}
         with self._reading, self._hashing, apart(), _Writer(self) as writer, ThreadPoolExecutor(1) as writing:
-            before: tuple[int, Future[None]] | None = None  # bytes of the tensor that is being written
+            pending: deque[tuple[int, Future[None]]] = deque()  # bytes of each tensor that is to be written
             ahead = self._reading.submit(self._read, names[0]) if names else None
             for name, following in zip_longest(names, names[1:]):
                 loaded = (ahead or self._reading.submit(self._read, name)).result()
                 needed = self._bytes(name, both=True) + (self._bytes(following) if following else 0)
-                if before is not None and before[0] + needed > self._limit:
-                    before = before[1].result()
+                while pending and (pending[0][1].done() or sum(size for size, _ in pending) + needed > self._limit):
+                    pending.popleft()[1].result()
                 ahead = self._reading.submit(self._read, following) if following and needed <= self._limit else None
                 result, layers = None, []
                 if loaded is not None:
@@ -74,14 +75,12 @@ class Pipeline:
                 if loaded is not None and loaded[1] is not None:
                     loaded[1].result()  # what is not of the base goes no further
                 loaded = None
-                if before is not None:
-                    before[1].result()
-                before = self._bytes(name), writing.submit(writer.store, name, result, layers)
+                pending.append((self._bytes(name), writing.submit(writer.store, name, result, layers)))
                 result = None
                 if ahead is None:
-                    before = before[1].result()
-            if before is not None:
-                before[1].result()
+                    pending.pop()[1].result()
+            for _, written in pending:
+                written.result()
 
     def _left(self) -> Iterator[str]:
         """The tensors that are not done, in the order of writing."""
@@ -113,6 +112,7 @@ class _Writer:
         self._flushed: Future[None] | None = None
         self._file, self._target = "", None
         self._since, self._count, self._layers = 0, 0, []
+        self._failed: list[BaseException] = []
 
     def __enter__(self) -> _Writer:
         self._journal = (self.run.folder / JOURNAL).open("a")
@@ -129,7 +129,16 @@ class _Writer:
                 self._flushed.result()
 
     def store(self, name: str, result: Tensor | None, layers: list[LayerMerge]) -> None:
-        """Write the next tensor; None copies it from the base."""
+        """Write the next tensor; None copies it from the base. After one that failed, none is written."""
+        if self._failed:
+            raise self._failed[0]
+        try:
+            self._store(name, result, layers)
+        except BaseException as error:
+            self._failed.append(error)
+            raise
+
+    def _store(self, name: str, result: Tensor | None, layers: list[LayerMerge]) -> None:
         file, size = self.job.checkpoint.where[name], self.job.checkpoint.bytes(name)
         if file != self._file or self._target is None:
             head, starts = self.job.layout(file)
