@@ -310,7 +310,8 @@ def killed_and_resumed(base, adapter, out, kills, seed):
         killed += child.wait() == -signal.SIGKILL
         if out.exists():
             break
-        done = journal.read_text().count("\n")
+        # killed where the result takes its name, a run has no journal any more: the next one begins anew
+        done = journal.read_text().count("\n") if journal.exists() else 0
     return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None, killed
 
 
