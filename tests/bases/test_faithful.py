@@ -10,7 +10,8 @@ from tests.support.toys import error
 from torch import nn
 
 import veneer
-from veneer.bases import BASES, storage_of
+from veneer.bases import BASES, GridStorage, storage_of
+from veneer.errors import MergeError
 from veneer.kernels.grid import Grid
 
 OUT, IN, RANK = 48, 256, 4
@@ -196,3 +197,19 @@ def test_beyond_the_grid_the_last_number_is_all_there_is():
     grid.cells(inside, mid, half)
     assert mid.tolist() == [[0.25, -0.25, 0.0]]
     assert half.abs().tolist() == [[0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "storage", [one.name for one in BASES if one.name in LIBRARIES and not isinstance(one, GridStorage)]
+)
+def test_inputs_to_protect_are_refused_where_there_is_no_grid(storage):
+    """They would be left out without a word."""
+    for library in LIBRARIES[storage]:
+        pytest.importorskip(library)
+    for module in BASES[storage].examples():
+        model = nn.Sequential(module)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
+        before = bits_of(BASES[storage].stored(module.weight))
+        with pytest.raises(MergeError, match=r"0\.weight: inputs= of a weight that is rounded as it is stored"):
+            handle.merge(inputs={"0.weight": torch.eye(BASES[storage].shape(module.weight)[1])[None]})
+        assert bits_of(BASES[storage].stored(module.weight)) == before

@@ -26,7 +26,7 @@ from veneer.attach.change import Change
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.state import ModelAdapters, in_turn
 from veneer.attach.weight_tying import torn
-from veneer.bases import BASES, Storage
+from veneer.bases import BASES, GridStorage, Storage
 from veneer.distributed import spread_problem
 from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
@@ -337,14 +337,20 @@ def _folded(weight: _StoredWeight, rounding: str, moment: Tensor | None, problem
     low, gain = change.exactly(weight.target)
     dense, name = storage.dense(weight.target).detach(), storage.dense_name
     ours = type(dense) in (Tensor, nn.Parameter)  # not one that is spread over processes
-    rewritten = change.layer.apply_forward_rewrite(weight.module, dense) is not dense
-    matrix = change.layer.unfold(dense, change.dims)
-    if rewritten or not ours or not _moment_fits(where, matrix, moment, problems):
-        if moment is not None and (rewritten or not ours):
+    chosen = name is not None or isinstance(storage, GridStorage)  # its numbers, one by one
+    if not chosen or not ours or change.layer.apply_forward_rewrite(weight.module, dense) is not dense:
+        if moment is not None:
             found = f"{where}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(found, "none: it has no faithful rounding", "leave it out"))
         exact = change.changed(weight.target, low, gain, torch.float64)
         return _encoded(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
+    matrix = change.layer.unfold(dense, change.dims)
+    square = len(matrix), *[matrix.shape[2]] * 2
+    if moment is not None and (moment.shape != square or not moment.isfinite().all()):
+        what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
+        found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
+        problems.append(sentence(found, expected, "give that of the inputs of this weight"))
+        return None
     if name is None:
         return _onto_grid(weight, matrix, low, gain, rounding, moment, problems)
     folded = fold_change(change, matrix, low, gain, rounding=rounding, inputs=moment)
@@ -353,16 +359,6 @@ def _folded(weight: _StoredWeight, rounding: str, moment: Tensor | None, problem
         return None
     report = LayerMerge(where, folded.change, folded.retention, folded.rounding, folded.sums.retention)
     return {name: change.layer.fold(folded.weight, dense.shape)}, report
-
-
-def _moment_fits(where: str, matrix: Tensor, moment: Tensor | None, problems: list[str]) -> bool:
-    square = len(matrix), *[matrix.shape[2]] * 2
-    if moment is None or (moment.shape == square and moment.isfinite().all()):
-        return True
-    what = "with numbers that are not finite" if moment.shape == square else f"of shape {tuple(moment.shape)}"
-    found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
-    problems.append(sentence(found, expected, "give that of the inputs of this weight"))
-    return False
 
 
 def fold_change(change: Change, weight: Tensor, low: LowRank, gain: Tensor | None, **options: Any) -> Folded:
@@ -380,7 +376,7 @@ def _onto_grid(
     problems: list[str],
 ) -> _Content | None:  # fmt: skip
     """What a storage with other numbers than a dtype's is to hold: each to nearest, then as ``rounding`` says."""
-    change, storage, target = weight.keeper, weight.storage, weight.target
+    change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
     content = _encoded(weight, change.changed(target, low, gain, torch.float64), problems)
     if content is None:
         return None
@@ -389,9 +385,8 @@ def _onto_grid(
     def unfold(values: Tensor) -> Tensor:
         return change.layer.unfold(values, change.dims)
 
-    def grid() -> Grid | None:
-        known = storage.grid(target, stored)
-        return None if known is None else known.reshaped(unfold)
+    def grid() -> Grid:
+        return storage.grid(target, stored).reshaped(unfold)
 
     nearest = unfold(storage.decode(target, stored))
     options: Any = {"rounding": rounding, "side": _side(change), "inputs": moment}

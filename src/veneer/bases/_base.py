@@ -49,15 +49,6 @@ class Storage(ABC):
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         """Dense float64 ``values`` as this storage would hold them, rounded once; nothing is written."""
 
-    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid | None:
-        """The numbers, in the dense weight's shape, that can be stored under the scales of ``stored``; None where there
-        is no such description. Faithful rounding chooses among them."""
-        return None
-
-    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        """Dense ``values``, each the nearest number of ``grid``, under the scales of ``stored``."""
-        raise NotImplementedError
-
     @abstractmethod
     def examples(self) -> Iterator[nn.Module]:
         """Small linear layers (16-divisible sizes where packing needs it) whose ``weight`` is stored this way."""
@@ -105,6 +96,18 @@ class Storage(ABC):
         """Module classes whose own forward is their stock layer's on ``dense(weight)``, so that the factored form is
         right there: y = forward(x) + op(x; ΔW)."""
         return ()
+
+
+class GridStorage(Storage):
+    """A storage of numbers that are levels times a scale: faithful rounding chooses among them."""
+
+    @abstractmethod
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
+        """The numbers, in the dense weight's shape, that can be stored under the scales of ``stored``."""
+
+    @abstractmethod
+    def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        """Dense ``values``, each the nearest number of ``grid``, under the scales of ``stored``."""
 
 
 BASES: Registry[Storage] = Registry("storage")

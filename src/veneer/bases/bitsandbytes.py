@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.bases._base import Storage, register
+from veneer.bases._base import GridStorage, register
 from veneer.errors import TargetError
 from veneer.kernels.grid import Grid
 
@@ -55,7 +55,7 @@ def _classes(*names: str) -> tuple[type, ...]:
 
 
 @register
-class Bitsandbytes8bit(Storage):
+class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
@@ -121,7 +121,7 @@ class Bitsandbytes8bit(Storage):
 
 
 @register
-class Bitsandbytes4bit(Storage):
+class Bitsandbytes4bit(GridStorage):
     name = "bitsandbytes_4bit"
 
     def holds(self, weight: object) -> bool:

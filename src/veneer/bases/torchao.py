@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.bases._base import Storage, register
+from veneer.bases._base import GridStorage, register
 from veneer.errors import MergeError
 from veneer.kernels.grid import Grid
 
@@ -35,7 +35,7 @@ REPLACED = ("qdata", "scale", "zero_point")
 
 
 @register
-class Torchao(Storage):
+class Torchao(GridStorage):
     name = "torchao"
 
     def holds(self, weight: object) -> bool:
@@ -73,7 +73,7 @@ class Torchao(Storage):
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
         return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
 
-    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid | None:
+    def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         numbers, shape = stored["qdata"], weight.shape
         columns, zero = getattr(weight, "act_pre_scale", None), stored.get("zero_point")
         scale = _spread(stored["scale"].float(), shape)

@@ -151,15 +151,14 @@ def fold(
             old, new, exact, spread = old.mT, new.mT, exact.T, None if spread is None else spread.mT
         sums, finite = _nearest(old, exact, spread, new, compiled)
         (change, retention), done = _told(sums), "nearest"
-        able = dtype in HALF and finite and sums.size > 0
-        if able and (rounding == "faithful" or (rounding == "auto" and wanting(sums))):
+        if dtype in HALF and finite and _asked(rounding, sums):
             retention = 1 + faithful(old, exact, spread, directions(exact.A, inputs), new) / sums.size
             done = "faithful"
     return Folded(out, change, retention, done, finite, sums)
 
 
 def fold_onto(
-    grid: Callable[[], Grid | None],
+    grid: Callable[[], Grid],
     weight: Float[Tensor, "g out in_"],
     low: LowRank,
     gain: Float[Tensor, " rows"] | None,
@@ -172,7 +171,7 @@ def fold_onto(
     """``fold`` onto the grid of a quantised weight.
 
     Args:
-        grid: the numbers that there are, if they are asked for; None where faithful rounding is not for this weight.
+        grid: the numbers that there are, if they are asked for.
         weight: what is stored now.
         nearest: what rounding to nearest makes of it; the result is this, or a float32 tensor of its own.
     """
@@ -182,17 +181,20 @@ def fold_onto(
         sums = _in_float64(weight, exact, spread, None, nearest)
         finite = bool(nearest.isfinite().all()) and math.isfinite(sums.size)
         folded = Folded(nearest, *_told(sums), "nearest", finite, sums)
-        wanted = finite and sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
-        known = grid() if wanted else None
-        if known is None:
+        if not (finite and _asked(rounding, sums)):
             return folded
-        old, new = weight, torch.empty_like(weight, dtype=torch.float32)
-        out = new
+        out = torch.empty_like(weight, dtype=torch.float32)
+        old, new, known = weight, out, grid()
         if side == "outputs":
             old, new, exact = old.mT, new.mT, exact.T
             known, spread = known.reshaped(lambda one: one.mT), None if spread is None else spread.mT
         lost = faithful(old, exact, spread, directions(exact.A, inputs), new, known)
         return replace(folded, weight=out, retention=1 + lost / sums.size, rounding="faithful")
+
+
+def _asked(rounding: str, sums: Sums) -> bool:
+    """Whether what nearest did calls for faithful rounding."""
+    return sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
 
 
 def _told(sums: Sums) -> tuple[float, float]:
