@@ -14,6 +14,7 @@ from tests.support.tiny import sums, write_rows, write_tiny
 from trl.models import activation_offloading
 from trl.trainer import sft_trainer
 
+from veneer import models
 from veneer.train.config import make_config
 from veneer.train.run import fit
 
@@ -62,3 +63,8 @@ def test_a_base_over_two_devices_trains_to_the_losses_of_one(place: Path) -> Non
     one, both = run(place, "one"), run(place, "both", device_map={**lower, **blocks, "model.norm": 1}, check=True)
     assert {str(p.device) for p in both.model.parameters()} == {"cuda:0", "cuda:1"}
     assert both.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+def test_a_base_on_a_device_keeps_its_attention(place: Path) -> None:
+    """Attention as plain products is for a processor."""
+    assert models.load_base(place / "base", device="cuda").model.config._attn_implementation == "sdpa"

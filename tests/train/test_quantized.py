@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from veneer.fileio.hashing import fingerprint
 from veneer.models import quantize
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.train import memory
+from veneer.train.config import make_config
 from veneer.train.run import fit
 
 pytest.importorskip("bitsandbytes")
@@ -217,6 +220,33 @@ def test_a_model_that_its_owner_quantised_proves_what_it_computes_with(wide: Pat
 def test_what_cannot_be_loaded_so_is_one_clear_error(wide: Path, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         models.load_base(wide, **options)
+
+
+def test_an_encoder_is_not_put_on_a_device_that_is_not_here(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertModel(BertConfig(vocab_size=9, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"a device of this machine \(cpu\)"):
+        models.load_encoder(tmp_path, device="cuda:7")
+
+
+def test_files_that_name_no_class_tell_their_weights(wide: Path, tmp_path: Path) -> None:
+    shutil.copytree(wide, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert quantize.sources_of(load(tmp_path / "base")) == quantize.sources_of(load(wide)) != {}
+
+
+def test_a_map_that_is_the_processor_is_no_gpu(monkeypatch: pytest.MonkeyPatch, wide: Path) -> None:
+    from veneer.train import arguments
+
+    monkeypatch.setattr(arguments, "best_device", lambda: "cuda")
+    fields = {"base": str(wide), "data": "x", "output": "out"}
+    config = make_config({**fields, "device_map": "cpu", "offload_activations": True})
+    with pytest.raises(ConfigError, match="a run on the processor"):
+        arguments.arguments_of(config, Path("out"), None)  # type: ignore[arg-type]
 
 
 def test_without_bitsandbytes_it_says_what_to_install(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

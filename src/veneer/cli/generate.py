@@ -7,17 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option, echo
 
-from veneer.cli.options import (
-    ADAPTER_HELP,
-    MANY,
-    Attention,
-    BaseModel,
-    Device,
-    DeviceMap,
-    Precision,
-    Quantize,
-    Verify,
-)
+from veneer.cli.options import ADAPTER_HELP, MANY, Attention, BaseModel, Device, DeviceMap, Precision, Quantize, Verify
 
 Prompts = Annotated[list[str] | None, Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")]
 

@@ -125,10 +125,15 @@ def _become_vllm(
     vllm.run(line)
 
 
+def _given(options: dict[str, Any]) -> list[str]:
+    """The flags of these options that were given."""
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, "auto")]
+
+
 def _not_for_vllm(own: dict[str, Any]) -> None:
     from veneer.errors import ConfigError, listing
 
-    given = [f"--{name.replace('_', '-')}" for name, value in own.items() if value not in (None, "auto")]
+    given = _given(own)
     if given:
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
         raise ConfigError(f"{listing(given)} with --engine vllm", "vLLM's own ways to load a base", do)
@@ -138,7 +143,7 @@ def _encoder(base: str, *, precision: Any, device: str | None, **others: Any) ->
     from veneer import models
     from veneer.errors import ConfigError, listing
 
-    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value not in (None, "auto")]
+    given = _given(others)
     if given:
         raise ConfigError(f"{listing(given)} for {base}, an encoder", "a causal language model", "leave them out")
     return models.load_encoder(base, precision=precision, device=device)

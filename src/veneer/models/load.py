@@ -9,6 +9,7 @@ A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from veneer.attach.source_analysis import compares_attention
 from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
-from veneer.models.locate import config_of, find_base, folder_of
+from veneer.models.locate import config_of, find_base
 from veneer.models.messages import first_line, loading, quiet
 from veneer.models.quantize import Quantize, keep_packed, must_have_whole_blocks, note_sources, quantizer
 
@@ -83,11 +84,14 @@ def load_base(
     if spread and device is not None:
         found = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(found, "one of them", "leave out one: a device map places all of the model")
-    _must_be_here(device, device_map)
+    if isinstance(device_map, str) and device_map not in MAPS:
+        _must_be_here("device_map", device_map, MAPS)
     _must_be_known(attention)
     place = find_base(name)
     dtype, device = type_and_device(precision, device)
-    model = _model(name, place, dtype, device, attention, quantize, device_map)
+    model: Any = _model(name, place, dtype, device, attention, quantize, device_map)
+    if not spread and quantize is None:
+        model = model.to(device)
     tokenizer = tokenizer_at(place, name)
     usual = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
@@ -96,9 +100,15 @@ def load_base(
     if quantize is not None:
         must_have_whole_blocks(model, name)
         keep_packed(model)
-        note_sources(model, folder_of(name))
-    placed = model if spread or quantize is not None else model.to(device)
-    return Base(placed.eval(), tokenizer, name)
+        note_sources(model, _files_at(place))
+    return Base(model.eval(), tokenizer, name)
+
+
+def _files_at(place: str) -> Path:
+    """The folder that ``from_pretrained`` has read: of a hub id, the one in the cache, with no file more."""
+    from transformers.utils.hub import cached_file
+
+    return Path(str(cached_file(place, "config.json"))).parent
 
 
 def _model(
@@ -136,24 +146,20 @@ def _must_be_known(attention: str) -> None:
         raise ConfigError(found, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one")
 
 
-def _must_be_here(device: str | None, device_map: Any) -> None:
-    """Refuse a device that this machine does not have, or a map that neither is one nor names one."""
+def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
+    """Refuse a device that this machine does not have. ``also``: what the option takes besides."""
     import torch
 
-    here = best_device()
-    if (isinstance(device_map, str) and device_map in MAPS) or isinstance(device_map, dict):
-        return
-    for option, value in (("device", device), ("device_map", device_map)):
-        if value is None:
-            continue
-        try:
-            wanted = torch.device(value)
-        except RuntimeError:
-            wanted = None
-        count = torch.accelerator.device_count() if wanted is not None and wanted.type == here != "cpu" else 1
-        if wanted is None or wanted.type not in ("cpu", here) or (wanted.index or 0) >= count:
-            maps = f", or {listing(MAPS)}" if option == "device_map" else ""
-            raise ConfigError(f"{option}={value!r}", f"a device of this machine (cpu or {here}){maps}", "choose one")
+    own = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu", *sorted({best_device(), *([] if own is None else [own.type])} - {"cpu"})]
+    try:
+        wanted = torch.device(value)
+    except RuntimeError:
+        wanted = None
+    count = torch.accelerator.device_count() if wanted is not None and wanted.type in here[1:] else 1
+    if wanted is None or wanted.type not in here or (wanted.index or 0) >= count:
+        maps = f", or {listing(also)}" if also else ""
+        raise ConfigError(f"{option}={value!r}", f"a device of this machine ({' or '.join(here)}){maps}", "choose one")
 
 
 def _exact(device: str) -> Any:
@@ -201,8 +207,10 @@ def _fast_bf16() -> bool:
 
 
 def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
-    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there is one."""
-
+    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there is one.
+    ``ConfigError``: a device that is not here."""
+    if device is not None:
+        _must_be_here("device", device)
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
     return dtype, device or best_device()
 

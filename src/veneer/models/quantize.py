@@ -88,14 +88,14 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
 
 def note_sources(model: nn.Module, folder: str | Path) -> None:
     """Find, in the files at ``folder``, of which weight each packed one of ``model`` was made. Reads these files once
-    more, tensor by tensor. Weights that are no safetensors, or that lie otherwise in the model (GPT-2's), stay known by
-    what they are packed to alone."""
+    more, tensor by tensor. Weights that are no safetensors, that lie otherwise in the model (GPT-2's), or of a class
+    that transformers lacks, stay known by what they are packed to alone."""
     from veneer.models.meta import meta_model
     from veneer.models.named_weights import named, of_folder
 
     try:
-        files = of_folder(meta_model(folder), folder)
-    except CheckpointError:
+        files = of_folder(meta_model(folder, type(model).__name__), folder)
+    except (CheckpointError, ConfigError):
         return
     names, found = Names(model), {}
     for entry in named(names):

@@ -19,7 +19,7 @@ from veneer.train.prepare import Prepared
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTConfig:
     """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know, and for
     activations to be offloaded to where they are."""
-    on_cpu = (config.device or best_device()) == "cpu"
+    on_cpu = "cpu" in (config.device_map, config.device or best_device())
     if config.offload_activations and on_cpu:
         found = "offload_activations, and a run on the processor, whose activations are in main memory already"
         do = "leave it out; to hold fewer of them, set activation_checkpointing or a smaller batch_size"

@@ -84,9 +84,11 @@ def weights(model: nn.Module) -> tuple[int, int]:
                 total += weight.nbytes
                 continue
             storage.prepare(module)
-            total += sum(tensor.nbytes for tensor in storage.stored(weight).values())
-            if state_of(module) is None:
-                storage.release(module)
+            try:
+                total += sum(tensor.nbytes for tensor in storage.stored(weight).values())
+            finally:
+                if state_of(module) is None:
+                    storage.release(module)
             dtype = getattr(model, "dtype", torch.float32)
             largest = max(largest, storage.shape(weight).numel() * dtype.itemsize)
     return total, largest

@@ -88,9 +88,13 @@ def fit(
     prepared = prepare(config, tokenizer)
     found = _found(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
-    if (seen := arguments.n_gpu) > 1 and config.device_map is None:
+    if (seen := arguments.n_gpu) > 1:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
-        say(console, f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).")
+        if config.device_map is None:
+            say(
+                console,
+                f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).",
+            )
     set_seed(config.seed)
     base = models.load_base(
         config.base, precision=config.precision, device=config.device, attention=config.attention,
