@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.support.banks import saved
 from tests.support.emulated_device import G0, without_float64
+from tests.support.quantised import IN, libraries  # noqa: F401 (a fixture)
 from tests.support.rows import ROWS
 from tests.support.tiny import tiny_model
 from tests.support.toys import error, example, randomise
@@ -112,6 +113,13 @@ def test_convolutions_with_dropout_in_both_layouts():
             model.train()(x.to(G0)).sum().backward()
         else:
             same(both(lambda m=module: m, config, lambda model, place, x=x: model(x.to(place))), 1e-4)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_layer_that_its_own_library_keeps_quantised(variant, libraries):  # noqa: F811
+    x, config = torch.randn(3, IN), veneer.LoraConfig(rank=2, targets="all", variant=variant)
+    make = lambda: nn.Sequential(libraries("gptq")[0])  # noqa: E731
+    same(both(make, config, lambda model, place: model(x.to(place)), 0.05), 5e-3)
 
 
 def test_a_loss_as_on_the_processor():

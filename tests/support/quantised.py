@@ -45,7 +45,7 @@ def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
 
 
 def unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    numbers = torch.empty(*words.shape, 8, dtype=torch.int64)
+    numbers = torch.empty(*words.shape, 8, dtype=torch.int64, device=words.device)
     for place, source in enumerate(order):
         numbers[..., source] = words.long() >> 4 * place & 15
     return numbers.flatten(-2)

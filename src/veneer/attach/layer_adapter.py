@@ -233,9 +233,10 @@ def _on_device(
         if not device.applies(x, weight):
             return None
         read: Any = weight.mT if reader.out_axis == 1 else weight
-    elif gain is None or change.storage.computed or change.storage.name == "plain" or weight.device != x.device:
-        return None
     else:
+        storage = change.storage
+        if gain is None or storage.computed or storage.name == "plain" or storage.device(weight) != x.device:
+            return None
         read = partial(_read, change, weight, reader.out_axis == 1)
     low = low.T if layer_state.transposed else low
     drops = dropout, new_seed() if dropout else 0

@@ -141,11 +141,11 @@ def merge(
         name: the adapter; None takes the only one.
         keep: keep the old weights, which ``unmerge`` needs: as much memory of the processor as the weights that change.
             Without, they lie in a temporary file while this runs.
-        rounding: of 16-bit weights. "nearest": each number to the nearest. "faithful": each to one of its two
+        rounding: of 16-bit weights, and of those that bitsandbytes or torchao keeps. "nearest": each number to the nearest. "faithful": each to one of its two
             neighbours, so that the errors cancel on what the adapter reads; takes several times as long, a few seconds
             for 100 million weights. "auto": faithful for each weight of which nearest would keep less than 99 % of the
             change (or more than 101 %). Weights of more bits, those that are trained in full and embeddings of bounded
-            norm are always rounded to nearest, packed ones (bitsandbytes, torchao, GGUF) by their storage's own rule.
+            norm are always rounded to nearest, those of GGUF by their storage's own rule.
         inputs: by the path of a weight, Σ xᵀx of its inputs ([g, in, in], in any scale): faithful rounding keeps the
             directions in which they vary most right, too.
 
@@ -378,8 +378,8 @@ def _onto_grid(
     """What a storage with other numbers than a dtype's is to hold: each to nearest, then as ``rounding`` says."""
     change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
     content = _encoded(weight, change.changed(target, low, gain, torch.float64), problems)
-    if content is None:
-        return None
+    if content is None or rounding == "nearest":
+        return content
     stored, report = cast(tuple[dict[str, Tensor], LayerMerge], content)  # a change has a report
 
     def unfold(values: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class Opaque(Storage):
             for first in range(0, in_, COLUMNS):
                 rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
                 rows[:-1, first:].fill_diagonal_(1)
-                *_, zero = y = forward(rows)  # not of zeros where a kernel has packed the bias too
+                y = forward(rows)
+                zero = y[-1]  # not of zeros where a kernel has packed the bias too
                 dense[:, first : first + len(rows) - 1] = (y[:-1] - zero).mT
         return dense
 
@@ -140,7 +141,8 @@ class Opaque(Storage):
         return own or next((one.dtype for one in tensors if one is not None), torch.bfloat16)
 
     def device(self, weight: Any) -> torch.device:
-        return next(tensor.device for tensor in (*weight.buffers(), *weight.parameters()))
+        own = (*weight.buffers(False), *weight.parameters(False))  # below are adapters
+        return next(tensor.device for tensor in own)
 
     def shape(self, weight: Any) -> torch.Size:
         return torch.Size((weight.out_features, weight.in_features))

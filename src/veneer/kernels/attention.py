@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from veneer.kernels import eager as untransformed
 from veneer.kernels import has_tiles
 from veneer.kernels.compiled import THREADS
 
@@ -52,10 +52,9 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
 def _eager(*tensors: Tensor) -> bool:
     """Whether a function of our own may be called: on plain tensors, and not under ``torch.compile``, ``torch.func``,
     forward-mode AD or autocast."""
-    if torch.compiler.is_compiling() or _C._is_any_autocast_enabled():
+    if not untransformed() or _C._is_any_autocast_enabled():
         return False
-    plain = all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
-    return plain and _C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
+    return all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

@@ -208,7 +208,8 @@ def _thin_gradients(scale: float, where: Segments | None, x, index, dy, A, B, ne
         return found
     x = x if index is None else x[index]
     down, up = A.to(x.dtype), B.to(x.dtype)
-    dx, factors = torch.empty_like(x), (torch.zeros_like(down), torch.zeros_like(up))
+    dx, make = torch.empty_like(x), torch.zeros_like if need_factors else torch.empty_like
+    factors = make(down), make(up)
     for rows, carried, to, (one, other, d_one, d_other) in _pieces(where, (x, dy, dx), (down, up, *factors)):
         u = carried @ other
         u *= scale
@@ -219,8 +220,11 @@ def _thin_gradients(scale: float, where: Segments | None, x, index, dy, A, B, ne
             h *= scale
             d_one.copy_(u.mT @ rows)
             d_other.copy_(carried.mT @ h)
+    dx = dx if need_x else None
+    if not need_factors:
+        return dx, None, None
     dA, dB = factors
-    return dx if need_x else None, dA.to(A.dtype), dB.to(B.dtype)
+    return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
 def _differentiable(ctx: Any, x, weight, A, B, dy):
