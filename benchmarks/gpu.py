@@ -172,7 +172,7 @@ def slug(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, mps or cpu")
+    parser.add_argument("--device", default="cuda", help="cuda (CUDA_VISIBLE_DEVICES=1: another one), mps or cpu")
     parser.add_argument("--quick", action="store_true", help="a toy's sizes, one round")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")

@@ -26,7 +26,19 @@ from torch.utils import _pytree as pytree
 
 import gpu_model_checks  # noqa: F401 (which adds its own)
 import veneer
-from gpu_compare import CHECKS, Wrong, exact, full_precision, gradients, learn, near, near_gradients, on, wide
+from gpu_compare import (
+    CHECKS,
+    Wrong,
+    exact,
+    full_precision,
+    gradients,
+    learn,
+    near,
+    near_gradients,
+    on,
+    same_bits,
+    wide,
+)
 from gpu_place import LACKS, Place, Skipped, Watch, unwatched
 from veneer.errors import VeneerError
 from veneer.layers import LAYERS
@@ -63,8 +75,7 @@ def cell(place: Place, module: nn.Module, args: tuple, variant: str, watch: Watc
         near("merged", flat(model(*inputs)), wanted, 1e-3)
         with watch("unmerge"):
             handle.unmerge()
-        if any(not torch.equal(one, before[name]) for name, one in bits(model).items()):
-            raise Wrong("unmerged: other bits than before")
+        same_bits(model, before)
 
 
 def lacking(problem: RuntimeError) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tests.support import moe
 from tests.support.tiny import tiny_model
-from tests.support.toys import error, randomise
+from tests.support.toys import bits, error, randomise
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +30,12 @@ IDS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))
 
 class Wrong(AssertionError):  # noqa: N818 (no error of the program)
     """Another result than in float64."""
+
+
+def same_bits(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """``Wrong`` unless the base holds what ``bits`` copied before a merge."""
+    if any(not torch.equal(one, before[name]) for name, one in bits(model).items()):
+        raise Wrong("unmerged: other bits than before")
 
 
 def check(name: str) -> Callable[[Check], Check]:

@@ -4,7 +4,6 @@ banks, the engine, several devices, and that the host does not wait.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import tempfile
 from pathlib import Path
@@ -37,8 +36,9 @@ from gpu_compare import (
     near,
     near_gradients,
     on,
+    same_bits,
 )  # fmt: skip
-from gpu_place import Place, Skipped, refuse_waits, waits
+from gpu_place import Place, Skipped, installed, refuse_waits, waits
 from veneer.errors import VeneerError
 from veneer.train.loss import causal_loss, token_loss
 
@@ -99,7 +99,7 @@ def autocast(place: Place) -> str:
     return "4 pairs of dtypes"
 
 
-@check("activation checkpointing, both kinds, with one of two adapters and dropout's seed")
+@check("activation checkpointing, both kinds, with one of two adapters")
 def checkpointing(place: Place) -> str:
     ids = IDS.to(place.device)
     for reentrant in (False, True):
@@ -266,10 +266,7 @@ def experts(place: Place) -> str:
 
 @check("4 bits (bitsandbytes): LoRA and DoRA, merge and unmerge")
 def four_bits(place: Place) -> str:
-    try:
-        bnb: Any = importlib.import_module("bitsandbytes")
-    except ImportError as problem:
-        raise Skipped("bitsandbytes is not installed") from problem
+    bnb = installed("bitsandbytes")
     for nested, variant in itertools.product((False, True), ("lora", "dora")):
         more = {"quant_type": "nf4", "compress_statistics": nested}
         layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, **more)
@@ -277,26 +274,32 @@ def four_bits(place: Place) -> str:
         model = nn.Sequential(layer).to(place.device)
         plain = nn.Sequential(nn.Linear(64, 32, bias=False))
         plain[0].weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu().float()
-        handles = [
-            veneer.attach(one, veneer.LoraConfig(rank=4, targets="all", variant=variant)) for one in (model, plain)
-        ]
-        randomise(handles[0], 0.1)
-        for mine, theirs in zip(*(handle.parameters() for handle in handles), strict=True):
-            theirs.data.copy_(mine.data)
-        x = torch.randn(4, 8, 64)
-        with veneer.use(definition := exact(plain), "default", path="materialised"):
-            wanted, grads = learn(definition, lambda one, x=x: one(x.double()))
-        there, watch = x.to(place.device), named(place, f"{variant}-{nested}")
-        found, found_grads = learn(model, lambda one, there=there: one(there), watch)
-        near(f"{variant}, double {nested}", found, wanted, 1e-3)
-        near_gradients(found_grads, grads, 1e-3)
+        case = f"{variant}, double {nested}", f"{variant}-{nested}"
+        handle, x, wanted = beside_dense(place, *case, model, plain, variant=variant)
         before = bits(model)
-        handles[0].merge()
-        near("merged", model(x.to(place.device)), wanted, 0.2)  # as far as 16 levels go
-        handles[0].unmerge()
-        if any(not torch.equal(one, before[name]) for name, one in bits(model).items()):
-            raise Wrong("unmerged: other bits than before")
+        handle.merge()
+        near("merged", model(x), wanted, 0.2)  # as far as 16 levels go
+        handle.unmerge()
+        same_bits(model, before)
     return "4 cases"
+
+
+def beside_dense(
+    place: Place, what: str, case: str, packed: nn.Module, plain: nn.Module, **config: Any
+) -> tuple[veneer.Handle, Tensor, Any]:
+    """A packed model beside the dense one of the same numbers and adapter: (its handle, x, the output in float64)."""
+    handles = [veneer.attach(one, veneer.LoraConfig(rank=4, targets="all", **config)) for one in (packed, plain)]
+    randomise(handles[0], 0.1)
+    for mine, theirs in zip(*(handle.parameters() for handle in handles), strict=True):
+        theirs.data.copy_(mine.data)
+    x = torch.randn(4, 8, 64)
+    there = x.to(place.device)
+    with veneer.use(definition := exact(plain), "default", path="materialised"):
+        wanted, grads = learn(definition, lambda one: one(x.double()))
+    found, found_grads = learn(packed, lambda one: one(there), named(place, case) if case else place.watch)
+    near(what, found, wanted, 1e-3)
+    near_gradients(found_grads, grads, 1e-3)
+    return handles[0], there, wanted
 
 
 @check("float64 on the device itself, and a gradient of a gradient")
@@ -323,25 +326,13 @@ def activations_elsewhere(place: Place) -> str:
 
 @check("8 bits (torchao): forward and backward")
 def eight_bits(place: Place) -> str:
-    try:
-        quantization: Any = importlib.import_module("torchao.quantization")
-    except ImportError as problem:
-        raise Skipped("torchao is not installed") from problem
+    quantization = installed("torchao.quantization")
     module = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
     plain = nn.Sequential(nn.Linear(64, 32, bias=False))
     stored: Any = module[0].weight
     plain[0].weight.data = stored.dequantize().float()
-    models = [module.to(place.device), plain]
-    handles = [veneer.attach(one, veneer.LoraConfig(rank=4, targets="all")) for one in models]
-    randomise(handles[0], 0.1)
-    for mine, theirs in zip(*(handle.parameters() for handle in handles), strict=True):
-        theirs.data.copy_(mine.data)
-    x = torch.randn(4, 8, 64)
-    wanted, grads = learn(exact(plain), lambda one: one(x.double()))
-    found, found_grads = learn(models[0], lambda one: one(x.to(place.device)), place.watch)
-    near("output", found, wanted, 1e-3)
-    near_gradients(found_grads, grads, 1e-3)
+    beside_dense(place, "output", "", module.to(place.device), plain)
     return "int8 weights"
 
 

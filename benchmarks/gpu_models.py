@@ -8,7 +8,6 @@ routers, and on the stacks of experts.
 from __future__ import annotations
 
 import copy
-import importlib
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import veneer
 from candidates import ALPHA, DROPOUT, Candidate, own_loss, sharing
-from gpu_place import Place, Skipped
+from gpu_place import Place, Skipped, installed
 from veneer.train.loss import causal_loss
 
 RANK = 8
@@ -73,32 +72,18 @@ def build(place: Place, name: str, storage: str) -> Any:
         model = model.to(place.device)
     else:
         config = config_of(name, place.quick)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(place.device), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = getattr(transformers, config.architectures[0] if config.architectures else _class(config))(
-                    config
-                )
-        finally:
-            torch.set_default_dtype(before)
+        with torch.device(place.device), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.config.use_cache = False
     if storage == "nf4":
         to_four_bits(model)
     return model.train().requires_grad_(False)
 
 
-def _class(config: Any) -> str:
-    return "Qwen3MoeForCausalLM" if config.model_type == "qwen3_moe" else "LlamaForCausalLM"
-
-
 def to_four_bits(model: Any) -> None:
     """Every linear layer but the head in nf4, double quantised, computed in bfloat16: what QLoRA has."""
-    try:
-        bnb: Any = importlib.import_module("bitsandbytes")
-    except ImportError as problem:
-        raise Skipped("bitsandbytes is not installed") from problem
+    bnb = installed("bitsandbytes")
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or path.endswith("lm_head"):
             continue
@@ -217,13 +202,6 @@ def unsloth(base: Any, name: str, place: Place) -> Candidate:
     return Candidate(model, [p for p in model.parameters() if p.requires_grad])
 
 
-def installed(package: str) -> Any:
-    """The library, imported; ``Skipped`` where it is not."""
-    if find_spec(package) is None:
-        raise Skipped(f"{package.replace('_', '-')} is not installed")
-    return importlib.import_module(package)
-
-
 #: the floor first
 CANDIDATES: dict[str, Make] = {
     "frozen base": floor,
@@ -238,6 +216,3 @@ CANDIDATES: dict[str, Make] = {
     "peft + liger": peft_(liger=True),
     "unsloth": unsloth,
 }
-#: libraries that change what others run are measured in a process of their own, beside these
-BESIDE = ("frozen base", "veneer")
-APART = {"peft + liger": "liger", "unsloth": "unsloth"}

@@ -4,11 +4,13 @@ waits for it. "cuda" is also the device that the tests emulate; "cpu" answers wh
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ WAIT = "called a synchronizing CUDA operation"
 
 class Skipped(Exception):  # noqa: N818 (no error of the program)
     """A part that cannot run here; the text says why."""
+
+
+def installed(module: str) -> Any:
+    """A library's module, imported; ``Skipped`` where the library is not installed."""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        raise Skipped(f"{package.replace('_', '-')} is not installed")
+    return importlib.import_module(module)
 
 
 #: what stands around an operation that is named: tests count there what a device is asked for
@@ -95,17 +105,15 @@ class Place:
 
 def find(name: str, quick: bool) -> Place:
     """The device of this name. ``Skipped`` says what is missing, in one line."""
-    kind = name.partition(":")[0]
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if kind not in there:
+    if name not in there:
         raise Skipped(f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine with a GPU.")
-    if not there[kind]():
+    if not there[name]():
         built = torch.version.cuda or torch.version.hip
         torch_ = f"torch {torch.__version__}, which is {'built for a GPU' if built else 'built without one'}"
         do = "run this on a machine with one, or try its parts with --device cpu --quick"
-        raise Skipped(f"Found: no {kind.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: {do}.")
-    index = int(name.partition(":")[2] or 0)
-    return Place(torch.device(kind, index) if kind == "cuda" else torch.device(kind), quick)
+        raise Skipped(f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: {do}.")
+    return Place(torch.device("cuda", 0) if name == "cuda" else torch.device(name), quick)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 import gpu_models
 import veneer
 from candidates import step
-from gpu_place import Place, Skipped
+from gpu_place import Place, Skipped, installed
 from report import spread
 
 ROWS, PROMPT, TOKENS, ADAPTERS = 16, 64, 32, 8
@@ -134,20 +134,6 @@ def steps(place: Place, name: str, storage: str, candidates: Sequence[str], unti
 # ---------------------------------------------------------------------------------------------- decoding
 
 
-def adapters(base: Any, folder: Path) -> list[str]:
-    """Folders of random adapters of the base; their names."""
-    names = [f"adapter-{number}" for number in range(ADAPTERS)]
-    for name in names:
-        model = gpu_models.sharing(base)
-        targets = list(gpu_models.LINEAR)
-        handle = veneer.attach(model, veneer.LoraConfig(rank=gpu_models.RANK, alpha=16, targets=targets))
-        with torch.no_grad():
-            for parameter in handle.parameters():
-                parameter += 0.01 * torch.randn_like(parameter)
-        handle.save(folder / name)
-    return names
-
-
 def _ours(place: Place, model: Any, prompts: list[list[int]], tokens: int) -> Callable[[], list[list[int]]]:
     """What the server's engine does: prompts, then a token for each row a step, the most likely one."""
     from veneer.serve.forward import Forward
@@ -177,11 +163,11 @@ def _tokens(chosen: Any) -> list[int]:
 
 def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
     """PEFT's adapter_names in transformers' generate."""
-    peft = gpu_models.installed("peft")
-    model = peft.PeftModel.from_pretrained(gpu_models.sharing(base), str(folder / names[0]), adapter_name=names[0])
-    for name in names[1:]:
-        model.load_adapter(str(folder / name), adapter_name=name)
-    model, ids = model.eval(), torch.tensor(prompts, device=place.device)
+    import mixed
+
+    installed("peft")
+    model: Any = mixed.with_peft(base, folder, names)
+    ids = torch.tensor(prompts, device=place.device)
     rows = list(itertools.islice(itertools.cycle(names), len(prompts)))
 
     def run() -> Any:
@@ -196,7 +182,7 @@ def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: li
 
 def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
     """vLLM with as many adapters, from the same folders; with CUDA graphs, as it comes."""
-    vllm = gpu_models.installed("vllm")
+    vllm = installed("vllm")
     from tests.support.tiny import tiny_tokenizer
     from vllm.lora.request import LoRARequest  # pyright: ignore
 
@@ -216,6 +202,8 @@ def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list
 def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
     """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed order, PEFT; or, in
     a process of its own, vLLM beside the bank."""
+    import mixed  # which keeps libraries off the hub: not for who measures without it
+
     torch.manual_seed(0)
     base = gpu_models.build(place, "smollm2-135m", "bf16").eval()
     prompt, tokens = (4, 3) if place.quick else (PROMPT, TOKENS)
@@ -223,8 +211,8 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        names = adapters(base, folder)
-        mixed = list(itertools.islice(itertools.cycle(names), ROWS))
+        names = mixed.adapters(base, folder, ADAPTERS)
+        chosen = list(itertools.islice(itertools.cycle(names), ROWS))
 
         def banked() -> Any:
             bank = veneer.Bank(gpu_models.sharing(base))
@@ -233,7 +221,7 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
             run = _ours(place, bank.model, prompts, tokens)
 
             def with_rows() -> Any:
-                with bank.rows(mixed):
+                with bank.rows(chosen):
                     return run()
 
             return with_rows

@@ -471,7 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         base = models.load_base(options.base, precision="bf16")
         for task in ("pronounce", *(["snips"] if options.snips else [])):
             result["adapters"] += adapters(task, options, base)
-    if options.only == "grids" and not options.quick:
+    if options.only == "grids" and not options.quick and options.out is None:
         # the rest stays as it is, and so does what is said of where it was made
         file = RESULTS / "merge_fidelity.json"
         new = {name: result[name] for name in ("grids", "grid_adapters", "grids_made")}

@@ -18,7 +18,10 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 #: glibc gives large blocks back to the system and asks for them again in each step, unless these are set
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-PACKAGES = ("torch", "transformers", "peft", "trl", "loralib", "veneer")
+PACKAGES = (
+    "torch", "transformers", "peft", "trl", "loralib", "bitsandbytes", "torchao", "liger-kernel", "unsloth", "vllm",
+    "veneer",
+)  # fmt: skip
 
 
 def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:

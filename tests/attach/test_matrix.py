@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 
 import pytest
 import torch
+from tests.support.broken import first_row_decides, first_row_decides_for_a_bank, merging, unmerge_loses_a_bit
 
 with warnings.catch_warnings():  # of the libraries that the matrix loads
     warnings.simplefilter("ignore")
@@ -16,10 +16,9 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
     from scripts.matrix.page import Page
 
 from veneer.adapter_files import match_model, save_load
-from veneer.attach import select, select_rows
+from veneer.attach import select_rows
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.bank.batch_state import BatchState
 from veneer.bases import BASES
 from veneer.formats import peft
 from veneer.kernels import fused
@@ -27,8 +26,6 @@ from veneer.kernels.rounding import Folded, Sums
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
-
-merging = importlib.import_module("veneer.attach.merge")  # the package has a function of this name
 
 LAYER_NAMES, VARIANT_NAMES = ("linear", "embedding"), ("lora", "dora")
 #: of which every cell is exact, where PEFT is asked
@@ -171,17 +168,6 @@ def unmerge_subtracts(patch):
     patch.setattr(merging, "_keep", keep)
 
 
-def unmerge_loses_a_bit(patch):
-    original = merging._kept
-
-    def kept(weight):
-        for tensor in original(weight).values():
-            tensor.view(torch.uint8).view(-1)[0] ^= 1
-        return original(weight)
-
-    patch.setattr(merging, "_kept", kept)
-
-
 def save_loses_alpha(patch):
     original = save_load._described
     patch.setattr(save_load, "_described", lambda change: {**original(change), "alpha": 32})
@@ -209,10 +195,6 @@ def load_is_off_by_a_bit(patch):
     patch.setattr(match_model._Match, "parameters_of", numbers)
 
 
-def first_row_decides(patch):
-    patch.setattr(select, "by_rows", lambda model, group, names: select_rows.by_rows(model, group, [names[0]]))
-
-
 def rows_lose_their_order(patch):
     original = select_rows.Parts.__init__
 
@@ -229,11 +211,6 @@ def rows_cannot_be_taken(patch):
 
     for name in LAYER_NAMES:
         patch.setattr(type(LAYERS[name]), "take", take)
-
-
-def first_row_decides_for_a_bank(patch):
-    original = BatchState.use
-    patch.setattr(BatchState, "use", lambda self, uses: original(self, (uses[0],) * len(uses)))
 
 
 def _when_compiled(patch, run):

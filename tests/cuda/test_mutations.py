@@ -9,16 +9,15 @@ import pytest
 import torch
 from tests.cuda import limits
 from tests.cuda.test_gpu import MODELS, OFFLOADED, WAITS
+from tests.support.broken import first_row_decides, first_row_decides_for_a_bank, unmerge_loses_a_bit
 from tests.support.emulated_device import G0, G1, without_float64
 from tests.support.toys import example
 
 import gpu_checks
 from gpu_compare import IDS, Wrong, llama, logits
 from gpu_place import Place
-from veneer.attach import select, select_rows
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.bank.batch_state import BatchState
 from veneer.kernels import device, dropout
 from veneer.kernels import grouped as grouped_
 from veneer.layers import LAYERS
@@ -146,26 +145,21 @@ def experts_are_off(patch):
     patch.setattr(grouped_, "elsewhere", lambda *given: original(*given) * 1.01)
 
 
-def a_bank_gives_all_rows_the_first_adapter(patch):
-    original = BatchState.use
-    patch.setattr(BatchState, "use", lambda self, uses: original(self, (uses[0],) * len(uses)))
-
-
 BREAKS = {
     "dropout: backward drops what forward dropped, about as often as it should": another_mask_in_backward,
     "experts: eager, batched and grouped products, five architectures": experts_are_off,
-    "blends and rows of a bank, behind a prompt too": a_bank_gives_all_rows_the_first_adapter,
+    "blends and rows of a bank, behind a prompt too": first_row_decides_for_a_bank,
     WAITS: waits_once,
 }
 
 
 def test_the_first_rows_adapter_for_all_is_seen(monkeypatch):
     with monkeypatch.context() as patch:
-        a_bank_gives_all_rows_the_first_adapter(patch)
+        first_row_decides_for_a_bank(patch)
         with pytest.raises(Wrong, match="bank, row"):
             gpu_checks.rows(PLACE, "linear")
     with monkeypatch.context() as patch:
-        patch.setattr(select, "by_rows", lambda model, own, names: select_rows.by_rows(model, own, [names[0]]))
+        first_row_decides(patch)
         with pytest.raises(Wrong, match="rows, row"):
             gpu_checks.rows(PLACE, "linear")
 
@@ -180,16 +174,6 @@ def test_float64_where_there_is_none_is_seen(monkeypatch):
 
 
 def test_an_unmerge_that_loses_a_bit_is_seen(monkeypatch):
-    import importlib
-
-    merging = importlib.import_module("veneer.attach.merge")
-    original = merging._kept
-
-    def kept(weight):
-        for tensor in original(weight).values():
-            tensor.view(torch.uint8).view(-1)[0] ^= 1
-        return original(weight)
-
-    monkeypatch.setattr(merging, "_kept", kept)
+    unmerge_loses_a_bit(monkeypatch)
     with pytest.raises(Wrong, match="unmerged"):
         costs_of("linear")

@@ -141,11 +141,12 @@ def merge(
         name: the adapter; None takes the only one.
         keep: keep the old weights, which ``unmerge`` needs: as much memory of the processor as the weights that change.
             Without, they lie in a temporary file while this runs.
-        rounding: of 16-bit weights, and of those that bitsandbytes or torchao keeps. "nearest": each number to the nearest. "faithful": each to one of its two
-            neighbours, so that the errors cancel on what the adapter reads; takes several times as long, a few seconds
-            for 100 million weights. "auto": faithful for each weight of which nearest would keep less than 99 % of the
-            change (or more than 101 %). Weights of more bits, those that are trained in full and embeddings of bounded
-            norm are always rounded to nearest, those of GGUF by their storage's own rule.
+        rounding: of 16-bit weights, and of those that bitsandbytes or torchao keeps. "nearest": each number to the
+            nearest. "faithful": each to one of its two neighbours, so that the errors cancel on what the adapter reads;
+            takes several times as long, a few seconds for 100 million 16-bit weights. "auto": faithful for each weight
+            of which nearest would keep less than 99 % of the change (or more than 101 %). Weights of more bits, those
+            that are trained in full and embeddings of bounded norm are always rounded to nearest, those of GGUF by
+            their storage's own rule.
         inputs: by the path of a weight, Σ xᵀx of its inputs ([g, in, in], in any scale): faithful rounding keeps the
             directions in which they vary most right, too.
 

@@ -1,0 +1,32 @@
+"""Veneer, broken in one place through pytest's monkeypatch: what tests of the tests have in common."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from veneer.attach import select, select_rows
+from veneer.bank.batch_state import BatchState
+
+merging = importlib.import_module("veneer.attach.merge")  # the package has a function of this name
+
+
+def unmerge_loses_a_bit(patch):
+    original = merging._kept
+
+    def kept(weight):
+        for tensor in original(weight).values():
+            tensor.view(torch.uint8).view(-1)[0] ^= 1
+        return original(weight)
+
+    patch.setattr(merging, "_kept", kept)
+
+
+def first_row_decides(patch):
+    patch.setattr(select, "by_rows", lambda model, group, names: select_rows.by_rows(model, group, [names[0]]))
+
+
+def first_row_decides_for_a_bank(patch):
+    original = BatchState.use
+    patch.setattr(BatchState, "use", lambda self, uses: original(self, (uses[0],) * len(uses)))
