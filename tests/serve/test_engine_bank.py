@@ -137,7 +137,7 @@ def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
         follow = [name]
 
         def note(piece):
-            if follow and not over.is_set() and len(ended) < 300:
+            if follow and not over.is_set() and len(ended) < 1500:
                 ask(follow.pop())
             if piece.finish:
                 ended.append(name)
@@ -154,4 +154,4 @@ def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
     over.set()
     for one in busy:
         one.wait()
-    assert after - before < 60
+    assert after - before < 500  # not the 1,500 after which they end; few, but a busy machine reads the file slowly
