@@ -133,9 +133,9 @@ def main() -> int:
         f"veneer inspect {result.adapter}",
         f"veneer eval {BASE} {OUT}/held-out.jsonl --adapter {result.adapter}",
         f"veneer merge {BASE} {result.adapter} out/merged",
+        f'peft.PeftModel.from_pretrained(model, "{result.adapter}")  # PEFT loads it too',
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)
-    console.print(f'  peft.PeftModel.from_pretrained(model, "{result.adapter}")  # PEFT loads it too', highlight=False)
     return 0
 
 
