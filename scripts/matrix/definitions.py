@@ -40,6 +40,7 @@ MEANINGS: dict[str, Meaning] = {
     "orthogonal": _product,
     "eva": _product,
     "dora": _dora,
+    "dora_rslora": _dora,
     "pissa": _moved,
     "olora": _moved,
     "lora_ga": _moved,
@@ -54,6 +55,7 @@ MEANINGS: dict[str, Meaning] = {
 #: (alpha, rank) -> the factor of ΔW, where it is not alpha / rank
 SCALES: dict[str, Callable[[float, int], float]] = {
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),
+    "dora_rslora": lambda alpha, rank: alpha / math.sqrt(rank),
     "lora_ga": lambda alpha, rank: alpha / math.sqrt(rank),
     "vera": lambda alpha, rank: alpha,
 }

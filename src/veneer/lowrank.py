@@ -135,6 +135,18 @@ class LowRank:
         U = (QB @ u).masked_fill((B == 0).all(2, keepdim=True), 0)
         return Svd(U, S, (v @ QA.mT).masked_fill((A == 0).all(1, keepdim=True), 0))
 
+    def thin(self) -> LowRank:
+        """The same change, but for rounding in float64, of no more rank than min(out, in), by a QR of the thinner
+        factor. Unlike ``compact`` it keeps a B of zeros beside an A that is none, from which training starts, and the
+        scale."""
+        out, in_ = self.B.shape[1], self.A.shape[2]
+        if self.rank <= min(out, in_):
+            return self
+        A, B = double(self.A.detach()), double(self.B.detach())
+        Q, R = torch.linalg.qr(B.mT if out <= in_ else A)  # B = Rᵀ Qᵀ, or A = Q R
+        A, B = (Q.mT @ A, R.mT) if out <= in_ else (R, B @ Q)
+        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype), self.scale)
+
     @property
     def largest_rank(self) -> int:
         """The largest rank that ΔW can have: its rows or columns that are not zero by the factors, the fewer."""

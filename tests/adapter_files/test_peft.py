@@ -498,7 +498,6 @@ def saved_by_peft(tmp_path, model=None, **fields):
         ({"init_lora_weights": "pissa"}, "changed the base's weights"),
         ({"lora_bias": True}, "lora_bias=True|lora_B.bias"),
         ({"trainable_token_indices": {"emb": [1, 2]}}, "trainable_token_indices|token_adapter"),
-        ({"use_dora": True, "use_rslora": True}, "use_dora, use_rslora|use_rslora, use_dora"),
         ({"target_modules": [], "target_parameters": ["c1.weight"]}, r"those of a parameter layer"),
         ({"target_modules": ["emb"], "init_lora_weights": False}, "a change of the padding row 2 of 'emb'"),
         ({"kasa_config": peft.KasaConfig()}, "kasa_config"),

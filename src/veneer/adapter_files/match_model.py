@@ -140,7 +140,8 @@ class _Match:
             if ref in self.layers:
                 found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
                 self.problem(found, "one", "get the whole file again")
-            self.layers[ref] = self.with_strength(ref, file_path, entry)
+            layer = self.with_strength(ref, file_path, entry)
+            self.layers[ref] = layer if self.saved.record is not None else self.compacted(layer)
 
     def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
         """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would
@@ -161,6 +162,18 @@ class _Match:
                 found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
                 self.problem(found, "a change of the weight", "use PEFT for it")
         return replace(entry, rank=rank, alpha=alpha, scale=scale)
+
+    def compacted(self, layer: peft.PeftLayer) -> peft.PeftLayer:
+        """A change of no more rank than its weight can have. PEFT takes any; the product is the same."""
+        if layer.rank <= min(layer.A[0].numel(), layer.B.numel() // layer.B.shape[1]) or layer.low.rank != layer.rank:
+            return layer
+        return self.as_product(layer, layer.low.thin())
+
+    def as_product(self, layer: peft.PeftLayer, low: LowRank) -> peft.PeftLayer:
+        """Another product in the place of a change, with the alpha that gives its scale under the config's rule."""
+        rooted = self.saved.peft_config.get("use_rslora")
+        alpha = low.scale * (math.sqrt(low.rank) if rooted else low.rank)
+        return replace(layer.with_low(low), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
         """Plan every change, as the record or else the file says, and take its adapter parameters."""

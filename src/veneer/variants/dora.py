@@ -100,7 +100,7 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
         return (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).flatten()
 
 
-register(
+DORA = register(
     LORA,
     name="dora",
     paper="Liu et al. 2024, arXiv:2402.09353",

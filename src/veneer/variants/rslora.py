@@ -9,7 +9,7 @@ import math
 from veneer.variants._base import register
 from veneer.variants.lora import LORA
 
-register(
+RSLORA = register(
     LORA,
     name="rslora",
     paper="Kalajdzievski 2023, arXiv:2312.03732",
