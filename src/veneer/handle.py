@@ -75,8 +75,9 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True
-) -> Handle:
+    model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True,
+    untie: bool = False,
+) -> Handle:  # fmt: skip
     """Attach the adapter in folder ``path`` to ``model``.
 
     Everything is verified before the model is touched: the files, every key and shape, and each parameter and lasting
@@ -88,6 +89,8 @@ def load(
         name: the adapter's name on this model; None takes "default".
         trainable: train it further.
         verify_base: False accepts other base weights of the same shapes.
+        untie: where the folder changes a tied weight under one of its names alone (PEFT adapts modules one by one),
+            give that name a weight of its own, until the last adapter is detached. Without, that is an error.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
@@ -96,7 +99,7 @@ def load(
     model, name = unwrap(model), name if name is not None else "default"
     from veneer.adapter_files.save_load import install_from
 
-    install_from(model, path, name, trainable=trainable, verify_base=verify_base)
+    install_from(model, path, name, trainable=trainable, verify_base=verify_base, untie=untie)
     _cover(model)
     return Handle(model, name)
 

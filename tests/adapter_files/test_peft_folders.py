@@ -3,14 +3,21 @@ not."""
 
 from __future__ import annotations
 
+import json
+import re
+
 import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from tests.support.toys import error, flat
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import veneer
+from veneer.adapter_files.match_base import PartialChange
+from veneer.errors import AdapterError, MergeError
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
@@ -37,7 +44,7 @@ def narrow():
 
 
 def by_peft(folder, model, size=0.3, **fields):
-    """(PEFT's output for IDS, the folder): of an adapter of PEFT with noise in each of its numbers, as PEFT loads it."""
+    """(the model as PEFT loads it, the folder) of an adapter of PEFT with noise in each of its numbers."""
     torch.manual_seed(5)
     bare = {name: value.clone() for name, value in model.state_dict().items()}
     theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})).eval()
@@ -96,3 +103,227 @@ def test_dora_with_rslora_has_the_scale_of_one_and_the_gain_of_the_other(tmp_pat
     theirs, path = by_peft(tmp_path / "theirs", narrow(), **fields)
     handle = agrees(theirs, path, narrow, IDS)
     assert VARIANTS[handle.config.variant].peft == {"use_dora": True, "use_rslora": True}
+
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 40}
+TOKENS = torch.arange(12).view(2, 6) + 3
+
+
+def made(kind, config):
+    """A small model of transformers, always the same one."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # of a size that a trained one has
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def bloom():
+    return made(
+        transformers.BloomForCausalLM, transformers.BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=40)
+    )
+
+
+def deberta():
+    config = transformers.DebertaConfig(
+        **SMALL, num_hidden_layers=1, intermediate_size=24, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    )
+    return made(transformers.DebertaForMaskedLM, config)
+
+
+def siglip():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return made(transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("fresh", "targets"),
+    [(bloom, ["query_key_value", "dense", "dense_4h_to_h"]), (deberta, ["in_proj", "dense"])],
+    ids=["bloom", "deberta"],
+)
+def test_a_weight_that_is_read_past_its_module_changes_where_peft_changes_it(tmp_path, fresh, targets):
+    theirs, path = by_peft(tmp_path / "theirs", fresh(), 0.1, target_modules=targets)
+    model, expected = fresh(), theirs(TOKENS).logits
+    with pytest.warns(PartialChange, match=r"dense|in_proj"):
+        handle = veneer.load(model, path, trainable=True)
+    assert error(model(TOKENS).logits, expected) < 1e-5
+    assert error(fresh()(TOKENS).logits, expected) > 1e-3
+    assert veneer.check(model, {"input_ids": TOKENS})
+    ours = handle.save(tmp_path / "ours")
+    again = fresh()
+    veneer.load(again, ours)
+    assert error(again(TOKENS).logits, expected) < 1e-5
+    assert error(peft.PeftModel.from_pretrained(fresh(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    before = {name: value.clone() for name, value in again.state_dict().items()}
+    with pytest.raises(MergeError, match=r"a change of what .* gives"):
+        veneer.merge(again)
+    assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+
+
+def test_a_change_of_zeros_may_stand_where_peft_applies_none(tmp_path):
+    """PEFT adapts the out-projection of torch's attention, which its fused forward never calls: B stays zero."""
+    theirs = peft.get_peft_model(siglip(), peft.LoraConfig(r=2, target_modules=["out_proj", "fc1"])).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name and "head.attention" not in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    handle = agrees(theirs, tmp_path / "theirs", siglip, IMAGE)
+    assert "head.attention.out_proj.weight" in handle.changes
+
+
+PATTERNS = {
+    "look-around": r"^(?:.*\.)?(?!g)(wide|conv)$|(?<=m)bed$",
+    "more than is run": "|".join([*(f"(?:layers\\.{n}\\.)?x" for n in range(400)), "conv", "wide"]),
+    "a class by name": "[[:w]ide|conv|wide",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_tensors_tell_what_a_pattern_means_that_is_not_run(tmp_path, name):
+    theirs, path = by_peft(tmp_path / "theirs", narrow(), target_modules=PATTERNS[name])
+    handle = agrees(theirs, path, narrow, IDS)
+    meant = [at for at, _ in narrow().named_modules() if re.fullmatch(PATTERNS[name], at)]
+    assert [f"{at}.weight" for at in meant] == [*handle.changes]
+    config = path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": "(wide"}))
+    with pytest.raises(AdapterError, match="no regular expression"):
+        veneer.load(narrow(), path)
+
+
+def roberta():
+    config = transformers.RobertaConfig(**SMALL, intermediate_size=24, num_hidden_layers=1)
+    return made(transformers.RobertaForSequenceClassification, config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+        {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
+        {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "use_dora": True},
+        {"target_modules": r".*(?:dense|query|out_proj)", "modules_to_save": ["out_proj"], "bias": "all"},
+    ],
+    ids=str,
+)
+def test_targets_inside_of_what_is_saved_whole_are_none(tmp_path, fields):
+    theirs, path = by_peft(tmp_path / "theirs", roberta(), **fields)
+    handle = agrees(theirs, path, roberta, TOKENS)
+    adapted = {key.split(".lora_")[0] for key in load_file(path / "adapter_model.safetensors") if ".lora_" in key}
+    assert {at.removesuffix(".weight") for at in handle.changes} == {
+        at.removeprefix("base_model.model.") for at in adapted
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"gpt": 1}},
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "olora", "target_modules": ["wide"]},
+        {"init_lora_weights": "OLoRA", "target_modules": ["wide"], "use_dora": True, "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_a_start_that_peft_takes_off_the_base_is_a_part_of_the_change(tmp_path, fields, dtype):
+    def fresh():
+        return narrow().to(dtype)
+
+    fields = {"target_modules": ["wide", "gpt"], **fields}
+    theirs, path = by_peft(tmp_path / "theirs", fresh(), **fields)
+    assert json.loads((path / "adapter_config.json").read_text())["init_lora_weights"] == fields["init_lora_weights"]
+    # in 16 bits PEFT rounds the base without its start, and every output
+    handle = agrees(theirs, path, fresh, IDS, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    assert handle.changes["wide.weight"].rank == 4
+    if "use_dora" in fields or dtype != torch.float32:  # PEFT rounds A and B of the start to 16 bits
+        return
+    (start := tmp_path / "start").mkdir()
+    peft.get_peft_model(fresh(), peft.LoraConfig(r=2, lora_alpha=3, **fields)).save_pretrained(start)
+    change = veneer.load(fresh(), start).changes["wide.weight"]
+    low, _ = change.resolve(fresh().wide.weight)
+    assert low.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("pissa_niter_4", "random approximation"),
+        ("corda", "found in data"),
+        ("loftq", "quantised the base"),
+        ("lora_ga", "found in gradients"),
+    ],
+)
+def test_a_start_that_nobody_can_make_again_is_refused(tmp_path, start, words):
+    peft.get_peft_model(narrow(), peft.LoraConfig(r=2, target_modules=["wide"])).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=words):
+        veneer.load(narrow(), tmp_path)
+
+
+def test_a_start_needs_the_values_of_the_base(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["wide", "conv"], init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="Unknown initialization"):  # so PEFT writes no such folder
+        peft.get_peft_model(narrow(), config)
+    config = peft.LoraConfig(r=2, target_modules=["wide"], init_lora_weights="pissa")
+    peft.get_peft_model(narrow(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"load it on its base with veneer\.load and save it"):
+        veneer.adapter_files.read(tmp_path)
+    with torch.device("meta"):
+        model = Narrow().eval()
+    with pytest.raises(AdapterError, match="'wide': pissa starts from the values of the weight"):
+        veneer.load(model, tmp_path)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        **SMALL, num_hidden_layers=1, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True
+    )
+    return made(transformers.LlamaForCausalLM, config)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["lm_head", "q_proj"], ["embed_tokens", "lm_head"]], ids=" ".join
+)
+def test_one_name_of_a_tied_weight_is_changed_where_it_may_be_untied(tmp_path, targets, use_dora):
+    theirs, path = by_peft(tmp_path / "theirs", llama(), target_modules=targets, use_dora=use_dora)
+    model, expected = llama(), theirs(TOKENS).logits
+    base, tied = model(TOKENS).logits, model.lm_head.weight
+    with pytest.raises(AdapterError, match="untie=True"):
+        veneer.load(model, path)
+    broken = path / "adapter_config.json"
+    whole = broken.read_text()
+    broken.write_text(json.dumps({**json.loads(whole), "target_modules": [*targets, "k_proj"]}))
+    with pytest.raises(AdapterError, match="no tensors for"):
+        veneer.load(model, path, untie=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is tied
+    assert model.config.tie_word_embeddings
+    broken.write_text(whole)
+
+    handle = veneer.load(model, path, untie=True, trainable=True)
+    assert error(model(TOKENS).logits, expected) < 1e-5
+    ours = handle.save(tmp_path / "ours")
+    again = llama()
+    veneer.load(again, ours, untie=True)
+    assert error(again(TOKENS).logits, expected) < 1e-5
+    assert error(peft.PeftModel.from_pretrained(llama(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    handle.merge()
+    assert error(model(TOKENS).logits, expected) < 1e-5
+    handle.unmerge()
+    handle.detach()
+    assert model.lm_head.weight is model.model.embed_tokens.weight is tied
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model(TOKENS).logits, base)
+
+    veneer.merge(again)
+    veneer.detach(again, keep_merged=True)
+    again.save_pretrained(tmp_path / "merged")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert error(plain(TOKENS).logits, expected) < 1e-5

@@ -186,8 +186,11 @@ def _could_be_read(path: Path) -> Iterator[None]:
         raise AdapterError(f"{path} was not written, as it could not be read again. {error}") from error
 
 
-def read(path: str | Path) -> AdapterFiles:
+def read(path: str | Path, *, with_base: bool = False) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
+
+    Args:
+        with_base: who reads it has the base's weights, without which a few folders of PEFT do not say what they change.
 
     Raises:
         AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
@@ -203,7 +206,7 @@ def read(path: str | Path) -> AdapterFiles:
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
         parameters = read_parameters(path, record)
         must_belong(altered(path, record, peft_config, tensors, parameters), path)
-    peft.check_config(peft_config, ours=record is not None)
+    peft.check_config(peft_config, record is not None, with_base)
     raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
     return assemble(path, peft_config, record, tensors, parameters)
 

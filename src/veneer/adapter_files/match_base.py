@@ -22,6 +22,10 @@ class UnverifiedAdapter(UserWarning):
     fingerprint, or the base has parameters of which its record does not speak."""
 
 
+class PartialChange(UserWarning):
+    """A folder of PEFT changes what a module gives, and not what others read of its weight past it."""
+
+
 def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, str]]) -> None:
     """Compare the fingerprint of every tensor of the base that the record speaks of. ``known`` are fingerprints of the
     model by kind and name; what is computed is added."""
@@ -63,6 +67,18 @@ def warn_foreign(path: str | Path) -> None:
         UnverifiedAdapter,
         stacklevel=5,
     )
+
+
+def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
+    """Warn of changes that are none of weights. Whoever called ``veneer.load`` is four frames above."""
+    if modules:
+        warnings.warn(
+            f"{path} changes what {listing(modules, 3)} give, whose weights other code of this model may read past "
+            "them: there PEFT computes with the base's weights, and so does this adapter. It cannot be merged. "
+            "veneer.check tells whether the model reads them so.",
+            PartialChange,
+            stacklevel=5,
+        )
 
 
 def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:

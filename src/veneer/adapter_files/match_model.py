@@ -24,16 +24,27 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.expert_pairs import with_stacks
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.adapter_files.match_base import must_be_base, warn_foreign
-from veneer.adapter_files.peft_mapping import all_refs, attention_above, differs, means_parameter, module_at, ref_at
+from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
+from veneer.adapter_files.peft_mapping import (
+    all_refs,
+    attention_above,
+    differs,
+    is_zero,
+    means_parameter,
+    module_at,
+    reads_past,
+    ref_at,
+)
+from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.record import PARAMETERS
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
 from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
-from veneer.attach.refusals import GENERAL_KIND, check_full, kind_for
+from veneer.attach.refusals import GENERAL_KIND, check_full, holders, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
+from veneer.attach.weight_readers import has_forward
 from veneer.attach.weight_tying import apart
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint
@@ -45,6 +56,7 @@ from veneer.variants import VARIANTS, InitContext, Variant
 
 #: what to do about files that do not belong together
 COPY = "get another copy of the folder"
+UNTIE = "give each name a weight of its own with veneer.load(…, untie=True)"
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class MatchCache:
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
     def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:
-        key = tuple((ref, spec.rank, spec.alpha, repr(spec.slices)) for ref, spec in specs.items())
+        key = tuple((ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only) for ref, spec in specs.items())
         if key in self.plans:
             return self.plans[key]
         before, low = len(problems), tuple(plan_low(self.names, specs, problems))
@@ -97,7 +109,7 @@ def match(
     damaged, or does not fit the model. ``BaseMismatchError``: the base's weights are others than those it was trained
     on."""
     cache = MatchCache(Names(model)) if cache is None else cache
-    saved = with_stacks(read(path), cache.names, problems)
+    saved = with_stacks(read(path, with_base=True), cache.names, problems)
     folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)
     folder.match_modules()
     folder.plan_low_rank(cache)
@@ -106,6 +118,7 @@ def match(
     raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
     if saved.record is None:
         warn_foreign(path)
+        warn_module_only(path, [entry.path for entry in folder.low if entry.module_only])
     elif verify_base:
         must_be_base(cache.names, saved, cache.fingerprints)
     return folder.plan()
@@ -118,6 +131,8 @@ class _Match:
         """``by_peft_rules``: another library wrote it, so that PEFT says what its tensors mean."""
         self.saved, self.names, self.problems, self.by_peft_rules = saved, names, problems, by_peft_rules
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
+        #: those that are no changes of the weight to who reads it past its module
+        self.module_only: set[ParamRef] = set()
         self.low: tuple[LowRankPlan, ...] = ()
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
@@ -141,7 +156,7 @@ class _Match:
                 found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
                 self.problem(found, "one", "get the whole file again")
             layer = self.with_strength(ref, file_path, entry)
-            self.layers[ref] = layer if self.saved.record is not None else self.compacted(layer)
+            self.layers[ref] = layer if self.saved.record is not None else self.as_change(ref, layer)
 
     def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
         """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would
@@ -154,7 +169,12 @@ class _Match:
         at = parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if self.by_peft_rules:
-            reason = differs(names, ref, parameter, nested)
+            reason = differs(names, ref, parameter)
+            past = None if not entry.extras and is_zero(entry.A, entry.B) else reads_past(names, ref, nested)
+            if past is not None and has_forward(module):
+                self.module_only.add(ref)
+            elif past is not None:
+                reason = past
             if nested is not None:
                 alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
                 reason = peft.unsure(config) if reason is None else reason
@@ -163,8 +183,16 @@ class _Match:
                 self.problem(found, "a change of the weight", "use PEFT for it")
         return replace(entry, rank=rank, alpha=alpha, scale=scale)
 
-    def compacted(self, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change of no more rank than its weight can have. PEFT takes any; the product is the same."""
+    def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
+        """A change of another library's as one of the base, of no more rank than its weight can have: PEFT changes some
+        bases as it loads a folder, and takes any rank."""
+        if peft.starts_from_base(self.saved.peft_config):
+            kind = kind_for(self.names.modules[ref[0]], ref[1]).name
+            low = without_start(self.names, ref, kind, self.saved.peft_config, layer)
+            if isinstance(low, str):
+                self.problem(f"{layer.at!r}: {low}", "a change of the base", "let PEFT convert it when it saves")
+                return layer
+            layer = self.as_product(layer, low)
         if layer.rank <= min(layer.A[0].numel(), layer.B.numel() // layer.B.shape[1]) or layer.low.rank != layer.rank:
             return layer
         return self.as_product(layer, layer.low.thin())
@@ -180,7 +208,10 @@ class _Match:
         saved, layers = self.saved, self.layers
         recorded = saved.metadata.get("changes")
         if recorded is None:
-            specs = {ref: TargetSpec(entry.rank, entry.alpha) for ref, entry in layers.items()}
+            alone = self.module_only
+            specs = {
+                ref: TargetSpec(entry.rank, entry.alpha, module_only=ref in alone) for ref, entry in layers.items()
+            }
         else:
             specs = self.recorded(recorded)
         self.low = cache.plan(specs, self.problems)
@@ -205,7 +236,7 @@ class _Match:
         (A, B, *_), layer, variant = changes[0], self.layers[entry.ref], VARIANTS[saved.config.variant]
         if any(len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0])) for one in changes):
             found = f"different changes for {entry.path!r} and the modules that share its weight"
-            self.problem(found, "one change of a tied weight", "untie the weights first")
+            self.problem(found, "one change of a tied weight", UNTIE)
         frozen_input = entry.layer.frozen_input(self.names.modules[entry.path])
         if frozen_input is not None and A[..., frozen_input].any():
             found = f"a change of the padding row {frozen_input} of {entry.path!r}"
@@ -247,7 +278,7 @@ class _Match:
             found = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
             if ref == entry.ref:
                 found = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
-            self.problem(found, "one change for a tied weight, under every name", "untie the weights first")
+            self.problem(found, "one change for a tied weight, under every name", UNTIE)
             return None
         kind = kind_for(module, name)
         if means_parameter(self.names, ref, self.saved.peft_config):
@@ -276,7 +307,8 @@ class _Match:
             if path is None or name not in own_parameters(self.names.modules[path]):
                 self.lacks(at, above)
             else:
-                specs[path, name] = TargetSpec(described["rank"], described["alpha"], described.get("rows"))
+                alone, rows = described.get("module_only", False), described.get("rows")
+                specs[path, name] = TargetSpec(described["rank"], described["alpha"], rows, module_only=alone)
         return specs
 
     def plan_full(self) -> None:
@@ -329,6 +361,24 @@ class _Match:
         readers = full_readers(names, self.full_names)
         plans = Plans(self.saved.config, self.low, self.full_names, whole, readers, apart(names, full))
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)
+
+
+def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
+    """The names of tied weights that a folder changes at a low rank, where it does not change every name alike."""
+    found = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
+    apart: list[ParamRef] = []
+    for refs in holders(names).values():
+        there = [found[ref] for ref in refs if ref in found]
+        if len(refs) > 1 and there and (len(there) < len(refs) or not all(_alike(there[0], one) for one in there)):
+            apart += [ref for ref in refs if ref in found]
+    return apart
+
+
+def _alike(one: peft.PeftLayer, other: peft.PeftLayer) -> bool:
+    """Whether two layers hold one change of a matrix, each as it lies there or its transpose."""
+    if one.suffixes == other.suffixes:
+        return torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
+    return torch.equal(one.A, other.B.mT) and torch.equal(one.B, other.A.mT)
 
 
 @functools.cache

@@ -204,8 +204,10 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
     """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at all."""
     for entry in peft_form:
         ref = entry.path, entry.weight
-        reason = differs(names, ref, entry.parameter)
-        if attention_above(names, ref) is not None:
+        nothing = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
+        reason = None if nothing or entry.change.module_only else reads_past(names, ref)
+        reason = differs(names, ref, entry.parameter) if reason is None else reason
+        if attention_above(names, ref) is not None and not nothing:
             reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
@@ -243,14 +245,18 @@ def _task(model: nn.Module) -> str | None:
     return task if tokens <= taken.keys() and (rest or _TASKS[task] <= taken.keys()) else None
 
 
-def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = None) -> str | None:
-    """Why PEFT computes something else than a change of the weight gives, or None. ``parameter``: it changes the
-    parameter, not the module. ``nested``: the attention that PEFT adapted along with this out-projection."""
+def reads_past(names: Names, ref: ParamRef, nested: str | None = None) -> str | None:
+    """Who reads a weight past the module that PEFT wraps, in words, or None: there PEFT changes what the module gives,
+    and not what they read. ``nested``: the attention that PEFT adapted along with this out-projection."""
+    above = [weight_reader.path for weight_reader in weight_readers(names, *ref) if weight_reader.path != nested]
+    return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps" if above else None
+
+
+def differs(names: Names, ref: ParamRef, parameter: bool) -> str | None:
+    """Why PEFT computes something else at a module than a change of its weight gives, or None. ``parameter``: it
+    changes the parameter, not the module."""
     path, name = ref
     module, kind = names.modules[path], kind_for(names.modules[path], name)
-    above = [weight_reader.path for weight_reader in weight_readers(names, path, name) if weight_reader.path != nested]
-    if above:
-        return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
     if path == "":
         return "PEFT cannot wrap the model itself"
     if parameter:
@@ -260,6 +266,12 @@ def differs(names: Names, ref: ParamRef, parameter: bool, nested: str | None = N
     if reason is None and not _plain_forward(kind, module, name):
         reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
     return reason
+
+
+def is_zero(A: Tensor, B: Tensor) -> bool:
+    """Whether a product changes nothing, whoever applies it: PEFT never trains a weight that is read past its module
+    alone, such as an attention's out-projection by itself."""
+    return not (A.any() and B.any())
 
 
 def attention_above(names: Names, ref: ParamRef) -> str | None:

@@ -157,6 +157,8 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
             expected = "a rank of at least 1 and a number"
             yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
+        if type(said.get("module_only", False)) is not bool:
+            yield sentence(f"module_only {_brief(said['module_only'])} for {at!r}", "true or false", "get another copy")
         parts: list[Any] = rows if isinstance(rows, list) else []
         pairs = bool(parts) and all(isinstance(part, list) and len(part) == 2 for part in parts)
         if "rows" in said and not (pairs and all(type(end) is int for part in parts for end in part)):

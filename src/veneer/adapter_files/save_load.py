@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprints_of, record_of
-from veneer.adapter_files.folder import write
-from veneer.adapter_files.match_model import match
+from veneer.adapter_files.folder import read, write
+from veneer.adapter_files.match_model import match, refs_apart
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.change import Change
@@ -23,6 +23,8 @@ from veneer.attach.lookup import adapters, changes, need_adapters, only_name, pa
 from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
+from veneer.attach.weight_tying import tie_again
+from veneer.attach.weight_tying import untie as untie_weights
 from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import digest, hash_json
@@ -202,20 +204,32 @@ def _proof(
 
 
 def install_from(
-    model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False
-) -> None:
+    model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False,
+    untie: bool = False,
+) -> None:  # fmt: skip
     """What ``veneer.load`` does: verify the folder against the model, then install it.
 
     ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
-    means weights, so that it does not matter where PEFT would compute something else.
+    means weights, so that it does not matter where PEFT would compute something else. ``untie`` gives the names of a
+    tied weight that the folder changes apart weights of their own.
     """
-    load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
-    install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
+    untied = untie_weights(names := Names(model), refs_apart(names, read(path, with_base=True))) if untie else None
+    try:
+        load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
+        install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
+    except BaseException:
+        if untied is not None:
+            tie_again(model, untied)
+        raise
+    if untied is not None:
+        attached = need_adapters(model, name)
+        attached.untied = (*attached.untied, untied)
     load_plan.fill({at: part for at, _, part in adapters(model, name)})
 
 
 def _described(change: Change) -> dict[str, Any]:
     described = {"kind": change.layer.name, "rank": change.rank, "alpha": change.alpha}
+    described |= {"module_only": True} if change.module_only else {}
     if change.rows is None:
         return described
     ranges: list[list[int]] = []  # ascending runs of indices as (start, stop)

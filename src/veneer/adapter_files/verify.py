@@ -173,7 +173,7 @@ class _Checks:
             text = "written by another library: nothing tells whether it was altered, or for which base"
             self.add("warning", "record", text)
         if (said := config) is not None:  # and if each of its fields is one that can be honoured
-            config = self.tried("config", lambda: peft.check_config(said, ours) or said)
+            config = self.tried("config", lambda: peft.check_config(said, ours, with_base=True) or said)
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return

@@ -32,7 +32,8 @@ def _offloaded(gradient: Tensor) -> None:
 
 class Change(nn.Module):
     """One adapter's change of one weight. ``rows`` are the indices of the outputs that change (None: all);
-    ``frozen_input`` is the input that never does."""
+    ``frozen_input`` is the input that never does. ``module_only``: it is a change of what its modules give, which those
+    who read the weight past them do not see, as in PEFT."""
 
     layer: Any
     variant: Any
@@ -52,12 +53,13 @@ class Change(nn.Module):
         dropout: float,
         rows: Tensor | None = None,
         frozen_input: int | None = None,
+        module_only: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.variant, self.storage, self.dims = layer, variant, storage, dims
         self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
         self.scale = variant.scale(alpha, rank)
-        self.rows = rows
+        self.rows, self.module_only = rows, module_only
         self._moved_rows: Tensor | None = None
         for name, value in parameters.items():
             if name in variant.frozen:

@@ -29,6 +29,7 @@ from veneer.attach.source_analysis import same_input
 from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import bound, switched, switches
+from veneer.attach.weight_tying import tie_again
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import MergeError, TargetError, raise_all
@@ -244,6 +245,7 @@ def make_change(
     return Change(
         parameters, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
         alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
+        module_only=entry.module_only,
     )  # fmt: skip
 
 
@@ -278,7 +280,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     kept = [key for key in attached.configs if key not in names]
     attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
     if attached.merged in names:
-        attached.merged = None
+        attached.merged, attached.untied = None, ()  # what is merged into weights of their own stays in them
     for _, module in walk(model) if not kept else ():
         take_back(module)
     abandon(model, attached)
@@ -297,6 +299,8 @@ def abandon(model: nn.Module, attached: ModelAdapters) -> None:
                 if storage is not None:
                     storage.release(module)
     if not attached.configs:
+        for untied in reversed(attached.untied):
+            tie_again(model, untied)
         for path, parameter in model.named_parameters():
             parameter.requires_grad = attached.required_grad.get(path, parameter.requires_grad)
         del model.__dict__[ADAPTERS]

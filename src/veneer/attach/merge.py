@@ -180,7 +180,8 @@ def _merge_all(
     model: nn.Module, attached: ModelAdapters, name: str, keep: bool, rounding: str, moments: dict[str, Tensor]
 ) -> MergeReport:
     """Write all weights, or leave all of them as they are."""
-    weights, problems = list(_stored_weights(model, name)), [*_untied(model, name), *torn(model, name)]
+    weights = list(_stored_weights(model, name))
+    problems = [*_untied(model, name), *torn(model, name), *no_weights_change(model, name)]
     spill = None if keep else Spill()
     try:
         _forget(weights)  # what an interrupt in the last line of an unmerge has left
@@ -290,6 +291,15 @@ def _stored_weights(model: nn.Module, name: str) -> Iterator[_StoredWeight]:
             if values is not None and id(values) not in seen:
                 seen.add(id(values))
                 yield _StoredWeight(path, module, weight, part, own[weight], BASES["plain"], values)
+
+
+def no_weights_change(model: nn.Module, name: str) -> Iterator[str]:
+    """Changes of what modules give that are none of their weights, as others read those past the modules; in words."""
+    for path, _, weight, change in changes(model, name):
+        if change.module_only:
+            found = f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged as in PEFT"
+            do = "keep the adapter beside the base, or train one with Veneer, which every reader sees"
+            yield sentence(found, "a change of the weight", do)
 
 
 def _untied(model: nn.Module, name: str) -> Iterator[str]:

@@ -36,7 +36,8 @@ class SkippedLayers(UserWarning):
 @dataclass(frozen=True)
 class LowRankPlan:
     """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
-    past those. ``rows`` are the outputs to change, None for all of them."""
+    past those. ``rows`` are the outputs to change, None for all of them. ``module_only``: those who read the weight
+    past its modules read it unchanged, as in PEFT, so that there are no ``weight_readers``."""
 
     path: str
     weight: str
@@ -48,6 +49,7 @@ class LowRankPlan:
     holders: tuple[ParamRef, ...]
     weight_readers: tuple[WeightReader, ...] = ()
     rows: tuple[int, ...] | None = None
+    module_only: bool = False
 
     @property
     def ref(self) -> ParamRef:
@@ -230,12 +232,13 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 @dataclass(frozen=True)
 class TargetSpec:
     """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each equal part.
-    ``clamp`` lowers the rank to what the shape allows."""
+    ``clamp`` lowers the rank to what the shape allows. ``module_only``: as in ``LowRankPlan``."""
 
     rank: int
     alpha: float
     slices: Sequence[Any] | None = None
     clamp: bool = False
+    module_only: bool = False
 
 
 def plan_low(names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> list[LowRankPlan]:
@@ -273,8 +276,10 @@ def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: li
         do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
         problems.append(sentence(found, f"at most {largest}, what its weight allows", do))
         return None
-    above = tuple(dict.fromkeys(weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)))
-    return LowRankPlan(path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows)
+    past = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
+    above = () if spec.module_only else tuple(dict.fromkeys(past))
+    alone = spec.module_only
+    return LowRankPlan(path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows, alone)
 
 
 def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:

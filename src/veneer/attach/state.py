@@ -82,10 +82,12 @@ class ModelAdapters:
     """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged. ``uid``
     identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
     ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its end, so
-    that only weights of which a copy is kept may have been written."""
+    that only weights of which a copy is kept may have been written. ``untied``: what is to be tied again with the last
+    adapter (``weight_tying.Untied``)."""
 
     root: weakref.ref[nn.Module] | None = None
     merging = False
+    untied: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         self.uid = uuid.uuid4().hex

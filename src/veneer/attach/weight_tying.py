@@ -1,14 +1,19 @@
-"""Tied weights that an adapter trains in full with values of their own.
+"""Tied weights of which an adapter changes the names apart.
 
 A tie is one parameter under several names. Veneer trains it as one. PEFT gives each module in ``modules_to_save`` a
 copy, tied or not, and leaves a module that is not among them as it was: its file may hold two values for one weight, or
 one value for half of it. Such an adapter computes as PEFT does, each place with its own values, and cannot be merged.
 Adapters that add tokens list both embeddings, so these files are common.
+
+A low-rank change of one name alone is no change of the one weight. Who asks for it (``veneer.load(…, untie=True)``)
+gets a model in which that name has a weight of its own, until the last adapter is detached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +56,40 @@ def torn(model: nn.Module, name: str) -> Iterator[str]:
         rest = [parameter_path(*ref) for ref, value in zip(refs, own, strict=True) if value is None]
         other = f"one weight with {listing(rest)}" if rest else "one weight"
         yield sentence(f"values of their own for {listing(there)}, {other} in this model", "one value", UNTIE)
+
+
+@dataclass(frozen=True)
+class Untied:
+    """Names of tied weights that have weights of their own now: (name, a name that has kept the weight) of each.
+    ``config``: the model's config said that it ties its embeddings, and says now that it does not."""
+
+    names: tuple[tuple[ParamRef, ParamRef], ...]
+    config: bool
+
+
+def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
+    """Give each of these names of tied weights a parameter of its own with the same values; of a weight all of whose
+    names are among them, the first keeps it."""
+    chosen, made = set(refs), []
+    for tied in holders(names).values():
+        keeps = next((ref for ref in tied if ref not in chosen), tied[0])
+        for path, name in tied:
+            if (path, name) in chosen and (path, name) != keeps:
+                own: Any = names.modules[path]._parameters[name]
+                copy = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+                names.modules[path]._parameters[name] = copy
+                made.append(((path, name), keeps))
+    config = getattr(names.model, "config", None)
+    ties = bool(made) and getattr(config, "tie_word_embeddings", False) is True
+    if ties:  # or transformers ties them again, and saves one of them
+        config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
+    return Untied(tuple(made), ties)
+
+
+def tie_again(model: nn.Module, untied: Untied) -> None:
+    """Undo ``untie``."""
+    for (path, name), (other, its_name) in untied.names:
+        kept = model.get_submodule(other)._parameters[its_name]
+        model.get_submodule(path)._parameters[name] = kept
+    if untied.config:
+        model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

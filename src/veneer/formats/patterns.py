@@ -21,15 +21,21 @@ from veneer.errors import AdapterError
 
 #: characters of the expressions of one field together, and of all copies that counted repetitions make of one
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
+#: characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second for so many
+MAX_READ = 65_536
 #: seconds for the expressions of one field in all, besides those that any path may take
 SECONDS, PER_PATH = 0.5, 1e-4
 
 _REPEAT = re.compile(r"\{(\d*)(?:,\d*)?\}")
 
 
+class TooSlowError(AdapterError):
+    """An expression that the limit of time stopped."""
+
+
 class Expressions:
     """Several expressions that share one limit of time. ``ValueError``: one is no regular expression, or none that
-    ``regex`` reads as ``re`` does, or they are too large. ``AdapterError``: of ``matching``: they take too long."""
+    ``regex`` reads as ``re`` does, or they are too large. ``TooSlowError``: of ``matching``: they take too long."""
 
     def __init__(self, sources: Iterable[str], written: str = "{}", *, whole: bool = True) -> None:
         sources = tuple(sources)
@@ -56,7 +62,7 @@ class Expressions:
         if self._left <= PER_PATH:  # too little for one more path
             self._left = PER_PATH
             wrong = "an expression that takes longer than any that people use"
-            raise AdapterError(wrong, "a plain regular expression", "name the modules by the ends of their paths")
+            raise TooSlowError(wrong, "a plain regular expression", "name the modules by the ends of their paths")
         return found is not None
 
 
@@ -64,10 +70,7 @@ def _compiled(source: str, whole: bool) -> Callable[..., Any]:
     """``fullmatch`` or ``match`` of an expression."""
     import regex
 
-    try:
-        flags = re.compile(source).flags
-    except (re.error, RecursionError, OverflowError, FutureWarning) as error:  # a warning, if those are errors
-        raise ValueError(f"no regular expression ({error})") from error
+    flags = readable(source)
     plain = re.sub(r"\\.", "", source, flags=re.DOTALL)
     counts = [int(count or 0) for count in _REPEAT.findall(plain)]
     if len(source) * prod(max(count, 1) for count in counts) > MAX_COPIES:
@@ -81,6 +84,16 @@ def _compiled(source: str, whole: bool) -> Callable[..., Any]:
     except (regex.error, RecursionError) as error:
         raise ValueError(f"an expression that is not supported ({error})") from error
     return compiled.fullmatch if whole else compiled.match
+
+
+def readable(source: str) -> int:
+    """The flags of an expression, if ``re`` can read it; else ``ValueError``."""
+    if len(source) > MAX_READ:
+        raise ValueError(f"an expression of {len(source):,} characters, of {MAX_READ:,} at most")
+    try:
+        return re.compile(source).flags
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:  # a warning, if those are errors
+        raise ValueError(f"no regular expression ({error})") from error
 
 
 @lru_cache(maxsize=256)

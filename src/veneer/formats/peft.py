@@ -89,9 +89,16 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 _INFORMATION = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
-# These start by moving part of the base's weight into the adapter, so the file only fits a base that was changed the
-# same way.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: starts that move part of the base's weight into the adapter, so that the file is a change of a base without it; PEFT
+#: makes them again as it loads the folder
+STARTS = ("pissa", "olora")
+# and those that nobody can make again (beginning of the name, why)
+_CHANGES_BASE = (
+    ("pissa", "which took a random approximation off the base's weights as it started"),
+    ("corda", "which took what it found in data off the base's weights as it started"),
+    ("loftq", "which quantised the base's weights as it started"),
+    ("lora_ga", "which took what it found in gradients off the base's weights as it started"),
+)
 
 
 @dataclass(frozen=True)
@@ -228,9 +235,15 @@ def _layer(
     return PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
 
 
-def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
+def starts_from_base(config: Mapping[str, Any]) -> bool:
+    """Whether the file holds a change of a base that PEFT changes as it loads the folder, by one of ``STARTS``."""
+    start = config.get("init_lora_weights")
+    return isinstance(start, str) and (start == "pissa" or start.lower() == "olora")
+
+
+def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool = False) -> None:
     """Raise AdapterError for everything in the config that would change the arithmetic in a way that we do not do.
-    ``ours`` is a config that Veneer wrote."""
+    ``ours`` is a config that Veneer wrote. ``with_base``: the base's weights are there to compute with."""
     problems = []
     type_ = config.get("peft_type")
     if type_ != "LORA" and not (ours and not_for_peft(config) is not None):
@@ -239,9 +252,18 @@ def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
-        problems.append(sentence(found, "an adapter of the unchanged base", "let PEFT convert it when it saves"))
+    if starts_from_base(config):
+        if not with_base:
+            found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
+            do = "load it on its base with veneer.load and save it, or let PEFT convert it when it saves"
+            problems.append(sentence(found, "an adapter of the unchanged base", do))
+    elif isinstance(start, str):
+        known = ((name, why) for name, why in _CHANGES_BASE if start.lower().startswith(name))
+        problems += [
+            sentence(f"init_lora_weights={start!r}, {why}", "an adapter of the unchanged base",
+                     "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)")
+            for _, why in known
+        ]  # fmt: skip
     for name, value in config.items():
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
         if value is not None and not test(value):
@@ -252,12 +274,13 @@ def check_config(config: Mapping[str, Any], ours: bool = False) -> None:
 
 
 def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the expressions of a config of which each field has its type."""
+    """What is wrong with the expressions of a config of which each field has its type. Those of targets only say again
+    what the tensors do, but for ``re`` itself."""
     tests: list[tuple[str, Callable[[Any], Any], Any]] = [
         (field, patterns.ends, tuple(config.get(field) or ())) for field in ("rank_pattern", "alpha_pattern")
     ]
     alone = ("target_modules", "exclude_modules")
-    tests += [(field, patterns.whole, config[field]) for field in alone if isinstance(config.get(field), str)]
+    tests += [(field, patterns.readable, config[field]) for field in alone if isinstance(config.get(field), str)]
     for field, compiled, source in (*tests, ("layers_pattern", patterns.containers, _layers_patterns(config))):
         try:
             compiled(source)
@@ -272,12 +295,17 @@ def _layers_patterns(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
-    """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told
-    ("all-linear")."""
+    """The paths among ``paths`` that the config's targets mean, by PEFT's rules; None where it cannot be told:
+    "all-linear", and expressions that cannot be run within the limits of ``patterns``."""
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]  # PEFT adapts nothing in these
+    paths = [path for path in paths if not any(name in f".{path}." for name in whole)]
+    try:
+        chosen = {path for path in paths if _named(targets, path) and not (exclude and _named(exclude, path))}
+    except (ValueError, patterns.TooSlowError):
+        return None
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     return {path for path in chosen if _layer_of(path, config) in layers} if layers else chosen

@@ -27,7 +27,7 @@ from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_mapping import differs, means_parameter, ref_at
+from veneer.adapter_files.peft_mapping import differs, means_parameter, reads_past, ref_at
 from veneer.attach.install import detach
 from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import Names
@@ -335,7 +335,10 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object) -> None:
     names, config, problems = Names(base), saved.peft_config, []
     for path, layer in saved.low.items():
         ref = ref_at(names, path, config)
-        if ref is not None and (reason := differs(names, ref, means_parameter(names, ref, config))):
+        reason = (
+            None if ref is None else reads_past(names, ref) or differs(names, ref, means_parameter(names, ref, config))
+        )
+        if reason:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)

@@ -30,7 +30,7 @@ from veneer.attach.change import Change
 from veneer.attach.install import detach
 from veneer.attach.lookup import adapters as adapters_of
 from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.merge import fold_change
+from veneer.attach.merge import fold_change, no_weights_change
 from veneer.attach.weight_tying import torn
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.fileio.pages import empty_bytes
@@ -175,7 +175,8 @@ def _at(model: nn.Module, path: str) -> Tensor:
 def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]) -> dict[str, TensorEdit]:
     """What happens to each parameter (and running statistic) that an adapter changes, by its path."""
     found: dict[str, TensorEdit] = {}
-    ties = [f"{path}: {one}" for name, (path, _) in attached.items() for one in torn(model, name)]
+    problems = {name: (*torn(model, name), *no_weights_change(model, name)) for name in attached}
+    ties = [f"{attached[name][0]}: {one}" for name, own in problems.items() for one in own]
     raise_all(MergeError, "Nothing was merged", ties)
     for adapter, (_, share) in attached.items():
         for at, module, weight, change in changes(model, adapter):
