@@ -32,12 +32,14 @@ from torch import Tensor
 
 from veneer.adapter_files import model_card
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, must_belong, record_in, sealed
+from veneer.adapter_files.tuner_folder import TunerFolder, Unsized, tuner_folder
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
 from veneer.formats import peft
+from veneer.formats.peft_tuners import Weights, check_config, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
@@ -57,7 +59,8 @@ class AdapterFiles:
     """An adapter folder that was read and verified, without a model.
 
     ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
-    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight.
+    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight. ``tuner``: of a
+    folder of another tuner of PEFT than LoRA, which is here as the folder that Veneer would have written of it.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class AdapterFiles:
     low: Mapping[str, peft.PeftLayer]
     full: Mapping[str, Mapping[str, Tensor]]
     adapter_parameters: Mapping[str, Mapping[str, Tensor]]
+    tuner: TunerFolder | None = None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -96,7 +100,9 @@ class AdapterFiles:
     def parameters(self) -> int:
         """How many parameters the adapter holds: a variant's own if it has any, else those of the PEFT file."""
         own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
-        tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]
+        derived = VARIANTS[self.config.variant].derived
+        held = [(name, tensor) for own in self.adapter_parameters.values() for name, tensor in own.items()]
+        tensors = [tensor for name, tensor in held if name not in derived]
         tensors += [tensor for named in self.full.values() for tensor in named.values()]
         for entry in self.low.values():
             tensors += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
@@ -186,11 +192,13 @@ def _could_be_read(path: Path) -> Iterator[None]:
         raise AdapterError(f"{path} was not written, as it could not be read again. {error}") from error
 
 
-def read(path: str | Path, *, with_base: bool = False) -> AdapterFiles:
+def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
-        with_base: who reads it has the base's weights, without which a few folders of PEFT do not say what they change.
+        weights: the shapes of the base's weights, where there is a base, without which a few folders of PEFT do not say
+            what they change. The changes of its VeRA are known by their paths alone then, and an error for whoever asks
+            for one.
 
     Raises:
         AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
@@ -206,9 +214,9 @@ def read(path: str | Path, *, with_base: bool = False) -> AdapterFiles:
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
         parameters = read_parameters(path, record)
         must_belong(altered(path, record, peft_config, tensors, parameters), path)
-    peft.check_config(peft_config, record is not None, with_base)
+    check_config(peft_config, record is not None, weights is not None)
     raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
-    return assemble(path, peft_config, record, tensors, parameters)
+    return assemble(path, peft_config, record, tensors, parameters, weights)
 
 
 def assemble(
@@ -217,8 +225,13 @@ def assemble(
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
+    weights: Weights | None = None,
 ) -> AdapterFiles:
     """An adapter from files that were checked one by one: do they make up one?"""
+    tuner = tuner_of(peft_config) if record is None else None
+    held = None if tuner is None else tuner_folder(tuner, peft_config, tensors, weights)
+    if held is not None:
+        peft_config, tensors, parameters = held.config, held.tensors, held.parameters
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
     raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
@@ -229,9 +242,12 @@ def assemble(
     try:
         config = LoraConfig.from_dict(record["config"]) if record else _foreign_config(peft_config)
         VARIANTS[config.variant]
+        config = config if held is None else held.config_of(config)
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    return AdapterFiles(path, config, peft_config, record, low, full, by_weight)
+    if held is not None and held.unsized:
+        return AdapterFiles(path, config, peft_config, record, Unsized(held, path), full, by_weight, held)
+    return AdapterFiles(path, config, peft_config, record, low, full, by_weight, held)
 
 
 def missing(path: Path) -> list[str]:

@@ -37,6 +37,7 @@ from veneer.adapter_files.peft_mapping import (
 )
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.record import PARAMETERS
+from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
@@ -49,7 +50,7 @@ from veneer.attach.weight_tying import apart
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint
 from veneer.fileio.throttle import throttled
-from veneer.formats import peft
+from veneer.formats import peft, peft_tuners
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
@@ -109,7 +110,7 @@ def match(
     damaged, or does not fit the model. ``BaseMismatchError``: the base's weights are others than those it was trained
     on."""
     cache = MatchCache(Names(model)) if cache is None else cache
-    saved = with_stacks(read(path, with_base=True), cache.names, problems)
+    saved = with_stacks(read(path, weights_of(cache.names)), cache.names, problems)
     folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)
     folder.match_modules()
     folder.plan_low_rank(cache)
@@ -169,7 +170,8 @@ class _Match:
         at = parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if self.by_peft_rules:
-            reason = differs(names, ref, parameter)
+            rule = peft.differs if self.saved.tuner is None else peft_tuners.differs
+            reason = differs(names, ref, parameter, rule)
             past = None if not entry.extras and is_zero(entry.A, entry.B) else reads_past(names, ref, nested)
             if past is not None and has_forward(module):
                 self.module_only.add(ref)
@@ -208,10 +210,9 @@ class _Match:
         saved, layers = self.saved, self.layers
         recorded = saved.metadata.get("changes")
         if recorded is None:
-            alone = self.module_only
-            specs = {
-                ref: TargetSpec(entry.rank, entry.alpha, module_only=ref in alone) for ref, entry in layers.items()
-            }
+            own = {} if saved.tuner is None else saved.tuner.sizes
+            sizes = {ref: own.get(parameter_path(*ref), (entry.rank, entry.alpha)) for ref, entry in layers.items()}
+            specs = {ref: TargetSpec(*size, module_only=ref in self.module_only) for ref, size in sizes.items()}
         else:
             specs = self.recorded(recorded)
         self.low = cache.plan(specs, self.problems)
@@ -395,7 +396,7 @@ def _unlike(
     names: Names, entry: LowRankPlan, stored: dict[str, Tensor], peft_form: LowRank, variant: Variant
 ) -> str | None:
     """Why a variant's own parameters are not those of the plain change that the PEFT file holds, or None."""
-    if stored.keys() != _parameter_names(variant.name):
+    if stored.keys() - variant.derived != _parameter_names(variant.name):
         return f"numbers {listing(sorted(stored))}"
     module, dims = names.modules[entry.path], entry.start_dims
 

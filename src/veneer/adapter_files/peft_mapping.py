@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,9 +252,12 @@ def reads_past(names: Names, ref: ParamRef, nested: str | None = None) -> str | 
     return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps" if above else None
 
 
-def differs(names: Names, ref: ParamRef, parameter: bool) -> str | None:
+def differs(
+    names: Names, ref: ParamRef, parameter: bool, rule: Callable[[str, Any], str | None] = peft.differs
+) -> str | None:
     """Why PEFT computes something else at a module than a change of its weight gives, or None. ``parameter``: it
-    changes the parameter, not the module."""
+    changes the parameter, not the module. ``rule``: the reasons in a module of a kind, which another tuner than LoRA
+    has others of."""
     path, name = ref
     module, kind = names.modules[path], kind_for(names.modules[path], name)
     if path == "":
@@ -262,7 +265,7 @@ def differs(names: Names, ref: ParamRef, parameter: bool) -> str | None:
     if parameter:
         recurrent = isinstance(module, nn.RNNBase)
         return "its kernel reads a list of weights that PEFT leaves as it was" if recurrent else None
-    reason = peft.differs(kind.name, module)
+    reason = rule(kind.name, module)
     if reason is None and not _plain_forward(kind, module, name):
         reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
     return reason

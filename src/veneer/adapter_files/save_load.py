@@ -15,6 +15,7 @@ from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprin
 from veneer.adapter_files.folder import read, write
 from veneer.adapter_files.match_model import match, refs_apart
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
+from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
@@ -29,7 +30,7 @@ from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import digest, hash_json
 from veneer.models.quantize import quantization_in, sources_of
-from veneer.variants import VARIANTS
+from veneer.variants import VARIANTS, InitContext
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def _content(
             for at, (_, change) in weights.items()
             if not exact[id(change)]
             for key, value in change.adapter_parameters.items()
-            if key not in change.variant.derived
+            if key not in change.variant.derived or not _derived(change)
         },
     }
 
@@ -213,7 +214,7 @@ def install_from(
     means weights, so that it does not matter where PEFT would compute something else. ``untie`` gives the names of a
     tied weight that the folder changes apart weights of their own.
     """
-    untied = untie_weights(names := Names(model), refs_apart(names, read(path, with_base=True))) if untie else None
+    untied = untie_weights(names := Names(model), refs_apart(names, read(path, weights_of(names)))) if untie else None
     try:
         load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
         install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
@@ -225,6 +226,19 @@ def install_from(
         attached = need_adapters(model, name)
         attached.untied = (*attached.untied, untied)
     load_plan.fill({at: part for at, _, part in adapters(model, name)})
+
+
+def _derived(change: Change) -> bool:
+    """Whether the parameters that no file needs are those which the sizes give: PEFT's VeRA has others."""
+    held, dims = change.adapter_parameters, change.dims
+    out = dims.out if change.rows is None else len(change.rows)
+    start = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
+    for name in change.variant.derived:
+        with torch.device(held[name].device):
+            begun = change.variant.init(start)[name]
+        if begun.shape != held[name].shape or not torch.equal(begun.to(held[name].dtype), held[name]):
+            return False
+    return True
 
 
 def _described(change: Change) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
 from veneer.fileio.hashing import fingerprint
 from veneer.fileio.untrusted import misplaced, read_json, what_it_is
-from veneer.formats import peft
+from veneer.formats import peft, peft_tuners
 from veneer.lowrank import LowRank
 from veneer.models.meta import meta_model
 from veneer.models.named_weights import Value, of_folder, of_module
@@ -173,7 +173,7 @@ class _Checks:
             text = "written by another library: nothing tells whether it was altered, or for which base"
             self.add("warning", "record", text)
         if (said := config) is not None:  # and if each of its fields is one that can be honoured
-            config = self.tried("config", lambda: peft.check_config(said, ours, with_base=True) or said)
+            config = self.tried("config", lambda: peft_tuners.check_config(said, ours, with_base=True) or said)
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return

@@ -1,0 +1,163 @@
+"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the folder that Veneer would have written of it.
+
+    plain    LoRA's config and tensors, with the plain change that each of the tuner's amounts to
+    own      the variant's parameters, and their rank and alpha, by the path of the weight
+
+So what reads low-rank changes alone (``convert``, ``compose``, ``compare``) reads these folders too, and what installs
+an adapter installs the variant, which trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from veneer.adapter_files.peft_mapping import config_fields
+from veneer.attach.adapted_module import weight_of
+from veneer.attach.targets import Names, own_parameters
+from veneer.bases import storage_of
+from veneer.config import LoraConfig
+from veneer.errors import AdapterError, raise_all, sentence
+from veneer.formats import peft, peft_tuners
+from veneer.formats.peft_tuners import Own, Tuner, Weights
+from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+#: more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could ask for terabytes
+LARGEST = 2**31
+
+
+@dataclass(frozen=True)
+class TunerFolder:
+    """``source``: the tuner's own config. ``config`` and ``tensors`` as LoRA's, ``parameters`` by the path of a weight and their name, ``sizes``: the rank
+    and alpha of the variant by the path of a weight. ``unsized``: only the base tells the shapes of the changes, so that
+    ``tensors`` has none of them; ``paths`` has their modules."""
+
+    tuner: Tuner
+    source: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    sizes: Mapping[str, tuple[int, float]]
+    unsized: bool
+    paths: tuple[str, ...]
+
+    def config_of(self, plain: LoraConfig) -> LoraConfig:
+        """The config of the variant, from that of the plain changes."""
+        lora = peft_tuners.as_lora(self.tuner, self.source)
+        alpha = 1.0 if self.tuner.type == "VERA" else lora["lora_alpha"]
+        return replace(plain, variant=self.tuner.variant, rank=lora["r"], alpha=alpha)
+
+
+class Unsized(Mapping[str, Any]):
+    """In place of changes of which nobody knows the shapes: whoever asks for one is told why."""
+
+    def __init__(self, folder: TunerFolder, path: Any) -> None:
+        self.folder, self.path = folder, path
+
+    def _refuse(self) -> NoReturn:
+        found = f"{self.path} of PEFT's {self.folder.tuner.type}, which does not tell how many inputs each layer has"
+        raise AdapterError(found, "the base beside it", "load it on its base, or convert it with the base first")
+
+    def __getitem__(self, key: str) -> Any:
+        self._refuse()
+
+    def __iter__(self) -> Iterator[str]:
+        self._refuse()
+
+    def __len__(self) -> int:
+        self._refuse()
+
+
+def weights_of(names: Names) -> Weights:
+    """The shapes of a model's weights by their path, and the dtypes of plain ones."""
+
+    def found(at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        path, _, name = at.rpartition(".")
+        module = names.modules.get(names.canonical.get(path, path))
+        weight = None if module is None or name not in own_parameters(module) else weight_of(module, name)
+        storage: Any = None if weight is None else storage_of(weight)
+        if storage is None:
+            return None
+        plain = storage.name == "plain" and weight.dtype.is_floating_point
+        return tuple(storage.shape(weight)), weight.dtype if plain else None
+
+    return found
+
+
+@torch.no_grad()
+def tuner_folder(
+    tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
+) -> TunerFolder:
+    """What a tuner's files hold. ``AdapterError``: tensors that are no change of this tuner, or not of this base."""
+    unsized = peft_tuners.unsized(tuner, weights)
+    own, rest = peft_tuners.changes(tuner, config, tensors, weights)
+    lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
+    parameters: dict[str, Tensor] = {}
+    sizes: dict[str, tuple[int, float]] = {}
+    for at, change in own.items():
+        low = _plain(tuner, at, change, problems)
+        if low is None:
+            continue
+        plain[at] = low
+        groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
+        assert groups == 1
+        rank = min(peft.strength(lora, at)[0], out, in_)  # PEFT gives a layer more than its weight can have
+        if tuner.type == "ADALORA":
+            rank = min(change.parameters["A"].shape[1], rank)
+        sizes[f"{at}.weight"] = rank, _alpha(tuner, change.scale, rank)
+        parameters |= {f"{at}.weight.{name}": value for name, value in change.parameters.items()}
+    raise_all(AdapterError, "These adapter tensors cannot be used", problems)
+    made = dict(rest)
+    for at, low in plain.items():
+        A, B = peft_tuners.plain_shapes(at, low.A[0], low.B[0], weights)
+        made |= {peft.key(at, "lora_A.weight"): A, peft.key(at, "lora_B.weight"): B}
+    scales = {at: (low.rank, low.scale * low.rank) for at, low in plain.items()}
+    usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))
+    source, config = config, config_fields({**lora, "use_rslora": False}, scales, usual, ())
+    paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in tensors if key not in rest}
+    return TunerFolder(tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths - {""})))
+
+
+def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
+    """The alpha with which the variant has this scale at this rank."""
+    return scale / VARIANTS[tuner.variant].scale(1.0, rank)
+
+
+def _plain(tuner: Tuner, at: str, change: Own, problems: list[str]) -> LowRank | None:
+    """The plain change that one amounts to, of a rank that its weight can have."""
+    parameters, variant = change.parameters, VARIANTS[tuner.variant]
+    if _count(tuner, parameters) > LARGEST:
+        sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
+        expected = f"factors of at most {LARGEST:,} numbers"
+        problems.append(sentence(f"{sizes} at {at!r}", expected, "get another copy; its tensors are damaged"))
+        return None
+    try:
+        low, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
+        dense = low.delta(torch.float64) if low.rank > min(low.B.shape[1], low.A.shape[2]) else None
+    except (RuntimeError, IndexError, ValueError) as error:
+        sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
+        found = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
+        problems.append(sentence(found, f"a change of {tuner.type}", "get both files again"))
+        return None
+    if dense is None:
+        return low
+    dense, (out, in_) = dense.to(low.A.dtype), dense.shape[1:]  # ΔW and an identity have fewer numbers
+    eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
+    return LowRank(eye, dense, 1.0) if in_ <= out else LowRank(dense, eye, 1.0)
+
+
+def _count(tuner: Tuner, parameters: Mapping[str, Tensor]) -> int:
+    """How many numbers the factors of the plain change have, as the shapes say."""
+    shapes = {name: value.shape for name, value in parameters.items()}
+    if tuner.type == "LOHA":
+        rank = shapes["A1"][1] * shapes["A2"][1]
+        return rank * (shapes["A1"][2] + shapes["B1"][1])
+    if tuner.type == "LOKR":
+        (_, l, m), (_, k, q), n = shapes["C"], shapes["B2"], shapes["A2"][2]  # noqa: E741
+        return min(l, m) * q * (l * k + m * n)
+    return sum(value.numel() for value in parameters.values())

@@ -1,0 +1,347 @@
+"""The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of Veneer's variants.
+
+    ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]           ΔW = alpha / (init_r + 1e-5) · B diag(E) A
+    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2                      ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
+    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2         ΔW = alpha / r · C ⊗ (B2 A2)
+    VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]                   ΔW = diag(b) B[:out] diag(d) A[:, :in]
+               base_model.vera_A [r, largest in]  base_model.vera_B [largest out, r], if save_projection
+    LN_TUNING  <path>.ln_tuning_layers.<parameter>                             the layer, trained in full
+
+Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition (``t``, of a
+convolution with use_effective_conv2d) is multiplied into the factor of the inputs, a w2 that is held whole is the
+product of itself and an identity: the ΔW is the same one.
+
+A file says nothing of the shape of a weight but what its tensors say: VeRA's leave open how many inputs a layer has,
+and those of a convolution may be flat. ``Weights`` tells, where there is a base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, raise_all, sentence
+from veneer.formats import peft
+
+#: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the base lacks it
+Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
+
+#: what PEFT adds to the rank that AdaLoRA divides by
+EPSILON = 1e-5
+#: VeRA's projections, beside all modules
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+
+
+class Own(NamedTuple):
+    """One change in its variant's terms: the parameters, with an axis for one group in front, and the scale of the
+    variant's product."""
+
+    parameters: Mapping[str, Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a file holds of one module: its tensors by suffix, the rank and scale that the config means, the pattern of
+    AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
+
+    at: str
+    tensors: Mapping[str, Tensor]
+    rank: int
+    scale: float
+    pattern: tuple[bool, ...] | None = None
+    projections: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """One of PEFT's tuners.
+
+    Fields:
+        type: ``peft_type``.
+        variant: Veneer's variant whose parameters its tensors are.
+        suffixes: of a module's tensors; each of ``needs`` is one of these, or a choice of several that go together.
+        fields: the tuner's own name of a field of LoRA's config.
+        own: its own further fields, which change nothing that is computed from the file, with the test of each.
+        read: what a file holds of one module -> its change.
+    """
+
+    type: str
+    variant: str
+    suffixes: tuple[str, ...]
+    needs: tuple[tuple[tuple[str, ...], ...], ...]
+    fields: Mapping[str, str]
+    own: Mapping[str, Callable[[Any], bool]]
+    read: Callable[[Held], Own]
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _masks(value: Any) -> bool:
+    lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
+    return lists and all(_flag(kept) for mask in value.values() for kept in mask)
+
+
+def _adalora(held: Held) -> Own:
+    A, B, E = (held.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+    rank, mask = len(A), torch.ones(len(A))
+    if held.pattern is not None and len(held.pattern) == rank:  # the masked triplets are still there
+        mask = torch.tensor(held.pattern, dtype=torch.float32)
+    elif rank != (held.rank if held.pattern is None else sum(held.pattern)):
+        raise ValueError(f"rank {rank}, which its config does not give it")
+    if not rank:  # every triplet was taken away, and PEFT keeps none
+        A, B, E, mask = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1), E.new_zeros(1, 1), mask.new_zeros(1)
+    return Own({"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, held.scale)
+
+
+def _loha(held: Held) -> Own:
+    found = {}
+    for side in "12":
+        B, A = (held.tensors[f"hada_w{side}_{name}"] for name in "ab")
+        core = held.tensors.get(f"hada_t{side}")
+        if core is not None:
+            B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
+        if A.shape[0] != held.rank or B.shape[1] != held.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {held.rank} in its config")
+        found |= {f"A{side}": A[None], f"B{side}": B[None]}
+    return Own(found, held.scale)
+
+
+def _lokr(held: Held) -> Own:
+    tensors = held.tensors
+    C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    if "lokr_w2" in tensors:
+        w2 = tensors["lokr_w2"]
+        if w2.dim() == 3:  # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
+            out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
+            C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
+        w2 = w2.flatten(1)
+        eye = torch.eye(min(w2.shape), dtype=w2.dtype)
+        B, A = (eye, w2) if w2.shape[0] <= w2.shape[1] else (w2, eye)
+    else:
+        B, A = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+        if "lokr_t2" in tensors:
+            B, A = B.mT, torch.einsum("ijkl,jn->inkl", tensors["lokr_t2"], A).flatten(1)
+        if A.shape[0] != held.rank or B.shape[1] != held.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {held.rank} in its config")
+    return Own({"C": C[None], "A2": A[None], "B2": B[None]}, held.scale)
+
+
+def _vera(held: Held) -> Own:
+    assert held.projections is not None
+    b, d = held.tensors["vera_lambda_b"], held.tensors["vera_lambda_d"]
+    A, B = held.projections
+    if d.shape != (held.rank,) or A.shape[0] != held.rank or B.shape != (len(b), held.rank):
+        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {held.rank}")
+    return Own({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
+
+
+_LYCORIS = {"rank_dropout": _number, "module_dropout": _number, "init_weights": _any, "use_effective_conv2d": _flag}
+_BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _whole)
+_BUDGET |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _number)
+TUNERS = {
+    tuner.type: tuner
+    for tuner in (
+        Tuner(
+            "ADALORA", "adalora", ("lora_A", "lora_B", "lora_E"), ((("lora_A", "lora_B", "lora_E"),),),
+            {"r": "init_r"}, {**_BUDGET, "rank_pattern": _masks}, _adalora,
+        ),
+        Tuner(
+            "LOHA", "loha", tuple(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+            ((("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),), {"lora_alpha": "alpha"}, _LYCORIS, _loha,
+        ),
+        Tuner(
+            "LOKR", "lokr", tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+            ((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
+            {"lora_alpha": "alpha"},
+            {**_LYCORIS, "decompose_both": _flag, "decompose_factor": _whole, "rank_dropout_scale": _flag}, _lokr,
+        ),
+        Tuner(
+            "VERA", "vera", ("vera_lambda_b", "vera_lambda_d"), ((("vera_lambda_b", "vera_lambda_d"),),),
+            {"lora_dropout": "vera_dropout"},
+            {"projection_prng_key": _whole, "save_projection": _flag, "d_initial": _number, "init_weights": _any}, _vera,
+        ),
+        Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda held: Own({}, 1.0)),
+    )
+}  # fmt: skip
+#: fields of LoRA's config that would mean another adapter
+_NOT_THEIRS = ("target_parameters", "use_dora")
+#: fields of LoRA's config that AdaLoRA's has, and does not look at
+_UNUSED = ("r", "use_rslora", "alpha_pattern", "init_lora_weights", "rank_pattern")
+
+
+def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
+    """The tuner of a config, if it is one of ``TUNERS``."""
+    return TUNERS.get(str(config.get("peft_type")))
+
+
+def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool = False) -> None:
+    """``peft.check_config``, for the configs of these tuners too."""
+    tuner = None if ours else tuner_of(config)
+    problems = []
+    for name, test in tuner.own.items() if tuner is not None else ():
+        value = config.get(name)
+        if value is not None and not test(value):
+            found = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
+            problems.append(sentence(found, f"what PEFT writes there for {config['peft_type']}", "get the file again"))
+    for name in _NOT_THEIRS if tuner is not None else ():
+        if config.get(name):
+            problems.append(sentence(f"{name} in {peft.CONFIG} of {config['peft_type']}", "none", "get the file again"))
+    raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
+    peft.check_config(config if tuner is None else as_lora(tuner, config), ours, with_base)
+
+
+def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a change comes from.
+    A field that neither knows is still there."""
+    known = {*tuner.own, *tuner.fields.values(), *(_UNUSED if tuner.type == "ADALORA" else ())}
+    lora = {name: value for name, value in config.items() if name not in known}
+    lora |= {name: config.get(own) for name, own in tuner.fields.items()}
+    if tuner.type == "ADALORA" and _number(lora.get("lora_alpha")) and lora["lora_alpha"] <= 0:
+        lora["lora_alpha"] = lora["r"]
+    if tuner.type == "VERA":  # the paper's scale is 1
+        lora["lora_alpha"] = config.get("r")
+        lora["bias"] = "lora_only" if config.get("bias") == "vera_only" else config.get("bias")
+    if tuner.type == "LN_TUNING":
+        targets = config.get("target_modules")
+        named = targets if isinstance(targets, list) else []
+        more = config.get("modules_to_save")
+        whole = [*named, *(more if isinstance(more, list) else [])]
+        lora |= {"r": 1, "lora_alpha": 1, "target_modules": peft.NO_TARGETS, "modules_to_save": whole}
+    return {**lora, "peft_type": "LORA"}
+
+
+def changes(
+    tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
+) -> tuple[dict[str, Own], dict[str, Tensor]]:
+    """The changes of a file by the path of their module, and its other tensors under the keys that LoRA's file gives
+    them. ``AdapterError``: tensors that are no change of this tuner. Needs ``weights`` for VeRA (see ``unsized``)."""
+    by_module: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(peft.PREFIX)
+        path, _, suffix = bare.rpartition(".")
+        if tuner.type == "LN_TUNING" and (above := path.removesuffix(".ln_tuning_layers")) != path:
+            rest[peft.key(above, suffix)] = tensor
+        elif bare != key and suffix in tuner.suffixes:
+            by_module.setdefault(peft.unnested(path)[0], {})[suffix] = tensor
+        elif key not in PROJECTIONS or tuner.type != "VERA":
+            rest[key] = tensor
+    cut = _projections(config, tensors, by_module, weights, problems) if tuner.type == "VERA" else {}
+    lora, patterns, found = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
+    for at, own in by_module.items():
+        rank, alpha, scale = peft.strength(lora, at)
+        pattern = None
+        if tuner.type == "ADALORA":
+            scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{at}.lora_E")
+        pattern = None if pattern is None else tuple(pattern)
+        lacking = [choice for choice in tuner.needs if not any(own.keys() >= {*names} for names in choice)]
+        if lacking:
+            wanted = " and ".join(" or ".join(", ".join(names) for names in choice) for choice in lacking)
+            problems.append(sentence(f"no {wanted} at {at!r}", "a whole change", "get the whole file again"))
+        elif tuner.type != "VERA" or at in cut:
+            try:
+                found[at] = tuner.read(Held(at, own, rank, scale, pattern, cut.get(at)))
+            except (RuntimeError, ValueError, IndexError) as error:
+                sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in own.items())
+                said = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
+                problems.append(sentence(said, f"a change of {tuner.type}", "get both files again"))
+    raise_all(AdapterError, "These adapter tensors cannot be used", problems)
+    return found, rest
+
+
+def unsized(tuner: Tuner, weights: Weights | None) -> bool:
+    """Whether only a base tells the shapes of the changes."""
+    return tuner.type == "VERA" and weights is None
+
+
+def _projections(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], by_module: Mapping[str, Mapping[str, Tensor]],
+    weights: Weights | None, problems: list[str],
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """VeRA's A [r, in] and B [out, r] of each module: the file's, or those that PEFT draws from the config's key, cut to
+    the layer."""
+    if weights is None:
+        return {}
+    sizes: dict[str, tuple[int, int, torch.dtype | None]] = {}
+    for at, own in by_module.items():
+        found, out = weights(f"{at}.weight"), own["vera_lambda_b"].numel() if "vera_lambda_b" in own else 0
+        if found is None or not out or len(found[0]) != 2 or math.prod(found[0]) % out:
+            shape = "none" if found is None else tuple(found[0])
+            expected = "a weight with as many outputs"
+            problems.append(sentence(f"{out} outputs at {at!r}, where the base has {shape}", expected, "use its base"))
+        else:
+            sizes[at] = out, math.prod(found[0]) // out, found[1]
+    if problems or not sizes:
+        return {}
+    out, in_ = max(out for out, _, _ in sizes.values()), max(in_ for _, in_, _ in sizes.values())
+    A, B = (tensors.get(name) for name in PROJECTIONS)
+    drawn = A is None or B is None
+    if drawn and config.get("save_projection", True):
+        found = f"no {' and no '.join(PROJECTIONS)}, and save_projection=True"
+        problems.append(sentence(found, "both", "get the whole file again"))
+        return {}
+    if A is None or B is None:
+        A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] < in_ or B.shape[0] < out:
+        found = f"projections {tuple(A.shape)} and {tuple(B.shape)}"
+        problems.append(sentence(found, f"at least {in_} inputs and {out} outputs", "use its base"))
+        return {}
+    cut = {}
+    for at, (rows, columns, dtype) in sizes.items():
+        pair = A[:, :columns], B[:rows]
+        if drawn and dtype is not None:  # PEFT rounds what it draws to the dtype of the base
+            pair = pair[0].to(dtype).to(A.dtype), pair[1].to(dtype).to(B.dtype)
+        cut[at] = pair
+    return cut
+
+
+def drawn_projections(key: int, rank: int, out: int, in_: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in_] and B [out, rank] as PEFT draws them for VeRA: Kaiming-uniform with gain √2, from torch's generator
+    with this seed. One dtype, float32, and one device, the CPU, as another would draw other numbers."""
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((rank, in_), (out, rank)))
+    for matrix in (A, B):
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(matrix.shape[1]))
+        matrix.uniform_(-bound, bound, generator=generator)
+    return A, B
+
+
+def differs(kind: str, module: Any) -> str | None:
+    """As ``peft.differs``, for these tuners: why PEFT computes something else than a change of the weight gives, or
+    why the change is none that a variant has; None if neither."""
+    if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
+        if module.groups != 1:
+            return f"one product for all {module.groups} groups of a convolution, of which Veneer has one each"
+        return None if module.padding_mode == "zeros" else f"PEFT leaves out padding_mode={module.padding_mode!r}"
+    return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer of this tuner"
+
+
+def plain_shapes(at: str, A: Tensor, B: Tensor, weights: Weights | None) -> Iterator[Tensor]:
+    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer, where a base tells
+    them."""
+    found = None if weights is None else weights(f"{at}.weight")
+    shape = () if found is None else found[0]
+    conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
+    yield A.reshape(-1, *shape[1:]) if conv else A
+    yield B.reshape(*B.shape, *[1] * (len(shape) - 2)) if conv else B
