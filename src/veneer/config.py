@@ -49,6 +49,9 @@ class LoraConfig:
         layers: indices of the repeated blocks to keep (the first number in a path); negative ones count from the end.
         train_also: modules to train fully, as copies that belong to the adapter: the base keeps its values.
         bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the model).
+        trainable_tokens: ids of tokens whose rows of the input embedding are trained in full, and with them those of
+            every weight that is tied to it; or {pattern: ids}, for an embedding or head by name. The other rows stay as
+            they are; with ``targets=()`` nothing else is trained.
         variant: a name in ``veneer.variants.names()``.
         dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes float32 for a 16-bit
             base (a 16-bit AdamW step of usual size is lost in rounding) and the base's own dtype otherwise.
@@ -68,12 +71,20 @@ class LoraConfig:
     layers: Sequence[int] | None = None
     train_also: str | Sequence[str] = ()
     bias: str = "none"
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     variant: str = "lora"
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to share, and plain JSON.
-        for name, empty in (("exclude", ()), ("train_also", ()), ("ranks", {}), ("alphas", {}), ("slices", {})):
+        for name, empty in (
+            ("exclude", ()),
+            ("train_also", ()),
+            ("ranks", {}),
+            ("alphas", {}),
+            ("slices", {}),
+            ("trainable_tokens", ()),
+        ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, empty)
         for name in ("exclude", "train_also", "targets", "layers"):
@@ -84,6 +95,7 @@ class LoraConfig:
                 value = sorted(value, key=str)
             if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "trainable_tokens", _tokens(self.trainable_tokens))
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
@@ -125,7 +137,12 @@ class LoraConfig:
             yield sentence(f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}")
 
     def _target_problems(self):
-        if not callable(self.targets) and not _patterns(self.targets):
+        wanted = self.trainable_tokens.values() if isinstance(self.trainable_tokens, Mapping) else ()
+        if not all(map(_ids, wanted or (self.trainable_tokens,))) or (() in wanted):
+            expected = "a list of different token ids, or {pattern: such a list}"
+            yield sentence(f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]")
+        nothing_else = self.targets == () and self.trainable_tokens
+        if not callable(self.targets) and not _patterns(self.targets) and not nothing_else:
             expected = "a pattern, a list of patterns or a callable"
             yield sentence(f"targets={self.targets!r}", expected, 'use "all-linear"')
         for name in ("exclude", "train_also"):
@@ -157,6 +174,21 @@ class LoraConfig:
 def _whole(name: str, value: object):
     if type(value) is not int or value < 1:
         yield sentence(f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data")
+
+
+def _tokens(value: Any) -> Any:
+    """Ids as tuples of ints, so that a config is a value; what are no ids stays, for the error to show."""
+    if isinstance(value, Mapping):
+        return {pattern: _tokens(ids) for pattern, ids in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(sorted(value) if isinstance(value, Set) else value)
+    return value
+
+
+def _ids(value: object) -> bool:
+    """Whether these are different token ids."""
+    whole = isinstance(value, tuple) and all(type(id_) is int and id_ >= 0 for id_ in value)
+    return whole and len(set(value)) == len(value)
 
 
 def _slices(parts: object) -> bool:

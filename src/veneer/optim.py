@@ -23,6 +23,8 @@ Named = Iterable[tuple[str, nn.Parameter]]
 _TRIPLET, _OTHER_FACTORS = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
 #: A, or one of several such as A1 and A2
 _IN_FACTOR = re.compile(r"A\d*")
+#: rows of an embedding that are trained themselves, and are no factor of a change
+_TOKEN_ROWS = "token_rows"
 
 
 def lora_plus(
@@ -59,8 +61,10 @@ def lora_plus(
     embeddings = {id(parameter) for change in embedding for parameter in change.parameters()}
     groups: dict[float, list[nn.Parameter]] = {lr: [], lr * ratio: [], embedding_lr: []}
     for name, parameter in named:
-        is_A = _IN_FACTOR.fullmatch(name.rpartition(".")[2])
-        rate = embedding_lr if id(parameter) in embeddings else lr if is_A else lr * ratio
+        last = name.rpartition(".")[2]
+        rate = lr if last == _TOKEN_ROWS or _IN_FACTOR.fullmatch(last) else lr * ratio
+        if id(parameter) in embeddings and last != _TOKEN_ROWS:
+            rate = embedding_lr
         groups[rate].append(parameter)
     return [{"params": own, "lr": rate, "weight_decay": weight_decay} for rate, own in groups.items() if own]
 

@@ -7,13 +7,14 @@ changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scal
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import precision
+from veneer.attach.token_rows import ROWS, with_rows
 from veneer.bases import Storage
 from veneer.errors import TargetError, sentence
 from veneer.layers import Dims, Layer
@@ -33,8 +34,11 @@ def _offloaded(gradient: Tensor) -> None:
 class Change(nn.Module):
     """One adapter's change of one weight. ``rows`` are the indices of the outputs that change (None: all);
     ``frozen_input`` is the input that never does. ``module_only``: it is a change of what its modules give, which those
-    who read the weight past them do not see, as in PEFT."""
+    who read the weight past them do not see, as in PEFT. ``tokens`` are the rows of an embedding or head that are
+    trained in full; of rank 0, nothing else of it changes."""
 
+    #: the trained rows [n, d] of ``tokens``, where there are some
+    token_rows: Any
     layer: Any
     variant: Any
     storage: Any
@@ -52,15 +56,16 @@ class Change(nn.Module):
         alpha: float,
         dropout: float,
         rows: Tensor | None = None,
+        tokens: Tensor | None = None,
         frozen_input: int | None = None,
         module_only: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.variant, self.storage, self.dims = layer, variant, storage, dims
         self.rank, self.alpha, self.dropout, self.frozen_input = rank, alpha, dropout, frozen_input
-        self.scale = variant.scale(alpha, rank)
-        self.rows, self.module_only = rows, module_only
-        self._moved_rows: Tensor | None = None
+        self.scale = variant.scale(alpha, rank) if rank else 1.0
+        self.rows, self.tokens, self.module_only = rows, tokens, module_only
+        self._moved: dict[str, Tensor] = {}
         for name, value in parameters.items():
             if name in variant.frozen:
                 self.register_buffer(name, value)
@@ -73,6 +78,11 @@ class Change(nn.Module):
     @property
     def adapter_parameters(self) -> dict[str, Any]:
         """The variant's parameters, trained and frozen, by name; those that accelerate has offloaded, where it runs."""
+        values = self._values()
+        values.pop(ROWS, None)
+        return values
+
+    def _values(self) -> dict[str, Any]:
         hook = self.__dict__.get("_hf_hook")
         if hook is None or not any(value.is_meta for value in {**self._parameters, **self._buffers}.values()):
             return {**self._parameters, **self._buffers}
@@ -86,6 +96,15 @@ class Change(nn.Module):
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
+        found = self._resolved(weight, dtype) if self.rank else (None, None)
+        if self.tokens is None:
+            return cast(tuple[LowRank, Tensor | None], found)
+        rows, dense = self._values()[ROWS], self.storage.dense(weight)
+        rows = rows if dtype is None else precision.cast(rows, dtype)
+        return with_rows(*found, rows, self._on(rows.device, "tokens"), dense, self.layer)
+
+    def _resolved(self, weight: Any, dtype: torch.dtype | None) -> tuple[LowRank, Tensor | None]:
+        """What the variant makes of its parameters."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
@@ -94,7 +113,7 @@ class Change(nn.Module):
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low, gain = self.variant.resolve(parameters, self.scale, self._base(weight, dtype))
         if self.rows is not None:
-            rows = self._rows_on(low.B.device)
+            rows = self._on(low.B.device, "rows")
             low = low.place(rows, self.dims.out)
             gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
         return low if self.frozen_input is None else low.without(self.frozen_input), gain
@@ -119,20 +138,20 @@ class Change(nn.Module):
         dense = self.storage.dense(weight)
         dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
         dense = self.layer.unfold(dense, self.dims)
-        return dense if self.rows is None else dense[:, self._rows_on(dense.device)]
+        return dense if self.rows is None else dense[:, self._on(dense.device, "rows")]
 
-    def _rows_on(self, device: torch.device) -> Tensor:
-        """``rows`` on a device, brought there once."""
-        rows: Any = self.rows
-        if device == rows.device:
-            return rows
-        moved = self._moved_rows
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """``rows`` or ``tokens`` on a device, brought there once."""
+        indices: Any = getattr(self, name)
+        if device == indices.device:
+            return indices
+        moved = self._moved.get(name)
         if moved is None or moved.device != device:
-            self._moved_rows = moved = rows.to(device, non_blocking=True)
+            self._moved[name] = moved = indices.to(device, non_blocking=True)
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_moved_rows": None}
+        return {**self.__dict__, "_moved": {}}
 
     def changed(
         self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False

@@ -69,7 +69,7 @@ def _problems(
             yield sentence(f"{name}=", f"nothing that variant {variant.name!r} would ignore", f"leave {name} out")
         elif not given and name != "loss" and variant.needs & needs:
             yield sentence(f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach")
-    for entry in plans.low:
+    for entry in filter(_starts, plans.low):
         where = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
             found = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
@@ -82,6 +82,11 @@ def _problems(
         if "gradient" in variant.needs and not (isinstance(weight, nn.Parameter) and entry.storage.name == "plain"):
             found = f"{where}, stored as {entry.storage.name}, which has no gradient"
             yield sentence(found, "a plain parameter", "exclude it, or load the base in a floating-point dtype")
+
+
+def _starts(entry: LowRankPlan) -> bool:
+    """Whether a variant starts there: not where rows of tokens alone are trained."""
+    return entry.rank > 0
 
 
 @contextmanager
@@ -125,7 +130,7 @@ def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], ba
         return before
 
     with ExitStack() as stack:
-        for entry in plans.low:
+        for entry in filter(_starts, plans.low):
             reader, kind, weight = _reader(entry, modules)
             handle = reader.register_forward_pre_hook(watch(entry, kind, weight), with_kwargs=True)
             stack.callback(handle.remove)
@@ -147,7 +152,7 @@ def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Mo
 
 
 def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss):
-    weights = {entry.ref: weight_of(modules[entry.path], entry.weight) for entry in plans.low}
+    weights = {entry.ref: weight_of(modules[entry.path], entry.weight) for entry in filter(_starts, plans.low)}
     if not weights:  # vectors alone, which no variant starts
         return {}
     required = {ref: weight.requires_grad for ref, weight in weights.items()}
@@ -166,13 +171,13 @@ def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module],
         for ref, weight in weights.items():
             weight.requires_grad_(required[ref])
     _all_seen(plans, sums, "gradient")
-    return {entry.ref: _chosen(entry, sums[entry.ref]) for entry in plans.low}
+    return {entry.ref: _chosen(entry, sums[entry.ref]) for entry in filter(_starts, plans.low)}
 
 
 def _originals(plans: Plans, original: nn.Module | Mapping[str, Tensor]) -> dict[ParamRef, Tensor]:
     state = original.state_dict() if isinstance(original, nn.Module) else original
     problems, found = [], {}
-    for entry in plans.low:
+    for entry in filter(_starts, plans.low):
         where = entry.where
         value = state.get(where)
         if value is None:
@@ -193,7 +198,7 @@ def _chosen(entry: LowRankPlan, dense: Tensor) -> Tensor:
 
 
 def _all_seen(plans: Plans, found: Mapping[ParamRef, Tensor], what: str) -> None:
-    missing = [entry.where for entry in plans.low if entry.ref not in found]
+    missing = [entry.where for entry in filter(_starts, plans.low) if entry.ref not in found]
     do = "exclude it"
     problems = [sentence(f"no {what} of {path!r} in the batches", "batches that reach it", do) for path in missing]
     raise_all(ConfigError, "Nothing was attached", problems)

@@ -28,6 +28,7 @@ from veneer.attach.refusals import kind_for, name_problems
 from veneer.attach.source_analysis import same_input
 from veneer.attach.state import ADAPTERS, ActiveAdapter, LayerState, ModelAdapters, in_turn
 from veneer.attach.targets import Names, ParamRef
+from veneer.attach.token_rows import ROWS, start
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
 from veneer.bases import storage_of
@@ -211,11 +212,32 @@ def make_change(
     given: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> Change:
-    """The adapter parameters of one weight on its device: those that are given, or the variant's start."""
-    layer, variant = entry.layer, VARIANTS[config.variant]
+    """The change of one weight, with its parameters on its device: those that are given, or their start."""
     module = modules[entry.path]
     weight = weight_of(module, entry.weight)
-    rows = None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
+    own = {name: value for name, value in given.items() if name != ROWS}
+    parameters = _variant_parameters(entry, weight, config, own, calibration) if entry.rank else {}
+    tokens = None if entry.tokens is None else torch.tensor(entry.tokens, device="cpu")
+    if tokens is not None:
+        rows = given[ROWS] if ROWS in given else start(entry.storage.dense(weight), tokens)
+        dtype = trained_dtype(config, entry.storage.dtype(weight))
+        parameters[ROWS] = rows.to(entry.storage.device(weight), dtype, copy=True)
+    return Change(
+        parameters, layer=entry.layer, variant=VARIANTS[config.variant], storage=entry.storage, dims=entry.dims,
+        rank=entry.rank, alpha=entry.alpha, dropout=0.0 if tokens is not None else config.dropout, rows=_rows(entry),
+        tokens=tokens, frozen_input=entry.layer.frozen_input(module), module_only=entry.module_only,
+    )  # fmt: skip
+
+
+def _rows(entry: LowRankPlan) -> Tensor | None:
+    return None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
+
+
+def _variant_parameters(
+    entry: LowRankPlan, weight: Any, config: LoraConfig, given: Mapping[str, Tensor], calibration: Calibration | None
+) -> dict[str, Tensor]:
+    """What the variant trains or holds of one weight: what is given, or how it starts."""
+    layer, variant, rows = entry.layer, VARIANTS[config.variant], _rows(entry)
 
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
@@ -227,13 +249,13 @@ def make_change(
     seen: Any = {
         name: partial(_starting, entry, variant.name, name, read) for name, read in {"base": base, **found}.items()
     }
-    start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen)
+    begin = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen)
     device = entry.storage.device(weight)
     parameters = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                begun = variant.init(start)  # where its data are: of float64, not on every device
+                begun = variant.init(begin)  # where its data are: of float64, not on every device
             parameters = {**{name: value.to(device) for name, value in begun.items()}, **parameters}
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
             found = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
@@ -242,11 +264,7 @@ def make_change(
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(dtype, copy=bool(given), memory_format=torch.contiguous_format)
-    return Change(
-        parameters, layer=layer, variant=variant, storage=entry.storage, dims=entry.dims, rank=entry.rank,
-        alpha=entry.alpha, dropout=config.dropout, rows=rows, frozen_input=layer.frozen_input(module),
-        module_only=entry.module_only,
-    )  # fmt: skip
+    return parameters
 
 
 def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:

@@ -81,6 +81,7 @@ class LayerAdapter(nn.Module):
         if (
             plain
             and changes[0].rows is None
+            and changes[0].tokens is None
             and changes[0].frozen_input is None
             and layer_state.product
             and not layer_state.transposed
@@ -194,7 +195,7 @@ class LayerAdapter(nn.Module):
             return None
         found = {}
         for name, change in self.changes.items():
-            if change.variant.resolve is VARIANTS["lora"].resolve and change.rows is None:
+            if change.variant.resolve is VARIANTS["lora"].resolve and change.rows is change.tokens is None:
                 own: Any = change._parameters  # in every layer of a decoding step
                 low, gain = LowRank(own["A"], own["B"], change.scale), None
             else:

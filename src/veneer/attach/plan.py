@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach import refusals
+from veneer.attach import refusals, token_targets
 from veneer.attach import targets as targeting
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.fresh_weights import fresh
@@ -36,8 +36,9 @@ class SkippedLayers(UserWarning):
 @dataclass(frozen=True)
 class LowRankPlan:
     """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
-    past those. ``rows`` are the outputs to change, None for all of them. ``module_only``: those who read the weight
-    past its modules read it unchanged, as in PEFT, so that there are no ``weight_readers``."""
+    past those. ``rows`` are the outputs to change, None for all of them; ``tokens`` the rows of an embedding
+    or head that are trained in full, beside a change of this rank, or (rank 0) alone. ``module_only``: those who read
+    the weight past its modules read it unchanged, as in PEFT, so that there are no ``weight_readers``."""
 
     path: str
     weight: str
@@ -49,6 +50,7 @@ class LowRankPlan:
     holders: tuple[ParamRef, ...]
     weight_readers: tuple[WeightReader, ...] = ()
     rows: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
     module_only: bool = False
 
     @property
@@ -93,8 +95,8 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     planner = _Planner(model, config, problems)
     names, targets, head = planner.names, *planner.targets()
     specs = planner.specs(targets)
-    low = plan_low(names, specs, problems)
     vectors = [ref for ref in (*head, *targets) if ref not in specs]
+    low = plan_low(names, planner.with_tokens(specs), problems)
     full = planner.full(vectors, [entry.path for entry in low])
     refusals.check_full(names, full, problems, planner.frozen)
     for path, name in {ref for entry in low for ref in entry.holders}:
@@ -180,6 +182,20 @@ class _Planner:
             if is_matrix(names, ref)
         }
 
+    def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
+        """``specs`` with the tokens that are trained: of a target, or (rank 0) of a weight that is none."""
+        tokens, by_identity = token_targets.wanted(self.names, self.config.trainable_tokens, self.problems), None
+        found = dict(specs)
+        for ref, spec in specs.items() if tokens else ():
+            by_identity = by_identity or holders(self.names)
+            owner = refusals.holders_of(self.names, ref, by_identity)[0]
+            found[ref] = replace(spec, tokens=tokens.pop(owner, None))
+            if found[ref].tokens and self.config.dropout:
+                what = f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of {owner[0]!r}"
+                do = "use dropout=0, or exclude it from the targets"
+                self.problems.append(sentence(what, "one of them: trained rows are never dropped", do))
+        return found | {owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in tokens.items()}
+
     def full(self, vectors: Sequence[ParamRef], low: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """What is trained in full, by module: ``train_also``, targets without two axes, biases (of the modules ``low``
         or of all), and their ties."""
@@ -232,12 +248,14 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 @dataclass(frozen=True)
 class TargetSpec:
     """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each equal part.
-    ``clamp`` lowers the rank to what the shape allows. ``module_only``: as in ``LowRankPlan``."""
+    ``clamp`` lowers the rank to what the shape allows; rank 0 is no change but that of the ``tokens``. ``module_only``:
+    as in ``LowRankPlan``."""
 
     rank: int
     alpha: float
     slices: Sequence[Any] | None = None
     clamp: bool = False
+    tokens: tuple[int, ...] | None = None
     module_only: bool = False
 
 
@@ -269,6 +287,11 @@ def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: li
             expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
             problems.append(sentence(found, expected, "correct them, for instance [True, False, True]"))
             return None
+    if spec.tokens is not None:
+        wrong = list(token_targets.token_problems(names, refs[0], spec.tokens, refs))
+        problems += wrong
+        if wrong:
+            return None
     largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
     rank = min(spec.rank, largest) if spec.clamp else spec.rank
     if rank > largest:
@@ -278,8 +301,9 @@ def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: li
         return None
     past = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
     above = () if spec.module_only else tuple(dict.fromkeys(past))
-    alone = spec.module_only
-    return LowRankPlan(path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows, alone)
+    return LowRankPlan(
+        path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows, spec.tokens, spec.module_only
+    )
 
 
 def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:

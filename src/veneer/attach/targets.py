@@ -127,7 +127,7 @@ def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]
         else:
             kept = {index % count for index in config.layers}
             chosen = [ref for ref in chosen if _block(ref[0]) in kept]
-    if not chosen and not problems:
+    if not chosen and not problems and config.targets != ():  # of trained tokens alone
         found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(found, "at least one target", "exclude less"))
     return chosen, problems
