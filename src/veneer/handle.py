@@ -76,7 +76,7 @@ def attach(
 
 def load(
     model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True,
-    untie: bool = False,
+    untie: bool = False, grow: bool = False,
 ) -> Handle:  # fmt: skip
     """Attach the adapter in folder ``path`` to ``model``.
 
@@ -91,6 +91,8 @@ def load(
         verify_base: False accepts other base weights of the same shapes.
         untie: where the folder changes a tied weight under one of its names alone (PEFT adapts modules one by one),
             give that name a weight of its own, until the last adapter is detached. Without, that is an error.
+        grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were added to its base
+            (``resize_token_embeddings``). If loading fails, it is as it was.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
@@ -99,7 +101,7 @@ def load(
     model, name = unwrap(model), name if name is not None else "default"
     from veneer.adapter_files.save_load import install_from
 
-    install_from(model, path, name, trainable=trainable, verify_base=verify_base, untie=untie)
+    install_from(model, path, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow)
     _cover(model)
     return Handle(model, name)
 

@@ -213,7 +213,9 @@ def refused(model, words, **fields):
 
 
 def test_what_cannot_be_trained_is_told_and_nothing_is_attached():
-    refused(llama(), r"ids 43, 50 of .*embed_tokens.* 43 rows.*resize_token_embeddings\(51\)", trainable_tokens=[43, 50])
+    refused(
+        llama(), r"ids 43, 50 of .*embed_tokens.* 43 rows.*resize_token_embeddings\(51\)", trainable_tokens=[43, 50]
+    )
     refused(llama(pad_token_id=0), "token 0, the padding", trainable_tokens=[0, 1])
     refused(llama(), "matches no module", trainable_tokens={"embed": [1]})
     refused(llama(), "RMSNorm", trainable_tokens={"model.norm": [1]})

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from veneer.attach.adapted_module import state_of
 from veneer.attach.targets import Names
 from veneer.bases import Storage
+from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint
 from veneer.models.named_weights import named
 
@@ -129,6 +130,14 @@ def fingerprints_of(
                     _KNOWN.setdefault(content.anchor, {})[kind] = stamp, value
             found.append(value)
         return found
+
+
+def fingerprint_beside(
+    tensor: BaseTensor, rows: Sequence[int], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = XXH3
+) -> str:
+    """The fingerprint of a weight without some of its rows, ascending: those that an adapter puts in their place."""
+    with _HASHING, _prepared([tensor]):
+        return hashing.fingerprint_beside(tensor.content(bits or {}).dense(), rows, kind)
 
 
 def forget() -> None:

@@ -20,7 +20,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentenc
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
-from veneer.formats import peft
+from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_tuners import Weights, check_config, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
@@ -59,8 +59,9 @@ class AdapterFiles:
     """An adapter folder that was read and verified, without a model.
 
     ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
-    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight. ``tuner``: of a
-    folder of another tuner of PEFT than LoRA, which is here as the folder that Veneer would have written of it.
+    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight, ``tokens`` rows
+    of embeddings that are trained in full, by the path of the module. ``tuner``: of a folder of another tuner of PEFT
+    than LoRA, which is here as the folder that Veneer would have written of it.
     """
 
     path: Path
@@ -71,6 +72,21 @@ class AdapterFiles:
     full: Mapping[str, Mapping[str, Tensor]]
     adapter_parameters: Mapping[str, Mapping[str, Tensor]]
     tuner: TunerFolder | None = None
+    tokens: Mapping[str, peft_tokens.TokenRows] = field(default_factory=dict)
+
+    def no_tokens(self, what: str) -> None:
+        """AdapterError for trained tokens, which ``what`` has no place for."""
+        if self.tokens:
+            rows = listing(f"{len(one.ids)} of {at!r}" for at, one in self.tokens.items())
+            found = f"{self.path} with trained tokens ({rows}), for which {what} has no place"
+            raise AdapterError(
+                found, "changes of whole weights", "merge it (`veneer merge`), and take the merged model"
+            )
+
+    def token_ids(self, weight: str) -> tuple[int, ...]:
+        """The tokens that are trained of a weight, by a path of its own: of a tied one, by that of the file."""
+        entry = self.tokens.get(weight.rpartition(".")[0])
+        return () if entry is None else entry.ids
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -104,6 +120,7 @@ class AdapterFiles:
         held = [(name, tensor) for own in self.adapter_parameters.values() for name, tensor in own.items()]
         tensors = [tensor for name, tensor in held if name not in derived]
         tensors += [tensor for named in self.full.values() for tensor in named.values()]
+        tensors += [one.rows for one in self.tokens.values()]
         for entry in self.low.values():
             tensors += () if entry.at in own else (entry.A, entry.B, *entry.extras.values())
         return sum(tensor.numel() for tensor in tensors)
@@ -214,6 +231,7 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
         parameters = read_parameters(path, record)
         must_belong(altered(path, record, peft_config, tensors, parameters), path)
+    peft_config, tensors = peft_tokens.as_lora(peft_config, tensors)
     check_config(peft_config, record is not None, weights is not None)
     raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
     return assemble(path, peft_config, record, tensors, parameters, weights)
@@ -233,6 +251,7 @@ def assemble(
     if held is not None:
         peft_config, tensors, parameters = held.config, held.tensors, held.parameters
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
+    tokens, tensors = peft_tokens.split(tensors, peft_config)
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
     raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
     by_weight: dict[str, dict[str, Tensor]] = {}
@@ -247,7 +266,7 @@ def assemble(
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
     if held is not None and held.unsized:
         return AdapterFiles(path, config, peft_config, record, Unsized(held, path), full, by_weight, held)
-    return AdapterFiles(path, config, peft_config, record, low, full, by_weight, held)
+    return AdapterFiles(path, config, peft_config, record, low, full, by_weight, held, tokens)
 
 
 def missing(path: Path) -> list[str]:
@@ -295,6 +314,7 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         targets=targets,
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
+        trainable_tokens=config.get(peft_tokens.FIELD) or (),
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
+from veneer.adapter_files.base_proof import base_tensors, fingerprint_beside, fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
@@ -32,6 +32,7 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     record = saved.metadata["base"]
     recorded, kind = prints_in(record), kind_in(record)
     fingerprints = known.setdefault(kind, {})
+    tokens = {at: recorded.pop(at) for at, said in saved.metadata["changes"].items() if "tokens" in said}
     missing = recorded.keys() - fingerprints.keys()
     if missing:
         lacking = [tensor for tensor in base_tensors(names) if tensor.known and not missing.isdisjoint(tensor.names)]
@@ -40,10 +41,11 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     sources = sources_of(names.model)  # a weight that was quantised as it was loaded goes by that of the file, too
     own = {name: (found, sources.get(found)) for name, found in fingerprints.items()}
     different = [name for name, expected in recorded.items() if expected not in own.get(name, (expected,))]
+    different += [at for at, expected in tokens.items() if not _has_other_rows(names, saved, at, expected)]
     if different:
         raise BaseMismatchError(_another_base(saved, different))
     lacking = [name for name in recorded if name not in fingerprints]
-    told = {*recorded, *record.get("fresh", ())}
+    told = {*recorded, *tokens, *record.get("fresh", ())}
     own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in saved.full.items() for name in full}
     unknown = [
         tensor.path
@@ -56,6 +58,13 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     if parts and "rest" in record:  # one of an earlier Veneer speaks of adapted layers alone
         text = f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
         warnings.warn(f"{text}you use reads them.", UnverifiedAdapter, stacklevel=5)
+
+
+def _has_other_rows(names: Names, saved: AdapterFiles, at: str, expected: str) -> bool:
+    """Whether a weight of which the adapter trains tokens is the base's in all other rows."""
+    tensor = next(tensor for tensor in base_tensors(names) if at in tensor.names)
+    ids = next(one.ids for path, one in saved.tokens.items() if f"{path}.{at.rpartition('.')[2]}" in tensor.names)
+    return fingerprint_beside(tensor, ids, kind=expected) == expected
 
 
 def warn_foreign(path: str | Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter_files import token_rows
 from veneer.adapter_files.expert_pairs import with_stacks
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
@@ -45,12 +46,13 @@ from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, ful
 from veneer.attach.refusals import GENERAL_KIND, check_full, holders, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
+from veneer.attach.token_rows import ROWS
 from veneer.attach.weight_readers import has_forward
 from veneer.attach.weight_tying import apart
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
-from veneer.fileio.hashing import fingerprint
+from veneer.fileio.hashing import fingerprint_beside
 from veneer.fileio.throttle import throttled
-from veneer.formats import peft, peft_tuners
+from veneer.formats import peft, peft_tokens, peft_tuners
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
@@ -87,7 +89,10 @@ class MatchCache:
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
     def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:
-        key = tuple((ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only) for ref, spec in specs.items())
+        key = tuple(
+            (ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only, spec.tokens)
+            for ref, spec in specs.items()
+        )
         if key in self.plans:
             return self.plans[key]
         before, low = len(problems), tuple(plan_low(self.names, specs, problems))
@@ -136,6 +141,7 @@ class _Match:
         self.module_only: set[ParamRef] = set()
         self.low: tuple[LowRankPlan, ...] = ()
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
+        self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
         #: the parameters among these
         self.full_names: dict[str, tuple[str, ...]] = {}
@@ -158,6 +164,8 @@ class _Match:
                 self.problem(found, "one", "get the whole file again")
             layer = self.with_strength(ref, file_path, entry)
             self.layers[ref] = layer if self.saved.record is not None else self.as_change(ref, layer)
+        if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
+            self.tokens = token_rows.matched(self.names, self.saved, self.problems, self.by_peft_rules)
 
     def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
         """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would
@@ -215,8 +223,13 @@ class _Match:
             specs = {ref: TargetSpec(*size, module_only=ref in self.module_only) for ref, size in sizes.items()}
         else:
             specs = self.recorded(recorded)
+        for owner, tokens in self.tokens.items():
+            specs[owner] = replace(specs.get(owner, TargetSpec(0, 1.0)), tokens=tokens.ids)
         self.low = cache.plan(specs, self.problems)
-        self.adapter_parameters = {entry.ref: self.parameters_of(entry) for entry in throttled(self.low)}
+        self.adapter_parameters = {
+            entry.ref: (self.parameters_of(entry) if entry.rank else {}) | self.rows_of(entry)
+            for entry in throttled(self.low)
+        }
         if recorded is not None:
             meant = {ref for entry in self.low for ref in entry.holders} | set(specs)
             unknown = [parameter_path(*ref) for ref in layers if ref not in meant]
@@ -224,6 +237,13 @@ class _Match:
             if unknown:
                 found = f"changes that the record does not know: {listing(unknown)}"
                 self.problem(found, "the files as they were saved", COPY)
+
+    def rows_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
+        """The rows of one planned weight that are trained in full, by the name of that parameter."""
+        tokens = self.tokens.get(entry.ref)
+        if self.saved.record is not None and token_rows.recorded_otherwise(self.saved, entry.where, tokens):
+            self.problem(f"other trained tokens of {entry.where!r} than its record says", "the same", COPY)
+        return {} if tokens is None else {ROWS: tokens.rows}
 
     def parameters_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
         """The adapter parameters of one planned weight, by name. A variant's own are those of ``veneer.safetensors``,
@@ -339,7 +359,9 @@ class _Match:
         weight = weight_of(self.names.modules[entry.path], entry.weight)
         for holder, name in entry.holders:
             written = self.full.get(holder, {}).pop(name, None)
-            if written is not None and fingerprint(written) != fingerprint(entry.storage.dense(weight)):
+            trained = entry.tokens or ()  # rows of which the base's do not count
+            dense = entry.storage.dense(weight)
+            if written is not None and fingerprint_beside(written, trained) != fingerprint_beside(dense, trained):
                 found = f"another weight of {holder!r} in {self.saved.path} than in this model"
                 raise BaseMismatchError(found, "the base that it was trained on", "load that base")
 

@@ -61,7 +61,7 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
     for path, module, layer_state in layer_states(names.model):
         part = layer_state.get(name)
         for weight in own_parameters(module) if part is not None else ():
-            if weight in part.changes:
+            if weight in part.changes and part.changes[weight].rank:
                 kind = kind_for(module, weight).name
                 parameter = kind == GENERAL_KIND.name or (kind == "linear" and peft.taken_for_experts(path, parameters))
                 found.append((path, module, weight, part.changes[weight], layer_state.transposed, parameter))
@@ -75,7 +75,7 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
             target = parameter_path(path, weight)
         elif _several(module, weight):
             where = parameter_path(where, weight)
-        low, _ = change.resolve(weight_of(module, weight))
+        low, _ = change.low_rank(weight_of(module, weight))
         exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
         alpha = change.alpha if exact else low.scale * low.rank
         low = low.T if transposed else low

@@ -5,7 +5,7 @@
     base        name, architecture, the fingerprint of each tensor (``base_proof.py``): those that the adapter changes
                 apart from the rest, of which folders of an earlier Veneer say nothing; quantized: how it was packed
                 as the adapter was trained, and whether the fingerprints are of what it was packed from
-    changes     rank, alpha and rows of each changed weight
+    changes     rank, alpha and rows of each changed weight; the tokens that are trained, and of how many rows
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
     versions, provenance    of the libraries; what the caller gave
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,21 +153,41 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
     for at, change in changes.items():
         said = change if isinstance(change, dict) else {}
-        rank, alpha, rows = said.get("rank"), said.get("alpha"), said.get("rows")
-        if type(rank) is not int or not 1 <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
-            expected = "a rank of at least 1 and a number"
+        rank, alpha, tokens = said.get("rank"), said.get("alpha"), said.get("tokens")
+        least = 0 if tokens else 1
+        if type(rank) is not int or not least <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
+            expected = f"a rank of at least {least} and a number"
             yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
         if type(said.get("module_only", False)) is not bool:
             yield sentence(f"module_only {_brief(said['module_only'])} for {at!r}", "true or false", "get another copy")
-        parts: list[Any] = rows if isinstance(rows, list) else []
-        pairs = bool(parts) and all(isinstance(part, list) and len(part) == 2 for part in parts)
-        if "rows" in said and not (pairs and all(type(end) is int for part in parts for end in part)):
-            yield sentence(f"rows {_brief(rows)} for {at!r}", "(start, stop) pairs", "get another copy")
+        for field in ("rows", "tokens"):
+            if field in said and not _ranges(said[field]):
+                yield sentence(f"{field} {_brief(said[field])} for {at!r}", "(start, stop) pairs", "get another copy")
+        if "tokens" in said and type(said.get("of")) is not int:
+            found = f"tokens of {_brief(said.get('of'))} rows for {at!r}"
+            yield sentence(found, "the number of rows of its weight", "get another copy")
+
+
+def _ranges(value: Any) -> bool:
+    """Whether these are (start, stop) pairs, ascending or not."""
+    pairs = isinstance(value, list) and bool(value) and all(isinstance(part, list) and len(part) == 2 for part in value)
+    return pairs and all(type(end) is int and end >= 0 for part in value for end in part)
 
 
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def ranges_of(indices: Iterable[int]) -> list[list[int]]:
+    """Ascending runs of indices as (start, stop)."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1][1] = index + 1
+        else:
+            ranges.append([index, index + 1])
+    return ranges
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprints_of, record_of
+from veneer.adapter_files import token_rows
+from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprint_beside, fingerprints_of, record_of
 from veneer.adapter_files.folder import read, write
 from veneer.adapter_files.match_model import match, refs_apart
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
+from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.change import Change
@@ -153,20 +155,20 @@ def _content(
     }
     exact = {id(entry.change): entry.exact for entry in peft_form}
     return {
-        "tensors": tensors_of(model, name, peft_form),
-        "peft_config": peft_config(names, name, config, base_name, peft_form),
+        "tensors": {**tensors_of(model, name, peft_form), **token_rows.tensors_of(names, name)},
+        "peft_config": peft_config(names, name, config, base_name, peft_form) | token_rows.config_fields(names, name),
         "base": {
             "name": base_name,
             "architecture": own_class(model).__name__,
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
-            **_proof(names, name, {at: held for at, (held, _) in weights.items()}, fingerprints),
+            **_proof(names, name, weights, fingerprints),
         },
-        "changes": {at: _described(change) for at, (_, change) in weights.items()},
+        "changes": {at: _described(held, change) for at, (held, change) in weights.items()},
         "config": config,
         "parameters": {
             f"{at}.{key}": written(value)
             for at, (_, change) in weights.items()
-            if not exact[id(change)]
+            if not exact.get(id(change), True)
             for key, value in change.adapter_parameters.items()
             if key not in change.variant.derived or not _derived(change)
         },
@@ -174,9 +176,10 @@ def _content(
 
 
 def _proof(
-    names: Names, name: str, weights: Mapping[str, Any], fingerprints: Mapping[str, str] | None
+    names: Names, name: str, weights: Mapping[str, tuple[Any, Change]], fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held."""
+    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held. ``weights``:
+    what it changes at a low rank, by path."""
     model, tensors = names.model, base_tensors(names)
     by_identity = {id(tensor.weight): tensor for tensor in tensors}
     replaced = {
@@ -196,32 +199,41 @@ def _proof(
         sources = sources_of(model)
         return [sources.get(own, own) for own in fingerprints_of(tensors, kept_bits(model))]
 
-    unknown = [at for at, held in weights.items() if id(held) in gone]
+    unknown = [at for at, (held, _) in weights.items() if id(held) in gone]
     if unknown:
         found = f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
         raise AdapterError(found, "the base's weights, for its fingerprint", "save it before that merge")
-    record = record_of(tensors, {at: by_identity[id(held)] for at, held in weights.items()}, left_out, of)
+    record = record_of(tensors, {at: by_identity[id(held)] for at, (held, _) in weights.items()}, left_out, of)
+    for at, (held, change) in weights.items() if fingerprints is None else ():
+        if change.tokens is not None:  # whose rows are the adapter's: the base's there are no part of what it needs
+            ids = change.tokens.tolist()
+            record["weights"][at] = fingerprint_beside(by_identity[id(held)], ids, kept_bits(model))
     return {**record, **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {})}
 
 
 def install_from(
     model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False,
-    untie: bool = False,
+    untie: bool = False, grow: bool = False,
 ) -> None:  # fmt: skip
     """What ``veneer.load`` does: verify the folder against the model, then install it.
 
     ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
     means weights, so that it does not matter where PEFT would compute something else. ``untie`` gives the names of a
-    tied weight that the folder changes apart weights of their own.
+    tied weight that the folder changes apart weights of their own. ``grow``: let the vocabulary of the model grow
+    first, as that of the adapter's base did.
     """
-    untied = untie_weights(names := Names(model), refs_apart(names, read(path, weights_of(names)))) if untie else None
-    try:
-        load_plan = match(model, path, list(name_problems(model, name)), verify_base=verify_base, of_weights=of_weights)
-        install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
-    except BaseException:
-        if untied is not None:
-            tie_again(model, untied)
-        raise
+    with token_rows.grown(model, path) if grow else nullcontext():
+        untied = (
+            untie_weights(names := Names(model), refs_apart(names, read(path, weights_of(names)))) if untie else None
+        )
+        try:
+            found = list(name_problems(model, name))
+            load_plan = match(model, path, found, verify_base=verify_base, of_weights=of_weights)
+            install(model, name, load_plan.plans, trainable=trainable, parameters=load_plan.adapter_parameters)
+        except BaseException:
+            if untied is not None:
+                tie_again(model, untied)
+            raise
     if untied is not None:
         attached = need_adapters(model, name)
         attached.untied = (*attached.untied, untied)
@@ -241,15 +253,11 @@ def _derived(change: Change) -> bool:
     return True
 
 
-def _described(change: Change) -> dict[str, Any]:
-    described = {"kind": change.layer.name, "rank": change.rank, "alpha": change.alpha}
+def _described(weight: Any, change: Change) -> dict[str, Any]:
+    described: dict[str, Any] = {"kind": change.layer.name, "rank": change.rank, "alpha": change.alpha}
     described |= {"module_only": True} if change.module_only else {}
-    if change.rows is None:
-        return described
-    ranges: list[list[int]] = []  # ascending runs of indices as (start, stop)
-    for row in change.rows.tolist():
-        if ranges and ranges[-1][1] == row:
-            ranges[-1][1] = row + 1
-        else:
-            ranges.append([row, row + 1])
-    return {**described, "rows": ranges}
+    if change.rows is not None:
+        described["rows"] = ranges_of(change.rows.tolist())
+    if change.tokens is not None:
+        described |= {"tokens": ranges_of(change.tokens.tolist()), "of": change.storage.shape(weight)[0]}
+    return described

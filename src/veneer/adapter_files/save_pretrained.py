@@ -246,7 +246,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(own, parts, load_plan)))
     for ref, change in own.items():
         for key, value in load_plan.adapter_parameters[ref].items():
-            change.adapter_parameters[key].copy_(value)
+            {**change.adapter_parameters, **change._parameters}[key].copy_(value)
     load_plan.fill(parts)
 
 
@@ -260,12 +260,12 @@ def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], l
             yield sentence(f"{found} {listing(sorted(parameter_path(*ref) for ref in refs), 3)}", expected, do)
     for ref in own.keys() & theirs.keys():
         change, entry = own[ref], theirs[ref]
-        rows = None if change.rows is None else tuple(change.rows.tolist())
-        here = change.variant.name, change.rank, change.alpha, rows
-        there = load_plan.plans.config.variant, entry.rank, entry.alpha, entry.rows
+        rows, tokens = (None if one is None else tuple(one.tolist()) for one in (change.rows, change.tokens))
+        here = change.variant.name, change.rank, change.alpha, rows, tokens
+        there = load_plan.plans.config.variant, entry.rank, entry.alpha, entry.rows, entry.tokens
         if here != there:
-            found = "variant {!r}, rank {}, alpha {}, rows {}".format(*there)
-            expected = "variant {!r}, rank {}, alpha {}, rows {}".format(*here)
+            found = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}".format(*there)
+            expected = "variant {!r}, rank {}, alpha {}, rows {}, tokens {}".format(*here)
             yield sentence(f"{found} at {parameter_path(*ref)!r}", expected, do)
     for path in sorted(parts.keys() | load_plan.full.keys()):
         here = set(parts[path].full.state_dict()) if path in parts else set()

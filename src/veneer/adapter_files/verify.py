@@ -35,9 +35,9 @@ from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, 
 from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
-from veneer.fileio.hashing import fingerprint
+from veneer.fileio.hashing import fingerprint, fingerprint_beside
 from veneer.fileio.untrusted import misplaced, read_json, what_it_is
-from veneer.formats import peft, peft_tuners
+from veneer.formats import peft, peft_tokens, peft_tuners
 from veneer.lowrank import LowRank
 from veneer.models.meta import meta_model
 from veneer.models.named_weights import Value, of_folder, of_module
@@ -172,6 +172,8 @@ class _Checks:
         elif not (path / RECORD).exists() and not ours:
             text = "written by another library: nothing tells whether it was altered, or for which base"
             self.add("warning", "record", text)
+        if config is not None:
+            config, tensors = peft_tokens.as_lora(config, tensors)
         if (said := config) is not None:  # and if each of its fields is one that can be honoured
             config = self.tried("config", lambda: peft_tuners.check_config(said, ours, with_base=True) or said)
         self.numbers({**tensors, **(parameters or {})})
@@ -183,7 +185,10 @@ class _Checks:
             self.changes(saved, products)
 
     def changes(self, saved: AdapterFiles, products: Mapping[str, LowRank]) -> None:
-        self.add("ok", "layers", f"{len(products)} changes, as the config says, and {len(saved.full)} in full")
+        rows = sum(len(one.ids) for one in saved.tokens.values())
+        tokens = f", {rows} tokens" if rows else ""
+        found = f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
+        self.add("ok", "layers", found)
         if saved.record is None:  # a config and its tensors, as far as they can be compared without the model
             named = saved.peft_config.get("target_modules") or ()
             single = () if isinstance(named, str) else named
@@ -278,7 +283,7 @@ class _Checks:
             elif change is not None and not _fits(products[change], weight.shape):
                 low = products[change]
                 shapes.append(f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} × {low.A.shape[-1]}")
-            elif recorded and fingerprint(weight, recorded[at]) != recorded[at]:
+            elif recorded and fingerprint_beside(weight, saved.token_ids(at), recorded[at]) != recorded[at]:
                 different.append(at)
             elif change is not None:
                 ratio = norms[change] / max(weight.float().norm().item(), 1e-30)

@@ -96,15 +96,15 @@ class Change(nn.Module):
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
-        found = self._resolved(weight, dtype) if self.rank else (None, None)
+        found = self.low_rank(weight, dtype) if self.rank else (None, None)
         if self.tokens is None:
             return cast(tuple[LowRank, Tensor | None], found)
         rows, dense = self._values()[ROWS], self.storage.dense(weight)
         rows = rows if dtype is None else precision.cast(rows, dtype)
         return with_rows(*found, rows, self._on(rows.device, "tokens"), dense, self.layer)
 
-    def _resolved(self, weight: Any, dtype: torch.dtype | None) -> tuple[LowRank, Tensor | None]:
-        """What the variant makes of its parameters."""
+    def low_rank(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
+        """``resolve`` without the trained tokens: what the variant makes of its parameters."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}

@@ -193,7 +193,7 @@ def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
     """Whether a change is of all outputs and inputs of its weight, which lies as its layer has it."""
     layer_state = state_of(module)
     lies = layer_state is not None and not layer_state.transposed
-    return lies and entry.rows is None and entry.layer.frozen_input(module) is None
+    return lies and entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
 
 
 def _resident(

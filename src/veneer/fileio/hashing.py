@@ -44,6 +44,15 @@ def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XX
     return kind + whole.hexdigest()[:32]
 
 
+def fingerprint_beside(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
+    """The ``fingerprint`` of a weight without some rows, ascending, of which those beyond its end do not count: an
+    embedding that grew by just these has that of the one from before."""
+    ends = [*(row for row in rows if row < len(weight)), len(weight)]
+    starts = [0, *(row + 1 for row in ends[:-1])]
+    shape = len(weight) - len(ends) + 1, *weight.shape[1:]
+    return fingerprint_of(shape, (weight[a:b] for a, b in zip(starts, ends, strict=True) if a < b), like)
+
+
 def kind_of(fingerprint: str) -> str:
     """How a fingerprint was made: XXH3 or SHA256."""
     return XXH3 if fingerprint.startswith(XXH3) else SHA256

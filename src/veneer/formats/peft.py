@@ -59,6 +59,11 @@ def _rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
+def _token_ids(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(type(id_) is int and id_ >= 0 for id_ in ids) for ids in lists)
+
+
 _number, _texts = _is(int, float), _every(list, _is(str))
 _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
 # What a config may say without changing the arithmetic that we read from the other fields, and what each field holds
@@ -81,6 +86,7 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "text, or a list of texts",
         "exclude_modules layers_pattern target_modules",
     ),
+    (_token_ids, "a list of token ids, or one for each path", "trainable_token_indices"),
     (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'", "bias"),
     (
         lambda value: _every(list, _is(int))(value if isinstance(value, list) else [value]),
