@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapter_files import token_rows
 from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprint_beside, fingerprints_of, record_of
@@ -18,7 +18,7 @@ from veneer.adapter_files.match_model import match, refs_apart
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import own_class, weight_of, with_values
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
 from veneer.attach.install import install
@@ -120,20 +120,6 @@ def _mark(content: Mapping[str, Any]) -> str:
     tensors = {key: digest(tensor) for part in ("tensors", "parameters") for key, tensor in content[part].items()}
     rest = {key: value for key, value in content.items() if key not in ("tensors", "parameters", "config")}
     return hash_json([tensors, rest, content["config"].to_dict()])
-
-
-@contextmanager
-def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
-    """A block in which modules hold other tensors, ``values`` by the identity of those that they stand for."""
-    tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
-    before = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.update({key: values[id(value)] for key, value in table.items() if id(value) in values})
-        yield
-    finally:
-        for table, own in zip(tables, before, strict=True):
-            table.update(own)
 
 
 def base_name_of(model: nn.Module) -> str | None:

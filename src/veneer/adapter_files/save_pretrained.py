@@ -28,15 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import context
 from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import base_name_of, save_by, with_values
-from veneer.attach.adapted_module import layer_states, own_class, walk
+from veneer.adapter_files.save_load import base_name_of, save_by
+from veneer.attach.adapted_module import layer_states, own_class, walk, with_values
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, parameter_path, selected_name, unwrap
 from veneer.attach.method_overrides import put, stands, without_adapters
 from veneer.attach.state import STATE
 from veneer.attach.targets import ParamRef
@@ -105,7 +104,7 @@ def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
 
 def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """The selected adapter, or the only one, as a folder beside whatever else lies in it."""
-    folder, name = Path(next(iter(options.values()))), _selected(model)
+    folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
     odd = [option for option in ("variant", "distributed_checkpoint") if options.get(option)]
     odd += [option for option in ("save_peft_format", "safe_serialization") if options.get(option) is False]
     if odd:
@@ -127,18 +126,6 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         known = ("commit_message", "private", "token", "revision", "create_pr")
         given = {key: options[key] for key in known if options.get(key) is not None}
         model.push_to_hub(options.get("repo_id") or folder.name, **given)  # pyright: ignore[reportCallIssue]
-
-
-def _selected(model: nn.Module) -> str:
-    """The adapter that a call would use here."""
-    attached = need_adapters(model)
-    chosen = context.current.selection.get(attached.uid)
-    if chosen is None:
-        return only_name(model, None)
-    if chosen.name is None:
-        found = "a selection of the base, or of an adapter for each row"
-        raise SelectionError(found, "one adapter", f"call {SAVE} inside `with veneer.use(model, name):`")
-    return only_name(model, chosen.name)
 
 
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
@@ -236,7 +223,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     (other weights, ranks, strengths, another variant). Nothing was copied. ``BaseMismatchError``: it was made for
     another base. ``MergeError``: an adapter is merged into the weights."""
     model = unwrap(model)
-    name = _selected(model)
+    name = selected_name(model, SAVE)
     if need_adapters(model).merged is not None:
         found = f"{need_adapters(model).merged!r} merged into the weights"
         raise MergeError(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first")

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer import context
@@ -191,3 +192,17 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
         if layer_state is not None and id(module) not in seen:
             seen.add(id(module))
             yield path, module, layer_state
+
+
+@contextmanager
+def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
+    """A block in which modules hold other tensors, ``values`` by the identity of those that they stand for."""
+    tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({key: values[id(value)] for key, value in table.items() if id(value) in values})
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table.update(own)

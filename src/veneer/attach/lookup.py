@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from veneer import context
 from veneer.attach.adapted_module import layer_states
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -72,6 +73,19 @@ def only_name(model: nn.Module, name: str | None) -> str:
         found = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
         raise SelectionError(found, "a name", "say which adapter is meant")
     return name if name is not None else next(iter(attached.configs))
+
+
+def selected_name(model: nn.Module, method: str = "this") -> str:
+    """The name of the adapter that a call of the model would use here. ``SelectionError``: several adapters and none
+    selected, the base alone, or one for each row; ``method`` is what asks."""
+    attached = need_adapters(model)
+    chosen = context.current.selection.get(attached.uid)
+    if chosen is None:
+        return only_name(model, None)
+    if chosen.name is None:
+        found = "a selection of the base, or of an adapter for each row"
+        raise SelectionError(found, "one adapter", f"call {method} inside `with veneer.use(model, name):`")
+    return only_name(model, chosen.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
