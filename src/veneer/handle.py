@@ -25,7 +25,7 @@ from veneer.config import LoraConfig
 
 
 def _cover(model: nn.Module) -> None:
-    from veneer.adapter_files.save_pretrained import cover  # files take as long to import as the rest: not before use
+    from veneer.adapter_files.trainers import cover  # files take as long to import as the rest: not before use
 
     cover(model)
 

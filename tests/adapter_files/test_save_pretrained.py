@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import veneer
-from veneer.adapter_files.save_pretrained import refill, when_imported
+from veneer.adapter_files.save_pretrained import refill
+from veneer.adapter_files.trainers import when_imported
 from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError
 from veneer.variants import VARIANTS
 

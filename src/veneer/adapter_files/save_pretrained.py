@@ -1,27 +1,20 @@
-"""``save_pretrained`` of a model with adapters, and trainers that go on from what it wrote.
+"""``save_pretrained`` of a model with adapters, and ``refill``, which puts back what it wrote.
 
     model.save_pretrained(d), trainer.save_model(d), model.push_to_hub(…)
         an adapter          d is an adapter folder, as ``veneer.save`` writes it and PEFT would
         a merged adapter    d holds the plain model, its changed weights under their own names
 
-    Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        the parameters in the folder are copied into those that train
-
-Without this, transformers would write all that ``state_dict()`` holds. Its ``Trainer`` loads adapters by itself only
-into a ``PeftModel``, so two of its methods are taught to ask first whether the model has adapters of ours (``learn``).
+Without this, transformers would write all that ``state_dict()`` holds. ``trainers.py`` puts it in place.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +25,11 @@ from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import base_name_of, save_by
-from veneer.attach.adapted_module import layer_states, own_class, walk, with_values
+from veneer.attach.adapted_module import layer_states, own_class, with_values
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, parameter_path, selected_name, unwrap
-from veneer.attach.method_overrides import put, stands, without_adapters
+from veneer.attach.method_overrides import without_adapters
 from veneer.attach.state import STATE
 from veneer.attach.targets import ParamRef
 from veneer.distributed import is_spread
@@ -44,22 +37,12 @@ from veneer.errors import AdapterError, MergeError, OutputExistsError, Selection
 from veneer.formats import peft
 
 SAVE = "save_pretrained"
-TRAINER = "transformers.trainer"
 #: what a folder that holds a whole model has, of transformers or of a library like it
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 
 
 class LoadedElsewhere(UserWarning):
     """What ``save_pretrained`` wrote ``from_pretrained`` cannot load, or not whole; the text says why, and what can."""
-
-
-def cover(model: nn.Module) -> None:
-    """Let a model with adapters be saved as what it is; also each part of it that could be saved by itself."""
-    for _, module in walk(model):
-        if callable(getattr(module, SAVE, None)):
-            put(module, SAVE, save_pretrained)
-    if "transformers" in sys.modules:
-        when_imported(TRAINER, learn)
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -258,70 +241,3 @@ def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], l
         here = set(parts[path].full.state_dict()) if path in parts else set()
         if here != (there := set(load_plan.full.get(path, ()))):
             yield sentence(f"{listing(sorted(there))} of {path!r} trained in full", listing(sorted(here)), do)
-
-
-def learn(module: Any) -> None:
-    """Teach the ``Trainer`` in ``transformers.trainer`` to load a checkpoint that ``save_pretrained`` wrote."""
-    trainer = module.Trainer
-    if hasattr(trainer, "_asks_veneer"):
-        return
-    trainer._asks_veneer = True
-
-    def ours(self: Any, model: nn.Module) -> bool:
-        # FSDP and DeepSpeed keep the whole state of the model in files of their own
-        apart = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        attached = adapters_of(model)
-        return not apart and attached is not None and bool(attached.configs) and stands(unwrap(model), SAVE)
-
-    def teach(name: str, meant: Callable[..., tuple[nn.Module, str]]) -> None:
-        load = getattr(trainer, name)
-
-        @functools.wraps(load)
-        def method(self: Any, *args: Any, **kwargs: Any) -> None:
-            model, folder = meant(self, *args, **kwargs)
-            if ours(self, model):
-                refill(model, folder)
-            else:
-                load(self, *args, **kwargs)
-
-        setattr(trainer, name, method)
-
-    teach("_load_best_model", lambda self: (self.model, self.state.best_model_checkpoint))
-    teach(
-        "_load_from_checkpoint",
-        lambda self, resume_from_checkpoint, model=None: (
-            self.model if model is None else model,
-            resume_from_checkpoint,
-        ),
-    )
-
-
-def when_imported(name: str, call: Callable[[Any], None]) -> None:
-    """Call ``call`` with a module: now, or once somebody has imported it, which takes seconds."""
-    if name in sys.modules:
-        call(sys.modules[name])
-    elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch(name, call))
-
-
-class _Watch(MetaPathFinder):
-    """Finds nothing by itself; sees one module being imported, once."""
-
-    def __init__(self, name: str, call: Callable[[Any], None]) -> None:
-        self.name, self.call = name, call
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != self.name:
-            return None
-        others = (finder.find_spec(fullname, path, target) for finder in [*sys.meta_path] if finder is not self)
-        spec: Any = next((spec for spec in others if spec is not None), None)
-        if spec is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                run(module)
-                sys.meta_path.remove(self)  # only now: an import that failed may be tried again
-                self.call(module)
-
-            spec.loader.exec_module = exec_module
-        return spec
