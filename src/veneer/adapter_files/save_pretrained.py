@@ -97,13 +97,13 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     state = _state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
-            _write(model, name, folder, alone=False)  # every process has a part of what the main one writes
+            write_adapter(model, name, folder, alone=False)  # every process has a part of what the main one writes
         return
     _must_hold_no_model(model, folder)
     if state:
-        _with_state(model, name, state, lambda: _write(model, name, folder, alone=True))
+        _with_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
     else:
-        _write(model, name, folder, alone=not is_spread(model.modules()))
+        write_adapter(model, name, folder, alone=not is_spread(model.modules()))
     _tell(model, folder)
     if options.get("push_to_hub"):
         known = ("commit_message", "private", "token", "revision", "create_pr")
@@ -123,7 +123,7 @@ def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
         raise OutputExistsError(found, expected, "choose another folder, or remove the model from it")
 
 
-def _write(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
+def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
     """The files of an adapter among those that a folder holds already. ``alone``: trainers let one process save."""
 
     def put(content: Mapping[str, Any]) -> None:
