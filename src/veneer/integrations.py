@@ -15,6 +15,7 @@ The libraries are imported when one of these is called, never before.
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import sys
 import tempfile
@@ -84,21 +85,20 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
     """A Lightning ``Callback`` for a ``LightningModule`` whose part ``module`` has an adapter.
 
     Its checkpoints then hold the files of the adapter folder in place of that part's tensors, and the random state of
-    torch, which Lightning leaves out. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them back: the
-    base is verified against the adapter's fingerprints, and a model without an adapter gets that of the checkpoint. The
-    rest of the LightningModule is saved and loaded as ever; so are checkpoints from before.
+    torch, which Lightning leaves out: a run resumed at the end of an epoch goes on to the same numbers.
+    ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them back. The base is verified against the
+    adapter's fingerprints, and a model without an adapter gets that of the checkpoint. The rest of the LightningModule
+    is saved and loaded as ever; so are checkpoints from before.
 
     Args:
         config: attached when the trainer sets up, unless the part has an adapter already; None attaches nothing.
         module: path of the model within the LightningModule; "" is all of it.
 
     Raises:
-        ConfigError: Lightning is not imported; as it runs, there is no such part, or its weights are spread over
-            processes (FSDP), whose checkpoints Lightning writes otherwise.
+        ConfigError: Lightning is not installed; as it runs, there is no such part, it has no adapter when training
+            begins, or its weights are spread over processes (FSDP), whose checkpoints Lightning writes otherwise.
     """
-    bases = tuple(sys.modules[name].Callback for name in LIGHTNING if name in sys.modules)
-    if not bases:
-        raise ConfigError("Lightning not imported", f"one of {' and '.join(LIGHTNING)}", "import it first")
+    bases = tuple(lightning.Callback for lightning in _lightning())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _part(pl_module, module)
@@ -107,14 +107,24 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
         if "on_save_checkpoint" not in pl_module.__dict__:
             _pack(pl_module, model)
 
-    def on_train_start(self: Any, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
         if not _adapted(_part(pl_module, module)):
             do = "give lightning_callback() a config, resume from a checkpoint, or attach"
             raise ConfigError("a model without an adapter as training begins", "one with an adapter", do)
         if (states := pl_module.__dict__.pop("_veneer_random", None)) is not None:
-            _set_random(states)
+            _set_random(states)  # before the loader of the next epoch draws its seed
 
-    return type("AdapterCallback", bases, {"setup": setup, "on_train_start": on_train_start})()
+    return type("AdapterCallback", bases, {"setup": setup, "on_fit_start": on_fit_start})()
+
+
+def _lightning() -> list[Any]:
+    """Lightning under each of its names that has been imported; if none has, under the first that there is."""
+    if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
+        return imported
+    there = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
+    if not there:
+        raise ConfigError("no Lightning", f"one of {', '.join(LIGHTNING)}", "pip install lightning")
+    return [importlib.import_module(there[0])]
 
 
 def _part(pl_module: Any, path: str) -> nn.Module:

@@ -1,7 +1,7 @@
 """Every trainer that a model with an adapter is held against: how it is built, started, stopped and resumed.
 
 A `Run` trains a model for six steps in a folder and leaves checkpoints at steps 3 and 6. It knows nothing of adapters,
-so PEFT's models go through it as well as ours.
+so PEFT's models go through it as well as ours (`cells.py` of `scripts/trainers` asks both the same).
 """
 
 from __future__ import annotations
@@ -63,149 +63,220 @@ def token_rows(count: int = 24) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- trainers
 
+Watch = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: `save` writes the model into a folder by the trainer's own means; `model` is what it
+    trained; `reference` is the model that it compared the policy with (None: none, or it switches PEFT's adapter off).
+    """
+
+    save: Callable[[Path], None]
+    model: Any
+    reference: Any = None
+
 
 @dataclass(frozen=True)
 class Run:
-    """One trainer. `train(model, folder, resume)` trains to the last step, from the checkpoint at `HALF` in `resume` if
-    that is given, and returns what saves the model into a folder."""
+    """One trainer.
+
+    `train(model, folder, resume=None, best=None, integration=None)` trains to the last step, from the checkpoint at
+    `HALF` in the folder `resume` if that is given. With `best`, the model at `HALF` is the best one, of which `best`
+    is called with the model, and the trainer is asked for it at the end. `integration` is a callback for the trainer,
+    for accelerate what is called with the accelerator, or further arguments for a trainer of TRL.
+    """
 
     name: str
     head: str
-    train: Callable[[Any, Path, Path | None], Callable[[Path], None]]
+    train: Callable[..., Outcome]
     checkpoint: str = "checkpoint-{}"
-    #: what the trainer keeps is the whole model, whoever made the adapter
-    whole: bool = False
+    of_trl: bool = False
+    #: it compares the policy with a model that stays
+    compares: bool = False
+    #: what this trainer does not have at all
+    lacks: tuple[str, ...] = ()
 
 
-def _arguments(folder: Path, **more: Any) -> dict[str, Any]:
+def arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    """The settings of every run, as `TrainingArguments` and its subclasses take them."""
     return {
         "output_dir": str(folder), "max_steps": STEPS, "save_steps": HALF, "per_device_train_batch_size": BATCH,
-        "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1,
-        "disable_tqdm": True, "seed": 3, "dataloader_pin_memory": False, **more,
+        "per_device_eval_batch_size": BATCH, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "bf16": False,
+        "logging_steps": 1, "disable_tqdm": True, "seed": 3, "dataloader_pin_memory": False, **more,
     }  # fmt: skip
 
 
-def _hugging_face(build: Callable[[Any, Path], Any]) -> Callable[..., Callable[[Path], None]]:
-    """How everything that is a transformers `Trainer` runs."""
+def _best_at_half(watch: Watch) -> Any:
+    """A callback that calls the model at `HALF` the best."""
+    from transformers import TrainerCallback
 
-    def train(model: Any, folder: Path, resume: Path | None) -> Callable[[Path], None]:
-        trainer = build(model, folder)
+    class BestAtHalf(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == HALF:
+                watch(kwargs["model"])
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["metrics"]["eval_steps_from_half"] = abs(state.global_step - HALF)
+
+    return BestAtHalf()
+
+
+BEST = {
+    "eval_strategy": "steps", "eval_steps": HALF, "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_steps_from_half", "greater_is_better": False,
+}  # fmt: skip
+
+
+def _hugging_face(build: Callable[..., Any]) -> Callable[..., Outcome]:
+    """How everything that is a transformers `Trainer` runs. `build(model, folder, callbacks, more arguments)`."""
+
+    def train(
+        model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+    ) -> Outcome:
+        given = integration if isinstance(integration, dict) else {}
+        own = [] if integration is None or given else [integration]
+        callbacks = own + [_best_at_half(best)] * (best is not None)
+        trainer = build(model, folder, callbacks, {} if best is None else BEST, **given)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume / f"checkpoint-{HALF}"))
-        return lambda path: trainer.save_model(str(path))
+        save = lambda path: trainer.save_model(str(path))  # noqa: E731
+        return Outcome(save, trainer.model, getattr(trainer, "ref_model", None))
 
     return train
 
 
-def _plain(model: Any, folder: Path) -> Any:
-    from transformers import Trainer, TrainingArguments, default_data_collator
+def _of_transformers(trainer: str, settings: str) -> Callable[..., Any]:
+    def build(model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any]) -> Any:
+        import transformers
 
-    arguments = TrainingArguments(**_arguments(folder))
-    rows: Any = token_rows()
-    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
+        rows = token_rows()
+        return getattr(transformers, trainer)(
+            model=model, args=getattr(transformers, settings)(**arguments(folder, **more)), train_dataset=rows,
+            eval_dataset=rows[:4], data_collator=transformers.default_data_collator, callbacks=callbacks,
+        )  # fmt: skip
 
-
-def _seq2seq(model: Any, folder: Path) -> Any:
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, default_data_collator
-
-    arguments, rows = Seq2SeqTrainingArguments(**_arguments(folder)), token_rows()
-    data: Any = rows
-    return Seq2SeqTrainer(model=model, args=arguments, train_dataset=data, data_collator=default_data_collator)
+    return build
 
 
-def _sft(model: Any, folder: Path) -> Any:
-    from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+def of_trl(name: str, rows: Callable[[], list[dict[str, Any]]], **settings: Any) -> Callable[..., Any]:
+    """What builds a trainer of TRL by its short name."""
 
-    return SFTTrainer(
-        model=model, args=SFTConfig(**_arguments(folder)), train_dataset=Dataset.from_list(sums(24)),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+    def build(model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **given: Any) -> Any:
+        import importlib
+
+        from datasets import Dataset
+
+        config = importlib.import_module(f"trl.trainer.{name.lower()}_config")
+        module = importlib.import_module(f"trl.trainer.{name.lower()}_trainer")
+        scored = {"reward_funcs": _odd_sum} if "num_generations" in settings else {}
+        return getattr(module, f"{name}Trainer")(
+            model=model, args=getattr(config, f"{name}Config")(**arguments(folder, **settings, **more)),
+            train_dataset=Dataset.from_list(rows()), eval_dataset=Dataset.from_list(rows()[:4]),
+            processing_class=tiny_tokenizer(), callbacks=callbacks, **scored, **given,
+        )  # fmt: skip
+
+    return build
 
 
-def _preferences() -> list[dict[str, str]]:
+def _odd_sum(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between completions."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def _preferences() -> list[dict[str, Any]]:
     return [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in sums(24)]
 
 
-def _dpo(model: Any, folder: Path) -> Any:
-    from datasets import Dataset
-    from trl.trainer.dpo_config import DPOConfig
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    return DPOTrainer(
-        model=model, args=DPOConfig(**_arguments(folder)), train_dataset=Dataset.from_list(_preferences()),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+def _judged() -> list[dict[str, Any]]:
+    rows = enumerate(sums(24))
+    return [
+        {"prompt": row["prompt"], "completion": row["completion"] if i % 2 else " no", "label": bool(i % 2)}
+        for i, row in rows
+    ]
 
 
-def _reward(model: Any, folder: Path) -> Any:
-    from datasets import Dataset
-    from trl.trainer.reward_config import RewardConfig
-    from trl.trainer.reward_trainer import RewardTrainer
-
-    return RewardTrainer(
-        model=model, args=RewardConfig(**_arguments(folder)), train_dataset=Dataset.from_list(_preferences()),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+def _prompts() -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"]} for row in sums(24)]
 
 
-def _grpo(model: Any, folder: Path) -> Any:
-    from datasets import Dataset
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    def length(completions: list[str], **_: Any) -> list[float]:
-        return [float(sum(map(ord, text)) % 7) for text in completions]
-
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in sums(24)])
-    arguments = GRPOConfig(**_arguments(folder), num_generations=2, max_completion_length=6)
-    return GRPOTrainer(
-        model=model, args=arguments, train_dataset=prompts, reward_funcs=length, processing_class=tiny_tokenizer()
-    )
+def _sums() -> list[dict[str, Any]]:
+    return [dict(row) for row in sums(24)]
 
 
-def _batches(count: int) -> Any:
+DRAWN: dict[str, Any] = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+BUILD = {
+    "DPO": of_trl("DPO", _preferences),
+    "KTO": of_trl("KTO", _judged),
+    "GRPO": of_trl("GRPO", _prompts, **DRAWN),
+    "RLOO": of_trl("RLOO", _prompts, **DRAWN),
+}
+
+
+def batches(count: int) -> Any:
     rows: Any = [{name: torch.tensor(value) for name, value in row.items()} for row in token_rows(count * BATCH)]
     return torch.utils.data.DataLoader(rows, batch_size=BATCH)
 
 
-def _lightning(model: Any, folder: Path, resume: Path | None) -> Callable[[Path], None]:
-    import pytorch_lightning as lightning
-    from pytorch_lightning.callbacks import ModelCheckpoint
+def _lightning(precision: str) -> Callable[..., Outcome]:
+    def train(
+        model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+    ) -> Outcome:
+        import pytorch_lightning as lightning
+        from pytorch_lightning.callbacks import ModelCheckpoint
 
-    class Tuned(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+        class Tuned(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
 
-        def training_step(self, batch: Any, index: int) -> Any:
-            torch.manual_seed(index)  # Lightning does not restore random states
-            return self.model(**batch).loss
+            def training_step(self, batch: Any, index: int) -> Any:
+                return self.model(**batch).loss
 
-        def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            def on_train_epoch_end(self) -> None:
+                self.log("steps_from_half", float(abs(self.global_step - HALF)))
+                if best is not None and self.global_step == HALF:
+                    best(self.model)
 
-    # two epochs, as Lightning goes on within an epoch only if the loader keeps its place
-    keep = ModelCheckpoint(folder, filename="checkpoint-{step}", save_on_train_epoch_end=True, save_top_k=-1)
-    keep.CHECKPOINT_EQUALS_CHAR = "-"
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=STEPS // HALF, callbacks=[keep], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*many workers.*|.*dirpath has changed.*")
-        model.train()
-        start = None if resume is None else str(resume / f"checkpoint-step-{HALF}.ckpt")
-        trainer.fit(Tuned(), _batches(HALF), ckpt_path=start)
-    return model.save_pretrained
+            def validation_step(self, batch: Any, index: int) -> None:
+                self.model(**batch)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+        # two epochs, as Lightning goes on within an epoch only if the loader keeps its place
+        keep = ModelCheckpoint(
+            folder, filename="checkpoint-{step}", save_on_train_epoch_end=True, save_top_k=-1, monitor="steps_from_half"
+        )
+        keep.CHECKPOINT_EQUALS_CHAR = "-"
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=STEPS // HALF, precision=precision, logger=False, enable_progress_bar=False,
+            callbacks=[keep] + [integration] * (integration is not None), enable_model_summary=False,
+            default_root_dir=folder, limit_val_batches=0, num_sanity_val_steps=0,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*many workers.*|.*dirpath has changed.*|.*val_dataloader.*")
+            torch.manual_seed(4)
+            model.train()
+            start = None if resume is None else str(resume / f"checkpoint-step-{HALF}.ckpt")
+            trainer.fit(Tuned(), batches(HALF), ckpt_path=start)
+            if best is not None:
+                trainer.limit_val_batches = 1.0
+                trainer.validate(trainer.lightning_module, batches(1), ckpt_path="best", verbose=False)
+        return Outcome(model.save_pretrained, model)
+
+    return train
 
 
-def _accelerate(model: Any, folder: Path, resume: Path | None) -> Callable[[Path], None]:
+def _accelerate(
+    model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+) -> Outcome:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
+    if integration is not None:
+        integration(accelerator)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    prepared, optimiser, loader = accelerator.prepare(model, optimiser, _batches(STEPS))
+    prepared, optimiser, loader = accelerator.prepare(model, optimiser, batches(STEPS))
     if resume is not None:
         accelerator.load_state(str(resume / f"checkpoint-{HALF}"))
         loader = accelerator.skip_first_batches(loader, HALF)
@@ -219,18 +290,26 @@ def _accelerate(model: Any, folder: Path, resume: Path | None) -> Callable[[Path
             accelerator.save_state(str(folder / f"checkpoint-{step}"))
     state = accelerator.get_state_dict(prepared)
     accelerator.free_memory()
-    return lambda path: accelerator.unwrap_model(prepared).save_pretrained(
-        path, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=state
+    return Outcome(
+        lambda path: accelerator.unwrap_model(prepared).save_pretrained(
+            path, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=state
+        ),
+        model,
     )
 
 
+CKPT = "checkpoint-step-{}.ckpt"
 RUNS = [
-    Run("Trainer", "causal", _hugging_face(_plain)),
-    Run("Seq2SeqTrainer", "seq2seq", _hugging_face(_seq2seq)),
-    Run("SFTTrainer", "causal", _hugging_face(_sft)),
-    Run("DPOTrainer", "causal", _hugging_face(_dpo)),
-    Run("RewardTrainer", "reward", _hugging_face(_reward)),
-    Run("GRPOTrainer", "causal", _hugging_face(_grpo)),
-    Run("Lightning", "causal", _lightning, checkpoint="checkpoint-step-{}.ckpt", whole=True),
-    Run("accelerate", "causal", _accelerate, whole=True),
+    Run("Trainer", "causal", _hugging_face(_of_transformers("Trainer", "TrainingArguments"))),
+    Run("Seq2SeqTrainer", "seq2seq", _hugging_face(_of_transformers("Seq2SeqTrainer", "Seq2SeqTrainingArguments"))),
+    Run("SFTTrainer", "causal", _hugging_face(of_trl("SFT", _sums)), of_trl=True),
+    Run("RewardTrainer", "reward", _hugging_face(of_trl("Reward", _preferences)), of_trl=True),
+    *(
+        Run(f"{name}Trainer", "causal", _hugging_face(build), of_trl=True, compares=True)
+        for name, build in BUILD.items()
+    ),
+    Run("Lightning", "causal", _lightning("32-true"), checkpoint=CKPT),
+    Run("Lightning, bf16-mixed", "causal", _lightning("bf16-mixed"), checkpoint=CKPT),
+    # its checkpoints are loaded into an optimiser that has been made; it does not know which of them is the best
+    Run("accelerate", "causal", _accelerate, lacks=("bare", "best")),
 ]

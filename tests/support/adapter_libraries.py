@@ -1,0 +1,116 @@
+"""Veneer and PEFT as the runs of `trainers.py` meet them: how each puts the same adapter on a model, and what is asked
+of both after a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.support.trainers import HEADS, LINEAR, Run, token_rows
+
+import veneer
+from veneer import integrations
+
+
+@dataclass(frozen=True)
+class Library:
+    """`attach(model, run)` returns the model with a new adapter, `integration(run)` what the trainer is given for it
+    (None: nothing), `bare(run)` what it is given so that it attaches the adapter by itself."""
+
+    name: str
+    attach: Callable[[Any, Run], Any]
+    integration: Callable[[Run], Any]
+    bare: Callable[[Run], Any]
+
+
+def _veneer(model: Any, run: Run) -> Any:
+    also = ["score"] if run.head == "reward" else []
+    config = veneer.LoraConfig(rank=16, alpha=16, dropout=0.1, targets=LINEAR, train_also=also)
+    veneer.attach(model, config)
+    return model
+
+
+def _integration(run: Run) -> Any:
+    if run.name.startswith("Lightning"):
+        return integrations.lightning_callback()
+    return integrations.accelerate_hooks if run.name == "accelerate" else None
+
+
+def _bare(run: Run) -> Any:
+    return _integration(run) if run.name.startswith(("Lightning", "accelerate")) else integrations.callback()
+
+
+def _peft_config(run: Run) -> Any:
+    import peft
+
+    also = ["score"] if run.head == "reward" else None
+    return peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1, target_modules=LINEAR, modules_to_save=also)
+
+
+def _peft(model: Any, run: Run) -> Any:
+    import peft
+
+    return peft.get_peft_model(model, _peft_config(run))
+
+
+def _nothing(run: Run) -> None:
+    return None
+
+
+def _peft_bare(run: Run) -> Any:
+    return {"peft_config": _peft_config(run)} if run.of_trl else None
+
+
+VENEER = Library("Veneer", _veneer, _integration, _bare)
+PEFT = Library("PEFT", _peft, _nothing, _peft_bare)
+
+
+def loaded(bases: Path, run: Run) -> Any:
+    return HEADS[run.head].from_pretrained(bases / run.head, dtype=torch.float32)
+
+
+def attached(library: Library, bases: Path, run: Run, seed: int) -> Any:
+    model = loaded(bases, run)
+    torch.manual_seed(seed)
+    return library.attach(model, run)
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of what trains."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def frozen(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of what does not."""
+    own = trained(model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in own}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@torch.no_grad()
+def outputs(model: Any) -> torch.Tensor:
+    ids = torch.tensor([row["input_ids"] for row in token_rows(4)])
+    return model.eval()(input_ids=ids, **({"labels": ids} if model.config.is_encoder_decoder else {})).logits
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    return sum(file.stat().st_size for file in files_of(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+
+
+def holds_the_base(path: Path, bases: Path, run: Run) -> bool:
+    """Whether the bytes of a weight that no adapter touches lie in a checkpoint: formats of torch do not compress."""
+    state = loaded(bases, run).state_dict()
+    name = next(name for name in state if name.endswith(("down_proj.weight", "fc1.weight")))
+    sought = state[name].numpy().tobytes()
+    return any(sought in file.read_bytes() for file in files_of(path))

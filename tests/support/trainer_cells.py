@@ -1,0 +1,155 @@
+"""What each trainer does with an adapter, asked of Veneer and of PEFT alike: every answer is that of a run.
+
+`docs/trainers.md` shows them; `python -m scripts.trainers` asks again.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.support import adapter_libraries as libraries
+from tests.support.adapter_libraries import PEFT, VENEER, Library, attached, loaded, outputs, same, size, trained
+from tests.support.trainers import HALF, HEADS, RUNS, STEPS, Outcome, Run, write_bases
+
+YES, NOT_OFFERED = "yes", "not offered by the trainer"
+#: the same sizes but for names, and what a library writes about itself
+LARGEST = 1.1
+
+
+class Case:
+    """A library's adapter in one trainer. The run is made once, when a cell first asks for it."""
+
+    def __init__(self, library: Library, run: Run, bases: Path, folder: Path) -> None:
+        self.library, self.run, self.bases, self.folder = library, run, bases, folder
+
+    def model(self, seed: int) -> Any:
+        return attached(self.library, self.bases, self.run, seed)
+
+    def train(self, model: Any, name: str, **options: Any) -> Outcome:
+        options.setdefault("integration", self.library.integration(self.run))
+        return self.run.train(model, self.folder / name, **options)
+
+    @cached_property
+    def first(self) -> tuple[Any, Outcome]:
+        """(the model, the outcome) of a run that nothing disturbed."""
+        model = self.model(1)
+        self.before = trained(model), libraries.frozen(model)
+        return model, self.train(model, "first")
+
+    def checkpoint(self, step: int) -> Path:
+        _ = self.first
+        return self.folder / "first" / self.run.checkpoint.format(step)
+
+    def alone(self) -> str:
+        """Every B moved, and no bit of the base."""
+        model, _ = self.first
+        numbers, base = self.before
+        after = trained(model)
+        still = [name for name in numbers if torch.equal(numbers[name], after[name])]
+        now = libraries.frozen(model)
+        moved = [name for name in base if not torch.equal(base[name], now[name])]
+        if still or moved:
+            return f"no: {', '.join(still)} stayed, {', '.join(moved)} moved"
+        return YES
+
+    def holds(self) -> str:
+        """No weight of the base in a checkpoint."""
+        if any(libraries.holds_the_base(self.checkpoint(step), self.bases, self.run) for step in (HALF, STEPS)):
+            return "no: the base is in it"
+        return YES
+
+    def resume(self) -> str:
+        """From the checkpoint at half to the numbers of the first run, in a model that began elsewhere."""
+        model, _ = self.first
+        again = self.model(2)
+        self.train(again, "again", resume=self.folder / "first")
+        return YES if same(trained(again), trained(model)) else "no: other numbers"
+
+    def bare(self) -> str:
+        """The same, of a base that the trainer attaches the adapter to."""
+        model, _ = self.first
+        base = loaded(self.bases, self.run)
+        resumed = self.folder / "first"
+        outcome = self.train(base, "bare", resume=resumed, integration=self.library.bare(self.run))
+        return YES if same(trained(outcome.model), trained(model)) else "no: the base is trained"
+
+    def best(self) -> str:
+        """At the end the model is that of the best checkpoint, and no longer the last."""
+        seen: list[dict[str, torch.Tensor]] = []
+        model = self.model(1)
+        self.train(model, "best", best=lambda model: seen.append(trained(model)))
+        first, _ = self.first
+        last = same(trained(first), seen[0])
+        return YES if len(seen) == 1 and same(trained(model), seen[0]) and not last else "no: other numbers"
+
+    def loads(self) -> str:
+        """`from_pretrained` of what the trainer saves gives the trained model."""
+        model, outcome = self.first
+        outcome.save(self.folder / "saved")
+        expected = outputs(model)
+        found = outputs(HEADS[self.run.head].from_pretrained(self.folder / "saved", dtype=torch.float32))
+        distance = float((found - expected).abs().max())
+        if torch.equal(expected, outputs(loaded(self.bases, self.run))):
+            return "no: the base"
+        return YES if distance < 1e-5 else f"no: {distance:.0e} away"
+
+    def reference(self) -> str:
+        """No tensor of the model that the policy is compared with has memory of its own."""
+        model, outcome = self.first
+        if outcome.reference is None:
+            return YES
+        ours = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        own = [value for value in outcome.reference.state_dict().values() if isinstance(value, torch.Tensor)]
+        apart = sum(value.numel() for value in own if value.untyped_storage().data_ptr() not in ours)
+        return "no: a second copy" if apart or not own else YES
+
+
+#: the cell's name, and the head of its column
+CELLS: dict[str, str] = {
+    "alone": "trains the adapter alone",
+    "holds": "checkpoints hold it alone",
+    "resume": "resumed, equal bit for bit",
+    "bare": "the same, attached by the trainer",
+    "best": "best model at the end",
+    "loads": "`from_pretrained` of what it saves",
+    "reference": "reference without a second copy",
+}
+
+
+def asked(run: Run, cell: str) -> bool:
+    return cell not in run.lacks and (cell != "reference" or run.compares)
+
+
+def answer(case: Case, cell: str) -> str:
+    """What a cell says: `YES`, `NOT_OFFERED`, or no and why."""
+    if not asked(case.run, cell):
+        return NOT_OFFERED
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(case, cell)()
+    except Exception as error:
+        path = re.compile(r"/\S*/")
+        return f"no: {type(error).__name__}, {path.sub('', str(error)).splitlines()[0][:100]}"
+
+
+def rows(only: Callable[[Run], bool] = lambda run: True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(trainer, {library: {cell: answer}, "size": Veneer's checkpoint beside PEFT's})."""
+    with tempfile.TemporaryDirectory() as temporary:
+        bases = Path(temporary) / "bases"
+        write_bases(bases)
+        for run in filter(only, RUNS):
+            folder = Path(temporary) / run.name
+            cases = {library.name: Case(library, run, bases, folder / library.name) for library in (VENEER, PEFT)}
+            found: dict[str, Any] = {name: {cell: answer(case, cell) for cell in CELLS} for name, case in cases.items()}
+            ratio = max(
+                size(cases["Veneer"].checkpoint(step)) / size(cases["PEFT"].checkpoint(step)) for step in (HALF, STEPS)
+            )
+            yield run.name, {**found, "size": round(ratio, 2)}
