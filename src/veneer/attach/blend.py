@@ -2,8 +2,10 @@
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-That defines a blend for every layer and variant, and its gradient. Where a bank's adapters are all low-rank products,
-``kernels/batched.py`` computes the same without forming anything.
+That defines a blend for every layer and variant, and its gradient. A layer that is linear in its one weight computes it
+in factors, without forming a weight: y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀) with y₀ = op(x; W), which without a
+gain is one product of the ranks' sum. Elsewhere the blended weights are formed. A bank's rows have
+``kernels/batched.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +19,15 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.dtypes import at_least_float32
+from veneer.attach.layer_adapter import Call, factored, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError
+from veneer.kernels import cost_model, fused
 from veneer.lowrank import LowRank
+from veneer.variants import VARIANTS
+
+_PLAIN = VARIANTS["lora"]
 
 
 def finite_weights(weights: Mapping[Any, Any]) -> None:
@@ -62,8 +69,6 @@ class _Table(Mapping[Any, Any]):
 class Blend:
     """Stands where a ``LayerAdapter`` stands, for one call."""
 
-    run = viewed
-
     def __init__(self, parts: Sequence[tuple[Any, float]]) -> None:
         self.parts = parts
 
@@ -101,6 +106,59 @@ class Blend:
             raise SelectionError(found, "one adapter, whose statistics they are", do)
         low = self.changes  # which another adapter may train in full: ``changed`` has both
         return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
+
+    def run(
+        self,
+        module: Any,
+        base: Any,
+        layer_state: Any,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        share=True,
+        method="forward",
+    ) -> Any:
+        """As ``LayerAdapter.run``."""
+        if method == "forward" and now.path != cost_model.MATERIALISED and self._factors(layer_state, args, kwargs):
+            call = Call(module, base, layer_state, args, kwargs, self.replacements(module), bool(self.entries))
+            return self._factored(call)
+        return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
+
+    def _factors(self, layer_state: Any, args: tuple, kwargs: dict) -> bool:
+        """Whether a call is linear in the one weight of its layer, which each adapter changes at a low rank or not."""
+        if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
+            return False
+        if any(layer_state.layer.weight in part.full._parameters for part, _ in self.parts):
+            return False
+        # rows of ΔW that are rescaled along what a tied layer reads as inputs: only W + ΔW is right
+        return not layer_state.transposed or all(c.variant.resolve is _PLAIN.resolve for c in self.changes.values())
+
+    def _factored(self, call: Call) -> Tensor:
+        layer_state, x, weight = call.layer_state, call.x, call.weight
+        reader: Any = layer_state.layer
+        uses = [(part.changes[reader.weight], share) for part, share in self.parts if part.changes]
+        changes, shares = zip(*uses, strict=True)
+        lows, gains = zip(*(change.resolve(weight) for change in changes), strict=True)
+        dropouts = [change.dropout if change.training else 0.0 for change in changes]
+        gained, first = any(gain is not None for gain in gains), changes[0]
+        if not gained and not any(dropouts):
+            low, form = LowRank.sum(lows, shares), False
+            if layer_state.product and fused.applies(x, weight):
+                loops = cost_model.looped(weight.dtype, weight.device)
+                _, out, in_ = first.dims
+                form = x.numel() // x.shape[-1] > cost_model.forms_above(out, in_, low.rank, weight.dtype, loops)
+            return factored(call, first, low, None, 0.0, form)
+        y = frozen = call.frozen(first, biased=not gained)
+        for low, gain, share, dropout in zip(lows, gains, shares, dropouts, strict=True):
+            low = low.T if layer_state.transposed else low
+            if gain is None:
+                scaled = LowRank(low.A, low.B, low.scale * share)
+                y = with_update(reader, call.module, x, y, scaled, None, None, dropout)
+            else:
+                own = with_update(reader, call.module, x, frozen, low, gain, None, dropout)
+                y = y + (own - frozen) * share
+        bias = call.bias(first) if gained else None
+        return y if bias is None else y + reader.per_output(call.module, bias, y).to(y.dtype)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
         """As ``LayerAdapter.stacks``: the adapters' changes beside each other, as one of the sum of their ranks."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,40 +151,14 @@ class LayerAdapter(nn.Module):
             return viewed(self, module, base, layer_state, args, kwargs, now)
         reader: Any = layer_state.layer
         change = self.changes[reader.weight]
-        weight = weight_of(module, reader.weight)
-        low, gain = change.resolve(weight)
-        x = args[0] if args else next(iter(kwargs.values()))
-        opaque = change.storage.opaque
-        bias = full.get("bias", getattr(module, "bias", None) if opaque else module._parameters.get("bias"))
+        low, gain = change.resolve(weight_of(module, reader.weight))
+        dropout = change.dropout if change.training else 0.0
+        call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
         # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
         # right; elsewhere the caller's choice counts
         if now.path == cost_model.MATERIALISED or (gain is not None and layer_state.transposed):
-            return _materialised(change, reader, module, x, weight, bias, low, gain)
-        dropout = change.dropout if change.training else 0.0
-        if gain is None and layer_state.product and fused.applies(x, weight):
-            low = low.T if layer_state.transposed else low
-            settings = fused.Settings((low.scale,), dropout, new_seed() if dropout else 0)
-            matrix = weight.mT if reader.out_axis == 1 else weight
-            return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
-        if reader.product and device.plain(x):
-            y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
-            if y is not None:
-                return y
-        stock = base in reader.types() and gain is None and not layer_state.transposed
-        if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
-            y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
-            if y is not None:
-                return y
-        if gain is None and not full and not change.storage.computed:
-            plain: Any = view(module, base, {}) if self.entries else module  # whose methods are the base's too
-            y = base.forward(plain, *args, **kwargs)
-            if opaque:
-                change.storage.check_gradient(x, y)
-        else:
-            dense = change.storage.dense(weight)
-            dense = dense.to(x.dtype) if x.is_floating_point() else dense
-            y = reader.op(module, x, dense, None if gain is not None else bias)
-        return _with_update(reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout)
+            return _materialised(change, reader, module, call.x, call.weight, call.bias(change), low, gain)
+        return factored(call, change, low, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
         """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
@@ -224,6 +198,68 @@ class LayerAdapter(nn.Module):
         return values
 
 
+class Call(NamedTuple):
+    """One call of a layer that has one input and is linear in its one weight. ``full``: what replaces parameters of its
+    own; ``entries``: whether other methods of the module read adapted weights too."""
+
+    module: Any
+    base: Any
+    layer_state: LayerState
+    args: tuple
+    kwargs: dict
+    full: Mapping[str, Tensor]
+    entries: bool
+
+    @property
+    def x(self) -> Tensor:
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    @property
+    def weight(self) -> Any:
+        return weight_of(self.module, cast(Layer, self.layer_state.layer).weight)
+
+    def bias(self, change: Change) -> Any:
+        own = getattr(self.module, "bias", None) if change.storage.opaque else self.module._parameters.get("bias")
+        return self.full.get("bias", own)
+
+    def frozen(self, change: Change, biased: bool) -> Tensor:
+        """op(x; W), with the bias if ``biased``."""
+        module, reader, x = self.module, cast(Layer, self.layer_state.layer), self.x
+        if biased and not self.full and not change.storage.computed:
+            # with entries: on a view, whose methods are the base's too
+            plain: Any = view(module, self.base, {}) if self.entries else module
+            y = self.base.forward(plain, *self.args, **self.kwargs)
+            if change.storage.opaque:
+                change.storage.check_gradient(x, y)
+            return y
+        dense = change.storage.dense(self.weight)
+        dense = dense.to(x.dtype) if x.is_floating_point() else dense
+        return reader.op(module, x, dense, self.bias(change) if biased else None)
+
+
+def factored(call: Call, change: Change, low: LowRank, gain: Tensor | None, dropout: float, form: bool = False) -> Any:
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form``: W + ΔW may be formed, where nothing else hinders it."""
+    module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
+    reader: Any = layer_state.layer
+    bias = call.bias(change)
+    if gain is None and layer_state.product and fused.applies(x, weight):
+        low = low.T if layer_state.transposed else low
+        settings = fused.Settings((low.scale,), dropout, new_seed() if dropout else 0, form and not dropout)
+        matrix = weight.mT if reader.out_axis == 1 else weight
+        return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
+    if reader.product and device.plain(x):
+        y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
+        if y is not None:
+            return y
+    stock = call.base in reader.types() and gain is None and not layer_state.transposed
+    if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
+        y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
+        if y is not None:
+            return y
+    y = call.frozen(change, biased=gain is None)
+    return with_update(reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout)
+
+
 def _on_device(
     change: Change, reader: Any, layer_state: LayerState, x: Tensor, weight: Any, bias: Any, low: LowRank,
     gain: Tensor | None, dropout: float,
@@ -257,7 +293,7 @@ def _read(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Ten
     return cast(Tensor, whole)
 
 
-def _with_update(
+def with_update(
     reader: Any, module: nn.Module, x: Tensor, y: Tensor, low: LowRank, gain: Tensor | None, bias: Any, dropout: float
 ) -> Tensor:
     """The factored form, given y = op(x; W), which with a gain has no bias yet."""
