@@ -162,7 +162,7 @@ class Handle:
         return merge(self.model, self.name, keep=keep, rounding=rounding, inputs=inputs)
 
     def unmerge(self) -> None:
-        unmerge(self.model)
+        unmerge(self.model, self.name)
 
     def save(
         self,

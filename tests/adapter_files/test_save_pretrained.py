@@ -469,7 +469,7 @@ def test_a_checkpoint_without_an_adapter_is_refused(model, base, tmp_path):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(base))
     model.save_pretrained(tmp_path / "adapter")
     handle.merge()
-    with pytest.raises(MergeError, match="'default' merged"):
+    with pytest.raises(MergeError, match="'default', merged already"):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "adapter"))
 
 

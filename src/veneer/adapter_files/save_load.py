@@ -56,7 +56,8 @@ def save(
     (``distributed.PATIENCE``), every rank raises and nothing is replaced.
 
     Args:
-        base_name: what to call the base; None takes the name that transformers loaded it by.
+        base_name: what to call the base; None takes the name that transformers loaded it by, and none for an adapter
+            that was attached to merged weights.
         provenance: anything worth knowing about the training, as JSON values (the first rank's). The model card
             (README.md) shows some keys of it, such as "license" and "metrics": see ``model_card.py``.
         overwrite: replace a folder that exists; notes at the end of its model card are kept.
@@ -70,6 +71,7 @@ def save(
         OutputExistsError: the path exists and ``overwrite`` is False.
         AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
             are not known any more (merged with ``keep=False``); ranks that differ or do not come.
+        MergeError: the adapter was attached while another was merged, which it no longer is.
 
     Warns:
         FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
@@ -134,7 +136,8 @@ def _content(
         raise AdapterError(f"variant {config.variant!r}", "one that PEFT's format can express", "merge it instead")
     names = Names(model)
     peft_form = peft_entries(names, name)
-    base_name = base_name_of(model) if base_name is None else base_name
+    if base_name is None and need_adapters(model).selections[name].on is None:  # merged weights have no name
+        base_name = base_name_of(model)
     weights = {
         parameter_path(at, weight): (weight_of(module, weight), change)
         for at, module, weight, change in changes(model, name)
@@ -176,14 +179,14 @@ def _proof(
     lost = {key: ref for key, ref in fresh(names).items() if key not in replaced}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # a base model's own output does not need its pooler, and nobody uses a random one
-    gone = unkept(model) if fingerprints is None else frozenset()
+    gone = unkept(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if has_head(model) else lost)
 
     def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
         if fingerprints is not None:
             return [next((fingerprints[at] for at in tensor.names if at in fingerprints), None) for tensor in tensors]
         sources = sources_of(model)
-        return [sources.get(own, own) for own in fingerprints_of(tensors, kept_bits(model))]
+        return [sources.get(own, own) for own in fingerprints_of(tensors, kept_bits(model, name))]
 
     unknown = [at for at, (held, _) in weights.items() if id(held) in gone]
     if unknown:

@@ -29,11 +29,12 @@ from veneer.attach.adapted_module import layer_states, own_class, with_values
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, parameter_path, selected_name, unwrap
+from veneer.attach.merge import must_stand
 from veneer.attach.method_overrides import without_adapters
-from veneer.attach.state import STATE
+from veneer.attach.state import STATE, ModelAdapters
 from veneer.attach.targets import ParamRef
 from veneer.distributed import is_spread
-from veneer.errors import AdapterError, MergeError, OutputExistsError, SelectionError, listing, raise_all, sentence
+from veneer.errors import AdapterError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
 
 SAVE = "save_pretrained"
@@ -53,7 +54,7 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     along."""
     options = _arguments(module, args, kwargs)
     attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
-    if attached is None or attached.merged is not None or not attached.configs:
+    if attached is None or not attached.configs or (attached.merged is not None and not _runs_on_top(attached)):
         _save_plain(module, options)
     elif adapters_of(module) is not attached:
         owners = ", ".join(attached.configs)
@@ -111,6 +112,12 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         model.push_to_hub(options.get("repo_id") or folder.name, **given)  # pyright: ignore[reportCallIssue]
 
 
+def _runs_on_top(attached: ModelAdapters) -> bool:
+    """Whether a call would use an adapter of the merged weights."""
+    chosen = context.current.selection.get(attached.uid, attached.default)
+    return chosen.name in attached.configs and chosen.on == attached.merged
+
+
 def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
     """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
     weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
@@ -160,6 +167,8 @@ def _tell(model: nn.Module, folder: Path) -> None:
         f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
         "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
         "set model.config._name_or_path before saving": hasattr(model, "config") and base_name_of(model) is None,
+        f"{peft.CONFIG} names no base, as this adapter is one of merged weights: merge there first too, or save the "
+        "merged model and name its folder with veneer.save(…, base_name=…)": need_adapters(model).merged is not None,
     }
     for text in (text for text, applies in texts.items() if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
@@ -207,9 +216,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     another base. ``MergeError``: an adapter is merged into the weights."""
     model = unwrap(model)
     name = selected_name(model, SAVE)
-    if need_adapters(model).merged is not None:
-        found = f"{need_adapters(model).merged!r} merged into the weights"
-        raise MergeError(found, "an unmerged model to load a checkpoint into", "call veneer.unmerge first")
+    must_stand(need_adapters(model), name, "a checkpoint for")
     load_plan = match(model, folder, [])
     own = {(path, weight): change for path, _, weight, change in changes(model, name)}
     parts = {path: part for path, _, part in adapters(model, name)}

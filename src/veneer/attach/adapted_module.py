@@ -59,7 +59,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         attached, selection = layer_state.attached, now.selection
         chosen = selection[attached.uid] if attached.uid in selection else attached.default  # noqa: SIM401
         parts = chosen.parts
-        if parts is None or attached.merged is not None:
+        if parts is None or attached.merged != chosen.on:
             if parts is None or chosen.name != attached.merged:
                 raise layer_state.refusal(chosen)
             return base.forward(self, *args, **kwargs)
@@ -87,7 +87,7 @@ def _entry(base: type[nn.Module], name: str) -> Any:
         if layer_state is None:
             return method(self, *args, **kwargs)
         chosen = now.selection.get(layer_state.attached.uid, layer_state.attached.default)
-        if chosen.parts is None or layer_state.attached.merged is not None:
+        if chosen.parts is None or layer_state.attached.merged != chosen.on:
             if chosen.parts is None or chosen.name != layer_state.attached.merged:
                 raise layer_state.refusal(chosen)
             return method(self, *args, **kwargs)

@@ -46,7 +46,22 @@ def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
     """What a call uses that blends these adapters with these weights."""
     if len(uses) == 1 and uses[0][1] == 1:
         return uses[0][0]
-    return ActiveAdapter(" + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses))
+    on = same_weights([selected for selected, _ in uses])
+    return ActiveAdapter(" + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses), on)
+
+
+def same_weights(selections: Sequence[ActiveAdapter]) -> str | None:
+    """``ActiveAdapter.on`` of what one call uses together; a SelectionError if they are of different weights."""
+    on = {selected.on: selected.name for selected in selections}
+    if len(on) > 1:
+        (one, first), (other, second), *_ = on.items()
+        merged = [f"{name!r} (attached while {at!r} was merged)" if at else f"{name!r}"
+                  for at, name in ((one, first), (other, second))]  # fmt: skip
+        found = f"{' and '.join(merged)} in one call"
+        raise SelectionError(
+            found, "adapters of the same weights", "use one of them alone, or unmerge before attaching"
+        )
+    return next(iter(on))
 
 
 class _Table(Mapping[Any, Any]):

@@ -24,12 +24,14 @@ from torch.utils import _pytree as pytree
 from veneer import context
 from veneer.attach import dead_weights
 from veneer.attach.adapted_module import layer_states, own_class, walk, weight_of
+from veneer.attach.blend import Blend
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.recompute import Reads, Recomputed
-from veneer.attach.select import use
-from veneer.attach.state import BASE, STATE, ActiveAdapter
+from veneer.attach.select import selected
+from veneer.attach.state import STATE, ActiveAdapter
+from veneer.attach.views import view
 from veneer.bases import is_opaque
 from veneer.distributed import spread_problem
 from veneer.errors import CheckError, listing, raise_all, sentence
@@ -71,7 +73,7 @@ class _Item:
         return sentence(f"{self.where!r} ({own_class(self.module).__name__}) {what}", expected, do)
 
 
-def check(model: nn.Module, example: Any, name: str | None = None) -> CheckReport:
+def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None) -> CheckReport:
     """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of what comes out.
 
     The model's modes, gradients, parameters and random state are as they were afterwards. It must not run
@@ -79,16 +81,19 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
 
     Args:
         example: a tensor, a tuple of positional or a mapping of keyword arguments.
-        name: the adapter; None takes the only one.
+        name: the adapter, None takes the only one; or a blend {name: weight}, as ``use`` takes it, whose changes are
+            all proven through it (also those that do not train: an old adapter below a new one). Comparing that with
+            its definition takes as much memory as the weights that change.
 
     Raises:
         CheckError: names every layer that is not seen, and how.
     """
     model = unwrap(model)
-    name = only_name(model, name)
-    if need_adapters(model).merged is not None:
-        found = f"{need_adapters(model).merged!r} merged into the weights, where no adapter runs"
-        raise CheckError(found, "an unmerged model", "call veneer.unmerge(model) first")
+    attached = need_adapters(model)
+    chosen = selected(model, name if isinstance(name, Mapping) else only_name(model, name))
+    if attached.merged != chosen.on:
+        found = f"{attached.merged!r} merged into the weights, where {chosen.name!r} does not run"
+        raise CheckError(found, "the weights that it was attached to", "call veneer.unmerge(model) first")
     modules = (module for _, module in walk(model))
     if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
         raise CheckError(problem)
@@ -96,20 +101,32 @@ def check(model: nn.Module, example: Any, name: str | None = None) -> CheckRepor
         call = partial(model, **example)
     else:
         call = partial(model, *example) if isinstance(example, tuple) else partial(model, example)
-    items = _items(model, name)
+    names = [key for key, weight in name.items() if weight] if isinstance(name, Mapping) else [str(chosen.name)]
+    if not names:
+        raise CheckError("a blend in which no adapter has a weight", "something to check", "give one a weight")
+    items = [item for own in names for item in _items(model, own)]
     trained = list(dict.fromkeys(p for item in items for p in item.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        problems, compared = _prove(call, name, items, trained)
-    raise_all(CheckError, f"The output does not see all of adapter {name!r}", problems)
-    return CheckReport(name, tuple(item.where for item in items), compared)
+        problems, compared = _prove(call, chosen, names, items, trained)
+    raise_all(CheckError, f"The output does not see all of adapter {chosen.name!r}", problems)
+    return CheckReport(str(chosen.name), tuple(item.where for item in items), compared)
 
 
-def _prove(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter]) -> tuple[list[str], int]:
+@contextmanager
+def _using(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
+    uid = need_adapters(model).uid
+    with context.changed(selection={**context.current.selection, uid: selection}):
+        yield
+
+
+def _prove(
+    call: partial, chosen: ActiveAdapter, names: list[str], items: list[_Item], trained: list[nn.Parameter]
+) -> tuple[list[str], int]:
     """(problems, how many changes were compared with the definition)."""
     model: Any = call.func
     reached: set[int] = set()
-    with _as_it_was(model, trained), use(model, name):
+    with _as_it_was(model, trained), _using(model, chosen):
         first = _gradients(call, trained)
         with context.changed(reached=reached), torch.no_grad():
             model.eval()
@@ -123,13 +140,15 @@ def _prove(call: partial, name: str, items: list[_Item], trained: list[nn.Parame
             silent.append(item)
         elif not all(gradient.isfinite().all() for gradient in found):
             problems.append(item.problem("receives a gradient that is not finite"))
-    problems += _without_gradient(call, name, silent, trained) if silent else []
-    packed = _packed(model, name)
+    problems += _without_gradient(call, chosen, silent, trained) if silent else []
+    packed = _packed(model, names[0])
+    if len(names) > 1 and any(_packed(model, own) != {} for own in names):
+        packed = None
     if problems or packed is None:
         return problems, 0
     left_out = {id(change) for part in packed.values() for change in part.changes.values()}
     compared = [item for item in items if not item.ids & left_out]
-    problems = _differences(call, name, compared, trained, packed)
+    problems = _differences(call, chosen, compared, trained, packed)
     floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
     narrow = all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
     if problems and narrow and not packed:
@@ -137,7 +156,7 @@ def _prove(call: partial, name: str, items: list[_Item], trained: list[nn.Parame
             with dead_weights.replaced((*model.parameters(), *model.buffers()), _doubled):
                 args, kwargs = pytree.tree_map_only(Tensor, _doubled, (call.args, call.keywords))
                 call = partial(model, *args, **kwargs)
-                problems = _differences(call, name, compared, trained, packed)
+                problems = _differences(call, chosen, compared, trained, packed)
         except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
             problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
     return problems, len(compared)
@@ -147,7 +166,9 @@ def _is_there(gradients: Iterable[Tensor | None]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _without_gradient(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter]) -> Iterator[str]:
+def _without_gradient(
+    call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter]
+) -> Iterator[str]:
     """A problem for each of these without a gradient at the start, unless it comes once the parameters have moved."""
 
     def ask() -> list[bool]:
@@ -155,7 +176,7 @@ def _without_gradient(call: partial, name: str, items: list[_Item], trained: lis
         return [_is_there(gradients[p] for p in item.parameters) for item in items]
 
     model: Any = call.func
-    with _as_it_was(model, trained), use(model, name):
+    with _as_it_was(model, trained), _using(model, chosen):
         _perturb(trained)
         later = ask()
         found = {} if all(later) else dead_weights.zeros(model, trained)
@@ -171,16 +192,18 @@ def _without_gradient(call: partial, name: str, items: list[_Item], trained: lis
             yield item.problem("receives no gradient")
 
 
-def _differences(call: partial, name: str, items: list[_Item], trained: list[nn.Parameter], packed) -> list[str]:
+def _differences(
+    call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter], packed
+) -> list[str]:
     """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
         _perturb(trained)
-        with use(model, name):
+        with _using(model, chosen):
             ours = _gradients(call, trained)
-        with _defined(model, name, packed):
+        with _defined(model, chosen, packed):
             theirs = _gradients(call, trained)
 
     def whole(gradients: Mapping, item: _Item) -> Tensor:
@@ -284,7 +307,7 @@ def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
 
 
 @contextmanager
-def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
+def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
     """The plain model with W + ΔW in place of every W, differentiable, one weight at a time."""
     undo: list[tuple[dict, Any, Any]] = []
 
@@ -292,22 +315,24 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
         undo.append((where, key, where[key]))
         where[key] = value
 
-    attached = need_adapters(model, name)
-    selected: Any = ActiveAdapter(name, packed) if packed else BASE
     packed_parts = set(map(id, packed.values()))
     made = Recomputed()
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
-        for key, part in (attached.selections[name].parts or {}).items():
+        for key, part in chosen.table.items():
             if key not in modules or id(part) in packed_parts:  # that of a method is that of its layer
                 continue
             module = modules[key]
             full = part.replacements(module)
             for own, value in full.items():
                 put(module._parameters if own in module._parameters else module._buffers, own, value)
-            makers = {
+            makers: dict[str, Any] = {
                 weight: partial(made.read, change, weight_of(module, weight)) for weight, change in part.changes.items()
             }
+            if isinstance(part, Blend):
+                makers = {
+                    weight: partial(_blended, part, view(module, own_class(module), {}), weight) for weight in makers
+                }
             reads = Reads(module._parameters, makers)
             put(module.__dict__, "_parameters", reads)
             kind = kind_of(module)
@@ -317,11 +342,15 @@ def _defined(model: nn.Module, name: str, packed: Mapping[int, LayerAdapter]) ->
                 undo.extend(
                     (module.__dict__, own, before[own]) for own in before if module.__dict__[own] is not before[own]
                 )
-        with context.changed(selection={**context.current.selection, attached.uid: selected}), made.saving():
+        with _using(model, ActiveAdapter(chosen.name, packed, chosen.on)), made.saving():
             yield
     finally:
         for where, key, value in reversed(undo):
             where[key] = value
+
+
+def _blended(part: Blend, module: nn.Module, weight: str) -> Tensor:
+    return part.changed(module, wide=False)[weight]
 
 
 def _floats(value: Any):

@@ -65,7 +65,8 @@ def install(
         layer_state: Any = state_of(names.modules[path])
         set_child(layer_state, name, part)
     attached.set_adapters(
-        {**attached.configs, name: plans.config}, {**attached.selections, name: ActiveAdapter(name, selected)}
+        {**attached.configs, name: plans.config},
+        {**attached.selections, name: ActiveAdapter(name, selected, on=attached.merged)},
     )
 
 
@@ -282,14 +283,13 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
     Raises:
         SelectionError: there is no such adapter.
-        MergeError: the adapter is merged and ``keep_merged`` is False. Nothing was changed.
+        MergeError: the adapter is merged and ``keep_merged`` is False, or it is merged on top of another that stays, or
+            one that stays was attached while it was merged, which it no longer is. Nothing was changed.
     """
     model = unwrap(model)
     attached = need_adapters(model, name)
     names = list(attached.configs) if name is None else [name]
-    if attached.merged in names and not keep_merged:
-        do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
-        raise MergeError(f"{attached.merged!r} is merged into the weights", "an unmerged model", do)
+    _may_go(attached, names, keep_merged)
     for adapter in names:
         attached.selections[adapter].parts = None  # an error for calls that still select it
     for _, _, layer_state in layer_states(model):
@@ -297,11 +297,32 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
             set_child(layer_state, adapter, None)
     kept = [key for key in attached.configs if key not in names]
     attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
+    for selected in attached.selections.values():
+        if selected.on in names:  # what is merged stays in the weights, and is theirs from here on
+            selected.on = None
     if attached.merged in names:
         attached.merged, attached.untied = None, ()  # what is merged into weights of their own stays in them
     for _, module in walk(model) if not kept else ():
         take_back(module)
     abandon(model, attached)
+
+
+def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+    """Raise a MergeError where adapters cannot be detached now."""
+    merged = attached.merges()
+    for name in filter(names.__contains__, merged):
+        below = attached.selections[name].on
+        if not keep_merged:
+            do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
+            raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
+        if below is not None and below not in names:
+            found = f"{name!r} merged on top of {below!r}, which stays"
+            do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
+            raise MergeError(found, "the one that was merged first", do)
+    for adapter, selected in attached.selections.items():
+        if selected.on in names and selected.on not in merged and adapter not in names:
+            found = f"{adapter!r}, attached while {selected.on!r} was merged, which is to go"
+            raise MergeError(found, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first")
 
 
 def abandon(model: nn.Module, attached: ModelAdapters) -> None:

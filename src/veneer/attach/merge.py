@@ -134,7 +134,8 @@ def merge(
     their ties.
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
-    raises. No thread may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes
+    raises. An adapter that is attached or loaded meanwhile is one of the merged weights: it trains, runs and is merged
+    on top of them, and is refused on any others. No thread may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes
     it a plain model, for libraries that go by a layer's exact class.
 
     Args:
@@ -156,17 +157,15 @@ def merge(
     Raises:
         ConfigError: another rounding.
         MergeError: a weight is of a kind that its own library alone writes (GPTQ, AWQ, HQQ, FP8), a merged one would
-            not be finite, an adapter is merged already, this one has values of their own for the names of a tied
+            not be finite, this adapter was attached to other weights than there are now (before another one was merged),
+            it has values of their own for the names of a tied
             weight, or the weights are spread over processes. Every weight has the bits that it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
     name = only_name(model, name)
     attached = need_adapters(model, name)
-    if attached.merged is not None:
-        raise MergeError(
-            f"{attached.merged!r}, merged already", "an unmerged model", "call veneer.unmerge(model) first"
-        )
+    must_stand(attached, name, "a merge of")
     _must_be_whole(model, "a merge")
     known_rounding(rounding)
     if opaque := [weight for weight in _stored_weights(model, name) if weight.storage.opaque]:
@@ -182,6 +181,7 @@ def _merge_all(
     """Write all weights, or leave all of them as they are."""
     weights = list(_stored_weights(model, name))
     problems = [*_untied(model, name), *torn(model, name), *no_weights_change(model, name)]
+    before = attached.merged
     spill = None if keep else Spill()
     try:
         _forget(weights)  # what an interrupt in the last line of an unmerge has left
@@ -190,9 +190,9 @@ def _merge_all(
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         attached.merging = False
     except BaseException:
-        if attached.merged is not None:
+        if attached.merged != before:
             _restore(filter(_is_kept, weights))
-            attached.merged = None
+            attached.merged = before
         _forget(weights)
         attached.merging = False
         raise
@@ -225,18 +225,25 @@ def _write_all(
 
 
 @in_turn
-def unmerge(model: nn.Module) -> None:
-    """Restore the bits that the weights had before ``merge``. If it is interrupted (Ctrl-C, memory), the next call
-    finishes it.
+def unmerge(model: nn.Module, name: str | None = None) -> None:
+    """Restore the bits that the weights had before the last ``merge``. If it is interrupted (Ctrl-C, memory), the next
+    call finishes it. Adapters that were attached meanwhile stay, and are refused until that one is merged again.
+
+    Args:
+        name: the adapter; None takes the one that was merged last.
 
     Raises:
-        MergeError: nothing is merged; the old weights were not kept; or a merged weight was edited since, so that
+        MergeError: nothing is merged; another was merged on top of this one; the old weights were not kept; or a merged weight was edited since, so that
             restoring would lose the edit. Nothing was changed.
     """
     model = unwrap(model)
     attached = need_adapters(model)
     if attached.merged is None:
         raise MergeError("a model in which nothing is merged", "a merged adapter", "call veneer.merge first")
+    if name is not None and name != attached.merged:
+        on_top = "which lies on top of it" if name in attached.merges() else "and not that"
+        found, expected = f"unmerge of {name!r} while {attached.merged!r} is merged, {on_top}", "the last one merged"
+        raise MergeError(found, expected, f"unmerge {attached.merged!r} first")
     _must_be_whole(model, "an unmerge")
     every = list(_stored_weights(model, attached.merged))
     weights = list(filter(_is_kept, every))
@@ -255,7 +262,7 @@ def unmerge(model: nn.Module) -> None:
         found = f"weights edited since the merge (also by .to(dtype)): {listing(weight.where for weight in edited)}"
         raise MergeError(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
     _restore(merged)
-    attached.merged = None  # what is kept has no meaning from here on
+    attached.merged = attached.selections[attached.merged].on  # what is kept has no meaning from here on
     _forget(every)
     attached.merging = False
 
@@ -266,19 +273,41 @@ def _must_be_whole(model: nn.Module, what: str) -> None:
         raise MergeError(problem)
 
 
-def kept_bits(model: nn.Module) -> dict[int, dict[str, Tensor]]:
-    """What the weights held before ``merge``, as their storage names it, by the identity of the weight."""
-    return {id(weight.target): _kept(weight) for weight in _merged(model) if _is_kept(weight)}
+def must_stand(attached: ModelAdapters, name: str, what: str) -> None:
+    """Raise a MergeError unless the weights are those that the adapter ``name`` was attached to."""
+    on, merged = attached.selections[name].on, attached.merged
+    if on == merged:
+        return
+    if name in attached.merges():
+        raise MergeError(f"{what} {name!r}, merged already", "an unmerged adapter", "call veneer.unmerge(model) first")
+    if merged is None:
+        found = f"{what} {name!r}, attached while {on!r} was merged, which it no longer is"
+        raise MergeError(found, "the weights that it was attached to", f"merge {on!r} again")
+    there = "nothing" if on is None else repr(on)
+    found = f"{what} {name!r}, attached while {there} was merged, and {merged!r}, merged already"
+    do = "call veneer.unmerge(model) first; `veneer compose` makes one adapter of several"
+    raise MergeError(found, "the weights that it was attached to", do)
 
 
-def unkept(model: nn.Module) -> frozenset[int]:
-    """The identities of merged weights of which nobody has what they held before (``keep=False``)."""
-    return frozenset(id(weight.target) for weight in _merged(model) if not _is_kept(weight))
+def kept_bits(model: nn.Module, name: str) -> dict[int, dict[str, Tensor]]:
+    """What the weights held when the adapter ``name`` was attached, where more is merged into them since, as their
+    storage names it, by the identity of the weight."""
+    return {key: _kept(weight) for key, weight in _since(model, name).items() if _is_kept(weight)}
 
 
-def _merged(model: nn.Module) -> Iterator[_StoredWeight]:
-    attached = need_adapters(model)
-    yield from () if attached.merged is None else _stored_weights(model, attached.merged)
+def unkept(model: nn.Module, name: str) -> frozenset[int]:
+    """The identities of those weights of which nobody has what they held then (``keep=False``)."""
+    return frozenset(key for key, weight in _since(model, name).items() if not _is_kept(weight))
+
+
+def _since(model: nn.Module, name: str) -> dict[int, _StoredWeight]:
+    """The weights into which something was merged since the adapter was attached, each at the first such merge."""
+    attached = need_adapters(model, name)
+    merges, on = attached.merges(), attached.selections[name].on
+    if on is not None and on not in merges:
+        must_stand(attached, name, "the base of")
+    above = merges if on is None else merges[: merges.index(on)]
+    return {id(weight.target): weight for merged in above for weight in _stored_weights(model, merged)}
 
 
 def _stored_weights(model: nn.Module, name: str) -> Iterator[_StoredWeight]:

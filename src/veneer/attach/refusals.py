@@ -160,9 +160,6 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if attached and name in attached.configs:
         found = f"adapter name {name!r}, which is taken"
         yield sentence(found, "a new name", "choose another, or detach that one first")
-    if attached and attached.merged is not None:
-        found = f"{attached.merged!r} merged into the weights"
-        yield sentence(found, "an unmerged model", "call veneer.unmerge(model) first")
     if problem := strangers(model):
         yield problem
     # its parameters would be no part of what is sharded, and of what averages gradients

@@ -52,11 +52,11 @@ class use:
         self._uid = attached.uid
         self._name = name
         if name is None or isinstance(name, str | Mapping):
-            self._selected = _selected(model, name)
+            self._selected = selected(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
             distinct: dict[str | None, ActiveAdapter] = {}  # a blend's name says its weights to the last digit
-            rows = [_selected(model, one) for one in name]
-            rows = [distinct.setdefault(selected.name, selected) for selected in rows]
+            rows = [selected(model, one) for one in name]
+            rows = [distinct.setdefault(one.name, one) for one in rows]
             self._selected = by_rows(unwrap(model), attached, rows)
         else:
             expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
@@ -78,7 +78,8 @@ class use:
             )
 
 
-def _selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
+def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
+    """What a call of this choice uses; a SelectionError if there is no such thing."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):
@@ -90,6 +91,6 @@ def _selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
     if None in choice:
         found, expected = "the weight of None in a blend", "names alone: what is missing to 1 is the base's anyway"
         raise SelectionError(found, expected, "leave it out")
-    uses = [(_selected(model, name), weight) for name, weight in choice.items()]
-    uses = [(selected, weight) for selected, weight in uses if weight]
+    uses = [(selected(model, name), weight) for name, weight in choice.items()]
+    uses = [(one, weight) for one, weight in uses if weight]
     return blended(uses) if uses else BASE

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
+from veneer.attach.blend import same_weights
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import ActiveAdapter, ModelAdapters
@@ -226,7 +227,8 @@ def by_rows(model: nn.Module, attached: ModelAdapters, selections: Sequence[Acti
     if len(distinct) == 1:
         return distinct[0]
     rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]
-    return ActiveAdapter(None, Parts(attached.uid, distinct, rows, len(selections), time_first(model)))
+    parts = Parts(attached.uid, distinct, rows, len(selections), time_first(model))
+    return ActiveAdapter(None, parts, same_weights(distinct))
 
 
 def time_first(model: nn.Module) -> bool:

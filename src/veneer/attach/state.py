@@ -41,10 +41,12 @@ R = TypeVar("R")
 @dataclass(eq=False)
 class ActiveAdapter:
     """What one call uses: the adapter's name, and its parts by the key of their layer's state, or by (key, method). No
-    name is the base alone; no parts, that it cannot be told, or that the adapter has been detached."""
+    name is the base alone; no parts, that it cannot be told, or that the adapter has been detached. ``on`` is the
+    adapter that was merged into the weights when this one was attached: it changes these."""
 
     name: str | None
     parts: Mapping[Any, Any] | None
+    on: str | None = None
 
     @property
     def table(self) -> Mapping[Any, Any]:
@@ -81,6 +83,7 @@ def detached(name: str | None) -> SelectionError:
 class ModelAdapters:
     """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged. ``uid``
     identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
+    ``merged`` is the last one that was merged: below it lies what it stands ``on`` (``merges``).
     ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its end, so
     that only weights of which a copy is kept may have been written. ``untied``: what is to be tied again with the last
     adapter (``weight_tying.Untied``)."""
@@ -103,6 +106,14 @@ class ModelAdapters:
         """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
         self.configs, self.selections = configs, selections
         self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
+
+    def merges(self) -> list[str]:
+        """The merged adapters, the last one first."""
+        found, name = [], self.merged
+        while name is not None:
+            found.append(name)
+            name = self.selections[name].on
+        return found
 
     def claim(self, root: nn.Module) -> None:
         """These are the adapters of ``root``."""
@@ -160,8 +171,14 @@ class LayerState(nn.Module):
             found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
             do = "call the model inside `with veneer.use(model, name):`"
             return SelectionError(found, "one selected adapter, or None for the base", do)
+        if merged is None:
+            found = (
+                f"a call that selects {chosen.name!r}, attached while {chosen.on!r} was merged, which it no longer is"
+            )
+            return SelectionError(found, "the weights that it was attached to", f"merge {chosen.on!r} again")
         found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
-        return SelectionError(found, f"the merged adapter {merged!r}", "call veneer.unmerge(model) first")
+        expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
+        return SelectionError(found, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""
