@@ -160,7 +160,7 @@ def test_check_of_a_blend_names_what_is_not_seen():
     model, x = Past(), torch.randn(2, 4)
     adapt(model, "old", config=veneer.LoraConfig(rank=2, targets=["used"]))
     adapt(model, "new", config=veneer.LoraConfig(rank=2, targets=["used", "unused"]))
-    with pytest.raises(CheckError, match=r"1.0 old \+ 1.0 new.*\n.*'unused.weight'"):
+    with pytest.raises(CheckError, match=r"1.0 old \+ 1.0 new.*'unused.weight'"):
         veneer.check(model, x, BOTH)
     with pytest.raises(CheckError, match="no adapter has a weight"):
         veneer.check(model, x, {"old": 0.0})

@@ -135,8 +135,8 @@ def merge(
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
     raises. An adapter that is attached or loaded meanwhile is one of the merged weights: it trains, runs and is merged
-    on top of them, and is refused on any others. No thread may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes
-    it a plain model, for libraries that go by a layer's exact class.
+    on top of them, and is refused on any others. No thread may call the model while this runs, nor while ``unmerge``
+    does. ``detach(keep_merged=True)`` makes it a plain model, for libraries that go by a layer's exact class.
 
     Args:
         name: the adapter; None takes the only one.
@@ -157,9 +157,9 @@ def merge(
     Raises:
         ConfigError: another rounding.
         MergeError: a weight is of a kind that its own library alone writes (GPTQ, AWQ, HQQ, FP8), a merged one would
-            not be finite, this adapter was attached to other weights than there are now (before another one was merged),
-            it has values of their own for the names of a tied
-            weight, or the weights are spread over processes. Every weight has the bits that it had before.
+            not be finite, the weights are not those that the adapter was attached to (another is merged), it has values
+            of their own for the names of a tied weight, or the weights are spread over processes. Every weight has the
+            bits that it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
@@ -233,8 +233,8 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
         name: the adapter; None takes the one that was merged last.
 
     Raises:
-        MergeError: nothing is merged; another was merged on top of this one; the old weights were not kept; or a merged weight was edited since, so that
-            restoring would lose the edit. Nothing was changed.
+        MergeError: nothing is merged; another was merged on top of this one; the old weights were not kept; or a merged
+            weight was edited since, so that restoring would lose the edit. Nothing was changed.
     """
     model = unwrap(model)
     attached = need_adapters(model)
