@@ -21,9 +21,11 @@ from tests.support.compiled import needs_loop
 from tests.support.tiny import write_tiny
 from tests.support.toys import register_toys
 
+from veneer.kernels import compiled
 from veneer.kernels.compiled import switch
 
 register_toys()
+compiled.MIN_WIDTH = 0  # the layers of tests are narrow, and are to meet the loops
 
 
 @pytest.hookimpl(wrapper=True)

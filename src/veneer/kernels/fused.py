@@ -118,7 +118,7 @@ def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
     """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32 the other way round
     may take a processor's library five times as long; in 16 bits it is this way which takes longer, so there the result
     lies transposed."""
-    loops = compiled.thin_loops(x, None)
+    loops = compiled.thin_loops(x, None, x.shape[1])
     if loops is not None:
         return loops.down(narrow, x, dropped)
     if dropped is not None:
@@ -158,7 +158,7 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
     B = up.mT
-    loops = compiled.thin_loops(None, h)
+    loops = compiled.thin_loops(None, h, len(up))
     if loops is not None:
         return loops.up(h, B, bias).addmm_(tokens, weight.mT)
     return added(h.mT @ B, tokens, weight, bias)
@@ -339,7 +339,7 @@ def _gradients(ctx, *gradients):
 def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
     tokens that is still in the processor's cache."""
-    loops = compiled.thin_loops(dy, h)
+    loops = compiled.thin_loops(dy, h, dy.shape[1])
     if loops is not None:
         return loops.down_grown(narrow, dy, h)
     chunk = _chunk(dy)
@@ -372,7 +372,7 @@ def _back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None
     for what is not needed."""
-    loops = compiled.thin_loops(x, U) if need_x and need_A else None
+    loops = compiled.thin_loops(x, U, x.shape[1]) if need_x and need_A else None
     if loops is not None:
         return loops.up_grown(U, joined, x, dropped)
     part = U.mT @ joined if need_x else None

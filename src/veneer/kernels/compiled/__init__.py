@@ -18,7 +18,8 @@ round_nearest          W + ΔW rounded to bfloat16: 0.7 ns a number in place of 
 saved_inputs           no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
                        keeps is made again in backward, for a percent of the layers' time
 
-numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop.
+numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop, and a model whose
+layers are all narrower than ``MIN_WIDTH`` (or in float64, or on a device) never loads it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from veneer.kernels.compiled.switch import on
 THREADS = 3
 #: tokens from which on float32 thin products are loops
 MIN_TOKENS = 64
+#: inputs or outputs from which on a layer's products are loops: below, torch's take as long (64 to 192 wide, a step of
+#: 256 to 1024 tokens: 0.7 to 0.9 of the loops' time, at 128 and 1024 1.04)
+MIN_WIDTH = 128
 
 
 def thin_products_pay() -> bool:
@@ -44,10 +48,12 @@ def thin_products_pay() -> bool:
     return on("thin_matmul") and torch.get_num_threads() <= THREADS
 
 
-def thin_loops(x: Tensor | None, h: Tensor | None) -> Any:
-    """The functions of ``thin_matmul``, where they take less time than torch's products with x [T, n] and h [r, T]."""
+def thin_loops(x: Tensor | None, h: Tensor | None, width: int) -> Any:
+    """The functions of ``thin_matmul``, where they take less time than torch's products with x [T, n] and h [r, T], of
+    which n is ``width``."""
     like: Any = h if x is None else x
-    if like.dtype is not torch.float32 or like.shape[x is None] < MIN_TOKENS or not thin_products_pay():
+    many = width >= MIN_WIDTH and like.shape[x is None] >= MIN_TOKENS
+    if not many or like.dtype is not torch.float32 or not thin_products_pay():
         return None
     loops = _module("thin_matmul")
     return loops if loops.able(x, h) else None
@@ -57,7 +63,7 @@ def single_adapter_change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
     """scale · x Aᵀ Bᵀ [T, out] in bfloat16, of x [T, in], A [r, in] and B [out, r]. No gradient."""
     if x.dtype is not torch.bfloat16 or not x.shape[0] or not on("single_adapter_bf16"):
         return None
-    if torch.get_num_threads() > THREADS:
+    if torch.get_num_threads() > THREADS or max(x.shape[1], B.shape[0]) < MIN_WIDTH:
         return None
     loop = _module("single_adapter_bf16")
     return loop.change(x, A, B, scale) if loop.able(x, A, B) else None
@@ -82,7 +88,9 @@ def expert_gradients(
 
 def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
     nothing = not len(x) if where is None else not where.bounds
-    if nothing or not on("expert_rows") or torch.get_num_threads() > THREADS:
+    if nothing or max(A.shape[-1], B.shape[-2]) < MIN_WIDTH:
+        return None
+    if not on("expert_rows") or torch.get_num_threads() > THREADS:
         return None
     loops = _module("expert_rows")
     return loops if loops.able(x, A, B) else None
@@ -91,7 +99,7 @@ def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
 def mixed_rows_loop(weight: Tensor, factors: torch.dtype) -> Any:
     """The functions ``table`` and ``change`` of ``mixed_rows``, for a layer with this weight and adapters of dtype
     ``factors``. A table of a layer's adapters is made once for all calls that use them."""
-    if weight.device.type != "cpu" or not on("mixed_rows"):
+    if weight.device.type != "cpu" or max(weight.shape) < MIN_WIDTH or not on("mixed_rows"):
         return None
     loop = _module("mixed_rows")
     return loop if weight.dtype in loop.DTYPES and factors in loop.DTYPES else None
