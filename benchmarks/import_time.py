@@ -28,7 +28,8 @@ CODE = {
 }
 
 
-#: MiB of a process that `attach`, one step forward and backward and one call without a graph add, and whether numba came
+#: what `attach`, one step forward and backward and one call without a graph add to a process, in MiB, and whether numba
+#: was loaded
 STEP = """
 import sys, torch, veneer
 def held():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.layer_adapter import Call, factored, with_update
+from veneer.attach.layer_adapter import Call, LayerAdapter, factored, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError
@@ -143,8 +143,9 @@ class Blend:
         """Whether a call is linear in the one weight of its layer, which each adapter changes at a low rank or not."""
         if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
             return False
-        if any(layer_state.layer.weight in part.full._parameters for part, _ in self.parts):
-            return False
+        own = layer_state.layer.weight
+        if not all(isinstance(part, LayerAdapter) and own not in part.full._parameters for part, _ in self.parts):
+            return False  # trained in full, or what a bank made of it
         # rows of ΔW that are rescaled along what a tied layer reads as inputs: only W + ΔW is right
         return not layer_state.transposed or all(c.variant.resolve is _PLAIN.resolve for c in self.changes.values())
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "eval": "Measure a model on data, with and without an adapter.",
     "generate": "Write text with a base, an adapter, or both side by side.",
+    "chat": "Talk to a base and its adapters, and switch between them.",
     "merge": "Write base and adapter as one plain model.",
     "convert": "Write an adapter in another format: PEFT, kohya, diffusers, GGUF, dense.",
     "inspect": "Show what an adapter is and prove that it is intact.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,18 +72,27 @@ def open_library(folder: Path | None) -> Library:
 def open_base_and_adapter(base: str, adapter: str | None, verify: bool = True, **loading: Any) -> tuple[Base, Any]:
     """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to fail. `loading`: as
     `load_base` takes it."""
+    loaded, handles = open_base_and_adapters(base, {} if adapter is None else {"default": adapter}, verify, **loading)
+    return loaded, handles.get("default")
+
+
+def open_base_and_adapters(
+    base: str, adapters: Mapping[str, str], verify: bool = True, **loading: Any
+) -> tuple[Base, dict[str, Any]]:
+    """The same for several adapters, by name."""
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
     from veneer.store.library import resolve
 
     setup_logging()
-    folder = None if adapter is None else resolve(adapter)
-    if folder is not None:
+    folders = {name: resolve(adapter) for name, adapter in adapters.items()}
+    for folder in folders.values():
         veneer.adapter_files.read(folder)
     must_be_causal(base)
     loaded = load_base(base, **loading)
-    return loaded, None if folder is None else veneer.load(loaded.model, folder, verify_base=verify)
+    names = folders.items()
+    return loaded, {name: veneer.load(loaded.model, folder, name=name, verify_base=verify) for name, folder in names}
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:

@@ -9,7 +9,7 @@ memory shows at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,17 +31,21 @@ def generate(
     batch_size: int = 16,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    say: Callable[[str], None] | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, in order, without the prompt and without the stop string. ``prompts``: texts, or
     chats (lists of {"role", "content"}), which go through the tokenizer's chat template. ``temperature``: 0 takes the
     most likely token each time; above 0 samples. ``top_p``: when sampling, from the smallest set of tokens with this
     much probability. ``stop``: strings that end a row. ``seed``: of the sampling; the global random state is left as it
-    was. ``DataError``: an empty prompt, or a prompt with `max_new_tokens` is longer than the model's context."""
+    was. ``say``: called with each piece of the text of a single prompt as it is written. ``until``: asked after each
+    token; what is written when it says True is the text. ``DataError``: an empty prompt, or a prompt with
+    `max_new_tokens` is longer than the model's context."""
     from transformers import GenerationConfig
 
-    encoded = [_encode(prompt, tokenizer) for prompt in prompts]
+    encoded = [encode(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and encoded and (longest := len(encoded[order[0]])) + max_new_tokens > context:
         found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
         do = "shorten the prompt, or ask for fewer new tokens"
@@ -54,7 +58,11 @@ def generate(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
         use_cache=True, **{"do_sample": False, **sampling},
     )  # fmt: skip
-    options = {"generation_config": config, **({"tokenizer": tokenizer} if stop else {})}
+    options = {
+        "generation_config": config,
+        **({"tokenizer": tokenizer} if stop else {}),
+        **_watched(say, until, tokenizer),
+    }
     texts, training = [""] * len(encoded), model.training
     model.eval()
     try:
@@ -81,7 +89,30 @@ def generate(
     return texts
 
 
-def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+def context_of(model: Any) -> int | None:
+    """How many tokens a model's positions allow, if it says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _watched(say: Callable[[str], None] | None, until: Callable[[], bool] | None, tokenizer: Any) -> dict[str, Any]:
+    """The arguments of transformers' ``generate`` for who reads along, and for who ends it."""
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+    class Aloud(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text and say is not None:
+                say(text)
+
+    class Until(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), until is not None and until(), device=input_ids.device)
+
+    aloud = {} if say is None else {"streamer": Aloud(tokenizer, skip_prompt=True, skip_special_tokens=True)}
+    return aloud if until is None else {**aloud, "stopping_criteria": StoppingCriteriaList([Until()])}
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """The token ids of a text, or of a chat through the tokenizer's template."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

