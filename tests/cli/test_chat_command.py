@@ -176,7 +176,9 @@ def test_in_a_pipe_it_streams_and_goes_on(base: Path, adapter: Path) -> None:
     command += ["--max-new-tokens", "5"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as program:
-        assert program.stdin and program.stdout and program.stderr
+        assert program.stdin
+        assert program.stdout
+        assert program.stderr
         print("1+1=", file=program.stdin, flush=True)
         assert program.stdout.readline()
         print("/base\n2+2=", file=program.stdin, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests.support.commands import refused
 from tests.support.forked import Program, printed
 from tests.support.tiny import sums, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -296,3 +299,46 @@ def test_composing_reads_of_the_base_what_it_needs(
     held = [load_file(folder / "adapter_model.safetensors") for folder in (expected, tmp_path / "b")]
     assert held[0].keys() == held[1].keys()
     assert all(torch.equal(held[0][key], held[1][key]) for key in held[0])
+
+
+def next_lines(text: str) -> list[list[str]]:
+    """The command lines below the last "Next:", as a shell would read them."""
+    lines = text[text.rindex("Next:") :].splitlines()[1:]
+    return [shlex.split(line)[1:] for line in lines if line.strip()]
+
+
+def test_what_is_said_to_come_next_works_as_it_is(
+    veneer: Case, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--find-rate names a run, which names a chat and a merge."""
+    file = tmp_path / "run of mine.yaml"
+    fields = {"base": str(base), "data": str(data), "output": str(tmp_path / "my run"), "max_steps": 2, "rank": 2}
+    file.write_text(yaml.safe_dump(fields))
+    first = ["train", str(file), "--find-rate", "--precision", "fp32", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["veneer", *first])
+    found = veneer(*first)
+    assert found.code == 0, found.err
+    rate = re.search(r"suggested: (--learning-rate) (\S+)", found.out)
+    (run,) = next_lines(found.err)
+    assert rate is not None
+    assert run[-2:] == [rate[1], rate[2]]
+    found = veneer(*run)
+    assert found.code == 0, found.err
+    config = json.loads((tmp_path / "my run" / "run.json").read_text())["config"]
+    assert (config["learning_rate"], config["seed"]) == (float(rate[2]), 1)
+    commands = next_lines(found.err)
+    assert [command[0] for command in commands] == ["chat", "merge"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n"))
+    for command in commands:
+        found = veneer(*command)
+        assert found.code == 0, found.err
+    assert (tmp_path / "my run-merged" / "model.safetensors").exists()
+
+
+def test_a_dry_run_and_a_sweep_are_two_things(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
+    shared = ["train", "--base", base, "--data", data, "--output", tmp_path / "run"]
+    refused(veneer(*shared, "--dry-run", "--find-rate"), "one of them")
+    found = veneer(*shared, "--dry-run")
+    assert found.code == 0, found.err
+    assert "Example" in found.err
+    assert not (tmp_path / "run").exists()

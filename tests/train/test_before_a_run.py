@@ -1,0 +1,109 @@
+"""What `veneer train` does instead of a run: `--dry-run`, `--find-rate`. Neither writes anything."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from veneer import models
+from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError, TrainingError
+from veneer.train.dry_run import dry_run
+from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
+from veneer.train.run import fit
+
+Make = Callable[..., Any]
+
+
+def said(what: Callable[..., Any], config: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    what(config, console=console)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def about(text: str) -> list[str]:
+    """What a run says of itself before its first step."""
+    lines = text.splitlines()
+    return lines[lines.index(next(line for line in lines if line.startswith("Base"))) :]
+
+
+def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_path: Path) -> None:
+    config = make(max_steps=1, eval_fraction=0.0, check=False)
+    dry = said(dry_run, config)
+    assert not (tmp_path / "run").exists()
+    run = about(said(fit, config))
+    ours = about(dry)
+    head = ours.index(next(line for line in ours if line.startswith("Time")))
+    assert ours[:head] == run[:head]
+    assert "Time     at least 0 s" in dry
+    assert "  read   │ 3 + 5 =\n  learnt │  8<|im_end|>" in dry
+
+
+def test_a_dry_run_loads_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_base", None)
+    assert "Nothing was written" in said(dry_run, make(variant="dora", cache_lower=True, layers=[1]))
+    meta = models.load.meta_base(make().base, precision="bf16")
+    assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_a_dry_run_refuses_what_the_run_would(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for error, changes in (
+        (TargetError, {"targets": "nothing_of_it"}),
+        (TargetError, {"rank": 1000, "targets": ["q_proj"]}),
+        (OutputExistsError, {"output": "full"}),
+        (ConfigError, {"optimiser": "adamm"}),
+        (DataError, {"data": str(tmp_path / "none.jsonl")}),
+    ):
+        for what in (dry_run, fit):
+            with pytest.raises(error):
+                what(make(**changes), console=Console(file=io.StringIO()))
+
+
+def test_a_dry_run_of_an_unfinished_run_says_where_it_goes_on(make: Make) -> None:
+    class StopError(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Cut(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6:
+                raise StopError
+
+    with pytest.raises(StopError):
+        fit(make(), callbacks=[Cut()], quiet=True)
+    assert "Resuming from step 5" in said(dry_run, make())
+
+
+def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(make: Make, tmp_path: Path) -> None:
+    config = make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0)
+    sweep = find_rate(config, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+    assert sweep.rates[0] == pytest.approx(LOW)
+    assert sweep.rates[-1] <= HIGH * 1.001
+    assert len(sweep.rates) == len(sweep.losses)
+    assert len(sweep.lines()) == 17
+    losses = fit(make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0, learning_rate=sweep.suggested),
+                 quiet=True).losses  # fmt: skip
+    assert sum(losses[-5:]) / 5 < sum(losses[:3]) / 3 - 0.1
+
+
+def sweep_of(loss: Callable[[float], float]) -> RateSweep:
+    rates = tuple(LOW * (HIGH / LOW) ** (k / 79) for k in range(80))
+    return RateSweep(rates, tuple(map(loss, rates)))
+
+
+def test_a_suggestion_is_a_tenth_of_the_rate_at_the_lowest_loss() -> None:
+    valley = sweep_of(lambda rate: 3 + 0.2 * (math.log10(rate) + 2) ** 2)
+    assert 1e-3 <= valley.suggested <= 4e-3  # the mean lags behind
+    with pytest.raises(TrainingError, match="no rate from 1e-06 to 1e\\+00 brings down"):
+        sweep_of(lambda rate: 3 + rate).suggested  # noqa: B018
+    assert valley.smoothed[0] == pytest.approx(valley.losses[0])
