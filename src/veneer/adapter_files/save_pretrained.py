@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import context
 from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
