@@ -112,7 +112,7 @@ PREFERENCES: dict[str, tuple[dict[str, Any], str]] = {
 def test_preferences_are_refused_with_the_trainer_that_learns_them(name: str, tmp_path: Path) -> None:
     row, flags = PREFERENCES[name]
     file = write_rows(tmp_path / "a.jsonl", [row])
-    with pytest.raises(DataError, match=rf"holds preferences.*\n.*\n.*trl\.DPOTrainer.*alone: {flags}\.$"):
+    with pytest.raises(DataError, match=rf"holds preferences.*\n.*\n.*--task dpo.*alone: {flags}\.$"):
         data.read(file)
     words = flags.split()
     columns = {

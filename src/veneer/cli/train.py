@@ -89,9 +89,9 @@ def _find_rate(settings: TrainConfig) -> None:
 
 
 def _flag_type(annotation: Any) -> Any:
-    """The type that a flag parses to: lists are written with commas, and `TrainConfig` splits them."""
+    """The type that a flag parses to: lists and tables are written with commas, and `TrainConfig` splits them."""
     arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
-    arms = [str if get_origin(arm) is list else arm for arm in arms if arm is not NoneType]
+    arms = [str if get_origin(arm) in (list, dict) else arm for arm in arms if arm is not NoneType]
     return (str if str in arms else arms[0]) | None
 
 
@@ -116,7 +116,7 @@ def _signature() -> inspect.Signature:
 def _help(info: Any) -> str:
     """The field's description with its default, which the flag cannot carry: a flag that is not given is None."""
     text = info.description or ""
-    if info.is_required() or info.default in (None, [], "") or "(default" in text:
+    if info.is_required() or info.default in (None, [], {}, "") or "(default" in text:
         return text
     shown = {True: "yes", False: "no"}[info.default] if isinstance(info.default, bool) else info.default
     return f"{text} (default: {shown})"

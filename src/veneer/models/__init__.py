@@ -12,6 +12,7 @@ from veneer.models.load import (
     Precision,
     context_length,
     load_base,
+    load_head,
     load_tokenizer,
     pick_dtype,
     save_plain,
@@ -23,6 +24,6 @@ from veneer.models.meta import Place, filled, map_checkpoint_names, meta_model
 
 __all__ = [
     "Base", "Encoder", "Place", "Precision", "cache_dir", "context_length", "filled", "folder_of", "is_causal",
-    "load_base", "load_encoder", "load_tokenizer", "map_checkpoint_names", "meta_model", "must_be_causal", "pick_dtype",
-    "quiet", "save_plain", "stored_dtype", "use_products",
+    "load_base", "load_encoder", "load_head", "load_tokenizer", "map_checkpoint_names", "meta_model", "must_be_causal",
+    "pick_dtype", "quiet", "save_plain", "stored_dtype", "use_products",
 ]  # fmt: skip

@@ -11,11 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor, nn
+
+from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
-from veneer.models.load import Precision, tokenizer_at, type_and_device
+from veneer.models.load import Precision, load_head, tokenizer_at
 from veneer.models.locate import config_of, find_base
-from veneer.models.messages import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,25 +78,36 @@ def _otherwise(name: str) -> str | None:
     return None
 
 
-def load_encoder(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> Encoder:
+def load_encoder(
+    source: str | Path, *, precision: Precision = "auto", device: str | None = None, **loading: Any
+) -> Encoder:
     """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean of its tokens,
-    normalised, where it has none.
+    normalised, where it has none. ``loading``: more of what ``load_base`` takes.
 
     Raises:
         ConfigError: as ``load_base``, or a pooling that is not known here.
     """
-    from transformers import AutoModel
-
     name = str(source)
     place = find_base(name)
-    dtype, device = type_and_device(precision, device)
     pooling, normal, longest = _pooling(Path(place))
-    with loading(name):
-        model: Any = AutoModel.from_pretrained(place, dtype=dtype)
+    model: Any = load_head(source, "AutoModel", precision=precision, device=device, **loading)
     tokenizer = tokenizer_at(place, name)
     limits = (longest, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     length = min(int(limit) for limit in limits if limit)
-    return Encoder(model.to(device).eval(), tokenizer, name, pooling, normal, length)
+    return Encoder(model, tokenizer, name, pooling, normal, length)
+
+
+def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
+    """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens, width]. ``mask``:
+    [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first token) or "max"."""
+    hidden, there = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
+    if how == "cls":
+        vectors = hidden[:, 0]
+    elif how == "max":
+        vectors = hidden.masked_fill(~there, float("-inf")).amax(1)
+    else:
+        vectors = (hidden * there).sum(1) / there.sum(1)
+    return nn.functional.normalize(vectors, dim=-1) if normal else vectors
 
 
 def _pooling(folder: Path) -> tuple[str, bool, int | None]:

@@ -31,6 +31,7 @@ __all__ = [
     "Precision",
     "context_length",
     "load_base",
+    "load_head",
     "load_tokenizer",
     "pick_dtype",
     "save_plain",
@@ -80,6 +81,29 @@ def load_base(
             model, no tokenizer, or an unreachable hub; an attention or a device map that transformers refuses;
             ``device`` and ``device_map`` both; a base that is quantised already, or no bitsandbytes to do it.
     """
+    name = str(source)
+    model = load_head(
+        source, "AutoModelForCausalLM", precision=precision, device=device, attention=attention, quantize=quantize,
+        device_map=device_map,
+    )  # fmt: skip
+    tokenizer = tokenizer_at(find_base(name), name)
+    return Base(model, tokenizer, name)
+
+
+def load_head(
+    source: str | Path,
+    auto: str,
+    *,
+    precision: Precision = "auto",
+    device: str | None = None,
+    attention: str = "auto",
+    quantize: Quantize | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """A model in eval mode as transformers' class ``auto`` makes it, such as "AutoModelForSequenceClassification": the
+    weights of a head that the files lack are new. ``fields``: of its config, such as num_labels. All else, and what it
+    raises, as ``load_base``."""
     name, spread = str(source), device_map is not None
     if spread and device is not None:
         found = f"device={device!r} and device_map={device_map!r}"
@@ -89,11 +113,11 @@ def load_base(
     _must_be_known(attention)
     place = find_base(name)
     dtype, device = type_and_device(precision, device)
-    model: Any = _model(name, place, dtype, device, attention, quantize, device_map)
+    model: Any = _model(name, place, auto, dtype, device, attention, quantize, device_map, fields)
     if not spread and quantize is None:
         model = model.to(device)
-    tokenizer = tokenizer_at(place, name)
-    usual = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
+    causal = auto == "AutoModelForCausalLM"  # whose masks it was measured with
+    usual = causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
         with quiet():
             use_products(model)
@@ -101,7 +125,7 @@ def load_base(
         must_have_whole_blocks(model, name)
         keep_packed(model)
         note_sources(model, _files_at(place))
-    return Base(model.eval(), tokenizer, name)
+    return model.eval()
 
 
 def meta_base(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> PreTrainedModel:
@@ -125,12 +149,13 @@ def _files_at(place: str) -> Path:
 
 
 def _model(
-    name: str, place: str, dtype: Any, device: str, attention: str, quantize: Quantize | None, device_map: Any
-) -> Any:
+    name: str, place: str, auto: str, dtype: Any, device: str, attention: str, quantize: Quantize | None,
+    device_map: Any, fields: dict[str, Any],
+) -> Any:  # fmt: skip
     """What ``from_pretrained`` makes of the files."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, **fields}
     if attention not in ("auto", "products"):
         options["attn_implementation"] = attention
     if quantize is not None:
@@ -144,7 +169,7 @@ def _model(
         options["device_map"] = device_map
     with loading(name):
         try:
-            return AutoModelForCausalLM.from_pretrained(place, **options)
+            return getattr(transformers, auto).from_pretrained(place, **options)
         except ImportError as error:
             found = f"{name} with {', '.join(key for key in options if key != 'dtype') or 'its own code'}: "
             raise ConfigError(f"{found}{first_line(error)}", "an installed package", "install it") from error

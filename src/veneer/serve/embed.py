@@ -25,24 +25,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veneer.errors import sentence
+from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
 log = logging.getLogger("veneer.serve")
-
-
-def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, [rows, width] in float32, of ``hidden`` [rows, tokens, width]. ``mask``: [rows, tokens], 1
-    where there is a token. ``how``: "mean", "cls" (the first token) or "max"."""
-    hidden, there = hidden.float(), mask.bool()[..., None]
-    if how == "cls":
-        vectors = hidden[:, 0]
-    elif how == "max":
-        vectors = hidden.masked_fill(~there, float("-inf")).amax(1)
-    else:
-        vectors = (hidden * there).sum(1) / there.sum(1)
-    return torch.nn.functional.normalize(vectors, dim=-1) if normal else vectors
 
 
 def as_base64(vector: Tensor) -> str:

@@ -9,9 +9,10 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -20,13 +21,16 @@ from transformers import TrainerCallback
 from veneer.errors import TrainingError
 from veneer.train.checkpoint import LOG
 
+if TYPE_CHECKING:
+    from veneer.train.tasks import Task
+
 
 class LossLog(TrainerCallback):
     """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch, tokens, seconds.
     `seconds` and `tokens` go on from `before`, the last line of the run that is resumed."""
 
-    def __init__(self, output: Path, before: list[dict[str, Any]]) -> None:
-        self.path = output / LOG
+    def __init__(self, output: Path, before: list[dict[str, Any]], task: Task) -> None:
+        self.path, self.measures = output / LOG, task.measures
         self.before = float(before[-1]["seconds"]) if before else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,7 +39,8 @@ class LossLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        keep = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", "eval_accuracy"}
+        keep = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
+        keep |= {f"eval_{name}" for name in self.measures}
         line: dict[str, Any] = {"step": state.global_step, **{name: logs[name] for name in logs if name in keep}}
         if not line.keys() & {"loss", "eval_loss"}:
             return  # the summary at the end of a run
@@ -89,7 +94,8 @@ class StopOnSignal(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log file."""
 
-    def __init__(self, console: Console, start: int) -> None:
+    def __init__(self, console: Console, start: int, task: Task) -> None:
+        self.measures = {f"eval_{name}": measured(name, task.item) for name in task.measures}
         self.console, self.start = console, start  # the step at which this session begins
         self.bar: Progress | None = None
         self.task: Any = None
@@ -113,9 +119,8 @@ class ProgressBar(TrainerCallback):
             return
         step, now = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
-            accuracy = logs.get("eval_accuracy")
-            right = f", {accuracy:.1%} of tokens right" if accuracy is not None else ""
-            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{right}")
+            told = "".join(f", {tell(logs[name])}" for name, tell in self.measures.items() if name in logs)
+            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{told}")
         if "loss" not in logs:
             return
         self.recent.append((now, int(logs.get("num_tokens", 0)), step))
@@ -143,6 +148,13 @@ class ProgressBar(TrainerCallback):
 def say(console: Console, text: str) -> None:
     """Print a line as it is: a path may hold brackets, which rich would read as markup, and must not be broken."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def measured(name: str, item: str) -> Callable[[float], str]:
+    """How a measure is told."""
+    if name == "accuracy":
+        return lambda value: f"{value:.1%} of {item}s right"
+    return lambda value: f"{name} {value:.4f}"
 
 
 def duration(seconds: float) -> str:

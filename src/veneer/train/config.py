@@ -32,7 +32,12 @@ def _panel(title: str) -> Any:
     return field
 
 
-_data, _adapter, _optimiser, _run = map(_panel, ("Base and data", "Adapter", "Optimiser", "Run"))
+_data, _task, _adapter, _optimiser, _run = map(_panel, ("Base and data", "Task", "Adapter", "Optimiser", "Run"))
+
+
+def task_names() -> list[str]:
+    """The tasks that there are: the files of `tasks/`, which are not imported for their names."""
+    return sorted(file.stem for file in Path(__file__).with_name("tasks").glob("[a-z]*.py"))
 
 
 class TrainConfig(BaseModel):
@@ -48,7 +53,9 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
 
     base: str = _data(..., "Base model: a folder, a .gguf file, or a model id on the hub.")
-    data: str = _data(..., "Training data: .jsonl .json .csv .parquet .txt, or a hub data set id.")
+    data: str = _data(
+        ..., "Training data: .jsonl .json .csv .parquet .txt, a hub data set id, or a folder of images by label."
+    )
     output: Path = _run(..., "Folder for the adapter, the checkpoints and the log.")
 
     eval_data: str | None = _data(None, "Data to evaluate on, in the same form as the training data.")
@@ -64,6 +71,18 @@ class TrainConfig(BaseModel):
     )
     too_long: Literal["error", "truncate", "drop"] = _data("error", "What to do with a longer example.")
     packing: bool = _data(False, "Pack several examples into one row, kept apart by the attention mask.")
+
+    task: str = _task("sft", f"What to learn from the rows: {', '.join(task_names())}.")
+    columns: dict[str, str] = _task(
+        {}, "Columns by their part in a task other than sft: label=intent,text=query (default: those very names)."
+    )
+    beta: float | None = _task(
+        None, "dpo, kto, orpo: strength of the preference; grpo: of the KL to the base (default: 0.1, grpo 0).", ge=0
+    )
+    reward: list[str] = _task([], "grpo: reward functions, FILE.py:NAME; their sum counts.")
+    answers: int = _task(8, "grpo: answers to each prompt.", ge=2)
+    answer_tokens: int = _task(128, "grpo: longest answer in tokens.", ge=1)
+    temperature: float = _task(1.0, "grpo: temperature at which answers are drawn.", gt=0)
 
     rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
     alpha: float | None = _adapter(None, "Numerator of the scale alpha / rank (default: 32).", gt=0)
@@ -120,7 +139,18 @@ class TrainConfig(BaseModel):
     resume: bool | None = _run(None, "Continue an unfinished run (default: if there is one with this configuration).")
     overwrite: bool = _run(False, "Replace what an earlier run left in the output folder.")
 
-    @field_validator("targets", "exclude", "train_also", "trackers", "layers", "resume", mode="before")
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """part=column, comma-separated, as the flag writes it."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        if not all(part and column for part, _, column in pairs):
+            raise ValueError("expected PART=COLUMN, several of them with commas between")
+        return {part: column for part, _, column in pairs}
+
+    @field_validator("targets", "exclude", "train_also", "trackers", "layers", "resume", "reward", mode="before")
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:
         """A comma-separated text is a list: the flags write it so. One value is a list of one, but for `targets`."""
@@ -137,8 +167,26 @@ class TrainConfig(BaseModel):
     def _named(cls, value: str) -> str:
         return "adamw_torch_fused" if value == "adamw" else value
 
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        names = task_names()
+        if value not in names:
+            raise ValueError(f"no such task{nearest(value, names)}; expected one of {', '.join(names)}")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
+        if self.task == "sft" and self.columns:
+            raise ValueError("columns is for the other tasks; name the columns of sft with prompt_column and its like")
+        if bool(self.reward) is not (self.task == "grpo"):
+            raise ValueError(
+                "task grpo needs reward: FILE.py:NAME of a function"
+                if self.task == "grpo"
+                else "reward needs task grpo"
+            )
+        if self.task != "sft" and (self.packing or self.cache_lower or self.offload_activations):
+            raise ValueError(f"packing, cache_lower and offload_activations are for task sft; found task {self.task}")
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; expected one of them")
         if self.early_stopping and self.eval_data is None and not self.eval_fraction:

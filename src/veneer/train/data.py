@@ -14,7 +14,7 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,9 @@ from veneer.models.messages import first_line, quiet
 
 log = logging.getLogger("veneer.data")
 
-Kind = Literal["messages", "prompt", "text"]
+Kind = Literal["messages", "prompt", "text", "columns"]
+#: the column with the tools that a chat may call
+TOOLS = "tools"
 #: columns that hold what a classifier (or a preference) should learn
 LABELS = ("label", "labels", "label_text")
 
@@ -42,9 +44,10 @@ class Columns:
 @dataclass(frozen=True)
 class Records:
     """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each
-    row {"prompt", "completion"}, both strings or both message lists) or "text" (each row {"text"}). `places[i]` says
-    where row i came from ("line 12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data
-    set), `unused` are the columns of the first row that play no part."""
+    row {"prompt", "completion"}, both strings or both message lists), "text" (each row {"text"}), or "columns" (each
+    row by the parts of another task). A row of chats may hold "tools". `places[i]` says where row i came from ("line
+    12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data set), `unused` are the
+    columns of the first row that play no part."""
 
     kind: Kind
     rows: list[dict[str, Any]]
@@ -64,6 +67,13 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
     """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the hub. Raises
     `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing columns
     (with the names found and the nearest) and wrong types."""
+    raw, digest = raw_rows(source, split)
+    return _shape(raw, columns or Columns(), str(source), digest)
+
+
+def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
+    """([(place, row)], hash of the bytes) of a source as it lies; at least one row, each an object. Raises as `read`,
+    but for columns."""
     path = Path(source).expanduser()
     if path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~")):
         raw, digest = _read_file(path)
@@ -74,7 +84,40 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
             f"The data set {source} is empty: it holds no example.\n"
             "Expected at least one row.\nDo: check that the path is right and that the file was written completely."
         )
-    return _shape(raw, columns or Columns(), str(source), digest)
+    for place, row in raw:
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{source}, {place} is a JSON {_name(row)}: {_snippet(json.dumps(row))}\n"
+                'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
+            )
+    return raw, digest
+
+
+def by_part(
+    raw: list[tuple[str, Any]], source: str, digest: str, wanted: Sequence[str], optional: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> Records:  # fmt: skip
+    """Rows of a task other than sft: the columns that are `wanted`, and those that are `optional` if the first row has
+    them, by part. `renamed` maps a part to its column. Values are as they lie. Raises `DataError` for a part or a
+    column that there is not, with the nearest, and for a row without a column of the first."""
+    renamed, names = renamed or {}, list(raw[0][1])
+    if unknown := [part for part in renamed if part not in (*wanted, *optional)]:
+        found = f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*wanted, *optional])}"
+        raise DataError(found, f"one of {', '.join([*wanted, *optional])}", "correct it")
+    picked = {part: renamed.get(part, part) for part in wanted}
+    picked |= {part: renamed.get(part, part) for part in optional if part in renamed or part in names}
+    if lacking := [column for column in picked.values() if column not in names]:
+        parts = [part for part, column in picked.items() if column in lacking]
+        found = f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has {_list(names)}"
+        do = f"rename it, or name the one that plays this part: --columns {parts[0]}={names[0]}"
+        raise DataError(found, f"the columns {_list(picked.values())}", do)
+    for place, row in raw:
+        if lost := [column for column in picked.values() if row.get(column) is None]:
+            found = f"{source}, {place} holds nothing in {lost[0]!r}; it has {_list(row)}"
+            raise DataError(found, f"{lost[0]!r} in every row, as in the first", "add it, or remove that row")
+    rows = [{part: row[column] for part, column in picked.items()} for _, row in raw]
+    unused = tuple(name for name in names if name not in picked.values())
+    return Records("columns", rows, [place for place, _ in raw], source, digest, unused)
 
 
 def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
@@ -204,12 +247,6 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
 
 def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: str) -> Records:
     """Decide which columns hold what, from the first row, and bring every row into that shape."""
-    for place, row in raw:
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{source}, {place} is a JSON {_name(row)}: {_snippet(json.dumps(row))}\n"
-                'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
-            )
     names = list(raw[0][1])
     kind, picked = _detect(names, raw[0][1], columns, source)
     rows = []
@@ -226,8 +263,12 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
                 f"{source}, {place}: prompt is {_name(shaped['prompt'])}, completion {_name(shaped['completion'])}.\n"
                 "Expected both to be text, or both to be lists of messages.\nDo: bring both into one form."
             )
+        chat = any(isinstance(value, list) for value in shaped.values())
+        if chat and row.get(TOOLS) is not None:
+            shaped[TOOLS] = _tools(row[TOOLS], f"{source}, {place}")
         rows.append(shaped)
-    unused = tuple(name for name in names if name not in picked.values())
+    read = {*picked.values(), *(TOOLS for row in rows if TOOLS in row)}
+    unused = tuple(name for name in names if name not in read)
     return Records(kind, rows, [place for place, _ in raw], source, digest, unused)
 
 
@@ -282,9 +323,9 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         alone = "--prompt-column prompt --completion-column chosen" if "prompt" in names else alone
         raise DataError(
             f"{source} holds preferences: the columns {_list(names)}.\n"
-            "Expected examples to imitate; this command cannot learn that one answer is better than another.\n"
-            "Do: give the model that veneer.attach has prepared to trl.DPOTrainer, in Python; or imitate the chosen "
-            f"answers alone: {alone}."
+            "Expected examples to imitate, as the task is sft.\n"
+            "Do: to learn that one answer is better than another, choose --task dpo, orpo or reward; or imitate the "
+            f"chosen answers alone: {alone}."
         )
     if labels := [name for name in names if name.lower() in LABELS]:
         others = [name for name in names if name not in labels]
@@ -295,9 +336,9 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         shown = f"--messages-column {chat}" if (chat := _chat(names)) else shown
         raise DataError(
             f"{source} has the column {labels[0]!r} beside {_list(others) if others else 'no other'}.\n"
-            "Expected examples to imitate; this command trains no classifier, and would leave the labels out.\n"
-            f"Do: to learn the labels, write each as text into `completion`, with its text in `prompt`, or train a "
-            f"classifier with veneer.attach in Python; to leave them out, name the columns to read: {shown}."
+            "Expected examples to imitate, as the task is sft, which would leave the labels out.\n"
+            f"Do: to learn the labels, choose --task classify (kto, if they judge completions), or write each as text "
+            f"into `completion`, with its text in `prompt`; to leave them out, name the columns to read: {shown}."
         )
 
 
@@ -316,17 +357,69 @@ def _value(value: Any, part: str, column: str, where: str) -> Any:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """One chat message; the ShareGPT form {"from", "value"} is brought into {"role", "content"}."""
+    """One chat message; the ShareGPT form {"from", "value"} is brought into {"role", "content"}, a content of text
+    parts into one text, and arguments of tool calls from JSON text (OpenAI's form) into tables, as templates do."""
     match message:
         case {"from": str(role), "value": content}:
             message = {"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}
     match message:
-        case {"role": str(), "content": str()}:  # parquet fills absent keys with None
-            return {key: value for key, value in message.items() if value is not None}
+        case {"role": str()}:
+            message = {key: value for key, value in message.items() if value is not None}  # parquet's absent keys
+    match message:
+        case {"role": str(), "content": [*parts]} if parts and all(map(_is_text, parts)):
+            message = {**message, "content": "".join(part["text"] for part in parts)}
+    match message:
+        case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(message.get("content", ""), str):
+            return {
+                **message,
+                "content": message.get("content", ""),
+                "tool_calls": [_call(one, where) for one in calls],
+            }
+        case {"role": str(), "content": str()}:
+            return message
     raise DataError(
         f"{where} holds a message that is not one: {_snippet(json.dumps(message, default=str))}\n"
-        'Expected {"role": "user" | "assistant" | "system", "content": "text"}.\nDo: fix or remove that row.'
+        'Expected {"role": "user" | "assistant" | "system" | "tool", "content": "text"}, where the content may be a '
+        'list of {"type": "text", "text": "..."}, and an assistant\'s may stand beside "tool_calls".\n'
+        "Do: fix or remove that row."
     )
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        raise DataError(
+            f"{where} holds a tool call that is not one: {_snippet(json.dumps(call, default=str))}\n"
+            'Expected {"type": "function", "function": {"name": "...", "arguments": {...}}}.\n'
+            "Do: fix or remove that row."
+        )
+    own = {
+        "name": function["name"],
+        "arguments": {name: value for name, value in arguments.items() if value is not None},
+    }
+    more = {name: value for name, value in call.items() if name not in ("function", "name", "arguments", "type")}
+    return {"type": "function", **{name: value for name, value in more.items() if value is not None}, "function": own}
+
+
+def _tools(value: Any, where: str) -> list[Any]:
+    """The tools of a row: a list of JSON schemas, or that list as JSON text, as a table's column must hold it."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        tools = None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        return tools
+    found = f"{where} holds {TOOLS} that are none: {_snippet(json.dumps(value, default=str))}"
+    raise DataError(found, "a list of JSON schemas of functions", "fix it, or remove that row")
 
 
 def _list(names: Iterable[str]) -> str:

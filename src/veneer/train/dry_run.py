@@ -38,30 +38,29 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     console = console or Console(stderr=True)
     output = config.output.expanduser()
     resume = unfinished(config, output)
-    models.must_be_causal(config.base)
-    tokenizer = models.load_tokenizer(config.base)
-    prepared = prepare(config, tokenizer)
+    task = TASKS[config.task](config)
+    task.open()
+    prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments_of(config, output, prepared)
-    if config.quantize is None:
+    if config.quantize is None and task.auto == "AutoModelForCausalLM":
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
-        model = models.load_base(
-            config.base, precision=config.precision, device=config.device, attention=config.attention,
-            quantize=config.quantize, device_map=config.device_map,
-        ).model  # fmt: skip
+        model = task.load().model
     handle = attach_as(config, model, None)
     cached = HiddenStateCache(model) if config.cache_lower else None
-    describe(config, model, handle, prepared, cached, console)
+    describe(task, model, handle, prepared, cached, console)
     done = 0 if found is None else found[1]
-    say(console, f"Time     {_time(config, model, prepared, prepared.steps - done)}")
-    _show(prepared.train, tokenizer, console)
+    if any(prepared.train.lengths):
+        say(console, f"Time     {_time(task, model, prepared, prepared.steps - done)}")
+    _show(task, prepared, console)
     say(console, "Nothing was written. The same command without --dry-run starts the run.")
 
 
-def _time(config: TrainConfig, model: Any, prepared: Prepared, steps: int) -> str:
+def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
     """A lower bound: the products of the base alone, forward and back through it, at the speed that this machine's have
     now. Backward ends at the lowest adapted block, which is not counted; nor is what else a step does."""
+    config = task.config
     tokens = sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
     embedding = model.get_input_embeddings()
     tables = {id(embedding.weight)} if embedding is not None else set()

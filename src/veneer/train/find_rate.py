@@ -113,9 +113,9 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     Raises: as ``fit`` does before its first step; ``TrainingError``: not even the first loss is a number.
     """
     console = console or Console(stderr=True)
-    models.must_be_causal(config.base)
-    tokenizer = models.load_tokenizer(config.base)
-    prepared = prepare(config, tokenizer)
+    task = TASKS[config.task](config)
+    task.open()
+    prepared = task.prepare()
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(config, Path(folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
@@ -123,10 +123,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments.lr_scheduler_type, arguments.load_best_model_at_end = SchedulerType.CONSTANT, False
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base = models.load_base(
-            config.base, precision=config.precision, device=config.device, attention=config.attention,
-            quantize=config.quantize, device_map=config.device_map,
-        )  # fmt: skip
+        base = task.load()
         handle = attach_as(config, base.model, None)
         sweep = _Sweep()
         trainer = AdapterTrainer(

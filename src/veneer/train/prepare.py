@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from trl.data_utils import pack_dataset
 
 from veneer import models
 from veneer.errors import ConfigError
-from veneer.train import data, tokens
+from veneer.train import data
 from veneer.train.config import TrainConfig
 
 LONGEST = 2048  # tokens: the default limit, where the model's context is longer
@@ -21,10 +22,11 @@ LONGEST = 2048  # tokens: the default limit, where the model's context is longer
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, ready for the trainer, and the number of steps. `unused` are columns that nothing reads."""
+    """The data of a run, ready for the trainer, and the number of steps. `train` and `evaluation` are `tokens.Examples`
+    or `tasks.Rows`. `unused` are columns that nothing reads."""
 
-    train: tokens.Examples
-    evaluation: tokens.Examples | None
+    train: Any
+    evaluation: Any
     train_set: Any
     eval_set: Any
     max_length: int
@@ -33,30 +35,37 @@ class Prepared:
     unused: tuple[str, ...]
 
 
-def prepare(config: TrainConfig, tokenizer: Any) -> Prepared:
-    """Read, check, split, tokenise and pack the data of `config`, and count the steps."""
-    columns = data.Columns(config.messages_column, config.prompt_column, config.completion_column, config.text_column)
-    rows = data.read(config.data, columns, split=config.split)
-    held_out = data.read(config.eval_data, columns) if config.eval_data is not None else None
+def max_length(config: TrainConfig) -> int:
+    """The longest example in tokens that a run takes. Raises `ConfigError` for more than the base can."""
+    context = models.context_length(config.base)
+    length = config.max_length or min(context or LONGEST, LONGEST)
+    if context is not None and length > context:
+        raise ConfigError(f"max_length {length:,}", f"at most {context:,}, the context of {config.base}", "lower it")
+    return length
+
+
+def prepare(
+    config: TrainConfig,
+    read: Callable[[str, str], data.Records],
+    encode: Callable[[data.Records], Any],
+    length: int,
+    dataset: Callable[[Any, int], Any] | None = None,
+) -> Prepared:
+    """Read, check, split and encode the data of `config`, and count the steps. ``read``: of (source, split);
+    ``encode``: records to examples; ``dataset``: what the trainer takes of examples, if not their own `dataset()`."""
+    rows = read(config.data, config.split)
+    held_out = read(config.eval_data, "train") if config.eval_data is not None else None
     if config.eval_fraction:
         rows, held_out = split(rows, config.eval_fraction, config.seed)
-    context = models.context_length(config.base)
-    max_length = config.max_length or min(context or LONGEST, LONGEST)
-    if context is not None and max_length > context:
-        expected = f"at most {context:,}, the context of {config.base}"
-        raise ConfigError(f"max_length {max_length:,}", expected, "lower it")
-    options: Any = {"max_length": max_length, "too_long": config.too_long, "completion_only": config.completion_only}
     parts = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
-    examples = {name: tokens.tokenise(part, tokenizer, **options) for name, part in parts.items()}
-    sets = {name: part.dataset() for name, part in examples.items()}
-    if config.packing:
-        sets = {name: pack(part, max_length) for name, part in sets.items()}
+    examples = {name: encode(part) for name, part in parts.items()}
+    sets = {name: part.dataset() if dataset is None else dataset(part, length) for name, part in examples.items()}
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batches = math.ceil(len(sets["train"]) / (config.batch_size * world))
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
     hashes = {name: part.sha256 for name, part in parts.items()}
     return Prepared(
-        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), max_length, steps, hashes, rows.unused
+        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), length, steps, hashes, rows.unused
     )
 
 

@@ -23,26 +23,26 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 import veneer
-from veneer import models
+from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
+from veneer.attach.targets import Names, fresh_head, listed
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, memory
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
-from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.prepare import Prepared, prepare
-from veneer.train.tokens import IGNORED
-from veneer.train.trainer import AdapterTrainer
+from veneer.train.prepare import Prepared
+from veneer.train.tasks import TASKS, Task
+from veneer.train.trainer import trainer_of
 
 Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave. `losses[i]` is the loss of step i + 1 (nats a token) and `eval_losses` [(step, loss)], both
+    """What a run gave. `losses[i]` is the loss of step i + 1 (sft: nats a token) and `eval_losses` [(step, loss)], both
     from the first step on, whichever session computed them; `seconds` and `tokens` likewise. After an interruption
     `adapter` is the newest checkpoint's, and `interrupted` is true."""
 
@@ -83,9 +83,9 @@ def fit(
     console = console or Console(stderr=True, quiet=quiet)
     output = config.output.expanduser()
     resume = unfinished(config, output)
-    models.must_be_causal(config.base)
-    tokenizer = models.load_tokenizer(config.base)
-    prepared = prepare(config, tokenizer)
+    task = TASKS[config.task](config)
+    task.open()
+    prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
     if (seen := arguments.n_gpu) > 1:
@@ -96,41 +96,36 @@ def fit(
                 f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).",
             )
     set_seed(config.seed)
-    base = models.load_base(
-        config.base, precision=config.precision, device=config.device, attention=config.attention,
-        quantize=config.quantize, device_map=config.device_map,
-    )  # fmt: skip
-    must_not_see_later_tokens(base.model, config.base)
+    base = task.load()
     handle = attach_as(config, base.model, found)
     cached = HiddenStateCache(base.model) if config.cache_lower else None
-    describe(config, base.model, handle, prepared, cached, console)
+    describe(task, base.model, handle, prepared, cached, console)
     if config.check:
-        _check(base.model, prepared)
+        _check(task, base.model, prepared)
     if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
         checkpoint.clear(output)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(output)
     _status(output, "running", config, prepared)
     before = checkpoint.cut_log(output, found[1] if found is not None else 0)
-    stop, bar = watch.StopOnSignal(console), watch.ProgressBar(console, found[1] if found else 0)
+    stop, bar = watch.StopOnSignal(console), watch.ProgressBar(console, found[1] if found else 0, task)
     early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
-    trainer = AdapterTrainer(
-        base.model,
+    trainer = trainer_of(
+        task, base.model, cached,
         args=arguments,
         train_dataset=prepared.train_set,
         eval_dataset=prepared.eval_set,
-        processing_class=tokenizer,
-        callbacks=[watch.LossLog(output, before), watch.StopOnNan(), stop, bar, *early, *callbacks],
+        processing_class=base.tokenizer,
+        callbacks=[watch.LossLog(output, before, task), watch.StopOnNan(), stop, bar, *early, *callbacks],
         adapter=handle,
         base_name=config.base,
-        hidden_state_cache=cached,
-    )
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     _train(trainer, found, prepared, stop, bar, output)
     result = _result(output, base, handle, interrupted=stop.stopped and trainer.state.global_step < prepared.steps)
     if not result.interrupted:
-        return _finish(config, result, prepared, console)
+        return _finish(task, result, prepared, console)
     _status(output, "interrupted", config, prepared)
     return result
 
@@ -195,15 +190,24 @@ def attach_as(config: TrainConfig, model: Any, found: Found) -> Any:
     torch.manual_seed(config.seed)
     lora = veneer.LoraConfig(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets, exclude=config.exclude,
-        layers=config.layers, train_also=config.train_also, bias=config.bias, variant=config.variant, dtype=dtype,
+        layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
+        variant=config.variant, dtype=dtype,
     )  # fmt: skip
     return veneer.attach(model, lora, name="default")
 
 
+def _new_heads(model: Any, config: TrainConfig) -> list[str]:
+    """The modules of a task's head that no checkpoint held: they train in full, as "all-linear" sees to by itself."""
+    if "all-linear" in listed(config.targets):
+        return []
+    names = Names(model)
+    return sorted({path for path, _ in fresh_head(names, fresh(names).values())} - {*config.train_also})
+
+
 def describe(
-    config: TrainConfig, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console
+    task: Task, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console
 ) -> None:
-    train = prepared.train
+    config, train = task.config, prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
     kept = [
@@ -213,14 +217,13 @@ def describe(
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     kept += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
     say(console, f"Base     {config.base} ({', '.join(kept)})")
-    amount = f"{len(train):,} examples, {sum(train.lengths):,} tokens, {train.trained_tokens:,} of them learnt"
-    say(console, f"Data     {config.data}: {amount}{notes}")
+    say(console, f"Data     {config.data}: {task.amount(train)}{notes}")
     if prepared.unused:
         say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     say(console, f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples")
-    say(console, f"Memory   {memory.estimate(model, config, *_largest_batch(prepared, config))}")
+    say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
@@ -228,23 +231,10 @@ def describe(
     say(console, str(handle.summary()))
 
 
-def _largest_batch(prepared: Prepared, config: TrainConfig) -> tuple[int, int]:
-    """(tokens with padding, labels) of the batch that needs the most."""
-    train = prepared.train
-    if config.packing:
-        whole = prepared.max_length * config.batch_size
-        return whole, round(whole * train.trained_tokens / sum(train.lengths))
-    longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[: config.batch_size]
-    labelled = sum(label != IGNORED for i in longest for label in train.labels[i])
-    return len(longest) * train.lengths[longest[0]], labelled
-
-
-def _check(model: Any, prepared: Prepared) -> None:
-    """Every adapter must be reached and get a gradient: on the shortest example, with the random state put back."""
-    shortest = min(range(len(prepared.train)), key=prepared.train.lengths.__getitem__)
-    ids = torch.tensor([prepared.train.input_ids[shortest][:64]], device=model.device)
+def _check(task: Task, model: Any, prepared: Prepared) -> None:
+    """Every adapter must be reached and get a gradient: on a short example, with the random state put back."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        veneer.check(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
+        veneer.check(model, task.example(prepared, model.device))
 
 
 def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
@@ -280,16 +270,20 @@ def _result(output: Path, base: Any, handle: Any, interrupted: bool) -> Result:
     )  # fmt: skip
 
 
-def _finish(config: TrainConfig, result: Result, prepared: Prepared, console: Console) -> Result:
+def _finish(task: Task, result: Result, prepared: Prepared, console: Console) -> Result:
     """Write the adapter and metrics.json, then mark the run as finished: the last thing that is done."""
-    losses, handle, summary = result.losses, result.handle, result.handle.summary()
+    config, losses, handle, summary = task.config, result.losses, result.handle, result.handle.summary()
     metrics: dict[str, Any] = {"steps": result.steps, "first_loss": losses[0], "last_loss": losses[-1]}
     metrics |= {"seconds": result.seconds, "tokens": result.tokens, "trainable_parameters": summary.trainable}
     metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
+        lines = [line for line in checkpoint.read_log(result.output) if line.get("eval_loss") == metrics["eval_loss"]]
+        names = [f"eval_{name}" for name in task.measures]
+        metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
     provenance = {
         "config": config.content(),
+        "task": {"name": task.name, **task.settings()},
         "data": prepared.hashes,
         "base_dtype": str(result.model.dtype).removeprefix("torch."),
         "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from veneer.errors import DataError
-from veneer.train.data import Records
+from veneer.train.data import TOOLS, Records
 
 IGNORED = -100  # the label that torch's cross-entropy skips
 
@@ -112,12 +112,29 @@ def _encoder(rows: Records, tokenizer: Any) -> Encoder:
             f"{rows.source} holds chat messages, and the base model's tokenizer has no chat template.\n"
             "Expected a chat model.\nDo: choose its instruct version, or give `prompt` and `completion` as text."
         )
+    _must_show_tools(rows, tokenizer)
     if rows.kind == "prompt":
-        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, place)
+        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, place, row.get(TOOLS))
     template = _training_template(tokenizer)
     if template is not None:
-        return lambda row, place: _encode_marked(row["messages"], tokenizer, template)
-    return lambda row, place: _encode_turns([], row["messages"], tokenizer, place)
+        return lambda row, place: _encode_marked(row["messages"], tokenizer, template, row.get(TOOLS))
+    return lambda row, place: _encode_turns([], row["messages"], tokenizer, place, row.get(TOOLS))
+
+
+def _must_show_tools(rows: Records, tokenizer: Any) -> None:
+    """Refuse tools, or calls of them, that the chat template would leave out without a word."""
+    template = str(tokenizer.chat_template)
+    for row, place in zip(rows.rows, rows.places, strict=True):
+        messages = [
+            message
+            for value in (row.get(part) for part in ("messages", "prompt", "completion"))
+            for message in value or []
+        ]
+        used = {TOOLS: bool(row.get(TOOLS)), "tool_calls": any("tool_calls" in message for message in messages)}
+        if lost := [word for word, there in used.items() if there and word not in template]:
+            found = f"{rows.source}, {place} holds {lost[0]}, and the base's chat template has no place for them"
+            do = "choose a base whose template has, or write the calls as the content of the messages"
+            raise DataError(found, f"a chat template that shows {lost[0]}", do)
 
 
 def _ended(tokens: list[int], learn: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -155,32 +172,38 @@ def _training_template(tokenizer: Any) -> str | None:
         return None
 
 
-def _encode_marked(messages: list[Any], tokenizer: Any, template: str) -> tuple[list[int], list[bool]]:
+def _encode_marked(messages: list[Any], tokenizer: Any, template: str, tools: Any) -> tuple[list[int], list[bool]]:
     encoded = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+        messages, tools=tools, chat_template=template, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
     return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
 
 
-def _encode_turns(prompt: list[Any], completion: list[Any], tokenizer: Any, place: str) -> tuple[list[int], list[bool]]:
+def _encode_turns(
+    prompt: list[Any], completion: list[Any], tokenizer: Any, place: str, tools: Any
+) -> tuple[list[int], list[bool]]:
     """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in `completion` are
     learnt. A template that rewrites earlier turns is an error."""
     messages = [*prompt, *completion]
     cuts: list[tuple[int, bool]] = [(0, False)]
-    full = _chat(messages, tokenizer)
+    full = chat_tokens(messages, tokenizer, tools=tools)
     for number, message in enumerate(messages):
         learn = number >= len(prompt) and message["role"] == "assistant"
         if learn:  # the header ("<|im_start|>assistant") is given at generation, not learnt
-            cuts.append((_prefix(_chat(messages[:number], tokenizer, header=True), full, place), False))
-        cuts.append((_prefix(_chat(messages[: number + 1], tokenizer), full, place), learn))
+            cuts.append(
+                (_prefix(chat_tokens(messages[:number], tokenizer, header=True, tools=tools), full, place), False)
+            )
+        cuts.append((_prefix(chat_tokens(messages[: number + 1], tokenizer, tools=tools), full, place), learn))
     flags = [False] * len(full)
     for (start, _), (end, learn) in pairwise(cuts):
         flags[start:end] = [learn] * (end - start)
     return full, flags
 
 
-def _chat(messages: list[Any], tokenizer: Any, header: bool = False) -> list[int]:
-    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": header}
+def chat_tokens(messages: list[Any], tokenizer: Any, *, header: bool = False, tools: Any = None) -> list[int]:
+    """A chat through the tokenizer's template; with `header`, up to where the assistant's next turn begins."""
+    options = {"tools": tools, "tokenize": True, "return_dict": True, "add_generation_prompt": header}
     return list(tokenizer.apply_chat_template(messages, **options)["input_ids"]) if messages else []
 
 

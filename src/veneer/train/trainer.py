@@ -1,4 +1,6 @@
-"""trl's `SFTTrainer` with Veneer's adapters in it: lean loss, exact order of the data, atomic checkpoints.
+"""transformers' trainers with Veneer's adapters in them: lean loss, exact order of the data, atomic checkpoints.
+
+`AdapterTrainer` is trl's `SFTTrainer`, for the task sft; `TaskTrainer` the plain `Trainer`, for the loss of any other.
 
 What is taken from trl and transformers: the loop, accumulation, precision, devices, schedules, optimisers, packing,
 collation, trackers. What is replaced, and why:
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -28,6 +31,7 @@ from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
+from veneer.train.tasks import Rows, Task
 from veneer.train.tokens import IGNORED
 
 #: the key under which a batch says how many labels it has
@@ -70,93 +74,43 @@ class EpochSampler(Sampler[int]):
         return chain(first, *(batches[number] for number in order), last)
 
 
-class AdapterTrainer(SFTTrainer):
-    """An `SFTTrainer` for a model with a Veneer adapter attached.
+class _Adapted(Trainer):
+    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints."""
 
-    Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
-        adapter: the handle that `veneer.attach` gave;
-        base_name: what the adapter's metadata calls the base;
-        hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
-    """
-
-    def __init__(
-        self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
-    ) -> None:
-        own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
-        with _adapted(model):
-            super().__init__(model, **kwargs)
-        model.__dict__.pop("forward", None)  # SFTTrainer's fused head
-        model.__dict__.update(own)
-        self.adapter, self.base_name, self.hidden_state_cache = adapter, base_name, hidden_state_cache
-        # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
-        self._eval_total: torch.Tensor | None = None
-
-    def _send_telemetry(self) -> None:
-        """A training run is nobody else's business."""
+    adapter: Any
+    base_name: str
+    _eval_total: torch.Tensor | None = None  # sums over the evaluation so far: loss, items, measures
+    measures: tuple[str, ...] = ("accuracy",)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+        lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        """The batches of a step, each with the number of its labels, so that nothing in the step waits for the device:
-        numbers of all of them, and the tokens of all processes, are read here at once."""
-        samples, items = super().get_batch_samples(*args)
-        if samples and all("labels" in inputs for inputs in samples):
-            # packed rows have no mask, and no padding
-            masks = [inputs.get("attention_mask") for inputs in samples]
-            whole = sum(
-                inputs["input_ids"].numel() for inputs, mask in zip(samples, masks, strict=True) if mask is None
-            )
-            counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
-            seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
-            *counts, total = torch.stack([*counts, self._sum(seen)]).tolist()
-            samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
-            self._total_train_tokens += total
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return samples, items
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
-        if return_outputs:
-            raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
-        training, count = model.training, inputs.get(LABELS)
-        inputs = {name: value for name, value in inputs.items() if name != LABELS}
-        with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
-            result = token_loss(model, inputs, accuracy=not training, count=count)
-        if not training:
-            counts = self._sum(torch.stack([double(result.total.detach()), result.items, result.correct]))  # [3]
-            self._eval_total = counts if self._eval_total is None else self._eval_total + counts
-        items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = result.total / items.clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
-        if result.extra is not None:
-            loss = loss + result.extra / (self.current_gradient_accumulation_steps if training else 1)
-        return loss
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, of the same shape."""
         gathered: Any = self.accelerator.gather(value[None])  # [processes, ...]
         return gathered.sum(dim=0)
 
+    def _count(self, *sums: torch.Tensor) -> None:
+        """Add to the sums of an evaluation: loss, items, then each measure."""
+        device = self.accelerator.device
+        counts = self._sum(torch.stack([double(value.detach().to(device)) for value in sums]))
+        self._eval_total = counts if self._eval_total is None else self._eval_total + counts
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As before, with the loss as a mean over tokens and the share of tokens that are right."""
+        """As before, with the loss and the measures as means over all items."""
         self._eval_total = None
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         counts: Any = self._eval_total
         if counts is not None and output.metrics is not None:
-            loss, items, correct = counts.tolist()
+            loss, items, *sums = counts.tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
-            output.metrics[f"{prefix}_accuracy"] = correct / max(items, 1)
+            for name, value in zip(self.measures, sums, strict=True):
+                output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -192,3 +146,126 @@ class AdapterTrainer(SFTTrainer):
         """Give the adapter the numbers of the best checkpoint."""
         if self.state.best_model_checkpoint is not None:
             refill(self.adapter.model, checkpoint.Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
+
+
+class AdapterTrainer(_Adapted, SFTTrainer):
+    """An `SFTTrainer` for a model with a Veneer adapter attached.
+
+    Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
+        adapter: the handle that `veneer.attach` gave;
+        base_name: what the adapter's metadata calls the base;
+        hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
+    """
+
+    def __init__(
+        self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
+    ) -> None:
+        own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+        with _adapted(model):
+            super().__init__(model, **kwargs)
+        model.__dict__.pop("forward", None)  # SFTTrainer's fused head
+        model.__dict__.update(own)
+        self.adapter, self.base_name, self.hidden_state_cache = adapter, base_name, hidden_state_cache
+        # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+
+    def _send_telemetry(self) -> None:
+        """A training run is nobody else's business."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """The batches of a step, each with the number of its labels, so that nothing in the step waits for the device:
+        numbers of all of them, and the tokens of all processes, are read here at once."""
+        samples, items = super().get_batch_samples(*args)
+        if samples and all("labels" in inputs for inputs in samples):
+            # packed rows have no mask, and no padding
+            masks = [inputs.get("attention_mask") for inputs in samples]
+            whole = sum(
+                inputs["input_ids"].numel() for inputs, mask in zip(samples, masks, strict=True) if mask is None
+            )
+            counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
+            seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
+            *counts, total = torch.stack([*counts, self._sum(seen)]).tolist()
+            samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
+            self._total_train_tokens += total
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return samples, items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
+        if return_outputs:
+            raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
+        training, count = model.training, inputs.get(LABELS)
+        inputs = {name: value for name, value in inputs.items() if name != LABELS}
+        with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
+            result = token_loss(model, inputs, accuracy=not training, count=count)
+        if not training:
+            self._count(result.total, result.items, result.correct)
+        items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = result.total / items.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
+        if result.extra is not None:
+            loss = loss + result.extra / (self.current_gradient_accumulation_steps if training else 1)
+        return loss
+
+
+class TaskTrainer(_Adapted):
+    """A `Trainer` whose loss is a task's. Takes `Trainer`'s arguments, with `Rows` as data sets; `adapter` and
+    `base_name` as `AdapterTrainer`."""
+
+    def __init__(self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any) -> None:
+        with _adapted(model):
+            super().__init__(model, data_collator=task.collate, **kwargs)
+        self.task, self.adapter, self.base_name, self.measures = task, adapter, base_name, task.measures
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # by the items of the accumulated batch
+        self._total_train_tokens, self._train_sums = 0, {}
+        if self.args.activation_checkpointing:  # pyright: ignore[reportAttributeAccessIssue] (SFTConfig's)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples, _ = super().get_batch_samples(*args)
+        masks = [inputs["attention_mask"].sum() for inputs in samples if "attention_mask" in inputs]
+        items = torch.tensor(sum(map(self.task.items, samples)), device=self.accelerator.device)
+        seen: Any = sum(masks, torch.zeros_like(items))
+        items, seen = self._sum(torch.stack([items, seen.to(items.device)]))
+        self._total_train_tokens += int(seen)
+        return samples, items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's loss, and its measures."""
+        found = self.task.loss(model, inputs)
+        sums = [torch.as_tensor(found.sums.get(name, 0.0)) for name in self.measures]
+        items = torch.tensor(float(found.items))
+        if not model.training:
+            self._count(found.total, items, *sums)
+            return found.total.detach() / max(found.items, 1)
+        for name, value in zip(("items", *self.measures), (items, *sums), strict=True):
+            self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
+        loss = found.total / (found.items if num_items_in_batch is None else num_items_in_batch)
+        return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss alone, which counts itself."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the tokens seen so far, and the measures of the step where the task takes them in training."""
+        if "loss" in logs:
+            items = self._train_sums.pop("items", 0.0)
+            logs |= {name: value / max(items, 1.0) for name, value in self._train_sums.items()}
+            logs["num_tokens"] = self._total_train_tokens
+            self._train_sums = {}
+        super().log(logs, start_time)
+
+
+def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
+    """The trainer of a task: trl's for sft, which packs and offloads; else the plain one with the task's loss."""
+    if task.name == "sft":
+        return AdapterTrainer(model, hidden_state_cache=cached, **options)
+    return TaskTrainer(model, task=task, **options)

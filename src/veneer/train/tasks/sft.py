@@ -1,0 +1,72 @@
+"""Imitate: chats, prompts with completions, or texts, token by token. Trained by trl's `SFTTrainer` (`trainer.py`),
+with packing and the hidden-state cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from veneer import models
+from veneer.train import data, prepare, tokens
+from veneer.train.causal import must_not_see_later_tokens
+from veneer.train.loss import token_loss
+from veneer.train.prepare import Prepared
+from veneer.train.tasks._base import Base, Task, TaskLoss, pad_of, register, token_batch
+from veneer.train.tokens import IGNORED
+
+
+@register
+class Sft(Task):
+    item = "token"
+
+    def prepare(self) -> Prepared:
+        dataset = (lambda part, length: prepare.pack(part.dataset(), length)) if self.config.packing else None
+        return prepare.prepare(self.config, self.read, self.encode, self.max_length(), dataset)
+
+    def read(self, source: str, split: str) -> data.Records:
+        config = self.config
+        columns = data.Columns(
+            config.messages_column, config.prompt_column, config.completion_column, config.text_column
+        )
+        return data.read(source, columns, split=split)
+
+    def encode(self, records: data.Records) -> tokens.Examples:
+        config = self.config
+        return tokens.tokenise(
+            records, self.processor, max_length=self.max_length(), too_long=config.too_long,
+            completion_only=config.completion_only,
+        )  # fmt: skip
+
+    def load(self) -> Base:
+        base = models.load_base(self.config.base, **self.loading())
+        must_not_see_later_tokens(base.model, self.config.base)
+        return base
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return token_batch([row["input_ids"] for row in rows], [row["labels"] for row in rows], pad_of(self.processor))
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
+        found = token_loss(model, batch, accuracy=not model.training)
+        return TaskLoss(found.total, int(found.items), {"accuracy": found.correct})
+
+    def items(self, batch: Mapping[str, Any]) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
+        shortest = min(range(len(prepared.train)), key=prepared.train.lengths.__getitem__)
+        ids = torch.tensor([prepared.train.input_ids[shortest][:64]], device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+    def largest(self, prepared: Prepared) -> tuple[int, int]:
+        train, config = prepared.train, self.config
+        if config.packing:
+            whole = prepared.max_length * config.batch_size
+            return whole, round(whole * train.trained_tokens / sum(train.lengths))
+        longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[: config.batch_size]
+        labelled = sum(label != IGNORED for i in longest for label in train.labels[i])
+        return len(longest) * train.lengths[longest[0]], labelled
+
+    def amount(self, rows: Any) -> str:
+        return f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.trained_tokens:,} of them learnt"
