@@ -68,6 +68,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
         bf16=False,  # the weights have their type already: no autocast
         disable_tqdm=True,
+        remove_unused_columns=config.task == "sft",  # a task's collator reads all of them
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=on_cpu,
     )

@@ -342,6 +342,15 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         )
 
 
+def shaped(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row of prompt and completion, or of text, whose values are texts or chats, checked. Raises `DataError`."""
+    checked = {part: _value(value, part, part, where) for part, value in row.items()}
+    if len({isinstance(value, str) for value in checked.values()}) > 1:
+        found = f"{where}: {', '.join(f'{part} is {_name(value)}' for part, value in checked.items())}"
+        raise DataError(found, "all of them text, or all lists of messages", "bring them into one form")
+    return checked
+
+
 def _value(value: Any, part: str, column: str, where: str) -> Any:
     if part != "messages" and isinstance(value, str):
         return value

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from veneer import models
 from veneer.models.load import best_device, meta_base
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.prepare import Prepared, prepare
+from veneer.train.prepare import Prepared
 from veneer.train.run import attach_as, describe, found_in, unfinished
+from veneer.train.tasks import TASKS, Task
 from veneer.train.tokens import IGNORED, Examples
 
 #: seconds for which the machine's products are timed
@@ -95,8 +95,23 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
     return count * 2 * tokens * 1024**2 / (time.perf_counter() - start)
 
 
-def _show(examples: Examples, tokenizer: Any, console: Console) -> None:
-    """The first example as the model sees it: which of its text is only read, and which is learnt."""
+def _show(task: Task, prepared: Prepared, console: Console) -> None:
+    """The first example as the model sees it."""
+    if isinstance(prepared.train, Examples):
+        return _show_tokens(prepared.train, task.processor, console)
+    row = prepared.train.rows[0]
+    say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
+    decode = getattr(task.processor, "decode", None)
+    for name, value in row.items():
+        if decode is not None and isinstance(value, list) and value and all(type(one) is int for one in value):
+            shown = f"{len(value)} tokens │ {decode([one for one in value if one >= 0])}"
+        else:
+            shown = f"{type(value).__name__} {getattr(value, 'shape', value)}"
+        say(console, f"  {name} │ {shown[:SHOWN]}")
+
+
+def _show_tokens(examples: Examples, tokenizer: Any, console: Console) -> None:
+    """Which of the first example's text is only read, and which is learnt."""
     ids, labels = examples.input_ids[0], examples.labels[0]
     say(console, f"Example  {len(ids)} tokens, row {examples.index[0] + 1} of the data:")
     left = SHOWN

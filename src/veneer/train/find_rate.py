@@ -19,15 +19,14 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from veneer import models
 from veneer.errors import TrainingError
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.prepare import prepare
 from veneer.train.run import attach_as
-from veneer.train.trainer import AdapterTrainer
+from veneer.train.tasks import TASKS
+from veneer.train.trainer import trainer_of
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
 #: a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the rates
@@ -126,16 +125,11 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         base = task.load()
         handle = attach_as(config, base.model, None)
         sweep = _Sweep()
-        trainer = AdapterTrainer(
-            base.model,
-            args=arguments,
-            train_dataset=prepared.train_set,
-            processing_class=tokenizer,
-            callbacks=[sweep],
-            adapter=handle,
-            base_name=config.base,
-            hidden_state_cache=HiddenStateCache(base.model) if config.cache_lower else None,
-        )
+        trainer = trainer_of(
+            task, base.model, HiddenStateCache(base.model) if config.cache_lower else None,
+            args=arguments, train_dataset=prepared.train_set, processing_class=base.tokenizer, callbacks=[sweep],
+            adapter=handle, base_name=config.base,
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         say(
             console,

@@ -41,9 +41,38 @@ def generate(
     was. ``say``: called with each piece of the text of a single prompt as it is written. ``until``: asked after each
     token; what is written when it says True is the text. ``DataError``: an empty prompt, or a prompt with
     `max_new_tokens` is longer than the model's context."""
+    encoded = [encode(prompt, tokenizer) for prompt in prompts]
+    sampled = continuations(
+        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        batch_size=batch_size, stop=stop, seed=seed, say=say, until=until,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    for word in stop:
+        texts = [text.split(word, 1)[0] for text in texts]
+    return texts
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    say: Callable[[str], None] | None = None,
+    until: Callable[[], bool] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with it. ``top_k``: when
+    sampling, from so many tokens; 0 is all, None transformers' default. Other arguments and errors as of
+    ``generate``."""
     from transformers import GenerationConfig
 
-    encoded = [encode(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     context = context_of(model)
     if context is not None and encoded and (longest := len(encoded[order[0]])) + max_new_tokens > context:
@@ -52,18 +81,24 @@ def generate(
         raise DataError(found, f"at most {context:,} together, the model's context", do)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling: Any = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    sampling: Any = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": top_p,
+        **({} if top_k is None else {"top_k": top_k}),
+    }
     # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
-        use_cache=True, **{"do_sample": False, **sampling},
+        use_cache=True, **(sampling if temperature > 0 else {"do_sample": False}),
     )  # fmt: skip
     options = {
         "generation_config": config,
         **({"tokenizer": tokenizer} if stop else {}),
         **_watched(say, until, tokenizer),
     }
-    texts, training = [""] * len(encoded), model.training
+    answers: list[list[int]] = [[] for _ in encoded]
+    training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(enabled=seed is not None):
@@ -77,16 +112,12 @@ def generate(
                 mask = [[0] * count + [1] * (width - count) for count in short]
                 inputs = {"input_ids": ids, "attention_mask": mask}
                 inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
-                output = tokenizer.batch_decode(
-                    model.generate(**inputs, **options)[:, width:], skip_special_tokens=True
-                )
-                for row, text in zip(rows, output, strict=True):
-                    for word in stop:
-                        text = text.split(word, 1)[0]
-                    texts[row] = text
+                new = model.generate(**inputs, **options)[:, width:].tolist()
+                for row, tokens in zip(rows, new, strict=True):
+                    answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     finally:
         model.train(training)
-    return texts
+    return answers
 
 
 def context_of(model: Any) -> int | None:
@@ -112,7 +143,7 @@ def _watched(say: Callable[[str], None] | None, until: Callable[[], bool] | None
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The token ids of a text, or of a chat through the tokenizer's template."""
+    """The token ids of a text, or of a chat through the tokenizer's template, up to where its answer begins."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

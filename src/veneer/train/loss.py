@@ -41,7 +41,7 @@ from veneer.kernels import fused
 from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.tokens import IGNORED
 
-__all__ = ["TokenLoss", "causal_loss", "token_loss"]
+__all__ = ["TokenLoss", "causal_loss", "log_probabilities", "token_loss"]
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
@@ -111,6 +111,48 @@ def causal_loss(
     items = result.items if num_items_in_batch is None else num_items_in_batch
     loss = result.total / torch.as_tensor(items, device=result.total.device).clamp(min=1)
     return loss if result.extra is None else loss + result.extra.to(loss.device)
+
+
+def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
+    """log p of each label from the tokens before it, [b, s - 1]; 0 where there is none. Differentiable as often as the
+    model.
+
+    `inputs` as `token_loss` takes them. The rows with a label alone reach the head, where the model's forward can be
+    cut there; their logits, divided by `temperature`, are kept for backward: what a preference weighs them by is known
+    only once all of them are."""
+    labels: Tensor = inputs["labels"]
+    rest = {"use_cache": False, **{name: value for name, value in inputs.items() if name != "labels"}}
+    target = labels[:, 1:]
+    wanted = target != IGNORED
+    logits = _labelled_logits(model, rest, labels)  # [n, v], in the order of wanted.nonzero()
+    answers = target[wanted].to(logits.device)
+    wide = logits.to(at_least_float32(logits.dtype)) / temperature
+    told = -functional.cross_entropy(wide, answers, reduction="none")
+    return told.new_zeros(wanted.shape).masked_scatter(wanted.to(told.device), told)
+
+
+def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """The logits [n, v] of the positions whose next token has a label."""
+    wanted, path, cut = functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED, _body(model), False
+    if path is None:
+        return model(**inputs).logits[wanted]
+    places = wanted.flatten().nonzero().squeeze(1)  # [n]
+    body, head = model.get_submodule(".".join(path)), _Head(model, path, inputs)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal cut
+        head.output = output = body(*args, **kwargs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
+            return output
+        flat = hidden.flatten(0, 1)  # [b · s, h]
+        if not head.is_rowwise(flat[places[:3].to(flat.device)].detach()):
+            return output
+        cut = True
+        return _with_rows(output, flat.index_select(0, places.to(flat.device)))
+
+    logits = _view(model, path, answer)(**inputs).logits
+    return logits[0] if cut else logits[wanted.to(logits.device)]
 
 
 def _columns(labels: Tensor) -> Tensor:

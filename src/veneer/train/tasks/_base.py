@@ -83,7 +83,7 @@ class Task(ABC):
     measures: ClassVar[tuple[str, ...]] = ("accuracy",)
     parts: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
-    auto: ClassVar[str] = "AutoModelForCausalLM"
+    auto: str = "AutoModelForCausalLM"
     item: ClassVar[str] = "example"
     compares: ClassVar[bool] = True
 
@@ -229,11 +229,13 @@ def limited(
     return kept, [rows[i] for i in kept], 0
 
 
-def text_of(value: Any, part: str, place: str, source: str) -> str:
-    """A value that must be text, and not empty."""
-    if isinstance(value, str) and value.strip():
-        return value
-    raise DataError(f"{source}, {place}: {part} is {value!r}"[:300], "text", "fix or remove that row")
+def texts_of(records: data.Records, part: str) -> list[str]:
+    """The values of a part that must be text, and not empty."""
+    for row, place in zip(records.rows, records.places, strict=True):
+        if not isinstance(row[part], str) or not row[part].strip():
+            found = f"{records.source}, {place}: {part} is {row[part]!r}"[:300]
+            raise DataError(found, "text", "fix or remove that row")
+    return [row[part] for row in records.rows]
 
 
 def function_of(spec: str) -> Callable[..., Any]:

@@ -1,0 +1,47 @@
+"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): imitation and preference without reference.
+
+    loss = -log p(chosen) - β · log σ(log odds(chosen) - log odds(rejected))        odds(y) = p(y) / (1 - p(y))
+
+log p of an answer is the mean over its tokens. As in the paper, the first term is of the chosen answer alone (trl's
+counts the prompt too). Measures: the share of pairs whose chosen answer is the likelier, and by how much (mean log p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from veneer.train.loss import log_probabilities
+from veneer.train.tasks._base import TaskLoss, register
+from veneer.train.tasks._preferences import Preference, judged
+from veneer.train.tokens import IGNORED
+
+BETA = 0.1  # λ of the paper
+
+
+@register
+class Orpo(Preference):
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
+        count = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+        chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / count).chunk(2)
+        beta = BETA if self.config.beta is None else self.config.beta
+        total = (-chosen - beta * log_ratio(chosen, rejected)).sum()
+        return TaskLoss(total, len(chosen), judged(chosen, rejected))
+
+
+def log_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log σ of the log odds ratio, [b], of mean log-probabilities [b]."""
+    return logsigmoid((chosen - rejected) - (_log_rest(chosen) - _log_rest(rejected)))
+
+
+def _log_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p), for p near 1 and near 0."""
+    tiny = torch.finfo(log_p.dtype).tiny
+    near = log_p > -0.6931471805599453  # log 1/2
+    far_safe = torch.where(near, log_p.new_tensor(-1.0), log_p)
+    near_safe = torch.where(near, log_p.clamp(max=-tiny), log_p.new_tensor(-0.5))
+    return torch.where(near, torch.log(-torch.expm1(near_safe)), torch.log1p(-torch.exp(far_safe)))
