@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
 import torch
-from tests.support.quantised import FORMATS, IN, OUT, TRAINABLE, libraries, variants_of  # noqa: F401 (a fixture)
+from tests.support import compressed
+from tests.support.quantised import COMPRESSED, FORMATS, IN, OUT, libraries, variants_of  # noqa: F401 (a fixture)
 from tests.support.toys import error, randomise
 from torch import nn
 
@@ -30,8 +32,10 @@ class Net(nn.Module):
         return self.layer(self.first(x))
 
 
-def close(module: nn.Module) -> float:
-    """gptqmodel's own kernels multiply in float16."""
+def close(module: nn.Module, rounds: bool = True) -> float:
+    """gptqmodel's own kernels multiply in float16. ``rounds``: what is compared goes by the x that w8a8 rounds."""
+    if rounds and getattr(getattr(module, "quantization_scheme", None), "input_activations", None):
+        return 1e-2
     return CLOSE[torch.float16 if type(module).__module__.startswith("gptqmodel") else torch.float32]
 
 
@@ -74,11 +78,11 @@ def test_a_call_is_the_librarys_and_the_change(kind, real, libraries):  # noqa: 
         with veneer.use(plain, None):
             base = module(x)
         assert error(base, x.double() @ dense.mT + bias_of(module)) <= close(module)
-        assert error(module(x) - base, x.double() @ delta.mT) <= 10 * close(module)
+        assert error(module(x) - base, x.double() @ delta.mT) <= 10 * close(module, rounds=False)
         assert error(module(input=x) if "fp8" in kind else module(x), expected) <= close(module)
 
 
-@pytest.mark.parametrize(("kind", "real"), variants_of(TRAINABLE))
+@pytest.mark.parametrize(("kind", "real"), variants_of())
 def test_gradients_are_those_of_the_definition(kind, real, libraries):  # noqa: F811
     module, dense, _, change = adapted(libraries, kind, real)
     x = torch.randn(5, IN, requires_grad=True)
@@ -88,17 +92,7 @@ def test_gradients_are_those_of_the_definition(kind, real, libraries):  # noqa: 
     seen = x.detach().double().requires_grad_()
     ((seen @ (dense + change.scale * B @ A).mT + bias_of(module)) * weights).sum().backward()
     for found, expected in ((x.grad, seen.grad), (change.A.grad[0], A.grad), (change.B.grad[0], B.grad)):
-        assert error(found, expected) <= 2 * close(module)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in TRAINABLE])
-def test_a_forward_that_cuts_the_graph_answers_but_does_not_train_what_is_below(kind, libraries):  # noqa: F811
-    module, *_ = adapted(libraries, kind, False)
-    module(torch.randn(2, IN)).sum().backward()  # nothing below asks for a gradient
-    with pytest.raises(TargetError, match=r"passes no gradient.*Expected.*bitsandbytes"):
-        module(torch.randn(2, IN, requires_grad=True))
-    with torch.no_grad():
-        module(torch.randn(2, IN, requires_grad=True))
+        assert error(found, expected) <= 2 * close(module, rounds=False)
 
 
 @pytest.mark.parametrize(("kind", "real"), variants_of())
@@ -131,7 +125,8 @@ def test_the_way_out_is_one(kind, real, libraries, tmp_path):  # noqa: F811
     full = Net(nn.Linear(IN, OUT))
     full.load_state_dict({"first.weight": model.first.weight, "first.bias": model.first.bias,
                           "layer.weight": dense.float(), "layer.bias": bias_of(module).float()})  # fmt: skip
-    with pytest.warns(veneer.UnverifiedAdapter):
+    same = kind in COMPRESSED  # what its library makes dense are the very numbers that it meant while packed
+    with nullcontext() if same else pytest.warns(veneer.UnverifiedAdapter):
         other = veneer.load(full, tmp_path / "adapter")
     other.merge()
     assert error(full.layer.weight, dense + low.delta(torch.float64)[0]) < 1e-6
@@ -144,7 +139,7 @@ def copied(model):
     return other
 
 
-@pytest.mark.parametrize(("kind", "real"), variants_of(TRAINABLE))
+@pytest.mark.parametrize(("kind", "real"), variants_of())
 def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
     torch.manual_seed(0)
     module, _ = libraries(kind, real=real)
@@ -156,7 +151,9 @@ def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
     report = veneer.check(model, x)
     assert "layer.weight" in report.weights
     summary = handle.summary()
-    said = {"gptq": "GPTQ or AWQ", "awq": "GPTQ or AWQ", "hqq": "HQQ"}.get(kind, "FP8")
+    said = {"gptq": "GPTQ or AWQ", "awq": "GPTQ or AWQ", "hqq": "HQQ", "w4a16": "compressed-tensors"}
+    said = {**said, "w8a8": said["w4a16"], "fp8": "FP8", "fp8 per tensor": "FP8", "fbgemm": "FP8 of fbgemm"}.get(
+        kind, "FP8 of compressed-tensors")
     assert f"linear ({said}), lora" in str(summary)
     assert summary.trainable == 4 * (IN + IN) + 4 * (IN + OUT)
     randomise(handle, 0.1)
@@ -242,21 +239,104 @@ def test_experts_in_mxfp4_are_refused_with_the_way_out(targets, monkeypatch):
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets))
 
 
-@pytest.mark.parametrize("state", ["packed", "int8", "called"])
-def test_compressed_tensors_are_refused_with_the_way_out(state):
-    """Compressed, the first call of the model makes dense weights of them: adapted before, they would be lost. Then a
-    wrapper stands in the place of forward."""
-    layer = nn.Linear(32, 16)
-    layer.quantization_scheme, layer.quantization_status = object(), "compressed"
-    if state == "packed":
-        del layer.weight
-        layer.weight_packed = nn.Parameter(torch.zeros(16, 4, dtype=torch.int32), requires_grad=False)
-    elif state == "int8":
-        layer.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
+@pytest.mark.parametrize("state", ["frozen", "offloaded", "embedding"])
+def test_compressed_tensors_that_answer_otherwise_are_refused_with_the_way_out(state):
+    """What is quantised anew in each call has another gradient than its weight, accelerate's hooks take the place of
+    forward before the library does, and an embedding is no matrix that x goes through."""
+    layer = compressed.quantised(nn.Linear(32, 16))
+    if state == "frozen":
+        layer.quantization_status = "frozen"
+    elif state == "offloaded":
+        layer._hf_hook = object()  # pyright: ignore[reportArgumentType]
     else:
-        layer.forward = lambda x: type(layer).forward(layer, x)
+        scheme, layer = layer.quantization_scheme, nn.Embedding(32, 16)
+        layer.quantization_scheme, layer.quantization_status = scheme, "compressed"
     with pytest.raises(TargetError, match=r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)"):
-        veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2))
+        veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2, targets="0"))
+
+
+class Three(nn.Module):
+    """A plain layer, two quantised ones, and a plain head."""
+
+    def __init__(self, rounds_x: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(IN, IN), nn.Linear(IN, 8)
+        self.a, self.b = (compressed.quantised(nn.Linear(IN, IN), rounds_x) for _ in range(2))
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.first(x)).relu()))
+
+
+def three(rounds_x: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return compressed.packed_model(Three(rounds_x))
+
+
+@pytest.mark.parametrize("rounds_x", [False, True], ids=["w4a16", "w8a8"])
+def test_an_adapter_before_and_after_the_first_call_of_compressed_tensors_is_the_same(rounds_x, libraries, tmp_path):  # noqa: F811
+    libraries("w8a8")  # its stand-in
+    x, config = torch.randn(5, IN), veneer.LoraConfig(rank=4, targets=["first", "a", "b", "head"])
+    with torch.no_grad():
+        bare = three(rounds_x)(x)
+    found = {}
+    for when in ("before", "after", "loaded before", "loaded after"):
+        model = three(rounds_x)
+        own = {name: type(module) for name, module in model.named_modules()}
+        if "after" in when:
+            with torch.no_grad():
+                assert torch.equal(model(x), bare)
+        if "loaded" in when:
+            handle = veneer.load(model, tmp_path / "before", trainable=True)  # proves the base: packed or dense
+        else:
+            torch.manual_seed(1)
+            handle = veneer.attach(model, config)
+            randomise(handle, 0.1)
+        assert handle.changes.keys() == {"first.weight", "a.weight", "b.weight", "head.weight"}
+        ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        seen = x.clone().requires_grad_()
+        y = model(seen)
+        y.square().sum().backward()
+        assert {name: p for name, p in model.named_parameters() if p.requires_grad}.keys() == ours.keys()
+        with veneer.use(model, None), torch.no_grad():
+            assert torch.equal(model(x), bare)
+        veneer.check(model, x)
+        if when == "before":
+            handle.save(tmp_path / "before")
+        found[when] = y.detach(), seen.grad, [own.grad for own in ours.values()]
+        handle.detach()
+        with torch.no_grad():
+            assert torch.equal(model(x), bare)
+        assert {name: type(module) for name, module in model.named_modules()} == own
+    (y, grad, grads), *others = found.values()
+    for other in others:
+        assert torch.equal(other[0], y)
+        assert torch.equal(other[1], grad)
+        assert all(map(torch.equal, other[2], grads))
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_a_read_of_the_weight_leaves_the_mode_of_the_adapters(libraries):  # noqa: F811
+    module, _ = libraries("gptq")
+    handle = veneer.attach(module, veneer.LoraConfig(rank=2, dropout=0.5))
+    storage_of(module).dense(module)
+    assert all(change.training for change in handle.changes.values())
+
+
+def test_a_second_derivative_through_a_forward_without_one_is_an_error(libraries):  # noqa: F811
+    module, *_ = adapted(libraries, "w8a8", False)
+    x = torch.randn(2, IN, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_the_gradient_is_the_same_in_pieces(libraries, monkeypatch):  # noqa: F811
+    module, dense, _, change = adapted(libraries, "fbgemm", False)
+    monkeypatch.setattr("veneer.bases.opaque.COLUMNS", 24)
+    x = torch.randn(3, 2, IN, requires_grad=True)
+    module(x).sum().backward()
+    low, _ = change.exactly(module)
+    assert error(x.grad, torch.ones(3, 2, OUT).double() @ (dense + low.delta(torch.float64)[0])) < 2e-6
 
 
 def test_a_quantised_layer_that_nobody_knows_is_refused():

@@ -14,15 +14,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.support import compressed
 from torch import Tensor, nn
 
 IN, OUT, GROUP = 64, 32, 32
 #: by the name of the format, what has to be installed for the library's own
-REAL = {"gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq"}
+REAL = {"gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors", "w8a8": "compressed_tensors"}
 #: the library's own classes, whose kernels need a GPU: those are replaced
 KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")
-#: formats whose forward passes a gradient to x
-TRAINABLE = ("gptq", "awq", "hqq", "fp8", "fp8 per tensor")
+#: formats of compressed-tensors, after the first call of their model; w8a8 rounds x too, token by token
+COMPRESSED = ("w4a16", "w8a8")
 FORMATS = (*REAL, *KERNELS)
 
 
@@ -184,6 +185,34 @@ def _multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     return F.linear(x.float(), weight.float() * scale.float().view(-1, 1), bias).to(x.dtype)
 
 
+@torch.no_grad()
+def _compressed(weight: Tensor, bias: bool, kind: str, real: bool) -> nn.Module:
+    linear = nn.Linear(IN, OUT, bias=bias)
+    linear.weight.data = weight
+    if not real:
+        module = compressed.quantised(linear, rounds_x=kind == "w8a8")
+        compressed.decompress_module(module)
+        return module
+    from compressed_tensors.compressors.base import (  # pyright: ignore[reportMissingImports]
+        compress_module,
+        decompress_module,
+    )
+    from compressed_tensors.quantization import preset_name_to_scheme  # pyright: ignore[reportMissingImports]
+    from compressed_tensors.quantization.lifecycle.initialize import (  # pyright: ignore[reportMissingImports]
+        initialize_module_for_quantization,
+    )
+
+    scheme = preset_name_to_scheme(kind.upper(), ["Linear"])
+    if kind == "w4a16":
+        scheme.weights.group_size = GROUP
+    initialize_module_for_quantization(linear, scheme)
+    groups = weight.view(*linear.weight_scale.shape, -1)
+    linear.weight_scale.data = groups.abs().amax(-1) / (7 if kind == "w4a16" else 127)
+    compress_module(linear)
+    decompress_module(linear)
+    return linear
+
+
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, Tensor]]:
     """``made(kind, bias=True, real=False)``: a module of a format, and what its weight means in float64."""
@@ -208,6 +237,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             product = lambda x, w, scale_a, scale_b, out_dtype, bias: _multiplied(x, w.mT, scale_b, bias)  # noqa: E731
             monkeypatch.setattr(tensors, "_scaled_mm_rowwise", product)
             return
+        if kind in COMPRESSED:
+            module = ModuleType("compressed_tensors.compressors.base")
+            module.decompress_module = compressed.decompress_module  # pyright: ignore[reportAttributeAccessIssue]
+            monkeypatch.setitem(sys.modules, "compressed_tensors", ModuleType("compressed_tensors"))
+            monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", ModuleType("compressed_tensors.compressors"))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            return
         where, cls = ("hqq.core.quantize", HQQLinear) if kind == "hqq" else (
             "gptqmodel.nn_modules.qlinear", BaseQuantLinear)  # fmt: skip
         module = ModuleType(where)
@@ -223,6 +259,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
         elif kind == "hqq":
             module = _hqq(weight, bias) if real else HQQLinear(weight, bias)
             dense = module.dequantize()
+        elif kind in COMPRESSED:
+            module = _compressed(weight, bias, kind, real)
+            dense = module.weight.detach()
         elif real:
             module, dense = _gptqmodel(weight, bias, kind)
         else:

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from veneer.attach.qconfig import Qconfig
 from veneer.attach.state import STATE, LayerState
 from veneer.bases import is_opaque
 
-#: where accelerate's hooks keep the forward that they wrap
+#: where accelerate's hooks keep the forward that they wrap, a bound method
 WRAPPED = "_old_forward"
+#: where compressed-tensors keeps it, a function, in every module of a model that has been called
+KEPT = "_original_forward_func"
 
 
 class Adapted:
@@ -62,11 +64,11 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         if parts is None or attached.merged != chosen.on:
             if parts is None or chosen.name != attached.merged:
                 raise layer_state.refusal(chosen)
-            return base.forward(self, *args, **kwargs)
+            return own_forward(self, base, *args, **kwargs)
         if (
             layer_state.key not in parts
         ):  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
-            return base.forward(self, *args, **kwargs)
+            return own_forward(self, base, *args, **kwargs)
         part = parts[layer_state.key]
         if now.reached is not None:
             now.reached.update(part.seen())
@@ -125,9 +127,14 @@ def weight_of(module: nn.Module, name: str) -> Any:
     weight = own[name] if name in own else None  # noqa: SIM401 (a ScriptModule's parameters are no dict)
     if weight is None and (lists := module._modules.get("parametrizations")) is not None:
         return lists._modules.get(name)
-    if name == "weight" and (weight is None or weight.dtype.itemsize == 1) and is_opaque(module):
+    if name == "weight" and is_opaque_like(module, weight) and is_opaque(module):
         return module
     return weight
+
+
+def is_opaque_like(module: nn.Module, weight: Any) -> bool:
+    """What any opaque layer is, quickly: no parameter of a wide dtype, unless compressed-tensors has made it."""
+    return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
 
 
 def state_of(module: nn.Module) -> LayerState | None:
@@ -142,8 +149,14 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 def install(module: nn.Module, layer_state: LayerState) -> None:
     """Make ``module`` adapted. Nothing else of it changes."""
+    own = instance_forward(module)
+    layer_state.own_forward = own if own is not type(module).forward else None
     set_child(module, STATE, layer_state)
     module.__class__ = adapted_class(type(module), ())
+    if KEPT in module.__dict__:
+        module.__dict__[KEPT] = type(module).forward
+    elif own is not None:
+        del module.__dict__["forward"]
     if wrapped_forward(module):
         module.__dict__[WRAPPED] = MethodType(type(module).forward, module)
 
@@ -156,13 +169,39 @@ def wrapped_forward(module: nn.Module) -> bool:
     return plain and inspect.unwrap(own.__func__) is inspect.unwrap(own_class(module).forward)
 
 
+def instance_forward(module: nn.Module) -> FunctionType | None:
+    """What stands in the place of a module's forward on the instance, where that is compressed-tensors' wrapper around
+    the class's own: of a quantised layer, which also rounds what goes in, and, once the model has been called, of every
+    module (under ``KEPT``: what moves inputs to its device is around it)."""
+    own, kept = module.__dict__.get("forward"), module.__dict__.get(KEPT)
+    if kept is None and isinstance(own, MethodType) and own.__self__ is module and is_opaque(module):
+        kept = own.__func__
+    plain = isinstance(kept, FunctionType) and inspect.unwrap(kept) is inspect.unwrap(own_class(module).forward)
+    return cast("FunctionType | None", kept if plain else None)
+
+
+def own_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """The forward of an adapted module without its adapters, whose class was ``base``."""
+    layer_state = module._modules.get(STATE)
+    if layer_state is None or layer_state.own_forward is None:
+        return base.forward(module, *args, **kwargs)
+    plain = object.__new__(base)  # the wrapper calls forward of the class of what it is given
+    plain.__dict__.update(module.__dict__)
+    return layer_state.own_forward(plain, *args, **kwargs)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "veneer_base", type(module))
 
 
 def uninstall(module: nn.Module) -> None:
-    own = own_class(module)
+    own, layer_state = own_class(module), state_of(module)
+    kept = None if layer_state is None else layer_state.own_forward
     set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
+    if KEPT in module.__dict__:  # of a model that was called since, too
+        module.__dict__[KEPT] = own.forward if kept is None else kept
+    elif kept is not None:
+        module.__dict__["forward"] = MethodType(kept, module)
     if wrapped_forward(module):
         module.__dict__[WRAPPED] = MethodType(own.forward, module)
     module.__class__ = own

@@ -166,9 +166,9 @@ def place(
             factored = kind is not None and factors(kind, module, type(module), trusted)
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, switches(module), product)
-            layer_state.bound = tuple(bound(module))
             layer_state.train(module.training)
             make_adapted(module, layer_state)
+            layer_state.bound = tuple(bound(module))
         layer_state.transposed = layer_state.transposed or path in transposed
         part.finalize(module, layer_state)
         enter(module, part.entries)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.adapted_module import weight_of
+from veneer.attach.adapted_module import own_forward, weight_of
 from veneer.attach.change import PIECES, Change
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
 from veneer.attach.experts import dropped, is_stack
@@ -227,11 +227,10 @@ class Call(NamedTuple):
         module, reader, x = self.module, cast(Layer, self.layer_state.layer), self.x
         if biased and not self.full and not change.storage.computed:
             # with entries: on a view, whose methods are the base's too
-            plain: Any = view(module, self.base, {}) if self.entries else module
-            y = self.base.forward(plain, *self.args, **self.kwargs)
             if change.storage.opaque:
-                change.storage.check_gradient(x, y)
-            return y
+                return change.storage.call(self.weight, partial(own_forward, module, self.base), x)
+            plain: Any = view(module, self.base, {}) if self.entries else module
+            return self.base.forward(plain, *self.args, **self.kwargs)
         dense = change.storage.dense(self.weight)
         dense = dense.to(x.dtype) if x.is_floating_point() else dense
         return reader.op(module, x, dense, self.bias(change) if biased else None)
@@ -251,7 +250,7 @@ def factored(call: Call, change: Change, low: LowRank, gain: Tensor | None, drop
         y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
         if y is not None:
             return y
-    stock = call.base in reader.types() and gain is None and not layer_state.transposed
+    stock = call.base in reader.types() and gain is None and not layer_state.transposed and not change.storage.opaque
     if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
         y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
         if y is not None:

@@ -17,6 +17,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from torch import nn
@@ -150,6 +151,7 @@ class LayerState(nn.Module):
     weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
     transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place of
     its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the module.
+    ``own_forward`` stood in the place of forward on the module, and runs where that would.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class LayerState(nn.Module):
         self.layer, self.factors, self.product, self.transposed = layer, factors, product, False
         self.attributes = dict(attributes)
         self.bound: tuple[str, ...] = ()
+        self.own_forward: FunctionType | None = None
 
     def refusal(self, chosen: ActiveAdapter) -> SelectionError:
         """Of a call whose selection names no parts, or another adapter than the merged one."""

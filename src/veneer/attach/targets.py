@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from veneer.attach.adapted_module import walk
-from veneer.bases import is_opaque, unreadable
+from veneer.bases import hidden, is_opaque, unreadable
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
 from veneer.layers import kind_of
@@ -100,7 +100,7 @@ def own_parameters(module: nn.Module) -> list[str]:
     """The names of a module's own parameters, parametrised ones included, and the weight of one that tells nobody what
     it holds."""
     lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    own = [name for name, p in module._parameters.items() if p is not None]
+    own = [name for name, p in module._parameters.items() if p is not None and not hidden(module, name)]
     return [*own, *lists, *(["weight"] if "weight" not in own and is_opaque(module) else ())]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from veneer.attach.adapted_module import WRAPPED, method_of, own_class, state_of, weight_of, wrapped_forward
+from veneer.attach.adapted_module import KEPT, WRAPPED, method_of, own_class, state_of, weight_of, wrapped_forward
 from veneer.attach.dtypes import at_least_float32, cast_floats, is_float, no_autocast, output_dtype, widen
 from veneer.attach.experts import form_from_now_on, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached
@@ -166,6 +166,8 @@ def view(
     if WRAPPED in seen.__dict__ and wrapped_forward(module):  # of the view, as it is of the module
         seen.__dict__[WRAPPED] = MethodType(base.forward, seen)
         seen.__dict__["forward"] = partial(seen.__dict__["forward"].func, seen)
+    if KEPT in seen.__dict__:  # what is around it moves inputs to the device of the module, which has run already
+        seen.__dict__["forward"] = MethodType(base.forward if base is not type(module) else seen.__dict__[KEPT], seen)
     if attributes:
         seen.__dict__.update(attributes)
     for kind in ("_parameters", "_buffers"):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.attach.adapted_module import own_class, wrapped_forward
+from veneer.attach.adapted_module import instance_forward, own_class, wrapped_forward
 from veneer.attach.source_analysis import mentions, reads
 from veneer.attach.source_reader import Reads, attribute
 from veneer.attach.state import ModulePath
@@ -127,7 +127,8 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
         return f"it is a {kind}, whose items are its children: its adapters would be one of the items"
     if isinstance(attribute(own_class(module), method), functools.cached_property):
         return "that is computed once and kept, whatever is selected"
-    if method in module.__dict__ and not (method == "forward" and wrapped_forward(module)):
+    wrapped = method == "forward" and (wrapped_forward(module) or instance_forward(module) is not None)
+    if method in module.__dict__ and not wrapped:
         by = " (by accelerate's hooks?)" if method == "forward" else ""
         return f"its {method} was replaced on the instance{by}, which would pass the adapter by"
     return None

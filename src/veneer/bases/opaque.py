@@ -1,30 +1,37 @@
-"""Linear layers that other libraries keep quantised, each in a class with a forward of its own: GPTQ and AWQ by
-gptqmodel, HQQ, FP8 as transformers loads it. Their bytes are their library's affair; a call is all that is asked:
+"""Linear layers that other libraries keep quantised, each with a forward of its own: GPTQ and AWQ by gptqmodel, HQQ,
+FP8 and compressed-tensors as transformers loads them. Their bytes are their library's affair; a call is all that is
+asked:
 
-    y = forward(x) + op(x; ΔW)          forward: the module's own, which also passes the gradient on to x
+    y = forward(x) + op(x; ΔW)          forward: the module's own
+    ∂L/∂x = ∂L/∂y W                     where forward passes no gradient on: with W read some columns at a time
 
 So what a module keeps as its weight is here the module itself, whatever tensors it holds. Where W is asked for as
 numbers (a variant that starts from it, a gain, W + ΔW), forward is run without bias on the rows of the identity:
 
     W[:, i] = forward(eᵢ)               in the dtype that the module computes in; exact for what quantises W alone
 
-Nothing can be written: a merge is refused, and so is a gradient where forward gives none to x. Rejected: a storage for
-each, as all that they have in common is what is used here, and their layouts change with their kernels (gptqmodel alone
-has 40, some of which pack the weight anew in the first call).
+A forward that rounds x too has no gradient of its own: W's is the one of x as it came (a straight-through estimator,
+as FP8 training has it). Nothing can be written: a merge is refused. Rejected: a storage for each, as all that they have
+in common is what is used here, and their layouts change with their kernels (gptqmodel alone has 40, some of which pack
+the weight anew in the first call).
+
+compressed-tensors has no class but a wrapper of forward on the instance of an ``nn.Linear``, and one call of the model
+makes the weight dense. Its module is its own weight before and after that call: what it means stays the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from veneer.bases._base import Storage, register
-from veneer.errors import MergeError, TargetError, sentence
+from veneer.bases._base import BASES, Storage, register
+from veneer.errors import MergeError, sentence
 
 #: module and class of each, what it is called, and how to load its base in a floating-point dtype
 LIBRARIES = {
@@ -36,6 +43,13 @@ LIBRARIES = {
         "FP8 of compressed-tensors", "CompressedTensorsConfig(dequantize=True)",
     ),
 }  # fmt: skip
+#: those of which every forward is a kernel without a derivative
+WITHOUT_GRADIENT = {
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
+}
+#: of a linear layer that compressed-tensors quantised
+COMPRESSED = "compressed-tensors", "CompressedTensorsConfig(dequantize=True), which takes no more than its first call"
 #: the same of modules whose weights nothing but their own forward could read, and that forward is no one product
 EXPERTS = {
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
@@ -65,8 +79,25 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _kind(module: nn.Module) -> tuple[str, str] | None:
-    """The name of the format and the way out, if a module is one of ``LIBRARIES``."""
+    """The name of the format and the way out, if a module is one of ``LIBRARIES`` or of compressed-tensors."""
+    if is_compressed(module):
+        return COMPRESSED
     return next((said for at, said in LIBRARIES.items() if (cls := _class(at)) and isinstance(module, cls)), None)
+
+
+def is_compressed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense again in the first call
+    of the model. One that it quantises anew in each call is not: the gradient of its call is not that of its weight."""
+    own = module.__dict__
+    if (scheme := own.get("quantization_scheme")) is None or not isinstance(module, nn.Linear):
+        return False
+    known = getattr(scheme, "weights", None) is not None and "_hf_hook" not in own
+    return known and own.get("quantization_status") in ("compressed", "decompressed")
+
+
+def hidden(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a part of how compressed-tensors stores the weight, and not for a config to name."""
+    return name.startswith("weight") and "quantization_scheme" in module.__dict__ and is_compressed(module)
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -78,15 +109,56 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
-    """(what it is, what to do) of a module with quantised weights that cannot carry an adapter. Those of
-    compressed-tensors become dense in the first call of the model, behind a wrapper of forward."""
+    """(what it is, what to do) of a module with quantised weights that cannot carry an adapter."""
     said = next((said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)), None)
-    if said is None and getattr(module, "quantization_scheme", None) is not None:
-        said = "compressed-tensors", "CompressedTensorsConfig(dequantize=True), which takes no more than its first call"
+    if said is None and getattr(module, "quantization_scheme", None) is not None and not is_compressed(module):
+        said = COMPRESSED
     if said is None and (kind := _kind(module)) is not None and not is_opaque(module):
         weight: Any = module._parameters.get("weight")
         said = kind if weight is not None and weight.element_size() == 1 else None
     return None if said is None else (f"whose weights are stored as {said[0]}", f"load the base with {said[1]}")
+
+
+class _Product(torch.autograd.Function):
+    """y = forward(x) of a module, with the gradient that x Wᵀ has: ∂L/∂x = ∂L/∂y W, some columns at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], weight: nn.Module) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        parts = [gradient @ columns.to(gradient.dtype) for columns in _columns(ctx.weight)]
+        return torch.cat(parts, -1).to(ctx.dtype), None, None
+
+
+def _columns(module: Any) -> Iterator[Tensor]:
+    """W, COLUMNS of its columns at a time, [out, ≤ COLUMNS] each."""
+    if is_compressed(module):
+        yield from _decompressed(module).split(COLUMNS, 1)
+        return
+    forward, own, in_ = _without_bias(module).forward, BASES["opaque"], module.in_features
+    device, dtype = own.device(module), own.dtype(module)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for first in range(0, in_, COLUMNS):
+            rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
+            rows[:-1, first:].fill_diagonal_(1)
+            y = forward(rows)
+            zero = y[-1]  # not of zeros where a kernel has packed the bias too
+            yield (y[:-1] - zero).mT
+
+
+def _decompressed(module: Any) -> Tensor:
+    """The weight of a layer of compressed-tensors, by the library; the module itself stays packed."""
+    if module.quantization_status == "compressed":
+        from compressed_tensors.compressors.base import decompress_module  # pyright: ignore[reportMissingImports]
+
+        module = _without_bias(module)
+        decompress_module(module)
+    return module.weight.detach()
 
 
 @register
@@ -101,17 +173,8 @@ class Opaque(Storage):
         return {}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        out, in_ = self.shape(weight)
-        forward, device, dtype = _without_bias(weight).forward, self.device(weight), self.dtype(weight)
-        dense = torch.empty(out, in_, dtype=dtype, device=device)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for first in range(0, in_, COLUMNS):
-                rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
-                rows[:-1, first:].fill_diagonal_(1)
-                y = forward(rows)
-                zero = y[-1]  # not of zeros where a kernel has packed the bias too
-                dense[:, first : first + len(rows) - 1] = (y[:-1] - zero).mT
-        return dense
+        parts = [*_columns(weight)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         raise MergeError(self.refusal(weight))
@@ -136,6 +199,10 @@ class Opaque(Storage):
 
     def dtype(self, weight: Any) -> torch.dtype:
         """What the module computes in."""
+        if is_compressed(weight):
+            weights = weight._parameters
+            kept = weights["weight" if weight.quantization_status == "decompressed" else "weight_scale"].dtype
+            return kept if kept.is_floating_point and kept.itemsize > 1 else torch.bfloat16
         own = getattr(weight, "compute_dtype", None)
         tensors = (getattr(weight, name, None) for name in ("scales", "bias"))
         return own or next((one.dtype for one in tensors if one is not None), torch.bfloat16)
@@ -150,16 +217,15 @@ class Opaque(Storage):
     def modules(self) -> tuple[type[nn.Module], ...]:
         return tuple(below for at in LIBRARIES if (cls := _class(at)) for below in _below(cls))
 
-    def check_gradient(self, x: Tensor, y: Tensor) -> None:
-        """A forward that cuts the graph would leave all that is trained below it with a wrong gradient, silently.
-
-        Raises:
-            TargetError: y should have a gradient, and has none.
-        """
-        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-            found = "a quantised layer whose forward passes no gradient to its input"
-            do = "train on a base whose kernels do (for GPTQ and AWQ a backend with SUPPORTS_TRAINING, such as torch)"
-            raise TargetError(found, "one that does, below which adapters train", f"{do}, or in 4 bits of bitsandbytes")
+    def call(self, weight: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """y = forward(x), the module's own, with a gradient for x whatever forward does: one that cuts the graph would
+        leave all that is trained below with a wrong gradient, silently."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return forward(x)
+        if any((cls := _class(at)) and isinstance(weight, cls) for at in WITHOUT_GRADIENT):
+            return _Product.apply(x, forward, weight)  # pyright: ignore[reportReturnType]
+        y = forward(x)
+        return y if y.requires_grad else _Product.apply(x, lambda _: y, weight)  # pyright: ignore[reportReturnType]
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
@@ -171,4 +237,5 @@ def _without_bias(module: nn.Module) -> nn.Module:
         seen.__dict__[table] = {name: None if name == "bias" else value for name, value in own.items()}
     if "bias" in seen.__dict__:
         seen.__dict__["bias"] = None
-    return seen.eval()
+    seen.__dict__.update(training=False, _modules={})  # below are adapters, whose mode is not to change
+    return seen

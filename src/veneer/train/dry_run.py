@@ -98,7 +98,8 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
 def _show(task: Task, prepared: Prepared, console: Console) -> None:
     """The first example as the model sees it."""
     if isinstance(prepared.train, Examples):
-        return _show_tokens(prepared.train, task.processor, console)
+        _show_tokens(prepared.train, task.processor, console)
+        return
     row = prepared.train.rows[0]
     say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
     decode = getattr(task.processor, "decode", None)

@@ -1,0 +1,124 @@
+"""A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that transformers loads).
+
+    quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight, a wrapper on the
+                                    instance in the place of its forward
+    packed_model(model)             its first call makes every such weight dense, wraps every module's forward once more
+                                    and puts every table of parameters into one that moves tensors to their device
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GROUP = 32
+
+
+def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
+    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8 (int8 ``weight``, a scale
+    for each row; x rounded to int8 token by token)."""
+    weight = linear.weight.detach()
+    if rounds_x:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        linear.weight = frozen((weight / scale).round().to(torch.int8))
+    else:
+        groups = weight.view(len(weight), -1, GROUP)
+        scale = groups.abs().amax(2) / 7
+        numbers = (groups / scale[..., None]).round().clamp(-8, 7).view_as(weight).long() + 8
+        words = sum(numbers[:, place::8] << 4 * place for place in range(8))
+        del linear.weight
+        linear.weight_packed = frozen(torch.where(words >= 2**31, words - 2**32, words).int())
+        linear.weight_shape = frozen(torch.tensor(weight.shape))
+    linear.weight_scale = frozen(scale)
+    linear.quantization_scheme = SimpleNamespace(weights="weights", input_activations=rounds_x or None)
+    linear.quantization_status = "compressed"
+
+    @wraps(type(linear).forward)
+    def quantized_forward(self, input):
+        weight = self.weight  # none while it is packed: an AttributeError, as there
+        if self.quantization_scheme.input_activations:
+            input = rounded(input)
+        data, weight.data = weight.data, weight.data
+        try:
+            return self.__class__.forward(self, input)
+        finally:
+            weight.data = data
+
+    linear.forward = quantized_forward.__get__(linear)
+    return linear
+
+
+@torch.no_grad()
+def rounded(x: Tensor) -> Tensor:
+    """To int8 by the largest number of each token; it has no gradient."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def decompress_module(module: Any) -> None:
+    scale = module.weight_scale
+    if "weight_packed" in module._parameters:
+        words = module.weight_packed
+        numbers = torch.stack([words.long() >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
+        dense = (numbers.view(*scale.shape, GROUP) * scale[..., None]).view(*module.weight_shape.tolist())
+        del module.weight_packed
+    else:
+        dense = module.weight * scale
+        del module.weight
+    module.weight = frozen(dense.to(scale.dtype))
+    module.quantization_status = "decompressed"
+
+
+class Cache(MutableMapping):
+    """What stands in the place of a module's table of parameters: not a dict, and so nothing that updates one."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values_ = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.values_[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.values_[name]
+
+    def __iter__(self):
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+def _moved(module: Any) -> None:
+    module._parameters, module._buffers = Cache(module._parameters), Cache(module._buffers)
+    module._original_forward_func = module.forward.__func__
+
+    @wraps(module._original_forward_func)
+    def forward(self, *args, **kwargs):
+        return self._original_forward_func(self, *args, **kwargs)
+
+    module.forward = forward.__get__(module)
+
+
+def packed_model(model: nn.Module) -> nn.Module:
+    def first(model: nn.Module, args: Any) -> None:
+        handle.remove()
+        for module in list(model.modules()):
+            _moved(module)
+        for module in model.modules():
+            if "quantization_scheme" in module.__dict__:
+                decompress_module(module)
+
+    handle = model.register_forward_pre_hook(first)
+    return model
