@@ -46,7 +46,7 @@ class RealModel:
             torch.manual_seed(seed)
             model, example, loss = self.make()
             with torch.no_grad():
-                _grow_up(model.eval(), example)
+                grow_up(model.eval(), example)
         return model, example, loss
 
 
@@ -61,7 +61,7 @@ def _real(name: str, **fields: Any) -> Callable[[Callable[[], Built]], Callable[
     return add
 
 
-def _grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
+def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
     """Give a new model the sizes that a trained one has; as it is made, much of it is hidden from a test.
 
     Zero biases and the ones of a norm get values of their own. Weights that start at 0.02, as if the model were wide,
