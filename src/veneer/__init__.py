@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from veneer.attach.check import check
     from veneer.attach.fresh_weights import FreshWeights
     from veneer.attach.install import detach
-    from veneer.attach.merge import MergeReport, merge, unmerge
+    from veneer.attach.merge import merge, unmerge
+    from veneer.attach.merge_report import MergeReport
     from veneer.attach.plan import SkippedLayers
     from veneer.attach.qconfig import NotQuantized
     from veneer.attach.select import use
@@ -43,7 +44,7 @@ _LAZY = {
     "Handle": "veneer.handle",
     "LoadedElsewhere": "veneer.adapter_files.save_pretrained",
     "LoraConfig": "veneer.config",
-    "MergeReport": "veneer.attach.merge",
+    "MergeReport": "veneer.attach.merge_report",
     "NotQuantized": "veneer.attach.qconfig",
     "SkippedLayers": "veneer.attach.plan",
     "UnverifiedAdapter": "veneer.adapter_files",

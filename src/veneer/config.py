@@ -187,8 +187,9 @@ def _tokens(value: Any) -> Any:
 
 def _ids(value: object) -> bool:
     """Whether these are different token ids."""
-    whole = isinstance(value, tuple) and all(type(id_) is int and id_ >= 0 for id_ in value)
-    return whole and len(set(value)) == len(value)
+    if not isinstance(value, tuple):
+        return False
+    return all(type(id_) is int and id_ >= 0 for id_ in value) and len({*value}) == len(value)
 
 
 def _slices(parts: object) -> bool:

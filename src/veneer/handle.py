@@ -16,7 +16,8 @@ from veneer.attach.fresh_weights import fresh, warn_fresh
 from veneer.attach.install import detach, install
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, parameter_path, unwrap
-from veneer.attach.merge import MergeReport, merge, unmerge
+from veneer.attach.merge import merge, unmerge
+from veneer.attach.merge_report import MergeReport
 from veneer.attach.plan import plan
 from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise

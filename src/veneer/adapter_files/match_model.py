@@ -220,7 +220,8 @@ class _Match:
         if recorded is None:
             own = {} if saved.tuner is None else saved.tuner.sizes
             sizes = {ref: own.get(parameter_path(*ref), (entry.rank, entry.alpha)) for ref, entry in layers.items()}
-            specs = {ref: TargetSpec(*size, module_only=ref in self.module_only) for ref, size in sizes.items()}
+            alone = self.module_only
+            specs = {ref: TargetSpec(rank, alpha, module_only=ref in alone) for ref, (rank, alpha) in sizes.items()}
         else:
             specs = self.recorded(recorded)
         for owner, tokens in self.tokens.items():

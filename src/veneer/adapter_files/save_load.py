@@ -196,7 +196,7 @@ def _proof(
     for at, (held, change) in weights.items() if fingerprints is None else ():
         if change.tokens is not None:  # whose rows are the adapter's: the base's there are no part of what it needs
             ids = change.tokens.tolist()
-            record["weights"][at] = fingerprint_beside(by_identity[id(held)], ids, kept_bits(model))
+            record["weights"][at] = fingerprint_beside(by_identity[id(held)], ids, kept_bits(model, name))
     return {**record, **({"fresh": [parameter_path(*ref) for ref in lost.values()]} if lost else {})}
 
 

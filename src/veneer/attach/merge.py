@@ -13,7 +13,6 @@ second pass fails.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from veneer.attach.adapted_module import layer_states, walk, weight_of
 from veneer.attach.change import Change
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.merge_report import LayerMerge, MergeReport
 from veneer.attach.state import ModelAdapters, in_turn
 from veneer.attach.weight_tying import torn
 from veneer.bases import BASES, GridStorage, Storage
@@ -35,56 +35,6 @@ from veneer.kernels.grid import Grid
 from veneer.kernels.rounding import Folded, fold, fold_onto, known_rounding
 from veneer.lowrank import LowRank
 from veneer.precision import double, has_float64
-
-
-@dataclass(frozen=True)
-class LayerMerge:
-    """What a merge did to one parameter: ``change`` is ‖ΔW‖ / ‖W‖, ``retention`` the share of ΔW that the rounded
-    weight realises, ``rounding`` how that was rounded: "nearest", "faithful", or "storage" (its own way). ``nearest``
-    is the share that rounding to nearest (or the storage's own way) realises."""
-
-    path: str
-    change: float
-    retention: float
-    rounding: str
-    nearest: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. ``str(report)`` is a short text for people."""
-
-    adapter: str
-    layers: tuple[LayerMerge, ...]
-
-    @property
-    def retention(self) -> float:
-        """The worst layer's share of the change that survived rounding; 1.0 where nothing changed."""
-        return min((layer.retention for layer in self.layers), default=1.0)
-
-    @property
-    def summary(self) -> str:
-        """How many parameters changed, and how much of the change survived rounding: a sentence for people."""
-        worst = min(self.layers, key=lambda layer: layer.retention, default=None)
-        if worst is None:
-            return f"merged {self.adapter!r}: nothing to change"
-        median = sorted(layer.retention for layer in self.layers)[len(self.layers) // 2]
-        counts = Counter(layer.rounding for layer in self.layers)
-        usual = sorted(layer.nearest for layer in self.layers if layer.rounding == "faithful")
-        usually = f" (to nearest: {usual[len(usual) // 2]:.2%})" if usual else ""
-        words = {"faithful": f"rounded faithfully{usually}", "storage": "rounded as their storage does"}
-        others = "".join(f"; {counts[name]} {text}" for name, text in words.items() if counts[name])
-        return (
-            f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
-            f"rounding (median), {worst.retention:.2%} at worst ({worst.path}, where it is {worst.change:.1e} of the "
-            f"weight){others}"
-        )
-
-    def __str__(self) -> str:
-        if not self.layers:
-            return self.summary
-        plain = "handle.detach(keep_merged=True) leaves a plain one with these weights"
-        return f"{self.summary}\nthe model is still attached; {plain}, which other libraries can save and quantise"
 
 
 @dataclass(frozen=True)

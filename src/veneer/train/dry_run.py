@@ -85,11 +85,11 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
     """Operations a second of a product [tokens, 1024] · [1024, 1024] on this device."""
     x, weight = (torch.randn(size, 1024, device=device, dtype=dtype) for size in (tokens, 1024))
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    x @ weight
+    torch.mm(x, weight)
     wait()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < TIMED:
-        x @ weight
+        torch.mm(x, weight)
         wait()
         count += 1
     return count * 2 * tokens * 1024**2 / (time.perf_counter() - start)

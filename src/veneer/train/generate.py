@@ -81,16 +81,9 @@ def continuations(
         raise DataError(found, f"at most {context:,} together, the model's context", do)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling: Any = {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
-        **({} if top_k is None else {"top_k": top_k}),
-    }
-    # A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
-        use_cache=True, **(sampling if temperature > 0 else {"do_sample": False}),
+        use_cache=True, **_sampling(temperature, top_p, top_k),
     )  # fmt: skip
     options = {
         "generation_config": config,
@@ -118,6 +111,18 @@ def continuations(
     finally:
         model.train(training)
     return answers
+
+
+def _sampling(temperature: float, top_p: float, top_k: int | None) -> dict[str, Any]:
+    """A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run."""
+    if temperature <= 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": top_p,
+        **({} if top_k is None else {"top_k": top_k}),
+    }
 
 
 def context_of(model: Any) -> int | None:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from veneer.adapter_files.folder import content_hash
-from veneer.attach.merge import MergeReport
+from veneer.attach.merge_report import MergeReport
 from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all
 from veneer.fileio.atomic import disk_errors, must_not_exist, publish
 from veneer.models.safetensors_dir import open_checkpoint

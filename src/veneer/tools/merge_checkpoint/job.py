@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import content_hash, read
-from veneer.attach.merge import LayerMerge
+from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, hash_json, kind_of
 from veneer.kernels.reference import round_once

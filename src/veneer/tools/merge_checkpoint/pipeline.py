@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from veneer.attach.merge import LayerMerge
+from veneer.attach.merge_report import LayerMerge
 from veneer.errors import CheckpointError
 from veneer.kernels.threads import apart
 from veneer.models.safetensors_dir import in_order
