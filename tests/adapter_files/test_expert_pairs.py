@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -137,3 +138,28 @@ def test_an_expert_of_alpha_zero_changes_nothing_and_the_others_stay(tmp_path):
     ids = torch.randint(0, 50, (2, 7))
     veneer.load(model, written(tmp_path / "old", pairs, alpha_pattern={r"experts\.0\.w[123]": 0}))
     assert error(model(ids).logits, expected(ids).logits) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_router_of_old_is_what_peft_makes_of_it(name, experts, tmp_path):
+    """A linear layer in transformers 4, elsewhere in Mixtral; now a parameter of a router."""
+    model, layout = build(name, torch.float32), LAYOUTS[name]
+    above = layout[0].removesuffix(".experts")
+    pairs = pairs_of(model, layout, {}) if experts else {}
+    pairs[f"{above}.gate"] = torch.randn(2, 16), torch.randn(4, 2)
+    query = model.model.layers[0].self_attn.q_proj.weight
+    pairs["model.layers.0.self_attn.q_proj"] = torch.randn(2, query.shape[1]), torch.randn(query.shape[0], 2)
+    targets = ["gate", "q_proj", *(layout[1:] if experts else ())]
+    folder = written(tmp_path / "old", pairs, target_modules=targets)
+    theirs = peft.PeftModel.from_pretrained(build(name, torch.float32), folder).eval()
+    ids = torch.randint(0, 50, (2, 7))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    handle = veneer.load(model, folder)
+    assert error(model(ids).logits, expected) < 1e-5
+    assert error(build(name, torch.float32)(ids).logits, expected) > 1e-2
+    assert "model.layers.0.mlp.gate.weight" in handle.changes
+    handle.merge()
+    assert error(model(ids).logits, expected) < 1e-5

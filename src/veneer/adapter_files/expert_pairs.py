@@ -1,4 +1,5 @@
-"""Adapters of experts as transformers 4 had them, a linear layer each, as changes of the stacks that they are now.
+"""Adapters of what transformers 4 had otherwise: experts, a linear layer each, as changes of the stacks that they are
+now; routers and modules that have other names, or are none, today.
 
     …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]       [out, in] of one expert: gate's
     …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]       rows, then those of up
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
+from veneer.attach.refusals import GENERAL_KIND, kind_for
 from veneer.attach.targets import Names
 from veneer.errors import sentence
 from veneer.formats import peft
+from veneer.formats._base import PAIR
 from veneer.models.meta import map_checkpoint_names
 
 #: …experts.<number>.<projection>
@@ -42,20 +45,53 @@ class _Piece(NamedTuple):
 
 def with_stacks(saved: AdapterFiles, names: Names, problems: list[str]) -> AdapterFiles:
     """The folder with a change for each stack in place of those of its experts; as it is, if it has none."""
-    old = {path: match for path in saved.low if (match := _EXPERT.fullmatch(path)) and path not in names.canonical}
-    if not old or saved.record is not None:
+    if saved.record is not None:
         return saved
-    stacks, taken = _pieces(saved, names, old)
+    old = {path: match for path in saved.low if (match := _EXPERT.fullmatch(path)) and path not in names.canonical}
+    renamed = _renamed(saved, names, old)
+    if not old and not renamed:
+        return saved
+    stacks, taken = _pieces(saved, names, old) if old else ({}, set())
     rooted = bool(saved.peft_config.get("use_rslora"))
     ranked = {at: _stacked(at, pieces, names, rooted, problems) for at, pieces in stacks.items()}
     made = {at: layer for at, layer in ranked.items() if layer is not None}
+    modules: dict[str, peft.PeftLayer] = {}
+    for path, at in renamed.items():
+        above, _, name = at.rpartition(".")
+        layer, kind = saved.low[path], kind_for(names.modules[names.canonical[above]], name)
+        if kind is not GENERAL_KIND:
+            modules[above] = replace(layer, at=above)
+        elif layer.extras:
+            found = f"{path!r} with {' '.join(layer.extras)}"
+            problems.append(sentence(found, f"a plain pair for {at!r}", "use PEFT for it"))
+        else:
+            made[at] = replace(layer, at=at)
     config = dict(saved.peft_config)
     config["target_parameters"] = [*(config.get("target_parameters") or ()), *made]
     for field, value in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-        own = {f"^{re.escape(at)}$": getattr(layer, value) for at, layer in made.items()}
+        own = {f"^{re.escape(at)}$": getattr(layer, value) for at, layer in {**made, **modules}.items()}
         config[field] = {**own, **(config.get(field) or {})}
-    low = {path: layer for path, layer in saved.low.items() if path not in taken}
-    return replace(saved, peft_config=config, low={**low, **_nested(made, names, config)})
+    low = {path: layer for path, layer in saved.low.items() if path not in taken and path not in renamed}
+    return replace(saved, peft_config=config, low={**low, **modules, **_nested(made, names, config)})
+
+
+def _renamed(saved: AdapterFiles, names: Names, experts: Collection[str]) -> dict[str, str]:
+    """The parameter of today, by the path in the file, of each layer that transformers calls otherwise by now, or that
+    is no layer any more: a router is a parameter of its own."""
+    found = {}
+    for path, layer in saved.low.items():
+        known = path in names.canonical
+        if known and kind_for(names.modules[names.canonical[path]], "weight") is not GENERAL_KIND:
+            continue
+        if path not in experts and layer.suffixes == PAIR and not peft.of_parameter(path, layer):
+            found[path] = f"{path}.weight"
+    places = map_checkpoint_names(names.model, found.values()) if found else {}
+    plain = {path: places[own] for path, own in found.items() if own in places}
+    return {
+        path: place.path
+        for path, (place, *more) in plain.items()
+        if not (more or place.index or place.within) and names.model.get_parameter(place.path).dim() == 2
+    }
 
 
 def _pieces(

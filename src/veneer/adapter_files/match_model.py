@@ -203,7 +203,9 @@ class _Match:
                 self.problem(f"{layer.at!r}: {low}", "a change of the base", "let PEFT convert it when it saves")
                 return layer
             layer = self.as_product(layer, low)
-        if layer.rank <= min(layer.A[0].numel(), layer.B.numel() // layer.B.shape[1]) or layer.low.rank != layer.rank:
+        A, B = layer.A, layer.B
+        fits = not (A.numel() and B.numel()) or layer.rank <= min(A.numel() // len(A), B.numel() // B.shape[1])
+        if fits or layer.low.rank != layer.rank:
             return layer
         return self.as_product(layer, layer.low.thin())
 
