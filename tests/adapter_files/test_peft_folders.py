@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.support.toys import error, flat
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -327,3 +327,78 @@ def test_one_name_of_a_tied_weight_is_changed_where_it_may_be_untied(tmp_path, t
     again.save_pretrained(tmp_path / "merged")
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert error(plain(TOKENS).logits, expected) < 1e-5
+
+
+class Biased(nn.Module):
+    """Layers with a bias, and two without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gpt, self.wide = nn.Conv1d(6, 3, 3, padding=1), Conv1D(8, 3), nn.Linear(8, 5)
+        self.bare, self.bare_conv = nn.Linear(5, 4, bias=False), nn.Conv1d(4, 4, 1, bias=False)
+
+    def forward(self, x):
+        x = self.bare(torch.tanh(self.wide(torch.tanh(self.gpt(self.conv(x.mT).mT.contiguous())))))
+        return self.bare_conv(x.mT)
+
+
+def biased():
+    torch.manual_seed(3)
+    return Biased().eval()
+
+
+X = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
+WITH, WITHOUT = ["conv", "gpt", "wide"], ["bare", "bare_conv"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only", "use_rslora": True}, {"bias": "all"}], ids=str)
+def test_a_bias_beside_b_is_a_change_of_the_bias(tmp_path, fields):
+    theirs, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITH, **fields)
+    handle = agrees(theirs, path, biased, X)
+    biases = {name: parameter for name, parameter in handle.named_parameters() if name.endswith(".bias")}
+    assert set(biases) == {f"{at}.bias" for at in WITH}
+    handle.model(X).square().sum().backward()
+    assert all(parameter.grad.norm() > 1e-3 for parameter in biases.values())
+    with pytest.raises(AdapterError, match="lora_bias=true, biases beside B"):
+        veneer.adapter_files.read(path)
+
+
+def test_a_layer_without_a_bias_has_one_in_the_adapter(tmp_path):
+    theirs, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=[*WITHOUT, "wide"])
+    model, expected = biased(), theirs(X)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = veneer.load(model, path, trainable=True)
+    assert error(model(X), expected) < 1e-5
+    with veneer.use(model, {"default": 1.0}):
+        assert error(model(X), expected) < 1e-5
+    with veneer.use(model, ["default", None]):
+        assert error(model(X), torch.stack([expected[0], biased()(X)[1]])) < 1e-5
+    assert veneer.check(model, X)
+    ours = handle.save(tmp_path / "ours")
+    again = biased()
+    veneer.load(again, ours)
+    assert error(again(X), expected) < 1e-5
+    assert error(peft.PeftModel.from_pretrained(biased(), ours).eval()(X), expected) < 1e-5
+    bank = veneer.Bank(again := biased())
+    bank.add(ours)
+    with bank.rows(["ours", None]), torch.no_grad():
+        assert error(again(X), torch.stack([expected[0], biased()(X)[1]])) < 1e-5
+    bank.close()
+    with pytest.raises(MergeError, match="a bias for 'bare', which has none"):
+        handle.merge()
+    model(X).square().sum().backward()
+    assert dict(handle.named_parameters())["bare.bias"].grad.norm() > 1e-3
+    handle.detach()
+    assert model.bare.bias is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("key", "words"), [("gpt.lora_B.bias", "no 'lora_B.bias' that fits 'gpt'")])
+def test_a_folder_that_lacks_a_bias_beside_b_is_not_whole(tmp_path, key, words):
+    _, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITH)
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"base_model.model.{key}"]
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=words):
+        veneer.load(biased(), path)

@@ -163,7 +163,7 @@ def write(
     if record is not None:
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
     with _could_be_read(path):
-        peft.check_config(peft_config, ours=record is not None)
+        peft.check_config(peft_config, record is not None, with_base=record is not None)
         raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
         assemble(path, peft_config, record, tensors, parameters)
         for file, text in texts.items():
@@ -251,6 +251,7 @@ def assemble(
     if held is not None:
         peft_config, tensors, parameters = held.config, held.tensors, held.parameters
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
+    extras |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
     tokens, tensors = peft_tokens.split(tensors, peft_config)
     low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
     raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])

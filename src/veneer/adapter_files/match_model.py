@@ -143,6 +143,8 @@ class _Match:
         self.adapter_parameters: dict[ParamRef, dict[str, Tensor]] = {}
         self.tokens: dict[ParamRef, peft_tokens.TokenRows] = {}
         self.full: dict[str, dict[str, Tensor]] = {}
+        #: what is added to the biases of modules, by path
+        self.biases: dict[str, Tensor] = {}
         #: the parameters among these
         self.full_names: dict[str, tuple[str, ...]] = {}
 
@@ -162,7 +164,7 @@ class _Match:
             if ref in self.layers:
                 found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
                 self.problem(found, "one", "get the whole file again")
-            layer = self.with_strength(ref, file_path, entry)
+            layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
             self.layers[ref] = layer if self.saved.record is not None else self.as_change(ref, layer)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
             self.tokens = token_rows.matched(self.names, self.saved, self.problems, self.by_peft_rules)
@@ -192,6 +194,32 @@ class _Match:
                 found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
                 self.problem(found, "a change of the weight", "use PEFT for it")
         return replace(entry, rank=rank, alpha=alpha, scale=scale)
+
+    def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
+        """A change without the bias beside its B, which ``add_biases`` adds to that of its module."""
+        if self.saved.peft_config.get("lora_bias") is not True:
+            return layer
+        extras = dict(layer.extras)
+        bias = extras.pop(peft.LORA_BIAS, None)
+        module, weight = self.names.modules[ref[0]], weight_of(self.names.modules[ref[0]], ref[1])
+        if bias is None or bias.shape != (layer.B.shape[0],):
+            found = f"no {peft.LORA_BIAS!r} that fits {layer.at!r}"
+            self.problem(found, "one number an output", "get the whole file again")
+        elif "bias" not in module._parameters or kind_for(module, ref[1]).name not in peft.WITH_BIAS:
+            self.problem(f"a bias beside the change of {layer.at!r}", "a layer with room for one", "use PEFT for it")
+        elif not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
+            found = f"a bias beside the change of {layer.at!r}, whose weight is stored packed or is not here"
+            self.problem(found, "a plain weight", "load it on the base in floating point")
+        else:
+            self.biases[ref[0]] = bias.float() * layer.scale
+        return replace(layer, extras=extras)
+
+    def add_biases(self) -> None:
+        """Put the biases that change in full among what the folder holds in full."""
+        for path, bias in self.biases.items():
+            full, own = self.full.setdefault(path, {}), self.names.modules[path]._parameters["bias"]
+            old = full.get("bias", own)
+            full["bias"] = bias if old is None else old.detach().to("cpu", torch.float32) + bias
 
     def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """A change of another library's as one of the base, of no more rank than its weight can have: PEFT changes some
@@ -341,10 +369,13 @@ class _Match:
             self.full.setdefault(module_at(names, file_path), {}).update(tensors)
         for entry in self.low:
             self.take_base_weight(entry)
+        self.add_biases()
         for path, tensors in self.full.items():
             module = names.modules.get(path)
             there = {**module._parameters, **module._buffers} if module is not None else {}
             for key, tensor in tensors.items():
+                if key == "bias" and path in self.biases and there[key] is None:
+                    continue  # of a layer without one
                 if there.get(key) is None:
                     found = f"a tensor for {path}.{key}, which this model lacks"
                     self.problem(found, "the same modules", "use its model")

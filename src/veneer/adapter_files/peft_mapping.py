@@ -109,14 +109,24 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         for number, suffix in change.variant.peft_keys.items():
             whole = _whole(change, weight, change.adapter_parameters[number])
             tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
-    wraps = _wraps(peft_form)
+    wraps, beside = _wraps(peft_form), new_biases(model, name)
+    for entry in peft_form if beside else ():
+        value = beside.get(entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1]))
+        tensors[peft.key(entry.where, peft.LORA_BIAS)] = written(value / (entry.low.scale or 1))
     for path, _, part in adapters(model, name):
         # what is trained in full stands below the wrappers
         inside = [peft.nested(path, wraps)] if path else []
         where = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
         for key, value in part.full.state_dict().items():
-            tensors[peft.key(where, key)] = written(value)
+            if key != "bias" or path not in beside:
+                tensors[peft.key(where, key)] = written(value)
     return tensors
+
+
+def new_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The biases that an adapter has for layers without one, by path. PEFT has room for them beside B."""
+    parts = ((path, module, part.full._parameters.get("bias")) for path, module, part in adapters(model, name))
+    return {path: own for path, module, own in parts if own is not None and module._parameters.get("bias") is None}
 
 
 def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
@@ -156,6 +166,7 @@ def peft_config(
         "modules_to_save": _whole_modules(names, name, _wraps(peft_form)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
+        **({"lora_bias": True} if new_biases(names.model, name) else {}),
         **(variant.peft or {}),
     }
     alpha = variant.default_alpha if config.alpha is None else config.alpha

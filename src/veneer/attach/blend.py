@@ -210,6 +210,8 @@ class Blend:
         made: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for found, _ in values for name in found):
             base = own[name]
+            if base is None:  # the bias of a layer without one
+                base = torch.zeros_like(next(found[name] for found, _ in values if name in found))
             if not base.is_floating_point():  # a counter of batches
                 made[name] = next(found[name] for found, _ in values if name in found)
                 continue

@@ -126,13 +126,22 @@ def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.M
         full, module = parts[path].full, modules[path]
         for name in parameters:
             own: Any = module._parameters[name]
-            key = (path, name) if (path, name) in plans.apart else id(own)
+            key = (path, name) if own is None or (path, name) in plans.apart else id(own)
+            own = _no_bias(module) if own is None else own
             if key not in copies:
                 copies[key] = nn.Parameter(own.detach().to(trained_dtype(plans.config, own.dtype), copy=True))
             full.register_parameter(name, copies[key])
         for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
             if own is not None and name not in module._non_persistent_buffers_set:
                 full.register_buffer(name, own.detach().clone())
+
+
+def _no_bias(module: nn.Module) -> Tensor:
+    """The bias of a layer without one, which an adapter may have: zeros."""
+    kind: Any = kind_of(module)
+    weight: Any = weight_of(module, kind.weight)
+    dims = kind.dims(module, weight.shape)
+    return weight.detach().new_zeros(dims.groups * dims.out)
 
 
 def enlist(model: nn.Module) -> ModelAdapters:

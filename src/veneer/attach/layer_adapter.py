@@ -104,8 +104,9 @@ class LayerAdapter(nn.Module):
         full = self.full
         if not full._parameters and not full._buffers:
             return {}
-        own = {**module._buffers, **module._parameters}
-        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
+        own: dict[str, Any] = {**module._buffers, **module._parameters}
+        beside = own if own.get("bias", self) is not None else {**own, "bias": own["weight"]}  # of a layer without one
+        trained: dict[str, Any] = {name: value.to(beside[name].dtype) for name, value in full._parameters.items()}
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
     def run(

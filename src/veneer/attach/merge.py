@@ -267,7 +267,7 @@ def _stored_weights(model: nn.Module, name: str) -> Iterator[_StoredWeight]:
     for path, module, part in adapters(model, name):
         full, own = part.full, {**module._buffers, **module._parameters}
         for weight, values in (*full._parameters.items(), *full._buffers.items()):
-            if values is not None and id(values) not in seen:
+            if values is not None and own[weight] is not None and id(values) not in seen:
                 seen.add(id(values))
                 yield _StoredWeight(path, module, weight, part, own[weight], BASES["plain"], values)
 
@@ -279,6 +279,12 @@ def no_weights_change(model: nn.Module, name: str) -> Iterator[str]:
             found = f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged as in PEFT"
             do = "keep the adapter beside the base, or train one with Veneer, which every reader sees"
             yield sentence(found, "a change of the weight", do)
+
+    for path, module, part in adapters(model, name):
+        for own in part.full._parameters:
+            if own in module._parameters and module._parameters[own] is None:
+                found, do = f"a bias for {path!r}, which has none", "keep the adapter beside the base"
+                yield sentence(found, "a layer with a bias to merge it into", do)
 
 
 def _untied(model: nn.Module, name: str) -> Iterator[str]:

@@ -135,6 +135,8 @@ def check_full(
             problems.append(sentence(found, "a module that takes effect", "leave it out"))
         for name in parameters:
             parameter, where = module._parameters.get(name), parameter_path(path, name)
+            if parameter is None and name in module._parameters:
+                continue  # a bias for a layer without one
             if not reason and (why := _readers_refuse(names, path, name)):
                 found = f"{where!r} trained in full: {why}"
                 problems.append(sentence(found, "a module that takes effect", "leave it out"))

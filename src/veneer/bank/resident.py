@@ -251,6 +251,8 @@ def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) 
         return None
     ((name, change),) = part.changes.items()
     weight: Any = weight_of(module, name)
+    if part.full._parameters and module._parameters["bias"] is None:
+        return None
     low, gain = change.resolve(weight)
     if (layer_state.transposed and gain is not None) or len(low.A) > 1:
         return None

@@ -5,6 +5,7 @@
     base_model.model.<path>.<parameter>                   a parameter that was trained in full
     base_model.model.<path>.base_layer.bias               a trained bias of a layer that also has a low-rank change
     base_model.model.<path>.lora_magnitude_vector         a number of a variant besides A and B
+    base_model.model.<path>.lora_B.bias                   a bias that is scaled as B is, of lora_bias
     base_model.model.<attention>.base_layer.out_proj.…    the out-projection below an adapted attention
     base_model.model.<experts>.base_layer.lora_A.weight   the last but one of several adapted parameters of one module
     base_model.model.<block>.base_layer.<child>.…         what lies below a module with an adapted parameter
@@ -35,6 +36,8 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: the suffix of DoRA's magnitude
 MAGNITUDE = "lora_magnitude_vector"
+#: that of the bias beside B of ``lora_bias``: y = op(x; W) + bias + scale · (op(x; B A) + it)
+LORA_BIAS = "lora_B.bias"
 NOT_FOR_PEFT = "not for PEFT"
 #: how often PEFT applies the change of the out-projection of an attention, in the releases up to KNOWN: its
 #: ``MultiheadAttention.merge`` adds it, and then calls the projection's own merge (huggingface/peft#3774)
@@ -270,7 +273,12 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
                      "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)")
             for _, why in known
         ]  # fmt: skip
+    if config.get("lora_bias") is True and not with_base:
+        do = "load it on its base with veneer.load, and merge or save it there"
+        problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
     for name, value in config.items():
+        if name == "lora_bias" and value is True:
+            continue
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
         if value is not None and not test(value):
             found = f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in {CONFIG}"
@@ -425,6 +433,10 @@ _OF_WRAPPERS = {
     "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim", "in_proj_bias",
     "in_proj_weight", "kdim", "num_heads", "out_proj", "vdim",
 }  # fmt: skip
+
+
+#: the kinds of layers that have a bias beside B in PEFT
+WITH_BIAS = ("linear", "conv1d_transformers", "conv1d", "conv2d", "conv3d")
 
 
 def lacks(attribute: str) -> bool:
