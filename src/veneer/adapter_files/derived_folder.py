@@ -118,7 +118,12 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
             if layer is None:
                 continue
             known = changes.get(weight, said)
-            same = {key: said[key] for key in ("kind", "rows") if key in said and known.get(key) == said[key]}
+            if known.get("module_only", False) != said.get("module_only", False):
+                found = f"a change of {weight!r} that some of them make to what its module gives, as PEFT does, alone"
+                raise AdapterError(found, "changes of one kind", "leave those out, or compose the others")
+            same = {
+                key: said[key] for key in ("kind", "rows", "module_only") if key in said and known.get(key) == said[key]
+            }
             changes[weight] = {"rank": layer.rank, "alpha": layer.alpha, **same}
     return changes
 

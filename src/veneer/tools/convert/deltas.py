@@ -17,6 +17,7 @@ from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.install import install
 from veneer.attach.lookup import adapters, changes
 from veneer.attach.lookup import parameter_path as joined
+from veneer.attach.merge import no_weights_change
 from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
 from veneer.attach.refusals import check_full
 from veneer.attach.shared_memory import overlaps
@@ -39,6 +40,7 @@ EXACT = 1e-6
 def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     """ΔW of every parameter that the adapter ``name`` changes, in its own shape, each weight once. Computed in float64;
     in float32 at least."""
+    raise_all(AdapterError, f"There is no ΔW of {name!r}", list(no_weights_change(model, name)))
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
