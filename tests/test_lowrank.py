@@ -24,6 +24,8 @@ def test_delta_transpose_and_norm(groups, rank, out, in_, scale):
     torch.testing.assert_close(low.T.delta(), dense.mT)
     assert low.norm() == pytest.approx(dense.norm().item(), rel=1e-9, abs=1e-12)
     assert low.rank == rank
+    torch.testing.assert_close(low.thin().delta(), dense)
+    assert low.thin().rank == min(rank, out, in_)
 
 
 def test_kernel_signatures_hold_their_shapes():

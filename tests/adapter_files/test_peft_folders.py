@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import veneer
 from veneer.adapter_files.match_base import PartialChange
 from veneer.errors import AdapterError, MergeError
+from veneer.tools.convert import convert
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
@@ -162,6 +163,38 @@ def test_a_weight_that_is_read_past_its_module_changes_where_peft_changes_it(tmp
     with pytest.raises(MergeError, match=r"a change of what .* gives"):
         veneer.merge(again)
     assert all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+
+
+class Reader(nn.Module):
+    """Reads the weight of a layer past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.linear(self.layer(x).tanh(), self.layer.weight)
+
+
+def test_a_change_of_a_module_alone_stays_one_when_it_is_composed_and_is_no_dense_change(tmp_path):
+    def reader():
+        torch.manual_seed(3)
+        return Reader().eval()
+
+    _, path = by_peft(tmp_path / "theirs", reader(), target_modules=["layer"])
+    model = reader()
+    ours = veneer.load(model, path).save(tmp_path / "ours")
+    half = reader()
+    veneer.compose([ours], tmp_path / "half", weights=[0.5])
+    handle = veneer.load(half, tmp_path / "half")
+    assert handle.changes["layer.weight"].module_only
+    with veneer.use(model, {"default": 0.5}):
+        assert error(half(X), model(X)) < 1e-5
+    with pytest.raises(AdapterError, match=r"There is no ΔW of .* whose 'weight' others read past it"):
+        convert(ours, tmp_path / "dense.safetensors", to="dense", base=reader())
+    seen = veneer.attach(reader(), veneer.LoraConfig(rank=2, targets=["layer"])).save(tmp_path / "seen")
+    with pytest.raises(AdapterError, match=r"a change of 'layer\.weight' that some of them make"):
+        veneer.compose([ours, seen], tmp_path / "both")
 
 
 def test_a_change_of_zeros_may_stand_where_peft_applies_none(tmp_path):

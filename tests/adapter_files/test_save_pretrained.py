@@ -83,7 +83,7 @@ def test_save_pretrained_writes_an_adapter_that_gives_the_adapted_model_again(va
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
     ours = veneer.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved")
     assert torch.equal(logits(ours.model), expected)
-    if variant != "dora":
+    if not variant.startswith("dora"):
         assert same(again(tmp_path / "saved"), expected)
 
 

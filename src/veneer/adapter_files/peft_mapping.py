@@ -109,16 +109,16 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         for number, suffix in change.variant.peft_keys.items():
             whole = _whole(change, weight, change.adapter_parameters[number])
             tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
-    wraps, beside = _wraps(peft_form), new_biases(model, name)
-    for entry in peft_form if beside else ():
-        value = beside.get(entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1]))
+    wraps, biases = _wraps(peft_form), new_biases(model, name)
+    for entry in peft_form if biases else ():
+        value = biases.get(entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1]))
         tensors[peft.key(entry.where, peft.LORA_BIAS)] = written(value / (entry.low.scale or 1))
     for path, _, part in adapters(model, name):
         # what is trained in full stands below the wrappers
         inside = [peft.nested(path, wraps)] if path else []
         where = ".".join([*inside, *["base_layer"] * wraps.get(path, 0)])
         for key, value in part.full.state_dict().items():
-            if key != "bias" or path not in beside:
+            if key != "bias" or path not in biases:
                 tensors[peft.key(where, key)] = written(value)
     return tensors
 

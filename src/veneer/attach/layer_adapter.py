@@ -105,8 +105,8 @@ class LayerAdapter(nn.Module):
         if not full._parameters and not full._buffers:
             return {}
         own: dict[str, Any] = {**module._buffers, **module._parameters}
-        beside = own if own.get("bias", self) is not None else {**own, "bias": own["weight"]}  # of a layer without one
-        trained: dict[str, Any] = {name: value.to(beside[name].dtype) for name, value in full._parameters.items()}
+        filled = own if own.get("bias", self) is not None else {**own, "bias": own["weight"]}  # of a layer without one
+        trained: dict[str, Any] = {name: value.to(filled[name].dtype) for name, value in full._parameters.items()}
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
     def run(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.attach.lookup import adapters, parameter_path
 from veneer.attach.refusals import holders
 from veneer.attach.targets import Names, ParamRef
-from veneer.errors import listing, sentence
+from veneer.errors import AdapterError, listing, sentence
 
 UNTIE = (
     "untie the base first (config.tie_word_embeddings = False, and a copy for the head: "
@@ -69,16 +69,18 @@ class Untied:
 
 def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
     """Give each of these names of tied weights a parameter of its own with the same values; of a weight all of whose
-    names are among them, the first keeps it."""
+    names are among them, the first keeps it. ``AdapterError``: a weight that is stored packed."""
     chosen, made = set(refs), []
     for tied in holders(names).values():
         keeps = next((ref for ref in tied if ref not in chosen), tied[0])
-        for path, name in tied:
-            if (path, name) in chosen and (path, name) != keeps:
-                own: Any = names.modules[path]._parameters[name]
-                copy = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
-                names.modules[path]._parameters[name] = copy
-                made.append(((path, name), keeps))
+        made += [(ref, keeps) for ref in tied if ref in chosen and ref != keeps]
+    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in made]
+    if packed := [ref for (ref, _), own in zip(made, weights, strict=True) if type(own) is not nn.Parameter]:
+        found = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
+        raise AdapterError(found, "a plain weight to untie", "untie the base before it is quantised")
+    for ((path, name), _), own in zip(made, weights, strict=True):
+        copy = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+        names.modules[path]._parameters[name] = copy
     config = getattr(names.model, "config", None)
     ties = bool(made) and getattr(config, "tie_word_embeddings", False) is True
     if ties:  # or transformers ties them again, and saves one of them
