@@ -116,9 +116,9 @@ class AdapterFiles:
     def parameters(self) -> int:
         """How many parameters the adapter holds: a variant's own if it has any, else those of the PEFT file."""
         own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
-        derived = VARIANTS[self.config.variant].derived
-        held = [(name, tensor) for own in self.adapter_parameters.values() for name, tensor in own.items()]
-        tensors = [tensor for name, tensor in held if name not in derived]
+        if self.tuner is not None:
+            return self.tuner.numbers + sum(tensor.numel() for own in self.full.values() for tensor in own.values())
+        tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]
         tensors += [tensor for named in self.full.values() for tensor in named.values()]
         tensors += [one.rows for one in self.tokens.values()]
         for entry in self.low.values():

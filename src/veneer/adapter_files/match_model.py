@@ -409,6 +409,9 @@ class _Match:
         expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
         expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         lacking = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
+        if self.saved.tuner is not None and self.saved.tuner.whole:  # its layers are trained in full
+            meant = peft.expected_paths(self.saved.tuner.source, names.modules) or set()
+            lacking += sorted(path for path in meant if not self.full.get(names.canonical[path]))
         if lacking:
             self.problem(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file")
 

@@ -1,4 +1,4 @@
-"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the folder that Veneer would have written of it.
+"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the one that Veneer would write of it.
 
     plain    LoRA's config and tensors, with the plain change that each of the tuner's amounts to
     own      the variant's parameters, and their rank and alpha, by the path of the weight
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,17 @@ LARGEST = 2**31
 
 @dataclass(frozen=True)
 class TunerFolder:
-    """``source``: the tuner's own config. ``config`` and ``tensors`` as LoRA's, ``parameters`` by the path of a weight and their name, ``sizes``: the rank
-    and alpha of the variant by the path of a weight. ``unsized``: only the base tells the shapes of the changes, so that
-    ``tensors`` has none of them; ``paths`` has their modules."""
+    """What a folder of another tuner holds.
+
+    Fields:
+        source: the tuner's own config.
+        config, tensors: LoRA's, of the plain changes.
+        parameters: those of the variant, by the path of a weight and their name.
+        sizes: the rank and alpha of the variant, by the path of a weight.
+        unsized: only the base tells the shapes of the changes, so that ``tensors`` has none of them.
+        paths: the modules that change.
+        numbers: how many numbers the tuner trained.
+    """
 
     tuner: Tuner
     source: Mapping[str, Any]
@@ -45,6 +53,12 @@ class TunerFolder:
     sizes: Mapping[str, tuple[int, float]]
     unsized: bool
     paths: tuple[str, ...]
+    numbers: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether what it changes is trained in full."""
+        return not self.tuner.needs
 
     def config_of(self, plain: LoraConfig) -> LoraConfig:
         """The config of the variant, from that of the plain changes."""
@@ -59,18 +73,18 @@ class Unsized(Mapping[str, Any]):
     def __init__(self, folder: TunerFolder, path: Any) -> None:
         self.folder, self.path = folder, path
 
-    def _refuse(self) -> NoReturn:
+    def _error(self) -> AdapterError:
         found = f"{self.path} of PEFT's {self.folder.tuner.type}, which does not tell how many inputs each layer has"
-        raise AdapterError(found, "the base beside it", "load it on its base, or convert it with the base first")
+        return AdapterError(found, "the base beside it", "load it on its base, or convert it with the base first")
 
     def __getitem__(self, key: str) -> Any:
-        self._refuse()
+        raise self._error()
 
     def __iter__(self) -> Iterator[str]:
-        self._refuse()
+        raise self._error()
 
     def __len__(self) -> int:
-        self._refuse()
+        raise self._error()
 
 
 def weights_of(names: Names) -> Weights:
@@ -119,8 +133,10 @@ def tuner_folder(
     scales = {at: (low.rank, low.scale * low.rank) for at, low in plain.items()}
     usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))
     source, config = config, config_fields({**lora, "use_rslora": False}, scales, usual, ())
-    paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in tensors if key not in rest}
-    return TunerFolder(tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths - {""})))
+    held = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes}
+    paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in held}
+    numbers = sum(tensor.numel() for tensor in held.values())
+    return TunerFolder(tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths)), numbers)
 
 
 def _alpha(tuner: Tuner, scale: float, rank: int) -> float:

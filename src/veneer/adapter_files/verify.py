@@ -37,7 +37,8 @@ from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
 from veneer.fileio.untrusted import misplaced, read_json, what_it_is
-from veneer.formats import peft, peft_tokens, peft_tuners
+from veneer.formats import peft, peft_tokens
+from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
 from veneer.models.meta import meta_model
 from veneer.models.named_weights import Value, of_folder, of_module
@@ -175,11 +176,17 @@ class _Checks:
         if config is not None:
             config, tensors = peft_tokens.as_lora(config, tensors)
         if (said := config) is not None:  # and if each of its fields is one that can be honoured
-            config = self.tried("config", lambda: peft_tuners.check_config(said, ours, with_base=True) or said)
+            config = self.tried("config", lambda: check_config(said, ours, with_base=True) or said)
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return
-        saved = self.tried("layers", folder.assemble, path, config, record, tensors, parameters)
+        tuned = tuner_of(config) if record is None else None
+        shapes = None if self.weights is None or tuned is None else self.weights.facts
+        saved = self.tried("layers", folder.assemble, path, config, record, tensors, parameters, shapes)
+        if saved is not None and saved.tuner is not None and saved.tuner.unsized:
+            text = f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only the base tells: "
+            self.add("warning", "layers", f"{text}give it to have them checked")
+            return
         products = None if saved is None else self.tried("layers", lambda: saved.products)
         if saved is not None and products is not None:
             self.changes(saved, products)
@@ -413,6 +420,11 @@ class BaseWeights:
             return self.known[name].read(None)
         name = _name_in(self.files.where, at)
         return None if name is None else self.files.read(name)
+
+    def facts(self, at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        """The shape and dtype of a weight, if there is one of that path."""
+        weight = self(at)
+        return None if weight is None else (tuple(weight.shape), weight.dtype)
 
     def names(self, at: str) -> Sequence[str]:
         """All the names by which the base is known to hold that one weight."""

@@ -43,6 +43,9 @@ def _facts(saved: Any) -> dict[str, Any]:
     from veneer.fileio.hashing import coverage
 
     record = saved.metadata.get("base", {})
+    # of some of PEFT's tuners only the base tells the shapes
+    unsized = saved.tuner.paths if saved.tuner is not None and saved.tuner.unsized else ()
+    products = {} if unsized else saved.products
     base = {name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")}
     return {
         "path": str(saved.path),
@@ -53,9 +56,9 @@ def _facts(saved: Any) -> dict[str, Any]:
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": saved.parameters,
         "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
-        "targets": Counter(path.rsplit(".", 1)[-1] for path in saved.products),
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in (products or unsized)),
         "trained_in_full": sorted(saved.full),
-        "norms": {path: float(change.norm()) for path, change in saved.products.items()},
+        "norms": {path: float(change.norm()) for path, change in products.items()},
         "provenance": saved.metadata.get("provenance", {}),
         "versions": saved.metadata.get("versions", {}),
         "verified": bool(saved.record),

@@ -1,9 +1,9 @@
 """The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of Veneer's variants.
 
-    ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]           ΔW = alpha / (init_r + 1e-5) · B diag(E) A
-    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2                      ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
-    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2         ΔW = alpha / r · C ⊗ (B2 A2)
-    VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]                   ΔW = diag(b) B[:out] diag(d) A[:, :in]
+    ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]          ΔW = alpha / (init_r + 1e-5) · B diag(E) A
+    LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2                     ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
+    LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2        ΔW = alpha / r · C ⊗ (B2 A2)
+    VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]                  ΔW = diag(b) B[:out] diag(d) A[:, :in]
                base_model.vera_A [r, largest in]  base_model.vera_B [largest out, r], if save_projection
     LN_TUNING  <path>.ln_tuning_layers.<parameter>                             the layer, trained in full
 
@@ -178,7 +178,8 @@ TUNERS = {
         Tuner(
             "VERA", "vera", ("vera_lambda_b", "vera_lambda_d"), ((("vera_lambda_b", "vera_lambda_d"),),),
             {"lora_dropout": "vera_dropout"},
-            {"projection_prng_key": _whole, "save_projection": _flag, "d_initial": _number, "init_weights": _any}, _vera,
+            {"projection_prng_key": _whole, "save_projection": _flag, "d_initial": _number, "init_weights": _any},
+            _vera,
         ),
         Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda held: Own({}, 1.0)),
     )
@@ -279,8 +280,8 @@ def _projections(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], by_module: Mapping[str, Mapping[str, Tensor]],
     weights: Weights | None, problems: list[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """VeRA's A [r, in] and B [out, r] of each module: the file's, or those that PEFT draws from the config's key, cut to
-    the layer."""
+    """VeRA's A [r, in] and B [out, r] of each module, cut to the layer: the file's, or those that PEFT draws from the
+    config's key."""
     if weights is None:
         return {}
     sizes: dict[str, tuple[int, int, torch.dtype | None]] = {}
@@ -298,8 +299,8 @@ def _projections(
     A, B = (tensors.get(name) for name in PROJECTIONS)
     drawn = A is None or B is None
     if drawn and config.get("save_projection", True):
-        found = f"no {' and no '.join(PROJECTIONS)}, and save_projection=True"
-        problems.append(sentence(found, "both", "get the whole file again"))
+        found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and save_projection=True"
+        problems.append(sentence(found, "both projections", "get the whole file again"))
         return {}
     if A is None or B is None:
         A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)

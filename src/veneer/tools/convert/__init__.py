@@ -30,13 +30,25 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import differs, means_parameter, reads_past, ref_at
 from veneer.attach.install import detach
 from veneer.attach.lookup import parameter_path
+from veneer.attach.refusals import kind_for
 from veneer.attach.targets import Names
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist, new_file
 from veneer.fileio.hashing import kind_in
-from veneer.fileio.untrusted import Header, read_header
-from veneer.formats import FORMATS, Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, peft
+from veneer.fileio.untrusted import Header, read_header, read_json
+from veneer.formats import (
+    FORMATS,
+    Adapter,
+    BaseFacts,
+    Contents,
+    Format,
+    LowRankChange,
+    MisreadElsewhere,
+    Options,
+    peft,
+    peft_tuners,
+)
 from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
 from veneer.tools.convert import deltas
@@ -117,17 +129,20 @@ def conversion(
     format_, from_ = FORMATS[to], detect(source)
     options = _options(dtype, part, rank, energy, whole, from_, to)
     must_not_exist(out, overwrite)
-    if from_ == to:
+    base_info = open_base(base)
+    tuner = _tuner(source) if from_ == "peft" else None
+    if from_ == to and tuner is None:
         found = f"{source}, which is of the format {to!r} already"
         raise AdapterError(found, "another format", "copy it, or choose another format")
-    base_info = open_base(base)
     if to == "veneer" and base_info.module is None:
         found = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(found, "the base that the adapter was made for", 'give base, or choose "peft"')
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
         left_out = [*contents.left_out, *_lost(made, to)]
-        _refuse(made, from_, format_, base)
+        _refuse(made, from_, format_, base, base_info)
+        if made.tuner is not None and to == "peft":
+            made = folder.read(write_derived(Path(scratch) / "plain", [made], made.low, made.full))
         changes = _changes(made, base_info.facts)
         on_model = partial(_on_model, base_info, made, verify_base, not FORMATS[from_].peft)
         if to == "veneer":
@@ -147,7 +162,7 @@ def conversion(
                 left_out += format_.write(adapter, file, base_info.facts, options)
     ranks = {change.weight: change.layer.rank for change in changes}
     full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
-    return Conversion(out, from_, to, ranks, full, tuple(left_out), errors)
+    return Conversion(out, from_ if tuner is None else f"peft ({tuner})", to, ranks, full, tuple(left_out), errors)
 
 
 @contextmanager
@@ -234,7 +249,7 @@ def _as_folder(
     """The source as an adapter folder: itself, or one made of it in ``scratch``."""
     reader = FORMATS[from_].read
     if reader is None:
-        return folder.read(source), Contents(), {}
+        return folder.read(source, _weights(base_info.facts)), Contents(), {}
     contents = reader(source, base_info.facts, options)
     if not contents.low and not contents.deltas:
         raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
@@ -250,6 +265,37 @@ def _as_folder(
     stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
     write_derived(scratch, [stub], contents.low, variant=contents.variant)
     return folder.read(scratch), contents, {}
+
+
+def _tuner(source: Path) -> str | None:
+    """The type of another tuner of PEFT than LoRA, whose folder is to become LoRA's."""
+    tuner = peft_tuners.tuner_of(read_json(source / peft.CONFIG)) if (source / peft.CONFIG).is_file() else None
+    return None if tuner is None else tuner.type
+
+
+def _weights(facts: BaseFacts) -> peft_tuners.Weights | None:
+    """What a base's files say of its weights; nothing without a base."""
+    said = facts.config.get("dtype") or facts.config.get("torch_dtype")
+    dtype = getattr(torch, str(said).removeprefix("torch."), None)
+
+    def found(at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        return None if at not in facts.shapes else (facts.shapes[at], dtype)
+
+    return found if facts.shapes else None
+
+
+def _plain_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
+    """Why PEFT's LoRA would apply the plain changes that those of another tuner amount to in another way."""
+    convolutions = [layer.at for layer in saved.low.values() if layer.A.dim() > 2]
+    if not convolutions:
+        return
+    assert base_info.module is not None  # who told that they are
+    names = Names(base_info.module())
+    for at in convolutions:
+        module = names.modules[names.canonical[at]]
+        reason = peft.differs(kind_for(module, "weight").name, module)
+        if reason is not None:
+            yield sentence(f"a change of {at!r}: {reason}", "layers that PEFT's LoRA computes", "merge it")
 
 
 def _from_deltas(
@@ -325,19 +371,22 @@ def _adapter(
     return Adapter(changes, saved.full, about, all_deltas)
 
 
-def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object) -> None:
+def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object, base_info: BaseInfo) -> None:
     """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one."""
     if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
         found = f"an adapter that PEFT would apply in another way ({why})"
         raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
+    if to.peft and saved.tuner is not None:
+        raise_all(AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info)))
     if to.peft or not FORMATS[from_].peft or saved.record is not None or not isinstance(base, nn.Module):
         return
     names, config, problems = Names(base), saved.peft_config, []
     for path, layer in saved.low.items():
         ref = ref_at(names, path, config)
-        reason = (
-            None if ref is None else reads_past(names, ref) or differs(names, ref, means_parameter(names, ref, config))
-        )
+        rule = peft.differs if saved.tuner is None else peft_tuners.differs
+        if ref is None:
+            continue
+        reason = reads_past(names, ref) or differs(names, ref, means_parameter(names, ref, config), rule)
         if reason:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
