@@ -30,6 +30,13 @@ def _dora(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     return n["magnitude"].view(norm.shape) * V / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
+def _pooled(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+    pooled = n["A1"].shape[-1]
+    size = W.shape[-1] // pooled
+    group = torch.arange(W.shape[-1]) // size
+    return W + s * n["B"] @ n["A1"][..., group] * pooled / size
+
+
 def _lokr(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     return W + s * torch.einsum("glm,gkn->glkmn", n["C"], n["B2"] @ n["A2"]).reshape(W.shape)
 
@@ -45,6 +52,11 @@ MEANINGS: dict[str, Meaning] = {
     "olora": _moved,
     "lora_ga": _moved,
     "loftq": lambda n, s, W: _moved(n, s, W) + n["B0"] @ n["A0"],
+    "milora": _moved,
+    "corda": _moved,
+    "corda_kpm": _moved,
+    "mica": _product,
+    "qalora": _pooled,
     "lora_xs": lambda n, s, W: W + s * n["B"] @ n["R"] @ n["A"],
     "vera": lambda n, s, W: W + s * n["b"].diag_embed() @ n["B"] @ n["d"].diag_embed() @ n["A"],
     "adalora": lambda n, s, W: W + s * n["B"] @ (n["E"] * n["mask"]).diag_embed() @ n["A"],

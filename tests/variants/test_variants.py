@@ -57,6 +57,11 @@ def _product(n, s, W):
     return W + s * n["B"] @ n["A"]
 
 
+def _pooled(A, in_):
+    size = in_ // A.shape[1]
+    return torch.stack([A[:, i // size] / size * A.shape[1] for i in range(in_)], 1)
+
+
 def _moved(n, s, W):
     return (W - s * n["B0"] @ n["A0"]) + s * n["B"] @ n["A"]
 
@@ -77,6 +82,11 @@ DEFINITIONS = {
     "olora": _moved,
     "lora_ga": _moved,
     "loftq": lambda n, s, W: W + n["B0"] @ n["A0"] + s * (n["B"] @ n["A"] - n["B0"] @ n["A0"]),
+    "milora": _moved,
+    "corda": _moved,
+    "corda_kpm": _moved,
+    "mica": _product,
+    "qalora": lambda n, s, W: W + s * n["B"] @ _pooled(n["A1"], W.shape[1]),
     "lora_xs": lambda n, s, W: W + s * n["B"] @ n["R"] @ n["A"],
     "vera": lambda n, s, W: W + s * n["b"].diag() @ n["B"] @ n["d"].diag() @ n["A"],
     "adalora": lambda n, s, W: W + s * n["B"] @ (n["E"] * n["mask"]).diag() @ n["A"],
@@ -97,6 +107,11 @@ FIRST = {
     "lora_ga": {"A", "B"},
     "loftq": {"A", "B"},
     "lora_xs": {"R"},
+    "milora": {"A", "B"},
+    "corda": {"A", "B"},
+    "corda_kpm": {"A", "B"},
+    "mica": {"A"},
+    "qalora": {"B"},
     "vera": {"b"},
     "adalora": {"E"},
     "loha": {"B2"},
@@ -381,7 +396,83 @@ def test_eva_is_pefts_on_centred_inputs():
     torch.testing.assert_close(ours["A"][0] @ ours["A"][0].T, torch.eye(3))
 
 
+@pytest.mark.parametrize(("name", "method"), [("corda", "ipm"), ("corda_kpm", "kpm")])
+def test_corda_is_pefts(name, method):
+    """PEFT divides the inputs by their largest number: the product B₀ A₀ does not depend on that."""
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    x, W = torch.randn(64, 8) * torch.linspace(1, 4, 8), torch.randn(6, 8)
+
+    def prepare(model, config):
+        preprocess_corda(model, config, lambda: model(x))
+
+    corda_config = CordaConfig(corda_method=method)
+    _, layer = peft_linear(W, 3, 3, prepare, init_lora_weights="corda", corda_config=corda_config)
+    ours = VARIANTS[name].init(InitContext(1, 6, 8, 3, 8, lambda: W[None], inputs=lambda: (x.T @ x).double()[None]))
+    A, B = ab(layer)
+    torch.testing.assert_close(ours["B"][0] @ ours["A"][0], B @ A, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(W - ours["B"][0] @ ours["A"][0], layer.base_layer.weight.data, rtol=1e-3, atol=1e-4)
+    ratio = (ours["A"][0].norm(dim=1) / A.norm(dim=1)).log()
+    assert (ratio - ratio.mean()).abs().max() < 1e-3  # one factor between A and B
+
+
+def test_corda_starts_from_inputs_that_do_not_span_the_space():
+    """Fewer rows than inputs, and none but zeros: the damping makes C invertible."""
+    x, W = torch.randn(1, 2, 8, dtype=torch.float64), torch.randn(1, 6, 8)
+    for moment in (x.mT @ x, torch.zeros(1, 8, 8, dtype=torch.float64)):
+        for name in ("corda", "corda_kpm"):
+            ours = VARIANTS[name].init(InitContext(1, 6, 8, 3, 8, lambda: W, inputs=lambda moment=moment: moment))
+            assert all(value.isfinite().all() for value in ours.values())
+            assert torch.linalg.matrix_rank(ours["B"]).item() == 3
+
+
+def test_mica_is_pefts():
+    W = torch.randn(6, 8)
+    _, layer = peft_linear(W, 3, 3, init_lora_weights="mica")
+    ours = VARIANTS["mica"].init(InitContext(1, 6, 8, 3, 8, lambda: W[None]))
+    A, B = ab(layer)
+    same_up_to_signs(ours["B"][0], B, axis=0)
+    assert not A.any()
+    assert not ours["A"].any()
+    torch.testing.assert_close(ours["B"][0].T @ ours["B"][0], torch.eye(3))
+
+
+@pytest.mark.parametrize("in_", [32, 24, 7])
+def test_qalora_is_pefts(in_):
+    """PEFT has it for GPTQ layers alone; here its forward runs on a layer with no more than it reads."""
+    from types import SimpleNamespace
+
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    variant = VARIANTS["qalora"]
+    parameters = variant.init(InitContext(1, 6, in_, 3, in_))
+    parameters["B"] = torch.randn(1, 6, 3)
+    size = in_ // parameters["A1"].shape[-1]
+    assert size == {32: 16, 24: 12, 7: 7}[in_]
+    layer = SimpleNamespace(
+        lora_A={"a": SimpleNamespace(weight=parameters["A1"][0])},
+        lora_B={"a": SimpleNamespace(weight=parameters["B"][0])},
+        lora_dropout={"a": nn.Identity()},
+        scaling={"a": 1.5},
+        qalora_group_size={"a": size},
+        in_features=in_,
+        training=False,
+    )
+    x = torch.randn(2, 5, in_)
+    theirs = QALoraLinearVariant.forward(layer, "a", x, torch.zeros(2, 5, 6))
+    low, _ = variant.resolve(parameters, 1.5, lambda: torch.empty(0))
+    torch.testing.assert_close(F.linear(x, low.delta()[0]), theirs, rtol=1e-4, atol=1e-4)
+
+
 # Starts that PEFT does not have
+
+
+def test_milora_holds_what_is_left_of_the_best_approximation():
+    start = start_of(2, 9, 7, 2)
+    rest = torch.stack([w - _truncated(w, 5) for w in start.base()])
+    ours = VARIANTS["milora"].init(start)
+    torch.testing.assert_close(ours["B"] @ ours["A"], rest, rtol=1e-4, atol=1e-5)
 
 
 def test_pissa_and_lora_xs_hold_the_best_approximation():
@@ -486,7 +577,7 @@ def test_lokr_takes_the_thinner_of_its_two_forms():
         assert low.rank == 2 * 2
 
 
-READS_ITS_WEIGHT = {"pissa", "lora_xs", "olora", "dora", "dora_rslora", "loftq"}
+READS_ITS_WEIGHT = {"pissa", "lora_xs", "olora", "dora", "dora_rslora", "loftq", "milora", "mica"}
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

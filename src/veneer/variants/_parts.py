@@ -1,4 +1,4 @@
-"""What several variants share: the largest singular triplets of a matrix, and a start that is not zero."""
+"""What several variants share: the largest and smallest singular triplets of a matrix, and a start that is not zero."""
 
 from __future__ import annotations
 
@@ -23,9 +23,21 @@ def principal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 
 
+def minor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [g, out, rank], S [g, rank] in descending order and Vᵀ [g, rank, in]: the smallest singular triplets of
+    ``matrix`` [g, out, in], in its dtype, of the min(out, in) that there are. From a full SVD, however large it is: no
+    random projection finds the directions in which a matrix is small."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[..., -rank:], S[..., -rank:], Vh[..., -rank:, :]
+
+
 def balanced(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A = √S Vᵀ [g, rank, in] and B = U √S [g, out, rank]: B @ A is the best approximation of this rank."""
-    U, S, Vh = principal(matrix, rank)
+    return split(*principal(matrix, rank))
+
+
+def split(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """A = √S Vᵀ and B = U √S of singular triplets U [g, out, k], S [g, k], Vᵀ [g, k, in]."""
     root = S.sqrt()
     return root[..., :, None] * Vh, U * root[..., None, :]
 
