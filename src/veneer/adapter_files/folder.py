@@ -47,6 +47,11 @@ from veneer.variants import VARIANTS
 #: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
 CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 FILES = (*CORE, model_card.NAME)
+#: a tokenizer that stands beside an adapter which trains tokens that were added
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+)  # fmt: skip
 #: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
@@ -184,10 +189,23 @@ def write(
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy an adapter's own files into ``folder``, and nothing else that lies beside them."""
-    for name in FILES:
+    """Copy an adapter's own files into ``folder``, with the tokenizer beside trained tokens, and nothing else."""
+    for name in (*FILES, *(TOKENIZER if read_tokens(source) else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def read_tokens(path: Path) -> bool:
+    """Whether the folder of an adapter says that it trains tokens."""
+    config = path / peft.CONFIG
+    said = read_json(config) if config.is_file() else {}
+    return bool(said.get(peft_tokens.FIELD)) or said.get("peft_type") == peft_tokens.TYPE
+
+
+def own_tokenizer(path: Path) -> Path | None:
+    """The folder itself where it trains tokens and holds a tokenizer, or None."""
+    there = any((path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2])
+    return path if there and read_tokens(path) and not any(misplaced(path, TOKENIZER)) else None
 
 
 def content_hash(path: Path) -> str:

@@ -161,14 +161,14 @@ def prove(
         done += job.checkpoint.bytes(name)
         if progress is not None:
             progress(done, total, name)
-    problems += aux_files.differing(job.checkpoint, dtype, Path(out))
+    problems += aux_files.differing(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
     return len(merged.where)
 
 
 def _aux_files(job: MergeJob, folder: Path) -> list[str]:
     """Write what belongs to the result besides its weights; the names of what was left out."""
-    checkpoint, left_out = job.checkpoint, aux_files.put(job.checkpoint, job.dtype, folder)
+    checkpoint, left_out = job.checkpoint, aux_files.put(job.checkpoint, job.aux_changes, folder)
     if checkpoint.index is not None:
         total = sum(map(job.written, checkpoint.where))
         metadata = checkpoint.index.get("metadata") or {}

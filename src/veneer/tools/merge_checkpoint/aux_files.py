@@ -1,7 +1,8 @@
 """What stands beside the weights of a checkpoint and belongs to the merged one too: its configuration, its tokenizer.
 
 Left out are the weights in other formats, which would be those of the base, and folders that hold such or are hidden
-(what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another.
+(what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another, and
+one that names the size of a vocabulary where that grew. The tokenizer is then that of the adapter, if it has one.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from veneer.adapter_files.folder import TOKENIZER
 from veneer.models.safetensors_dir import Checkpoint
 
 RECORD, CONFIG = "veneer_merge.json", "config.json"
@@ -37,32 +40,64 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     return files, left_out
 
 
-def put(checkpoint: Checkpoint, dtype: torch.dtype | None, target: Path) -> list[str]:
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the base's files: the dtype (None: it stays), the number of rows of the vocabulary (None: as it
+    is), and a folder with the tokenizer that knows tokens which were added (None: the base's)."""
+
+    dtype: torch.dtype | None = None
+    vocabulary: int | None = None
+    tokenizer: Path | None = None
+
+
+def put(checkpoint: Checkpoint, changes: Changes, target: Path) -> list[str]:
     """Copy them into the folder ``target``; the names of what is left out."""
-    files, left_out = companions(checkpoint)
-    for file in files:
+    files, left_out = _sources(checkpoint, changes)
+    for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if dtype is not None and file == Path(CONFIG):
-            (target / file).write_bytes(_expected(checkpoint, dtype, file))
+        if file == Path(CONFIG) and (changes.dtype is not None or changes.vocabulary is not None):
+            (target / file).write_bytes(_expected(source, changes, file))
         else:
-            shutil.copyfile(checkpoint.folder / file, target / file)
+            shutil.copyfile(source, target / file)
     return left_out
 
 
-def differing(checkpoint: Checkpoint, dtype: torch.dtype | None, target: Path) -> Iterator[str]:
+def differing(checkpoint: Checkpoint, changes: Changes, target: Path) -> Iterator[str]:
     """What is not in ``target`` as ``put`` writes it."""
-    for file in companions(checkpoint)[0]:
+    for file, source in _sources(checkpoint, changes)[0].items():
         if not (target / file).is_file():
             yield f"{file} is not there"
-        elif (target / file).read_bytes() != _expected(checkpoint, dtype, file):
+        elif (target / file).read_bytes() != _expected(source, changes, file):
             yield f"{file} is another file than the base's"
 
 
-def _expected(checkpoint: Checkpoint, dtype: torch.dtype | None, file: Path) -> bytes:
-    content = (checkpoint.folder / file).read_bytes()
-    if dtype is None or file != Path(CONFIG):
+def _sources(checkpoint: Checkpoint, changes: Changes) -> tuple[dict[Path, Path], list[str]]:
+    """(where each file of the result comes from, the names of what is left out)."""
+    files, left_out = companions(checkpoint)
+    found = {file: checkpoint.folder / file for file in files}
+    if changes.tokenizer is not None:
+        found = {file: source for file, source in found.items() if file.name not in TOKENIZER}
+        found |= {Path(name): changes.tokenizer / name for name in TOKENIZER if (changes.tokenizer / name).is_file()}
+    return found, left_out
+
+
+def _expected(source: Path, changes: Changes, file: Path) -> bytes:
+    content = source.read_bytes()
+    if file != Path(CONFIG) or (changes.dtype is None and changes.vocabulary is None):
         return content
-    return (json.dumps(_retyped(json.loads(content), str(dtype).removeprefix("torch.")), indent=2) + "\n").encode()
+    said = json.loads(content)
+    if changes.dtype is not None:
+        said = _retyped(said, str(changes.dtype).removeprefix("torch."))
+    if changes.vocabulary is not None:
+        said = _resized(said, changes.vocabulary)
+    return (json.dumps(said, indent=2) + "\n").encode()
+
+
+def _resized(said: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A configuration with another size of the vocabulary, that of its text model where it has several."""
+    if "vocab_size" in said or not isinstance(said.get("text_config"), dict):
+        return {**said, "vocab_size": rows}
+    return {**said, "text_config": {**said["text_config"], "vocab_size": rows}}
 
 
 def _retyped(said: Any, dtype: str) -> Any:

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.folder import content_hash, read
+from veneer.adapter_files.folder import content_hash, own_tokenizer, read
 from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
-from veneer.fileio.hashing import fingerprint_of, hash_json, kind_of
+from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, hash_json, kind_of
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
+from veneer.tools.merge_checkpoint.aux_files import Changes
+from veneer.tools.merge_checkpoint.growth import grown
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import Adapter, MergePlan, TensorEdit, apply, recipe_for, replaced
 
@@ -47,12 +49,20 @@ class MergeJob:
     #: how a parameter that several tensors hold is rounded, found when the first of them is there
     decided: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def aux_changes(self) -> Changes:
+        """How the files beside the weights differ from the base's."""
+        tokenizers = [found for path, _ in self.adapters if (found := own_tokenizer(path)) is not None]
+        rows = max(self.merge_plan.sizes.values(), default=None)
+        return Changes(self.dtype, rows, tokenizers[-1] if tokenizers else None)
+
     def target(self, name: str) -> torch.dtype:
         own = self.checkpoint.dtype(name)
         return self.dtype if self.dtype is not None and own in FLOATS else own
 
     def copied(self, name: str) -> bool:
-        return name not in self.merge_plan.works and self.target(name) == self.checkpoint.dtype(name)
+        as_it_is = name not in self.merge_plan.works and name not in self.merge_plan.sizes
+        return as_it_is and self.target(name) == self.checkpoint.dtype(name)
 
     def written(self, name: str) -> int:
         own = self.checkpoint.bytes(name)
@@ -82,7 +92,8 @@ class MergeJob:
         """(the bytes before the first tensor, where each tensor begins) of a file of the result."""
         header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
         starts = dict(zip(names, accumulate(map(self.written, names), initial=0), strict=False))
-        if all(self.target(name) == self.checkpoint.dtype(name) for name in names):
+        same = not self.merge_plan.sizes.keys() & header.tensors.keys()
+        if same and all(self.target(name) == self.checkpoint.dtype(name) for name in names):
             with (self.checkpoint.folder / file).open("rb") as stream:
                 head = stream.read(header.data_start)
         else:
@@ -106,10 +117,11 @@ class MergeJob:
             tensors, shape, said = self.merge_plan.fingerprints[path]
             works = {name: next(w for w in self.merge_plan.works[name] if w.path == path) for name in tensors}
             found = {
-                kind: fingerprint_of(shape, (read(name)[work.place.within] for name, work in works.items()), kind)
-                for kind in {kind_of(expected) for expected in said.values()}
-            }
-            if wrong := [adapter for adapter, expected in said.items() if expected != found[kind_of(expected)]]:
+                (kind, ids): fingerprint_beside(read(tensors[0]), ids, kind) if ids
+                else fingerprint_of(shape, (read(name)[work.place.within] for name, work in works.items()), kind)
+                for kind, ids in {(kind_of(expected), ids) for expected, ids in said.values()}
+            }  # fmt: skip
+            if wrong := [one for one, (expected, ids) in said.items() if expected != found[kind_of(expected), ids]]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(wrong)})")
         if mismatches:
             wrong = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
@@ -137,6 +149,7 @@ def planned(
     drawn = linear_stub_model(checkpoint, saved_adapters) if model is None and verify_base and by_prints else None
     merge_plan = recipe_for(folder, given, model if drawn is None else drawn)
     merge_plan = replace(merge_plan, by_prints=drawn is not None)
+    checkpoint = grown(checkpoint, merge_plan.sizes)
     return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from veneer.layers import Layer
 from veneer.lowrank import LowRank
 from veneer.models.named_weights import sliced
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
+from veneer.tools.merge_checkpoint.growth import grow_model, grown
 
 #: an adapter folder and how much of it is merged
 Adapter = tuple[Path, float]
@@ -66,8 +67,11 @@ class MergePlan:
     works: Mapping[str, tuple[TensorEdit, ...]]  # by the name of a tensor
     parts: Mapping[str, tuple[str, ...]]  # the tensors that hold a parameter, by its path, where these are several
     #: of a parameter, by its path: the tensors that hold it, in its order, its shape, what each adapter expects
-    fingerprints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, str]]]
+    #: (a fingerprint, and the tokens whose rows it leaves out)
+    fingerprints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]]
     notes: tuple[str, ...]  # what a person should know
+    #: how many rows tensors of a vocabulary that grows will have, by their names
+    sizes: Mapping[str, int] = field(default_factory=dict)
     by_prints: bool = False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
 
 
@@ -113,6 +117,12 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
         whole = models.filled(copy.deepcopy(model)) if bare else model
     checkpoint = open_checkpoint(folder)
     places = models.map_checkpoint_names(whole, checkpoint.where)
+    own, sizes = model is None or whole is not model, {}
+    if own and (rows := grow_model(whole, saved_adapters)) is not None:
+        ends = {id(end.weight) for side in ("input", "output") if (end := _embeddings(whole, side)) is not None}
+        into = {tensor for tensor, where in places.items() if {id(_at(whole, place.path)) for place in where} & ends}
+        sizes = dict.fromkeys(sorted(into), rows)
+        checkpoint = grown(checkpoint, sizes)
     attached: dict[str, Adapter] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -121,10 +131,16 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
                 install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False)
                 attached[f"merged{number}"] = adapter
             notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
-            return _read_off(whole, attached, saved_adapters, places, checkpoint, notes)
+            notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
+            found = _read_off(whole, attached, saved_adapters, places, checkpoint, notes)
+            return replace(found, sizes=sizes)
         finally:
             for name in attached:
                 detach(whole, name)
+
+
+def _embeddings(model: Any, side: str) -> Any:
+    return getattr(model, f"get_{side}_embeddings")()
 
 
 def _precisions(adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]) -> Iterator[str]:
@@ -154,10 +170,10 @@ def _read_off(
     for path, work in works.items():
         for tensor, place in of[path].items():
             placed.setdefault(tensor, []).append(replace(work, place=place))
-    fingerprints: dict[str, dict[str, str]] = {}
+    fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
         for at, expected in saved.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = expected
+            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = expected, saved.token_ids(at)
     return MergePlan(
         {tensor: tuple(own) for tensor, own in placed.items()},
         {path: _whole(of[path]) for path in works if any(place.index for place in of[path].values())},
@@ -256,6 +272,9 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
     """(ΔW, gain) of the part of the parameter that ``held`` is."""
     if not work.place.index:
         return change.exactly(change.layer.fold(held, work.shape))
+    if change.tokens is not None:
+        found = f"trained tokens of {work.path!r}, which the files hold in parts"
+        raise MergeError(found, "the whole of it in one tensor", "merge it in memory, and save the model")
     every = slice(None)
     groups, rows = (*work.place.index, every)[:2] if change.dims.groups > 1 else (every, work.place.index[0])
 

@@ -1,0 +1,99 @@
+"""Trained tokens on the disk: a merge that grows the vocabulary, and what other tools say of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from tests.support.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.support.toys import bits, error
+from transformers import AutoModelForCausalLM
+
+import veneer
+from veneer.errors import AdapterError, BaseMismatchError
+from veneer.tools.compose import compose
+from veneer.tools.convert import convert
+from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+
+BASE, NEW = 259, [259, 260, 261]
+IDS = torch.tensor([[1, 259, 7, 260, 261, 3], [9, 5, 6, 9, 40, 2]])
+
+
+def written(folder, tied=True, **options):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
+    model.save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trained(base, folder, tied=True, dtype=torch.float32, seed=7):
+    """(adapter folder, the live model with it) of a base that grew by three tokens."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(len(tokenizer))
+    tokens = NEW if tied else {"embed_tokens": NEW, "lm_head": NEW}
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=tokens))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    handle.save(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, handle
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_on_the_disk_grows_the_vocabulary_as_a_live_one(tmp_path, dtype, tied):
+    base = written(tmp_path / "base", tied, max_shard_size="20KB")
+    adapter, handle = trained(base, tmp_path / "a", tied, dtype)
+    if dtype is torch.bfloat16:
+        written(tmp_path / "16", tied)
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "16")
+        base = tmp_path / "16"
+    done = merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert "The vocabulary grew to 262 rows." in done.notes
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 262
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    handle.merge()
+    handle.detach(keep_merged=True)
+    expected = bits(handle.model)
+    assert all(torch.equal(value, expected[key]) for key, value in bits(merged).items())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("<b>").input_ids == [260]
+    assert prove(base, [adapter], tmp_path / "out") > 0
+    assert error(merged(IDS).logits.float(), handle.model(IDS).logits.float()) < 1e-6
+
+
+def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_path):
+    base = written(tmp_path / "base")
+    adapter, handle = trained(base, tmp_path / "a")
+    other = tiny_model(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseMismatchError):
+        merge_checkpoint(tmp_path / "other", [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(262)
+    grown.save_pretrained(tmp_path / "grown")
+    merge_checkpoint(tmp_path / "grown", [adapter], tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert error(merged(IDS).logits, handle.model(IDS).logits) < 1e-6
+
+
+def test_what_has_no_place_for_tokens_says_so(tmp_path):
+    adapter, _ = trained(written(tmp_path / "base"), tmp_path / "a")
+    for call in (
+        lambda: compose([adapter, adapter], tmp_path / "out"),
+        lambda: convert(adapter, tmp_path / "out.gguf", to="gguf", base=tmp_path / "base"),
+        lambda: convert(adapter, tmp_path / "out.safetensors", to="kohya"),
+        lambda: veneer.tools.compare.compare(adapter, adapter),
+    ):
+        with pytest.raises(AdapterError, match=r"trained tokens .*merge"):
+            call()
+    assert not list(tmp_path.glob("out*"))
