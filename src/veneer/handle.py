@@ -70,6 +70,8 @@ def attach(
     _cover(model)
     names = Names(model)
     in_full = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
+    # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of the others
+    in_full |= {id(names.modules[entry.path]._parameters[entry.weight]) for entry in plans.low if entry.tokens}
     lost = [ref for key, ref in fresh(names).items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,9 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import veneer
 from veneer.errors import AdapterError, BaseMismatchError
+from veneer.tools.compare import compare
 from veneer.tools.compose import compose
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
 
 BASE, NEW = 259, [259, 260, 261]
 IDS = torch.tensor([[1, 259, 7, 260, 261, 3], [9, 5, 6, 9, 40, 2]])
@@ -92,8 +96,25 @@ def test_what_has_no_place_for_tokens_says_so(tmp_path):
         lambda: compose([adapter, adapter], tmp_path / "out"),
         lambda: convert(adapter, tmp_path / "out.gguf", to="gguf", base=tmp_path / "base"),
         lambda: convert(adapter, tmp_path / "out.safetensors", to="kohya"),
-        lambda: veneer.tools.compare.compare(adapter, adapter),
     ):
         with pytest.raises(AdapterError, match=r"trained tokens .*merge"):
             call()
     assert not list(tmp_path.glob("out*"))
+
+
+def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
+    base = written(tmp_path / "base")
+    adapter, handle = trained(base, tmp_path / "a")
+    convert(adapter, tmp_path / "peft", to="peft")
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(262)
+    convert(tmp_path / "peft", tmp_path / "back", to="veneer", base=grown)
+    theirs = peft.PeftModel.from_pretrained(grown, tmp_path / "peft").eval()
+    assert error(theirs(IDS).logits, handle.model(IDS).logits) < 1e-6
+    assert compare(adapter, tmp_path / "back").same_change
+    with torch.no_grad():
+        handle.changes["model.embed_tokens.weight"].token_rows[1].mul_(2)
+    handle.save(tmp_path / "moved")
+    moved = compare(adapter, tmp_path / "moved")
+    assert not moved.same_change
+    assert [one.path for one in moved.full if one.difference] == ["model.embed_tokens.weight[260]"]

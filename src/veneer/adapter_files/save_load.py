@@ -176,7 +176,8 @@ def _proof(
         for _, module, part in adapters(model, name)
         for key in (*part.full._parameters, *part.full._buffers)
     }
-    lost = {key: ref for key, ref in fresh(names).items() if key not in replaced}
+    held = {id(weight) for weight, change in weights.values() if change.tokens is not None}  # in its new rows
+    lost = {key: ref for key, ref in fresh(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # a base model's own output does not need its pooler, and nobody uses a random one
     gone = unkept(model, name) if fingerprints is None else frozenset()

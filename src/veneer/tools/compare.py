@@ -222,7 +222,9 @@ def _space(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 
 def _full(saved: AdapterFiles) -> dict[str, Tensor]:
     items = ((peft.unnested(path)[0], tensors) for path, tensors in saved.full.items())
-    return {parameter_path(at, name): tensor for at, tensors in items for name, tensor in tensors.items()}
+    full = {parameter_path(at, name): tensor for at, tensors in items for name, tensor in tensors.items()}
+    tokens = ((one, *row) for one in saved.tokens.values() for row in zip(one.ids, one.rows, strict=True))
+    return full | {f"{parameter_path(one.at, 'weight')}[{id_}]": row for one, id_, row in tokens}
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -133,6 +133,8 @@ def compose(
     how = _options(len(adapters), given, method, rank, energy, density, layers, seed)
     must_not_exist(Path(out), overwrite)
     files = [adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters]
+    for file in files:
+        file.no_tokens("a combination of adapters")
     used = [number for number, weight in enumerate(given) if weight]
     notes = [f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used]
     sources, base_weights = [files[number] for number in used], BaseWeights(base, model)

@@ -157,6 +157,7 @@ def conversion(
                 changes=None, config=made.config, provenance={}, overwrite=overwrite, parameters={},
             )  # fmt: skip
         else:
+            made.no_tokens(f"the format {to!r}")
             adapter = _adapter(made, changes, base_info, on_model)
             with new_file(out, overwrite=overwrite) as file:
                 left_out += format_.write(adapter, file, base_info.facts, options)
