@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.adapter_files.folder import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
 from veneer.attach.adapted_module import state_of, walk
@@ -89,8 +90,9 @@ def learn(module: Any) -> None:
             self, self.model if model is None else model, resume_from_checkpoint
         ),
     )
-    before("train", lambda self, *args, **kwargs: _must_be_reached(self))
-    before("evaluate", lambda self, *args, **kwargs: _must_be_reached(self))
+    before("train", lambda self, *args, **kwargs: _must_be_used(self))
+    before("evaluate", lambda self, *args, **kwargs: _must_be_used(self))
+    before("_push_from_checkpoint", _copy_all)
 
     validate = module.validate_quantization_for_training
     module.validate_quantization_for_training = lambda model: None if _adapted(model) else validate(model)
@@ -114,17 +116,28 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
     return True
 
 
-def _must_be_reached(trainer: Any) -> bool:
-    """``TargetError``: TRL's forward multiplies by the weight of the output layer, past an adapter there. (Of a
-    ``PeftModel`` TRL refuses that too.) ``ConfigError``: a reference that should move, and has no weights of its own.
-    """
+def _copy_all(trainer: Any, checkpoint_folder: str) -> bool:
+    """Before a push in mid-run, transformers copies an adapter from the checkpoint into the folder that is uploaded:
+    PEFT's files, if PEFT is installed. All of it belongs together, as hashes seal it."""
+    if _adapted(trainer.model) and trainer.is_world_process_zero():
+        copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
+    return False
+
+
+def _must_be_used(trainer: Any) -> bool:
+    """What a trainer would leave out without a word. ``TargetError``: TRL's forward multiplies by the weight of the
+    output layer, past an adapter there (of a ``PeftModel`` TRL refuses that too). ``ConfigError``: a reference that
+    should move and has no weights of its own; vLLM, which TRL would give the weights of the base."""
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     if isinstance(reference, Reference) and getattr(trainer.args, "sync_ref_model", False):
         found = "sync_ref_model=True with a reference model that is the policy's own base"
-        raise ConfigError(
-            found, "a reference that stays", "leave sync_ref_model out, or pass a whole model as ref_model"
-        )
-    forward: Any = model.__dict__.get("forward") if _adapted(model) else None
+        raise ConfigError(found, "one that stays", "leave sync_ref_model out, or pass a whole model as ref_model")
+    if not _adapted(model):
+        return False
+    if getattr(trainer.args, "use_vllm", False):
+        found = "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base"
+        raise ConfigError(found, "texts drawn from the policy", "leave use_vllm out: the model draws them itself")
+    forward: Any = model.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__.__code__.co_name == "_fused_forward":
         head = model.get_output_embeddings()
         layer_state = None if head is None else state_of(head)
