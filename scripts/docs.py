@@ -1,6 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
-docs/config.md from their registry, docs/benchmarks.md, docs/gpu-measured.md and tables in README.md from recorded
-results.
+docs/config.md from their registry, docs/benchmarks.md, docs/gpu-measured.md and tables in README.md and
+docs/trainers.md from recorded results.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -19,6 +19,7 @@ import torch
 
 import bench_page
 import gpu_page
+import trainers
 from veneer import cli
 from veneer.variants import VARIANTS, InitContext
 
@@ -90,15 +91,16 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> int:
-    readme, config = ROOT / "README.md", ROOT / "docs" / "config.md"
+    readme, config, others = ROOT / "README.md", ROOT / "docs" / "config.md", ROOT / "docs" / "trainers.md"
     text = readme.read_text()
     for name, table in (("bench", bench_page.readme()), ("demo", demo_table()), ("torture", torture_table())):
         text = filled(text, name, table)
     variants = filled(config.read_text(), "variants", variants_table())
+    asked = filled(others.read_text(), "trainers", trainers.table())
     stale = []
     pages = {"benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "cli.md": cli_page()}
     whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
-    for path, content in (*whole, (readme, text), (config, variants)):
+    for path, content in (*whole, (readme, text), (config, variants), (others, asked)):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

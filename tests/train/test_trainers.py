@@ -255,7 +255,7 @@ def test_a_trainer_pushes_the_adapter_alone(bases: Path, tmp_path: Path, monkeyp
     pushed: list[dict[str, bytes]] = []
 
     class Job:
-        def is_done(self) -> bool:
+        def done(self) -> bool:
             return True
 
     class Hub:

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
@@ -93,6 +94,7 @@ def learn(module: Any) -> None:
     before("train", lambda self, *args, **kwargs: _must_be_used(self))
     before("evaluate", lambda self, *args, **kwargs: _must_be_used(self))
     before("_push_from_checkpoint", _copy_all)
+    before("create_model_card", lambda self, *args, **kwargs: _has_a_card(self))
 
     validate = module.validate_quantization_for_training
     module.validate_quantization_for_training = lambda model: None if _adapted(model) else validate(model)
@@ -122,6 +124,13 @@ def _copy_all(trainer: Any, checkpoint_folder: str) -> bool:
     if _adapted(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
+
+
+def _has_a_card(trainer: Any) -> bool:
+    """The card of an adapter says what it is and how to load it. ``Trainer`` would take it for PEFT's, write another in
+    its place and ask the model, as PEFT's, to mend that. (TRL's trainers write one of their own.)"""
+    card = Path(trainer.args.output_dir) / model_card.NAME
+    return _adapted(trainer.model) and card.is_file() and model_card.LINE in card.read_text(encoding="utf-8")
 
 
 def _must_be_used(trainer: Any) -> bool:

@@ -1,0 +1,110 @@
+"""Ask every trainer again what it does with an adapter, of Veneer and of PEFT, and record the answers.
+
+    python -m scripts.trainers            run everything, write benchmarks/results/trainers.json (then `make docs`)
+    python -m scripts.trainers --check    run everything, fail if the record says something else
+    python -m scripts.trainers SFT DPO    run the trainers whose names contain these, print their rows
+
+Each cell of the table in docs/trainers.md is one answer; `tests/support/trainer_cells.py` has the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "trainers.json"
+LIBRARIES = ("transformers", "trl", "accelerate", "pytorch-lightning", "peft", "torch")
+#: the heads of the columns, by the names of the cells
+HEADS = {
+    "alone": "the adapter alone trains",
+    "holds": "checkpoints hold it alone",
+    "resume": "resumed, equal bit for bit",
+    "bare": "so too where the trainer attaches",
+    "best": "best model at the end",
+    "loads": "`from_pretrained` of what it saves",
+    "reference": "reference without a second copy",
+}
+NOT_OFFERED = "not offered by the trainer"
+
+
+def table() -> str:
+    """The recorded answers as a table, and the reasons of each no below it."""
+    record = json.loads(RECORD.read_text())
+    notes: dict[str, int] = {}
+    lines = [
+        f"| Veneer, PEFT | {' | '.join(HEADS.values())} | checkpoint beside PEFT's |",
+        "|---" * (len(HEADS) + 2) + "|",
+    ]
+    for name, row in record["trainers"].items():
+        cells = [_cell(row["Veneer"][cell], row["PEFT"][cell], notes) for cell in HEADS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['size']:.2f} |")
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    reasons = [f"{number}. {reason}" for reason, number in notes.items()]
+    return "\n".join([*lines, "", f"“–”: {NOT_OFFERED}. With {versions}.", "", *reasons])
+
+
+def _cell(ours: str, theirs: str, notes: dict[str, int]) -> str:
+    if ours == theirs == NOT_OFFERED:
+        return "–"
+    return ", ".join(_answer(answer, notes) for answer in (ours, theirs))
+
+
+def _answer(answer: str, notes: dict[str, int]) -> str:
+    word, _, reason = answer.partition(": ")
+    return f"{word} ({notes.setdefault(reason, len(notes) + 1)})" if reason else answer
+
+
+def found(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    import datasets
+    from tests.support.trainer_cells import CELLS, rows
+
+    assert list(CELLS) == list(HEADS)
+    datasets.disable_progress_bars()
+    yield from rows(lambda run: not only or any(word in run.name for word in only))
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows have the same answers; bytes of a checkpoint change with the names that a library writes."""
+    near = bool(one) and bool(other) and abs(one["size"] - other["size"]) < 0.1
+    return near and {**one, "size": None} == {**other, "size": None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts.trainers", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("only", nargs="*", help="run these trainers alone, and write nothing")
+    parser.add_argument("--check", action="store_true", help="fail if the record says something else")
+    arguments = parser.parse_args()
+    made: dict[str, dict[str, Any]] = {}
+    for name, row in found(arguments.only):
+        made[name] = row
+        print(json.dumps({name: row}), file=sys.stderr)
+    if arguments.check:
+        recorded = json.loads(RECORD.read_text())["trainers"]
+        stale = [
+            name for name in {*made, *recorded} if name not in made or not same(made[name], recorded.get(name, {}))
+        ]
+        if stale:
+            print(f"Found: other answers of {', '.join(sorted(stale))}. Expected: those of {RECORD.name}. "
+                  "Do: run python -m scripts.trainers and make docs, and commit.")  # fmt: skip
+            return 1
+    elif not arguments.only:
+        versions = {name: version(name) for name in LIBRARIES}
+        RECORD.write_text(json.dumps({"versions": versions, "trainers": made}, indent=1) + "\n")
+    print(f"{len(made)} trainers: as recorded" if arguments.check else f"{len(made)} trainers asked")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
