@@ -64,7 +64,9 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         if part not in before:
             continue
         inside = at if part == "model" else at.partition(".")[2]
-        where = at if part == "model" else f"{before[part]}{inside}"
+        start = before[part]
+        there = parts.path_in_base(part, inside, lambda path, start=start: f"{start}{path}.weight" in base.shapes)
+        where = at if part == "model" else f"{start}{there}"
         try:
             low[where] = _layer(at, inside, where, group, configs[part], base)
         except AdapterError as error:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
 from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, register
 from veneer.formats._base import cast, exact_scalar, layer_of, read_tensors, scalar
-from veneer.formats.parts import chosen, refusals, written
+from veneer.formats.parts import chosen, path_before, refusals, written
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
@@ -81,7 +81,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     problems = [sentence(repr(name), begin, "check the file") for name, part in part_by_name.items() if not part]
     raise_all(AdapterError, f"{path} cannot be read", problems)
     before, left_out = chosen(part_by_name.values(), base, options.part)
-    names = {part: _flattened(base, start) for part, start in before.items()}
+    names = {part: _flattened(base, part, start) for part, start in before.items()}
     low: dict[str, PeftLayer] = {}
     for name, group in groups.items():
         if part_by_name[name] in before:
@@ -94,13 +94,15 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     return Contents(low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out)
 
 
-def _flattened(base: BaseFacts, start: str) -> dict[str, list[str]]:
+def _flattened(base: BaseFacts, part: str, start: str) -> dict[str, list[str]]:
     """The modules of a part that each flattened name may mean; ``start`` is what stands before their paths."""
     names: dict[str, list[str]] = {}
     for weight, shape in base.shapes.items():
         if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
-            names.setdefault(module.removeprefix(start).replace(".", "_"), []).append(module)
+            inside = module.removeprefix(start)
+            for path in {inside, path_before(part, inside)}:
+                names.setdefault(path.replace(".", "_"), []).append(module)
     return names
 
 
@@ -211,7 +213,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     encoders = "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
     prefixes = {names[0]: prefix for prefix, names in PREFIXES.items()}
     prefixes |= {"transformer": "lora_unet", "text_encoder": encoders}
-    flat = {weight: f"{prefixes[part]}_{module.replace('.', '_')}" for weight, (part, module) in where.items()}
+    named = {weight: (part, path_before(part, module)) for weight, (part, module) in where.items()}
+    flat = {weight: f"{prefixes[part]}_{module.replace('.', '_')}" for weight, (part, module) in named.items()}
     twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
     if twice:
         found = f"modules that have one name with _ for . ({listing(twice, 3)})"
@@ -226,7 +229,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    for loss in _lost_in_diffusers(adapter.changes):
+    for loss in _lost_in_diffusers(adapter.changes, where.values()):
         where = f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN})"
         found = f"{where} leaves out {loss}, so that its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
@@ -235,7 +238,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _lost_in_diffusers(changes: Sequence[LowRankChange]) -> Iterator[str]:
+def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Collection[tuple[str, str]]) -> Iterator[str]:
     """What diffusers drops of a kohya file that its pipelines load, as its converter is written."""
     if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
@@ -243,6 +246,8 @@ def _lost_in_diffusers(changes: Sequence[LowRankChange]) -> Iterator[str]:
     attention = any(f".{change.module}".endswith(projections) for change in changes)
     if attention and len({alpha_of(change.layer) for change in changes}) > 1:
         yield "the alphas of attention's projections, which are not those of all layers here"
+    if any(part.startswith("text_encoder") and ".self_attn." in f".{module}" for part, module in where):
+        yield "the attention of a text encoder"
 
 
 def alpha_of(layer: PeftLayer) -> float:

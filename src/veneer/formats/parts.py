@@ -7,6 +7,10 @@
     text_encoder_2    text_encoder_2.<path>    lora_te2_…
     model             <path>                   lycoris_…
 
+The text encoder of a first Stable Diffusion is CLIP's. Its paths began with ``text_model.`` until transformers 5, and
+do in kohya's files (``lora_te_text_model_encoder_layers_0_…``), which other programs read, so kohya's are written so.
+What is read may begin so or not (``path_in_base``).
+
 An adapter of Veneer belongs to one module. That is either a module that holds the parts as its children, whose paths
 then begin with a part's name, or one part alone, whose paths do not.
 """
@@ -14,7 +18,7 @@ then begin with a part's name, or one part alone, whose paths do not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from veneer.errors import AdapterError, listing, sentence
 from veneer.formats._base import Adapter, BaseFacts, LowRankChange
@@ -26,6 +30,22 @@ def part_of(path: str) -> str:
     """The part that a path begins with, or ""."""
     first = path.partition(".")[0]
     return first if first in PARTS and first != "model" and first != path else ""
+
+
+#: what stood before the paths of CLIP's text encoder until transformers 5, and does in every file and in its twin with
+#: a projection
+_CLIP, _BELOW = "text_model.", "encoder.layers."
+
+
+def path_before(part: str, path: str) -> str:
+    """The path of a module of a part as it was until transformers 5, and is in kohya's files."""
+    return _CLIP + path if part.startswith("text_encoder") and path.startswith(_BELOW) else path
+
+
+def path_in_base(part: str, path: str, there: Callable[[str], bool]) -> str:
+    """The path of a module that a file names, before or since, in a base of which ``there`` knows the paths."""
+    names = path, path_before(part, path), path.removeprefix(_CLIP) if part.startswith("text_encoder") else path
+    return next(filter(there, names), path)
 
 
 def refusals(adapter: Adapter) -> list[str]:
