@@ -321,15 +321,18 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
 
 
 @needs_thin
-@pytest.mark.parametrize(("dtype", "loaded"), [("float32", "True"), ("bfloat16", "False"), ("float64", "False")])
-def test_a_step_loads_numba_only_where_it_has_loops(dtype, loaded):
+@pytest.mark.parametrize(
+    ("dtype", "width", "loaded"),
+    [("float32", 128, "True"), ("float32", 127, "False"), ("bfloat16", 256, "False"), ("float64", 256, "False")],
+)
+def test_a_step_loads_numba_only_where_it_has_loops(dtype, width, loaded):
     """It takes half a second and 100 MiB."""
     code = f"""
 import sys, torch
 from veneer.kernels import fused
 torch.set_num_threads(1)
-x, W = torch.randn(200, 32, dtype=torch.{dtype}).requires_grad_(), torch.randn(16, 32, dtype=torch.{dtype})
-A, B = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+x, W = torch.randn(200, {width}, dtype=torch.{dtype}).requires_grad_(), torch.randn(16, {width}, dtype=torch.{dtype})
+A, B = torch.randn(4, {width}, requires_grad=True), torch.randn(16, 4, requires_grad=True)
 fused.linears(fused.Settings((1.0,), 0.1, 3), x, [W], [None], [A], [B])[0].sum().backward()
 print("numba" in sys.modules)
 """
