@@ -129,7 +129,7 @@ def test_dropout_draws_for_each_adapter():
         with veneer.use(model, BOTH):
             y = model(x)
     assert error(y.mean(0, keepdim=True), exact) < 0.05
-    rows = (y - old) @ torch.linalg.pinv(veneer.Handle(model, "new").changes["0.weight"].B[0]).mT
+    rows = (y - old) @ torch.linalg.pinv(veneer.Handle(model, "new").changes["0.weight"].adapter_parameters["B"][0]).mT
     assert len(rows.round(decimals=6).unique(dim=0)) > 3000
 
 

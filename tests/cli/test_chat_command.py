@@ -51,7 +51,8 @@ def talk(veneer: Any, monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path
 
 def expected(base: Path, messages: list, choice: Any, adapter: Path, other: Path) -> str:
     """The greedy answer of transformers' own generate on a model whose weights are the blend."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     for name, folder in (("sums", adapter), ("other", other)):
         library.load(model, folder, name=name)
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

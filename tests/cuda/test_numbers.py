@@ -88,6 +88,27 @@ def test_blends_of_a_bank(dtype, tokens, variant, tmp_path):
     bank.close()
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_blend_of_a_call(dtype, within, variant):
+    """In factors there too, and its gradients reach each adapter."""
+    plain, found = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).to(dtype), []
+    x = torch.randn(5, 64, dtype=dtype)
+    for place in ("cpu", G0):
+        model = copy.deepcopy(plain).to(place)
+        for name, kind in (("a", variant), ("b", "lora")):
+            handle = veneer.attach(model, veneer.LoraConfig(rank=4, targets="all", variant=kind), name)
+            if not found:
+                randomise(handle)
+        if found:
+            model.load_state_dict(found[0][2])
+        with veneer.use(model, {"a": 0.7, "b": -0.4}):
+            y = model(x.to(place))
+            y.float().square().mean().backward()
+        found.append((y, gradients(model), model.state_dict(), None))
+    same(found, within)
+
+
 def test_16_bits_are_rounded_once_with_a_bias():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 256)).to(torch.bfloat16)

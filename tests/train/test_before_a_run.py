@@ -14,6 +14,7 @@ from rich.console import Console
 
 from veneer import models
 from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError, TrainingError
+from veneer.models.load import meta_base
 from veneer.train.dry_run import dry_run
 from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
 from veneer.train.run import fit
@@ -48,7 +49,7 @@ def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_pat
 def test_a_dry_run_loads_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_base", None)
     assert "Nothing was written" in said(dry_run, make(variant="dora", cache_lower=True, layers=[1]))
-    meta = models.load.meta_base(make().base, precision="bf16")
+    meta = meta_base(make().base, precision="bf16")
     assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
 
 
