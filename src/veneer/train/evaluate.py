@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from veneer.train.config import make_config
 from veneer.train.data import Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
+from veneer.train.tasks import TASKS, Rows, Task
+from veneer.train.tasks._base import RECORDED
 from veneer.train.tokens import IGNORED, Examples
 
 
@@ -44,6 +48,40 @@ def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluati
     finally:
         model.train(training)
     return Evaluation(total / max(items, 1), correct / max(items, 1), items, len(examples))
+
+
+@torch.no_grad()
+def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) -> dict[str, float]:
+    """The loss and the measures of any task but sft: means over the items of all rows, and how many items there are."""
+    order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
+    total, items, sums, training = 0.0, 0, dict[str, float](), model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = task.collate([rows[i] for i in order[start : start + batch_size]])
+            found = task.loss(model, to(model.device, batch))
+            total, items = total + float(found.total), items + found.items
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.sums.items()}
+    finally:
+        model.train(training)
+    means = {name: value / max(items, 1) for name, value in {"loss": total, **sums}.items()}
+    return {**means, "items": items}
+
+
+def task_of(record: Mapping[str, Any], base: str, data: str, loading: Mapping[str, Any], **fields: Any) -> Task:
+    """The task of an adapter's record (`Task.record`; {"name": …} for one without), on other data. ``loading``: as
+    `load_base` takes it; ``fields``: of `TrainConfig`, over those of the record; None leaves the record's. Raises
+    `ConfigError`."""
+    config = {name: value for name, value in record.items() if name in RECORDED}
+    config |= {name: value for name, value in fields.items() if value is not None}
+    name = record.get("name", "sft")
+    config |= {"task": name, "base": base, "data": data, "output": "."}
+    made = make_config(config, "what the adapter says of its task")
+    return TASKS[name](made, {key: value for key, value in record.items() if key not in {"name", *RECORDED}}, loading)
+
+
+def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[str, torch.Tensor]:

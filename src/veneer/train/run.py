@@ -284,7 +284,7 @@ def _finish(task: Task, result: Result, prepared: Prepared, console: Console) ->
         metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
     provenance = {
         "config": config.content(),
-        "task": {"name": task.name, **task.settings()},
+        "task": task.record(),
         "data": prepared.hashes,
         "base_dtype": str(result.model.dtype).removeprefix("torch."),
         "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},

@@ -14,6 +14,7 @@ collation, trackers. What is replaced, and why:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -81,6 +82,7 @@ class _Adapted(Trainer):
     base_name: str
     _eval_total: torch.Tensor | None = None  # sums over the evaluation so far: loss, items, measures
     measures: tuple[str, ...] = ("accuracy",)
+    provenance: dict[str, Any] = {}  # what a checkpoint's adapter says of its run beside the step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -110,7 +112,8 @@ class _Adapted(Trainer):
             loss, items, *sums = counts.tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
-                output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
+                if not math.isnan(value):  # one that these rows do not have
+                    output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -124,7 +127,8 @@ class _Adapted(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         with checkpoint.writing(run_dir, step, main, lambda value: broadcast_object_list([value])[0]) as folder:
             # on every rank: they compare what they hold, and the main one writes
-            self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance={"step": step})
+            about = {"step": step, **self.provenance}
+            self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=about)
             if main and self.adapter.config.trainable_tokens:
                 tokenizer: Any = self.processing_class
                 tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
@@ -223,6 +227,7 @@ class TaskTrainer(_Adapted):
         with _adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
         self.task, self.adapter, self.base_name, self.measures = task, adapter, base_name, task.measures
+        self.provenance = {"task": task.record()}
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # by the items of the accumulated batch
         self._total_train_tokens, self._train_sums = 0, {}
         if self.args.activation_checkpointing:  # pyright: ignore[reportAttributeAccessIssue] (SFTConfig's)
@@ -242,7 +247,7 @@ class TaskTrainer(_Adapted):
     ) -> Any:
         """The task's loss, and its measures."""
         found = self.task.loss(model, inputs)
-        sums = [torch.as_tensor(found.sums.get(name, 0.0)) for name in self.measures]
+        sums = [torch.as_tensor(found.sums.get(name, math.nan)) for name in self.measures]
         items = torch.tensor(float(found.items))
         if not model.training:
             self._count(found.total, items, *sums)
@@ -261,7 +266,8 @@ class TaskTrainer(_Adapted):
         """With the tokens seen so far, and the measures of the step where the task takes them in training."""
         if "loss" in logs:
             items = self._train_sums.pop("items", 0.0)
-            logs |= {name: value / max(items, 1.0) for name, value in self._train_sums.items()}
+            sums = {name: value for name, value in self._train_sums.items() if not math.isnan(value)}
+            logs |= {name: value / max(items, 1.0) for name, value in sums.items()}
             logs["num_tokens"] = self._total_train_tokens
             self._train_sums = {}
         super().log(logs, start_time)

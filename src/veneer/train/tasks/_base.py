@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from veneer import models
-from veneer.attach.lookup import unwrap
+from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
 from veneer.errors import ConfigError, DataError
 from veneer.models.load import Base
@@ -39,7 +39,7 @@ __all__ = ["TASKS", "Prepared", "Rows", "Task", "TaskLoss", "register"]
 
 class TaskLoss(NamedTuple):
     """Of a batch. `total`: the summed loss, a scalar with gradient; `items`: how many it sums (the same as
-    `Task.items`); `sums`: of each measure of the task, over the same items."""
+    `Task.items`); `sums`: of the task's measures, over the same items, those that these rows have."""
 
     total: Tensor
     items: int
@@ -76,7 +76,7 @@ class Task(ABC):
         parts, optional: the columns that it reads, by their part.
         auto: the class of transformers that makes the model.
         item: what the loss is a mean over, in words.
-        compares: whether the base, or the base with a new head, is worth measuring beside the adapter.
+        compares: whether the base is worth measuring beside the adapter: one with a new head is not.
     """
 
     name: ClassVar[str] = ""
@@ -87,8 +87,12 @@ class Task(ABC):
     item: ClassVar[str] = "example"
     compares: ClassVar[bool] = True
 
-    def __init__(self, config: TrainConfig, known: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, known: Mapping[str, Any] | None = None, loading: Mapping[str, Any] | None = None
+    ) -> None:
         self.config = config
+        #: how the base is loaded, as `load_base` takes it
+        self.loading = {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
         #: what an adapter's record says of the task that made it: `settings` of that run
         self.known: Mapping[str, Any] = known or {}
         self.processor: Any = None
@@ -103,6 +107,13 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """What whoever measures the adapter must know beside the configuration, as JSON values."""
         return {}
+
+    def record(self) -> dict[str, Any]:
+        """What an adapter's record says of the task: its name, what of the configuration belongs to it, `settings`."""
+        own = {name: getattr(self.config, name) for name in RECORDED}
+        default = {name: TrainConfig.model_fields[name].default for name in RECORDED}
+        told = {name: value for name, value in own.items() if value != default[name]}
+        return {"name": self.name, **told, **self.settings()}
 
     def prepare(self) -> Prepared:
         return prepare.prepare(self.config, self.read, self.encode, self.max_length())
@@ -125,11 +136,7 @@ class Task(ABC):
 
     def model(self, **fields: Any) -> Any:
         """The base as `auto` makes it. ``fields``: of its config."""
-        return models.load_head(self.config.base, self.auto, **self.loading(), **fields)
-
-    def loading(self) -> dict[str, Any]:
-        names = ("precision", "device", "attention", "quantize", "device_map")
-        return {name: getattr(self.config, name) for name in names}
+        return models.load_head(self.config.base, self.auto, **self.loading, **fields)
 
     @abstractmethod
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -166,6 +173,10 @@ class Task(ABC):
         return f"{len(rows):,} examples{tokens}"
 
 
+LOADING = ("precision", "device", "attention", "quantize", "device_map")
+#: what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code that runs himself.
+RECORDED = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
+
 TASKS: Registry[type[Task]] = Registry("task")
 
 
@@ -198,10 +209,10 @@ def reference(model: Any) -> Iterator[None]:
     """A block in which the model is its base alone, without gradients and without dropout: the reference that a
     preference is measured from needs no second copy of the weights."""
     plain = unwrap(model)
-    training = plain.training
+    training, attached = plain.training, adapters_of(plain) is not None
     plain.eval()
     try:
-        with torch.no_grad(), use(plain, None):
+        with torch.no_grad(), use(plain, None) if attached else nullcontext():
             yield
     finally:
         plain.train(training)

@@ -25,7 +25,7 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
 
         try:
             with Image.open(folder / Path(value).expanduser()) as image:
-                return np.asarray(image.convert("RGB"))
+                return np.array(image.convert("RGB"))  # which torch may write to
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(f"{where}: no image at {value} ({error})", "an image file", "check the path") from error
     try:

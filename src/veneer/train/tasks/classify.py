@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from veneer import models
 from veneer.attach.dtypes import at_least_float32
-from veneer.errors import DataError, listing
+from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.train import data
@@ -42,10 +42,14 @@ HEADS = {
 class Classify(Task):
     item, compares = "label", False  # a new head tells nothing
 
-    def __init__(self, config: Any, known: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config, known)
-        self.kind: str = self.known.get("kind", "")
-        self.labels: list[str] = [*self.known.get("labels", [])]
+    def __init__(self, config: Any, known: Any = None, loading: Any = None) -> None:
+        super().__init__(config, known, loading)
+        kind, labels = self.known.get("kind", ""), self.known.get("labels", [])
+        if kind not in ("", *HEADS) or not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+            found = f"an adapter that says of its task {dict(self.known)}"[:300]
+            raise ConfigError(found, "a kind of rows and a list of labels", "name an adapter of the task classify")
+        self.kind: str = kind
+        self.labels: list[str] = labels
 
     def open(self) -> Any:
         """The processor comes with the data, which tell texts from images."""

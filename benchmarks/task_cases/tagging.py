@@ -1,0 +1,100 @@
+"""Slots of SNIPS sentences with MiniLM."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from task_cases.case import MINILM, Case, adapted, plain_trainer, rows_of, rows_to
+
+
+def needs_snips(options: argparse.Namespace) -> str | None:
+    return None if options.snips and Path(options.snips).is_dir() else "--snips FOLDER of the SNIPS files"
+
+
+def write_snips(folder: Path, options: argparse.Namespace) -> None:
+    """Words with B-, I- and O labels; test sentences that training has seen are left out."""
+    for part, pattern in (("train", "train_*_full.json"), ("test", "validate_*.json")):
+        rows = []
+        for file in sorted(Path(options.snips).glob(pattern)):
+            try:
+                document = json.loads(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                document = json.loads(file.read_text(encoding="latin-1"))
+            for example in itertools.chain(*document.values()):
+                words, labels = [], []
+                for piece in example["data"]:
+                    own = piece["text"].split()
+                    slot = piece.get("entity")
+                    words += own
+                    labels += [f"{'I' if i else 'B'}-{slot}" if slot else "O" for i in range(len(own))]
+                if words:
+                    rows.append({"words": words, "labels": labels})
+        if part == "test":
+            seen = {tuple(row["words"]) for row in rows_of(folder / "train.jsonl")}
+            rows = [row for row in rows if tuple(row["words"]) not in seen]
+        rows_to(folder / f"{part}.jsonl", rows)
+
+
+def train_tagging(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+    from veneer import models
+
+    tokenizer: Any = models.load_tokenizer(MINILM)
+    rows = rows_of(folder / "train.jsonl")
+    names = sorted({label for row in rows for label in row["labels"]})
+    encoded = []
+    for row in rows:
+        own = tokenizer(row["words"], is_split_into_words=True)
+        at = own.word_ids()
+        first = [word is not None and word != before for word, before in zip(at, [None, *at], strict=False)]
+        labels = [names.index(row["labels"][word]) if there else -100 for word, there in zip(at, first, strict=True)]
+        encoded.append({"input_ids": own["input_ids"], "attention_mask": own["attention_mask"], "labels": labels})
+    model = AutoModelForTokenClassification.from_pretrained(
+        models.folder_of(MINILM), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+    model = adapted(model, "TOKEN_CLS")
+    collator = DataCollatorForTokenClassification(tokenizer)
+    plain_trainer(folder, model, encoded, collator, {**arguments, "train_sampling_strategy": "group_by_length"}).train()
+    return model, tokenizer
+
+
+def spans(labels: Sequence[str]) -> set[tuple[int, int, str]]:
+    """(start, end, slot) of the spans; an I- that continues nothing begins one."""
+    found, start = set(), 0
+    for i, (label, before) in enumerate(zip([*labels, "O"], ["O", *labels], strict=True)):
+        continues = label.startswith("I-") and before != "O" and before[2:] == label[2:]
+        if before != "O" and not continues:
+            found.add((start, i, before[2:]))
+        if label != "O" and not continues:
+            start = i
+    return found
+
+
+def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
+    import torch
+
+    names = model.config.id2label
+    right = told = true = 0
+    rows = rows_of(folder / "test.jsonl")
+    for start in range(0, len(rows), 32):
+        part = rows[start : start + 32]
+        words = [row["words"] for row in part]
+        batch = tokenizer(words, is_split_into_words=True, padding=True, return_tensors="pt")
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            best = model(**inputs).logits.argmax(-1).tolist()
+        for i, row in enumerate(part):
+            at = batch.word_ids(i)
+            own = [names[best[i][at.index(word)]] for word in range(len(row["words"]))]
+            one, other = spans(own), spans(row["labels"])
+            right, told, true = right + len(one & other), told + len(one), true + len(other)
+    return 2 * right / max(told + true, 1)
+
+
+TAGGING = Case(write_snips, train_tagging, judge_tagging, MINILM, 300, 32, 1e-3, {"task": "classify"}, needs_snips)
