@@ -700,3 +700,15 @@ def test_the_shape_of_a_convolution_is_checked_not_its_size(tmp_path):
     )
     with pytest.raises(AdapterError, match=r"A \(2, 4, 3, 1\)"):
         veneer.load(nn.Sequential(nn.Conv2d(4, 6, (1, 3))), path, verify_base=False)
+
+
+def test_what_is_loaded_has_its_parameters_in_the_order_of_what_was_saved(tmp_path):
+    """An optimiser's state goes by that order: weight and bias of a norm have one shape, and would change places."""
+    plain = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    config = veneer.LoraConfig(rank=2, targets=["0"], train_also=["1", "2"])
+    handle = veneer.attach(copy.deepcopy(plain), config)
+    handle.save(tmp_path / "adapter")
+    loaded = veneer.load(plain, tmp_path / "adapter", trainable=True)
+    names = [name for name, parameter in handle.model.named_parameters() if parameter.requires_grad]
+    assert [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad] == names
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in handle.named_parameters()]

@@ -124,10 +124,12 @@ def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.M
     copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**moving, **plans.full}.items():
         full, module = parts[path].full, modules[path]
-        for name in parameters:
-            own: Any = module._parameters[name]
-            key = (path, name) if own is None or (path, name) in plans.apart else id(own)
-            own = _no_bias(module) if own is None else own
+        # in the module's order, wherever the names come from: an optimiser's state goes by the order of parameters
+        for name, held in module._parameters.items():
+            if name not in parameters:
+                continue
+            own: Any = _no_bias(module) if held is None else held
+            key: Any = (path, name) if held is None or (path, name) in plans.apart else id(held)
             if key not in copies:
                 copies[key] = nn.Parameter(own.detach().to(trained_dtype(plans.config, own.dtype), copy=True))
             full.register_parameter(name, copies[key])
