@@ -1,18 +1,20 @@
 """A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that transformers loads).
 
-    quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight, a wrapper on the
-                                    instance in the place of its forward
-    packed_model(model)             its first call makes every such weight dense, wraps every module's forward once more
-                                    and puts every table of parameters into one that moves tensors to their device
+quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight, a wrapper on the
+                                instance in the place of its forward
+packed_model(model)             its first call makes every such weight dense, wraps every module's forward once more
+                                and puts every table of parameters into one that moves tensors to their device
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import MutableMapping
 from functools import wraps
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ GROUP = 32
 
 
 def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
-    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8 (int8 ``weight``, a scale
-    for each row; x rounded to int8 token by token)."""
+    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8 (int8 ``weight``, a
+    scale for each row; x rounded to int8 token by token)."""
     weight = linear.weight.detach()
     if rounds_x:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -122,3 +124,10 @@ def packed_model(model: nn.Module) -> nn.Module:
 
     handle = model.register_forward_pre_hook(first)
     return model
+
+
+def instead_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put this where the library would be imported."""
+    for name in ("compressed_tensors", "compressed_tensors.compressors", "compressed_tensors.compressors.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[name], "decompress_module", decompress_module, raising=False)

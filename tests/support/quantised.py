@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 IN, OUT, GROUP = 64, 32, 32
 #: by the name of the format, what has to be installed for the library's own
-REAL = {"gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors", "w8a8": "compressed_tensors"}
+REAL = {
+    "gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "w4a16": "compressed_tensors", "w8a8": "compressed_tensors",
+}  # fmt: skip
 #: the library's own classes, whose kernels need a GPU: those are replaced
 KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")
 #: formats of compressed-tensors, after the first call of their model; w8a8 rounds x too, token by token
@@ -238,11 +240,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             monkeypatch.setattr(tensors, "_scaled_mm_rowwise", product)
             return
         if kind in COMPRESSED:
-            module = ModuleType("compressed_tensors.compressors.base")
-            module.decompress_module = compressed.decompress_module  # pyright: ignore[reportAttributeAccessIssue]
-            monkeypatch.setitem(sys.modules, "compressed_tensors", ModuleType("compressed_tensors"))
-            monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", ModuleType("compressed_tensors.compressors"))
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+            compressed.instead_of_the_library(monkeypatch)
             return
         where, cls = ("hqq.core.quantize", HQQLinear) if kind == "hqq" else (
             "gptqmodel.nn_modules.qlinear", BaseQuantLinear)  # fmt: skip

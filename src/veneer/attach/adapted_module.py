@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -183,11 +184,14 @@ def instance_forward(module: nn.Module) -> FunctionType | None:
 def own_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """The forward of an adapted module without its adapters, whose class was ``base``."""
     layer_state = module._modules.get(STATE)
-    if layer_state is None or layer_state.own_forward is None:
+    if layer_state is None or layer_state.opaque is None:
         return base.forward(module, *args, **kwargs)
-    plain = object.__new__(base)  # the wrapper calls forward of the class of what it is given
-    plain.__dict__.update(module.__dict__)
-    return layer_state.own_forward(plain, *args, **kwargs)
+    forward = partial(base.forward, module)
+    if layer_state.own_forward is not None:
+        plain = object.__new__(base)  # the wrapper calls forward of the class of what it is given
+        plain.__dict__.update(module.__dict__)
+        forward = partial(layer_state.own_forward, plain)
+    return layer_state.opaque.call(module, forward, *args, *kwargs.values())
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

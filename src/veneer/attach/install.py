@@ -31,7 +31,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.token_rows import ROWS, start
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
-from veneer.bases import storage_of
+from veneer.bases import storage_of, without_gradient
 from veneer.config import LoraConfig
 from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
@@ -111,6 +111,9 @@ def build(
     for path in list(parts):
         for above in switched(names, path):
             parts[above]  # makes it
+    for path, module in modules.items():
+        if without_gradient(module):
+            parts[path]  # for what is below
     for path, part in parts.items():
         part.requires_grad_(trainable).train(modules[path].training)
     return {path: parts[path] for path in modules if path in parts}
@@ -178,6 +181,7 @@ def place(
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, switches(module), product)
             layer_state.train(module.training)
+            layer_state.opaque = storage if storage is not None and storage.opaque else None
             make_adapted(module, layer_state)
             layer_state.bound = tuple(bound(module))
         layer_state.transposed = layer_state.transposed or path in transposed

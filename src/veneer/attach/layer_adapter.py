@@ -228,10 +228,8 @@ class Call(NamedTuple):
         module, reader, x = self.module, cast(Layer, self.layer_state.layer), self.x
         if biased and not self.full and not change.storage.computed:
             # with entries: on a view, whose methods are the base's too
-            if change.storage.opaque:
-                return change.storage.call(self.weight, partial(own_forward, module, self.base), x)
             plain: Any = view(module, self.base, {}) if self.entries else module
-            return self.base.forward(plain, *self.args, **self.kwargs)
+            return own_forward(plain, self.base, *self.args, **self.kwargs)
         dense = change.storage.dense(self.weight)
         dense = dense.to(x.dtype) if x.is_floating_point() else dense
         return reader.op(module, x, dense, self.bias(change) if biased else None)

@@ -151,7 +151,8 @@ class LayerState(nn.Module):
     weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
     transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place of
     its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the module.
-    ``own_forward`` stood in the place of forward on the module, and runs where that would.
+    ``own_forward`` stood in the place of forward on the module, and runs where that would; ``opaque`` is the storage of
+    a module that is its own weight, by which that forward passes gradients on.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class LayerState(nn.Module):
         self.attributes = dict(attributes)
         self.bound: tuple[str, ...] = ()
         self.own_forward: FunctionType | None = None
+        self.opaque: Any = None
 
     def refusal(self, chosen: ActiveAdapter) -> SelectionError:
         """Of a call whose selection names no parts, or another adapter than the merged one."""

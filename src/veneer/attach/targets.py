@@ -52,7 +52,8 @@ class Names:
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
         for path, module in self.modules.items():
-            yield from (((path, name), own) for name, own in module._parameters.items() if own is not None)
+            own = {name: p for name, p in module._parameters.items() if p is not None and not hidden(module, name)}
+            yield from (((path, name), parameter) for name, parameter in own.items())
 
     def matching(self, pattern: str) -> list[str]:
         """The first names of the modules with a name that ``pattern`` matches, in the model's order."""

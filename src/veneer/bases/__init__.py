@@ -1,9 +1,19 @@
 """How a frozen weight is stored: one file a kind of storage, found through the registry ``BASES``."""
 
 from veneer.bases._base import BASES, GridStorage, Storage, register, storage_of
-from veneer.bases.opaque import hidden, is_opaque, unreadable
+from veneer.bases.opaque import hidden, is_opaque, unreadable, without_gradient
 from veneer.registry import import_all
 
 import_all(__name__, list(__path__))
 
-__all__ = ["BASES", "GridStorage", "Storage", "hidden", "is_opaque", "register", "storage_of", "unreadable"]
+__all__ = [
+    "BASES",
+    "GridStorage",
+    "Storage",
+    "hidden",
+    "is_opaque",
+    "register",
+    "storage_of",
+    "unreadable",
+    "without_gradient",
+]

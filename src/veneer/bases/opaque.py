@@ -108,6 +108,16 @@ def is_opaque(module: nn.Module) -> bool:
     return _kind(module) is not None
 
 
+def without_gradient(module: nn.Module) -> bool:
+    """Whether the forward of an opaque layer passes no gradient on to its input, as far as class or scheme tell."""
+    if any((cls := _class(at)) and isinstance(module, cls) for at in WITHOUT_GRADIENT):
+        return True
+    if is_compressed(module):
+        scheme: Any = module.quantization_scheme
+        return any(getattr(scheme, f"{where}_activations", None) is not None for where in ("input", "output"))
+    return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False  # of gptqmodel's kernels
+
+
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
     """(what it is, what to do) of a module with quantised weights that cannot carry an adapter."""
     said = next((said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)), None)
@@ -222,7 +232,7 @@ class Opaque(Storage):
         leave all that is trained below with a wrong gradient, silently."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return forward(x)
-        if any((cls := _class(at)) and isinstance(weight, cls) for at in WITHOUT_GRADIENT):
+        if without_gradient(weight):
             return _Product.apply(x, forward, weight)  # pyright: ignore[reportReturnType]
         y = forward(x)
         return y if y.requires_grad else _Product.apply(x, lambda _: y, weight)  # pyright: ignore[reportReturnType]
