@@ -339,6 +339,30 @@ def linear4bit(**settings):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_base_that_bitsandbytes_misreads_on_a_cpu_is_refused(kind):
+    """Rows of 96 numbers are one and a half blocks; each row is as large as its number here, so the scales differ."""
+    need("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    def made(width):
+        module = Linear4bit(width, 32, quant_type=kind, bias=False)
+        module.weight.data.mul_(torch.arange(1.0, 33)[:, None])
+        dense = module.weight.data.clone()
+        module = module.to("cpu")
+        return module, error(module(torch.eye(width)).mT, dense)
+
+    (odd, wrong), (whole, right) = made(96), made(128)
+    assert wrong > 0.5
+    assert right < 0.2
+    model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(8, 8)})
+    with pytest.raises(TargetError, match=r"'odd' \(32, 96\) in 4 bits on a CPU.*int8.*llm_int8_skip_modules"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["plain"]))
+    assert not hasattr(model, "_veneer")
+    model["odd"] = whole
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["odd", "plain"]))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(32, 64), (3, 50), (5, 64)])
 def test_4bit_encoding_is_that_of_bitsandbytes(kind, shape):
     need("bitsandbytes")

@@ -309,6 +309,37 @@ def test_float8_in_another_forward_than_the_product_is_no_opaque_layer():
         veneer.attach(nn.Sequential(grouped), veneer.LoraConfig(rank=2, targets="0"))
 
 
+def test_training_below_experts_whose_kernels_have_no_derivative_is_an_error():
+    """MXFP4's are triton's: what reached an adapter below was the gradient past the experts alone, silently."""
+    pytest.importorskip("transformers")
+    from transformers import GptOssConfig
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    class Experts(Mxfp4GptOssExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states.detach() * 2
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"num_local_experts": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+            self.q_proj, self.experts = nn.Linear(32, 32), Experts(GptOssConfig(**sizes))
+
+        def forward(self, x):
+            x = self.q_proj(x)
+            return x + self.experts(hidden_states=x, top_k_weights=None, top_k_index=None)
+
+    model, x = Block(), torch.randn(3, 32)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="q_proj"))
+    with torch.no_grad():
+        expected = model(x)
+    with pytest.raises(TargetError, match=r"MXFP4 kernels pass no gradient.*Mxfp4Config\(dequantize=True\)"):
+        model(x)
+    handle.detach()
+    assert type(model.experts) is Experts
+    assert torch.equal(model(x), expected)
+
+
 def test_a_library_of_that_name_without_the_class_is_no_matter(monkeypatch):
     monkeypatch.setitem(sys.modules, "hqq.core.quantize", ModuleType("hqq.core.quantize"))
     assert storage_of(nn.Linear(2, 2).weight) is BASES["plain"]

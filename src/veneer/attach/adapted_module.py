@@ -191,7 +191,7 @@ def own_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) -
         plain = object.__new__(base)  # the wrapper calls forward of the class of what it is given
         plain.__dict__.update(module.__dict__)
         forward = partial(layer_state.own_forward, plain)
-    return layer_state.opaque.call(module, forward, *args, *kwargs.values())
+    return layer_state.opaque.call(module, forward, *args, **kwargs)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -31,7 +31,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.token_rows import ROWS, start
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
-from veneer.bases import storage_of, without_gradient
+from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig
 from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
@@ -181,7 +181,8 @@ def place(
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, switches(module), product)
             layer_state.train(module.training)
-            layer_state.opaque = storage if storage is not None and storage.opaque else None
+            own = storage is not None and storage.opaque
+            layer_state.opaque = BASES["opaque"] if own or without_gradient(module) else None
             make_adapted(module, layer_state)
             layer_state.bound = tuple(bound(module))
         layer_state.transposed = layer_state.transposed or path in transposed

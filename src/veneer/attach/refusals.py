@@ -20,7 +20,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable
 from veneer.distributed import spread_problem
-from veneer.errors import sentence
+from veneer.errors import listing, sentence
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
 
@@ -85,6 +85,18 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
         return None
     found = f"{path!r}, a {own_class(module).__name__}, {said[0]}"
     return sentence(found, "weights in a floating-point dtype", f"{said[1]}, or leave it out")
+
+
+def _misread(model: nn.Module) -> str | None:
+    """What is wrong with a base whose answers are not those of its weights, whatever is adapted."""
+    packed = [(path, weight_of(module, "weight")) for path, module in walk(model)]
+    packed = [(path, weight, storage_of(weight)) for path, weight in packed if hasattr(weight, "quant_state")]
+    odd = [f"{path!r} {tuple(storage.shape(weight))}" for path, weight, storage in packed if storage.misread(weight)]
+    if not odd:
+        return None
+    found = f"{listing(odd, 3)} in 4 bits on a CPU, whose rows are no whole blocks: bitsandbytes reads them with the "
+    do = "move the model to a GPU, quantise it to int8, or leave these layers out of it (llm_int8_skip_modules)"
+    return sentence(f"{found}scales of other blocks", "a base that answers by its weights", do)
 
 
 def _readers_refuse(names: Names, path: str, name: str) -> str | None:
@@ -162,6 +174,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if attached and name in attached.configs:
         found = f"adapter name {name!r}, which is taken"
         yield sentence(found, "a new name", "choose another, or detach that one first")
+    if problem := _misread(model):
+        yield problem
     if problem := strangers(model):
         yield problem
     # its parameters would be no part of what is sharded, and of what averages gradients

@@ -92,6 +92,10 @@ class Storage(ABC):
     def release(self, module: Any) -> None:  # noqa: B027
         """Undo what ``prepare`` set on the module, when it is detached."""
 
+    def misread(self, weight: Any) -> bool:
+        """Whether its library reads other numbers than those that were stored, here and in its own forward."""
+        return False
+
     def modules(self) -> tuple[type[nn.Module], ...]:
         """Module classes whose own forward is their stock layer's on ``dense(weight)``, so that the factored form is
         right there: y = forward(x) + op(x; ΔW)."""

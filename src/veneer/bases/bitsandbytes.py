@@ -156,6 +156,15 @@ class Bitsandbytes4bit(GridStorage):
             packed, _scales(stored), state.blocksize, state.quant_type, state.shape, torch.float32
         )
 
+    def misread(self, weight: Any) -> bool:
+        state = weight.quant_state
+        if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+            return False
+        stored = self.stored(weight)
+        numbers = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[: state.shape.numel()]
+        meant = state.code[numbers.int()].view(state.shape) * self.grid(weight, stored).scale
+        return not torch.allclose(self.decode(weight, stored), meant, rtol=1e-5)
+
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
         state, stored = weight.quant_state, self.stored(weight)
         rows, columns = state.shape if len(state.shape) == 2 else (1, 0)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from veneer.bases._base import BASES, Storage, register
-from veneer.errors import MergeError, sentence
+from veneer.errors import MergeError, TargetError, sentence
 
 #: module and class of each, what it is called, and how to load its base in a floating-point dtype
 LIBRARIES = {
@@ -58,6 +58,11 @@ EXPERTS = {
         "FP8 of fbgemm", "the checkpoint that was quantised",
     ),
 }  # fmt: skip
+#: those of which the kernels have no derivative
+EXPERTS_WITHOUT_GRADIENT = (
+    ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Llama4TextExperts"),
+)
 #: columns of W that one call gives
 COLUMNS = 1 << 10
 
@@ -109,8 +114,9 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def without_gradient(module: nn.Module) -> bool:
-    """Whether the forward of an opaque layer passes no gradient on to its input, as far as class or scheme tell."""
-    if any((cls := _class(at)) and isinstance(module, cls) for at in WITHOUT_GRADIENT):
+    """Whether forward passes no gradient on to its input, as far as class or scheme tell."""
+    classes = (*WITHOUT_GRADIENT, *EXPERTS_WITHOUT_GRADIENT)
+    if any((cls := _class(at)) and isinstance(module, cls) for at in classes):
         return True
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
@@ -227,15 +233,29 @@ class Opaque(Storage):
     def modules(self) -> tuple[type[nn.Module], ...]:
         return tuple(below for at in LIBRARIES if (cls := _class(at)) for below in _below(cls))
 
-    def call(self, weight: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """y = forward(x), the module's own, with a gradient for x whatever forward does: one that cuts the graph would
-        leave all that is trained below with a wrong gradient, silently."""
+    def call(self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """y = forward(x, …), the module's own, with a gradient for x whatever forward does: one that cuts the graph
+        would leave all that is trained below with a wrong gradient, silently.
+
+        Raises:
+            TargetError: x asks for a gradient, and the module is no linear layer, whose gradient is known.
+        """
+        x = next(iter((*args, *kwargs.values())))
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return forward(x)
-        if without_gradient(weight):
-            return _Product.apply(x, forward, weight)  # pyright: ignore[reportReturnType]
-        y = forward(x)
-        return y if y.requires_grad else _Product.apply(x, lambda _: y, weight)  # pyright: ignore[reportReturnType]
+            return forward(*args, **kwargs)
+        linear = is_opaque(module)
+        if linear and without_gradient(module):
+            return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
+        y = forward(*args, **kwargs)
+        if y.requires_grad:
+            return y
+        if not linear:
+            name, do = next(said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls))
+            found = f"{_own_class(module).__name__}, whose {name} kernels pass no gradient on to what trains below"
+            raise TargetError(
+                found, "layers that do, above one that trains", f"load the base with {do}, and train on it"
+            )
+        return _Product.apply(x, lambda _: y, module)  # pyright: ignore[reportReturnType]
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
