@@ -20,7 +20,7 @@ help:
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
-	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (40 minutes)"
+	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (70 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
@@ -136,6 +136,7 @@ bench: setup
 	$(BENCH)/compose.py
 	OMP_NUM_THREADS=2 $(BENCH)/merge.py --check --kills 10
 	$(BENCH)/merge_fidelity.py
+	$(BENCH)/quantized.py
 	$(BENCH)/time_to_target.py
 	$(BIN)/python scripts/docs.py
 

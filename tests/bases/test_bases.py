@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
+import veneer
 from veneer.bases import BASES, storage_of
 from veneer.errors import MergeError, TargetError
 
@@ -352,7 +353,7 @@ def test_a_base_that_bitsandbytes_misreads_on_a_cpu_is_refused(kind):
         return module, error(module(torch.eye(width)).mT, dense)
 
     (odd, wrong), (whole, right) = made(96), made(128)
-    assert wrong > 0.5
+    assert wrong > 0.25
     assert right < 0.2
     model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(8, 8)})
     with pytest.raises(TargetError, match=r"'odd' \(32, 96\) in 4 bits on a CPU.*int8.*llm_int8_skip_modules"):
