@@ -243,19 +243,15 @@ class Opaque(Storage):
         x = next(iter((*args, *kwargs.values())))
         if not (torch.is_grad_enabled() and x.requires_grad):
             return forward(*args, **kwargs)
-        linear = is_opaque(module)
-        if linear and without_gradient(module):
-            return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
-        y = forward(*args, **kwargs)
-        if y.requires_grad:
-            return y
-        if not linear:
+        if not is_opaque(module):
             name, do = next(said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls))
             found = f"{_own_class(module).__name__}, whose {name} kernels pass no gradient on to what trains below"
-            raise TargetError(
-                found, "layers that do, above one that trains", f"load the base with {do}, and train on it"
-            )
-        return _Product.apply(x, lambda _: y, module)  # pyright: ignore[reportReturnType]
+            do = f"load the base with {do} and train on it, or call it under torch.no_grad()"
+            raise TargetError(found, "layers that do, above one that trains", do)
+        if without_gradient(module):
+            return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
+        y = forward(*args, **kwargs)
+        return y if y.requires_grad else _Product.apply(x, lambda _: y, module)  # pyright: ignore[reportReturnType]
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
