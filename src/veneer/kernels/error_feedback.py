@@ -39,6 +39,8 @@ from veneer.lowrank import LowRank
 
 #: columns whose residuals are brought forward by products; those within a block by sums
 CHUNK, BLOCK = 32, 8
+#: the same on a device, at most: each column takes two launches, each chunk some twenty more
+DEVICE_CHUNK, DEVICE_BLOCK = 128, 32
 #: numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each worker
 ROWS, HELD = 1 << 11, 1 << 23
 WORKERS = 2
@@ -103,9 +105,11 @@ def faithful(
     if weight.is_cpu:
         high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
         many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
+        chunk, block = CHUNK, BLOCK
     else:  # as many launches for every number of rows, in buffers of about the size of the weight
         share = max(columns * held.itemsize / (5 * CHUNK * 8), 0.25)
         high, many = -(-rows // max(1, round(1 / share))), groups
+        chunk, block = CHUNK * max(1, min(DEVICE_CHUNK // CHUNK, int(share))), DEVICE_BLOCK
     pieces = [
         (slice(group, group + many), slice(row, row + high))
         for group in range(0, groups, many)
@@ -121,7 +125,8 @@ def faithful(
         factor = gain
         if gain is not None:  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
             factor = gain[own, some].mT if gain.shape[2] == 1 else gain[own].mT.gather(1, order[:, :, None])
-        inner = _Rows(kept, order, F, A, B[:, :, some], factor, _cells(out.dtype, grid, piece)).run()
+        cells = _cells(out.dtype, grid, piece)
+        inner = _Rows(kept, order, F, A, B[:, :, some], factor, cells, chunk, block).run()
         _transposed(kept.to(out.dtype), out[piece])
         return inner
 
@@ -158,22 +163,25 @@ class _Rows:
     that the last can trim the residual finely."""
 
     def __init__(
-        self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, cells: _Cells
-    ) -> None:
+        self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, cells: _Cells,
+        chunk: int, block: int,
+    ) -> None:  # fmt: skip
         self.F, self.A, self.B, self.gain, self.cells = F, A, B, gain, cells
+        self.chunk, self.block = chunk, block
         self.groups, self.columns, self.rows = kept.shape
         self.kept = kept.view(-1, self.rows)  # the columns of a group below those of the one before
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.plain = PLAIN * F.square().sum() / (self.groups * self.columns)
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
-        wide = min(CHUNK, self.columns)
+        wide = min(chunk, self.columns)
         self.lower = F.new_ones(wide, wide).tril(-1).neg_()
         self.buffers = F.new_empty(4 if gain is None else 5, self.groups, wide, self.rows).unbind()
         # [g, 1, rows], one a column
         self.tilts, self.mids, self.halves, *self.changes = (one.unsqueeze(2).unbind(1) for one in self.buffers[1:])
 
     def run(self) -> float:
-        chunks = [slice(start, min(start + CHUNK, self.columns)) for start in range(0, self.columns, CHUNK)]
+        starts = range(0, self.columns, self.chunk)
+        chunks = [slice(start, min(start + self.chunk, self.columns)) for start in starts]
         if self.gain is not None:
             size = sum(self._exact(columns)[1].square().sum(1, keepdim=True) for columns in chunks)
             self.size = torch.as_tensor(size).sqrt()  # [g, 1, rows]
@@ -214,8 +222,8 @@ class _Rows:
             tilt += mid * change.square()
         ahead *= self.lower[:count, :count]
         tilt.baddbmm_(F.mT, self.residual).baddbmm_(ahead, mid, alpha=-1)  # as if all went to the middle of their cells
-        for first in range(0, count, BLOCK):
-            last = min(first + BLOCK, count)
+        for first in range(0, count, self.block):
+            last = min(first + self.block, count)
             self._block(first, ahead[:, first:last, first:last, None], tilt[:, first:last])
             if last < count:
                 tilt[:, last:].baddbmm_(ahead[:, last:, first:last], half[:, first:last])
