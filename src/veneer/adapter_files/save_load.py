@@ -167,8 +167,8 @@ def _content(
 def _proof(
     names: Names, name: str, weights: Mapping[str, tuple[Any, Change]], fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held. ``weights``:
-    what it changes at a low rank, by path."""
+    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint ever held.
+    ``weights``: what it changes at a low rank, by path."""
     model, tensors = names.model, base_tensors(names)
     by_identity = {id(tensor.weight): tensor for tensor in tensors}
     replaced = {

@@ -1,8 +1,8 @@
 """What stands beside the weights of a checkpoint and belongs to the merged one too: its configuration, its tokenizer.
 
 Left out are the weights in other formats, which would be those of the base, and folders that hold such or are hidden
-(what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another, and
-one that names the size of a vocabulary where that grew. The tokenizer is then that of the adapter, if it has one.
+(what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another,
+and one that names the size of a vocabulary where that grew. The tokenizer is then the adapter's, if it has one.
 """
 
 from __future__ import annotations
