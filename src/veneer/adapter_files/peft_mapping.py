@@ -259,7 +259,9 @@ def _task(model: nn.Module) -> str | None:
 def reads_past(names: Names, ref: ParamRef, nested: str | None = None) -> str | None:
     """Who reads a weight past the module that PEFT wraps, in words, or None: there PEFT changes what the module gives,
     and not what they read. ``nested``: the attention that PEFT adapted along with this out-projection."""
-    above = [weight_reader.path for weight_reader in weight_readers(names, *ref) if weight_reader.path != nested]
+    above = [
+        weight_reader.path for weight_reader in weight_readers(names, *ref, now=True) if weight_reader.path != nested
+    ]
     return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps" if above else None
 
 

@@ -15,8 +15,9 @@
 It follows a method into what it calls of its own class, of the classes above and of plain Python functions that are
 given something of ``self``; through local names, loops, tuples, properties and what a call returns. Code in C, or made
 at run time, shows nothing, nor does a class without source; a name that is computed is no name; calls are followed to a
-depth of 16; a branch that never runs counts as read. Hence no answer is a promise, and each is checked by who asks:
-``veneer.check`` finds weights that are read unseen, ``fused_linear.py`` compares the inputs, ``train/loss.py`` tries.
+depth of 16; a branch that never runs counts as read, unless who asks gives the attributes that rule it out. Hence no
+answer is a promise, and each is checked by who asks: ``veneer.check`` finds weights that are read unseen,
+``fused_linear.py`` compares the inputs, ``train/loss.py`` tries.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ from veneer.attach.state import ModulePath
 
 
 @functools.cache
-def reads(cls: type[nn.Module], method: str, within: frozenset[str] = frozenset()) -> Reads:
-    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names."""
-    reader = Reader(cls, within, follow_forward=method == "forward")
+def reads(
+    cls: type[nn.Module],
+    method: str,
+    within: frozenset[str] = frozenset(),
+    known: frozenset[tuple[str, Any]] = frozenset(),
+) -> Reads:
+    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names. Where
+    attributes of the module are ``known``, without the branches that they rule out."""
+    reader = Reader(cls, within, method == "forward", dict(known))
     reader.follow(plain(attribute(cls, method)), [{()}])
     return reader.found
 

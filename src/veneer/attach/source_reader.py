@@ -7,8 +7,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, cast
@@ -29,6 +30,13 @@ _TABLES = {"_modules", "_parameters", "_buffers"}
 _VALUES = {"values", "children"}
 _PAIRS = {"items", "named_children"}
 _BY_PATH = {"get_submodule", "get_parameter"}
+
+#: What a condition that is not followed is, and the comparisons that are followed.
+UNKNOWN = object()
+_COMPARED: dict[type[ast.cmpop], Any] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
 
 #: So many calls deep code is followed.
 _DEPTH = 16
@@ -68,8 +76,10 @@ def tree_of(function: FunctionType) -> Function | None:
 class Reader(ast.NodeVisitor):
     """Visits a function's code with the paths that each local name may stand for."""
 
-    def __init__(self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool) -> None:
-        self.cls, self.within, self.follow_forward = cls, within | {"*"}, follow_forward
+    def __init__(
+        self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool, known: Mapping[str, Any]
+    ) -> None:
+        self.cls, self.within, self.follow_forward, self.known_values = cls, within | {"*"}, follow_forward, known
         self.found = Reads()
         self.returned: dict[Any, set[ModulePath]] = {}  # by function and arguments
         self.stack: list[FunctionType] = []
@@ -263,6 +273,37 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     visit_AnnAssign = visit_NamedExpr = visit_Assign  # noqa: N815
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        truth = self.value(node.test)
+        runs = [*node.body, *node.orelse] if truth is UNKNOWN else node.body if truth else node.orelse
+        for statement in runs:
+            self.visit(statement)
+
+    def value(self, node: ast.AST) -> Any:
+        """The value of a condition over attributes of the module that are known, or ``UNKNOWN``."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Attribute() if self.known_values and self.paths(node.value) == {()}:
+                return self.known_values.get(node.attr, UNKNOWN)
+            case ast.UnaryOp(op=ast.Not()):
+                value = self.value(node.operand)
+                return UNKNOWN if value is UNKNOWN else not value
+            case ast.BoolOp():
+                values, settles = [*map(self.value, node.values)], isinstance(node.op, ast.Or)
+                if any(value is not UNKNOWN and bool(value) == settles for value in values):
+                    return settles
+                return UNKNOWN if UNKNOWN in values else not settles
+            case ast.Compare(ops=[compared], comparators=[other]) if type(compared) in _COMPARED:
+                one, two = self.value(node.left), self.value(other)
+                alike = type(one) is type(two) or {type(one), type(two)} <= {int, float, bool}
+                ordered = isinstance(compared, ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+                return (
+                    UNKNOWN if UNKNOWN in (one, two) or (ordered and not alike) else _COMPARED[type(compared)](one, two)
+                )
+        return UNKNOWN
 
     def visit_For(self, node: Any) -> None:
         for one in getattr(node, "generators", [node]):

@@ -52,8 +52,9 @@ def switched(names: Names, path: str) -> Iterator[str]:
     yield from (above for above, _ in _above(names, path) if switches(names.modules[above]))
 
 
-def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReader]:
-    """Who reads ``weight`` of the module at ``path`` other than through that one's forward."""
+def weight_readers(names: Names, path: str, weight: str, *, now: bool = False) -> Iterator[WeightReader]:
+    """Who reads ``weight`` of the module at ``path`` other than through that one's forward. ``now`` leaves out forwards
+    that read it in branches alone which the modules' attributes rule out as they are."""
     if not has_forward(names.modules[path]):
         for above, below in _above(names, path):
             if below and has_forward(names.modules[above]):
@@ -63,7 +64,8 @@ def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReade
         module, target = names.modules[above], (*below, weight)
         cls = own_class(module)
         forward = ("forward", *bound(module).values()) if below and not switches(module) else ()
-        if any(_reads(module, method, target) for method in forward):
+        found = [method for method in forward if _reads(module, method, target)]
+        if found and not (now and not any(_reads(module, method, target, _constants(module)) for method in found)):
             yield WeightReader(above, below)
         for method in _methods(cls):
             words = mentions(cls, method)
@@ -72,13 +74,22 @@ def weight_readers(names: Names, path: str, weight: str) -> Iterator[WeightReade
                 yield WeightReader(above, below, method)
 
 
-def _analysed(module: nn.Module, method: str) -> Reads:
-    return reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))))
+_Constants = frozenset[tuple[str, Any]]
 
 
-def _reads(module: nn.Module, method: str, below: ModulePath) -> bool:
+def _constants(module: nn.Module) -> _Constants:
+    """The attributes of a module that are plain values, and that no mode of it changes."""
+    own = {name: value for name, value in module.__dict__.items() if type(value) in (bool, int, float, str, type(None))}
+    return frozenset((name, own[name]) for name in own if name not in ("training", "gradient_checkpointing"))
+
+
+def _analysed(module: nn.Module, method: str, known: _Constants = frozenset()) -> Reads:
+    return reads(own_class(module), method, frozenset((*module._modules, *own_parameters(module))), known)
+
+
+def _reads(module: nn.Module, method: str, below: ModulePath, known: _Constants = frozenset()) -> bool:
     """Whether a method reads what is at ``below``. One that writes it, or its namesake, means the base's own values."""
-    found = _analysed(module, method)
+    found = _analysed(module, method, known)
     written = method != "forward" and any(_fits(c, below[: len(c)]) or below[-1] in c for c in found.written)
     return not written and any(_fits(read, below) for read in found.read)
 
