@@ -92,7 +92,9 @@ class TrainConfig(BaseModel):
     train_also: list[str] = _adapter([], "Modules to train fully besides.")
     add_tokens: list[str] = _adapter([], "Tokens to add to the tokenizer, and to train (saved beside the adapter).")
     trainable_tokens: list[str] = _adapter([], "Tokens of the tokenizer to train besides, by their texts.")
-    variant: str = _adapter("lora", "Adapter variant: lora, rslora, …")
+    variant: str = _adapter(
+        "lora", "Adapter variant: lora, rslora, …; eva, corda and lora_ga start from the first rows of the data."
+    )
     bias: Literal["none", "targets", "all"] = _adapter("none", "Which biases train besides.")
     layers: list[int] | None = _adapter(None, "Which blocks to adapt, by index; -1 is the last (default: all).")
     adapter_dtype: Literal["auto", "fp32", "bf16"] = _adapter("auto", "Adapter's numbers; auto: fp32 on a 16-bit base.")

@@ -2,7 +2,7 @@
 
 The output folder, the data, the tokens and the targets are judged as a run judges them. The base is on the meta device,
 where it has shapes and no weights, unless it is to be quantised, gets more tokens or the head of another task than
-language: then it is loaded, as its layers are not known before.
+language, or the variant starts from data: then it is loaded.
 What only weights tell is left to the run: whether every adapter is reached, and whether the loss is a number.
 """
 
@@ -25,6 +25,7 @@ from veneer.train.prepare import Prepared
 from veneer.train.run import attach_as, describe, found_in, unfinished
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tokens import IGNORED, Examples
+from veneer.variants import VARIANTS
 
 #: seconds for which the machine's products are timed
 TIMED = 0.3
@@ -45,11 +46,12 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments_of(config, output, prepared)
-    if config.quantize is None and not ids and task.auto == "AutoModelForCausalLM":
+    shapes_do = config.quantize is None and not ids and not VARIANTS[config.variant].needs
+    if shapes_do and task.auto == "AutoModelForCausalLM":
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
-    handle = attach_as(config, model, None, vocabulary.grow(model, task.processor, ids, config.seed))
+    handle = attach_as(task, model, prepared, ids)
     cached = HiddenStateCache(model) if config.cache_lower else None
     describe(task, model, handle, prepared, cached, console)
     done = 0 if found is None else found[1]

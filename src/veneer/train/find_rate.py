@@ -124,7 +124,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
         base = task.load()._replace(tokenizer=task.processor)
-        handle = attach_as(config, base.model, None, vocabulary.grow(base.model, task.processor, ids, config.seed))
+        handle = attach_as(task, base.model, prepared, ids)
         sweep = _Sweep()
         trainer = trainer_of(
             task, base.model, HiddenStateCache(base.model) if config.cache_lower else None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
+from veneer.train.start_data import start_data
 from veneer.train.tasks import TASKS, Task
 from veneer.train.trainer import trainer_of
 
@@ -97,7 +98,7 @@ def fit(
             )
     set_seed(config.seed)
     base = task.load()._replace(tokenizer=task.processor)
-    handle = attach_as(config, base.model, found, vocabulary.grow(base.model, task.processor, ids, config.seed))
+    handle = attach_as(task, base.model, prepared, ids, found)
     cached = HiddenStateCache(base.model) if config.cache_lower else None
     describe(task, base.model, handle, prepared, cached, console)
     if config.check:
@@ -183,8 +184,9 @@ def _versions() -> dict[str, str]:
     return {**named, "python": platform.python_version()}
 
 
-def attach_as(config: TrainConfig, model: Any, found: Found, tokens: Mapping[str, tuple[int, ...]]) -> Any:
-    """A new adapter, which trains ``tokens`` too, or that of the checkpoint."""
+def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], found: Found = None) -> Any:
+    """A new adapter, which trains the tokens ``ids`` too, or that of the checkpoint."""
+    config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
     if found is not None:
         return veneer.load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
@@ -194,7 +196,7 @@ def attach_as(config: TrainConfig, model: Any, found: Found, tokens: Mapping[str
         layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
         variant=config.variant, dtype=dtype, trainable_tokens=tokens,
     )  # fmt: skip
-    return veneer.attach(model, lora, name="default")
+    return veneer.attach(model, lora, name="default", **start_data(task, prepared.train, model))
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
