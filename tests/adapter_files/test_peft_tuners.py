@@ -328,6 +328,22 @@ def test_what_peft_computes_otherwise_is_refused(tmp_path, case):
         veneer.load(odd(groups=2), tmp_path / "grouped")
 
 
+@pytest.mark.parametrize("fields", [{"alora_invocation_tokens": [1, 2]}, {"layer_replication": [[0, 1], [0, 1]]}])
+def test_what_changes_more_than_weights_is_refused(tmp_path, fields):
+    peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(tmp_path / "adapter")
+    change_config(tmp_path / "adapter", **fields)
+    with pytest.raises(AdapterError, match=f"{next(iter(fields))}=.*a field that Veneer can honour"):
+        veneer.load(net(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("type_", ["IA3", "OFT", "HRA", "RANDLORA", "PREFIX_TUNING"])
+def test_other_tuners_are_refused_by_name(tmp_path, type_):
+    theirs(CONFIGS["loha"](), tmp_path / "adapter")
+    change_config(tmp_path / "adapter", peft_type=type_)
+    with pytest.raises(AdapterError, match=f"peft_type '{type_}'"):
+        veneer.load(net(), tmp_path / "adapter")
+
+
 def test_a_bank_mixes_rows_of_several_tuners(tmp_path):
     bank, expected = veneer.Bank(net()), []
     cases = ["adalora", "loha", "lokr", "vera"]
