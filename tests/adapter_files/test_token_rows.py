@@ -66,14 +66,15 @@ def test_a_saved_adapter_loads_with_the_same_outputs_here_and_in_peft(tmp_path, 
     folder, expected = trained(llama(tied), tmp_path / "a", config)
     model = llama(tied)
     handle = veneer.load(model, folder, trainable=True)
-    assert torch.equal(logits(model), expected) and handle.config == config
+    assert torch.equal(logits(model), expected)
+    assert handle.config == config
     handle.save(tmp_path / "again")
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == load_file(
         folder / "adapter_model.safetensors"
     ).keys()  # fmt: skip
     assert verify(folder, llama(tied)).ok
     if config is SAME:
-        with pytest.raises(KeyError, match="not for PEFT.*low-rank change of a module of which it trains tokens"):
+        with pytest.raises(KeyError, match=r"not for PEFT.*low-rank change of a module of which it trains tokens"):
             peft.PeftModel.from_pretrained(llama(tied), folder)
         return
     theirs = peft.PeftModel.from_pretrained(llama(tied), folder)
@@ -147,12 +148,14 @@ def test_a_base_that_did_not_grow_is_one_clear_error_or_grown(tmp_path):
         veneer.load(model, folder)
     assert all(torch.equal(value, before[key]) for key, value in bits(model).items())
     veneer.load(model, folder, grow=True)
-    assert error(logits(model), expected) < 1e-6 and model.config.vocab_size == 43
+    assert error(logits(model), expected) < 1e-6
+    assert model.config.vocab_size == 43
     other = llama(size=40, seed=1)
     before = bits(other)
     with pytest.raises(BaseMismatchError):
         veneer.load(other, folder, grow=True)
-    assert other.config.vocab_size == 40 and other.get_input_embeddings().num_embeddings == 40
+    assert other.config.vocab_size == 40
+    assert other.get_input_embeddings().num_embeddings == 40
     assert all(torch.equal(value, before[key]) for key, value in bits(other).items())
     fitting = grown(seed=8)  # has grown already
     veneer.load(fitting, folder, grow=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-
 import peft
 import pytest
 import torch
 from tests.support.runs import Crash, same
-from tests.support.service import open_service
-from tests.support.tiny import tiny_config, tiny_model, tiny_tokenizer, write_rows, write_tiny
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_rows, write_tiny
 from tests.support.toys import error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
