@@ -185,7 +185,7 @@ def _tokens(value: Any) -> Any:
     return value
 
 
-def _ids(value: object) -> bool:
+def _ids(value: Any) -> bool:
     """Whether these are different token ids."""
     if not isinstance(value, tuple):
         return False
