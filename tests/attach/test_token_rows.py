@@ -24,7 +24,9 @@ CONFIGS = {
     "beside": veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=NEW),
     "same": veneer.LoraConfig(rank=2, targets=["embed_tokens"], trainable_tokens=NEW),
     "dora": veneer.LoraConfig(rank=2, targets=["embed_tokens"], variant="dora", trainable_tokens=NEW),
-    "sliced": veneer.LoraConfig(rank=2, targets="embed_tokens", slices={"embed_tokens": [(2, 9)]}, trainable_tokens=NEW),
+    "sliced": veneer.LoraConfig(
+        rank=2, targets="embed_tokens", slices={"embed_tokens": [(2, 9)]}, trainable_tokens=NEW
+    ),
 }  # fmt: skip
 
 
@@ -134,13 +136,16 @@ def test_it_starts_as_the_base_and_trains_its_rows_alone():
     handle = veneer.attach(model, ALONE)
     assert error(model(IDS).logits, expected) < 1e-6
     ((name, rows),) = handle.named_parameters()
-    assert name == f"{EMBED}.token_rows" and torch.equal(rows, model.model.embed_tokens.weight[NEW])
+    assert name == f"{EMBED}.token_rows"
+    assert torch.equal(rows, model.model.embed_tokens.weight[NEW])
     assert handle.summary().trainable == 3 * 16
     loss = model(IDS, labels=IDS).loss
     with Shapes() as made:
         loss.backward()
-    assert rows.grad.shape == (3, 16) and model.model.embed_tokens.weight.grad is None
-    assert not {(43, 16), (16, 43)} & made.shapes and (3, 16) in made.shapes  # no gradient of the size of the embedding
+    assert rows.grad.shape == (3, 16)
+    assert model.model.embed_tokens.weight.grad is None
+    assert not {(43, 16), (16, 43)} & made.shapes  # no gradient of the size of the embedding
+    assert (3, 16) in made.shapes
     veneer.check(model, IDS)
 
 

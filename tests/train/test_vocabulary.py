@@ -49,7 +49,8 @@ def test_eight_added_tokens_are_trained_and_mean_the_same_everywhere(tmp_path):
     result = fit(run(tmp_path, base, "run"), quiet=True)
     assert result.losses[-1] < result.losses[0]
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-    assert tokenizer(TEXT).input_ids[0] == 259 and len(tokenizer) == 267
+    assert tokenizer(TEXT).input_ids[0] == 259
+    assert len(tokenizer) == 267
     assert result.handle.config.trainable_tokens == {"model.embed_tokens": tuple(range(259, 267))}
     assert read(result.adapter).metadata["changes"]["model.embed_tokens.weight"]["of"] == 267
     expected = logits(result.model, tokenizer)
@@ -61,7 +62,7 @@ def test_eight_added_tokens_are_trained_and_mean_the_same_everywhere(tmp_path):
     merge_checkpoint(base, [result.adapter], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert error(logits(merged, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected) < 1e-5
-    with pytest.raises(AdapterError, match="trained tokens.*merge"):
+    with pytest.raises(AdapterError, match=r"trained tokens.*merge"):
         convert(result.adapter, tmp_path / "a.gguf", to="gguf", base=tmp_path / "merged")
 
 
@@ -79,8 +80,9 @@ def test_both_ends_of_an_untied_model_are_trained_and_known_tokens_too(tmp_path)
     tiny_tokenizer().save_pretrained(base)
     result = fit(run(tmp_path, base, "run", trainable_tokens=["x"], max_steps=2), quiet=True)
     ids = result.handle.config.trainable_tokens
-    assert ids.keys() == {"model.embed_tokens", "lm_head"} and len(ids["lm_head"]) == 9
-    with pytest.raises(ConfigError, match="'<no>'.*a token of the 267"):
+    assert ids.keys() == {"model.embed_tokens", "lm_head"}
+    assert len(ids["lm_head"]) == 9
+    with pytest.raises(ConfigError, match=r"'<no>'.*a token of the 267"):
         fit(run(tmp_path, base, "other", trainable_tokens=["<no>"]), quiet=True)
     with pytest.raises(ConfigError, match="blank"):
         fit(run(tmp_path, base, "other", add_tokens=[" "]), quiet=True)

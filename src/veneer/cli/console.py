@@ -99,6 +99,15 @@ def open_base_and_adapters(
     return loaded._replace(tokenizer=tokenizers[-1] if tokenizers else loaded.tokenizer), handles
 
 
+def tokenizer_for(base: str, adapter: str | None) -> Any:
+    """The tokenizer of a base, or that beside the adapter which trains tokens of its own."""
+    from veneer.models.load import load_tokenizer
+    from veneer.store.library import resolve
+
+    setup_logging()
+    return (None if adapter is None else tokenizer_beside(resolve(adapter))) or load_tokenizer(base)
+
+
 def tokenizer_beside(folder: Path) -> Any:
     """The tokenizer in the folder of an adapter that trains tokens, or None."""
     from veneer.adapter_files.folder import own_tokenizer

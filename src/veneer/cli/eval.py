@@ -144,10 +144,9 @@ def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
 
 
 def _measure(asked: _Asked, options: dict[str, Any]) -> None:
-    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, tokenizer_beside
+    from veneer.cli.console import base_and_adapter, echo_json, err, open_base_and_adapter, tokenizer_for
     from veneer.errors import ConfigError
-    from veneer.models.load import context_length, load_tokenizer
-    from veneer.store.library import resolve
+    from veneer.models.load import context_length
     from veneer.train import evaluate as measure
     from veneer.train.data import Columns, read
     from veneer.train.tokens import tokenise
@@ -157,9 +156,8 @@ def _measure(asked: _Asked, options: dict[str, Any]) -> None:
     if exact and rows.kind != "prompt":
         raise ConfigError("--exact on data without prompts and completions", "both columns", "leave out --exact")
     length = options["max_length"] or min(context_length(asked.base) or 2048, 2048)
-    own = None if asked.adapter is None else tokenizer_beside(resolve(asked.adapter))
     examples = tokenise(
-        rows, own or load_tokenizer(asked.base), max_length=length, too_long=options["too_long"],
+        rows, tokenizer_for(asked.base, asked.adapter), max_length=length, too_long=options["too_long"],
         completion_only=not options["whole"],
     )  # fmt: skip
     loaded, handle = open_base_and_adapter(asked.base, asked.adapter, asked.verify, **asked.loading)

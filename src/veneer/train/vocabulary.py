@@ -35,7 +35,7 @@ def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
         for text in lacking
     ]
     raise_all(ConfigError, "These tokens cannot be trained", problems)
-    return tokenizer, tuple(sorted({known[text] for text in wanted}))
+    return tuple(sorted({known[text] for text in wanted}))
 
 
 def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[str, tuple[int, ...]]:
