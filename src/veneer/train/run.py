@@ -258,7 +258,7 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
         bar.close()
 
 
-def _result(output: Path, base: Any, handle: Any, interrupted: bool) -> Result:
+def _result(output: Path, model: Any, tokenizer: Any, handle: Any, interrupted: bool) -> Result:
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -269,7 +269,7 @@ def _result(output: Path, base: Any, handle: Any, interrupted: bool) -> Result:
         raise RuntimeError(f"the run in {output} was stopped, yet wrote no checkpoint")
     return Result(
         folder / checkpoint.ADAPTER, output, losses, evaluations, steps, lines[-1]["seconds"] if lines else 0.0, tokens,
-        {}, base.model, base.tokenizer, handle, interrupted, last,
+        {}, model, tokenizer, handle, interrupted, last,
     )  # fmt: skip
 
 
