@@ -96,6 +96,7 @@ check: setup
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.trainers --check
 
 record: demo  # the demo's result, into the README
 	cp .demo/result.json demo/result.json

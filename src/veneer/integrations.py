@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from veneer.adapter_files.folder import FILES
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import refill, write_adapter
-from veneer.adapter_files.trainers import cover, teach
+from veneer.adapter_files.trainers import cover, disable_dropout, teach
 from veneer.attach.lookup import adapters_of, selected_name, unwrap
 from veneer.attach.reference import Reference, reference_of
 from veneer.config import LoraConfig
@@ -69,6 +69,7 @@ def callback(config: LoraConfig | None = None) -> Any:
         def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if config is not None and not _adapted(kwargs["model"]):
                 attach(kwargs["model"], config)
+                disable_dropout(kwargs["model"], args)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not _adapted(kwargs["model"]):

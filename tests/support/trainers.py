@@ -209,6 +209,7 @@ BUILD = {
     "KTO": of_trl("KTO", _judged),
     "GRPO": of_trl("GRPO", _prompts, **DRAWN),
     "RLOO": of_trl("RLOO", _prompts, **DRAWN),
+    "Reward": of_trl("Reward", _preferences),
 }
 
 
@@ -303,10 +304,10 @@ RUNS = [
     Run("Trainer", "causal", _hugging_face(_of_transformers("Trainer", "TrainingArguments"))),
     Run("Seq2SeqTrainer", "seq2seq", _hugging_face(_of_transformers("Seq2SeqTrainer", "Seq2SeqTrainingArguments"))),
     Run("SFTTrainer", "causal", _hugging_face(of_trl("SFT", _sums)), of_trl=True),
-    Run("RewardTrainer", "reward", _hugging_face(of_trl("Reward", _preferences)), of_trl=True),
+    Run("RewardTrainer", "reward", _hugging_face(BUILD["Reward"]), of_trl=True),
     *(
-        Run(f"{name}Trainer", "causal", _hugging_face(build), of_trl=True, compares=True)
-        for name, build in BUILD.items()
+        Run(f"{name}Trainer", "causal", _hugging_face(BUILD[name]), of_trl=True, compares=True)
+        for name in ("DPO", "KTO", "GRPO", "RLOO")
     ),
     Run("Lightning", "causal", _lightning("32-true"), checkpoint=CKPT),
     Run("Lightning, bf16-mixed", "causal", _lightning("bf16-mixed"), checkpoint=CKPT),

@@ -91,14 +91,14 @@ def test_the_page_shows_what_the_runs_give():
 # ---- the reference -----------------------------------------------------------------------------------------------
 
 
-def with_the_same_numbers(bases: Path, start: float = 0.0) -> tuple[Any, Any]:
-    """PEFT's model and ours with equal A and B, without dropout; ``start`` is the deviation of B."""
+def with_the_same_numbers(bases: Path, start: float = 0.0, dropout: float = 0.0) -> tuple[Any, Any]:
+    """PEFT's model and ours with equal A and B; ``start`` is the deviation of B."""
     run = RUN["DPOTrainer"]
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR)
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=dropout)
     theirs: Any = peft.get_peft_model(loaded(bases, run), config)
     ours = loaded(bases, run)
-    handle = veneer.attach(ours, veneer.LoraConfig(rank=16, alpha=16, targets=LINEAR))
+    handle = veneer.attach(ours, veneer.LoraConfig(rank=16, alpha=16, targets=LINEAR, dropout=dropout))
     for path, change in handle.changes.items():
         layer = theirs.get_submodule(f"base_model.model.{path.removesuffix('.weight')}")
         nn.init.normal_(layer.lora_B["default"].weight, std=start) if start else None
@@ -117,8 +117,9 @@ def losses(trainer: Any) -> list[float]:
     "name", ["DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "GRPO", "RLOO"))]
 )
 def test_a_policy_is_compared_with_its_own_start_as_pefts_is(name: str, start: float, bases: Path, tmp_path: Path):
-    """TRL copies a PEFT adapter that changes the model already, and compares with the copy."""
-    theirs, ours = with_the_same_numbers(bases, start)
+    """TRL copies a PEFT adapter that changes the model already, and compares with the copy. DPO and KTO switch dropout
+    off, that of adapters too."""
+    theirs, ours = with_the_same_numbers(bases, start, dropout=0.5 if name in ("DPO", "KTO") else 0.0)
     expected = losses(BUILD[name](theirs, tmp_path / "theirs", [], {}))
     trainer = BUILD[name](ours, tmp_path / "ours", [], {})
     assert isinstance(trainer.ref_model, Reference)
@@ -188,6 +189,17 @@ def test_one_script_starts_a_run_and_resumes_it(bases: Path, tmp_path: Path):
     first = script(tmp_path, False)
     (tmp_path / f"checkpoint-{2 * HALF}").rename(tmp_path / "last")
     assert same(trained(script(tmp_path, True).model), trained(first.model))
+
+
+@pytest.mark.parametrize("name", ["DPO", "Reward"])
+def test_an_adapter_attached_by_a_trainer_drops_nothing_where_the_trainer_says_so(
+    name: str, bases: Path, tmp_path: Path
+):
+    run = RUN[f"{name}Trainer"]
+    config = veneer.LoraConfig(rank=2, dropout=0.5, targets=LINEAR)
+    trainer = BUILD[name](loaded(bases, run), tmp_path, [integrations.callback(config)], {})
+    assert trainer.args.disable_dropout
+    assert {change.dropout for change in veneer.Handle(trainer.model, "default").changes.values()} == {0.0}
 
 
 def test_the_callback_leaves_an_adapter_that_is_there(bases: Path, tmp_path: Path):

@@ -8,6 +8,8 @@ called when an adapter is attached.
         it can be trained
     DPOTrainer(…), KTOTrainer, GRPOTrainer, RLOOTrainer
         what they load as a reference model is the policy's own weights (``attach/reference.py``)
+    TRL's disable_dropout=True
+        is for an adapter's dropout too
 
 Each is one function of a library that asks first whether the model has adapters of ours, put in its place once somebody
 else has imported the library (``when_imported``). What such a trainer would do without a word is refused.
@@ -31,6 +33,7 @@ from veneer.adapter_files.folder import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
 from veneer.attach.adapted_module import state_of, walk
+from veneer.attach.change import Change
 from veneer.attach.lookup import adapters_of, selected_name, unwrap
 from veneer.attach.method_overrides import put, stands
 from veneer.attach.reference import Reference, reference_of
@@ -38,8 +41,8 @@ from veneer.errors import ConfigError, TargetError
 from veneer.formats import peft
 
 TRAINER = "transformers.trainer"
-#: modules of TRL whose trainer loads a second copy of the base to compare the policy with
-WITH_REFERENCE = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo"))
+#: modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare the policy with
+TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
 
 
 def cover(model: nn.Module) -> None:
@@ -55,8 +58,8 @@ def cover(model: nn.Module) -> None:
 def teach() -> None:
     """Teach the trainers of transformers and TRL, now or when they are imported."""
     when_imported(TRAINER, learn)
-    for name in WITH_REFERENCE:
-        when_imported(name, learn_reference)
+    for name in TRL:
+        when_imported(name, learn_trl)
 
 
 def _adapted(model: Any) -> bool:
@@ -115,6 +118,7 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
         return False
     install_from(model, folder, "default", trainable=True, verify_base=True)
     cover(model)
+    disable_dropout(model, trainer.args)
     return True
 
 
@@ -164,22 +168,42 @@ def _must_be_used(trainer: Any) -> bool:
 _MAKING: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
 
 
-def learn_reference(module: Any) -> None:
-    """Teach a module of TRL that the reference of a policy with an adapter is no second model."""
-    load = module.create_model_from_path
-    if hasattr(load, "_asks_veneer"):
+def learn_trl(module: Any) -> None:
+    """Teach a module of TRL that the reference of a policy with an adapter is no second model, and what drops."""
+    if hasattr(module, "_asks_veneer"):
         return
+    module._asks_veneer = True
+    load, theirs = module.create_model_from_path, getattr(module, "disable_dropout_in_model", None)
 
     @functools.wraps(load)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
         policy = getattr(_MAKING.get(), "model", None)  # None: it is the policy itself that is loaded
         return reference_of(policy) if policy is not None and _adapted(policy) else load(*args, **kwargs)
 
-    create_model_from_path._asks_veneer = True  # pyright: ignore[reportAttributeAccessIssue]
+    def disable_dropout_in_model(model: nn.Module) -> None:
+        """TRL looks for ``nn.Dropout``, of which an adapter of PEFT has one a layer."""
+        assert theirs is not None
+        theirs(model)
+        _drop_nothing(model)
+
     module.create_model_from_path = create_model_from_path
+    if theirs is not None:
+        module.disable_dropout_in_model = functools.wraps(theirs)(disable_dropout_in_model)
     for name, value in vars(module).items():
         if isinstance(value, type) and value.__module__ == module.__name__ and name.endswith("Trainer"):
             value.__init__ = _noted(value.__init__)
+
+
+def _drop_nothing(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Change):
+            module.dropout = 0.0
+
+
+def disable_dropout(model: nn.Module, settings: Any) -> None:
+    """What TRL's ``disable_dropout`` did, for an adapter that was attached after it."""
+    if getattr(settings, "disable_dropout", False):
+        _drop_nothing(model)
 
 
 def _noted(init: Callable[..., None]) -> Callable[..., None]:
