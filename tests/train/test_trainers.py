@@ -192,9 +192,7 @@ def test_one_script_starts_a_run_and_resumes_it(bases: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["DPO", "Reward"])
-def test_an_adapter_attached_by_a_trainer_drops_nothing_where_the_trainer_says_so(
-    name: str, bases: Path, tmp_path: Path
-):
+def test_an_adapter_that_a_trainer_attaches_drops_nothing_if_told_so(name: str, bases: Path, tmp_path: Path):
     run = RUN[f"{name}Trainer"]
     config = veneer.LoraConfig(rank=2, dropout=0.5, targets=LINEAR)
     trainer = BUILD[name](loaded(bases, run), tmp_path, [integrations.callback(config)], {})
