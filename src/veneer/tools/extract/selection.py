@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from veneer.attach.lookup import adapters_of
 from veneer.attach.plan import Plans, TargetSpec, changed_refs, full_readers, is_matrix, plan_low, with_ties
 from veneer.attach.refusals import check_full, name_problems
 from veneer.attach.shared_memory import overlaps
@@ -49,6 +50,9 @@ def select_weights(
     problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
     raise_all(TargetError, "Nothing was extracted", problems)
     problems += name_problems(names.model, adapter)
+    if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
+        found = f"{attached.merged!r} merged into the weights of the base"
+        problems.append(sentence(found, "an unmerged base", "call veneer.unmerge(model) first"))
     chosen, found = select(names, config)
     problems += found
     wanted = set(chosen)
