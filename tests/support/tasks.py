@@ -12,7 +12,7 @@ import transformers
 from tests.support.tiny import tiny_tokenizer, write_rows, write_tiny
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-RATE = 1000  # samples a second that the tiny Whisper hears, one second at once
+RATE = 16000  # samples a second that the tiny Whisper hears, one second at once
 
 REWARDS = '''
 def letters(prompts, completions, wanted):
@@ -69,9 +69,7 @@ def write_whisper(folder: Path) -> Path:
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0,
         max_target_positions=32, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    hearing = transformers.WhisperFeatureExtractor(
-        feature_size=8, sampling_rate=RATE, hop_length=10, n_fft=40, chunk_length=1
-    )
+    hearing = transformers.WhisperFeatureExtractor(feature_size=8, sampling_rate=RATE, chunk_length=1)
     return _save(transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), hearing)
 
 
@@ -110,8 +108,8 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
         case "reversed":
             return [{"prompt": text, "completion": letter * 3} for text, letter in zip(texts, letters, strict=True)]
         case "sounds":
-            tones = {"a": 100.0, "b": 300.0}
-            time = np.arange(RATE // 4) / RATE
+            tones = {"a": 300.0, "b": 1500.0}
+            time = np.arange(RATE // 8) / RATE
             waves = [np.sin(2 * np.pi * tones[x] * time) + 0.1 * generator.normal(size=len(time)) for x in letters]
             return [{"audio": one.round(4).tolist(), "text": x * 2} for one, x in zip(waves, letters, strict=True)]
     raise ValueError(kind)

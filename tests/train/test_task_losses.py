@@ -157,13 +157,16 @@ def test_grpo(beta: float) -> None:
         expected = (rewards[group] - rewards[group].mean()) / (rewards[group].std() + 1e-4)
         torch.testing.assert_close(own[group], expected)
     none = dict.fromkeys(("vllm", "off_policy_mask_threshold", "delta"))
+    accelerator = SimpleNamespace(
+        gather=lambda value: value, gather_for_metrics=lambda value: value, reduce=lambda value, **_: value, device="cpu"
+    )  # fmt: skip
     peer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None), beta=beta,
         top_entropy_quantile=1.0, importance_sampling_level="token", loss_type="grpo", epsilon_low=0.2,
         epsilon_high=0.2, use_vllm=False, _entropy_bonus_enabled=False, aux_loss_enabled=False,
         model=torch.nn.Identity(),
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False), current_gradient_accumulation_steps=1,
-        accelerator=SimpleNamespace(gather=lambda value: value, gather_for_metrics=lambda value: value, device="cpu"),
+        accelerator=accelerator,
         _metrics={"train": _Lists(), "eval": _Lists()}, **none,
     )  # fmt: skip
     ids = torch.ones(8, 5, dtype=torch.long)

@@ -29,7 +29,6 @@ LEARNT = {
     "orpo": 0.8, "kto": 0.7, "reward": 0.5, "grpo": None, "embed": 0.8, "embed by cosine": 0.8, "seq2seq": 0.95,
     "speech": 0.95,
 }  # fmt: skip
-FAST = {"classify words", "dpo", "grpo"}
 
 
 def cases(fast: set[str]) -> list[Any]:
@@ -52,9 +51,11 @@ def test_names_are_those_of_the_files() -> None:
         make_config({"base": "b", "data": "d", "output": "o", "task": "clasify"})
 
 
-@pytest.mark.parametrize("name", cases({*LEARNT} - {"orpo", "classify with a decoder", "embed by cosine", "classify"}))
+@pytest.mark.parametrize("name", cases({"classify images", "dpo", "speech"}))
 def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path) -> None:
-    config = config_of(name, folder, "learns " + name, dropout=0.0, save_every=100, eval_every=100, check=name != "grpo")
+    config = config_of(
+        name, folder, "learns " + name, dropout=0.0, save_every=100, eval_every=100, check=name != "grpo"
+    )
     result = fit(config, quiet=True)
     share = LEARNT[name]
     if share is None:
@@ -82,7 +83,7 @@ def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", cases(FAST))
+@pytest.mark.parametrize("name", cases({"classify words", "grpo"}))
 def test_a_crash_and_a_resume_change_nothing(name: str, folder: Path) -> None:
     """Dropout, drawn answers and batches in their order are all the same again."""
     own: dict[str, Any] = {"check": False, "max_steps": 6, "save_every": 2, "eval_every": 3}
@@ -149,7 +150,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
     "both": ("embed", {}, [{**dict.fromkeys(("anchor", "positive", "negative"), "a"), "label": 1}], "both `negative`"),
     "no text": ("seq2seq", {}, [{"prompt": "a", "completion": ""}], "completion is ''"),
     "a rate": ("speech", {}, [{"audio": {"array": [0.1], "sampling_rate": 8000}, "text": "a"}], "8000 samples"),
-    "too long a sound": ("speech", {}, [{"audio": [0.1] * 1500, "text": "a"}], "1.5 s of audio"),
+    "too long a sound": ("speech", {}, [{"audio": [0.1] * 24000, "text": "a"}], "1.5 s of audio"),
     "too long": ("dpo", {"max_length": 5}, [{"prompt": "a" * 9, "chosen": " b", "rejected": " c"}], "--max-length"),
     "no room": ("grpo", {"answer_tokens": 300}, [{"prompt": "a"}], "room for a prompt"),
 }  # fmt: skip
