@@ -157,9 +157,8 @@ def test_grpo(beta: float) -> None:
         expected = (rewards[group] - rewards[group].mean()) / (rewards[group].std() + 1e-4)
         torch.testing.assert_close(own[group], expected)
     none = dict.fromkeys(("vllm", "off_policy_mask_threshold", "delta"))
-    accelerator = SimpleNamespace(
-        gather=lambda value: value, gather_for_metrics=lambda value: value, reduce=lambda value, **_: value, device="cpu"
-    )  # fmt: skip
+    alike = {name: (lambda value, **_: value) for name in ("gather", "gather_for_metrics", "reduce")}
+    accelerator = SimpleNamespace(**alike, device="cpu")
     peer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None), beta=beta,
         top_entropy_quantile=1.0, importance_sampling_level="token", loss_type="grpo", epsilon_low=0.2,
