@@ -17,7 +17,7 @@ _DECODERS = {
     "opt": ("q_proj", "model.decoder.embed_tokens", "lm_head"),
     "gpt2": ("c_attn", "wte", "lm_head"),
     "gpt-j": ("q_proj", "wte", "lm_head"),
-    "gpt-neox": ("query_key_value", "embed_in", "embed_out"),
+    "gpt-neox": ("query_key_value", "embed_in", "lm_head"),
     "bloom": ("query_key_value", "word_embeddings", "lm_head"),
     "falcon": ("query_key_value", "word_embeddings", "lm_head"),
     "phi": ("q_proj", "embed_tokens", "lm_head"),
@@ -44,9 +44,12 @@ def _decoder(projection: str, embedding: str, head: str) -> list[dict[str, Any]]
         {"target_modules": [projection], "use_dora": True},
         {"target_modules": [projection], "layers_to_transform": [1], "rank_pattern": {projection: 3}},
         {"target_modules": [projection, embedding], "r": 4},
-        {"target_modules": [projection], "bias": "all"},
         {"target_modules": [projection], "modules_to_save": [head]},
     ]
+
+
+#: decoders with biases
+_BIASED = ("opt", "gpt2", "gpt-j", "gpt-neox", "bloom", "phi", "qwen2")
 
 
 #: what is asked of one decoder alone, since it does not depend on the model
@@ -64,7 +67,7 @@ _LLAMA: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True, "r": 4},
     {"target_modules": ["q_proj", "norm"], "exclude_modules": ["norm"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
-    {"target_parameters": ["q_proj.weight", "mlp.up_proj.weight"]},
+    {"target_modules": [], "target_parameters": ["q_proj.weight", "mlp.up_proj.weight"]},
     {
         "target_modules": ["k_proj"],
         "rank_pattern": {"layers.1.self_attn.k_proj": 16},
@@ -91,7 +94,7 @@ def _encoder(projection: str, embedding: str) -> list[dict[str, Any]]:
         {"target_modules": "all-linear"},
         {"target_modules": [projection], "use_dora": True},
         {"target_modules": [projection, embedding], "r": 4},
-        {"target_modules": [projection], "bias": "lora_only"},
+        {"target_modules": [projection], "bias": "all"},
         {"target_modules": [projection], "layers_to_transform": 0},
     ]
 
@@ -112,7 +115,7 @@ _SEQUENCES: dict[str, list[dict[str, Any]]] = {
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj"], "use_dora": True, "bias": "all"},
         {"target_modules": ["q_proj"], "exclude_modules": ".*decoder.*"},
-        {"target_modules": ["embed_positions", "fc1"], "r": 4},
+        {"target_modules": ["fc1", "fc2"], "bias": "lora_only"},
     ],
     "whisper": [
         {"target_modules": ["q_proj", "v_proj"]},
@@ -203,6 +206,9 @@ _IMAGE_TUNERS: list[tuple[str, dict[str, Any]]] = [
 def architecture_rows() -> Iterator[Row]:
     for model, words in _DECODERS.items():
         yield from (Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1) for fields in _decoder(*words))
+    for model in _BIASED:
+        fields = {**_CAUSAL, "target_modules": [_DECODERS[model][0]], "bias": "all"}
+        yield Row("Decoders", model, "lora", fields, 0.1)
     for model, configs in (("llama", _LLAMA), ("llama, tied", _TIED)):
         yield from (Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1) for fields in configs)
     for model, words in _ENCODERS.items():

@@ -49,8 +49,9 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
         return _norms(made), lambda model: {}
     if row.tuner != "lora" and row.tuner not in TUNERS:
         raise Untranslated
-    # PEFT's default targets for a type of model, and "all-linear" too, stand in the config that it made of it
-    targets = _listed(fields.get("target_modules") or made.peft_config["default"].target_modules or [])
+    resolved = made.peft_config["default"].target_modules  # PEFT's default for a type of model, "all-linear" as names
+    targets = fields.get("target_modules") or resolved
+    targets = _listed(resolved if targets == "all-linear" and _means_more(made) else targets or [])
     parameters = [*fields.get("target_parameters", [])]
     ours: dict[str, Any] = {"targets": targets}
     if parameters:
@@ -74,6 +75,15 @@ def _listed(targets: Any) -> Any:
     if isinstance(targets, str):
         return targets if targets == "all-linear" else f"re:{targets}"
     return sorted(targets)
+
+
+def _means_more(made: nn.Module) -> bool:
+    """Whether PEFT's "all-linear" means other layers than ours: the head of a task, which stands outside the base
+    model, and of an ``nn.MultiheadAttention`` the out-projection alone."""
+    model = made.base_model.model
+    attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    base = getattr(model, "base_model", model)
+    return attention or (base is not model and getattr(model, "get_output_embeddings", lambda: None)() is None)
 
 
 def _norms(made: nn.Module) -> dict[str, Any]:

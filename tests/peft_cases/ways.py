@@ -43,9 +43,10 @@ NOISE = 0.3
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one row in one way; ``text`` says why, unless it is equal."""
+    """What came of one case in one way; ``text`` says why, unless it is equal, or which advice was followed."""
 
-    row: Row
+    family: str
+    name: str
     way: str
     status: str
     text: str = ""
@@ -69,17 +70,21 @@ def _built(name: str, single: bool) -> tuple[nn.Module, tuple[Any, ...], dict[st
         return model, (), example, 2e-5
 
 
+def built(row: Row) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], float]:
+    return _built(row.model, row.single)
+
+
 def fresh(row: Row) -> nn.Module:
-    return copy.deepcopy(_built(row.model, row.single)[0])
+    return copy.deepcopy(built(row)[0])
 
 
 def near(row: Row) -> float:
-    return _built(row.model, row.single)[3]
+    return built(row)[3]
 
 
 @torch.no_grad()
 def output(row: Row, model: nn.Module, **more: Any) -> Tensor:
-    _, args, keywords, _ = _built(row.model, row.single)
+    _, args, keywords, _ = built(row)
     return flat(model(*args, **keywords, **more)).clone()
 
 
@@ -101,12 +106,17 @@ def must_change(actual: Tensor, base: Tensor, what: str) -> None:
 # ---- PEFT's side -------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def noise(theirs: nn.Module, size: float) -> None:
-    """Random numbers in everything that PEFT trains, so that nothing is hidden by a zero."""
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * size)
+    """Random numbers in everything that PEFT trains, so that nothing is hidden by a zero. What A has for a padding
+    token stays: it has no gradient."""
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * size)
+    for module in theirs.modules():
+        padding = getattr(module.get_base_layer(), "padding_idx", None) if isinstance(module, LoraLayer) else None
+        for A in module.lora_embedding_A.values() if padding is not None else ():
+            A[:, padding] = 0
 
 
 def by_peft(row: Row, folder: Path) -> tuple[nn.Module, Path]:
@@ -143,17 +153,37 @@ def adapted(theirs: nn.Module) -> set[str]:
 # ---- the ways ----------------------------------------------------------------------------------------------------
 
 
-def _tried(row: Row, way: str, run: Callable[[], Any]) -> Result:
+#: an option of ``veneer.load`` that refusals of a tied weight name
+UNTIE = "untie=True"
+
+
+def tried(family: str, name: str, way: str, run: Callable[[], Any]) -> Result:
     """What ``run`` comes to. Only Veneer's own errors are refusals; any other one is wrong."""
     try:
-        run()
+        advice = run()
     except VeneerError as refusal:
-        return Result(row, way, REFUSED, str(refusal))
+        return Result(family, name, way, REFUSED, str(refusal))
     except Differs as difference:
-        return Result(row, way, WRONG, str(difference))
-    except Exception as failure:  # of a row among hundreds: the table shows it, and the program fails
-        return Result(row, way, WRONG, f"{type(failure).__name__}: {failure}")
-    return Result(row, way, EQUAL)
+        return Result(family, name, way, WRONG, str(difference))
+    except Exception as failure:  # of a case among hundreds: the table shows it, and the program fails
+        return Result(family, name, way, WRONG, f"{type(failure).__name__}: {failure}")
+    return Result(family, name, way, EQUAL, advice or "")
+
+
+def _tried(row: Row, way: str, run: Callable[[], Any]) -> Result:
+    return tried(row.family, row.name, way, run)
+
+
+def loads(model: nn.Module, folder: Path) -> str:
+    """Load a folder; where the refusal says to pass ``untie=True``, do so. Returns the advice that was followed."""
+    try:
+        veneer.load(model, folder)
+    except VeneerError as refusal:
+        if UNTIE not in str(refusal):
+            raise
+        veneer.load(model, folder, **{"untie": True})
+        return UNTIE
+    return ""
 
 
 def results(row: Row) -> Iterator[Result]:
@@ -161,11 +191,15 @@ def results(row: Row) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = output(row, fresh(row))
-        made, written = by_peft(row, folder)
-        reference = output(row, peft_loads(row, written))
-        if not row.reloads:
-            must_equal(reference, output(row, made), near(row) * 10, "PEFT's own reload")
-        must_change(reference, base, row.name)
+        try:
+            made, written = by_peft(row, folder)
+            reference = output(row, peft_loads(row, written))
+            if not row.reloads:
+                must_equal(reference, output(row, made), near(row) * 10, "PEFT's own reload")
+            must_change(reference, base, row.name)
+        except Exception as failure:  # the row is no case: PEFT itself cannot do it
+            yield Result(row.family, row.name, "PEFT", WRONG, f"PEFT itself: {type(failure).__name__}: {failure}")
+            return
         yield from _from_peft(row, written, folder, base, reference)
         yield from _to_peft(row, folder, base, made)
 
@@ -174,9 +208,10 @@ def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: T
     model = fresh(row)
     before = bits(model)
 
-    def load() -> None:
-        veneer.load(model, written)
+    def load() -> str:
+        advice = loads(model, written)
         must_equal(output(row, model), reference, near(row), "loaded")
+        return advice
 
     yield (loaded := _tried(row, "load", load))
     if loaded.status != EQUAL:
@@ -189,9 +224,19 @@ def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: T
 
     yield _tried(row, "around", around)
 
-    def merge() -> None:
-        veneer.merge(model, "default")
+    def merge() -> str:
+        advice = ""
+        try:
+            veneer.merge(model, "default")
+        except VeneerError as refusal:
+            if UNTIE not in str(refusal):
+                raise
+            veneer.detach(model)
+            veneer.load(model, written, **{"untie": True})
+            veneer.merge(model, "default")
+            advice = UNTIE
         must_equal(output(row, model), reference, 10 * near(row), "merged")
+        return advice
 
     yield (merged := _tried(row, "merge", merge))
     if merged.status != EQUAL:
@@ -258,7 +303,7 @@ def _to_peft(row: Row, folder: Path, base: Tensor, made: nn.Module) -> Iterator[
 
 def _first_name(row: Row, path: str) -> str:
     """The first module with the weight of the one at ``path``: a tied weight has one change."""
-    modules = dict(_built(row.model, row.single)[0].named_modules())
+    modules = dict(built(row)[0].named_modules())
     weight = modules[path]._parameters.get("weight")
     alike = (name for name, module in modules.items() if module._parameters.get("weight") is weight)
     return path if weight is None else next(alike)

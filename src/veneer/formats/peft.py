@@ -322,14 +322,19 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
         return None
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    return {path for path in chosen if _layer_of(path, config) in layers} if layers else chosen
+    if not layers:
+        return chosen
+    # what a list of names has as a whole path, PEFT adapts whatever its block
+    whole = set() if isinstance(targets, str) else set(targets)
+    return {path for path in chosen if path in whole or _layer_of(path, config) in layers}
 
 
 def _layer_of(path: str, config: Mapping[str, Any]) -> int | None:
     """The first index in a path that stands behind what the first ``layers_pattern`` which matches at all means, and in
-    front of something."""
+    front of something. Without a pattern PEFT sees none behind the first part of a path."""
     above, parts = patterns.containers(_layers_patterns(config)), path.split(".")
-    places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n and part.isdecimal()]
+    least = 1 if config.get("layers_pattern") else 2
+    places = [(int(part), ".".join(parts[:n])) for n, part in enumerate(parts[:-1]) if n >= least and part.isdecimal()]
     hits = ((pattern, place) for place, (_, front) in enumerate(places) for pattern in above.matching(front))
     first = min(hits, default=None)
     return places[first[1]][0] if first is not None else None

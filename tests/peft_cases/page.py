@@ -1,0 +1,126 @@
+"""The table of all results, and docs/peft-cases.md: counts by family and way, and every refusal by its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .ways import EQUAL, REFUSED, WRONG, Result
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why results are refused: the ``pattern`` of their texts, and what a user does then."""
+
+    pattern: str
+    title: str
+    do: str
+
+
+_PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), and load that; or run it in PEFT."
+#: the first whose pattern a text has counts
+REASONS = [
+    Reason("ranks? \\d+ for .*at most", "A rank above what a weight allows", "Lower the rank in PEFT, or compact the file."),
+    Reason("alora_invocation_tokens", "aLoRA: a change from a token on", "Run it in PEFT."),
+    Reason("layer_replication", "Layers that PEFT repeats", "Repeat them in the base itself, and train on that."),
+    Reason("kasa_config|velora_config|monteclora_config|use_bdlora|'mica'", "Options of LoRA that are research of its own", "Run it in PEFT; its merged model is a model like any."),
+    Reason("use_qalora", "QA-LoRA", "Run it in PEFT."),
+    Reason("lora_bias", "`lora_bias`: a bias beside B", "Train with `bias=\"lora_only\"` instead."),
+    Reason("use_rslora, use_dora", "DoRA with rsLoRA", "Train DoRA with alpha · √r, which is the same scale."),
+    Reason("trainable_token_indices|field 'trainable_tokens'", "Trained rows of an embedding", "Train the embedding (`modules_to_save`), or a low-rank change of it."),
+    Reason("which changed the base's weights|pissa|olora", "A start that moved the base's weights, unconverted", "Let PEFT convert it: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."),
+    Reason("peft_type '?(ADALORA|LOHA|LOKR|VERA|LN_TUNING|TRAINABLE_TOKENS)", "Folders of PEFT's tuners that have a variant here", _PEFT_SAVES),
+    Reason("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
+    Reason("groups? is no change of its weight|grouped convolution", "Convolutions in groups", "None of the two can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."),
+    Reason("out-projection \\d times", "The out-projection of `nn.MultiheadAttention`, which PEFT applies twice", "Load it with Veneer; for PEFT merge it into the base."),
+    Reason("reads the weight itself, past", "A weight that is read past its module", "Leave that layer out of the targets, or merge the adapter with the library that trained it."),
+    Reason("values of their own for", "A tied weight with two values, merged", "Untie the base first, as the message shows, save it, and merge into that."),
+    Reason("tied weight, under every name", "A tied weight that changes under one name alone", "Untie the base first, or train both names (`ensure_weight_tying`)."),
+    Reason("no tensors for classifier", "Targets inside `modules_to_save`", "Leave the head out of the targets."),
+    Reason("do not hold the \\d+ rows", "A model that flattens rows and tokens, in a batch of several adapters", "Exclude that layer, or run each adapter on its rows alone; PEFT cannot either."),
+]  # fmt: skip
+
+
+def reason_of(text: str) -> Reason | None:
+    return next((reason for reason in REASONS if re.search(reason.pattern, text)), None)
+
+
+def unexplained(results: Iterable[Result]) -> list[Result]:
+    """Refusals with a text that no reason knows: each needs one, with what a user can do."""
+    return [result for result in results if result.status == REFUSED and reason_of(result.text) is None]
+
+
+def summary(results: Iterable[Result]) -> str:
+    counts = Counter(result.status for result in results)
+    return ", ".join(f"{counts[status]} {status}" for status in (EQUAL, REFUSED, WRONG))
+
+
+def page(results: list[Result], ways: Mapping[str, str], versions: str) -> str:
+    """The generated page. ``ways``: what each means, by its name."""
+    cases = len({(result.family, result.name) for result in results})
+    lines = [
+        "# PEFT's cases",
+        "",
+        "Written by `python -m tests.peft_cases`, which runs every case; nothing here is typed.",
+        "",
+        f"The models and configs of PEFT's own tests, told again in our words (`tests/peft_cases/`): {cases} cases and",
+        f"{len(results):,} results, {summary(results)}. {versions}",
+        "",
+        "**Equal** is within 1e-9 of the other library's output in float64 (the small models) and 2e-5 in float32",
+        "(those of transformers), relative to its norm; ten times that where weights are merged or rows mixed, and 1e-5",
+        "where PEFT decomposes in 32 bits. All that is trained has random numbers, B too. **Refused** is an error that",
+        "says what was found and what to do, and nothing half applied; a case that cannot be loaded ends there.",
+        "",
+        "| way | what must be equal |",
+        "|---|---|",
+        *(f"| {way} | {meaning} |" for way, meaning in ways.items()),
+        "",
+        "## Counts",
+        "",
+        *_counts(results),
+        "",
+        "## What is refused",
+        "",
+        *_refusals(results),
+    ]
+    if wrong := [result for result in results if result.status == WRONG]:
+        lines += ["", "## What is wrong", "", "| case | way | |", "|---|---|---|"]
+        lines += [f"| {_cell(result.name)} | {result.way} | {_cell(result.text)} |" for result in wrong]
+    return "\n".join([*lines, ""])
+
+
+def _counts(results: list[Result]) -> list[str]:
+    families = list(dict.fromkeys(result.family for result in results))
+    lines = ["| family | way | equal | refused | wrong |", "|---|---|---|---|---|"]
+    for family in families:
+        own = [result for result in results if result.family == family]
+        for way in dict.fromkeys(result.way for result in own):
+            counts = Counter(result.status for result in own if result.way == way)
+            lines.append(f"| {family} | {way} | " + " | ".join(str(counts[s]) for s in (EQUAL, REFUSED, WRONG)) + " |")
+    counts = Counter(result.status for result in results)
+    lines.append("| **all** | | " + " | ".join(f"**{counts[s]}**" for s in (EQUAL, REFUSED, WRONG)) + " |")
+    advised = Counter(result.text for result in results if result.status == EQUAL and result.text)
+    return [*lines, *(f"\nOf the equal ones, {n} with `{text}`, as a refusal said." for text, n in advised.items())]
+
+
+def _refusals(results: list[Result]) -> list[str]:
+    refused = [result for result in results if result.status == REFUSED]
+    lines: list[str] = []
+    for reason in [*REASONS, None]:
+        own = [result for result in refused if reason_of(result.text) is reason]
+        if own:
+            title, do = (reason.title, reason.do) if reason is not None else ("Without a reason", "")
+            lines += [f"### {title}: {len(own)}", "", do, "", f"> {_cell(own[0].text)}", ""]
+            cases: dict[str, list[str]] = {}
+            for result in own:
+                cases.setdefault(result.name, []).append(result.way)
+            lines += [*(f"- {_cell(name)} ({', '.join(ways)})" for name, ways in cases.items()), ""]
+    return lines[:-1] or ["Nothing."]
+
+
+def _cell(text: str) -> str:
+    """A text in a line of a table: without line breaks, bars, and the folder of a run."""
+    text = re.sub(r"\S*/tmp\w*/(\S+)", r"\1", " ".join(text.split()))
+    return re.sub(r"([|*_<>`\[\]])", r"\\\1", text[:300] + "…" * (len(text) > 300))
