@@ -1,9 +1,9 @@
 """Which modules a config of PEFT means.
 
-    read        ``veneer.formats.peft`` finds the paths that PEFT's own matching finds, for a folder of such a config
-    at the root the same where some of the names are whole paths, which PEFT adapts whatever ``layers_to_transform`` says,
-                and where a list of blocks is the first part of a path, which it does not see without ``layers_pattern``
-    attach      the config by docs/from-peft.md changes these modules; where there are none, PEFT and Veneer both refuse
+read        ``veneer.formats.peft`` finds the paths that PEFT's own matching finds, for a folder of such a config
+at the root the same where some of the names are whole paths, which PEFT adapts whatever ``layers_to_transform`` says,
+            and where a list of blocks is the first part of a path, which it does not see without ``layers_pattern``
+attach      the config by docs/from-peft.md changes these modules; where there are none, PEFT and Veneer both refuse
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.errors import TargetError
 from veneer.formats.peft import expected_paths
 
 from .rows import Row
-from .ways import Differs, Result, tried
+from .ways import DiffersError, Result, tried
 
 #: what stands in one model: the same names at several depths, indices of one and more digits, names that end alike
 PATHS = [
@@ -146,14 +146,14 @@ def _both_refuse(config: peft.LoraConfig, ours: Mapping[str, Any]) -> None:
     except ValueError:
         pass
     else:
-        raise Differs("PEFT finds no path, and adapts something")
+        raise DiffersError("PEFT finds no path, and adapts something")
     try:
         veneer.attach(tree(), veneer.LoraConfig(**ours))
     except TargetError:
         return
-    raise Differs("PEFT refuses what matches nothing, Veneer attaches something")
+    raise DiffersError("PEFT refuses what matches nothing, Veneer attaches something")
 
 
 def _must_be(found: set[str] | None, expected: set[str]) -> None:
     if found != expected:
-        raise Differs(f"PEFT means {sorted(expected)}, Veneer {sorted(found or ())}")
+        raise DiffersError(f"PEFT means {sorted(expected)}, Veneer {sorted(found or ())}")

@@ -20,27 +20,59 @@ class Reason:
 
 
 _PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), and load that; or run it in PEFT."
+_RESEARCH = r"kasa_config|velora_config|monteclora_config|use_bdlora|'mica'"
+_KNOWN_TUNERS = "peft_type '(ADALORA|LOHA|LOKR|VERA|LN_TUNING|TRAINABLE_TOKENS)"
+_CONVERT = "Let PEFT convert it: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."
+_GROUPS = "Neither can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."
+_FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot mix them either."
 #: the first whose pattern a text has counts
 REASONS = [
-    Reason("ranks? \\d+ for .*at most", "A rank above what a weight allows", "Lower the rank in PEFT, or compact the file."),
-    Reason("alora_invocation_tokens", "aLoRA: a change from a token on", "Run it in PEFT."),
-    Reason("layer_replication", "Layers that PEFT repeats", "Repeat them in the base itself, and train on that."),
-    Reason("kasa_config|velora_config|monteclora_config|use_bdlora|'mica'", "Options of LoRA that are research of its own", "Run it in PEFT; its merged model is a model like any."),
-    Reason("use_qalora", "QA-LoRA", "Run it in PEFT."),
-    Reason("lora_bias", "`lora_bias`: a bias beside B", "Train with `bias=\"lora_only\"` instead."),
-    Reason("use_rslora, use_dora", "DoRA with rsLoRA", "Train DoRA with alpha · √r, which is the same scale."),
-    Reason("trainable_token_indices|field 'trainable_tokens'", "Trained rows of an embedding", "Train the embedding (`modules_to_save`), or a low-rank change of it."),
-    Reason("which changed the base's weights|pissa|olora", "A start that moved the base's weights, unconverted", "Let PEFT convert it: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."),
-    Reason("peft_type '?(ADALORA|LOHA|LOKR|VERA|LN_TUNING|TRAINABLE_TOKENS)", "Folders of PEFT's tuners that have a variant here", _PEFT_SAVES),
-    Reason("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
-    Reason("groups? is no change of its weight|grouped convolution", "Convolutions in groups", "None of the two can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."),
-    Reason("out-projection \\d times", "The out-projection of `nn.MultiheadAttention`, which PEFT applies twice", "Load it with Veneer; for PEFT merge it into the base."),
-    Reason("reads the weight itself, past", "A weight that is read past its module", "Leave that layer out of the targets, or merge the adapter with the library that trained it."),
-    Reason("values of their own for", "A tied weight with two values, merged", "Untie the base first, as the message shows, save it, and merge into that."),
-    Reason("tied weight, under every name", "A tied weight that changes under one name alone", "Untie the base first, or train both names (`ensure_weight_tying`)."),
-    Reason("no tensors for classifier", "Targets inside `modules_to_save`", "Leave the head out of the targets."),
-    Reason("do not hold the \\d+ rows", "A model that flattens rows and tokens, in a batch of several adapters", "Exclude that layer, or run each adapter on its rows alone; PEFT cannot either."),
-]  # fmt: skip
+    Reason(_pattern, _title, _do)
+    for _pattern, _title, _do in (
+        (r"rank \d+ for .*at most", "A rank above what a weight allows", "Lower the rank in PEFT."),
+        ("alora_invocation_tokens", "aLoRA: a change from a token on", "Run it in PEFT."),
+        ("layer_replication", "Layers that PEFT repeats", "Repeat them in the base itself, and train on that."),
+        (
+            _RESEARCH,
+            "Options of LoRA that are research of its own",
+            "Run it in PEFT; its merged model is one like any.",
+        ),
+        ("use_qalora", "QA-LoRA", "Run it in PEFT."),
+        ("lora_bias", "`lora_bias`: a bias beside B", 'Train with `bias="lora_only"` instead.'),
+        ("use_rslora, use_dora", "DoRA with rsLoRA", "Train DoRA with alpha · √r, which is the same scale."),
+        (
+            "trainable_token_indices|'trainable_tokens'",
+            "Trained rows of an embedding",
+            "Train all of it (`modules_to_save`), or a low-rank change of it.",
+        ),
+        ("changed the base's weights", "A start that moved the base's weights, unconverted", _CONVERT),
+        (_KNOWN_TUNERS, "Folders of PEFT's tuners that have a variant here", _PEFT_SAVES),
+        ("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
+        ("is no change of its weight", "Convolutions in groups", _GROUPS),
+        (
+            r"out-projection \d times",
+            "The out-projection of `nn.MultiheadAttention`, which PEFT applies twice",
+            "Load it with Veneer; for PEFT, merge it into the base.",
+        ),
+        (
+            "reads the weight itself, past",
+            "A weight that is read past its module",
+            "Leave that layer out of the targets, or merge the adapter with the library that trained it.",
+        ),
+        (
+            "values of their own for",
+            "A tied weight with two values, merged",
+            "Untie the base first, as the message shows, save it, and merge into that.",
+        ),
+        (
+            "tied weight, under every name",
+            "A tied weight that changes under one name alone",
+            "Untie the base first, or train both names (`ensure_weight_tying`).",
+        ),
+        ("no tensors for classifier", "Targets inside `modules_to_save`", "Leave the head out of the targets."),
+        (r"do not hold the \d+ rows", "A model that flattens rows and tokens, in a mixed batch", _FLAT),
+    )
+]
 
 
 def reason_of(text: str) -> Reason | None:
@@ -69,9 +101,9 @@ def page(results: list[Result], ways: Mapping[str, str], versions: str) -> str:
         f"{len(results):,} results, {summary(results)}. {versions}",
         "",
         "**Equal** is within 1e-9 of the other library's output in float64 (the small models) and 2e-5 in float32",
-        "(those of transformers), relative to its norm; ten times that where weights are merged or rows mixed, and 1e-5",
-        "where PEFT decomposes in 32 bits. All that is trained has random numbers, B too. **Refused** is an error that",
-        "says what was found and what to do, and nothing half applied; a case that cannot be loaded ends there.",
+        "(those of transformers), relative to its norm; ten times that where weights are merged or rows mixed, and",
+        "1e-5 where PEFT decomposes in 32 bits. What is trained has random numbers, B too. **Refused** is an error",
+        "that says what was found and what to do, and nothing half applied; a case that cannot be loaded ends there.",
         "",
         "| way | what must be equal |",
         "|---|---|",

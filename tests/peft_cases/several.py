@@ -1,10 +1,10 @@
 """Two adapters of PEFT on one model.
 
-    switch      each alone, both gone, and one left when the other is detached
-    rows        ``adapter_names=`` beside ``veneer.use(model, [a name for each row])``
-    both        ``set_adapter([a, b])`` beside ``veneer.use(model, {"a": 1, "b": 1})``
-    sum         ``add_weighted_adapter(…, "cat")`` beside ``veneer.compose``; ours in PEFT; PEFT's in ours
-    svd         the same by ``"svd"``, at a rank that leaves nothing out
+switch      each alone, both gone, and one left when the other is detached
+rows        ``adapter_names=`` beside ``veneer.use(model, [a name for each row])``
+both        ``set_adapter([a, b])`` beside ``veneer.use(model, {"a": 1, "b": 1})``
+sum         ``add_weighted_adapter(…, "cat")`` beside ``veneer.compose``; ours in PEFT; PEFT's in ours
+svd         the same by ``"svd"``, at a rank that leaves nothing out
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import veneer
 
 from . import ways
 from .rows import CONFIGS, Row
-from .ways import Differs, Result, must_equal
+from .ways import DiffersError, Result, must_equal
 
 #: of the adapters; a negative weight negates one
 NAMES = ("first", "second")
@@ -184,4 +184,4 @@ class _Case:
         veneer.load(model, self.folder / "sums" / name)
         must_equal(self.answer(model), expected, within, "added up by PEFT")
         if torch.equal(expected, self.alone(None)):
-            raise Differs("the sum is nothing, so that the case shows nothing")
+            raise DiffersError("the sum is nothing, so that the case shows nothing")

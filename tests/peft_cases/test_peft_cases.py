@@ -7,33 +7,104 @@ import pytest
 pytest.importorskip("peft")
 
 from tests.peft_cases import matching, several, ways
+from tests.peft_cases.__main__ import WAYS
 from tests.peft_cases.page import page, unexplained
 from tests.peft_cases.rows import Row, rows
 from tests.peft_cases.ways import EQUAL, REFUSED, WRONG, Result
-from tests.support.cells import covering
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
-
-def _quick(row: Row) -> bool:
-    return (row.model, row.tuner, frozenset(row.fields)) in QUICK
-
-
-def _cells() -> set:
-    """Cases on small models in which every option meets every kind of layer that it meets at all, once."""
-    small = [row for row in rows() if row.family == "LoRA, small models" and not row.converted]
-    return {
-        (row.model, row.tuner, frozenset(row.fields))
-        for row in small
-        if row.name in {name for name, _ in covering([(row.name, row.model) for row in small])}
-    }
-
-
 ROWS = rows()
-QUICK: set = set()
+
+
+def quick() -> set[str]:
+    """The rows that bring a small model or an option that no row before them had, and a few on transformers' models."""
+    seen: set[str] = set()
+    names = {f"llama: lora, task_type=CAUSAL_LM, {fields}" for fields in ("target_modules=all-linear, use_dora=True",)}
+    names.add(
+        "qwen3-moe: lora, target_parameters=[mlp.experts.down_proj, mlp.experts.gate_up_proj], r=8, lora_alpha=32"
+    )
+    for row in ROWS:
+        if row.family == "LoRA, small models":
+            values = {
+                row.model,
+                *(f"{name}={value}" if name.startswith("use") else name for name, value in row.fields.items()),
+            }
+            if not values <= seen:
+                names.add(row.name)
+                seen |= values
+    return names
+
+
+QUICK = quick()
 
 
 def right(results: list[Result]) -> None:
     assert results
     assert [result for result in results if result.status == WRONG] == []
     assert unexplained(results) == []
+
+
+def _row(row: Row):
+    return pytest.param(row, id=row.name, marks=[] if row.name in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("row", map(_row, ROWS))
+def test_a_case_of_peft(row):
+    right(list(ways.results(row)))
+
+
+_QUICK_PAIRS = (
+    "mlp of four: lora, target_modules=[lin1] | target_modules=[lin1], r=4",
+    "llama: lora, target_modules=[q_proj]",
+)
+
+
+def _pair(pair: several.Pair):
+    slow = not pair.name.startswith(_QUICK_PAIRS)
+    return pytest.param(pair, id=pair.name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("pair", map(_pair, several.PAIRS))
+def test_two_adapters_of_peft(pair):
+    right(list(several.results(pair)))
+
+
+def test_a_config_of_peft_means_the_same_modules():
+    right(list(matching.results()))
+
+
+def test_the_harness_sees_what_is_wrong(monkeypatch):
+    """Half of the change, and a row that changes nothing."""
+    row = next(row for row in ROWS if row.name == "mlp: lora, target_modules=[lin0]")
+    load = ways.veneer.load
+
+    def half(model, folder, **options):
+        handle = load(model, folder, **options)
+        next(iter(handle.changes.values())).adapter_parameters["A"].data.mul_(0.5)
+        return handle
+
+    monkeypatch.setattr(ways.veneer, "load", half)
+    found = {result.way: result for result in ways.results(row)}
+    assert found["load"].status == WRONG
+    assert "apart" in found["load"].text
+    assert found["save"].status == EQUAL
+    still = Row(row.family, row.model, row.tuner, row.fields, noise=0.0)
+    assert [(result.way, result.status) for result in ways.results(still)] == [("PEFT", WRONG)]
+
+
+def test_the_page_counts_and_explains():
+    results = [
+        Result("A family", "a case", "load", EQUAL),
+        Result("A family", "a case", "around", EQUAL, "untie=True"),
+        Result("A family", "another", "load", REFUSED, "Found: peft_type 'IA3'. Expected: 'LORA'. Do: convert it."),
+        Result("A family", "a third", "load", REFUSED, "no reason that is known"),
+        Result("A family", "a fourth", "load", WRONG, "loaded: 1e-1 apart"),
+    ]
+    text = page(results, WAYS, "")
+    assert "| A family | load | 1 | 2 | 1 |" in text
+    assert "### Other tuners of PEFT: 1" in text
+    assert "Of the equal ones, 1 with `untie=True`" in text
+    assert "### Without a reason: 1" in text
+    assert "| a fourth | load | loaded: 1e-1 apart |" in text
+    assert [result.name for result in unexplained(results)] == ["a third"]

@@ -14,7 +14,7 @@ from torch import nn
 from .rows import Row
 
 
-class Untranslated(Exception):  # noqa: N818
+class UntranslatedError(Exception):
     """A field or a tuner for which Veneer has no config: there is nothing to attach."""
 
 
@@ -40,15 +40,15 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
     """(fields of ``veneer.LoraConfig``, what else ``attach`` is given) for a row that PEFT made into ``made``.
 
     Raises:
-        Untranslated: Veneer has no config that means it.
+        UntranslatedError: Veneer has no config that means it.
     """
     fields = dict(row.fields)
     if row.as_lora is not None or fields.keys() & (NOT_OFFERED | _OTHER_FORMS):
-        raise Untranslated
+        raise UntranslatedError
     if row.tuner == "ln_tuning":
         return _norms(made), lambda model: {}
     if row.tuner != "lora" and row.tuner not in TUNERS:
-        raise Untranslated
+        raise UntranslatedError
     resolved = made.peft_config["default"].target_modules  # PEFT's default for a type of model, "all-linear" as names
     targets = fields.get("target_modules") or resolved
     targets = _listed(resolved if targets == "all-linear" and _means_more(made) else targets or [])
@@ -60,6 +60,8 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
         ours["exclude"] = _listed(fields["exclude_modules"])
     if fields.get("layers_to_transform") is not None:
         layers = fields["layers_to_transform"]
+        if set(targets) & {path for path, _ in made.base_model.model.named_modules()}:
+            raise UntranslatedError  # PEFT adapts what is named by its whole path in any block
         ours["layers"] = [layers] if isinstance(layers, int) else list(layers)
     if fields.get("modules_to_save"):
         ours["train_also"] = list(fields["modules_to_save"])
@@ -138,7 +140,7 @@ def _variant(fields: dict[str, Any]) -> tuple[str, bool]:
     if isinstance(start, str) and start.split("_")[0].lower() in STARTS:
         return STARTS[start.split("_")[0].lower()], False
     if isinstance(start, str) and start != "gaussian":
-        raise Untranslated
+        raise UntranslatedError
     return ("rslora", True) if fields.get("use_rslora") else ("lora", False)
 
 

@@ -35,7 +35,7 @@ from veneer.errors import VeneerError
 from .architectures import ARCHITECTURES
 from .models import MODELS
 from .rows import Row
-from .translate import Untranslated, translated
+from .translate import UntranslatedError, translated
 
 EQUAL, REFUSED, WRONG = "equal", "refused", "wrong"
 NOISE = 0.3
@@ -52,7 +52,7 @@ class Result:
     text: str = ""
 
 
-class Differs(AssertionError):
+class DiffersError(AssertionError):
     """Two outputs that must be equal are not."""
 
 
@@ -93,14 +93,14 @@ def seed(row: Row, more: str = "") -> None:
 
 
 def must_equal(actual: Tensor, expected: Tensor, within: float, what: str) -> None:
-    if not actual.shape == expected.shape or not error(actual, expected) <= within:
+    if actual.shape != expected.shape or not error(actual, expected) <= within:
         apart = error(actual, expected) if actual.shape == expected.shape else float("nan")
-        raise Differs(f"{what}: {apart:.1e} apart")
+        raise DiffersError(f"{what}: {apart:.1e} apart")
 
 
 def must_change(actual: Tensor, base: Tensor, what: str) -> None:
     if not error(actual, base) > 1e-4:
-        raise Differs(f"{what} changes nothing, so that the row shows nothing")
+        raise DiffersError(f"{what} changes nothing, so that the row shows nothing")
 
 
 # ---- PEFT's side -------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def tried(family: str, name: str, way: str, run: Callable[[], Any]) -> Result:
         advice = run()
     except VeneerError as refusal:
         return Result(family, name, way, REFUSED, str(refusal))
-    except Differs as difference:
+    except DiffersError as difference:
         return Result(family, name, way, WRONG, str(difference))
     except Exception as failure:  # of a case among hundreds: the table shows it, and the program fails
         return Result(family, name, way, WRONG, f"{type(failure).__name__}: {failure}")
@@ -246,7 +246,7 @@ def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: T
         veneer.unmerge(model)
         for key, value in bits(model).items():
             if not torch.equal(value, before[key]):
-                raise Differs(f"unmerged: {key} has other bits")
+                raise DiffersError(f"unmerged: {key} has other bits")
         must_equal(output(row, model), reference, near(row), "unmerged")
         with veneer.use(model, None):
             must_equal(output(row, model), base, near(row), "switched off")
@@ -260,10 +260,10 @@ def must_be_for_peft(folder: Path) -> None:
     """Raise VeneerError with the reason that a folder gives for not being PEFT's."""
     said = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
     if said != "LORA":
-        raise NotForPeft(said)
+        raise NotForPeftError(said)
 
 
-class NotForPeft(VeneerError):
+class NotForPeftError(VeneerError):
     """A folder of ours that PEFT refuses, as it would compute something else: the text is the folder's own."""
 
     def __init__(self, said: str) -> None:
@@ -273,7 +273,7 @@ class NotForPeft(VeneerError):
 def _to_peft(row: Row, folder: Path, base: Tensor, made: nn.Module) -> Iterator[Result]:
     try:
         fields, start = translated(row, made)
-    except Untranslated:
+    except UntranslatedError:
         return  # docs/from-peft.md has no config of ours that means this: the way does not exist
     seed(row, "ours")
     model = fresh(row)
@@ -284,7 +284,7 @@ def _to_peft(row: Row, folder: Path, base: Tensor, made: nn.Module) -> Iterator[
             expected = {_first_name(row, path) for path in adapted(made)}
             changed = {_first_name(row, path.rpartition(".")[0]) for path in handle.changes}
             if changed != expected:
-                raise Differs(f"PEFT adapts {sorted(expected)}, this config means {sorted(changed)}")
+                raise DiffersError(f"PEFT adapts {sorted(expected)}, this config means {sorted(changed)}")
 
     yield (attached := _tried(row, "targets", attach))
     if attached.status != EQUAL:

@@ -124,7 +124,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     _train(trainer, found, prepared, stop, bar, output)
-    result = _result(output, base, handle, interrupted=stop.stopped and trainer.state.global_step < prepared.steps)
+    stopped = stop.stopped and trainer.state.global_step < prepared.steps
+    result = _result(output, base.model, base.tokenizer, handle, interrupted=stopped)
     if not result.interrupted:
         return _finish(task, result, prepared, console)
     _status(output, "interrupted", config, prepared)
