@@ -99,12 +99,12 @@ class DeepMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(12))
-        self.out = nn.Linear(10, 2)
+        self.head = nn.Linear(10, 2)
 
     def forward(self, x):
         for layer in self.layers:
             x = x + layer(x)
-        return self.out(x)
+        return self.head(x)
 
 
 class Inner(nn.Module):
@@ -221,7 +221,7 @@ class ModelConv1d(nn.Module):
         self.register_buffer("spread", torch.linspace(0.5, 1.5, in_)[:, None], persistent=False)
 
     def forward(self, x):
-        return self.lin0(F.relu(self.conv1d(x[:, None] * self.spread)).flatten(1))
+        return self.lin0(F.silu(self.conv1d(x[:, None] * self.spread)).flatten(1))
 
 
 @_model("Conv2d", _vectors, 5, 10, 3, 1, True)

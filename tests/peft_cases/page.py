@@ -39,7 +39,11 @@ REASONS = [
         ),
         ("use_qalora", "QA-LoRA", "Run it in PEFT."),
         ("lora_bias", "`lora_bias`: a bias beside B", 'Train with `bias="lora_only"` instead.'),
-        ("use_rslora, use_dora", "DoRA with rsLoRA", "Train DoRA with alpha · √r, which is the same scale."),
+        (
+            "use_rslora, use_dora|use_dora, use_rslora",
+            "DoRA with rsLoRA",
+            "Train DoRA with alpha · √r, which is the same scale.",
+        ),
         (
             "trainable_token_indices|'trainable_tokens'",
             "Trained rows of an embedding",
@@ -68,6 +72,11 @@ REASONS = [
             "tied weight, under every name",
             "A tied weight that changes under one name alone",
             "Untie the base first, or train both names (`ensure_weight_tying`).",
+        ),
+        (
+            "rescales the outputs of modules alone",
+            "DoRA of a tied weight",
+            "Load it with Veneer; for PEFT, untie the base and train both, or merge it.",
         ),
         ("no tensors for classifier", "Targets inside `modules_to_save`", "Leave the head out of the targets."),
         (r"do not hold the \d+ rows", "A model that flattens rows and tokens, in a mixed batch", _FLAT),

@@ -47,7 +47,7 @@ class Row:
             "converted by PEFT" if self.converted else "",
             "" if self.as_lora is None else f"saved as LoRA of rank {self.as_lora}",
         ]
-        return f"{self.model}: {self.tuner}, {', '.join(filter(None, [*values, *more]))}"
+        return f"{self.model}: {', '.join(filter(None, [self.tuner, *values, *more]))}"
 
     @property
     def single(self) -> bool:
@@ -132,8 +132,8 @@ LORA: dict[str, list[dict[str, Any]]] = {
     "deep mlp": [
         {"target_modules": ["lin0"]},
         {"target_modules": ["lin0", "lin1"], "layers_to_transform": [0, 3, 11], "layers_pattern": "layers"},
-        {"target_modules": ["lin0", "out"], "layers_to_transform": [1]},
-        {"target_modules": ["lin0", "out"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+        {"target_modules": ["lin0", "head"], "layers_to_transform": [1]},
+        {"target_modules": ["lin0", "head"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
         {"target_modules": ["lin0", "lin1"], "layers_to_transform": 5, "layers_pattern": "layers"},
         {"target_modules": ["lin1"], "layers_to_transform": [10], "layers_pattern": ["layers"]},
         {"target_modules": r"layers\.(1|3|11)\.lin1"},
@@ -142,7 +142,7 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["lin0"], "rank_pattern": {"^layers.1.lin0": 3}, "alpha_pattern": {"layers.1.lin0": 5}},
         {
             "target_modules": ["lin0"],
-            "modules_to_save": ["out"],
+            "modules_to_save": ["head"],
             "layers_to_transform": [1],
             "layers_pattern": "layers",
         },

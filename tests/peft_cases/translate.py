@@ -46,7 +46,7 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
     if row.as_lora is not None or fields.keys() & (NOT_OFFERED | _OTHER_FORMS):
         raise UntranslatedError
     if row.tuner == "ln_tuning":
-        return _norms(made), lambda model: {}
+        return _norms(fields, made), lambda model: {}
     if row.tuner != "lora" and row.tuner not in TUNERS:
         raise UntranslatedError
     resolved = made.peft_config["default"].target_modules  # PEFT's default for a type of model, "all-linear" as names
@@ -63,8 +63,10 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
         if set(targets) & {path for path, _ in made.base_model.model.named_modules()}:
             raise UntranslatedError  # PEFT adapts what is named by its whole path in any block
         ours["layers"] = [layers] if isinstance(layers, int) else list(layers)
-    if fields.get("modules_to_save"):
-        ours["train_also"] = list(fields["modules_to_save"])
+    if saved := _saved(made):
+        ours["train_also"] = saved
+        if isinstance(targets, list) and row.fields.get("target_modules") == "all-linear":
+            ours["exclude"] = [*ours.get("exclude", []), *saved]  # PEFT adapts nothing inside them
     if tokens := fields.get("trainable_token_indices"):
         ours["trainable_tokens"] = tokens
     ours["bias"] = {"none": "none", "lora_only": "targets", "all": "all"}[fields.get("bias", "none")]
@@ -88,9 +90,21 @@ def _means_more(made: nn.Module) -> bool:
     return attention or (base is not model and getattr(model, "get_output_embeddings", lambda: None)() is None)
 
 
-def _norms(made: nn.Module) -> dict[str, Any]:
-    """PEFT's LNTuning: layers trained whole, which are targets of ours that have no smaller change."""
-    return {"targets": sorted(made.peft_config["default"].target_modules), "bias": "targets"}
+def _saved(made: nn.Module) -> list[str]:
+    """What PEFT trains whole: the modules that were named, and the heads that it adds for a task."""
+    names = made.peft_config["default"].modules_to_save or ()
+    paths = [path for path, _ in made.base_model.model.named_modules()]
+    return sorted(name for name in names if any(f".{path}".endswith(f".{name}") for path in paths))
+
+
+def _norms(fields: dict[str, Any], made: nn.Module) -> dict[str, Any]:
+    """PEFT's LNTuning: layers trained whole. Of ours these are targets that have no smaller change; matrices that are
+    trained whole are ``train_also``, which goes with a target."""
+    targets = made.peft_config["default"].target_modules
+    ours = {"targets": _listed(targets), "train_also": fields.get("modules_to_save", [])}
+    if any(_most(module) for module in made.base_model.model.modules() if isinstance(module, BaseTunerLayer)):
+        raise UntranslatedError
+    return ours
 
 
 def _strength(row: Row, fields: dict[str, Any], made: nn.Module) -> dict[str, Any]:

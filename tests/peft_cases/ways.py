@@ -110,8 +110,10 @@ def must_change(actual: Tensor, base: Tensor, what: str) -> None:
 def noise(theirs: nn.Module, size: float) -> None:
     """Random numbers in everything that PEFT trains, so that nothing is hidden by a zero. What A has for a padding
     token stays: it has no gradient."""
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad and "ranknum" not in name.split(
+            "."
+        ):  # AdaLoRA's count of ranks is no number to train
             parameter.add_(torch.randn_like(parameter) * size)
     for module in theirs.modules():
         padding = getattr(module.get_base_layer(), "padding_idx", None) if isinstance(module, LoraLayer) else None
