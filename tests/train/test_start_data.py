@@ -13,8 +13,8 @@ import veneer
 from veneer import models
 from veneer.errors import ConfigError
 from veneer.train import start_data
-from veneer.train.tasks import TASKS
 from veneer.train.run import fit
+from veneer.train.tasks import TASKS
 
 
 class AtStart(TrainerCallback):
