@@ -46,7 +46,7 @@ from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
 
 #: the variants of which PEFT's file holds all numbers
-PLAIN = {"lora", "rslora", "dora", "dora_rslora", "orthogonal", "eva"}
+PLAIN = {"lora", "rslora", "dora", "dora_rslora", "orthogonal", "eva", "mica"}
 
 
 def fresh(tied=False, dtype=torch.float32, seed=7):
@@ -463,7 +463,9 @@ def test_changes_as_values(tmp_path, variant):
     """What analyses of adapters read: plain paths, and a refusal of what is no product alone."""
     model = fused()
     targets = ["qkv", "attention", "embed"]
-    targets += [] if variant == "eva" else ["experts", "tables.0", "tables.1", "position"]  # which tell no inputs
+    targets += (
+        [] if "inputs" in VARIANTS[variant].needs else ["experts", "tables.0", "tables.1", "position"]
+    )  # which tell no inputs
     config = veneer.LoraConfig(rank=2, targets=targets, variant=variant)
     loss = lambda model, batch: model(*batch).square().mean()  # noqa: E731
     handle = veneer.attach(model, config, **calibration(model, variant, (FUSED_IDS,), loss))

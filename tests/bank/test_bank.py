@@ -42,7 +42,11 @@ def first(y):
 # every option of a kind with one variant, every variant on one example of each kind; docs/support.md has all of them
 CASES = [(case, "lora") for case in ROWS]
 CASES += [(case, name) for case in ROWS if case[1] == 0 for name in STORED if name != "lora"]
-CASES = [case for case in CASES if not (case[1] == "eva" and type(LAYERS[case[0][0]]).inputs is Layer.inputs)]
+CASES = [
+    case
+    for case in CASES
+    if not ("inputs" in VARIANTS[case[1]].needs and type(LAYERS[case[0][0]]).inputs is Layer.inputs)
+]
 KERNELS = ("compiled", "tensors")
 
 

@@ -43,6 +43,11 @@ from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
 
+def _trains_both(change: Change) -> bool:
+    """Whether a change is the product of two parameters A and B, as LoRA's is; MiCA's B is a buffer."""
+    return change.variant.resolve is VARIANTS["lora"].resolve and not change.variant.frozen
+
+
 class LayerAdapter(nn.Module):
     """What one adapter does at one layer.
 
@@ -77,7 +82,7 @@ class LayerAdapter(nn.Module):
         """Once all is in place: is it one product B A for all outputs, for the fused kernel to take as it is?"""
         changes = tuple(self.changes.values())
         alone = len(changes) == 1 and not (self.read_below or self.full._parameters or self.full._buffers)
-        plain = alone and changes[0].variant.resolve is VARIANTS["lora"].resolve
+        plain = alone and _trains_both(changes[0])
         if (
             plain
             and changes[0].rows is None
@@ -170,7 +175,7 @@ class LayerAdapter(nn.Module):
             return None
         found = {}
         for name, change in self.changes.items():
-            if change.variant.resolve is VARIANTS["lora"].resolve and change.rows is change.tokens is None:
+            if _trains_both(change) and change.rows is change.tokens is None:
                 own: Any = change._parameters  # in every layer of a decoding step
                 low, gain = LowRank(own["A"], own["B"], change.scale), None
             else:
