@@ -152,7 +152,7 @@ def _content(
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, weights, fingerprints),
         },
-        "changes": {at: _described(held, change) for at, (held, change) in weights.items()},
+        "changes": {at: _described(change) for at, (_, change) in weights.items()},
         "config": config,
         "parameters": {
             f"{at}.{key}": written(value)
@@ -243,11 +243,12 @@ def _derived(change: Change) -> bool:
     return True
 
 
-def _described(weight: Any, change: Change) -> dict[str, Any]:
+def _described(change: Change) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": change.layer.name, "rank": change.rank, "alpha": change.alpha}
     described |= {"module_only": True} if change.module_only else {}
     if change.rows is not None:
         described["rows"] = ranges_of(change.rows.tolist())
     if change.tokens is not None:
-        described |= {"tokens": ranges_of(change.tokens.tolist()), "of": change.storage.shape(weight)[0]}
+        rows = change.dims.in_ if change.layer.out_axis else change.dims.out  # of the weight as it lies
+        described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
     return described
