@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PROGRAMS = {
     "train_step": "train_step", "train_step_small": "train_step", "train_step_others": "train_step",
     "train_step_tuned": "train_step", "train_step_grid": "train_step",
-    "train_memory": "train_memory", "time_to_target": "time_to_target", "scaling": "scaling", "forward": "forward",
+    "train_memory": "train_memory", "time_to_target": "time_to_target", "tasks": "tasks", "scaling": "scaling", "forward": "forward",
     "experts": "experts",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",
     "fingerprints": "fingerprints",
@@ -333,6 +333,8 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return [line for case in cases for line in _target(case)]
     if name == "scaling":
         return _scaling(cases)
+    if name == "tasks":
+        return _tasks(cases)
     if name == "merge_fidelity":
         return _roundings(cases)
     if name.startswith("quantized"):
@@ -357,6 +359,17 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         rows = [[f"{floor}, ms", *(f"{case['rows'][floor]['seconds'] * 1000:,.1f}" for case in cases)]]
         rows += [[key, *(ratio(case["rows"].get(key)) for case in cases)] for key in keys]
     return ["".join(lead), "", *table(head, rows)]
+
+
+def _tasks(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for case in cases:
+        sides = [case["rows"][name] for name in ("veneer", "peft")]
+        qualities = [f"{side['quality']:.3f} ± {side['error']:.3f}" for side in sides]
+        steps = f"{case['setting']['steps']} × {case['setting']['batch']}"
+        rows.append([case["setting"]["task"], steps, *qualities, ratio(sides[0]), "yes" if case["met"] else "no"])
+    head = ["", "steps × rows", "Veneer", "PEFT", "CPU time over PEFT's", "bar met"]
+    return [f"Rank {cases[0]['setting']['rank']}, {cases[0]['runs']} seeds.", "", *table(head, rows)]
 
 
 def _quantised(case: Mapping[str, Any]) -> list[str]:
