@@ -132,7 +132,7 @@ LORA: dict[str, list[dict[str, Any]]] = {
     "deep mlp": [
         {"target_modules": ["lin0"]},
         {"target_modules": ["lin0", "lin1"], "layers_to_transform": [0, 3, 11], "layers_pattern": "layers"},
-        {"target_modules": ["lin0", "head"], "layers_to_transform": [1]},
+        {"target_modules": ["lin0", "head"], "layers_to_transform": [1], "r": 2},
         {"target_modules": ["lin0", "head"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
         {"target_modules": ["lin0", "lin1"], "layers_to_transform": 5, "layers_pattern": "layers"},
         {"target_modules": ["lin1"], "layers_to_transform": [10], "layers_pattern": ["layers"]},

@@ -15,7 +15,7 @@ ROWS = rows()
 
 
 def quick() -> set[str]:
-    """The rows that bring a small model or an option that no row before them had, and one on a model of transformers."""
+    """The rows that bring a small model or an option that no row before them had, and one of transformers' models."""
     names, seen = {"llama: lora, task_type=CAUSAL_LM, target_modules=all-linear, use_dora=True"}, set[str]()
     assert names <= {row.name for row in ROWS}
     for row in ROWS:
