@@ -40,6 +40,7 @@ from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.record import PARAMETERS
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
 from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
@@ -211,7 +212,7 @@ class _Match:
             found = f"a bias beside the change of {layer.at!r}, whose weight is stored packed or is not here"
             self.problem(found, "a plain weight", "load it on the base in floating point")
         else:
-            self.biases[ref[0]] = bias.float() * layer.scale
+            self.biases[ref[0]] = bias.double() * layer.scale
         return replace(layer, extras=extras)
 
     def add_biases(self) -> None:
@@ -219,7 +220,8 @@ class _Match:
         for path, bias in self.biases.items():
             full, own = self.full.setdefault(path, {}), self.names.modules[path]._parameters["bias"]
             old = full.get("bias", own)
-            full["bias"] = bias if old is None else old.detach().to("cpu", torch.float32) + bias
+            total = bias if old is None else old.detach().to("cpu", torch.float64) + bias
+            full["bias"] = total.to(at_least_float32(total.dtype if own is None else own.dtype))
 
     def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
         """A change of another library's as one of the base, of no more rank than its weight can have: PEFT changes some
