@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.cli.conftest import Veneer
 from tests.support.tasks import config_of
 
 
 @pytest.mark.parametrize("name", ["classify words", "dpo"])
-def test_train_a_task_and_measure_its_adapter(veneer: Veneer, name: str, tmp_path: Path) -> None:
+def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path)
     flags = ("--task", config.task, "--epochs", 4, "--batch-size", 8, "--learning-rate", 1e-2, "--no-check")
     done = veneer("train", "--base", config.base, "--data", config.data, "--output", tmp_path / "run", *flags)
@@ -27,7 +27,7 @@ def test_train_a_task_and_measure_its_adapter(veneer: Veneer, name: str, tmp_pat
         assert found["base"]["margin"] == 0
 
 
-def test_a_head_is_not_measured_without_its_adapter(veneer: Veneer, tmp_path: Path) -> None:
+def test_a_head_is_not_measured_without_its_adapter(veneer: Any, tmp_path: Path) -> None:
     config = config_of("classify", tmp_path)
     done = veneer("eval", config.base, config.data, "--task", "classify")
     assert done.code == 2
