@@ -64,7 +64,7 @@ def train_digits(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
 
     processor = AutoImageProcessor.from_pretrained(folder / "base")
     model = AutoModelForImageClassification.from_pretrained(folder / "base", num_labels=10)
-    model = adapted(model, None, modules_to_save=["classifier"])
+    model = adapted(model, None, exclude_modules=["classifier"], modules_to_save=["classifier"])
     rows = rows_of(folder / "train.jsonl")
     plain_trainer(folder, model, rows, lambda part: image_batch(processor, part), arguments).train()
     return model, processor

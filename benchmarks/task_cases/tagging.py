@@ -58,7 +58,7 @@ def train_tagging(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
     model = AutoModelForTokenClassification.from_pretrained(
         models.folder_of(MINILM), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
-    model = adapted(model, "TOKEN_CLS")
+    model = adapted(model, "TOKEN_CLS", exclude_modules=["classifier"])
     collator = DataCollatorForTokenClassification(tokenizer)
     plain_trainer(folder, model, encoded, collator, {**arguments, "train_sampling_strategy": "group_by_length"}).train()
     return model, tokenizer
