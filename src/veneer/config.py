@@ -179,7 +179,7 @@ def _whole(name: str, value: object):
 def _tokens(value: Any) -> Any:
     """Ids as tuples of ints, so that a config is a value; what are no ids stays, for the error to show."""
     if isinstance(value, Mapping):
-        return {pattern: _tokens(ids) for pattern, ids in value.items()}
+        return {pattern: _tokens(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(sorted(value) if isinstance(value, Set) else value)
     return value

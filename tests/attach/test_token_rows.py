@@ -237,6 +237,7 @@ def test_what_cannot_be_trained_is_told_and_nothing_is_attached():
 
 
 def test_a_config_with_tokens_is_a_value():
+    assert veneer.LoraConfig(trainable_tokens={}) == veneer.LoraConfig()
     for tokens in (NEW, {"embed_tokens": NEW}, {41, 40}):
         config = veneer.LoraConfig(trainable_tokens=tokens)
         assert veneer.LoraConfig.from_dict(config.to_dict()) == config
