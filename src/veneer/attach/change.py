@@ -7,7 +7,7 @@ changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scal
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +96,9 @@ class Change(nn.Module):
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
+        if self.tokens is None:  # and the rank is not looked at: torch.compile would make a graph for each
+            return self.low_rank(weight, dtype)
         found = self.low_rank(weight, dtype) if self.rank else (None, None)
-        if self.tokens is None:
-            return cast(tuple[LowRank, Tensor | None], found)
         rows, dense = self._values()[ROWS], self.storage.dense(weight)
         rows = rows if dtype is None else precision.cast(rows, dtype)
         return with_rows(*found, rows, self._on(rows.device, "tokens"), dense, self.layer)
