@@ -176,11 +176,12 @@ def grid_adapter(options: argparse.Namespace) -> list[dict[str, Any]]:
     from veneer import models
     from veneer.models.quantize import keep_packed
 
+    grid = "int8" if options.quick else "nf4"  # rows of a toy are no whole blocks of 4 bits
     base: Any = models.load_base(options.base, precision="fp32")
     head = base.model.get_output_embeddings()
     for path, module in list(base.model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head and module.bias is None:
-            base.model.set_submodule(path, quantised(module, "nf4"))
+            base.model.set_submodule(path, quantised(module, grid))
     keep_packed(base.model)
     rows, held, _ = pronunciations(options)
     cases = []
@@ -204,9 +205,9 @@ def grid_adapter(options: argparse.Namespace) -> list[dict[str, Any]]:
                 handle.unmerge()
             base.model.train()
             size = statistics.median(layer.change for layer in report.layers)
-            setting = {"task": "pronounce, nf4", "rate": max(options.rates), "steps": step, "size": size}
+            setting = {"task": f"pronounce, {grid}", "rate": max(options.rates), "steps": step, "size": size}
             cases.append({"setting": setting, "rows": found, "kept": kept})
-            print(f"nf4, {step} steps, ΔW {size:.1e} of W: loss, divergence, kept of ΔW")
+            print(f"{grid}, {step} steps, ΔW {size:.1e} of W: loss, divergence, kept of ΔW")
             for way, row in found.items():
                 share = f"{kept[way]:8.2%}" if way in kept else ""
                 print(f"  {way:<9} {row['loss']:7.4f} {row['divergence']:9.5f} {share}", flush=True)

@@ -73,7 +73,7 @@ _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
 # where it is not null: (test, in words, fields).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (_is(str), "text", "base_model_name_or_path megatron_core peft_type peft_version revision task_type"),
-    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode use_dora use_rslora"),
+    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias use_dora use_rslora"),
     (_is(dict), "an object", "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config"),
     (_is(dict), "an object", "runtime_config"),
     (_is(bool, str), "true, false or a name", "init_lora_weights"),
@@ -277,8 +277,6 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
         do = "load it on its base with veneer.load, and merge or save it there"
         problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
     for name, value in config.items():
-        if name == "lora_bias" and value is True:
-            continue
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
         if value is not None and not test(value):
             found = f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in {CONFIG}"
