@@ -271,6 +271,12 @@ BROKEN = {
     "neither form": ("lokr", {"q__lokr_w1": None}, {}, r"no lokr_w1 or lokr_w1_a, lokr_w1_b at 'q'"),
     "a whole layer": ("vera", {"q__vera_lambda_b": None, "q__vera_lambda_d": None}, {}, r"no tensors for q"),
     "no projections": ("vera", {"vera_A": None}, {}, r"no base_model.vera_A, and save_projection=True"),
+    "nothing to draw from": (
+        "vera",
+        {"vera_A": None, "vera_B": None},
+        {"save_projection": False, "projection_prng_key": None},
+        r"no projection_prng_key",
+    ),
     "small projections": ("vera", {"vera_A": lambda A: A[:, :3]}, {}, r"projections \(5, 3\).*at least 14 inputs"),
     "another rank": ("loha", {}, {"r": 3}, r"rank 2 and 2, and 3 in its config"),
     "ranks that are cut otherwise": ("adalora", {}, {"rank_pattern": {"q.lora_E": [True, False]}}, r"rank 4"),

@@ -302,6 +302,10 @@ def _projections(
         found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and save_projection=True"
         problems.append(sentence(found, "both projections", "get the whole file again"))
         return {}
+    if drawn and not _whole(config.get("projection_prng_key")):
+        found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and no projection_prng_key"
+        problems.append(sentence(found, "the projections, or what they are drawn from", "get both files again"))
+        return {}
     if A is None or B is None:
         A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] < in_ or B.shape[0] < out:
