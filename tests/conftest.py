@@ -18,6 +18,7 @@ import pytest
 import torch
 from tests.support import extras
 from tests.support.compiled import needs_loop
+from tests.support.sampled import leave_to_the_slow_suite
 from tests.support.tiny import write_tiny
 from tests.support.toys import register_toys
 
@@ -56,6 +57,11 @@ def _narrow(request):
         if request.path.parent.name in ("kernels", "bank") or request.path.stem == "test_experts":
             patch.setattr(compiled, "MIN_WIDTH", 0)
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    leave_to_the_slow_suite(items)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,82 @@
+"""What the quick suite leaves to the slow one: of each of these tests it runs every n-th case, or none (0).
+
+They are those that take the most time for what they could find: products in which a fault of one case is a fault of
+its neighbours, and whole programs of which a cheaper test holds the parts. ``make test-slow`` runs all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+EVERY = {
+    "adapter_files/test_base_proof.py::test_any_tensor_that_forward_uses_is_refused_once_it_was_changed": 3,
+    "adapter_files/test_derived_folder.py::test_a_layer_gives_the_same_outputs": 2,
+    "adapter_files/test_peft.py::test_real_models_go_both_ways": 3,
+    "adapter_files/test_save_load.py::test_round_trip_of_every_layer_kind": 2,
+    "adapter_files/test_save_load.py::test_round_trip_on_every_storage": 2,
+    "attach/test_blend.py::test_checkpointing_and_compiled_calls_follow_a_blend": 0,
+    "attach/test_blend.py::test_training_through_a_blend_gives_each_adapter_its_gradient": 2,
+    "attach/test_compile.py::test_compiled_calls_follow_whatever_is_done_to_the_adapters": 0,
+    "attach/test_compile.py::test_inductor": 0,
+    "attach/test_compile.py::test_training_under_compile_alternates_adapters_as_eager_training_does": 0,
+    "attach/test_compile.py::test_what_makes_another_graph_and_what_does_not": 0,
+    "attach/test_fused_linear.py::test_two_hundred_steps_lose_what_the_definition_loses": 2,
+    "attach/test_real_models.py::test_a_saved_adapter_gives_the_same_answers_on_an_equal_base": 2,
+    "attach/test_real_models.py::test_attaching_changes_nothing_and_everything_is_seen": 2,
+    "attach/test_real_models.py::test_training_moves_the_adapter_alone": 2,
+    "attach/test_select.py::test_compiled_models_follow_the_selection": 0,
+    "attach/test_trace.py::test_every_kind_of_layer_traces_where_its_base_does": 2,
+    "bank/test_bank.py::test_mixed_rows_equal_each_adapter_alone": 2,
+    "kernels/test_saved_inputs.py::test_an_input_is_made_again_to_the_same_bits": 2,
+    "serve/test_engine.py::test_64_requests_at_once_are_answered_as_each_alone": 4,
+    "serve/test_engine_bank.py::test_64_mixed_requests_at_once_are_those_of_merged_models": 2,
+    "store/test_crashes.py::test_a_death_before_any_step_on_the_disk": 3,
+    "test_benchmarks.py::test_compose": 0,
+    "test_benchmarks.py::test_engine": 0,
+    "test_benchmarks.py::test_experts": 0,
+    "test_benchmarks.py::test_fingerprints": 0,
+    "test_benchmarks.py::test_forward": 0,
+    "test_benchmarks.py::test_frozen": 0,
+    "test_benchmarks.py::test_import_time": 0,
+    "test_benchmarks.py::test_merge": 0,
+    "test_benchmarks.py::test_merge_fidelity": 0,
+    "test_benchmarks.py::test_mixed": 0,
+    "test_benchmarks.py::test_planner": 0,
+    "test_benchmarks.py::test_scaling": 0,
+    "test_benchmarks.py::test_the_pages_show_every_result": 0,
+    "test_benchmarks.py::test_time_to_target": 0,
+    "test_benchmarks.py::test_train_memory": 0,
+    "test_torture.py::test_the_judges_can_fail": 2,
+    "tools/test_compose.py::test_a_sum_on_every_layer": 2,
+    "tools/test_convert.py::test_every_layer_and_variant_has_a_dense_change": 2,
+    "tools/test_convert.py::test_every_layer_comes_back_bit_by_bit": 2,
+    "tools/test_extract.py::test_from_files_it_is_the_same_adapter_as_from_live_models": 2,
+    "tools/test_extract.py::test_memory_is_a_few_times_the_largest_tensor": 0,
+    "tools/test_merge_checkpoint.py::test_every_architecture": 2,
+    "tools/test_merge_checkpoint.py::test_memory_is_bounded_by_the_largest_tensor": 2,
+    "tools/test_merge_checkpoint.py::test_the_bits_are_those_of_a_merge_in_memory": 2,
+    "train/test_before_a_run.py::test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns": 0,
+    "train/test_loss.py::test_a_compiled_model_is_run_whole": 0,
+    "train/test_loss.py::test_every_kind_of_head": 2,
+    "train/test_trainer_snippets.py::test_an_example_runs": 3,
+    "train/test_trainers.py::test_a_policy_is_compared_with_its_own_start_as_pefts_is": 2,
+    "train/test_trainers.py::test_a_trainer_does_with_an_adapter_what_the_page_says": 4,
+    "train/test_trainers.py::test_optimisers_of_adapters_in_a_trainer": 3,
+    "train/test_vocabulary.py::test_a_run_that_was_killed_ends_as_one_that_was_not": 0,
+}
+
+
+def leave_to_the_slow_suite(items: Iterable[pytest.Item]) -> set[str]:
+    """Mark the cases slow that are not every n-th. Returns the entries that name no test of these."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if (every := EVERY.get(name)) is None or item.get_closest_marker("slow") is not None:
+            continue
+        if every == 0 or seen[name] % every:
+            item.add_marker(pytest.mark.slow)
+        seen[name] += 1
+    return EVERY.keys() - seen.keys()
