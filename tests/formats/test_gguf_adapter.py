@@ -19,7 +19,7 @@ from tests.support.toys import error, randomise
 import veneer
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError
-from veneer.tools.convert import convert, detect
+from veneer.tools.convert import conversion, convert, detect
 
 
 def qwen2(**changes):
@@ -66,7 +66,7 @@ TARGETS = {
 def trained(model, path, size=0.3, **config):
     handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "alpha": 3, **config}))
     randomise(handle, size)
-    handle.save(path)
+    handle.save(path, overwrite=True)
     handle.detach()
     return read(path)
 
@@ -216,6 +216,76 @@ def test_all_reasons_are_told_at_once(tmp_path):
     model = llama(tie_word_embeddings=True)
     parts = "changed by DoRA", "one weight", "model.norm trained in full"
     refused(model, tmp_path, *parts, variant="dora", targets=["embed_tokens"], train_also=("model.norm",))
+
+
+NEW = [64, 65, 66]
+ENDS = {"embed_tokens": [7, *NEW], "lm_head": NEW}
+
+
+def grown(**changes):
+    """A Llama whose vocabulary grew by three tokens."""
+    model = llama(**changes)
+    model.resize_token_embeddings(67, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("targets", [(), ["q_proj", "embed_tokens", "lm_head"]], ids=["alone", "beside low rank"])
+def test_trained_tokens_are_changes_of_the_rows_of_their_base(targets, tmp_path):
+    model = grown()
+    first = trained(model, tmp_path / "a", targets=targets, trainable_tokens=ENDS)
+    done = conversion(first.path, tmp_path / "b", to="gguf", base=model)
+    rank = 2 if targets else 0
+    assert done.ranks["model.embed_tokens.weight"] == 4 + rank
+    assert "fits this base alone" in str(done)
+    alpha, held = fields(tmp_path / "b")["adapter.lora.alpha"], arrays(tmp_path / "b")
+    for name, at in (("token_embd", "model.embed_tokens"), ("output", "lm_head")):
+        A, B = (torch.from_numpy(held[f"{name}.weight.lora_{side}"].copy()).double() for side in "ab")
+        weight, tokens = model.get_parameter(f"{at}.weight").double(), first.tokens[at]
+        assert B.shape[1] == len(tokens.ids) + rank
+        delta = alpha / B.shape[1] * (A @ B.mT if name == "token_embd" else B @ A)
+        expected = torch.zeros_like(weight)
+        if targets:
+            low = first.layers[at].delta(torch.float64)[0]
+            expected = low.mT if name == "token_embd" else low
+        expected[list(tokens.ids)] = tokens.rows.double() - weight[list(tokens.ids)]
+        assert error(delta, expected) < 1e-6
+        assert targets or not delta[: min(tokens.ids)].any()
+    convert(tmp_path / "b", tmp_path / "c", to="veneer", base=model)
+    ids = torch.tensor([[1, 64, 7, 66, 65, 3]])
+    with torch.no_grad():
+        plain = model(ids).logits
+        outputs = []
+        for folder in (first.path, tmp_path / "c"):
+            handle = veneer.load(model, folder)
+            outputs.append(model(ids).logits)
+            handle.detach()
+    assert error(plain, outputs[0]) > 0.05
+    assert error(outputs[1], outputs[0]) < 1e-5
+
+
+def test_trained_tokens_ask_for_a_base_that_has_their_rows(tmp_path):
+    model = grown()
+    first = trained(model, tmp_path / "a", trainable_tokens=ENDS)
+    cases = (
+        (None, "no base from whose rows 'gguf'.*Expected: the base with all 67 rows.*Do: give the base"),
+        (llama(), r"a base of 64 rows.*resize_token_embeddings\(67\).*merge"),
+        (llama(vocab_size=70), "which has 70 in this model"),
+    )
+    for base, message in cases:
+        with pytest.raises(AdapterError, match=message):
+            convert(first.path, tmp_path / "b", to="gguf", base=base)
+    with torch.device("meta"):
+        empty = llama(vocab_size=67)
+    with pytest.raises(AdapterError, match="its weights"):
+        convert(first.path, tmp_path / "b", to="gguf", base=empty)
+    assert not (tmp_path / "b").exists()
+
+
+def test_trained_tokens_of_tied_embeddings_and_with_dora_are_refused(tmp_path):
+    message = "'model.embed_tokens.weight' of a base whose embedding and head are one weight"
+    refused(grown(tie_word_embeddings=True), tmp_path, message, "in two orientations", trainable_tokens=NEW)
+    dora = {"variant": "dora", "targets": ["lm_head"], "trainable_tokens": {"lm_head": NEW}}
+    refused(grown(), tmp_path, "trained tokens of 'lm_head.weight', which DoRA rescales", "merge", **dora)
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
@@ -374,6 +444,24 @@ def test_llama_cpp_computes_the_same(name, variant, tmp_path):
     handle.detach()
     found = logits(base, TOKENS, tmp_path / "lora.gguf")
     assert error(expected, plain) > 0.05  # the adapter does something
+    assert (found - expected).norm() < 1e-3 * (expected - plain).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [(), ["q_proj", "embed_tokens", "lm_head"]], ids=["alone", "beside low rank"])
+def test_llama_cpp_computes_the_same_with_trained_tokens(targets, tmp_path):
+    model, tokens = grown(), [1, 64, 3, 60, 66, 7, 65, 19]
+    base = write_base(model, "llama", tmp_path / "base.gguf")
+    with torch.no_grad():
+        plain = model(torch.tensor([tokens])).logits[0]
+    first = trained(model, tmp_path / "a", targets=targets, trainable_tokens=ENDS)
+    convert(first.path, tmp_path / "lora.gguf", to="gguf", base=model)
+    handle = veneer.load(model, first.path)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0]
+    handle.detach()
+    assert error(expected, plain) > 0.05
+    found = logits(base, tokens, tmp_path / "lora.gguf")
     assert (found - expected).norm() < 1e-3 * (expected - plain).norm()
 
 

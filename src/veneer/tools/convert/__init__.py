@@ -53,6 +53,7 @@ from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
+from veneer.tools.convert.token_changes import need_rows, with_tokens
 from veneer.tools.report_text import rank_range
 
 __all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
@@ -157,11 +158,15 @@ def conversion(
                 changes=None, config=made.config, provenance={}, overwrite=overwrite, parameters={},
             )  # fmt: skip
         else:
-            made.no_tokens(f"the format {to!r}")
+            need_rows(made, to, base_info.facts)
+            if made.tokens and to != "dense":  # which takes whole ΔW
+                with on_model() as model:
+                    changes = with_tokens(model, deltas.NAME, changes)
             adapter = _adapter(made, changes, base_info, on_model)
             with new_file(out, overwrite=overwrite) as file:
                 left_out += format_.write(adapter, file, base_info.facts, options)
-    ranks = {change.weight: change.layer.rank for change in changes}
+    ranks = {parameter_path(at, "weight"): len(tokens.ids) for at, tokens in made.tokens.items()}
+    ranks |= {change.weight: change.layer.rank for change in changes}
     full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
     return Conversion(out, from_ if tuner is None else f"peft ({tuner})", to, ranks, full, tuple(left_out), errors)
 
@@ -399,9 +404,11 @@ def _lost(saved: AdapterFiles, to: str) -> list[str]:
     kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved.config.variant, saved.config.dropout
     numbers = f"the numbers of variant {variant!r}; the change that they amount to is kept"
+    rows = "the rows of trained tokens; kept is how they differ from this base's own, so it fits this base alone"
     losses = [
         (saved.metadata and to != "veneer", f"the record: {kept} and provenance"),
         (saved.adapter_parameters and to != "veneer", numbers),
+        (saved.tokens and to not in ("veneer", "peft"), rows),
         (dropout and to not in ("veneer", "peft"), f"dropout {dropout:g}, which counts in training alone"),
     ]
     return [loss for lost, loss in losses if lost]
