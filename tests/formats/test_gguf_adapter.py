@@ -281,9 +281,47 @@ def test_trained_tokens_ask_for_a_base_that_has_their_rows(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_trained_tokens_of_tied_embeddings_and_with_dora_are_refused(tmp_path):
+def untied(model):
+    """The same model with a head of its own."""
+    other = llama(vocab_size=model.config.vocab_size)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    "config", [{"targets": ["embed_tokens"]}, {"targets": ["q_proj"], "trainable_tokens": NEW}], ids=["low rank", "tokens"]
+)
+def test_tied_embeddings_need_a_base_with_a_head_of_its_own(config, tmp_path):
+    model = grown(tie_word_embeddings=True)
     message = "'model.embed_tokens.weight' of a base whose embedding and head are one weight"
-    refused(grown(tie_word_embeddings=True), tmp_path, message, "in two orientations", trainable_tokens=NEW)
+    refused(model, tmp_path, message, "in two orientations", "tie_word_embeddings=false", **config)
+    apart, ids = untied(model), torch.tensor([[1, 64, 7, 66, 65, 3]])
+    handle = veneer.load(model, tmp_path / "a")
+    with torch.no_grad():
+        expected = model(ids).logits
+    handle.detach()
+    for to in ("gguf", "dense") if "trainable_tokens" in config else ("gguf",):
+        convert(tmp_path / "a", tmp_path / to, to=to, base=apart)
+        convert(tmp_path / to, tmp_path / f"from {to}", to="veneer", base=apart)
+        other = veneer.load(apart, tmp_path / f"from {to}")
+        with torch.no_grad():
+            assert error(apart(ids).logits, expected) < 1e-5
+        other.detach()
+    assert {"token_embd.weight.lora_a", "output.weight.lora_a"} <= arrays(tmp_path / "gguf").keys()
+
+
+def test_a_head_of_its_own_must_be_the_embedding_that_tokens_were_trained_of(tmp_path):
+    model = grown(tie_word_embeddings=True)
+    first = trained(model, tmp_path / "a", targets=["q_proj"], trainable_tokens=NEW)
+    other = untied(model)
+    with torch.no_grad():
+        other.lm_head.weight[3] += 1
+    for to in ("gguf", "dense"):
+        with pytest.raises(AdapterError, match=r"whose 'lm_head' has other numbers.*a copy of the embedding"):
+            convert(first.path, tmp_path / "b", to=to, base=other)
+
+
+def test_trained_tokens_that_dora_rescales_are_refused(tmp_path):
     dora = {"variant": "dora", "targets": ["lm_head"], "trainable_tokens": {"lm_head": NEW}}
     refused(grown(), tmp_path, "trained tokens of 'lm_head.weight', which DoRA rescales", "merge", **dora)
 
@@ -448,14 +486,15 @@ def test_llama_cpp_computes_the_same(name, variant, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [(), ["q_proj", "embed_tokens", "lm_head"]], ids=["alone", "beside low rank"])
-def test_llama_cpp_computes_the_same_with_trained_tokens(targets, tmp_path):
-    model, tokens = grown(), [1, 64, 3, 60, 66, 7, 65, 19]
-    base = write_base(model, "llama", tmp_path / "base.gguf")
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("targets", [(), ["q_proj"]], ids=["alone", "beside low rank"])
+def test_llama_cpp_computes_the_same_with_trained_tokens(targets, tied, tmp_path):
+    model, tokens = grown(tie_word_embeddings=tied), [1, 64, 3, 60, 66, 7, 65, 19]
+    base = write_base(untied(model), "llama", tmp_path / "base.gguf")
     with torch.no_grad():
         plain = model(torch.tensor([tokens])).logits[0]
-    first = trained(model, tmp_path / "a", targets=targets, trainable_tokens=ENDS)
-    convert(first.path, tmp_path / "lora.gguf", to="gguf", base=model)
+    first = trained(model, tmp_path / "a", targets=targets, trainable_tokens=NEW if tied else ENDS)
+    convert(first.path, tmp_path / "lora.gguf", to="gguf", base=untied(model))
     handle = veneer.load(model, first.path)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0]

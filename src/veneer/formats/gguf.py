@@ -19,7 +19,8 @@ whose scale is another than alpha / r has the rest multiplied into B.
 
 Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
 a word), and an embedding or head where both are one weight, whose change it would read in two orientations: a row of
-lora_a for a token, and lora_a as a matrix [r, d] for the head, of which it asserts the shape as it runs.
+lora_a for a token, and lora_a as a matrix [r, d] for the head, of which it asserts the shape as it runs. A base that
+was saved with a head of its own becomes a GGUF with ``output.weight``, and that holds both.
 
 Read from llama.cpp's sources (as of llama-cpp-python 0.3.36). The tests run four families in it; all other
 ``ARCHITECTURES`` were compared with it once, as tiny random models of its own converter: logits within 1e-3.
@@ -79,6 +80,7 @@ ARCHITECTURES = {
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 _DO_MERGE = "leave it out, or merge the adapter and convert the model"
+_DO_UNTIE = "save the base with a head of its own (tie_word_embeddings=false), take the GGUF of that, and give it as base"
 
 
 def _library() -> Any:
@@ -176,7 +178,8 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
         yield sentence(f"{weight!r}, for which {names.name} has no tensor in llama.cpp", "one that it has", _DO_MERGE)
     elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
         found = f"{weight!r} of a base whose embedding and head are one weight, of which llama.cpp reads a change in two "
-        yield sentence(f"{found}orientations", "two weights, or changes elsewhere", _DO_MERGE)
+        do = _DO_MERGE if names.family.tied else f"{_DO_UNTIE}; {_DO_MERGE}"
+        yield sentence(f"{found}orientations", "two weights, or changes elsewhere", do)
     elif (made == (_EMBEDDING,)) != (change.kind == "embedding"):
         yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
 

@@ -53,7 +53,7 @@ from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
-from veneer.tools.convert.token_changes import need_rows, with_tokens
+from veneer.tools.convert.token_changes import head_apart, need_rows, own_prints, with_tokens
 from veneer.tools.report_text import rank_range
 
 __all__ = ["FORMATS", "Conversion", "MisreadElsewhere", "conversion", "convert", "detect"]
@@ -159,10 +159,8 @@ def conversion(
             )  # fmt: skip
         else:
             need_rows(made, to, base_info.facts)
-            if made.tokens and to != "dense":  # which takes whole ΔW
-                with on_model() as model:
-                    changes = with_tokens(model, deltas.NAME, changes)
-            adapter = _adapter(made, changes, base_info, on_model)
+            adapter = _adapter(made, to, changes, base_info, on_model)
+            changes = adapter.changes
             with new_file(out, overwrite=overwrite) as file:
                 left_out += format_.write(adapter, file, base_info.facts, options)
     ranks = {parameter_path(at, "weight"): len(tokens.ids) for at, tokens in made.tokens.items()}
@@ -359,7 +357,7 @@ def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[st
 
 
 def _adapter(
-    saved: AdapterFiles, changes: tuple[LowRankChange, ...], base_info: BaseInfo,
+    saved: AdapterFiles, to: str, changes: tuple[LowRankChange, ...], base_info: BaseInfo,
     on_model: Callable[[], AbstractContextManager[nn.Module]],
 ) -> Adapter:  # fmt: skip
     if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
@@ -370,9 +368,16 @@ def _adapter(
         if base_info.module is None:
             return deltas.of_file(changes, saved.full)
         with on_model() as model:
-            return deltas.of_model(model, deltas.NAME), []
+            found = deltas.of_model(model, deltas.NAME)
+            apart = head_apart(Names(model), saved) if saved.tokens else None
+            return found | ({} if apart is None else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}), []
 
     base = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
+    if saved.tokens:
+        with on_model() as model:
+            base = {**base, "weights": {**base.get("weights", {}), **own_prints(Names(model), saved)}}
+            if to != "dense":  # which takes whole ΔW
+                changes = with_tokens(model, deltas.NAME, saved, changes)
     about = {"base": base, "provenance": saved.metadata.get("provenance", {}), "variant": saved.config.variant}
     return Adapter(changes, saved.full, about, all_deltas)
 

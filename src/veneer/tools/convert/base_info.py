@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
         return BaseInfo(_facts_of(base), lambda: _with_weights(base))
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
-        return BaseInfo(_facts_in(path), lambda: models.load_base(base, precision="stored", device="cpu").model)
+        return BaseInfo(_facts_in(path), cache(lambda: models.load_base(base, precision="stored", device="cpu").model))
     model = models.load_base(base, precision="stored", device="cpu").model
     return BaseInfo(_facts_of(model, str(base)), lambda: model)
 

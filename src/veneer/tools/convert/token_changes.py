@@ -5,22 +5,29 @@
 
 A folder holds R, which means the same on any vocabulary that grew; ΔW is counted from the rows that one base has. So
 that base is asked for, as it grew, and what is written is right on it alone.
+
+An adapter of a model whose head is its input embedding changes both. A base that is the same with a head of its own (a
+GGUF with ``output.weight``) gets the change at both ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.token_rows import size_of
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for
-from veneer.attach.targets import Names
+from veneer.attach.targets import Names, ParamRef
+from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing, sentence
+from veneer.fileio.hashing import kind_in
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
 
 _MERGE = "merge the adapter (`veneer merge`) and take the merged model"
@@ -42,17 +49,20 @@ def need_rows(saved: AdapterFiles, to: str, facts: BaseFacts) -> None:
         raise AdapterError(found, expected, do)
 
 
-def with_tokens(model: nn.Module, name: str, plain: Iterable[LowRankChange]) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of the adapter ``name``, which is on its base: ``plain``, as its folder holds them, and for
-    each weight of which tokens are trained one of all that changes there. ``AdapterError``: DoRA of such a weight."""
-    made = {change.weight: change for change in _whole_changes(model, name)}
+def with_tokens(
+    model: nn.Module, name: str, saved: AdapterFiles, plain: Iterable[LowRankChange]
+) -> tuple[LowRankChange, ...]:
+    """The low-rank changes of the adapter ``name``, which was read from ``saved`` and is on its base: ``plain``, as its
+    folder holds them, and for each weight of which tokens are trained one of all that changes there, under each of its
+    names. ``AdapterError``: DoRA of such a weight; a base with other numbers at its ends, which were one weight."""
+    made = {change.weight: change for change in _whole_changes(model, name, saved)}
     return (*(change for change in plain if change.weight not in made), *made.values())
 
 
 @torch.no_grad()
-def _whole_changes(model: nn.Module, name: str) -> Iterator[LowRankChange]:
+def _whole_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
     names = Names(model)
-    by_identity: Mapping = holders(names)
+    by_identity, apart = holders(names), head_apart(names, saved)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -61,8 +71,37 @@ def _whole_changes(model: nn.Module, name: str) -> Iterator[LowRankChange]:
             found = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
             raise AdapterError(found, "a product alone", _MERGE)
         A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
-        for at, own in holders_of(names, (path, weight), by_identity):
+        refs = holders_of(names, (path, weight), by_identity)
+        for at, own in dict.fromkeys([*refs, *(apart if apart is not None and apart[0] in refs else ())]):
             turned = kind_for(names.modules[at], own).out_axis
             a, b = (A, B) if turned == change.layer.out_axis else (B.mT, A.mT)  # a tied weight, the other way round
             layer = layer_of(at, a.contiguous(), b.contiguous(), None, suffixes=EMBEDDING if turned else PAIR)
             yield LowRankChange(parameter_path(at, own), layer, "embedding" if turned else "linear")
+
+
+def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
+    """(the input embedding, the head) of a base where these are two weights of the same numbers, and were one where the
+    adapter trained tokens of it: its record knows every weight of its base, and no head. ``AdapterError``: two weights
+    of other numbers."""
+    model: Any = names.model
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    at = {id(module): path for path, module in names.modules.items()}
+    record = saved.metadata.get("base") or {}
+    if not record.get("rest") or any(id(end) not in at for end in ends):
+        return None
+    (embedding, one), (head, other) = ((at[id(end)], weight_of(end, "weight")) for end in ends)
+    known = {*record["weights"], *record["rest"], *record.get("fresh", ())}
+    if embedding not in saved.tokens or one is other or parameter_path(head, "weight") in known or head in saved.full:
+        return None
+    if not torch.equal(*(cast(Any, storage_of(weight)).dense(weight) for weight in (one, other))):
+        found = f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has other numbers"
+        raise AdapterError(found, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE}")
+    return (embedding, "weight"), (head, "weight")
+
+
+def own_prints(names: Names, saved: AdapterFiles) -> dict[str, str]:
+    """The fingerprints of the weights of which tokens are trained, by path: those of the record leave their rows out."""
+    known = saved.metadata.get("base") or {}
+    paths = [at for one in saved.tokens if (at := parameter_path(one, "weight")) in known.get("weights", ())]
+    by_name = {name: tensor for tensor in base_tensors(names) if tensor.known for name in tensor.names}
+    return dict(zip(paths, fingerprints_of([by_name[at] for at in paths], kind=kind_in(known)), strict=True))
