@@ -489,6 +489,14 @@ def test_alphas_of_others_mean_what_they_mean_there(to, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_a_child_called_model_is_no_part_of_a_pipeline(to, tmp_path):
+    """As language models have: the part "model" is the base itself."""
+    model = nn.ModuleDict({"model": nn.ModuleDict({"a": nn.Linear(6, 6)}), "head": nn.Linear(6, 6)})
+    first = trained(model, tmp_path / "a")
+    same(first, there_and_back(first, model, tmp_path, to, part="model"))
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_rslora_becomes_an_alpha(to, tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     first = trained(model, tmp_path / "a", variant="rslora", ranks={"b": 3})

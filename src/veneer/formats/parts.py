@@ -83,7 +83,8 @@ def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[di
     found = {name: counts[name] for name in PARTS if name in counts}
     if part is not None and part not in found:
         raise AdapterError(f"part {part!r}, of which the file has nothing", listing(found), "choose one")
-    whole = {name.partition(".")[0] for name in base.shapes} & set(found)
+    # a language model's own child "model" is no part: that one is the base itself
+    whole = {name.partition(".")[0] for name in base.shapes} & (set(found) - {"model"})
     if part is None and len(found) == 1 and not whole:
         return dict.fromkeys(found, ""), ()
     if part is None and (whole or not base.shapes):
