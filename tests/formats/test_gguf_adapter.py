@@ -289,7 +289,9 @@ def untied(model):
 
 
 @pytest.mark.parametrize(
-    "config", [{"targets": ["embed_tokens"]}, {"targets": ["q_proj"], "trainable_tokens": NEW}], ids=["low rank", "tokens"]
+    "config",
+    [{"targets": ["embed_tokens"]}, {"targets": ["q_proj"], "trainable_tokens": NEW}],
+    ids=["low rank", "tokens"],
 )
 def test_tied_embeddings_need_a_base_with_a_head_of_its_own(config, tmp_path):
     model = grown(tie_word_embeddings=True)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tests.support.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
@@ -91,15 +92,54 @@ def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_
 
 
 def test_what_has_no_place_for_tokens_says_so(tmp_path):
-    adapter, _ = trained(written(tmp_path / "base"), tmp_path / "a")
-    for call in (
-        lambda: compose([adapter, adapter], tmp_path / "out"),
-        lambda: convert(adapter, tmp_path / "out.gguf", to="gguf", base=tmp_path / "base"),
-        lambda: convert(adapter, tmp_path / "out.safetensors", to="kohya"),
-    ):
-        with pytest.raises(AdapterError, match=r"trained tokens .*merge"):
+    adapter, handle = trained(written(tmp_path / "base"), tmp_path / "a")
+    handle.detach()
+    cases = (
+        (r"trained tokens .*merge", lambda: compose([adapter, adapter], tmp_path / "out")),
+        ("a base of 259 rows", lambda: convert(adapter, tmp_path / "out", to="dense", base=tmp_path / "base")),
+        ("no base from whose rows", lambda: convert(adapter, tmp_path / "out", to="dense")),
+        ("embed_tokens.*embedding", lambda: convert(adapter, tmp_path / "out", to="kohya", base=handle.model)),
+    )
+    for message, call in cases:
+        with pytest.raises(AdapterError, match=message):
             call()
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("source", ["veneer", "peft"])
+def test_a_dense_file_has_the_changes_of_the_tokens_and_is_of_this_base_alone(tmp_path, source, tied):
+    adapter, handle = trained(written(tmp_path / "base", tied), tmp_path / "a", tied)
+    expected = handle.model(IDS).logits
+    handle.detach()
+    if source == "peft":
+        adapter = convert(adapter, tmp_path / "peft", to="peft")
+    convert(adapter, tmp_path / "dense", to="dense", base=handle.model)
+    rows = load_file(tmp_path / "dense")["model.embed_tokens.weight"].norm(dim=1)
+    assert rows.nonzero().flatten().tolist() == NEW
+    convert(tmp_path / "dense", tmp_path / "back", to="veneer", base=handle.model)
+    veneer.load(handle.model, tmp_path / "back")
+    assert error(handle.model(IDS).logits, expected) < 1e-5
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    other.resize_token_embeddings(262)
+    if source == "veneer":
+        with pytest.raises(BaseMismatchError, match=r"embed_tokens"):
+            convert(tmp_path / "dense", tmp_path / "other", to="veneer", base=other)
+
+
+def test_tokens_of_a_head_alone_are_a_linear_change_of_kohyas(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
+    handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens={"lm_head": [4, 9]}))
+    with torch.no_grad():
+        handle.changes["lm_head.weight"].token_rows.normal_()
+    expected = model(IDS % 259).logits
+    handle.save(tmp_path / "a")
+    handle.detach()
+    convert(tmp_path / "a", tmp_path / "b", to="kohya", base=model, part="model")
+    convert(tmp_path / "b", tmp_path / "c", to="veneer", base=model, part="model")
+    veneer.load(model, tmp_path / "c")
+    assert error(model(IDS % 259).logits, expected) < 1e-5
 
 
 def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):

@@ -62,8 +62,14 @@ def test_eight_added_tokens_are_trained_and_mean_the_same_everywhere(tmp_path):
     merge_checkpoint(base, [result.adapter], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert error(logits(merged, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected) < 1e-5
-    with pytest.raises(AdapterError, match=r"trained tokens.*merge"):
-        convert(result.adapter, tmp_path / "a.gguf", to="gguf", base=tmp_path / "merged")
+    with pytest.raises(AdapterError, match=r"one weight.*merge"):
+        convert(result.adapter, tmp_path / "a.gguf", to="gguf", base=grown(base))
+    apart = grown(base)
+    apart.config.tie_word_embeddings = False
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    convert(result.adapter, tmp_path / "a.gguf", to="gguf", base=apart)
+    veneer.load(apart, convert(tmp_path / "a.gguf", tmp_path / "back", to="veneer", base=apart))
+    assert error(logits(apart, tokenizer), expected) < 1e-5
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):

@@ -80,7 +80,7 @@ ARCHITECTURES = {
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 _DO_MERGE = "leave it out, or merge the adapter and convert the model"
-_DO_UNTIE = "save the base with a head of its own (tie_word_embeddings=false), take the GGUF of that, and give it as base"
+_DO_UNTIE = "save the base with a head of its own (tie_word_embeddings=false), and give that and use its GGUF"
 
 
 def _library() -> Any:
@@ -177,9 +177,11 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
     elif not made:
         yield sentence(f"{weight!r}, for which {names.name} has no tensor in llama.cpp", "one that it has", _DO_MERGE)
     elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
-        found = f"{weight!r} of a base whose embedding and head are one weight, of which llama.cpp reads a change in two "
+        found = (
+            f"{weight!r} of a base whose embedding and head are one weight, which llama.cpp reads in two orientations"
+        )
         do = _DO_MERGE if names.family.tied else f"{_DO_UNTIE}; {_DO_MERGE}"
-        yield sentence(f"{found}orientations", "two weights, or changes elsewhere", do)
+        yield sentence(found, "two weights, or changes elsewhere", do)
     elif (made == (_EMBEDDING,)) != (change.kind == "embedding"):
         yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
 

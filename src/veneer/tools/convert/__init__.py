@@ -372,7 +372,7 @@ def _adapter(
             apart = head_apart(Names(model), saved) if saved.tokens else None
             return found | ({} if apart is None else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}), []
 
-    base = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
+    base: Mapping[str, Any] = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
     if saved.tokens:
         with on_model() as model:
             base = {**base, "weights": {**base.get("weights", {}), **own_prints(Names(model), saved)}}

@@ -26,7 +26,7 @@ from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for
 from veneer.attach.targets import Names, ParamRef
 from veneer.bases import storage_of
-from veneer.errors import AdapterError, listing, sentence
+from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import kind_in
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
 
@@ -84,7 +84,7 @@ def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     adapter trained tokens of it: its record knows every weight of its base, and no head. ``AdapterError``: two weights
     of other numbers."""
     model: Any = names.model
-    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    ends: list[Any] = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     at = {id(module): path for path, module in names.modules.items()}
     record = saved.metadata.get("base") or {}
     if not record.get("rest") or any(id(end) not in at for end in ends):
@@ -100,7 +100,7 @@ def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
 
 
 def own_prints(names: Names, saved: AdapterFiles) -> dict[str, str]:
-    """The fingerprints of the weights of which tokens are trained, by path: those of the record leave their rows out."""
+    """Whole fingerprints of the weights of which tokens are trained, by path: the record's leave these rows out."""
     known = saved.metadata.get("base") or {}
     paths = [at for one in saved.tokens if (at := parameter_path(one, "weight")) in known.get("weights", ())]
     by_name = {name: tensor for tensor in base_tensors(names) if tensor.known for name in tensor.names}

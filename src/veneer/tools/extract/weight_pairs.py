@@ -204,7 +204,8 @@ def pair_weights(both: Both) -> list[WeightPair]:
         untied += _untied(both, entry, old, new)
         pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
     more = {weights.what: sorted(weights.values.keys() - known) for weights in (both.old, both.new)}
-    alike = "extract from models of one architecture (with the same vocabulary)"
+    alike = "extract from models of one architecture; a vocabulary that grew must have grown in both (call "
+    alike += "model.resize_token_embeddings on the base, then save_pretrained)"
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
     checks = [
