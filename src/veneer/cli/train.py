@@ -67,11 +67,17 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
         say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
         say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
-    base, adapter = settings.base, str(result.adapter)
     say(err, "\nNext:")
-    how = [] if settings.quantize is None else ["--quantize", settings.quantize]
-    say(err, f"  {shlex.join(['veneer', 'chat', base, *how, '--adapter', adapter])}")
-    say(err, f"  {shlex.join(['veneer', 'merge', base, adapter, f'{settings.output}-merged'])}")
+    for command in _next(settings, str(result.adapter)):
+        say(err, f"  {shlex.join(['veneer', *command])}")
+
+
+def _next(settings: TrainConfig, adapter: str) -> list[list[str]]:
+    """The commands that make sense after a run: what continues texts is talked to and merged, the rest is measured."""
+    base, how = settings.base, [] if settings.quantize is None else ["--quantize", settings.quantize]
+    if settings.task in ("sft", "dpo", "orpo", "kto", "grpo"):
+        return [["chat", base, *how, "--adapter", adapter], ["merge", base, adapter, f"{settings.output}-merged"]]
+    return [["eval", base, str(settings.eval_data or settings.data), *how, "--adapter", adapter], ["inspect", adapter]]
 
 
 def _find_rate(settings: TrainConfig) -> None:
