@@ -92,6 +92,33 @@ def test_what_comes_back_is_what_went(store, adapters, cache):
     assert len(kept(cache)) == 3
 
 
+def with_tokens(folder: Path) -> Path:
+    """An adapter that trains tokens, with their tokenizer beside it and a file that is none of its own."""
+    handle = veneer.attach(
+        nn.Sequential(nn.Embedding(6, 4)), veneer.LoraConfig(targets=(), trainable_tokens={"0": [5]})
+    )
+    path = handle.save(folder / "tokens")
+    (path / "tokenizer.json").write_text("{}")
+    (path / "optimizer.pt").write_text("none of its own")
+    return path
+
+
+@stores
+def test_the_tokenizer_of_trained_tokens_goes_along(store, cache, tmp_path):
+    path = with_tokens(tmp_path)
+    wanted = {name: data for name, data in contents(path).items() if name != "optimizer.pt"}
+    push(path, store)
+    assert contents(pull(store)) == wanted
+    push(path, str(tmp_path / "copy"))
+    assert contents(tmp_path / "copy") == wanted
+    (tmp_path / "secret").write_text("{}")
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.json").symlink_to(tmp_path / "secret")
+    for place in (store, str(tmp_path / "leak")):
+        with pytest.raises(AdapterError, match=r"a link to .* outside the folder"):
+            push(path, place)
+
+
 @stores
 def test_pushing_twice_is_pushing_once(store, adapters, cache):
     assert push(adapters[0], store) == push(adapters[0], store)
@@ -375,6 +402,12 @@ def test_the_hub_gives_back_what_it_got(server, adapters, cache):
         assert found.is_relative_to(cache)
     assert len(kept(cache)) == 1
     assert "README.md" in contents(found)
+
+
+def test_the_hub_gives_back_the_tokenizer_of_trained_tokens(server, cache, tmp_path):
+    path = with_tokens(tmp_path)
+    push(path, PLACE)
+    assert contents(pull(PLACE)).keys() == contents(path).keys() - {"optimizer.pt"}
 
 
 def test_pushing_to_the_hub_twice_is_pushing_once(server, adapters):

@@ -188,11 +188,18 @@ def write(
                 read_header(folder / file)
 
 
+def own_files(path: Path) -> list[str]:
+    """The names of what belongs to the adapter in a folder: its files, and the tokenizer beside trained tokens.
+    ``AdapterError``: one of them is a link out of the folder."""
+    names = (*FILES, *(TOKENIZER if read_tokens(path) else ()))
+    raise_all(AdapterError, f"{path} cannot be copied", misplaced(path, names))
+    return [name for name in names if (path / name).is_file()]
+
+
 def copy_files(source: Path, folder: Path) -> None:
     """Copy an adapter's own files into ``folder``, with the tokenizer beside trained tokens, and nothing else."""
-    for name in (*FILES, *(TOKENIZER if read_tokens(source) else ())):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for name in own_files(source):
+        shutil.copyfile(source / name, folder / name)
 
 
 def read_tokens(path: Path) -> bool:

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
+from veneer.adapter_files.folder import FILES, TOKENIZER, content_hash, copy_files, own_files, read, read_tokens
 from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
@@ -187,8 +187,8 @@ def _push_hub(path: Path, target: _Place, message: str, private: bool | None) ->
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=target.revision))
-        here = [name for name in FILES if (path / name).is_file()]
-        stale = [name for name in FILES if name in there and name not in here]  # another variant's numbers, say
+        here, ours = own_files(path), (*FILES, *(TOKENIZER if read_tokens(path) else ()))
+        stale = [name for name in ours if name in there and name not in here]  # another variant's numbers, say
         operations = [hub.CommitOperationAdd(name, str(path / name)) for name in here]
         operations += [hub.CommitOperationDelete(name) for name in stale]
         done = api.create_commit(repo, operations, commit_message=message, revision=target.revision)
@@ -207,6 +207,8 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
             _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(FILES))
+            if read_tokens(folder):
+                _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER))
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
 
     return _kept(keep / commit, f"{source.where}@{commit}", fetch)
@@ -267,11 +269,11 @@ def _push_store(path: Path, target: _Place) -> str:
         system, root = _store(target)
         system.makedirs(f"{root}/{key}", exist_ok=True)
         steps = getattr(system, "local_file", False)  # where writing a file is no single step
-        for name in FILES:
-            if (path / name).is_file() and steps:  # somebody may read what an earlier push has put there
+        for name in own_files(path):
+            if steps:  # somebody may read what an earlier push has put there
                 with new_file(Path(root) / key / name, overwrite=True) as file:
                     system.put_file(str(path / name), str(file))
-            elif (path / name).is_file():
+            else:
                 system.put_file(str(path / name), f"{root}/{key}/{name}")
         if steps:
             write_whole(Path(root) / LATEST, key)
@@ -299,9 +301,10 @@ def _pull_store(source: _Place, keep: Path) -> Path:
     def fetch(folder: Path) -> None:
         with _store_errors(source, "read"):
             there = {PurePosixPath(file).name for file in system.ls(folder_there, detail=False)}
-            for name in FILES:
-                if name in there:
-                    system.get_file(f"{folder_there}/{name}", str(folder / name))
+            for names in (FILES, TOKENIZER):
+                for name in names if names is FILES or read_tokens(folder) else ():
+                    if name in there:
+                        system.get_file(f"{folder_there}/{name}", str(folder / name))
         if key is not None and content_hash(folder) != key:
             found = f"other files at {source.where}@{key} than were pushed there"
             raise AdapterError(found, "those of that hash", "push it again")
