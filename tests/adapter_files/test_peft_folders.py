@@ -212,6 +212,8 @@ def test_a_change_of_a_module_alone_stays_one_when_it_is_composed_and_is_no_dens
         assert error(half(X), model(X)) < 1e-5
     with pytest.raises(AdapterError, match=r"There is no ΔW of .* whose 'weight' others read past it"):
         convert(ours, tmp_path / "dense.safetensors", to="dense", base=reader())
+    with pytest.raises(AdapterError, match=r"changes of what modules give \(layer\.weight\)"):
+        convert(ours, tmp_path / "kohya.safetensors", to="kohya", base=reader(), part="model")
     seen = veneer.attach(reader(), veneer.LoraConfig(rank=2, targets=["layer"])).save(tmp_path / "seen")
     with pytest.raises(AdapterError, match=r"a change of 'layer\.weight' that some of them make"):
         veneer.compose([ours, seen], tmp_path / "both")
@@ -428,6 +430,8 @@ def test_a_layer_without_a_bias_has_one_in_the_adapter(tmp_path):
         assert error(model(X), torch.stack([expected[0], biased()(X)[1]])) < 1e-5
     assert veneer.check(model, X)
     ours = handle.save(tmp_path / "ours")
+    with pytest.raises(AdapterError, match="lora_bias=true"):
+        convert(ours, tmp_path / "kohya.safetensors", to="kohya", base=biased(), part="model")
     again = biased()
     veneer.load(again, ours)
     assert error(again(X), expected) < 1e-5
@@ -455,3 +459,30 @@ def test_a_folder_that_lacks_a_bias_beside_b_is_not_whole(tmp_path, key, words):
     save_file(tensors, file)
     with pytest.raises(AdapterError, match=words):
         veneer.load(biased(), path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"), ({"lora_bias": True}, "lora_bias=true")],
+    ids=str,
+)
+def test_what_the_factors_alone_do_not_say_goes_into_no_file_of_factors(tmp_path, fields, words):
+    theirs, path = by_peft(tmp_path / "theirs", narrow(), target_modules=["wide"], **fields)
+    with pytest.raises(AdapterError, match=words):
+        convert(path, tmp_path / "kohya.safetensors", to="kohya", base=narrow(), part="model")
+    assert not (tmp_path / "kohya.safetensors").exists()
+    for to in ("veneer", "dense"):
+        convert(path, tmp_path / to, to=to, base=narrow())
+    model = narrow()
+    veneer.load(model, tmp_path / "veneer")
+    assert error(model(IDS), theirs(IDS)) < 1e-5
+    change = theirs.merge_and_unload().wide.weight - narrow().wide.weight
+    assert error(load_file(tmp_path / "dense")["wide.weight"], change) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"lora_bias": True}], ids=str)
+def test_growing_takes_what_needs_the_base(tmp_path, fields):
+    theirs, path = by_peft(tmp_path / "theirs", llama(), target_modules=["down_proj"], **fields)
+    model = llama()
+    veneer.load(model, path, grow=True)
+    assert error(model(TOKENS).logits, theirs(TOKENS).logits) < 1e-5

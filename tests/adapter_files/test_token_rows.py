@@ -171,6 +171,19 @@ def test_rows_that_grew_and_were_never_trained_are_told(tmp_path):
     veneer.load(grown(), folder)
 
 
+def test_a_bias_that_would_grow_is_in_no_file(tmp_path):
+    def biased(size):
+        model = llama(False, size)
+        model.lm_head = torch.nn.Linear(16, size)
+        return model
+
+    model = biased(40)
+    model.resize_token_embeddings(43)  # new numbers of the bias are the mean of the old ones
+    folder, _ = trained(model, tmp_path / "a", BOTH)
+    with pytest.raises(AdapterError, match=r"'lm_head\.bias', of which 3 numbers would be new and in no file"):
+        veneer.load(biased(40), folder, grow=True, verify_base=False)
+
+
 def test_what_peft_writes_of_a_vocabulary_that_grew_loads(tmp_path):
     base = tmp_path / "base"
     llama(size=40).save_pretrained(base)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from veneer.adapter_files import peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
+from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.lookup import adapters_of, changes, parameter_path
@@ -184,6 +185,10 @@ def growth(model: nn.Module, saved: AdapterFiles) -> int | None:
             what = f"row {', '.join(map(str, lost[:4]))} of {parameter_path(*owner)!r} that grew and was never trained"
             do = "save the base as it grew (save_pretrained), and load on that; or train these rows too"
             problems.append(sentence(what, "rows that the adapter holds", do))
+        path, do = owner[0], "save the base as it grew (save_pretrained), and load on that"
+        if getattr(end, "bias", None) is not None and "bias" not in saved.full.get(path, ()):
+            what = f"{parameter_path(path, 'bias')!r}, of which {size - before} numbers would be new and in no file"
+            problems.append(sentence(what, "an output layer without a bias, or with one that the adapter holds", do))
     raise_all(AdapterError, f"The base cannot grow for {saved.path}", problems)
     return size
 
@@ -191,7 +196,7 @@ def growth(model: nn.Module, saved: AdapterFiles) -> int | None:
 @contextmanager
 def grown(model: Any, path: Any) -> Iterator[None]:
     """A block before which the vocabulary of a model has grown for the adapter in a folder, and has not if it fails."""
-    before, size = None, growth(model, read(path))
+    before, size = None, growth(model, read(path, weights_of(Names(model))))
     if size is not None:
         before = len(model.get_input_embeddings().weight)
         model.resize_token_embeddings(size, mean_resizing=False)

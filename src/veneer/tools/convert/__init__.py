@@ -383,7 +383,14 @@ def _adapter(
 
 
 def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object, base_info: BaseInfo) -> None:
-    """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one."""
+    """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one. And what the
+    factors of a folder do not say, where no model is asked: a start that PEFT takes off the base, a bias beside B."""
+    if to.name not in ("veneer", "dense") or base_info.module is None:
+        peft.check_config(saved.peft_config, saved.record is not None)
+        alone = [at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")]
+        if alone and not to.peft:
+            found = f"changes of what modules give ({listing(alone, 3)}), whose weights others read unchanged"
+            raise AdapterError(found, "changes of weights", 'keep the adapter beside its base, or convert it to "peft"')
     if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
         found = f"an adapter that PEFT would apply in another way ({why})"
         raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
