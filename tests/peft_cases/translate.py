@@ -150,7 +150,7 @@ def _variant(fields: dict[str, Any]) -> tuple[str, bool]:
     """(the variant, whether its scale is alpha / √r)."""
     start = fields.get("init_lora_weights", True)
     if fields.get("use_dora"):
-        return "dora", False
+        return ("dora_rslora", True) if fields.get("use_rslora") else ("dora", False)
     if isinstance(start, str) and start.split("_")[0].lower() in STARTS:
         return STARTS[start.split("_")[0].lower()], False
     if isinstance(start, str) and start != "gaussian":
