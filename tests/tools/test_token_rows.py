@@ -14,7 +14,7 @@ from tests.support.toys import bits, error
 from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer.errors import AdapterError, BaseMismatchError
+from veneer.errors import AdapterError, BaseMismatchError, MergeError
 from veneer.tools.compare import compare
 from veneer.tools.compose import compose
 from veneer.tools.convert import convert
@@ -158,3 +158,16 @@ def test_tokens_go_to_peft_and_back_and_are_compared_row_by_row(tmp_path):
     moved = compare(adapter, tmp_path / "moved")
     assert not moved.same_change
     assert [one.path for one in moved.full if one.difference] == ["model.embed_tokens.weight[260]"]
+
+
+def test_a_vocabulary_that_grows_in_a_buffer_too_is_not_grown_on_the_disk(tmp_path):
+    sizes = {f"{side}_{what}": number for side in ("encoder", "decoder")
+             for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=40, d_model=16, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(42)
+    veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens=[40, 41])).save(tmp_path / "a")
+    with pytest.raises(MergeError, match=r"final_logits_bias.*resize_token_embeddings\(42\)"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

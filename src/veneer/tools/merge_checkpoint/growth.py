@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.token_rows import growth
+from veneer.errors import MergeError
 from veneer.fileio.untrusted import Entry
 from veneer.models.safetensors_dir import Checkpoint
 
@@ -26,6 +27,10 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
     sizes = [size for saved in saved_adapters if (size := growth(model, saved)) is not None]
     if not sizes:
         return None
+    if getattr(model, "final_logits_bias", None) is not None:  # BART's, which has a column for each token
+        found, expected = "'final_logits_bias', which grows with the vocabulary", "an embedding and a head alone"
+        do = f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into that"
+        raise MergeError(found, expected, do)
     made: dict[int, nn.Parameter] = {}
     for side in ("input", "output"):
         end = getattr(model, f"get_{side}_embeddings")()
