@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.attach.adapted_module import weight_of
 from veneer.attach.change import Change
 from veneer.attach.data_init import Loss, gather
 from veneer.attach.fresh_weights import fresh, warn_fresh
@@ -71,7 +72,7 @@ def attach(
     names = Names(model)
     in_full = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
     # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of the others
-    in_full |= {id(names.modules[entry.path]._parameters[entry.weight]) for entry in plans.low if entry.tokens}
+    in_full |= {id(weight_of(names.modules[entry.path], entry.weight)) for entry in plans.low if entry.tokens}
     lost = [ref for key, ref in fresh(names).items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)

@@ -203,6 +203,17 @@ def test_several_adapters_with_tokens_blend_and_train_one_after_the_other():
         assert error(model(IDS).logits, plain(IDS).logits) < 1e-12
 
 
+def test_a_parametrised_head_has_trained_rows_too():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 9)))
+    ids, base = torch.arange(9), model(torch.arange(9)).detach()
+    handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens={"1": [3, 4]}))
+    assert error(model(ids), base) < 1e-6
+    with torch.no_grad():
+        handle.changes["1.weight"].token_rows.zero_()
+    expected = base.index_copy(1, torch.tensor([3, 4]), model[1].bias[3:5].detach().expand(9, 2))
+    assert error(model(ids), expected) < 1e-6
+
+
 def test_lora_plus_trains_rows_at_the_rate_that_was_asked_for():
     _, handle = attached(True, CONFIGS["same"], torch.float32)
     groups = veneer.optim.lora_plus(handle, lr=1e-3)
