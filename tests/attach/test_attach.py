@@ -1295,3 +1295,21 @@ def test_a_new_change_is_in_the_mode_of_its_layer(tmp_path):
     model[1].train()
     other = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"], targets=["0"]), "other")
     assert {path: part.training for path, part in other.layers.items()} == {"0": False, "1": True}
+
+
+def test_a_layer_without_a_bias_whose_weight_has_another_name_is_trained_in_full():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(6))
+            self.register_parameter("bias", None)
+
+        def forward(self, x):
+            return x * self.gamma
+
+    model, x = nn.Sequential(nn.Linear(6, 6), Scale()), torch.randn(3, 6)
+    base = model(x).detach()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="0", train_also="1"))
+    assert error(model(x), base) < 1e-6
+    model(x).square().sum().backward()
+    assert dict(handle.named_parameters())["1.gamma"].grad.any()

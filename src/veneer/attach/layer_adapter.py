@@ -110,8 +110,9 @@ class LayerAdapter(nn.Module):
         if not full._parameters and not full._buffers:
             return {}
         own: dict[str, Any] = {**module._buffers, **module._parameters}
-        filled = own if own.get("bias", self) is not None else {**own, "bias": own["weight"]}  # of a layer without one
-        trained: dict[str, Any] = {name: value.to(filled[name].dtype) for name, value in full._parameters.items()}
+        if "bias" in full._parameters and own["bias"] is None:  # of a layer without one: in the dtype of its weight
+            own["bias"] = own["weight"]
+        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
     def run(
