@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 import veneer
+from veneer import context
 from veneer.errors import CheckError, SelectionError
 from veneer.kernels import fused
 
@@ -114,6 +115,21 @@ def test_no_weight_is_formed_where_a_layer_is_linear_in_it(monkeypatch):
         with veneer.use(model, BOTH):
             model(x).square().sum().backward()
         assert all(p.grad is not None for p in veneer.Handle(model, "new").parameters())
+
+
+def test_no_weight_is_formed_where_the_caller_asks_for_factors(monkeypatch):
+    def formed(*_, **__):
+        raise AssertionError("W + ΔW was formed")
+
+    model = on_top(nn.Sequential(nn.Linear(8, 8, bias=False)), LORA, LORA)
+    x = torch.randn(4096, 8)
+    with veneer.use(model, BOTH):
+        expected = model(x)
+        monkeypatch.setattr(fused, "_formed", formed)
+        with pytest.raises(AssertionError, match="was formed"):
+            model(x)
+        with context.changed(path="factored"):
+            assert error(model(x), expected) < 1e-5
 
 
 def test_dropout_draws_for_each_adapter():

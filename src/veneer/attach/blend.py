@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import context
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import Call, LayerAdapter, factored, with_update
@@ -159,7 +160,7 @@ class Blend:
         gained, first = any(gain is not None for gain in gains), changes[0]
         if not gained and not any(dropouts):
             low, form = LowRank.sum(lows, shares), False
-            if layer_state.product and fused.applies(x, weight):
+            if context.current.path is None and layer_state.product and fused.applies(x, weight):
                 loops = cost_model.looped(weight.dtype, weight.device)
                 _, out, in_ = first.dims
                 form = x.numel() // x.shape[-1] > cost_model.forms_above(out, in_, low.rank, weight.dtype, loops)
