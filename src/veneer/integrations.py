@@ -103,6 +103,7 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _part(pl_module, module)
+        pl_module.__dict__.pop("_veneer_random", None)  # of a checkpoint that a call which does not train has read
         if config is not None and not _adapted(model):
             attach(model, config)
         if "on_save_checkpoint" not in pl_module.__dict__:

@@ -359,6 +359,23 @@ def test_a_lightning_checkpoint_holds_the_rest_of_the_module(weights_only: bool,
         assert same(trained(again), trained(tuned))
 
 
+def test_a_lightning_checkpoint_that_was_tested_leaves_the_random_state_of_a_later_run():
+    lightning = pytest.importorskip("pytorch_lightning")
+    module = lightning.LightningModule()
+    module.model = nn.Sequential(nn.Linear(3, 3))
+    own = integrations.lightning_callback(veneer.LoraConfig(rank=2))
+    own.setup(None, module, "fit")
+    checkpoint = {"state_dict": dict(module.state_dict())}
+    module.on_save_checkpoint(checkpoint)
+    own.setup(None, module, "test")
+    module.on_load_checkpoint(checkpoint)
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    own.setup(None, module, "fit")
+    own.on_fit_start(None, module)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
     run = RUN["Lightning"]
     with pytest.raises(ConfigError, match=r"no module 'model' in Tuned.*\(there is net"):
