@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from veneer.adapter_files.match_base import PartialChange
+from veneer.attach.reference import reference_of
 from veneer.errors import AdapterError, MergeError
 from veneer.tools.convert import convert
 from veneer.variants import VARIANTS
@@ -448,6 +449,27 @@ def test_a_layer_without_a_bias_has_one_in_the_adapter(tmp_path):
     handle.detach()
     assert model.bare.bias is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_reference_keeps_the_bias_of_a_layer_without_one(tmp_path):
+    theirs, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITHOUT)
+    model = biased()
+    veneer.load(model, path)
+    assert error(reference_of(model)(X), theirs(X)) < 1e-5
+
+
+def test_what_is_merged_for_good_into_an_untied_weight_stays_whatever_was_merged_on_top(tmp_path):
+    _, path = by_peft(tmp_path / "theirs", llama(), target_modules=["lm_head"])
+    model = llama()
+    veneer.load(model, path, untie=True, name="below").merge()
+    expected = model(TOKENS).logits
+    top = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"]), name="top")
+    randomise(top)
+    top.merge()
+    veneer.detach(model, "below", keep_merged=True)
+    top.unmerge()
+    top.detach()
+    assert torch.equal(model(TOKENS).logits, expected)
 
 
 @pytest.mark.parametrize(("key", "words"), [("gpt.lora_B.bias", "no 'lora_B.bias' that fits 'gpt'")])

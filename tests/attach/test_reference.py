@@ -113,6 +113,17 @@ def test_a_plain_start_takes_no_memory_at_all(model):
     assert reference_of(model)._values == {}
 
 
+def test_nor_does_one_that_trains_layers_of_16_bits_in_full_and_rows_of_tokens():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 9)).bfloat16()
+    tokens = {"0": [3], "2": [3, 4]}
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="2", train_also="1", trainable_tokens=tokens))
+    assert handle.changes["2.weight"].token_rows.dtype is torch.float32
+    assert reference_of(model)._values == {}
+    with torch.no_grad():
+        handle.changes["2.weight"].token_rows[1] += 1
+    assert reference_of(model)._values != {}
+
+
 def test_it_follows_whatever_stands_in_the_place_of_its_forward(model):
     """TRL puts a forward of its own there, which calls the parts of the model."""
     base = model.eval()(x).detach()

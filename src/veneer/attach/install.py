@@ -306,6 +306,8 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     attached = need_adapters(model, name)
     names = list(attached.configs) if name is None else [name]
     _may_go(attached, names, keep_merged)
+    if any(map(names.__contains__, attached.merges())):
+        attached.untied = ()  # what is merged into weights of their own stays in them
     for adapter in names:
         attached.selections[adapter].parts = None  # an error for calls that still select it
     for _, _, layer_state in layer_states(model):
@@ -317,7 +319,7 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         if selected.on in names:  # what is merged stays in the weights, and is theirs from here on
             selected.on = None
     if attached.merged in names:
-        attached.merged, attached.untied = None, ()  # what is merged into weights of their own stays in them
+        attached.merged = None
     for _, module in walk(model) if not kept else ():
         take_back(module)
     abandon(model, attached)

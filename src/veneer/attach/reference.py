@@ -151,10 +151,12 @@ def _changes_nothing(model: nn.Module, name: str) -> bool:
     """Whether every change is 0, and what is trained in full (or kept, as running statistics) equals the base's."""
     for _, module, part in adapters(model, name):
         base = {**module._parameters, **module._buffers}
-        if not all(torch.equal(value, base[key]) for key, value in part.full.state_dict().items()):
-            return False
+        for key, value in part.full.state_dict().items():
+            own = base[key]  # None: a bias for a layer without one
+            if bool(value.any()) if own is None else not torch.equal(value.to(own.dtype), own):
+                return False
     for _, module, weight, change in changes(model, name):
         low, gain = change.resolve(weight_of(module, weight))
-        if gain is not None or (bool(low.B.any()) and bool(low.A.any())):
+        if gain is not None or bool((low.B.any(1) & low.A.any(2)).any()):  # a column of B and its row of A
             return False
     return True
