@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.support.tasks import config_of
 
 from veneer import models
 from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError, TrainingError
@@ -108,3 +109,39 @@ def test_a_suggestion_is_a_tenth_of_the_rate_at_the_lowest_loss() -> None:
     with pytest.raises(TrainingError, match="no rate from 1e-06 to 1e\\+00 brings down"):
         sweep_of(lambda rate: 3 + rate).suggested  # noqa: B018
     assert valley.smoothed[0] == pytest.approx(valley.losses[0])
+
+
+@pytest.mark.parametrize("name", ["classify images", "classify words", "dpo", "embed", "seq2seq"])
+def test_a_dry_run_of_a_task_says_what_its_run_says(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path, max_steps=1, eval_fraction=0.0, check=False)
+    ours, run = about(said(dry_run, config)), about(said(fit, config))
+    head = next(i for i, line in enumerate(ours) if line.startswith(("Time", "Example")))
+    assert ours[:head] == run[:head]
+    assert ours[head].startswith("Time") == (name in ("classify words", "dpo", "embed"))
+
+
+def test_labels_of_a_class_are_not_shown_as_tokens(tmp_path: Path) -> None:
+    text = said(dry_run, config_of("classify", tmp_path))
+    assert "  ids │ " in text
+    assert "tokens │" in text
+    assert "  labels │ list [" in text
+
+
+def test_a_base_that_is_quantised_already_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):  # noqa: N818
+        pass
+
+    def load(*_: Any, **__: Any) -> None:
+        raise Loaded
+
+    monkeypatch.setattr(models, "load_base", load)
+    config = models.locate.config_of(make().base)
+    config.quantization_config = {"quant_method": "any"}
+    monkeypatch.setattr("veneer.train.dry_run.config_of", lambda _: config)
+    with pytest.raises(Loaded):
+        said(dry_run, make())
+
+
+def test_no_rate_is_sought_where_the_loss_tells_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="grpo, whose loss is zero at every rate"):
+        said(find_rate, config_of("grpo", tmp_path))

@@ -1,7 +1,7 @@
 """`veneer train --dry-run`: everything up to the first step, and nothing written.
 
 The output folder, the data, the tokens and the targets are judged as a run judges them. The base is on the meta device,
-where it has shapes and no weights, unless it is to be quantised, gets more tokens or the head of another task than
+where it has shapes and no weights, unless it is quantised or to be, gets more tokens or the head of another task than
 language, or the variant starts from data: then it is loaded.
 What only weights tell is left to the run: whether every adapter is reached, and whether the loss is a number.
 """
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from veneer.models.load import best_device, meta_base
+from veneer.models.locate import config_of
 from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import duration, say
@@ -46,7 +47,8 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     prepared = task.prepare()
     found = found_in(config, output, prepared, console) if resume else None
     arguments_of(config, output, prepared)
-    shapes_do = config.quantize is None and not ids and not VARIANTS[config.variant].needs
+    packed = config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
+    shapes_do = not packed and not ids and not VARIANTS[config.variant].needs
     if shapes_do and task.auto == "AutoModelForCausalLM":
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
@@ -55,7 +57,9 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     cached = HiddenStateCache(model) if config.cache_lower else None
     describe(task, model, handle, prepared, cached, console)
     done = 0 if found is None else found[1]
-    if any(prepared.train.lengths):
+    # an answer that is still to be drawn may be short, and half of the layers read what the other half writes to
+    bounded = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
+    if bounded and any(prepared.train.lengths):
         say(console, f"Time     {_time(task, model, prepared, prepared.steps - done)}")
     _show(task, prepared, console)
     say(console, "Nothing was written. The same command without --dry-run starts the run.")
@@ -108,7 +112,8 @@ def _show(task: Task, prepared: Prepared, console: Console) -> None:
     say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
     decode = getattr(task.processor, "decode", None)
     for name, value in row.items():
-        if decode is not None and isinstance(value, list) and value and all(type(one) is int for one in value):
+        tokens = name == "ids" or (name == "labels" and task.item == "token")
+        if tokens and decode is not None and all(type(one) is int for one in value):
             shown = f"{len(value)} tokens │ {decode([one for one in value if one >= 0])}"
         else:
             shown = f"{type(value).__name__} {getattr(value, 'shape', value)}"

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from veneer.errors import TrainingError
+from veneer.errors import ConfigError, TrainingError
 from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
@@ -38,8 +38,8 @@ KEPT = 0.8
 
 @dataclass(frozen=True)
 class RateSweep:
-    """``rates``, and the ``losses`` (nats a token) of the step before each was applied; ``smoothed``: their running
-    mean."""
+    """``rates``, and the ``losses`` (sft: nats a token) of the step before each was applied; ``smoothed``: their
+    running mean."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -110,8 +110,12 @@ class _Sweep(TrainerCallback):
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
     """Sweep the rates on the data of ``config``, one step each. The output folder is not looked at.
 
-    Raises: as ``fit`` does before its first step; ``TrainingError``: not even the first loss is a number.
+    Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss tells nothing;
+    ``TrainingError``: not even the first loss is a number.
     """
+    if config.task == "grpo":
+        found, do = "task grpo, whose loss is zero at every rate", "try a few rates, and watch reward in log.jsonl"
+        raise ConfigError(found, "a task whose loss falls as it learns", do)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
     ids = vocabulary.learn(config, task.open())

@@ -64,6 +64,11 @@ class Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the output head sees."""
+        return sum(self.learnt)
+
     def dataset(self) -> Rows:
         return self
 
@@ -232,7 +237,8 @@ def limited(
         do = f"raise it with --max-length {longest[worst]} (if the model allows it), or choose --too-long truncate or "
         raise DataError(found, f"at most {limit:,}", f"{do}drop")
     if config.too_long == "truncate":
-        return [*range(len(rows))], [cut(row) if i in {*long} else row for i, row in enumerate(rows)], len(long)
+        which = {*long}
+        return [*range(len(rows))], [cut(row) if i in which else row for i, row in enumerate(rows)], len(long)
     kept = [i for i in range(len(rows)) if longest[i] <= limit]
     if not kept:
         found = f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens"

@@ -40,6 +40,7 @@ HEADS = {
 
 @register
 class Classify(Task):
+    auto = HEADS["text"]  # unless the data are words or images
     item, compares = "label", False  # a new head tells nothing
 
     def __init__(self, config: Any, known: Any = None, loading: Any = None) -> None:
