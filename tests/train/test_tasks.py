@@ -361,3 +361,9 @@ def test_bad_parts_and_calls(message: Any, expected: str, tmp_path: Path) -> Non
         read_chat(tmp_path, None, [message])
     with pytest.raises(DataError, match="holds tools that are none"):
         read_chat(tmp_path, "[", CHAT[-1:])
+
+
+def test_a_base_of_16_bits_hears_sounds_in_its_check_and_its_steps(folder: Path) -> None:
+    result = fit(config_of("speech", folder, "speech in bf16", precision="bf16", max_steps=1), quiet=True)
+    assert result.model.dtype == torch.bfloat16
+    assert len(result.losses) == 1

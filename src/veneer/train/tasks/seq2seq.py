@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 
 from veneer import models
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.lookup import unwrap
 from veneer.errors import ConfigError, DataError
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
@@ -30,7 +29,7 @@ from veneer.train.tokens import IGNORED
 
 @register
 class Seq2seq(Task):
-    item = "token"
+    auto, item = "AutoModelForSeq2SeqLM", "token"
 
     def open(self) -> Any:
         config = config_of(self.config.base)
@@ -41,7 +40,7 @@ class Seq2seq(Task):
 
         self.speech = config.model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
         self.auto = "AutoModelForSpeechSeq2Seq" if self.speech else "AutoModelForSeq2SeqLM"
-        self.tokenizer = self.processor = models.load_tokenizer(self.config.base)
+        self.processor = models.load_tokenizer(self.config.base)
         if self.speech:
             from transformers import AutoFeatureExtractor
 
@@ -74,7 +73,7 @@ class Seq2seq(Task):
                 about = {"place": f"{records.source}, {place}", "folder": folder}
                 rows.append({"audio": row["audio"], "labels": labels, **about})
         else:
-            ids = self.tokenizer(texts_of(records, "prompt"))["input_ids"]
+            ids = self.processor(texts_of(records, "prompt"))["input_ids"]
             rows = [{"ids": list(own), "labels": labels} for own, labels in zip(ids, answers, strict=True)]
         limit = self.max_length()
         longest = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
@@ -90,8 +89,8 @@ class Seq2seq(Task):
         return Rows(rows, lengths, kept, learnt, len(records) - len(rows), count)
 
     def _answers(self, texts: list[str]) -> list[list[int]]:
-        end, made = self.tokenizer.eos_token_id, []
-        for ids in self.tokenizer(text_target=texts)["input_ids"]:
+        end, made = self.processor.eos_token_id, []
+        for ids in self.processor(text_target=texts)["input_ids"]:
             ids = ids[1:] if ids[:1] == [self.start] else ids  # `inputs` begins with it
             made.append(list(ids) if end is None or ids[-1:] == [end] else [*ids, end])
         return made
@@ -102,6 +101,7 @@ class Seq2seq(Task):
         if getattr(config, "decoder_start_token_id", None) is None:
             found = f"{self.config.base}, whose config has no decoder_start_token_id"
             raise ConfigError(found, "the token that answers begin with", "add it to config.json")
+        self.dtype = next(value.dtype for value in base.model.parameters() if value.is_floating_point())
         return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Seq2seq(Task):
         if not self.speech:
             ids = [row["ids"] for row in rows]
             mask = padded([[1] * len(own) for own in ids], 0)
-            return {"input_ids": padded(ids, pad_of(self.tokenizer)), "attention_mask": mask, "labels": labels}
+            return {"input_ids": padded(ids, pad_of(self.processor)), "attention_mask": mask, "labels": labels}
         rate = int(self.features.sampling_rate)
         sounds = [sound_of(row["audio"], row["place"], row["folder"], rate) for row in rows]
         whole = "max_length" if hasattr(self.features, "n_samples") else True
@@ -122,24 +122,23 @@ class Seq2seq(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The answers one to the right, begun with the start token: what the decoder reads."""
+        """The answers one to the right, begun with the start token: what the decoder reads. Sounds are in the type of
+        the base, which Whisper does not see to."""
         labels: Tensor = batch["labels"]
         start = torch.full_like(labels[:, :1], self.start)
-        read = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_of(self.tokenizer))], dim=1)
-        return {**super().inputs(batch), "decoder_input_ids": read, "use_cache": False}
+        read = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_of(self.processor))], dim=1)
+        heard = {
+            name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in super().inputs(batch).items()
+        }
+        return {**heard, "decoder_input_ids": read, "use_cache": False}
 
     @property
     def start(self) -> int:
         return int(config_of(self.config.base).decoder_start_token_id)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        inputs = self.inputs(batch)
-        dtype = next(value.dtype for value in unwrap(model).parameters() if value.is_floating_point())
-        inputs = {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
-        logits: Tensor = model(**inputs).logits  # [b, s, v]
+        logits: Tensor = model(**self.inputs(batch)).logits  # [b, s, v]
         labels = batch["labels"].to(logits.device)
         there = labels != IGNORED
         chosen, right = logits[there], labels[there]
