@@ -22,6 +22,7 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
     assert "right" in shown.out
     found = json.loads(veneer("eval", config.base, config.data, "--adapter", adapter, "--json").out)
     assert found["adapter"]["accuracy"] > 0.8
+    assert f"veneer {'chat' if name == 'dpo' else 'eval'} {config.base}" in done.err.replace("\n", " ")
     assert ("base" in found) == (name == "dpo")  # a base with a new head tells nothing
     if name == "dpo":
         assert found["base"]["margin"] == 0
@@ -35,3 +36,33 @@ def test_a_head_is_not_measured_without_its_adapter(veneer: Any, tmp_path: Path)
     done = veneer("eval", config.base, config.data, "--task", "clasify")
     assert done.code == 2
     assert "no such task" in done.err
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("dpo", ("--exact", 3)),
+        ("dpo", ("--whole",)),
+        ("dpo", ("--prompt-column", "prompt")),
+        ("sft", ("--columns", "prompt=question")),
+        ("sft", ("--reward", "a.py:f")),
+    ],
+)
+def test_a_flag_of_another_task_is_refused(veneer: Any, task: str, flags: tuple[Any, ...], tmp_path: Path) -> None:
+    config = config_of("dpo", tmp_path)
+    done = veneer("eval", config.base, config.data, "--task", task, *flags)
+    assert done.code == 2
+    assert f"{flags[0]} for task {task}" in done.err
+
+
+def test_an_encoder_decoder_is_measured_with_the_tokens_that_its_adapter_adds(veneer: Any, tmp_path: Path) -> None:
+    config = config_of("seq2seq", tmp_path, eval_fraction=0.0)
+    common = ("--task", "seq2seq", "--max-steps", 12, "--batch-size", 8, "--learning-rate", 1e-2, "--no-check")
+    words = ("--add-tokens", "aaa,bbb", "--eval-data", config.data, "--precision", "fp32")
+    run = tmp_path / "run"
+    done = veneer("train", "--base", config.base, "--data", config.data, "--output", run, *common, *words)
+    assert done.code == 0, done.err
+    shown = veneer("eval", config.base, config.data, "--adapter", run / "adapter", "--precision", "fp32", "--json")
+    assert shown.code == 0, shown.err
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert json.loads(shown.out)["adapter"]["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)

@@ -80,6 +80,15 @@ def eval_command(
     asked = _Asked(base, data, adapter, only_adapter, verify, as_json, loading)
     record = _record(adapter, task)
     options: dict[str, Any] = {"max_length": max_length, "too_long": too_long, "batch_size": batch_size, "split": split}
+    foreign: dict[str, Any] = {"--columns": columns, "--reward": reward}
+    if record["name"] != "sft":
+        foreign = {
+            "--exact": exact, "--whole": whole, "--messages-column": messages_column, "--prompt-column": prompt_column,
+            "--completion-column": completion_column, "--text-column": text_column,
+        }  # fmt: skip
+    if given := [flag for flag, value in foreign.items() if value]:
+        expected = "--columns to name its columns" if record["name"] != "sft" else "another task"
+        raise ConfigError(f"{given[0]} for task {record['name']}", expected, f"leave {given[0]} out, or name a --task")
     if record["name"] != "sft":
         _measure_task(asked, record, {**options, "columns": columns, "reward": reward})
         return
