@@ -16,6 +16,7 @@ from tests.support.tiny import sums, tiny_tokenizer, write_rows
 from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
+from veneer.train.evaluate import exact
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
@@ -223,3 +224,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     with pytest.raises(DataError, match="rewrites earlier turns"):
         tokens.tokenise(rows, rewriting, max_length=99)
+
+
+def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked, said = [{"role": "user", "content": "1 + 1?"}], {"role": "assistant", "content": "2"}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    for row in (
+        {"prompt": asked, "completion": [said], "tools": [tool]},
+        {"prompt": asked, "completion": [{**said, "tool_calls": [call]}]},
+    ):
+        rows = data.read(write_rows(tmp_path / "rows.jsonl", [row]))
+        with pytest.raises(DataError, match=r"line 1: tools.*leave out --exact"):
+            exact(None, None, rows)

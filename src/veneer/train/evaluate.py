@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from veneer.errors import DataError
 from veneer.train.config import make_config
-from veneer.train.data import Records
+from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
@@ -96,7 +97,13 @@ def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[st
 
 
 def exact(model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16) -> float:
-    """Share of prompt/completion rows whose greedy continuation is the completion, surrounding spaces aside."""
+    """Share of prompt/completion rows whose greedy continuation is the completion, surrounding spaces aside. Raises
+    `DataError` for tools and calls of them: what is written is compared as text."""
+    for row, place in zip(rows.rows, rows.places, strict=True):
+        answer = row["completion"]
+        if row.get(TOOLS) or (isinstance(answer, list) and any("tool_calls" in message for message in answer)):
+            found = f"{rows.source}, {place}: tools, or calls of them, among what should be exactly right"
+            raise DataError(found, "texts, which can be compared", "leave out --exact, or remove that row")
     prompts = [row["prompt"] for row in rows.rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     completions = [row["completion"] for row in rows.rows]
