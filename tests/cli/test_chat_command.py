@@ -120,6 +120,7 @@ def test_a_base_without_a_template_continues_the_text(talk: Any, veneer: Any, tm
     assert whole.startswith("abc" + found.out.split("\n")[0] + "\nd")
     refused(talk("/system Be short.", of=plain, adapters=False), "without a chat template")
     refused(talk("/both", of=plain, adapters=False), "without an adapter")
+    refused(talk("abc", f"/save {plain}", of=plain, adapters=False), "a file that can be written")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ def test_a_base_without_a_template_continues_the_text(talk: Any, veneer: Any, tm
         ("/blend nobody=1", "'nobody' in 'nobody=1'"),
         ("/save", "a file for a conversation"),
         ("/save a.jsonl", "before anything was said"),
+        ("/save 'a.jsonl", "No closing quotation"),
         ("x" * 300, r"a conversation of \d+ tokens.*fewer than 256.*/reset"),
     ],
 )

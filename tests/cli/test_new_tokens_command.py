@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,3 +80,18 @@ def test_extract_of_a_vocabulary_that_grew_asks_for_a_base_that_grew_alike(
     assert kept["model.embed_tokens.weight"] > 0.9999  # two rows are a product of rank 2
     options = "--prompt", PROMPT, "--max-new-tokens", 1
     assert veneer("generate", folders.grown, "--adapter", tmp_path / "out", *options).out.strip() == "<b>"
+
+
+def test_chat_refuses_adapters_whose_new_tokens_share_an_id(
+    veneer: Case, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, fewer = shutil.copytree(folders.adapter, tmp_path / "o"), shutil.copytree(folders.adapter, tmp_path / "f")
+    for place, tokens in ((other, ["<c>", "<d>"]), (fewer, ["<a>"])):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(tokens)
+        tokenizer.save_pretrained(place)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    both = "chat", folders.base, "--adapter", f"first={folders.adapter}", "--adapter"
+    refused(veneer(*both, f"second={other}"), "'second' and 'first'", "one tokenizer serves")
+    done = veneer(*both, f"second={fewer}")
+    assert done.code == 0, done.err

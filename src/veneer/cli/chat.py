@@ -211,14 +211,21 @@ class Conversation:
         self.note("Forgotten.")
 
     def save_command(self, text: str) -> None:
-        words = shlex.split(text)
+        try:
+            words = shlex.split(text)
+        except ValueError as error:  # a quote that is not closed
+            do = "say, for instance, /save 'my chats.jsonl'"
+            raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
         if len(words) != 1 or not self.turns:
             found = f"/save {text}" if len(words) != 1 else "/save before anything was said"
             raise ConfigError(found, "a file for a conversation", "say, for instance, /save chats.jsonl")
         said = self.history(self.label)
         row = {"messages": said} if self.templated else {"text": said}
-        with Path(words[0]).expanduser().open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            with Path(words[0]).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:  # which must not end what was said
+            raise ConfigError(f"/save {text} ({error})", "a file that can be written", "name another") from error
         self.note(f"Added to {words[0]}.")
 
     def help_command(self, _: str) -> None:

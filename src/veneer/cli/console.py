@@ -89,14 +89,28 @@ def open_base_and_adapters(
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
         veneer.adapter_files.read(folder)
+    tokenizer = _tokenizer_of_all(folders)
     must_be_causal(base)
     loaded = load_base(base, **loading)
     names = folders.items()
     handles = {
         name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names
     }
-    tokenizers = [own for folder in folders.values() if (own := tokenizer_beside(folder)) is not None]
-    return loaded._replace(tokenizer=tokenizers[-1] if tokenizers else loaded.tokenizer), handles
+    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
+
+
+def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
+    """The one with all tokens of the adapters' own, or None. ``ConfigError``: two adapters mean different tokens by one
+    id."""
+    own = {name: found for name, folder in folders.items() if (found := tokenizer_beside(folder)) is not None}
+    if not own:
+        return None
+    largest = max(own, key=lambda name: len(own[name]))
+    known = own[largest].get_vocab().items()
+    if apart := [name for name, one in own.items() if not one.get_vocab().items() <= known]:
+        found = f"the adapters {apart[0]!r} and {largest!r}, each with new tokens that the other's tokenizer has not"
+        raise ConfigError(found, "adapters that one tokenizer serves", "name one of them alone")
+    return own[largest]
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:
