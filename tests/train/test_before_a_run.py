@@ -16,6 +16,7 @@ from tests.support.tasks import config_of
 from veneer import models
 from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError, TrainingError
 from veneer.models.load import meta_base
+from veneer.models.locate import config_of as base_config
 from veneer.train.dry_run import dry_run
 from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
 from veneer.train.run import fit
@@ -135,7 +136,7 @@ def test_a_base_that_is_quantised_already_is_loaded(make: Make, monkeypatch: pyt
         raise Loaded
 
     monkeypatch.setattr(models, "load_base", load)
-    config = models.locate.config_of(make().base)
+    config = base_config(make().base)
     config.quantization_config = {"quant_method": "any"}
     monkeypatch.setattr("veneer.train.dry_run.config_of", lambda _: config)
     with pytest.raises(Loaded):
