@@ -496,7 +496,6 @@ def saved_by_peft(tmp_path, model=None, **fields):
     ("fields", "words"),
     [
         ({"init_lora_weights": "pissa_niter_2"}, "random approximation"),
-        ({"trainable_token_indices": {"emb": [1, 2]}}, "token 2, the padding of 'emb'"),
         ({"target_modules": [], "target_parameters": ["c1.weight"]}, r"those of a parameter layer"),
         ({"target_modules": ["emb"], "init_lora_weights": False}, "a change of the padding row 2 of 'emb'"),
         ({"kasa_config": peft.KasaConfig()}, "kasa_config"),

@@ -220,6 +220,20 @@ def test_lora_plus_trains_rows_at_the_rate_that_was_asked_for():
     assert [group["lr"] for group in groups if handle.changes[EMBED].token_rows in set(group["params"])] == [1e-3]
 
 
+def test_a_padding_row_is_trained_where_it_is_named():
+    model, plain = llama(tied=False, pad_token_id=3), llama(tied=False, pad_token_id=3)
+    handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens=[3, 40]))
+    ((_, rows),) = handle.named_parameters()
+    with torch.no_grad():
+        rows.add_(0.1 * torch.randn_like(rows))
+        plain.model.embed_tokens.weight[[3, 40]] = rows
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    model(IDS).logits.square().sum().backward()
+    assert rows.grad.abs().amin(-1).gt(0).all()
+    handle.merge()
+    assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+
+
 def refused(model, words, **fields):
     before = bits(model)
     with pytest.raises(TargetError, match=words):
@@ -232,7 +246,6 @@ def test_what_cannot_be_trained_is_told_and_nothing_is_attached():
     refused(
         llama(), r"ids 43, 50 of .*embed_tokens.* 43 rows.*resize_token_embeddings\(51\)", trainable_tokens=[43, 50]
     )
-    refused(llama(pad_token_id=0), "token 0, the padding", trainable_tokens=[0, 1])
     refused(llama(), "matches no module", trainable_tokens={"embed": [1]})
     refused(llama(), "RMSNorm", trainable_tokens={"model.norm": [1]})
     refused(llama(), "other trainable_tokens", trainable_tokens={"embed_tokens": [1], "lm_head": [2]})

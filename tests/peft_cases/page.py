@@ -20,16 +20,13 @@ class Reason:
 
 
 _PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), and load that; or run it in PEFT."
-_RESEARCH = r"kasa_config|velora_config|monteclora_config|use_bdlora|'mica'"
-_KNOWN_TUNERS = "peft_type '(ADALORA|LOHA|LOKR|VERA|LN_TUNING|TRAINABLE_TOKENS)"
-_CONVERT = "Let PEFT convert it: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."
+_RESEARCH = r"kasa_config|velora_config|monteclora_config|use_bdlora"
 _GROUPS = "Neither can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."
 _FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot mix them either."
 #: the first whose pattern a text has counts
 REASONS = [
     Reason(_pattern, _title, _do)
     for _pattern, _title, _do in (
-        (r"rank \d+ for .*at most", "A rank above what a weight allows", "Lower the rank in PEFT."),
         ("alora_invocation_tokens", "aLoRA: a change from a token on", "Run it in PEFT."),
         ("layer_replication", "Layers that PEFT repeats", "Repeat them in the base itself, and train on that."),
         (
@@ -38,19 +35,21 @@ REASONS = [
             "Run it in PEFT; its merged model is one like any.",
         ),
         ("use_qalora", "QA-LoRA", "Run it in PEFT."),
-        ("lora_bias", "`lora_bias`: a bias beside B", 'Train with `bias="lora_only"` instead.'),
         (
-            "use_rslora, use_dora|use_dora, use_rslora",
-            "DoRA with rsLoRA",
-            "Train DoRA with alpha · √r, which is the same scale.",
+            "a bias for .* which has none",
+            "A bias that a layer does not have, merged",
+            "Keep the adapter beside the base, or give the layer a bias of zeros first.",
         ),
         (
-            "trainable_token_indices|'trainable_tokens'",
-            "Trained rows of an embedding",
-            "Train all of it (`modules_to_save`), or a low-rank change of it.",
+            "one of the modules that share this weight",
+            "Trained tokens of one of two tied modules",
+            "Untie the base first, or train both (`ensure_weight_tying=True`).",
         ),
-        ("changed the base's weights", "A start that moved the base's weights, unconverted", _CONVERT),
-        (_KNOWN_TUNERS, "Folders of PEFT's tuners that have a variant here", _PEFT_SAVES),
+        (
+            "whose 'weight' others read past it",
+            "A change of what a module gives, merged",
+            "Keep the adapter beside the base, or train one with Veneer, which every reader of the weight sees.",
+        ),
         ("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
         ("is no change of its weight", "Convolutions in groups", _GROUPS),
         (
@@ -78,7 +77,6 @@ REASONS = [
             "DoRA of a tied weight",
             "Load it with Veneer; for PEFT, untie the base and train both, or merge it.",
         ),
-        ("no tensors for classifier", "Targets inside `modules_to_save`", "Leave the head out of the targets."),
         (r"do not hold the \d+ rows", "A model that flattens rows and tokens, in a mixed batch", _FLAT),
     )
 ]

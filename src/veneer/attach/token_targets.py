@@ -85,6 +85,3 @@ def token_problems(names: Names, owner: ParamRef, ids: Sequence[int], refs: Iter
         if kind.name not in KINDS:
             found = f"trainable_tokens of {where!r}, which {path!r} ({own_class(module).__name__}) reads in another way"
             yield sentence(found, "embeddings and linear heads", "untie it, or leave these tokens out")
-        elif (padding := kind.frozen_input(module)) in ids:
-            found = f"token {padding}, the padding of {path!r}, whose row never changes"
-            yield sentence(found, "other tokens", "leave it out, or give the embedding another padding_idx")
