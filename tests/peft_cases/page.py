@@ -51,7 +51,7 @@ REASONS = [
             "Keep the adapter beside the base, or train one with Veneer, which every reader of the weight sees.",
         ),
         ("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
-        ("is no change of its weight", "Convolutions in groups", _GROUPS),
+        (r"is no change of its weight|one product for all \d+ groups", "Convolutions in groups", _GROUPS),
         (
             r"out-projection \d times",
             "The out-projection of `nn.MultiheadAttention`, which PEFT applies twice",
