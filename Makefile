@@ -25,6 +25,8 @@ help:
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
+	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
+	@echo "make trainers   every trainer with an adapter of Veneer and of PEFT, write docs/trainers.md (minutes)"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
 
 $(VENV)/bin/python:
@@ -96,7 +98,6 @@ check: setup
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
-	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.trainers --check
 
 record: demo  # the demo's result, into the README
 	cp .demo/result.json demo/result.json
@@ -107,6 +108,14 @@ docs: setup
 
 matrix: setup
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix
+
+.PHONY: cases trainers
+cases: setup
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_cases
+
+trainers: setup
+	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.trainers
+	$(BIN)/python scripts/docs.py
 
 .PHONY: fuzz
 fuzz: setup  # ten thousand damaged adapter folders (minutes)
