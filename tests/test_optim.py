@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA choose what learns and how fast; RankBudget keeps the triplets that matter."""
+"""LoRA+, LoRA-FA and Riemannian gradients choose what learns and how fast; RankBudget keeps what matters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from veneer.errors import ConfigError
-from veneer.optim import RankBudget, freeze_a, lora_plus, regulariser
+from veneer.optim import RankBudget, freeze_a, lora_plus, precondition, regulariser
 from veneer.variants import VARIANTS, InitContext
 
 OWN = [variant for variant in VARIANTS if not variant.name.startswith("toy")]
@@ -134,6 +134,94 @@ def test_freeze_a_keeps_what_is_trained_in_full_and_wants_an_adapter():
     numbers.B.requires_grad_(False)
     with pytest.raises(ConfigError, match="trained numbers A"):
         freeze_a(numbers)
+
+
+# Riemannian gradients
+
+
+@pytest.mark.parametrize("variant", OWN, ids=lambda variant: variant.name)
+def test_precondition_is_for_what_trains_a_and_b_alone(variant):
+    handle = handle_of(fc=Numbers(variant.name))
+    optimizer = torch.optim.SGD([parameter for _, parameter in handle.named_parameters()], lr=0.1)
+    factors = {"A", "B", "A1", "C", "E", "R", "b", "d"} & {name for name, _ in handle.changes["fc"].named_parameters()}
+    if factors == {"A", "B"}:
+        precondition(optimizer, handle)
+    else:
+        with pytest.raises(ConfigError, match=r"cannot be preconditioned. Found: trained numbers .* at fc"):
+            precondition(optimizer, handle)
+
+
+TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_preconditioned_step_is_the_papers(dtype):
+    torch.manual_seed(0)
+    numbers = Numbers("lora", groups=2).to(dtype)
+    numbers.B.data.normal_()
+    head = nn.Parameter(torch.randn(3, dtype=dtype))
+    before = {"A": numbers.A, "B": numbers.B, "head": head}
+    before = {name: value.detach().clone().double() for name, value in before.items()}
+    optimizer = torch.optim.SGD([numbers.A, numbers.B, head], lr=0.5)
+    hook = precondition(optimizer, [("fc.A", numbers.A), ("fc.B", numbers.B), ("head", head)], damping=0.1)
+    for parameter in (numbers.A, numbers.B, head):
+        parameter.grad = torch.randn_like(parameter)
+    dA, dB, dh = (p.grad.clone().double() for p in (numbers.A, numbers.B, head))
+    optimizer.step()
+    delta = 0.1 * torch.eye(3, dtype=torch.float64)
+    A, B = before["A"], before["B"]
+    expected = {
+        "A": A - 0.5 * (torch.linalg.inv(B.mT @ B + delta) @ dA),
+        "B": B - 0.5 * (dB @ torch.linalg.inv(A @ A.mT + delta)),
+        "head": before["head"] - 0.5 * dh,
+    }
+    for name, value in {"A": numbers.A, "B": numbers.B, "head": head}.items():
+        torch.testing.assert_close(value.detach().double(), expected[name], **TOLERANCE[dtype])
+    hook.remove()
+    numbers.A.grad = torch.ones_like(numbers.A)
+    numbers.B.grad = head.grad = None
+    kept = numbers.A.detach().clone()
+    optimizer.step()
+    assert torch.equal(numbers.A.detach(), kept.sub(torch.ones_like(kept), alpha=0.5))
+
+
+def test_a_preconditioned_optimizer_steps_as_pefts():
+    peft = pytest.importorskip("peft", reason="PEFT's optimiser to compare with is not installed")
+    create = pytest.importorskip("peft.optimizers").create_riemannian_optimizer
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0", "2"]))
+    pairs = [(name, parameter) for name, parameter in theirs.named_parameters() if parameter.requires_grad]
+    own = {name.replace(".default.weight", "").replace("lora_", ""): nn.Parameter(p.detach()[None].clone())
+           for name, p in pairs}  # fmt: skip
+    optimizer = torch.optim.AdamW(own.values(), lr=0.01)
+    precondition(optimizer, own.items())
+    reference = create(theirs, torch.optim.AdamW, lr=0.01)
+    for _ in range(3):
+        for (_, parameter), mine in zip(pairs, own.values(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            mine.grad = parameter.grad[None].clone()
+        optimizer.step()
+        reference.step()
+    for (_, parameter), mine in zip(pairs, own.values(), strict=True):
+        torch.testing.assert_close(mine.detach()[0], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_precondition_says_what_is_wrong():
+    numbers = Numbers("lora")
+    optimizer = torch.optim.SGD([numbers.B], lr=0.1)
+    with pytest.raises(ConfigError, match=r"(?s)damping=0.*an optimiser without some A or B"):
+        precondition(optimizer, numbers, damping=0)
+    with pytest.raises(ConfigError, match="no A and B"):
+        precondition(optimizer, nn.Linear(2, 2))
+    numbers.A.requires_grad_(False)
+    with pytest.raises(ConfigError, match="both trained"):
+        precondition(torch.optim.SGD([numbers.A, numbers.B], lr=0.1), numbers)
+    numbers.A.requires_grad_(True)
+    optimizer = torch.optim.SGD([numbers.A, numbers.B], lr=0.1)
+    precondition(optimizer, numbers)
+    with pytest.raises(ConfigError, match=r"a closure.* Do: call backward"):
+        optimizer.step(lambda: 0.0)
 
 
 # AdaLoRA

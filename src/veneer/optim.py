@@ -1,4 +1,5 @@
-"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, and AdaLoRA's budget of ranks, for any optimiser of torch.
+"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, Riemannian gradients, and AdaLoRA's budget of ranks, for any
+optimiser of torch.
 
 Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end in the parameter's
 name (``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ConfigError, listing, raise_all, sentence
 
-__all__ = ["RankBudget", "freeze_a", "lora_plus", "regulariser"]
+__all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -89,13 +90,7 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
             is not a random start of full rank: B could then never reach some of its directions.
     """
     named = list(_named(named_parameters))
-    layers: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in named:
-        path, _, last = name.rpartition(".")
-        layers.setdefault(path, {})[last] = parameter
-    low = {
-        path: own for path, own in layers.items() if own.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, own))
-    }
+    low = _low(named)
     started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
     problems = [
         sentence(f"{reason} at {path or 'the top'}", "a random A and a B, both trained", 'use variant "lora"')
@@ -109,6 +104,67 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
         parameters["A"].requires_grad_(False)
         parameters["A"].grad = None
     return [parameter for _, parameter in named if parameter.requires_grad]
+
+
+def precondition(optimizer: torch.optim.Optimizer, named_parameters: Named | Any, damping: float = 1e-2) -> Any:
+    """Let each step of ``optimizer`` see Riemannian gradients: that of A becomes (BᵀB + δI)⁻¹ dA, that of B becomes
+    dB (AAᵀ + δI)⁻¹, with δ the damping. Both then learn at rates that suit each other, so one rate serves for both
+    whatever the rank. Zhang and Pilanci 2024, arXiv:2402.02347.
+
+        optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-3)
+        veneer.optim.precondition(optimizer, handle)
+
+    It is a hook of the optimiser itself, so it also serves in ``optimizers=(optimizer, None)`` of a trainer; clipping
+    comes before it. The r × r matrices are computed in float32, or float64 where the parameters are. What is trained
+    beside A and B (a gain, a head, rows of tokens) keeps its gradient.
+
+    Args:
+        named_parameters: a handle, a module, or (name, parameter) pairs.
+        damping: δ, above 0.
+
+    Returns:
+        the handle of the hook; ``.remove()`` ends it.
+
+    Raises:
+        ConfigError: a damping that is not above 0, no A and B, a variant with other factors, or with one of both
+            frozen, or parameters that ``optimizer`` does not train; nothing is changed then. In a step: a closure,
+            which would compute the gradients anew after the hook.
+    """
+    low = _low(named_parameters)
+    problems = [
+        sentence(
+            f"trained numbers {listing(names)} at {path or 'the top'}", "A and B, both trained", 'use variant "lora"'
+        )
+        for path, own in low.items()
+        if not {"A", "B"} <= set(names := [name for name, value in own.items() if value.requires_grad])
+        or len(set(own) & (_OTHER_FACTORS | {"A"})) > 2
+    ]
+    if not low:
+        problems.append(sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters"))
+    if not damping > 0:
+        problems.append(sentence(f"damping={damping!r}", "a number above 0", "use e.g. 1e-2"))
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = [(own["A"], own["B"]) for own in low.values() if {"A", "B"} <= own.keys()]
+    if any(id(parameter) not in known for pair in pairs for parameter in pair):
+        do = "pass it handle.parameters(), and call precondition before anything wraps it"
+        problems.append(sentence("an optimiser without some A or B", "one that trains all of them", do))
+    raise_all(ConfigError, "The gradients cannot be preconditioned", problems)
+
+    @torch.no_grad()
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        if any(value is not None for value in args[1:]) or kwargs.get("closure") is not None:
+            found = "a closure, which computes the gradients anew"
+            raise ConfigError(f"A preconditioned step. {sentence(found, 'none', 'call backward before step()')}")
+        for A, B in pairs:
+            exact = torch.promote_types(A.dtype, torch.float32)
+            left, right = B.to(exact), A.to(exact)
+            eye = damping * torch.eye(A.shape[-2], dtype=exact, device=A.device)
+            if A.grad is not None:
+                A.grad.copy_(torch.linalg.solve(left.mT @ left + eye, A.grad.to(exact)))
+            if B.grad is not None:
+                B.grad.copy_(torch.linalg.solve(right @ right.mT + eye, B.grad.to(exact), left=False))
+
+    return optimizer.register_step_pre_hook(hook)
 
 
 def _why_not_frozen(parameters: dict[str, nn.Parameter], started: bool) -> str | None:
@@ -285,6 +341,17 @@ def regulariser(source: Any) -> Tensor:
 def _named(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
     own = getattr(source, "named_parameters", None)
     yield from own() if own else source
+
+
+def _low(source: Any) -> dict[str, dict[str, nn.Parameter]]:
+    """The trained numbers of each low-rank change by its path, and by their names."""
+    layers: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in _named(source):
+        path, _, last = name.rpartition(".")
+        layers.setdefault(path, {})[last] = parameter
+    return {
+        path: own for path, own in layers.items() if own.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, own))
+    }
 
 
 def _parts(source: Any) -> Iterator[tuple[str, Any]]:
