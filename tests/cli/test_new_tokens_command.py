@@ -92,6 +92,10 @@ def test_chat_refuses_adapters_whose_new_tokens_share_an_id(
         tokenizer.save_pretrained(place)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     both = "chat", folders.base, "--adapter", f"first={folders.adapter}", "--adapter"
-    refused(veneer(*both, f"second={other}"), "'second' and 'first'", "one tokenizer serves")
+    refused(
+        veneer(*both, f"second={other}"),
+        "'second' has '<c>' at 259, '<d>' at 260, where 'first' has '<a>'",
+        "one tokenizer",
+    )
     done = veneer(*both, f"second={fewer}")
     assert done.code == 0, done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -89,6 +90,28 @@ def test_a_merge_into_another_base_is_refused_and_one_that_has_grown_is_not(tmp_
     merge_checkpoint(tmp_path / "grown", [adapter], tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert error(merged(IDS).logits, handle.model(IDS).logits) < 1e-6
+
+
+def with_tokenizer(adapter, folder, *tokens):
+    """The adapter with a tokenizer of other new tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(shutil.copytree(adapter, folder))
+    return folder
+
+
+def test_a_merge_of_several_takes_the_tokenizer_that_knows_all_tokens_or_refuses(tmp_path):
+    base = written(tmp_path / "base")
+    adapter, _ = trained(base, tmp_path / "a")
+    fewer = with_tokenizer(adapter, tmp_path / "fewer", "<a>", "<b>")
+    merge_checkpoint(base, [(adapter, 0.5), (fewer, 0.5)], tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("<c>").input_ids == [261]
+    assert prove(base, [(adapter, 0.5), (fewer, 0.5)], tmp_path / "out") > 0
+    other = with_tokenizer(adapter, tmp_path / "other", "<a>", "<x>")
+    with pytest.raises(AdapterError, match=r"other' has '<x>' at 260, where .*/a' has '<b>'.*one of them alone"):
+        merge_checkpoint(base, [adapter, fewer, other], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_what_has_no_place_for_tokens_says_so(tmp_path):

@@ -42,6 +42,7 @@ from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_tuners import Weights, check_config, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
+from veneer.models.load import tokenizer_at
 from veneer.variants import VARIANTS
 
 #: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
@@ -213,6 +214,26 @@ def own_tokenizer(path: Path) -> Path | None:
     """The folder itself where it trains tokens and holds a tokenizer, or None."""
     there = any((path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2])
     return path if there and read_tokens(path) and not any(misplaced(path, TOKENIZER)) else None
+
+
+def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
+    """The folder, among those of adapters by name, whose tokenizer knows all tokens of the adapters' own; None: none of
+    them has one. ``AdapterError``: they mean different tokens by one id, or one token by several."""
+    own = {name: place for name, folder in folders.items() if (place := own_tokenizer(folder)) is not None}
+    if len(set(own.values())) < 2:
+        return next(iter(own.values()), None)
+    known = {name: tokenizer_at(str(place), str(place)).get_vocab() for name, place in own.items()}
+    largest = max(known, key=lambda name: len(known[name]))
+    by_id, problems = {id_: token for token, id_ in known[largest].items()}, []
+    for name, vocabulary in known.items():
+        odd = sorted((id_, token) for token, id_ in vocabulary.items() if known[largest].get(token) != id_)
+        if odd:
+            said, there = listing((f"{token!r} at {id_}" for id_, token in odd), 3), by_id.get(odd[0][0])
+            found = f"{name!r} has {said}, where {largest!r} has {'nothing' if there is None else repr(there)}"
+            do = "use one of them alone, or train them again with one tokenizer of all these tokens"
+            problems.append(sentence(found, "adapters that one tokenizer serves", do))
+    raise_all(AdapterError, "The tokens of these adapters differ", problems)
+    return own[largest]
 
 
 def content_hash(path: Path) -> str:

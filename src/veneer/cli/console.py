@@ -81,15 +81,17 @@ def open_base_and_adapters(
 ) -> tuple[Base, dict[str, Any]]:
     """The same for several adapters, by name."""
     import veneer
+    from veneer.adapter_files.folder import common_tokenizer
     from veneer.models.encoders import must_be_causal
-    from veneer.models.load import load_base
+    from veneer.models.load import load_base, tokenizer_at
     from veneer.store.library import resolve
 
     setup_logging()
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
         veneer.adapter_files.read(folder)
-    tokenizer = _tokenizer_of_all(folders)
+    place = common_tokenizer(folders)
+    tokenizer = None if place is None else tokenizer_at(str(place), str(place))
     must_be_causal(base)
     loaded = load_base(base, **loading)
     names = folders.items()
@@ -97,20 +99,6 @@ def open_base_and_adapters(
         name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names
     }
     return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
-
-
-def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
-    """The one with all tokens of the adapters' own, or None. ``ConfigError``: two adapters mean different tokens by one
-    id."""
-    own = {name: found for name, folder in folders.items() if (found := tokenizer_beside(folder)) is not None}
-    if not own:
-        return None
-    largest = max(own, key=lambda name: len(own[name]))
-    known = own[largest].get_vocab().items()
-    if apart := [name for name, one in own.items() if not one.get_vocab().items() <= known]:
-        found = f"the adapters {apart[0]!r} and {largest!r}, each with new tokens that the other's tokenizer has not"
-        raise ConfigError(found, "adapters that one tokenizer serves", "name one of them alone")
-    return own[largest]
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:

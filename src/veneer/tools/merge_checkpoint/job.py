@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.folder import content_hash, own_tokenizer, read
+from veneer.adapter_files.folder import common_tokenizer, content_hash, read
 from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, hash_json, kind_of
@@ -46,15 +46,15 @@ class MergeJob:
     dtype: torch.dtype | None
     rounding: str
     verify_base: bool
+    #: the folder of the adapter whose tokenizer the result gets; None: the base's
+    tokenizer: Path | None
     #: how a parameter that several tensors hold is rounded, found when the first of them is there
     decided: dict[str, str] = field(default_factory=dict)
 
     @property
     def aux_changes(self) -> Changes:
         """How the files beside the weights differ from the base's."""
-        tokenizers = [found for path, _ in self.adapters if (found := own_tokenizer(path)) is not None]
-        rows = max(self.merge_plan.sizes.values(), default=None)
-        return Changes(self.dtype, rows, tokenizers[-1] if tokenizers else None)
+        return Changes(self.dtype, max(self.merge_plan.sizes.values(), default=None), self.tokenizer)
 
     def target(self, name: str) -> torch.dtype:
         own = self.checkpoint.dtype(name)
@@ -146,11 +146,12 @@ def planned(
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
     saved_adapters = [read(path) for path, _ in given]
+    tokenizer = common_tokenizer({str(path): path for path, _ in given})
     drawn = linear_stub_model(checkpoint, saved_adapters) if model is None and verify_base and by_prints else None
     merge_plan = recipe_for(folder, given, model if drawn is None else drawn)
     merge_plan = replace(merge_plan, by_prints=drawn is not None)
     checkpoint = grown(checkpoint, merge_plan.sizes)
-    return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base)
+    return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base, tokenizer)
 
 
 def computed(
