@@ -20,7 +20,7 @@ import veneer
 from veneer.adapter_files.match_base import PartialChange
 from veneer.attach.reference import reference_of
 from veneer.errors import AdapterError, MergeError
-from veneer.tools.convert import convert
+from veneer.tools.convert import conversion, convert
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
@@ -493,8 +493,10 @@ def test_what_the_factors_alone_do_not_say_goes_into_no_file_of_factors(tmp_path
     with pytest.raises(AdapterError, match=words):
         convert(path, tmp_path / "kohya.safetensors", to="kohya", base=narrow(), part="model")
     assert not (tmp_path / "kohya.safetensors").exists()
-    for to in ("veneer", "dense"):
-        convert(path, tmp_path / to, to=to, base=narrow())
+    convert(path, tmp_path / "dense", to="dense", base=narrow())
+    done = conversion(path, tmp_path / "veneer", to="veneer", base=narrow())
+    written = veneer.adapter_files.read(done.path).low["wide"].rank
+    assert done.ranks == {"wide.weight": written} == {"wide.weight": 4 if "init_lora_weights" in fields else 2}
     model = narrow()
     veneer.load(model, tmp_path / "veneer")
     assert error(model(IDS), theirs(IDS)) < 1e-5

@@ -151,6 +151,7 @@ def conversion(
             name = made.peft_config.get("base_model_name_or_path") or base_info.facts.name
             with on_model() as model:
                 save(model, out, name=deltas.NAME, base_name=name, provenance=provenance, overwrite=overwrite)
+            changes = _changes(folder.read(out), base_info.facts)  # on a base, some are of another rank
         elif format_.write is None:  # peft
             tensors, _ = read_tensors(made.path / peft.TENSORS)
             folder.write(
