@@ -375,16 +375,62 @@ def test_a_folder_of_peft_becomes_one_that_proves_its_base(tmp_path):
         veneer.load(TinyLM(), tmp_path / "ours")
 
 
+class Twice(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Same(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.mT + self.bias
+
+
+def by_peft(model, folder):
+    import peft
+
+    config = peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("to", ["kohya", "dense"])
 def test_what_peft_applies_in_another_way_is_no_change_of_a_weight(to, tmp_path):
-    import peft
-
     model = nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2))
-    config = peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
-    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "theirs")
+    by_peft(model, tmp_path / "theirs")
+    part = {"part": "model"} if to == "kohya" else {}
     with pytest.raises(AdapterError, match="PEFT leaves out dilation"):
-        convert(tmp_path / "theirs", tmp_path / "b", to=to, base=model, **({"part": "model"} if to == "kohya" else {}))
+        convert(tmp_path / "theirs", tmp_path / "b", to=to, base=model, **part)
+    with pytest.warns(veneer.UnverifiedAdapter, match="Nobody checked .* a dilation.* Give the model as base"):
+        convert(tmp_path / "theirs", tmp_path / "b", to=to, **part)  # without it nobody can tell
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_of_its_own_is_compared_also_without_weights(device, tmp_path):
+    for layer in (Twice, Same):
+        by_peft(nn.Sequential(layer(4, 5)), tmp_path / layer.__name__)
+    with torch.device(device):
+        twice, same = nn.Sequential(Twice(4, 5)), nn.Sequential(Same(4, 5))
+    with pytest.raises(AdapterError, match="Twice has a forward of its own"):
+        convert(tmp_path / "Twice", tmp_path / "b", to="kohya", base=twice, part="model")
+    convert(tmp_path / "Same", tmp_path / "b", to="kohya", base=same, part="model")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_base_in_a_folder_tells_what_reads_its_weights_past_their_modules(tmp_path):
+    import peft
+    import transformers
+
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    attention = {"intermediate_size": 24, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    model = transformers.DebertaForMaskedLM(transformers.DebertaConfig(**sizes, **attention))
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=1, target_modules=["in_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=r"in_proj.* reads the weight itself, past the module"):
+        convert(tmp_path / "theirs", tmp_path / "b", to="kohya", base=tmp_path / "base", part="model")
+    assert not (tmp_path / "b").exists()
 
 
 # ---------------------------------------------------------------------------------------------- whole models

@@ -19,7 +19,8 @@ from veneer.models.quantize import sources_of
 
 class UnverifiedAdapter(UserWarning):
     """Nobody can tell whether an adapter was made for this base: another library wrote it, so it carries no
-    fingerprint, or the base has parameters of which its record does not speak."""
+    fingerprint, or the base has parameters of which its record does not speak. Of ``convert``: or whether it is one of
+    weights, as there is no base."""
 
 
 class PartialChange(UserWarning):

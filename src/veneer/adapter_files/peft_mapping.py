@@ -302,11 +302,15 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     storage: Any = storage_of(weight)
     if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
         return True
-    dense = storage.dense(weight)
+    dense, own = storage.dense(weight), {}
+    if not dense.any():  # of a model without weights: with these, every forward gives the same
+        dense = torch.linspace(0.5, 1, dense.shape[-1], dtype=dense.dtype, device=dense.device).expand(dense.shape)
+        own = {name: dense}
     embeds = kind.name == "embedding"
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
-    module = view(module, base, {name: whole(own) for name, own in module._parameters.items() if is_sharded(own)})
+    sharded = {other: whole(value) for other, value in module._parameters.items() if is_sharded(value)}
+    module = view(module, base, {**sharded, **own})
     try:
         y = base.forward(module, x)
         expected = kind.op(module, x, dense, module._parameters.get("bias"))

@@ -47,6 +47,7 @@ def convert_command(
       veneer convert run/adapter plain --to peft
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
+    from veneer.adapter_files import UnverifiedAdapter
     from veneer.cli.console import echo_json, err, out, setup_logging
     from veneer.store.library import resolve
     from veneer.tools.convert import MisreadElsewhere, conversion
@@ -59,7 +60,8 @@ def convert_command(
         err.print(f"Warning. {message}", soft_wrap=True)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", MisreadElsewhere)
+        for kind in (MisreadElsewhere, UnverifiedAdapter):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show  # as it was at the end of the block
         done = conversion(
             resolve(adapter), output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,

@@ -27,7 +27,7 @@ from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_mapping import differs, means_parameter, reads_past, ref_at
+from veneer.adapter_files.peft_mapping import differs, is_zero, means_parameter, reads_past, ref_at
 from veneer.attach.install import detach
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import kind_for
@@ -119,6 +119,7 @@ def conversion(
 
     Warns:
         MisreadElsewhere: ``out`` is right, and a common reader of its format reads another adapter in it.
+        UnverifiedAdapter: without the model, nobody can tell whether PEFT applies its changes as those of weights.
 
     Raises:
         AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason). Nothing was written.
@@ -141,7 +142,7 @@ def conversion(
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
         left_out = [*contents.left_out, *_lost(made, to)]
-        _refuse(made, from_, format_, base, base_info)
+        _refuse(made, from_, format_, base_info)
         if made.tuner is not None and to == "peft":
             made = folder.read(write_derived(Path(scratch) / "plain", [made], made.low, made.full))
         changes = _changes(made, base_info.facts)
@@ -383,7 +384,7 @@ def _adapter(
     return Adapter(changes, saved.full, about, all_deltas)
 
 
-def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object, base_info: BaseInfo) -> None:
+def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) -> None:
     """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one. And what the
     factors of a folder do not say, where no model is asked: a start that PEFT takes off the base, a bias beside B."""
     if to.name not in ("veneer", "dense") or base_info.module is None:
@@ -397,15 +398,31 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base: object, base_info
         raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
     if to.peft and saved.tuner is not None:
         raise_all(AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info)))
-    if to.peft or not FORMATS[from_].peft or saved.record is not None or not isinstance(base, nn.Module):
+    if not to.peft and FORMATS[from_].peft and saved.record is None:
+        _must_be_of_weights(saved, to, base_info.structure)
+
+
+def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None) -> None:
+    """``AdapterError``: changes that PEFT does not apply as those of weights. ``UnverifiedAdapter`` is warned of where
+    no model can tell."""
+    if model is None:
+        odd = "a dilation, a padding mode or a forward of its own"
+        warnings.warn(
+            f"Nobody checked what PEFT makes of {saved.path}: where a module reads another one's weight, or a layer "
+            f"has {odd}, that is no change of the weight, which is what {to.name!r} holds. Give the model as base to "
+            "have it checked.",
+            UnverifiedAdapter,
+            stacklevel=4,
+        )
         return
-    names, config, problems = Names(base), saved.peft_config, []
+    names, config, problems = Names(model), saved.peft_config, []
+    rule = peft.differs if saved.tuner is None else peft_tuners.differs
     for path, layer in saved.low.items():
         ref = ref_at(names, path, config)
-        rule = peft.differs if saved.tuner is None else peft_tuners.differs
         if ref is None:
             continue
-        reason = reads_past(names, ref) or differs(names, ref, means_parameter(names, ref, config), rule)
+        past = None if not layer.extras and is_zero(layer.A, layer.B) else reads_past(names, ref)
+        reason = past or differs(names, ref, means_parameter(names, ref, config), rule)
         if reason:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))

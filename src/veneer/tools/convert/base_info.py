@@ -9,6 +9,7 @@ folder of safetensors, or of a diffusers pipeline, is read by its headers. Every
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -31,23 +32,29 @@ from veneer.formats.parts import PARTS
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base: what its files say, and how to have the model itself. None: there is no base."""
+    """A base: what its files say, how to have the model itself (None: there is no base), and its modules, whose weights
+    may be zeros (None: only names and shapes are known)."""
 
     facts: BaseFacts
     module: Callable[[], nn.Module] | None
+    structure: nn.Module | None
 
 
 def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
     """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
     if base is None:
-        return BaseInfo(BaseFacts(), None)
+        return BaseInfo(BaseFacts(), None, None)
     if isinstance(base, nn.Module):
-        return BaseInfo(_facts_of(base), lambda: _with_weights(base))
+        empty = any(value.is_meta for value in base.state_dict().values())
+        structure = models.filled(copy.deepcopy(base)) if empty else base
+        return BaseInfo(_facts_of(base), lambda: _with_weights(base), structure)
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
-        return BaseInfo(_facts_in(path), cache(lambda: models.load_base(base, precision="stored", device="cpu").model))
+        load = cache(lambda: models.load_base(base, precision="stored", device="cpu").model)
+        facts, structure = _facts_in(path)
+        return BaseInfo(facts, load, structure)
     model = models.load_base(base, precision="stored", device="cpu").model
-    return BaseInfo(_facts_of(model, str(base)), lambda: model)
+    return BaseInfo(_facts_of(model, str(base)), lambda: model, model)
 
 
 def _with_weights(model: nn.Module) -> nn.Module:
@@ -67,11 +74,13 @@ def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     return BaseFacts(shapes, config.to_dict() if hasattr(config, "to_dict") else {}, name)
 
 
-def _facts_in(path: Path) -> BaseFacts:
+def _facts_in(path: Path) -> tuple[BaseFacts, nn.Module | None]:
+    """What the files of a folder say, and the model without weights where transformers knows it."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:
-            return _facts_of(models.meta_model(path), str(path))
+            model = models.meta_model(path)
+            return _facts_of(model, str(path)), model
         except ConfigError:  # a class that transformers does not have: the names of its files are all there is
             pass
     shapes = {
@@ -80,4 +89,4 @@ def _facts_in(path: Path) -> BaseFacts:
         for file in sorted((path / part).glob("*.safetensors"))
         for name, entry in read_header(file).tensors.items()
     }
-    return BaseFacts(shapes, config.get("text_config") or config, str(path))
+    return BaseFacts(shapes, config.get("text_config") or config, str(path)), None
