@@ -3,6 +3,7 @@ not."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -481,6 +482,81 @@ def test_a_folder_that_lacks_a_bias_beside_b_is_not_whole(tmp_path, key, words):
     save_file(tensors, file)
     with pytest.raises(AdapterError, match=words):
         veneer.load(biased(), path)
+
+
+def without(path, field):
+    file = path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop(field)
+    file.write_text(json.dumps(config))
+    return path
+
+
+def from_on(model, name, ids, start):
+    """docs/from-peft.md: the logits of the tokens from ``start`` on, of the adapter; those before it are the base's."""
+    with torch.no_grad(), veneer.use(model, None):
+        cache = model(ids[:, :start], use_cache=True).past_key_values
+    with veneer.use(model, name):
+        return model(ids[:, start:], past_key_values=cache).logits
+
+
+def test_alora_is_lora_that_is_selected_from_its_tokens_on(tmp_path):
+    fields = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    theirs, path = by_peft(tmp_path / "theirs", llama(), alora_invocation_tokens=[1, 2], **fields)
+    ids, start = torch.tensor([[3, 5, 7, 1, 2, 4, 6, 8]]), 3
+    with pytest.raises(AdapterError, match=r"alora_invocation_tokens=\[1, 2\].*from these tokens on"):
+        veneer.load(llama(), path)
+    model = llama()
+    handle = veneer.load(model, without(path, "alora_invocation_tokens"), name="a", trainable=True)
+    for parameter in theirs.parameters():
+        parameter.requires_grad_()
+    expected, logits = theirs(input_ids=ids).logits[:, start:], from_on(model, "a", ids, start)
+    assert error(logits, expected) < 1e-5
+    assert error(model(ids).logits[:, start:], expected) > 1e-3
+    for one in (expected, logits):
+        one[:, :-1].log_softmax(-1).gather(-1, ids[:, start + 1 :, None]).sum().backward()
+    projection = theirs.base_model.model.model.layers[0].self_attn.k_proj.lora_A["default"].weight
+    ours = handle.changes["model.layers.0.self_attn.k_proj.weight"].adapter_parameters["A"]
+    assert error(ours.grad[0], projection.grad) < 1e-5
+    with torch.no_grad(), veneer.use(model, None):
+        cache = model(ids[:, :start], use_cache=True).past_key_values
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with veneer.use(model, "a"):
+        found = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(found, theirs.generate(input_ids=ids, **options))
+
+
+def test_repeated_layers_are_those_of_a_base_that_has_them(tmp_path):
+    config = transformers.LlamaConfig(**SMALL, num_hidden_layers=2, intermediate_size=24, num_key_value_heads=1)
+
+    def fresh():
+        return made(transformers.LlamaForCausalLM, copy.deepcopy(config))
+
+    fields = {"target_modules": ["q_proj", "down_proj"], "layer_replication": [[0, 2], [1, 2]]}
+    theirs, path = peft.get_peft_model(fresh(), peft.LoraConfig(**fields, init_lora_weights=False)).eval(), tmp_path
+    theirs.save_pretrained(path)
+    with pytest.raises(AdapterError, match=r"layer_replication=.*a base that has these layers"):
+        veneer.load(fresh(), path)
+    larger = peft.get_peft_model(fresh(), peft.LoraConfig.from_pretrained(path)).unload()
+    larger.model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in larger.model.layers)
+    larger.save_pretrained(tmp_path / "larger")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "larger").eval()
+    handle = veneer.load(model, without(path, "layer_replication"))
+    assert len(handle.changes) == 6
+    assert error(model(TOKENS).logits, theirs(TOKENS).logits) < 1e-5
+
+
+def test_qalora_pools_in_gptq_layers_alone(tmp_path):
+    fields = {"use_qalora": True, "qalora_group_size": 2, "target_modules": ["wide"]}
+    theirs, path = by_peft(tmp_path / "theirs", narrow(), **fields)
+    agrees(theirs, path, narrow, IDS)
+    with pytest.raises(AdapterError, match=r"use_qalora=true.*on its base"):
+        convert(path, tmp_path / "kohya", to="kohya", base=narrow(), part="model")
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value[:, ::2].clone() if "lora_A" in key else value for key, value in tensors.items()}, file)
+    with pytest.raises(AdapterError, match="wide"):
+        veneer.load(narrow(), path)
 
 
 @pytest.mark.parametrize(

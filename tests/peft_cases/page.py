@@ -19,7 +19,9 @@ class Reason:
     do: str
 
 
-_PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), and load that; or run it in PEFT."
+_PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), or merge it there and take the difference (`veneer extract`)."
+_FROM_ON = "Load it as the LoRA that it is, and select it from these tokens on: [aLoRA](from-peft.md#alora)."
+_REPEATED = "Load it on a base that has these layers: [Repeated layers](from-peft.md#repeated-layers)."
 _RESEARCH = r"kasa_config|velora_config|monteclora_config|use_bdlora"
 _GROUPS = "Neither can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."
 _FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot mix them either."
@@ -27,14 +29,13 @@ _FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot 
 REASONS = [
     Reason(_pattern, _title, _do)
     for _pattern, _title, _do in (
-        ("alora_invocation_tokens", "aLoRA: a change from a token on", "Run it in PEFT."),
-        ("layer_replication", "Layers that PEFT repeats", "Repeat them in the base itself, and train on that."),
+        ("alora_invocation_tokens", "aLoRA: a change from a token on", _FROM_ON),
+        ("layer_replication", "Layers that PEFT repeats", _REPEATED),
         (
             _RESEARCH,
             "Options of LoRA that are research of its own",
             "Run it in PEFT; its merged model is one like any.",
         ),
-        ("use_qalora", "QA-LoRA", "Run it in PEFT."),
         (
             "a bias for .* which has none",
             "A bias that a layer does not have, merged",

@@ -73,7 +73,8 @@ _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
 # where it is not null: (test, in words, fields).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (_is(str), "text", "base_model_name_or_path megatron_core peft_type peft_version revision task_type"),
-    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias use_dora use_rslora"),
+    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias use_dora use_qalora"),
+    (_is(bool), "true or false", "use_rslora"),
     (_is(dict), "an object", "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config"),
     (_is(dict), "an object", "runtime_config"),
     (_is(bool, str), "true, false or a name", "init_lora_weights"),
@@ -98,6 +99,11 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 _INFORMATION = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
+#: what to do instead of a field that is refused; PEFT applies what all others say
+_INSTEAD = {
+    "alora_invocation_tokens": 'take it out, and select the adapter from these tokens on (docs/from-peft.md, "aLoRA")',
+    "layer_replication": 'take it out, and load on a base that has these layers (docs/from-peft.md, "Repeated layers")',
+}
 #: starts that move part of the base's weight into the adapter, so that the file is a change of a base without it; PEFT
 #: makes them again as it loads the folder
 STARTS = ("pissa", "olora")
@@ -255,8 +261,9 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     ``ours`` is a config that Veneer wrote. ``with_base``: the base's weights are there to compute with."""
     problems = []
     type_ = config.get("peft_type")
-    if type_ != "LORA" and not (ours and not_for_peft(config) is not None):
-        problems.append(sentence(f"peft_type {type_!r}", "'LORA'", "convert the adapter first"))
+    if type_ != "LORA" and not (ours and not_for_peft(config) is not None):  # whose other fields mean other things
+        do = "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract` on the merged model"
+        raise AdapterError(f"peft_type {type_!r} in {CONFIG}", "'LORA', or a type that docs/from-peft.md names", do)
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
@@ -276,11 +283,14 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base with veneer.load, and merge or save it there"
         problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
+    if config.get("use_qalora") is True and not with_base:
+        do = "load it on its base with veneer.load, and save it there"
+        problems.append(sentence("use_qalora=true, which pools inputs of GPTQ layers", "A of all inputs", do))
     for name, value in config.items():
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
         if value is not None and not test(value):
             found = f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in {CONFIG}"
-            do = "correct it, or get the file again" if name in _INFORMATION else "use PEFT for it"
+            do = "correct it, or get the file again" if name in _INFORMATION else _INSTEAD.get(name, "use PEFT for it")
             problems.append(sentence(found, words, do))
     raise_all(AdapterError, f"This {CONFIG} cannot be used", problems or list(_bad_patterns(config)))
 
