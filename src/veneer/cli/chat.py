@@ -17,7 +17,21 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from veneer.cli.options import ADAPTER_HELP, MANY, Attention, BaseModel, Device, DeviceMap, Precision, Quantize, Verify
+from veneer.cli.options import (
+    ADAPTER_HELP,
+    MANY,
+    Attention,
+    BaseModel,
+    Device,
+    DeviceMap,
+    MaxNewTokens,
+    Precision,
+    Quantize,
+    Seed,
+    Temperature,
+    TopP,
+    Verify,
+)
 from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, nearest
 
 Adapters = Annotated[
@@ -40,10 +54,10 @@ def chat_command(
     base: BaseModel,
     adapter: Adapters = None,
     system: Annotated[str | None, Option(help="System message, for a base with a chat template.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Longest answer in tokens.", min=1)] = 256,
-    temperature: Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)] = 0.0,
-    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the sampling.", min=0)] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     precision: Precision = "auto",
     quantize: Quantize = None,
     device: Device = None,

@@ -7,7 +7,22 @@ from typing import Annotated, Any
 
 from typer import Option, echo
 
-from veneer.cli.options import ADAPTER_HELP, MANY, Attention, BaseModel, Device, DeviceMap, Precision, Quantize, Verify
+from veneer.cli.options import (
+    ADAPTER_HELP,
+    MANY,
+    NEW_TOKENS,
+    Attention,
+    BaseModel,
+    Device,
+    DeviceMap,
+    MaxNewTokens,
+    Precision,
+    Quantize,
+    Seed,
+    Temperature,
+    TopP,
+    Verify,
+)
 
 Prompts = Annotated[list[str] | None, Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")]
 
@@ -19,10 +34,10 @@ def generate_command(
     both: Annotated[bool, Option("--both", help="Base and adapter side by side.")] = False,
     chat: Annotated[bool, Option(help="Put the prompt through the chat template, as a user's message.")] = False,
     system: Annotated[str | None, Option(help="System message, with --chat.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Longest answer in tokens.", min=1)] = 128,
-    temperature: Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)] = 0.0,
-    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the sampling.", min=0)] = 0,
+    max_new_tokens: MaxNewTokens = NEW_TOKENS,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     stop: Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")] = None,
     batch_size: Annotated[int, Option(help="Prompts in one batch.", min=1)] = 16,
     precision: Precision = "auto",

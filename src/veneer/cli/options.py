@@ -9,6 +9,8 @@ from typer import Argument, Option
 
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
 MANY = "may be given several times"
+#: longest answer of `veneer generate`, unless it is told
+NEW_TOKENS = 128
 
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]
 Adapter = Annotated[str, Argument(help=ADAPTER_HELP)]
@@ -26,6 +28,10 @@ DeviceMap = Annotated[
 Attention = Annotated[
     str, Option("--attention", "--attn", help="Attention code: auto, products, eager, sdpa, flash_attention_2, …")
 ]
+MaxNewTokens = Annotated[int, Option(help="Longest answer in tokens.", min=1)]
+Temperature = Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)]
+TopP = Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]
+Seed = Annotated[int, Option(help="Seed of the sampling.", min=0)]
 Verify = Annotated[bool, Option(help="Refuse an adapter of another base.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the folder if it exists.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -141,12 +141,9 @@ def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         nonlocal cut
-        head.output = output = body(*args, **kwargs)
-        hidden = getattr(output, "last_hidden_state", None)
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
-            return output
-        flat = hidden.flatten(0, 1)  # [b · s, h]
-        if not head.is_rowwise(flat[places[:3].to(flat.device)].detach()):
+        output = body(*args, **kwargs)
+        flat = head.rows_of(output, labels, places)
+        if flat is None:
             return output
         cut = True
         return _with_rows(output, flat.index_select(0, places.to(flat.device)))
@@ -202,12 +199,9 @@ def _in_chunks(
         """The body's output with the first chunk of rows in it: the rest of the forward, which may need the others of
         the body's outputs for a loss of its own, is then the head on that chunk."""
         nonlocal rows, first
-        head.output = output = body(*args, **kwargs)
-        hidden = getattr(output, "last_hidden_state", None)
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
-            return output
-        flat = hidden.flatten(0, 1)  # [b · s, h]
-        if not head.is_rowwise(flat[places[:3].to(flat.device)].detach()):
+        output = body(*args, **kwargs)
+        flat = head.rows_of(output, labels, places)
+        if flat is None:
             return output
         if len(places) == 0:
             rows = first = flat[:1]  # nothing to learn, yet the graph must reach the parameters
@@ -252,6 +246,16 @@ class _Head:
         already, and could not be entered twice."""
         self.rows = rows
         return own_class(self.model).forward(self.view, **self.inputs)
+
+    def rows_of(self, output: Any, labels: Tensor, places: Tensor) -> Tensor | None:
+        """The body's hidden states as rows [b · s, h]; None if it gave none for each token of labels [b, s], or if the
+        head looks at several at once, which those at `places` are tried for."""
+        self.output = output
+        hidden = getattr(output, "last_hidden_state", None)
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != labels.shape:
+            return None
+        flat = hidden.flatten(0, 1)
+        return flat if self.is_rowwise(flat[places[:3].to(flat.device)].detach()) else None
 
     def is_rowwise(self, rows: Tensor) -> bool:
         """Whether the logits of some rows stay the same among others and in another order; tried once a model."""
