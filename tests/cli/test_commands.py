@@ -233,15 +233,6 @@ def test_the_tensorboard_tracker(veneer: Case, base: Path, tmp_path: Path) -> No
     assert list((tmp_path / "o").rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda file: file.name
-)
-def test_the_examples_are_valid(file: Path) -> None:
-    from veneer.train.config import load_config
-
-    assert load_config(file).base
-
-
 def test_compose_and_diff(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
     found = veneer("compose", tmp_path / "twice", f"{adapter}=1.5", f"{adapter}=0.5")
     assert found.code == 0, found.err
@@ -303,14 +294,19 @@ def test_composing_reads_of_the_base_what_it_needs(
 
 def next_lines(text: str) -> list[list[str]]:
     """The command lines below the last "Next:", as a shell would read them."""
-    lines = text[text.rindex("Next:") :].splitlines()[1:]
-    return [shlex.split(line)[1:] for line in lines if line.strip()]
+    words, commands = shlex.split(text[text.rindex("Next:") :])[1:], []
+    for word in words:
+        if word == "veneer":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
 
 
 def test_what_is_said_to_come_next_works_as_it_is(
     veneer: Case, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--find-rate names a run, which names a chat and a merge."""
+    """--find-rate names a run, which names an answer to one of its prompts and a merge."""
     file = tmp_path / "run of mine.yaml"
     fields = {"base": str(base), "data": str(data), "output": str(tmp_path / "my run"), "max_steps": 2, "rank": 2}
     file.write_text(yaml.safe_dump(fields))
@@ -327,12 +323,45 @@ def test_what_is_said_to_come_next_works_as_it_is(
     config = json.loads((tmp_path / "my run" / "run.json").read_text())["config"]
     assert (config["learning_rate"], config["seed"]) == (float(rate[2]), 1)
     commands = next_lines(found.err)
-    assert [command[0] for command in commands] == ["chat", "merge"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n"))
+    assert [command[0] for command in commands] == ["generate", "merge"]
+    assert commands[0][-2:] == ["--prompt", min((row["prompt"] for row in sums(24)), key=len)]
     for command in commands:
         found = veneer(*command)
         assert found.code == 0, found.err
     assert (tmp_path / "my run-merged" / "model.safetensors").exists()
+
+
+HI = [{"role": "user", "content": "Hi"}]
+SHELL = '--it\'s $HOME,\n"two" `lines`'
+#: name → (a row of the data, the first command's words but the base and the adapter)
+FIRST: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "chats": ({"messages": [*HI, {"role": "assistant", "content": "Hello!"}]}, ["chat"]),
+    "prompts": ({"prompt": SHELL, "completion": " b"}, ["generate", "--both", "--prompt", SHELL]),
+    "long prompts": (
+        {"prompt": "a" * 190, "completion": " b"},
+        ["generate", "--both", "--max-new-tokens", "66", "--prompt", "a" * 190],
+    ),
+    "none to show": ({"prompt": "a\x1b[2J", "completion": " b"}, ["inspect"]),
+}
+
+
+@pytest.mark.parametrize(("row", "expected"), FIRST.values(), ids=FIRST.keys())
+def test_what_comes_next_is_told_by_the_data(
+    veneer: Case, base: Path, row: dict[str, Any], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chats are for `veneer chat`; it would put a chat's marks around the prompts of those who learnt without."""
+    rows, output = write_rows(tmp_path / "rows.jsonl", [row] * 2), tmp_path / "run"
+    found = veneer("train", "--base", base, "--data", rows, "--output", output, "--max-steps", 1, "--no-check")
+    assert found.code == 0, found.err
+    (first, merge) = next_lines(found.err)
+    adapter = str(output / "adapter")
+    assert merge == ["merge", str(base), adapter, f"{output}-merged"]
+    named = [adapter] if expected == ["inspect"] else [str(base), "--adapter", adapter]
+    assert first == [expected[0], *named, *expected[1:]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    shown = veneer(*first)
+    assert shown.code == 0, shown.err
+    assert shown.out
 
 
 def test_a_dry_run_and_a_sweep_are_two_things(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_train_evaluate_generate_and_merge(veneer: Case, wide: Path, tmp_path: P
     assert found.code == 0, found.err
     assert "linear layers in nf4" in found.err
     assert "one weight unpacked" in found.err
-    assert f"chat {wide} --quantize nf4 --adapter" in found.err
+    assert f"generate {wide} --quantize nf4 --adapter" in found.err
     config = json.loads((output / "run.json").read_text())["config"]
     assert (config["optimiser"], config["attention"], config["quantize"]) == ("adamw_8bit", "eager", "nf4")
 

@@ -22,7 +22,7 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
     assert "right" in shown.out
     found = json.loads(veneer("eval", config.base, config.data, "--adapter", adapter, "--json").out)
     assert found["adapter"]["accuracy"] > 0.8
-    assert f"veneer {'chat' if name == 'dpo' else 'eval'} {config.base}" in done.err.replace("\n", " ")
+    assert f"veneer {'generate' if name == 'dpo' else 'eval'} {config.base}" in done.err.replace("\n", " ")
     assert ("base" in found) == (name == "dpo")  # a base with a new head tells nothing
     if name == "dpo":
         assert found["base"]["margin"] == 0

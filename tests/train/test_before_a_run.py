@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.support.tasks import config_of
+from tests.support.tiny import write_rows
 
 from veneer import models
 from veneer.errors import ConfigError, DataError, OutputExistsError, TargetError, TrainingError
@@ -20,6 +21,7 @@ from veneer.models.locate import config_of as base_config
 from veneer.train.dry_run import dry_run
 from veneer.train.find_rate import HIGH, LOW, RateSweep, find_rate
 from veneer.train.run import fit
+from veneer.train.tasks import TASKS
 
 Make = Callable[..., Any]
 
@@ -121,11 +123,52 @@ def test_a_dry_run_of_a_task_says_what_its_run_says(name: str, tmp_path: Path) -
     assert ours[head].startswith("Time") == (name in ("classify words", "dpo", "embed"))
 
 
-def test_labels_of_a_class_are_not_shown_as_tokens(tmp_path: Path) -> None:
-    text = said(dry_run, config_of("classify", tmp_path))
-    assert "  ids │ " in text
-    assert "tokens │" in text
-    assert "  labels │ list [" in text
+PAIR = ["read prompt b?", "learnt chosen  bbb<|im_end|>", "learnt rejected  aaaa<|im_end|>"]
+#: what of the first example is read, and what is learnt
+SHOWN = {
+    "classify": ["read text bbb bb bbb", "learnt label is b"],
+    "classify words": ["read words baaaab", "learnt labels b → B, aa → A, aa → A, b → B"],
+    "classify images": ["read image 8 × 8 pixels", "learnt label 1"],
+    "dpo": PAIR, "orpo": PAIR,
+    "reward": [*(line.replace("learnt", "read") for line in PAIR), "learnt score higher for chosen than for rejected"],
+    "kto": ["read prompt b?", "learnt completion  aaa<|im_end|>", "learnt label bad"],
+    "grpo": ["read prompt b?", "learnt answers 4 that the model draws, at most 6 tokens each, judged by {}",
+             "read wanted b (for the judge)"],
+    "embed": ["read anchor 0 b", "read positive b 0", "read negative 0",
+              "learnt nearest positive, of all in the batch"],
+    "embed by cosine": ["read anchor b", "read positive bb", "learnt cosine 0.5"],
+    "seq2seq": ["read prompt bbb bb bbb", "learnt completion bbb<|im_end|>"],
+    "speech": ["read audio 0.12 s at 16,000 samples a second", "learnt text bb<|im_end|>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_example_is_shown_as_one_reads_it(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path, eval_fraction=0.0)
+    task = TASKS[config.task](config)
+    task.open()
+    shown = task.shown(task.prepare().train[0])
+    told = [f"{'learnt' if learnt else 'read'} {part} {text}" for learnt, part, text in shown]
+    assert told == [line.format(*config.reward) for line in SHOWN[name]]
+
+
+def test_the_parts_of_an_example_stand_below_each_other(tmp_path: Path) -> None:
+    text = said(dry_run, config_of("dpo", tmp_path, eval_fraction=0.0))
+    assert "Example  row 1 of the data:\n  read   prompt   │ b?\n  learnt chosen   │  bbb<|im_end|>\n" in text
+
+
+def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
+    """Also where only the chats' common beginning says what it is."""
+    first = {"role": "user", "content": "a"}
+    answers = [[first, {"role": "assistant", "content": text}] for text in ("b", "c")]
+    data = write_rows(tmp_path / "chats.jsonl", [dict(zip(("chosen", "rejected"), answers, strict=True))])
+    config = config_of("dpo", tmp_path, data=str(data), eval_fraction=0.0)
+    task = TASKS["dpo"](config)
+    task.open()
+    prompt, chosen, rejected = task.shown(task.prepare().train[0])
+    assert prompt == (False, "prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert (chosen.learnt, chosen.name, chosen.text[0]) == (True, "chosen", "b")
+    assert (rejected.learnt, rejected.name, rejected.text[0]) == (True, "rejected", "c")
 
 
 def test_a_base_that_is_quantised_already_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.data import Columns
 from veneer.train.evaluate import exact
+from veneer.train.prepare import prompt_of
 
 TOKENIZER = tiny_tokenizer()
 ROWS = sums(4)
@@ -237,3 +238,25 @@ def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:
         rows = data.read(write_rows(tmp_path / "rows.jsonl", [row]))
         with pytest.raises(DataError, match=r"line 1: tools.*leave out --exact"):
             exact(None, None, rows)
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"messages": CHAT}, {"messages": []}], CHAT),
+        ([{"prompt": CHAT, "completion": []}], CHAT),
+        ([{"chosen": CHAT, "rejected": []}], CHAT),
+        ([{"prompt": "a longer one"}, {"prompt": "short"}, {"prompt": "a\nb"}], "short"),
+        ([{"prompt": "two\nlines"}, {"prompt": " \n"}], "two\nlines"),
+        ([{"prompt": "a\ttab"}, {"prompt": "a\x1b[2J"}, {"prompt": "\ud800"}, {"prompt": "a " * 200}], None),
+        ([{"prompt": "", "chosen": "a", "rejected": "b"}], None),
+        ([{"text": "one two three four five six seven"}], "one two three four five"),
+        ([{"chosen": "one two", "rejected": "three"}], "one two"),
+        ([{"words": ["a"], "labels": [1]}], None),
+    ],
+)
+def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(rows: list[dict[str, Any]], expected: Any) -> None:
+    assert prompt_of(rows) == expected

@@ -161,6 +161,21 @@ def test_another_configuration_or_other_data_is_not_resumed(make: Make, tmp_path
     assert fit(make("run", data=str(data), overwrite=True), quiet=True).steps > 0
 
 
+def test_a_run_that_began_before_a_setting_existed_had_its_default(make: Make, whole: Any) -> None:
+    config = make("older")
+    with pytest.raises(ZeroDivisionError):
+        fit(config, callbacks=[Crash(7)], quiet=True)
+    record = config.output / "run.json"
+    run = json.loads(record.read_text())
+    lacking = {"task", "columns", "dropout", "early_stopping", "reward"}
+    older = {name: value for name, value in run["config"].items() if name not in lacking}
+    record.write_text(json.dumps({**run, "config": older}))
+    with pytest.raises(ConfigError, match=r"another configuration\.\n  dropout: was 0\.0, is 0\.1\nExpected"):
+        fit(config, quiet=True)
+    record.write_text(json.dumps({**run, "config": {**older, "dropout": 0.1}}))
+    same(fit(config, quiet=True), whole)
+
+
 def test_overwrite_resumes_what_can_be_resumed(make: Make, whole: Any) -> None:
     """So that the same command, given again after a kill, goes on rather than starting over."""
     with pytest.raises(ZeroDivisionError):

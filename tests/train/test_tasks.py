@@ -53,9 +53,7 @@ def test_names_are_those_of_the_files() -> None:
 
 @pytest.mark.parametrize("name", cases({"classify images", "dpo", "speech"}))
 def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path) -> None:
-    config = config_of(
-        name, folder, "learns " + name, dropout=0.0, save_every=100, eval_every=100, check=name != "grpo"
-    )
+    config = config_of(name, folder, "learns " + name, dropout=0.0, save_every=100, eval_every=100)
     result = fit(config, quiet=True)
     share = LEARNT[name]
     if share is None:
@@ -94,6 +92,19 @@ def test_a_crash_and_a_resume_change_nothing(name: str, folder: Path) -> None:
     resumed = fit(config, quiet=True)
     same(whole, resumed)
     assert len(whole.losses) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("grpo", [{"prompt": letter, "wanted": letter} for letter in "ab"]),
+        ("classify with a decoder", [{"text": text, "label": len(text)} for text in ("a", "a longer text")]),
+    ],
+)
+def test_a_check_sees_tokens_that_look_at_others(name: str, rows: list[Any], folder: Path, tmp_path: Path) -> None:
+    """Of a row of one token queries and keys get no gradient, and the check would accuse them of it."""
+    data, own = write_rows(tmp_path / "rows.jsonl", rows * 4), {"max_steps": 1, "eval_fraction": 0.0}
+    assert fit(config_of(name, folder, "checked " + name, data=str(data), **own), quiet=True).steps == 1
 
 
 @pytest.mark.parametrize("name", ["classify words", "dpo"])

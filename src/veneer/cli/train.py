@@ -7,12 +7,16 @@ import shlex
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from typer import Argument, Exit, Option
 
+from veneer.cli.options import NEW_TOKENS
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from veneer.train.run import Result
 
 #: other spellings of a flag
 ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
@@ -68,16 +72,37 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
         say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
     say(err, "\nNext:")
-    for command in _next(settings, str(result.adapter)):
+    for command in _next(settings, result):
         say(err, f"  {shlex.join(['veneer', *command])}")
 
 
-def _next(settings: TrainConfig, adapter: str) -> list[list[str]]:
-    """The commands that make sense after a run: what continues texts is talked to and merged, the rest is measured."""
-    base, how = settings.base, [] if settings.quantize is None else ["--quantize", settings.quantize]
-    if settings.task in ("sft", "dpo", "orpo", "kto", "grpo"):
-        return [["chat", base, *how, "--adapter", adapter], ["merge", base, adapter, f"{settings.output}-merged"]]
-    return [["eval", base, str(settings.eval_data or settings.data), *how, "--adapter", adapter], ["inspect", adapter]]
+def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
+    """The commands that make sense after a run: who learnt from chats is talked to, who learnt to continue texts is
+    given one, and either is merged; the rest is measured."""
+    from veneer.train.tasks import TASKS
+
+    base, adapter, how = settings.base, ["--adapter", str(result.adapter)], []
+    for flag, value in (("--quantize", settings.quantize), ("--device-map", settings.device_map)):
+        how += [flag, value] if isinstance(value, str) else []
+    inspect = ["inspect", str(result.adapter)]
+    if not TASKS[settings.task].continues():
+        return [["eval", base, str(settings.eval_data or settings.data), *how, *adapter], inspect]
+    if result.prompt is None:
+        first = inspect
+    elif isinstance(result.prompt, list):
+        first = ["chat", base, *how, *adapter]
+    else:
+        first = ["generate", base, *how, *adapter, "--both", *_room(result.prompt, result), "--prompt", result.prompt]
+    return [first, ["merge", base, str(result.adapter), f"{result.output}-merged"]]
+
+
+def _room(prompt: str, result: Result) -> list[str]:
+    """How long an answer may be, where the context has no place for the usual one."""
+    from veneer.train.generate import context_of, encode
+
+    context = context_of(result.model)
+    left = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
+    return [] if left >= NEW_TOKENS else ["--max-new-tokens", str(left)]
 
 
 def _find_rate(settings: TrainConfig) -> None:

@@ -212,6 +212,11 @@ class TrainConfig(BaseModel):
     def content(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The fields that need not be given, as `content` has them."""
+        return {name: info.default for name, info in cls.model_fields.items() if not info.is_required()}
+
 
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
     """The configuration in the YAML file at `path` with `changes` over it (those that are not None).

@@ -9,7 +9,6 @@ What only weights tell is left to the run: whether every adapter is reached, and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from rich.console import Console
 
 from veneer.models.load import best_device, meta_base
 from veneer.models.locate import config_of
-from veneer.train import vocabulary
-from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
-from veneer.train.run import attach_as, describe, found_in, unfinished
-from veneer.train.tasks import TASKS, Task
-from veneer.train.tokens import IGNORED, Examples
+from veneer.train.run import attach_as, begin, describe
+from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
 
 #: seconds for which the machine's products are timed
 TIMED = 0.3
-#: characters of the example that are shown
-SHOWN = 2000
+#: characters of each part of the example that are shown
+SHOWN = 1000
 
 
 def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
@@ -41,15 +37,10 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
-    resume = unfinished(config, output)
-    task = TASKS[config.task](config)
-    ids = vocabulary.learn(config, task.open())
-    prepared = task.prepare()
-    found = found_in(config, output, prepared, console) if resume else None
-    arguments_of(config, output, prepared)
+    task, ids, prepared, found, _ = begin(config, output, console)
     packed = config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     shapes_do = not packed and not ids and not VARIANTS[config.variant].needs
-    if shapes_do and task.auto == "AutoModelForCausalLM":
+    if shapes_do and task.continues():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
@@ -104,41 +95,12 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
 
 
 def _show(task: Task, prepared: Prepared, console: Console) -> None:
-    """The first example as the model sees it."""
-    if isinstance(prepared.train, Examples):
-        _show_tokens(prepared.train, task.processor, console)
-        return
-    row = prepared.train.rows[0]
+    """The first example as the model sees it: what is only read, and what is learnt."""
+    parts = task.shown(prepared.train[0])
+    width = max(len(part.name) for part in parts)
     say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
-    decode = getattr(task.processor, "decode", None)
-    for name, value in row.items():
-        tokens = name == "ids" or (name == "labels" and task.item == "token")
-        if tokens and decode is not None and all(type(one) is int for one in value):
-            shown = f"{len(value)} tokens │ {decode([one for one in value if one >= 0])}"
-        else:
-            shown = f"{type(value).__name__} {getattr(value, 'shape', value)}"
-        say(console, f"  {name} │ {shown[:SHOWN]}")
-
-
-def _show_tokens(examples: Examples, tokenizer: Any, console: Console) -> None:
-    """Which of the first example's text is only read, and which is learnt."""
-    ids, labels = examples.input_ids[0], examples.labels[0]
-    say(console, f"Example  {len(ids)} tokens, row {examples.index[0] + 1} of the data:")
-    left = SHOWN
-    for learnt, part in _stretches(ids, labels):
-        text = tokenizer.decode(part)
-        shown = text if len(text) <= left else f"{text[:left]} …"
-        left = max(0, left - len(text))
+    for learnt, name, text in parts:
+        head = f"{'learnt' if learnt else 'read':<6}" + (f" {name:<{width}}" if width else "")
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
         for line in shown.split("\n"):
-            say(console, f"  {'learnt' if learnt else 'read  '} │ {line}")
-        if not left:
-            return
-
-
-def _stretches(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
-    """(whether they are learnt, token ids) of each stretch of an example. The first token is never predicted."""
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
-            yield labels[start] != IGNORED, ids[start:end]
-            start = end
+            say(console, f"  {head} │ {line}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from veneer.train import data
 from veneer.train.config import TrainConfig
 
 LONGEST = 2048  # tokens: the default limit, where the model's context is longer
+SHORT = 200  # characters of a prompt that a line of the terminal shows
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The data of a run, ready for the trainer, and the number of steps. `train` and `evaluation` are `tokens.Examples`
-    or `tasks.Rows`. `unused` are columns that nothing reads."""
+    or `tasks.Rows`. `unused` are columns that nothing reads. `prompt` is what one may ask who learnt from the data: a
+    text, or a chat; None where there is none that fits a line."""
 
     train: Any
     evaluation: Any
@@ -33,6 +35,7 @@ class Prepared:
     steps: int
     hashes: dict[str, str]
     unused: tuple[str, ...]
+    prompt: str | list[Any] | None = None
 
 
 def max_length(config: TrainConfig) -> int:
@@ -64,9 +67,33 @@ def prepare(
     batches = math.ceil(len(sets["train"]) / (config.batch_size * world))
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
     hashes = {name: part.sha256 for name, part in parts.items()}
+    prompt = prompt_of([rows.rows[i] for i in examples["train"].index])
     return Prepared(
-        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), length, steps, hashes, rows.unused
-    )
+        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), length, steps, hashes, rows.unused,
+        prompt,
+    )  # fmt: skip
+
+
+def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
+    """The chat of the first row if it is one; else the shortest prompt, of one line if there is such, that a terminal
+    shows as it is."""
+    asked = [_asked(row) for row in rows]
+    if isinstance(asked[0], list):
+        return asked[0]
+    fit = [
+        text for text in asked
+        if isinstance(text, str) and text.strip() and text.replace("\n", "").isprintable() and len(text) <= SHORT
+    ]  # fmt: skip
+    return min(fit, key=lambda text: (text.count("\n"), len(text)), default=None)
+
+
+def _asked(row: dict[str, Any]) -> Any:
+    """What is there before what is learnt; of a text that is learnt whole, the first five words."""
+    for part in ("messages", "prompt"):
+        if part in row:
+            return row[part]
+    text = row.get("chosen", row.get("text"))
+    return " ".join(text.split(maxsplit=5)[:5]) if isinstance(text, str) else text
 
 
 def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+from trl.trainer.sft_config import SFTConfig
 
 import veneer
 from veneer.attach.fresh_weights import fresh
@@ -45,7 +46,8 @@ Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
 class Result:
     """What a run gave. `losses[i]` is the loss of step i + 1 (sft: nats a token) and `eval_losses` [(step, loss)], both
     from the first step on, whichever session computed them; `seconds` and `tokens` likewise. After an interruption
-    `adapter` is the newest checkpoint's, and `interrupted` is true."""
+    `adapter` is the newest checkpoint's, and `interrupted` is true. `prompt` is one of the data's, a text or a chat, if
+    the base continues texts."""
 
     adapter: Path
     output: Path
@@ -60,6 +62,7 @@ class Result:
     handle: Any = field(repr=False)
     interrupted: bool
     checkpoint: Path | None
+    prompt: str | list[Any] | None = None
 
 
 def fit(
@@ -83,12 +86,7 @@ def fit(
     """
     console = console or Console(stderr=True, quiet=quiet)
     output = config.output.expanduser()
-    resume = unfinished(config, output)
-    task = TASKS[config.task](config)
-    ids = vocabulary.learn(config, task.open())
-    prepared = task.prepare()
-    found = found_in(config, output, prepared, console) if resume else None
-    arguments = arguments_of(config, output, prepared)
+    task, ids, prepared, found, arguments = begin(config, output, console)
     if (seen := arguments.n_gpu) > 1:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
         if config.device_map is None:
@@ -132,6 +130,19 @@ def fit(
     return result
 
 
+def begin(
+    config: TrainConfig, output: Path, console: Console
+) -> tuple[Task, tuple[int, ...], Prepared, Found, SFTConfig]:
+    """What is judged before any weights are read: the task, the ids of the tokens that it trains, its data, the
+    checkpoint to go on from if there is one, and the trainer's arguments. Writes nothing."""
+    resume = unfinished(config, output)
+    task = TASKS[config.task](config)
+    ids = vocabulary.learn(config, task.open())
+    prepared = task.prepare()
+    found = found_in(config, output, prepared, console) if resume else None
+    return task, ids, prepared, found, arguments_of(config, output, prepared)
+
+
 def unfinished(config: TrainConfig, output: Path) -> bool:
     """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is right. `overwrite`
     gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
@@ -148,7 +159,7 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
         raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
-    old, new = run["config"], config.content()
+    old, new = {**TrainConfig.defaults(), **run["config"]}, config.content()  # an older run lacks newer settings
     changed = [name for name in {**old, **new} if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
     if not changed and config.resume is not False:
         return True
@@ -304,4 +315,4 @@ def _finish(task: Task, result: Result, prepared: Prepared, console: Console) ->
     ends += f", evaluation {metrics['eval_loss']:.4f}" if evaluations else ""
     say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {ends}")
     say(console, f"Adapter  {result.adapter}")
-    return replace(result, metrics=metrics)
+    return replace(result, metrics=metrics, prompt=prepared.prompt if task.continues() else None)

@@ -7,7 +7,7 @@ The loss counts on what the model must write: the completion, the assistant's tu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -35,6 +35,9 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
 
     @property
     def trained_tokens(self) -> int:
@@ -215,3 +218,12 @@ def _prefix(start: list[int], full: list[int], place: str) -> int:
         "apart.\nExpected a template that only appends, or one with {% generation %} marks.\n"
         "Do: give each row as `prompt` and `completion` (one answer a row), or set completion_only to false."
     )
+
+
+def stretches(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    """(whether they are learnt, token ids) of each stretch of an example."""
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
+            yield labels[start] != IGNORED, ids[start:end]
+            start = end

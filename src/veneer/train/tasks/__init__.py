@@ -4,8 +4,8 @@ In: a configuration. Out: rows as tensors, a model with the head that the task n
 """
 
 from veneer.registry import import_all
-from veneer.train.tasks._base import TASKS, Prepared, Rows, Task, TaskLoss, register
+from veneer.train.tasks._base import TASKS, Prepared, Rows, Shown, Task, TaskLoss, register
 
 import_all(__name__, list(__path__))
 
-__all__ = ["TASKS", "Prepared", "Rows", "Task", "TaskLoss", "register"]
+__all__ = ["TASKS", "Prepared", "Rows", "Shown", "Task", "TaskLoss", "register"]

@@ -2,6 +2,7 @@
 
     open     the processor (a tokenizer, an image processor), after the base's config has been looked at
     prepare  rows → Prepared
+    shown    a row → what of it is read and learnt, for people
     load     the base with the head of the task
     collate  rows → a batch
     loss     (model, batch) → TaskLoss
@@ -32,9 +33,9 @@ from veneer.registry import Registry
 from veneer.train import data, prepare
 from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
-from veneer.train.tokens import IGNORED
+from veneer.train.tokens import IGNORED, stretches
 
-__all__ = ["TASKS", "Prepared", "Rows", "Task", "TaskLoss", "register"]
+__all__ = ["TASKS", "Prepared", "Rows", "Shown", "Task", "TaskLoss", "register"]
 
 
 class TaskLoss(NamedTuple):
@@ -44,6 +45,14 @@ class TaskLoss(NamedTuple):
     total: Tensor
     items: int
     sums: Mapping[str, Tensor]
+
+
+class Shown(NamedTuple):
+    """A part of a row for people: whether it is learnt or read, what it is, and its text."""
+
+    learnt: bool
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,11 @@ class Task(ABC):
     item: ClassVar[str] = "example"
     compares: ClassVar[bool] = True
 
+    @classmethod
+    def continues(cls) -> bool:
+        """Whether what it trains is a language model, which continues texts."""
+        return cls.auto == "AutoModelForCausalLM"
+
     def __init__(
         self, config: TrainConfig, known: Mapping[str, Any] | None = None, loading: Mapping[str, Any] | None = None
     ) -> None:
@@ -104,7 +118,7 @@ class Task(ABC):
 
     def open(self) -> Any:
         """Look at the base's config, and return its processor. Reads no weights."""
-        if self.auto == "AutoModelForCausalLM":
+        if self.continues():
             models.must_be_causal(self.config.base)
         self.processor = models.load_tokenizer(self.config.base)
         return self.processor
@@ -115,8 +129,7 @@ class Task(ABC):
 
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of the task: its name, what of the configuration belongs to it, `settings`."""
-        own = {name: getattr(self.config, name) for name in RECORDED}
-        default = {name: TrainConfig.model_fields[name].default for name in RECORDED}
+        own, default = {name: getattr(self.config, name) for name in RECORDED}, TrainConfig.defaults()
         told = {name: value for name, value in own.items() if value != default[name]}
         return {"name": self.name, **told, **self.settings()}
 
@@ -134,6 +147,14 @@ class Task(ABC):
     @abstractmethod
     def encode(self, records: data.Records) -> Any:
         """Records as rows. Raises `DataError` with the place of a row that is wrong."""
+
+    @abstractmethod
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        """The parts of a row, in the order in which one would read them."""
+
+    def stretches(self, name: str, ids: list[int], labels: list[int]) -> list[Shown]:
+        """The same of token ids and their labels."""
+        return [Shown(learnt, name, self.processor.decode(part)) for learnt, part in stretches(ids, labels)]
 
     def load(self) -> Base:
         """The base with the head of the task, and the processor."""
@@ -160,10 +181,8 @@ class Task(ABC):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        """Keyword arguments of the model's forward that reach all of it: of the shortest row."""
-        lengths = prepared.train.lengths
-        shortest = min(range(len(lengths)), key=lengths.__getitem__)
-        inputs = self.inputs(self.collate([prepared.train.rows[shortest]]))
+        """Keyword arguments of the model's forward that reach all of it: of a short row."""
+        inputs = self.inputs(self.collate([prepared.train.rows[short(prepared.train.lengths)]]))
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def largest(self, prepared: Prepared) -> tuple[int, int]:
@@ -178,6 +197,8 @@ class Task(ABC):
         return f"{len(rows):,} examples{tokens}"
 
 
+#: tokens of which some look at others
+SEEN = 8
 LOADING = ("precision", "device", "attention", "quantize", "device_map")
 #: what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code that runs himself.
 RECORDED = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
@@ -189,6 +210,13 @@ def register(cls: type[Task]) -> type[Task]:
     """A decorator: the task under the name of its file."""
     cls.name = cls.__module__.rpartition(".")[2]
     return TASKS.add(cls.name, cls)
+
+
+def short(lengths: Sequence[int]) -> int:
+    """The shortest row of `SEEN` tokens or more, else the longest: in one of a single token queries and keys get no
+    gradient."""
+    numbers = range(len(lengths))
+    return min(numbers, key=lambda i: (lengths[i] < SEEN, lengths[i] if lengths[i] >= SEEN else -lengths[i]))
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

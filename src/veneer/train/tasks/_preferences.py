@@ -16,7 +16,7 @@ from veneer.errors import DataError
 from veneer.train import data, tokens
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import log_probabilities
-from veneer.train.tasks._base import Base, Rows, Task, TaskLoss, pad_of, token_batch
+from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, pad_of, token_batch
 from veneer.train.tokens import IGNORED
 
 
@@ -68,6 +68,19 @@ class Preference(Causal):
             lengths.append(2 * max(len(ids) for ids, _ in own))
             learnt.append(sum(label != IGNORED for _, labels in own for label in labels))
         return Rows(made, lengths, kept, learnt, len(records) - len(kept), max(side.truncated for side in sides))
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        """What both sides begin with is the prompt."""
+        sides = [list(zip(*row[side], strict=True)) for side in ("chosen", "rejected")]
+        start = 0
+        while start < min(map(len, sides)) and sides[0][start] == sides[1][start] and sides[0][start][1] == IGNORED:
+            start += 1
+        prompt = self.stretches("prompt", *(part[:start] for part in row["chosen"])) if start else []
+        return prompt + [
+            part
+            for side in ("chosen", "rejected")
+            for part in self.stretches(side, *(part[start:] for part in row[side]))
+        ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return self.batch([row[side] for side in ("chosen", "rejected") for row in rows])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.train import data
-from veneer.train.tasks._base import Base, Rows, Task, TaskLoss, limited, pad_of, padded, register, texts_of
+from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
 from veneer.train.tasks._media import folder_of_images, image_of
 from veneer.train.tokens import IGNORED
 
@@ -164,6 +165,23 @@ class Classify(Task):
         for row in rows:
             image_of(row["image"], row["place"], folder)
         return Rows(rows, [0] * len(rows), [*range(len(rows))])
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        names = [self.labels[label] for label in row["labels"] if label != IGNORED]
+        if self.kind == "image":
+            height, width, _ = image_of(row["image"], row["place"], row["folder"]).shape
+            about = f"{row['image']}, " if isinstance(row["image"], str) else ""
+            return [Shown(False, "image", f"{about}{width} × {height} pixels"), Shown(True, "label", names[0])]
+        text = Shown(False, self.kind, self.processor.decode(row["ids"]))
+        if self.kind == "text":
+            return [text, Shown(True, "label", names[0])]
+        starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        words = [row["ids"][start:end] for start, end in pairwise([*starts, len(row["ids"])])]
+        told = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
+        return [
+            text,
+            Shown(True, "labels", ", ".join(f"{word} → {name}" for word, name in zip(told, names, strict=True))),
+        ]
 
     def load(self) -> Base:
         self.auto = HEADS[self.kind]

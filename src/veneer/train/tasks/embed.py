@@ -23,7 +23,7 @@ from veneer.errors import DataError
 from veneer.models.encoders import pool
 from veneer.models.load import Base
 from veneer.train import data
-from veneer.train.tasks._base import Rows, Task, TaskLoss, limited, pad_of, padded, register, texts_of
+from veneer.train.tasks._base import Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
 
 SCALE = 20.0  # of cosines, as sentence-transformers has it
 
@@ -62,6 +62,11 @@ class Embed(Task):
         kept, rows, count = limited(records, rows, longest, self.config, limit, cut)
         lengths = [len(sides) * max(map(len, row["ids"])) for row in rows]
         return Rows(rows, lengths, kept, dropped=len(records) - len(rows), truncated=count)
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        sides = zip(("anchor", "positive", "negative"), row["ids"], strict=False)
+        near = ("cosine", f"{row['label']:g}") if "label" in row else ("nearest", "positive, of all in the batch")
+        return [*(Shown(False, side, self.processor.decode(ids)) for side, ids in sides), Shown(True, *near)]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """[sides · b, s]: all anchors, all positives, all negatives."""

@@ -32,7 +32,7 @@ from veneer.train import data
 from veneer.train.generate import continuations, encode
 from veneer.train.loss import log_probabilities
 from veneer.train.prepare import Prepared
-from veneer.train.tasks._base import Rows, TaskLoss, function_of, limited, padded, reference, register
+from veneer.train.tasks._base import SEEN, Rows, Shown, TaskLoss, function_of, limited, padded, reference, register
 from veneer.train.tasks._preferences import Causal
 from veneer.train.tokens import IGNORED
 
@@ -80,10 +80,25 @@ class Grpo(Causal):
         learnt = [self.config.answers * self.config.answer_tokens] * len(rows)
         return Rows(rows, whole, kept, learnt, len(records) - len(rows), cut)
 
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        config = self.config
+        drawn = f"{config.answers} that the model draws, at most {config.answer_tokens} tokens each, "
+        return [
+            Shown(False, "prompt", self.processor.decode(row["ids"])),
+            Shown(True, "answers", f"{drawn}judged by {', '.join(config.reward)}"),
+            *(Shown(False, name, f"{value} (for the judge)") for name, value in row["columns"].items()),
+        ]
+
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids = [row["ids"] for row in rows]
         mask = padded([[1] * len(row) for row in ids], 0)
         return {"input_ids": padded(ids, 0), "attention_mask": mask, "rows": list(rows)}
+
+    def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
+        """With an answer, as a step has one; of which tokens does not matter."""
+        prompt = min((row["ids"] for row in prepared.train.rows), key=len)
+        ids = torch.tensor([[*prompt, *range(min(SEEN, self.config.answer_tokens))]], device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["rows"]) * self.config.answers

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
-from veneer.train.tasks._base import Rows, TaskLoss, reference, register
+from veneer.train.tasks._base import Rows, Shown, TaskLoss, reference, register
 from veneer.train.tasks._preferences import Causal, summed
 from veneer.train.tokens import IGNORED
 
@@ -41,6 +41,13 @@ class Kto(Causal):
         learnt = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
         return Rows(rows, lengths, examples.index, learnt, examples.dropped, examples.truncated)
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        prompt, completion = (
+            self.processor.decode(ids) for ids in (row["ids"][: row["start"]], row["ids"][row["start"] :])
+        )
+        label = "good" if row["good"] else "bad"
+        return [Shown(False, "prompt", prompt), Shown(True, "completion", completion), Shown(True, "label", label)]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """[2b, s]: the rows, then each prompt with the answer of the row before it."""

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from veneer import models
 from veneer.attach.dtypes import at_least_float32
-from veneer.train.tasks._base import Base, Task, TaskLoss, pad_of, register
+from veneer.train.tasks._base import Base, Shown, Task, TaskLoss, pad_of, register
 from veneer.train.tasks._preferences import Preference, judged
 
 
@@ -32,6 +32,10 @@ class Reward(Preference):
         model = self.model(num_labels=1, pad_token_id=pad_of(self.processor))
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        read = [part._replace(learnt=False) for part in super().shown(row)]
+        return [*read, Shown(True, "score", "higher for chosen than for rejected")]
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return Task.inputs(self, batch)

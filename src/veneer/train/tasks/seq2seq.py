@@ -22,7 +22,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.train import data, prepare
-from veneer.train.tasks._base import Base, Rows, Task, TaskLoss, limited, pad_of, padded, register, texts_of
+from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
 from veneer.train.tasks._media import sound_of
 from veneer.train.tokens import IGNORED
 
@@ -94,6 +94,15 @@ class Seq2seq(Task):
             ids = ids[1:] if ids[:1] == [self.start] else ids  # `inputs` begins with it
             made.append(list(ids) if end is None or ids[-1:] == [end] else [*ids, end])
         return made
+
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        answer = Shown(True, "text" if self.speech else "completion", self.processor.decode(row["labels"]))
+        if not self.speech:
+            return [Shown(False, "prompt", self.processor.decode(row["ids"])), answer]
+        rate = int(self.features.sampling_rate)
+        seconds = len(sound_of(row["audio"], row["place"], row["folder"], rate)) / rate
+        about = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
+        return [Shown(False, "audio", f"{about}{seconds:.2f} s at {rate:,} samples a second"), answer]
 
     def load(self) -> Base:
         base = super().load()

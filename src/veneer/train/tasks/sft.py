@@ -13,7 +13,7 @@ from veneer.train import data, prepare, tokens
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
-from veneer.train.tasks._base import Base, Task, TaskLoss, pad_of, register, token_batch
+from veneer.train.tasks._base import Base, Shown, Task, TaskLoss, pad_of, register, short, token_batch
 from veneer.train.tokens import IGNORED
 
 
@@ -39,6 +39,9 @@ class Sft(Task):
             completion_only=config.completion_only,
         )  # fmt: skip
 
+    def shown(self, row: dict[str, Any]) -> list[Shown]:
+        return self.stretches("", row["input_ids"], row["labels"])
+
     def load(self) -> Base:
         base = models.load_base(self.config.base, **self.loading)
         must_not_see_later_tokens(base.model, self.config.base)
@@ -55,8 +58,7 @@ class Sft(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        shortest = min(range(len(prepared.train)), key=prepared.train.lengths.__getitem__)
-        ids = torch.tensor([prepared.train.input_ids[shortest][:64]], device=device)
+        ids = torch.tensor([prepared.train.input_ids[short(prepared.train.lengths)][:64]], device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest(self, prepared: Prepared) -> tuple[int, int]:
