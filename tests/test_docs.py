@@ -82,6 +82,20 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
         assert done.stdout.strip() or done.stderr.strip()
 
 
+@pytest.mark.parametrize(("where", "text"), blocks("yaml"), ids=[where for where, _ in blocks("yaml")])
+def test_yaml_blocks_are_files_of_examples(where, text):
+    """Which test_examples.py runs. The first line names the file."""
+    name = re.match(r"# (examples/\w+\.yaml)\n", text)
+    assert name, f"{where} does not begin with the name of its file"
+    assert text == (ROOT / name[1]).read_text(), where
+
+
+def test_every_example_is_shown_or_linked():
+    page = (ROOT / "docs" / "training.md").read_text()
+    for file in {*(ROOT / "examples").glob("*.yaml")} - {ROOT / "examples" / "pronounce.yaml"}:  # the README's
+        assert f"```yaml\n# examples/{file.name}\n" in page or f"(../examples/{file.name})" in page, file.name
+
+
 def test_the_public_api_is_enough_for_the_flat_example():
     code = (ROOT / "examples" / "train_flat.py").read_text()
     assert len(code.splitlines()) < 200
