@@ -351,12 +351,13 @@ def test_what_comes_next_is_told_by_the_data(
 ) -> None:
     """Chats are for `veneer chat`; it would put a chat's marks around the prompts of those who learnt without."""
     rows, output = write_rows(tmp_path / "rows.jsonl", [row] * 2), tmp_path / "run"
-    found = veneer("train", "--base", base, "--data", rows, "--output", output, "--max-steps", 1, "--no-check")
+    words = ("--device-map", "cpu", "--max-steps", 1, "--no-check")
+    found = veneer("train", "--base", base, "--data", rows, "--output", output, *words)
     assert found.code == 0, found.err
     (first, merge) = next_lines(found.err)
     adapter = str(output / "adapter")
     assert merge == ["merge", str(base), adapter, f"{output}-merged"]
-    named = [adapter] if expected == ["inspect"] else [str(base), "--adapter", adapter]
+    named = [adapter] if expected == ["inspect"] else [str(base), "--device-map", "cpu", "--adapter", adapter]
     assert first == [expected[0], *named, *expected[1:]]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     shown = veneer(*first)
