@@ -552,6 +552,11 @@ def test_qalora_pools_in_gptq_layers_alone(tmp_path):
     agrees(theirs, path, narrow, IDS)
     with pytest.raises(AdapterError, match=r"use_qalora=true.*on its base"):
         convert(path, tmp_path / "kohya", to="kohya", base=narrow(), part="model")
+    change = path / "adapter_config.json"
+    change.write_text((whole := change.read_text()).replace('"qalora_group_size": 2', '"qalora_group_size": 1'))
+    with pytest.raises(AdapterError, match=r"use_qalora=true.*unless that base is GPTQ"):
+        veneer.load(narrow(), path)
+    change.write_text(whole)
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value[:, ::2].clone() if "lora_A" in key else value for key, value in tensors.items()}, file)

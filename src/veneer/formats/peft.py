@@ -283,8 +283,10 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base with veneer.load, and merge or save it there"
         problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
-    if config.get("use_qalora") is True and not with_base:
+    alike = config.get("qalora_group_size") == 1  # A has all inputs, and yet PEFT scales them in a GPTQ layer
+    if config.get("use_qalora") is True and (alike or not with_base):
         do = "load it on its base with veneer.load, and save it there"
+        do = "set it to false, unless that base is GPTQ's" if alike else do
         problems.append(sentence("use_qalora=true, which pools inputs of GPTQ layers", "A of all inputs", do))
     for name, value in config.items():
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
