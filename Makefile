@@ -49,15 +49,17 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(DEMO_ENV) $(BIN)/python -m demo
 
-# one process a core, each with one thread
-TESTS := $(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# One process a core, each with one thread. What Python has compiled is kept, also where the caller's environment says
+# otherwise: each worker, and each program that a test starts, would compile all of Veneer and of the tests anew.
+TESTS := $(PASSIVE) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
+CUDA := $(TESTS) -p tests.support.emulated_device tests/cuda
 test: setup test-cuda
 	$(TESTS) -m "not slow"
 
 # Launches, waits and bytes on a GPU, on a device that is emulated in main memory (a g++ is needed; half a minute)
 .PHONY: test-cuda
 test-cuda: setup
-	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.support.emulated_device -p no:xdist tests/cuda
+	$(CUDA) -m "not slow"
 
 # What needs torch, pytest and hypothesis alone, in an environment that has nothing else. Tests that need more are skipped.
 CORE := .venv-core
@@ -69,7 +71,7 @@ $(CORE)/.core: pyproject.toml
 	@touch $@
 .PHONY: test-core
 test-core: $(CORE)/.core
-	$(PASSIVE) OMP_NUM_THREADS=1 $(CORE)/bin/python -m pytest -m "not slow" -rs $(CORE_TESTS)
+	$(PASSIVE) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(CORE)/bin/python -m pytest -m "not slow" -rs $(CORE_TESTS)
 
 # without any compiled loop or edit of what autograd saved: plain torch computes all of it
 .PHONY: test-plain
@@ -89,6 +91,7 @@ $(VENV)/.llamacpp: $(VENV)/.dev
 	@touch $@
 
 test-slow: setup $(VENV)/.llamacpp
+	$(CUDA)
 	$(TESTS) -m "slow or not slow"
 
 check: setup

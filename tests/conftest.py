@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import gc
 import io
 import subprocess
 import warnings
@@ -62,6 +63,20 @@ def _narrow(request):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     leave_to_the_slow_suite(items)
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unflushed():
+    """Flushing is for a loss of power, which no test can show: what a killed process has written is there. A disk takes
+    milliseconds for each file. That it is asked for in the right order is what ``store/test_crashes.py`` looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

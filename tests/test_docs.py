@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from demo import pronounce
-from tests.support.forked import Program
+from tests.support.forked import LARGE, Program
 from tests.support.tiny import sums, write_rows
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])
 def test_python_blocks_run_as_shown(where, code, tmp_path):
-    block = Program(code, "torch", "transformers", folder=tmp_path, strict=True)
+    block = Program(code, *LARGE, folder=tmp_path, strict=True)
     assert block.wait() == 0, f"{where}\n{block.said}"
 
 
@@ -108,7 +108,7 @@ def test_the_flat_example_trains_saves_and_merges(base, tmp_path):
     example = str(ROOT / "examples" / "train_flat.py")
     command = [example, str(base), str(rows), str(tmp_path / "adapter"), "--steps", "20", "--rank", "4"]
     code = f"import runpy, sys; sys.argv = {command}; runpy.run_path({example!r}, run_name='__main__')"
-    done = Program(code, "torch", "transformers")
+    done = Program(code, *LARGE)
     assert done.wait() == 0, done.said
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.said)]
     assert losses[-1] < losses[0]

@@ -28,7 +28,12 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def marks_of(name):
+    """The quick suite leaves a case to the slow one of which a test of ``attach/test_compile.py`` asks more."""
+    return [pytest.mark.slow] if name == "twelve_adapters_compiled" else []
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case.name)) for case in CASES])
 def test_veneer_gets_it_right(case):
     result = case.run(Veneer())
     assert result.ok, result.text
@@ -137,11 +142,18 @@ FAULTS = [
     ("exception_during_a_mixed_batch", library(call=select_and_leak), "next plain call"),
     ("load_on_another_base", library(load=nothing), "accepted silently"),
     ("rank_1000_on_16_by_16", library(attach=nothing), "accepted silently"),
-    ("adapter_128_on_64_layers", library(attach=attach_looking_at_everything), "times the calls"),
+    pytest.param(
+        "adapter_128_on_64_layers",
+        library(attach=attach_looking_at_everything),
+        "times the calls",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "wrong", "said"), FAULTS, ids=[f"{name}: {said}" for name, _, said in FAULTS])
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"), FAULTS, ids=lambda value: value if isinstance(value, str) else "broken"
+)
 def test_the_judges_can_fail(name, wrong, said):
     (case,) = [case for case in CASES if case.name == name]
     result = case.run(wrong)

@@ -4,6 +4,7 @@ gradients reach each of its adapters."""
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -117,6 +118,7 @@ def leaf(output):
     return next(one for one in pytree.tree_leaves(output) if isinstance(one, torch.Tensor))
 
 
+@functools.cache
 def bent(kind, number):
     """Whether torch's own gradient of a module is not the slope of its forward."""
     module, _ = example(kind, number)

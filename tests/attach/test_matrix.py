@@ -59,7 +59,13 @@ def cells(operation, layers, variants=VARIANT_NAMES):
     return found
 
 
-@pytest.mark.parametrize("operation", operations.OPERATIONS)
+def marks_of(operation):
+    """A compiler takes seconds for each mutation, so the slow suite has them. `make check` compiles every cell of the
+    matrix: what the quick suite leaves out is the proof that this would notice."""
+    return [pytest.mark.slow] if operation == "compile" else []
+
+
+@pytest.mark.parametrize("operation", [pytest.param(name, marks=marks_of(name)) for name in operations.OPERATIONS])
 def test_the_cells_that_are_broken_below_are_exact(operation):
     assert set(cells(operation, layers_of(operation)).values()) == {"exact"}
 
@@ -273,7 +279,11 @@ MUTATIONS = {
 
 @pytest.mark.parametrize(
     ("operation", "mutation"),
-    [(operation, mutation) for operation, all_ in MUTATIONS.items() for mutation in all_],
+    [
+        pytest.param(operation, mutation, marks=marks_of(operation))
+        for operation, all_ in MUTATIONS.items()
+        for mutation in all_
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_broken_operation_is_not_exact(operation, mutation, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.support.commands import refused
-from tests.support.forked import Program
+from tests.support.forked import LARGE, Program
 from tests.support.tiny import sums, write_rows, write_tiny
 
 from veneer.train import checkpoint
@@ -316,7 +316,7 @@ def test_a_write_that_the_system_refuses(base: Path, data: Path, adapter: Path, 
         else ["train", "--base", base, "--data", data, "--output", target]
     )
     code = LIMITED.format(limit=20_000, arguments=[*map(str, arguments)])
-    found = Program(code, "torch", "transformers", "trl.trainer.sft_trainer")
+    found = Program(code, *LARGE)
     assert found.wait() == 2, found.said
     assert "Traceback" not in found.said
     assert re.search(r"Error: Found: .*\bDo: ", re.sub(r"\s+", " ", found.said))

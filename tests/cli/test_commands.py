@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tests.support.commands import refused
-from tests.support.forked import Program, printed
+from tests.support.forked import LARGE, Program, printed
 from tests.support.tiny import sums, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +79,7 @@ def test_merge_writes_a_model_that_transformers_loads_alone(
         f"m = M.from_pretrained({str(tmp_path / 'merged')!r}); t = T.from_pretrained({str(tmp_path / 'merged')!r});"
         "assert 'veneer' not in sys.modules; print(m(**t('3 + 5 =', return_tensors='pt')).logits.sum().item())"
     )
-    alone = Program(code, "torch", "transformers")
+    alone = Program(code, *LARGE)
     assert alone.wait() == 0, alone.said
     import veneer as library
 

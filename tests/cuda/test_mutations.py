@@ -125,7 +125,13 @@ def test_a_dense_copy_is_seen(monkeypatch):
 ELSEWHERE = {OFFLOADED, "float64 on the device itself, and a gradient of a gradient"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ELSEWHERE])
+#: dear, and no different of what it finds: quick runs have the check itself
+COMPILED = "torch.compile and torch.export"
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name == COMPILED else []) for name in MODELS if name not in ELSEWHERE
+])  # fmt: skip
 def test_a_check_of_models_finds_a_wrong_number(name, monkeypatch):
     """By the part that it is about, where that is not what every change goes through."""
     BREAKS.get(name, is_off)(monkeypatch)

@@ -10,18 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.real_models import REAL
+from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import tiny_model, write_tiny
 
 from veneer import models
 from veneer.errors import CheckpointError, ConfigError
 from veneer.models.safetensors_dir import DTYPES, open_checkpoint
-
-
-def transformers_models():
-    from transformers import PreTrainedModel
-
-    return [name for name, real in REAL.items() if isinstance(real.build()[0], PreTrainedModel)]
 
 
 @pytest.mark.parametrize("name", transformers_models())

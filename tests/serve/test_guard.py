@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 from tests.support.api_server import BASE, adapter_at, fake_service, listening, serving, until
-from tests.support.forked import Program
+from tests.support.forked import LARGE, Program
 
 from veneer.errors import ConfigError
 from veneer.serve import limits, page
@@ -381,7 +381,7 @@ def test_a_port_that_is_taken():
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
     code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server"
-    child = Program(f"{code}; api_server.main()", "torch", "transformers", "openai", folder=Path(__file__).parents[2])
+    child = Program(f"{code}; api_server.main()", *LARGE, folder=Path(__file__).parents[2])
     try:
         child.until(lambda: re.search(r"^http://.*\n", child.said, re.MULTILINE) or not child.alive)
         (address,) = re.findall(r"^http://.*$", child.said, re.MULTILINE)

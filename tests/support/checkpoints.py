@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tests.support.real_models import REAL
 from tests.support.tiny import tiny_tokenizer, write_tiny
 from tests.support.toys import randomise
 
@@ -55,9 +54,3 @@ def tiny(folder, dtype=torch.bfloat16, **options):
     (folder / "model.safetensors").unlink(missing_ok=True)
     tiny_tokenizer().save_pretrained(folder)
     return model.eval(), folder
-
-
-def transformers_models():
-    from transformers import PreTrainedModel
-
-    return [name for name, real in REAL.items() if isinstance(real.build()[0], PreTrainedModel)]

@@ -24,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+#: what a program starts with of which the imports are no matter: with one tuple for all, one process to fork from
+LARGE = ("torch", "transformers", "trl.trainer.sft_trainer")
+
 
 def printed(code: str, **environment: str) -> str:
     """What a program prints that succeeds; torch is imported before it begins, and nothing else that is large."""
@@ -92,6 +95,7 @@ def _serve(imported: list[str]) -> None:
     sys.path.pop(0)  # this file's folder: not what a program's own imports look through
     for library in imported:
         importlib.import_module(library)
+    os.fsync = lambda fd: None  # as in the tests' own process
     for line in sys.stdin:
         if os.fork() == 0:
             _watch(**json.loads(line))

@@ -6,6 +6,7 @@ whose loss gives a gradient to every parameter of the model but those that the e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,14 @@ class RealModel:
 
 
 REAL: dict[str, RealModel] = {}
+
+
+@functools.cache
+def transformers_models() -> list[str]:
+    """The names of those that transformers has a class for, and so files of."""
+    from transformers import PreTrainedModel
+
+    return [name for name, real in REAL.items() if isinstance(real.build()[0], PreTrainedModel)]
 
 
 def _real(name: str, **fields: Any) -> Callable[[Callable[[], Built]], Callable[[], Built]]:

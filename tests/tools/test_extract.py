@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.support.models import IDS, ConvNet, Shared, Stack, TinyLM
-from tests.support.real_models import REAL
+from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import tiny_model, write_tiny
 from tests.support.toys import adapt, error, example, flat
 from torch import nn
@@ -245,12 +245,6 @@ def test_a_base_that_is_stored_otherwise_is_read_as_the_numbers_that_it_means(na
 
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-def transformers_models():
-    from transformers import PreTrainedModel
-
-    return [name for name, real in REAL.items() if isinstance(real.build()[0], PreTrainedModel)]
 
 
 @pytest.mark.parametrize("name", transformers_models())

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, transformers_models, written
-from tests.support.real_models import REAL
+from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, written
+from tests.support.real_models import REAL, transformers_models
 
 import veneer
 from veneer.adapter_files.folder import read

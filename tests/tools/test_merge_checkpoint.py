@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, transformers_models, written
-from tests.support.forked import Program, printed
-from tests.support.real_models import REAL
+from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, written
+from tests.support.forked import LARGE, Program, printed
+from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 from tests.support.toys import randomise
 from torch import nn
@@ -300,7 +300,7 @@ def killed_and_resumed(base, adapter, out, kills, seed):
     chance, done, killed = random.Random(seed), 0, 0
     for _ in range(kills):
         code = CHILD.format(base=str(base), adapter=str(adapter), out=str(out))
-        child = Program(code, "torch", "transformers")
+        child = Program(code, *LARGE)
         child.until(lambda child=child: child.said.startswith("begun\n"))
         journal = out.with_name(f".{out.name}.merging") / "journal.jsonl"
         while child.alive and not (journal.is_file() and journal.read_text().count("\n") > done):
