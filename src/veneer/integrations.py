@@ -19,9 +19,9 @@ import importlib.util
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -89,25 +89,33 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
     torch, which Lightning leaves out: a run resumed at the end of an epoch goes on to the same numbers.
     ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them back. The base is verified against the
     adapter's fingerprints, and a model without an adapter gets that of the checkpoint. The rest of the LightningModule
-    is saved and loaded as ever; so are checkpoints from before.
+    is saved and loaded as ever; so are checkpoints from before. Several parts with an adapter take a callback each.
 
     Args:
         config: attached when the trainer sets up, unless the part has an adapter already; None attaches nothing.
         module: path of the model within the LightningModule; "" is all of it.
 
     Raises:
-        ConfigError: Lightning is not installed; as it runs, there is no such part, it has no adapter when training
-            begins, or its weights are spread over processes (FSDP), whose checkpoints Lightning writes otherwise.
+        ConfigError: Lightning is not installed; as it runs, there is no such part, another callback has it, it has no
+            adapter when training begins, its weights are spread over processes (FSDP), whose checkpoints Lightning
+            writes otherwise, or a checkpoint holds the adapter of a part that no callback has.
     """
     bases = tuple(lightning.Callback for lightning in _lightning())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _part(pl_module, module)
+        others = (one.veneer_part for one in trainer.callbacks if one is not self and hasattr(one, "veneer_part"))
+        if (twice := next((path for path in others if _part(pl_module, path) is model), None)) is not None:
+            found = f"two lightning_callbacks for one model (module={twice!r}, module={module!r})"
+            raise ConfigError(found, "one for each part with an adapter", "leave one of them out, or say module=…")
         pl_module.__dict__.pop("_veneer_random", None)  # of a checkpoint that a call which does not train has read
         if config is not None and not _adapted(model):
             attach(model, config)
-        if "on_save_checkpoint" not in pl_module.__dict__:
-            _pack(pl_module, model)
+        if "_veneer_parts" not in pl_module.__dict__:
+            pl_module.__dict__["_veneer_parts"] = []
+            _pack(pl_module)
+        if module not in pl_module.__dict__["_veneer_parts"]:
+            pl_module.__dict__["_veneer_parts"].append(module)
 
     def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
         if not _adapted(_part(pl_module, module)):
@@ -116,7 +124,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
         if (states := pl_module.__dict__.pop("_veneer_random", None)) is not None:
             _set_random(states)  # before the loader of the next epoch draws its seed
 
-    return type("AdapterCallback", bases, {"setup": setup, "on_fit_start": on_fit_start})()
+    own = {"veneer_part": module, "setup": setup, "on_fit_start": on_fit_start}
+    return type("AdapterCallback", bases, own)()
 
 
 def _lightning() -> list[Any]:
@@ -138,37 +147,56 @@ def _part(pl_module: Any, path: str) -> nn.Module:
         raise ConfigError(found, f"the path of the model (there is {parts})", "say module=…") from None
 
 
-def _pack(pl_module: Any, model: nn.Module) -> None:
-    """Let the hooks of a LightningModule put the adapter into its checkpoints, and take it out again. Lightning calls
-    these for every checkpoint; a callback's own not for ``save_weights_only``."""
+def _pack(pl_module: Any) -> None:
+    """Let the hooks of a LightningModule put the adapters of its ``_veneer_parts`` into its checkpoints, and take them
+    out again. Lightning calls these for every checkpoint; a callback's own not for ``save_weights_only``."""
     save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
 
-    def ours() -> dict[str, Tensor]:
-        """What the module's state has in the memory of the model, under whatever names."""
-        memory = {_address(value) for value in model.state_dict().values() if isinstance(value, Tensor)}
+    def parts() -> dict[str, nn.Module]:
+        return {path: _part(pl_module, path) for path in pl_module.__dict__["_veneer_parts"]}
+
+    def ours(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+        """What the module's state has in the memory of these models, under whatever names."""
+        memory = {_address(value) for model in models for value in model.state_dict().values() if _is_tensor(value)}
         state = pl_module.state_dict()
-        return {key: value for key, value in state.items() if isinstance(value, Tensor) and _address(value) in memory}
+        return {key: value for key, value in state.items() if _is_tensor(value) and _address(value) in memory}
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        if is_spread(model.modules()):
+        models = {path: model for path, model in parts().items() if _adapted(model)}
+        if any(is_spread(model.modules()) for model in models.values()):
             found = "weights that are spread over processes, in a checkpoint of Lightning"
             raise ConfigError(found, "whole ones", "leave lightning_callback out; save with handle.save")
-        if _adapted(model):
-            for key in ours():
+        if models:
+            for key in ours(models.values()):
                 checkpoint["state_dict"].pop(key, None)
-            checkpoint[KEY] = {"files": _files(model), "random": _random()}
+            adapters = {path: _files(model) for path, model in models.items()}
+            checkpoint[KEY] = {"adapters": adapters, "random": _random()}
         save(checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         if KEY in checkpoint:
-            with tempfile.TemporaryDirectory() as folder:
-                _write(checkpoint[KEY]["files"], Path(folder))
-                _put_back(model, Path(folder))
-            checkpoint["state_dict"] = {**ours(), **checkpoint["state_dict"]}
+            models, adapters = parts(), checkpoint[KEY]["adapters"]
+            if strange := adapters.keys() - models.keys():
+                found = f"a checkpoint with adapters of {_quoted(strange)}, and callbacks for {_quoted(models)} alone"
+                do = "give the trainer a lightning_callback(module=…) for each"
+                raise ConfigError(found, "a callback for each adapter", do)
+            for path, files in adapters.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    _write(files, Path(folder))
+                    _put_back(models[path], Path(folder))
+            checkpoint["state_dict"] = {**ours(models[path] for path in adapters), **checkpoint["state_dict"]}
             pl_module.__dict__["_veneer_random"] = checkpoint[KEY]["random"]
         load(checkpoint)
 
     pl_module.__dict__.update(on_save_checkpoint=on_save_checkpoint, on_load_checkpoint=on_load_checkpoint)
+
+
+def _quoted(paths: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(paths)))
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
 
 
 def _address(value: Tensor) -> int:
@@ -210,14 +238,17 @@ def _set_random(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def unpack(checkpoint: str | Path, folder: str | Path) -> Path:
+def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:
     """Write the adapter folder that is in a Lightning checkpoint of ``lightning_callback``.
+
+    Args:
+        module: the part whose adapter is meant, if there are several.
 
     Returns:
         the folder, which ``veneer.load``, PEFT and ``from_pretrained`` take.
 
     Raises:
-        AdapterError: there is no adapter in the file, or it is not whole.
+        AdapterError: there is no adapter in the file, none of this part, several and no ``module``, or it is not whole.
         OutputExistsError: the folder exists and is not empty.
     """
     expected, do = "a Lightning checkpoint with one", "pass one that lightning_callback had a part in"
@@ -227,8 +258,14 @@ def unpack(checkpoint: str | Path, folder: str | Path) -> Path:
         raise AdapterError(f"{checkpoint}, of which no adapter can be read ({error})", expected, do) from error
     if not isinstance(content, dict) or KEY not in content:
         raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, do)
+    adapters = content[KEY]["adapters"]
+    if module is None and len(adapters) == 1:
+        (module,) = adapters
+    if module not in adapters:
+        found = f"module={module!r} for {checkpoint}, which holds the adapters of {_quoted(adapters)}"
+        raise AdapterError(found, "one of these", "say module=…")
     with new_folder(folder) as made:
-        _write(content[KEY]["files"], made)
+        _write(adapters[module], made)
     return Path(folder)
 
 

@@ -364,16 +364,72 @@ def test_a_lightning_checkpoint_that_was_tested_leaves_the_random_state_of_a_lat
     module = lightning.LightningModule()
     module.model = nn.Sequential(nn.Linear(3, 3))
     own = integrations.lightning_callback(veneer.LoraConfig(rank=2))
-    own.setup(None, module, "fit")
+    trainer = lightning.Trainer(logger=False, callbacks=[own])
+    own.setup(trainer, module, "fit")
     checkpoint = {"state_dict": dict(module.state_dict())}
     module.on_save_checkpoint(checkpoint)
-    own.setup(None, module, "test")
+    own.setup(trainer, module, "test")
     module.on_load_checkpoint(checkpoint)
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    own.setup(None, module, "fit")
-    own.on_fit_start(None, module)
+    own.setup(trainer, module, "fit")
+    own.on_fit_start(trainer, module)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def two_parts(folder: Path, callbacks: list[Any], resume: str | None = None) -> Any:
+    """A module of two parts after a step, which is saved, or as a checkpoint leaves it."""
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Pair(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.bias = nn.Linear(6, 5), nn.Linear(5, 4), nn.Parameter(torch.zeros(4))
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return (self.second(self.first(batch)) + self.bias).square().sum()
+
+        def validation_step(self, batch: Any, index: int) -> Any:
+            return self.training_step(batch, index)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=callbacks,
+    )  # fmt: skip
+    pair, rows = Pair(), torch.utils.data.DataLoader(torch.randn(2, 6))  # pyright: ignore[reportArgumentType]
+    if resume is not None:
+        trainer.validate(pair, rows, ckpt_path=resume, verbose=False)
+        return pair
+    trainer.fit(pair, rows, rows)
+    trainer.save_checkpoint(folder / "pair.ckpt")
+    return pair
+
+
+@pytest.mark.parametrize("attach_again", [False, True])
+def test_a_lightning_checkpoint_holds_an_adapter_for_each_part(attach_again: bool, tmp_path: Path):
+    config = veneer.LoraConfig(rank=2)
+
+    def callbacks(config: veneer.LoraConfig | None, *parts: str) -> list[Any]:
+        return [integrations.lightning_callback(config, module=part) for part in parts]
+
+    trained_pair = two_parts(tmp_path, callbacks(config, "first", "second"))
+    path = tmp_path / "pair.ckpt"
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == {"bias"}
+    again = two_parts(tmp_path, callbacks(config if attach_again else None, "first", "second"), str(path))
+    assert same(dict(again.state_dict()), dict(trained_pair.state_dict()))
+    folder, fresh, x = integrations.unpack(path, tmp_path / "adapter", module="second"), nn.Linear(5, 4), torch.ones(5)
+    fresh.load_state_dict({name: getattr(trained_pair.second, name).detach() for name in ("weight", "bias")})
+    assert torch.equal(veneer.load(fresh, folder).model(x), trained_pair.second(x))
+    with pytest.raises(AdapterError, match=r"module=None for .*, which holds the adapters of 'first', 'second'"):
+        integrations.unpack(path, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"adapters of 'second', and callbacks for 'first' alone"):
+        two_parts(tmp_path, callbacks(None, "first"), str(path))
+    with pytest.raises(ConfigError, match=r"two lightning_callbacks for one model \(module='first', module='first'\)"):
+        two_parts(tmp_path, callbacks(config, "first", "first"))
 
 
 def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
