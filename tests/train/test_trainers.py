@@ -164,6 +164,13 @@ def test_an_adapter_that_trls_forward_would_pass_by_is_refused(target: str, base
     for call in (trainer.train, trainer.evaluate):
         with pytest.raises(TargetError, match="an adapter of the output layer for TRL's DPOTrainer"):
             call()
+    veneer.save(model, tmp_path / "checkpoint")
+    bare = loaded(bases, RUN["DPOTrainer"])
+    trainer = BUILD["DPO"](bare, tmp_path, [], {})
+    before = dict(bare.named_modules())
+    with pytest.raises(TargetError, match="an adapter of the output layer for TRL's DPOTrainer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint"))
+    assert dict(bare.named_modules()) == before
 
 
 # ---- transformers ------------------------------------------------------------------------------------------------

@@ -34,10 +34,11 @@ from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
 from veneer.attach.adapted_module import state_of, walk
 from veneer.attach.change import Change
+from veneer.attach.install import detach
 from veneer.attach.lookup import adapters_of, selected_name, unwrap
 from veneer.attach.method_overrides import put, stands
 from veneer.attach.reference import Reference, reference_of
-from veneer.errors import ConfigError, TargetError
+from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
 TRAINER = "transformers.trainer"
@@ -117,6 +118,11 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
     if theirs or not (Path(folder) / peft.CONFIG).is_file():
         return False
     install_from(model, folder, "default", trainable=True, verify_base=True)
+    try:
+        _must_be_used(trainer)  # as ``train`` asked before there was an adapter
+    except VeneerError:
+        detach(model)
+        raise
     cover(model)
     disable_dropout(model, trainer.args)
     return True
