@@ -275,6 +275,25 @@ def test_loops_make_factors_worth_their_while():
     assert one > 2 * other
 
 
+def test_costs_are_of_the_loops_that_run(monkeypatch):
+    """None for a side narrower than ``MIN_WIDTH``, or for few tokens."""
+    monkeypatch.setattr(compiled, "MIN_WIDTH", 128)
+
+    def costs(out: int, in_: int, tokens: int, loops: bool) -> cost_model.Costs:
+        return cost_model.costs(out, in_, 8, tokens, torch.float32, False, loops)
+
+    def saved(out: int, in_: int) -> float:
+        return costs(out, in_, 512, False).factored - costs(out, in_, 512, True).factored
+
+    assert costs(127, 127, 512, True) == costs(127, 127, 512, False)
+    assert costs(576, 576, MIN_TOKENS - 1, True) == costs(576, 576, MIN_TOKENS - 1, False)
+    assert saved(576, 64) > saved(64, 576) > 0
+    assert saved(576, 64) + saved(64, 576) == pytest.approx(saved(576, 576))
+    for out, in_, differs in ((64, 64, False), (64, 576, True), (576, 576, True)):
+        above = {cost_model.forms_above(out, in_, 8, torch.float32, loops) for loops in (True, False)}
+        assert (len(above) == 2) is differs
+
+
 @needs_single
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("threads", [1, THREADS + 1])

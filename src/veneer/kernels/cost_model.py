@@ -8,7 +8,7 @@ The cost model counts multiply-adds and numbers moved, and takes one moved numbe
 ``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does little arithmetic on each number that
 it reads, so its cost is that of reading, and a weight, unlike what the layer before has just written, is in no cache.
 Compiled loops (``compiled/thin_matmul.py``) do a thin product's arithmetic in ``LOOPED`` of a library's time, and read
-a number for ``LOOPED_MOVED``.
+a number for ``LOOPED_MOVED``. They are for products of many tokens whose other side is wide (``compiled.thin_loops``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.kernels.compiled import thin_products_pay
+from veneer.kernels import compiled
 
 FACTORED = "factored"
 MATERIALISED = "materialised"
@@ -31,8 +31,9 @@ LOOPED, LOOPED_MOVED = 0.6, 3.3
 
 
 def looped(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the thin products of many tokens are compiled loops, on as many threads as torch has now."""
-    return dtype is torch.float32 and device.type == "cpu" and thin_products_pay()
+    """Whether thin products that are wide and of many tokens are compiled loops, on as many threads as torch has
+    now."""
+    return dtype is torch.float32 and device.type == "cpu" and compiled.thin_products_pay()
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Costs:
 def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool, loops: bool = False) -> Costs:
     """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``; ``loops`` as ``looped``
     says."""
-    product, moving = (LOOPED, LOOPED_MOVED) if loops else (1.0, MOVED)
+    many = loops and tokens >= compiled.MIN_TOKENS
 
     def thin(width: int, moved: int = 1) -> float:  # a product with A or B, whose other side is [tokens, width]
+        product, moving = (LOOPED, LOOPED_MOVED) if many and width >= compiled.MIN_WIDTH else (1.0, MOVED)
         return tokens * width * (rank * product + moved * moving)
 
     layer = tokens * in_ * out * (2 if training else 1)
@@ -79,7 +81,8 @@ def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, traini
 def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype, loops: bool = False) -> float:
     """The number of tokens above which a training step is cheaper with W + ΔW formed: infinity where it never is, or is
     never right. One number for training and inference, so that both round alike."""
-    one, two = (costs(out, in_, rank, tokens, dtype, True, loops) for tokens in (1, 2))
-    # both costs are linear in the tokens
+    many = compiled.MIN_TOKENS
+    one, two = (costs(out, in_, rank, tokens, dtype, True, loops) for tokens in (many, many + 1))
+    # both costs are linear in the tokens from there on
     slope = (two.factored - one.factored) - (two.materialised - one.materialised)
-    return 1 + (one.materialised - one.factored) / slope if dtype.itemsize >= 4 else math.inf
+    return many + (one.materialised - one.factored) / slope if dtype.itemsize >= 4 else math.inf
