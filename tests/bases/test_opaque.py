@@ -94,6 +94,43 @@ def test_gradients_are_those_of_the_definition(kind, real, libraries):  # noqa: 
         assert error(found, expected) <= 2 * close(module, rounds=False)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_the_hooks_of_accelerate_are_around_the_call(kind, real, when, libraries):  # noqa: F811
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    plain, *_ = adapted(libraries, kind, real)
+    torch.manual_seed(0)
+    module, dense = libraries(kind, real=real)
+    if when == "before":
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+        if kind in COMPRESSED:
+            with pytest.raises(TargetError, match="compressed-tensors"):
+                veneer.attach(module, veneer.LoraConfig(rank=4))
+            return
+    handle = veneer.attach(module, veneer.LoraConfig(rank=4))
+    randomise(handle, 0.1)
+    if when == "after":
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    x, seen = (torch.ones(5, IN).cumsum(0).requires_grad_() for _ in range(2))
+    for one, given in ((plain, x), (module, seen)):
+        one(given).square().sum().backward()
+    assert torch.equal(module(seen), plain(x))
+    assert torch.equal(seen.grad, x.grad)
+    assert torch.equal(storage_of(weight_of(module, "weight")).dense(module), storage_of(plain).dense(plain))
+    handle.detach()
+    remove_hook_from_module(module)
+    with veneer.use(plain, None), torch.no_grad():
+        assert torch.equal(module(x), plain(x))
+
+
+@pytest.mark.parametrize(("kind", "real"), variants_of())
+def test_a_call_without_arguments_is_the_librarys_error(kind, real, libraries):  # noqa: F811
+    module, *_ = adapted(libraries, kind, real)
+    with veneer.use(module, None), pytest.raises(TypeError):
+        module()
+
+
 @pytest.mark.parametrize(("kind", "real"), variants_of())
 def test_a_merge_is_refused_with_the_way_out_and_changes_nothing(kind, real, libraries):  # noqa: F811
     module, _, handle, _ = adapted(libraries, kind, real)

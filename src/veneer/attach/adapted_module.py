@@ -202,12 +202,14 @@ def uninstall(module: nn.Module) -> None:
     own, layer_state = own_class(module), state_of(module)
     kept = None if layer_state is None else layer_state.own_forward
     set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
+    wrapped = wrapped_forward(module)
     if KEPT in module.__dict__:  # of a model that was called since, too
         module.__dict__[KEPT] = own.forward if kept is None else kept
-    elif kept is not None:
+        kept = None
+    elif kept is not None and not wrapped:
         module.__dict__["forward"] = MethodType(kept, module)
-    if wrapped_forward(module):
-        module.__dict__[WRAPPED] = MethodType(own.forward, module)
+    if wrapped:
+        module.__dict__[WRAPPED] = MethodType(own.forward if kept is None else kept, module)
     module.__class__ = own
 
 

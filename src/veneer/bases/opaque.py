@@ -96,7 +96,9 @@ def is_compressed(module: nn.Module) -> bool:
     own = module.__dict__
     if (scheme := own.get("quantization_scheme")) is None or not isinstance(module, nn.Linear):
         return False
-    known = getattr(scheme, "weights", None) is not None and "_hf_hook" not in own
+    # accelerate's hooks take the place of the library's wrapper, unless an adapter has taken it before
+    hooked = "_hf_hook" in own and not hasattr(type(module), "veneer_base")
+    known = getattr(scheme, "weights", None) is not None and not hooked
     return known and own.get("quantization_status") in ("compressed", "decompressed")
 
 
@@ -240,8 +242,8 @@ class Opaque(Storage):
         Raises:
             TargetError: x asks for a gradient, and the module is no linear layer, whose gradient is known.
         """
-        x = next(iter((*args, *kwargs.values())))
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        x = next(iter((*args, *kwargs.values())), None)
+        if x is None or not (torch.is_grad_enabled() and x.requires_grad):
             return forward(*args, **kwargs)
         if not is_opaque(module):
             name, do = next(said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls))
@@ -264,4 +266,6 @@ def _without_bias(module: nn.Module) -> nn.Module:
     if "bias" in seen.__dict__:
         seen.__dict__["bias"] = None
     seen.__dict__.update(training=False, _modules={})  # below are adapters, whose mode is not to change
+    if "_hf_hook" in seen.__dict__:  # accelerate's wrapper calls forward of ``module`` itself, with its adapter
+        seen.__dict__.pop("forward", None)
     return seen
