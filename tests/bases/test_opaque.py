@@ -101,7 +101,7 @@ def test_the_hooks_of_accelerate_are_around_the_call(kind, real, when, libraries
 
     plain, *_ = adapted(libraries, kind, real)
     torch.manual_seed(0)
-    module, dense = libraries(kind, real=real)
+    module, _ = libraries(kind, real=real)
     if when == "before":
         add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
         if kind in COMPRESSED:
