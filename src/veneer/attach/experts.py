@@ -114,20 +114,19 @@ def _operation(*functions: Any) -> Callable[[Any], Any]:
 def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if not isinstance(weight, Unformed) or weight.index is not None:
         return NotImplemented
+    if type(index) is int:
+        return _chosen(weight, index)
     if isinstance(index, slice):
         return stand_in(weight.stack.sliced(index), None, weight.flipped)
-    if isinstance(index, Tensor):
-        if index.dtype not in (torch.int64, torch.int32) or index.dim() > 1 or isinstance(index, Unformed):
-            return NotImplemented
-        if index.dim() == 1:
-            return weight.at(index)
-    elif type(index) is not int:
+    if not isinstance(index, Tensor) or isinstance(index, Unformed) or index.dtype not in (torch.int64, torch.int32):
         return NotImplemented
-    return _chosen(weight, int(index))
+    if index.dim() > 1:
+        return NotImplemented
+    return weight.at(index) if index.dim() else _chosen(weight, int(index))
 
 
 def _chosen(weight: Unformed, number: int) -> Unformed:
-    count = len(weight.stack.W)
+    count = weight.stack.W.shape[0]
     if not -count <= number < count:
         raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
     return weight.at(number % count)

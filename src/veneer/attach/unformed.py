@@ -21,9 +21,9 @@ without memory that is an error, but on a processor, where the address is asked 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,25 +62,26 @@ class Stack:
     formable: bool
     call: dict[int, Any]
     source: Tensor | None = None
-    pieces: dict[str, Sequence[Tensor]] = field(default_factory=dict)
+    pieces: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
     def part(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(W, A, B) of these matrices; transposed, W.mT with Bᵀ for A and Aᵀ for B, if ``flipped``."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            W, A, B = W[index], self._piece("A", index), self._piece("B", index)
+            if self.trains:  # the gradients of all matrices are one tensor; of a subscript each would be a whole one
+                if not self.pieces:
+                    self.pieces = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]
+                W, A, B = self.pieces[index]
+            else:
+                W, A, B = W[index], A[index], B[index]
         elif index is not None:
             W, A, B = (one.index_select(0, index) for one in (W, A, B))
         return (W.mT, B.mT, A.mT) if flipped else (W, A, B)
 
-    def _piece(self, name: str, index: int) -> Tensor:
-        """One matrix of A or B. The gradients of all are one tensor; those of a subscript each would be a whole one."""
-        whole: Tensor = getattr(self, name)
-        if not (whole.requires_grad and torch.is_grad_enabled()):
-            return whole[index]
-        if name not in self.pieces:
-            self.pieces[name] = whole.unbind()
-        return self.pieces[name][index]
+    @property
+    def trains(self) -> bool:
+        """Whether what is computed with it now has a gradient for A or B."""
+        return torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
 
     def sliced(self, part: slice) -> Stack:
         return self._with(self.W[part], self.A[part], self.B[part])
@@ -169,9 +170,7 @@ WRITING = {
 
 def stand_in(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
     """A tensor that stands for W + ΔW of these matrices, transposed if ``flipped``."""
-    if torch.is_grad_enabled() and (stack.A.requires_grad or stack.B.requires_grad):
-        return _Carried.apply(stack, index, flipped, stack.A, stack.B)  # pyright: ignore[reportReturnType]
-    return _bare(stack, index, flipped)
+    return _apply(stack, index, flipped, stack.A, stack.B) if stack.trains else _bare(stack, index, flipped)
 
 
 def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
@@ -217,6 +216,10 @@ class _Carried(torch.autograd.Function):
         dA, dB = own[1].mT @ G, G @ own[0].mT
         found = (torch.zeros_like(one).index_add(0, index, by.to(one.dtype)) for one, by in ((A, dA), (B, dB)))
         return None, None, None, *found
+
+
+# without the Python calls for ``torch.func``, whose transforms never come here (``eager``)
+_apply = cast(Any, super(torch.autograd.Function, _Carried)).apply
 
 
 def _getters(*names: str) -> set[Any]:

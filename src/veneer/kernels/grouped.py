@@ -132,8 +132,10 @@ def _pieces(where: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tens
 
 def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments | None) -> Tensor:
     """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
+    if where is None and x.shape[0] > 1:
+        return part.addmm_(x, weight.mT)
     vectors = part.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_tiles()
-    if where is None and not (vectors and len(x) == 1):
+    if where is None and not vectors:
         return part.addmm_(x, weight.mT)
     for rows, place, (matrix,) in _pieces(where, (x, part), (weight,)):
         if vectors and len(rows) == 1:

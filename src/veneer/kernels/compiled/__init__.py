@@ -87,8 +87,8 @@ def expert_gradients(
 
 
 def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
-    nothing = not len(x) if where is None else not where.bounds
-    if nothing or max(A.shape[-1], B.shape[-2]) < MIN_WIDTH:
+    some = x.shape[0] if where is None else where.bounds
+    if not some or (A.shape[-1] < MIN_WIDTH and B.shape[-2] < MIN_WIDTH):
         return None
     if not on("expert_rows") or torch.get_num_threads() > THREADS:
         return None
