@@ -165,11 +165,11 @@ def config_of(folder: Path, **changes):
 
 
 def test_a_run_trains_on_the_device_and_waits_once_a_step(tmp_path, monkeypatch):
-    from veneer.train import trainer
+    from veneer.train import sft_trainer
     from veneer.train.run import fit
 
     seen = []
-    original = trainer.AdapterTrainer.training_step
+    original = sft_trainer.AdapterTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         with count() as one:
@@ -177,7 +177,7 @@ def test_a_run_trains_on_the_device_and_waits_once_a_step(tmp_path, monkeypatch)
         seen.append(one.waits)
         return found
 
-    monkeypatch.setattr(trainer.AdapterTrainer, "training_step", training_step)
+    monkeypatch.setattr(sft_trainer.AdapterTrainer, "training_step", training_step)
     with one_visible():
         result = fit(config_of(tmp_path, grad_accum=2, dropout=0.1), quiet=True)
     assert next(result.model.parameters()).device == G0

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.forked import printed
 from tests.support.runs import Crash, same
 from tests.support.tasks import CASES, config_of
-from tests.support.tiny import tiny_tokenizer, write_rows
+from tests.support.tiny import tiny_model, tiny_tokenizer, write_rows
 
 import veneer
 from veneer.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from veneer.train.run import fit
 from veneer.train.tasks import TASKS, Rows
 from veneer.train.tasks._media import image_of, sound_of
 from veneer.train.tokens import tokenise
+from veneer.train.trainer import TaskTrainer
 
 #: how low an evaluation's loss must fall, as a share of the first step's; None: rewards rise instead
 LEARNT = {
@@ -105,6 +107,24 @@ def test_a_check_sees_tokens_that_look_at_others(name: str, rows: list[Any], fol
     """Of a row of one token queries and keys get no gradient, and the check would accuse them of it."""
     data, own = write_rows(tmp_path / "rows.jsonl", rows * 4), {"max_steps": 1, "eval_fraction": 0.0}
     assert fit(config_of(name, folder, "checked " + name, data=str(data), **own), quiet=True).steps == 1
+
+
+def test_operations_are_counted_as_transformers_counts_them() -> None:
+    """It walks the whole model for each batch."""
+    from transformers import Trainer
+
+    trainer: Any = object.__new__(TaskTrainer)
+    trainer.model = tiny_model()
+    for shape in ((2, 3), (4, 7)):
+        batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+    assert trainer.floating_point_ops({"pixel_values": torch.zeros(1)}) == 0
+
+
+@pytest.mark.slow
+def test_trl_is_loaded_for_sft_alone() -> None:
+    code = "import sys, veneer.train.run, veneer.train.find_rate; print('trl' in sys.modules)"
+    assert printed(code).strip() == "False"
 
 
 @pytest.mark.parametrize("name", ["classify words", "dpo"])

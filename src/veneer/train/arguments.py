@@ -1,4 +1,4 @@
-"""From a configuration to the arguments of trl's `SFTTrainer`."""
+"""From a configuration to the arguments of transformers' `Trainer`, or for the task sft of trl's `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import OptimizerNames
-from trl.trainer.sft_config import SFTConfig
+from transformers.training_args import OptimizerNames, TrainingArguments
 
 from veneer.errors import ConfigError, listing, nearest
 from veneer.models.load import best_device
@@ -16,9 +15,9 @@ from veneer.train.config import TrainConfig
 from veneer.train.prepare import Prepared
 
 
-def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTConfig:
-    """What trl is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know, and for
-    activations to be offloaded to where they are."""
+def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> TrainingArguments:
+    """What the trainer is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know, and
+    for activations to be offloaded to where they are."""
     on_cpu = "cpu" in (config.device_map, config.device or best_device())
     if config.offload_activations and on_cpu:
         found = "offload_activations, and a run on the processor, whose activations are in main memory already"
@@ -36,7 +35,16 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         if tracker not in ready:
             found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
             raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")
-    return SFTConfig(
+    make, own = TrainingArguments, {}
+    if config.task == "sft":  # trl, whose import takes half a second, is for no other task
+        from trl.trainer.sft_config import SFTConfig
+
+        make, own = SFTConfig, {
+            "max_length": prepared.max_length, "packing": config.packing,
+            "dataset_kwargs": {"skip_prepare_dataset": True},  # tokenised and packed already
+            "activation_offloading": config.offload_activations,
+        }  # fmt: skip
+    return make(
         output_dir=str(output),
         max_steps=prepared.steps,
         per_device_train_batch_size=config.batch_size,
@@ -50,9 +58,6 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        max_length=prepared.max_length,
-        packing=config.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},  # tokenised and packed already
         eval_strategy="no" if prepared.eval_set is None else "steps",
         eval_steps=eval_every,
         prediction_loss_only=True,
@@ -64,11 +69,11 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> SFTCo
         logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run
         report_to=config.trackers or "none",
         activation_checkpointing=config.activation_checkpointing,
-        activation_offloading=config.offload_activations,
         gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
         bf16=False,  # the weights have their type already: no autocast
         disable_tqdm=True,
         remove_unused_columns=config.task == "sft",  # a task's collator reads all of them
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=on_cpu,
+        **own,
     )

@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from trl.data_utils import pack_dataset
-
 from veneer import models
 from veneer.errors import ConfigError
 from veneer.train import data
@@ -109,6 +106,9 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
 
 def pack(dataset: Any, max_length: int) -> Any:
     """Several examples in one row of at most `max_length` tokens, with their lengths in the column seq_lengths."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from trl.data_utils import pack_dataset
+
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:

@@ -1,6 +1,6 @@
 """transformers' trainers with Veneer's adapters in them: lean loss, exact order of the data, atomic checkpoints.
 
-`AdapterTrainer` is trl's `SFTTrainer`, for the task sft; `TaskTrainer` the plain `Trainer`, for the loss of any other.
+`TaskTrainer` is the plain `Trainer` with the loss of a task; for the task sft, `sft_trainer.AdapterTrainer` is trl's.
 
 What is taken from trl and transformers: the loop, accumulation, precision, devices, schedules, optimisers, packing,
 collation, trackers. What is replaced, and why:
@@ -14,9 +14,10 @@ collation, trackers. What is replaced, and why:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -25,22 +26,16 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl.trainer.sft_trainer import SFTTrainer
 
 from veneer.adapter_files.save_pretrained import refill
 from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.loss import token_loss
 from veneer.train.tasks import Rows, Task
-from veneer.train.tokens import IGNORED
-
-#: the key under which a batch says how many labels it has
-LABELS = "veneer_labels"
 
 
 @contextmanager
-def _adapted(model: Any) -> Iterator[None]:
+def seen_as_adapted(model: Any) -> Iterator[None]:
     """A block in which transformers' trainer sees that a quantised model has adapters, as it asks by PEFT's mark. Only
     there: elsewhere the mark makes methods of the model call PEFT."""
     model.__dict__["_hf_peft_config_loaded"] = True
@@ -75,7 +70,7 @@ class EpochSampler(Sampler[int]):
         return chain(first, *(batches[number] for number in order), last)
 
 
-class _Adapted(Trainer):
+class TrainsAdapter(Trainer):
     """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints."""
 
     adapter: Any
@@ -90,6 +85,16 @@ class _Adapted(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
+
+    @functools.cached_property
+    def _flops_per_entry(self) -> int:
+        """What transformers says of one entry of a batch, which is the same for all, and walks the whole model."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        return super().floating_point_ops({name: torch.empty(1)})
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if main is None else main.numel() * self._flops_per_entry
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, of the same shape."""
@@ -155,76 +160,12 @@ class _Adapted(Trainer):
             refill(self.adapter.model, checkpoint.Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
 
 
-class AdapterTrainer(_Adapted, SFTTrainer):
-    """An `SFTTrainer` for a model with a Veneer adapter attached.
-
-    Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
-        adapter: the handle that `veneer.attach` gave;
-        base_name: what the adapter's metadata calls the base;
-        hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
-    """
-
-    def __init__(
-        self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
-    ) -> None:
-        own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
-        with _adapted(model):
-            super().__init__(model, **kwargs)
-        model.__dict__.pop("forward", None)  # SFTTrainer's fused head
-        model.__dict__.update(own)
-        self.adapter, self.base_name, self.hidden_state_cache = adapter, base_name, hidden_state_cache
-        # The loss divides by the labels of the whole accumulated batch, whatever the model's forward accepts.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
-
-    def _send_telemetry(self) -> None:
-        """A training run is nobody else's business."""
-
-    def get_batch_samples(self, *args: Any) -> Any:
-        """The batches of a step, each with the number of its labels, so that nothing in the step waits for the device:
-        numbers of all of them, and the tokens of all processes, are read here at once."""
-        samples, items = super().get_batch_samples(*args)
-        if samples and all("labels" in inputs for inputs in samples):
-            # packed rows have no mask, and no padding
-            masks = [inputs.get("attention_mask") for inputs in samples]
-            whole = sum(
-                inputs["input_ids"].numel() for inputs, mask in zip(samples, masks, strict=True) if mask is None
-            )
-            counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
-            seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
-            *counts, total = torch.stack([*counts, self._sum(seen)]).tolist()
-            samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
-            self._total_train_tokens += total
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return samples, items
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
-        if return_outputs:
-            raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
-        training, count = model.training, inputs.get(LABELS)
-        inputs = {name: value for name, value in inputs.items() if name != LABELS}
-        with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
-            result = token_loss(model, inputs, accuracy=not training, count=count)
-        if not training:
-            self._count(result.total, result.items, result.correct)
-        items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = result.total / items.clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
-        if result.extra is not None:
-            loss = loss + result.extra / (self.current_gradient_accumulation_steps if training else 1)
-        return loss
-
-
-class TaskTrainer(_Adapted):
+class TaskTrainer(TrainsAdapter):
     """A `Trainer` whose loss is a task's. Takes `Trainer`'s arguments, with `Rows` as data sets; `adapter` and
     `base_name` as `AdapterTrainer`."""
 
     def __init__(self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any) -> None:
-        with _adapted(model):
+        with seen_as_adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
         self.task, self.adapter, self.base_name, self.measures = task, adapter, base_name, task.measures
         self.provenance = {"task": task.record()}
@@ -275,6 +216,8 @@ class TaskTrainer(_Adapted):
 
 def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
     """The trainer of a task: trl's for sft, which packs and offloads; else the plain one with the task's loss."""
-    if task.name == "sft":
+    if task.name == "sft":  # only then: trl takes half a second to import
+        from veneer.train.sft_trainer import AdapterTrainer
+
         return AdapterTrainer(model, hidden_state_cache=cached, **options)
     return TaskTrainer(model, task=task, **options)

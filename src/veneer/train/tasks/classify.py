@@ -94,7 +94,8 @@ class Classify(Task):
             for row, place in zip(records.rows, places, strict=True)
         ]
         self._know(named, places)
-        numbers = [[self.labels.index(label) for label in labels] for labels in named]
+        number = {label: i for i, label in enumerate(self.labels)}
+        numbers = [[number[label] for label in labels] for labels in named]
         return getattr(self, f"_{self.kind}")(records, places, numbers)
 
     def _know(self, named: list[list[str]], places: list[str]) -> None:
@@ -107,8 +108,9 @@ class Classify(Task):
             self.labels = base if self._has_head and found <= {*base} else sorted(found, key=int if counted else str)
             if len(self.labels) < 2:
                 raise DataError(f"one label alone, {self.labels[0]!r}", "two or more", "check the label column")
+        known_labels = {*self.labels}
         for labels, place in zip(named, places, strict=True):
-            if strange := [label for label in labels if label not in self.labels]:
+            if strange := [label for label in labels if label not in known_labels]:
                 found, known = f"{place}: the label {strange[0]!r}", f"one of {listing(self.labels)}"
                 raise DataError(found, f"{known}, as in the training data", "fix or remove that row")
 
@@ -134,8 +136,12 @@ class Classify(Task):
                 raise DataError(f"{place}: {len(words)} words and {len(labels)} labels", "as many", "fix that row")
             encoded = self.processor(words, is_split_into_words=True)
             at = encoded.word_ids()
-            first = [word is not None and word not in at[:i] for i, word in enumerate(at)]
-            own = [labels[word] if is_first else IGNORED for word, is_first in zip(at, first, strict=True)]
+            seen: set[int | None] = {None}
+            own = [IGNORED] * len(at)
+            for i, word in enumerate(at):
+                if word not in seen:
+                    seen.add(word)
+                    own[i] = labels[word]
             rows.append({"ids": list(encoded["input_ids"]), "labels": own})
         return self._tokens(records, rows, [])
 
