@@ -342,7 +342,7 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
 @needs_thin
 @pytest.mark.parametrize(
     ("dtype", "width", "loaded"),
-    [("float32", 128, "True"), ("float32", 127, "False"), ("bfloat16", 256, "False"), ("float64", 256, "False")],
+    [("float32", 256, "True"), ("float32", 255, "False"), ("bfloat16", 256, "False"), ("float64", 256, "False")],
 )
 def test_a_step_loads_numba_only_where_it_has_loops(dtype, width, loaded):
     """It takes half a second and 100 MiB."""

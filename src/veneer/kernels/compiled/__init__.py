@@ -39,8 +39,9 @@ THREADS = 3
 #: tokens from which on float32 thin products are loops
 MIN_TOKENS = 64
 #: inputs or outputs from which on a layer's products are loops: below, torch's take as long (64 to 192 wide, a step of
-#: 256 to 1024 tokens: 0.7 to 0.9 of the loops' time, at 128 and 1024 1.04)
-MIN_WIDTH = 128
+#: 256 to 1024 tokens: 0.7 to 0.9 of the loops' time, at 128 and 1024 1.04); a run on a model that narrow may be over
+#: before numba's loading is paid for
+MIN_WIDTH = 256
 
 
 def thin_products_pay() -> bool:
