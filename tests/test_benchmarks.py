@@ -27,9 +27,11 @@ import mixed
 import planner
 import report
 import scaling
+import tasks
 import time_to_target
 import train_memory
 import train_step
+from task_cases import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn
 
@@ -50,8 +52,9 @@ def recorded(base, tmp_path_factory) -> Path:
     """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_memory, time_to_target, merge, mixed):
+        for module in (train_memory, time_to_target, tasks, merge, mixed):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
+        patch.setattr(answers, "SMOLLM", str(base))
         patch.setattr(import_time, "run", lambda name: 1.0)
         patch.setattr(pronounce, "words", functools.cache(pronounce.words))
         out, few = ["--out", str(folder)], [*SHAPE, "--tokens", "16"]
@@ -66,6 +69,7 @@ def recorded(base, tmp_path_factory) -> Path:
         compose.main(["--quick", *out, "--runs", "1"])
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
+        tasks.main(["--quick", "--case", "dpo", "grpo", "--at-once", "1", *out])
         import_time.main(["--runs", "1", *out])
         fingerprints.main(["--tiny", "--layers", "1", "--runs", "1", *out])
         merge_fidelity.main(["--quick", "--base", str(base), *out])
@@ -207,6 +211,50 @@ def test_the_way_to_a_target_is_interpolated():
     curve = [{"loss": loss, "cpu": cpu} for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))]
     found = {target: time_to_target.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
     assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
+
+
+def test_tasks(recorded):
+    cases = written(recorded, "tasks")["cases"]
+    assert [case["setting"]["task"] for case in cases] == ["dpo", "grpo"]
+    for case in cases:
+        assert list(case["rows"]) == [tasks.PEER, tasks.OWN]
+        assert case["holds"] == all(case["verdict"].values())
+        for row in case["rows"].values():
+            check(row)
+            check(row["steps"])
+            assert 0 <= row["quality"] <= 1
+    assert "before" in cases[1]  # the reward must rise
+
+
+def test_a_task_holds_by_all_three_marks():
+    def verdict(quality: float, cpu: float) -> dict[str, bool]:
+        peers = [{"quality": value, "cpu": 10.0, "steps": 5.0, "before": 0.5} for value in (0.6, 0.7, 0.8)]
+        own = [{"quality": quality, "cpu": cpu, "steps": 5.0}] * 3
+        return tasks.of({tasks.PEER: peers, tasks.OWN: own})["verdict"]
+
+    error = 0.1 / 3**0.5  # the peer's mean is 0.7
+    assert verdict(0.7 - error + 1e-6, 10.0) == {"quality": True, "cpu": True, "rises": True}
+    assert verdict(0.7 - error - 1e-6, 10.1) == {"quality": False, "cpu": False, "rises": True}
+    assert verdict(0.5, 9.0) == {"quality": False, "cpu": True, "rises": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tagging", "digits", "speech"])
+def test_a_task_of_its_own_rows(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "child", lambda script, *arguments: tasks.main(arguments))
+    snips = tmp_path / "snips"
+    snips.mkdir()
+    pieces = [{"text": "play "}, {"text": "Some Song", "entity": "track"}, {"text": " now"}]
+    for file, count in (("train_Play_full.json", 8), ("validate_Play.json", 2)):
+        rows = [{"data": [*pieces, {"text": f"{file} {i}"}]} for i in range(count)]
+        (snips / file).write_text(json.dumps({"Play": rows}))
+    asked = ["--quick", "--case", name, "--at-once", "1", "--snips", str(snips), "--out", str(tmp_path)]
+    if lacking := tasks.CASES[name].needs(tasks.parser().parse_args(asked)):
+        pytest.skip(lacking)
+    tasks.main(asked)
+    (case,) = written(tmp_path, "tasks")["cases"]
+    assert case["setting"]["task"] == name
+    assert "before" not in case
 
 
 def test_scaling(recorded):
@@ -359,7 +407,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     for name in shown:
         assert f"## {name}\n" in page
     says = [name for name in shown if "\nPredicted" in str(sys.modules[bench_page.PROGRAMS[name]].__doc__)]
-    assert len(says) == 15
+    assert len(says) == 16
     assert page.count("> Predicted") == len(says)
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in page

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from task_cases.case import ALPHA, RANK, SMOLLM, Case, rows_of, rows_to
+from task_cases.case import ALPHA, BASE, RANK, SMOLLM, Case, link_base, rows_of, rows_to
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_LETTERS = "dhlpswbm"
@@ -24,6 +24,7 @@ def words_of(count: int, seed: int) -> list[str]:
 
 
 def write_pairs(folder: Path, options: argparse.Namespace) -> None:
+    link_base(folder, SMOLLM)
     words = words_of(2400, 0)
     rows = []
     for one, other in zip(words[::2], words[1::2], strict=True):
@@ -33,28 +34,22 @@ def write_pairs(folder: Path, options: argparse.Namespace) -> None:
     rows_to(folder / "test.jsonl", rows[1000:])
 
 
-def language_model() -> tuple[Any, Any, dict[str, Any]]:
-    """SmolLM2 in the precision that Veneer chooses by itself, with plain attention, as the strongest peer has it."""
-    from transformers import AutoModelForCausalLM
+def language_model(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """With plain attention, as the strongest peer has it on a processor, and as Veneer is told."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from veneer import models
-
-    tokenizer = models.load_tokenizer(SMOLLM)
-    model = AutoModelForCausalLM.from_pretrained(
-        models.folder_of(SMOLLM), dtype=models.pick_dtype("auto"), attn_implementation="eager"
-    )
-    return model, tokenizer, {"bf16": False, "gradient_checkpointing": False}
+    model = AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=dtype, attn_implementation="eager")
+    return model, AutoTokenizer.from_pretrained(folder / BASE)
 
 
-def train_dpo(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def train_dpo(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    model, tokenizer, more = language_model()
-    callbacks = arguments.pop("callbacks")
+    model, tokenizer = language_model(folder, dtype)
     trainer = DPOTrainer(
-        model, None, DPOConfig(output_dir=str(folder / "peer"), beta=0.1, **more, **arguments),
+        model, None, DPOConfig(beta=0.1, gradient_checkpointing=False, **arguments),
         train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")), processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=callbacks,
@@ -117,6 +112,7 @@ def begins(prompts, completions, letter, **_):
 
 
 def write_letters(folder: Path, options: argparse.Namespace) -> None:
+    link_base(folder, SMOLLM)
     (folder / "rewards.py").write_text(REWARD)
     rows = {
         letter: {"prompt": f"A word that begins with the letter {letter.upper()}:", "letter": letter}
@@ -133,16 +129,16 @@ def reward_in(folder: Path) -> Callable[..., list[float]]:
     return found["begins"]
 
 
-def train_grpo(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def train_grpo(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer, more = language_model()
-    callbacks, prompts = arguments.pop("callbacks"), arguments.pop("per_device_train_batch_size")
+    model, tokenizer = language_model(folder, dtype)
+    prompts = arguments.pop("per_device_train_batch_size")
     own = GRPOConfig(
-        output_dir=str(folder / "peer"), beta=0.0, loss_type="grpo", num_generations=8, max_completion_length=6,
-        temperature=1.0, per_device_train_batch_size=8 * prompts, **more, **arguments,
+        beta=0.0, gradient_checkpointing=False, loss_type="grpo", num_generations=8, max_completion_length=6,
+        temperature=1.0, per_device_train_batch_size=8 * prompts, **arguments,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model, reward_in(folder), own, train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
@@ -170,7 +166,11 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
     return statistics.mean(found)
 
 
-DPO = Case(write_pairs, train_dpo, judge_pairs, SMOLLM, 60, 16, 1e-3, {"task": "dpo"})
+PLAIN = {"attention": "eager"}
+DPO = Case(
+    write_pairs, train_dpo, judge_pairs, 30, 16, 1e-3, {"task": "dpo", **PLAIN}, language=True,
+)  # fmt: skip
 GRPO = Case(
-    write_letters, train_grpo, judge_letters, SMOLLM, 40, 4, 5e-4, {"task": "grpo", "answers": 8, "answer_tokens": 6}
-)
+    write_letters, train_grpo, judge_letters, 30, 2, 5e-4,
+    {"task": "grpo", "answers": 8, "answer_tokens": 6, **PLAIN}, language=True, rises=True,
+)  # fmt: skip

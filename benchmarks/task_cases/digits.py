@@ -59,14 +59,14 @@ def image_batch(processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
 
 
-def train_digits(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def train_digits(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     processor = AutoImageProcessor.from_pretrained(folder / "base")
     model = AutoModelForImageClassification.from_pretrained(folder / "base", num_labels=10)
     model = adapted(model, None, exclude_modules=["classifier"], modules_to_save=["classifier"])
     rows = rows_of(folder / "train.jsonl")
-    plain_trainer(folder, model, rows, lambda part: image_batch(processor, part), arguments).train()
+    plain_trainer(model, rows, lambda part: image_batch(processor, part), arguments, callbacks).train()
     return model, processor
 
 
@@ -80,4 +80,4 @@ def judge_digits(model: Any, processor: Any, folder: Path) -> float:
     return float((torch.tensor(names) == batch["labels"]).float().mean())
 
 
-DIGITS = Case(write_digits, train_digits, judge_digits, "", 200, 32, 3e-3, {"task": "classify"}, needs_sklearn)
+DIGITS = Case(write_digits, train_digits, judge_digits, 200, 32, 3e-3, {"task": "classify"}, needs_sklearn)

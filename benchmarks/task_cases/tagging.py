@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from task_cases.case import MINILM, Case, adapted, plain_trainer, rows_of, rows_to
+from task_cases.case import BASE, MINILM, Case, adapted, link_base, plain_trainer, rows_of, rows_to
 
 
 def needs_snips(options: argparse.Namespace) -> str | None:
@@ -18,6 +18,7 @@ def needs_snips(options: argparse.Namespace) -> str | None:
 
 def write_snips(folder: Path, options: argparse.Namespace) -> None:
     """Words with B-, I- and O labels; test sentences that training has seen are left out."""
+    link_base(folder, MINILM)
     for part, pattern in (("train", "train_*_full.json"), ("test", "validate_*.json")):
         rows = []
         for file in sorted(Path(options.snips).glob(pattern)):
@@ -40,12 +41,10 @@ def write_snips(folder: Path, options: argparse.Namespace) -> None:
         rows_to(folder / f"{part}.jsonl", rows)
 
 
-def train_tagging(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+def train_tagging(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
 
-    from veneer import models
-
-    tokenizer: Any = models.load_tokenizer(MINILM)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / BASE)
     rows = rows_of(folder / "train.jsonl")
     names = sorted({label for row in rows for label in row["labels"]})
     encoded = []
@@ -56,11 +55,12 @@ def train_tagging(folder: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
         labels = [names.index(row["labels"][word]) if there else -100 for word, there in zip(at, first, strict=True)]
         encoded.append({"input_ids": own["input_ids"], "attention_mask": own["attention_mask"], "labels": labels})
     model = AutoModelForTokenClassification.from_pretrained(
-        models.folder_of(MINILM), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+        folder / BASE, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
     )
     model = adapted(model, "TOKEN_CLS", exclude_modules=["classifier"])
     collator = DataCollatorForTokenClassification(tokenizer)
-    plain_trainer(folder, model, encoded, collator, {**arguments, "train_sampling_strategy": "group_by_length"}).train()
+    arguments = {**arguments, "train_sampling_strategy": "group_by_length"}
+    plain_trainer(model, encoded, collator, arguments, callbacks).train()
     return model, tokenizer
 
 
@@ -97,4 +97,4 @@ def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
     return 2 * right / max(told + true, 1)
 
 
-TAGGING = Case(write_snips, train_tagging, judge_tagging, MINILM, 300, 32, 1e-3, {"task": "classify"}, needs_snips)
+TAGGING = Case(write_snips, train_tagging, judge_tagging, 120, 32, 1e-3, {"task": "classify"}, needs_snips)
