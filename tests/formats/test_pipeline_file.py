@@ -3,6 +3,8 @@ the names that real files have, and what diffusers' own loader makes of it."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,8 +37,9 @@ def models():
 
 @torch.no_grad()
 def answer(both):
+    """What the text encoder answers, and what the UNet then does."""
     text = both["text_encoder"](torch.arange(8)[None]).last_hidden_state
-    return both["unet"](torch.ones(1, 4, 8, 8), 3, text).sample
+    return torch.cat([text.flatten(), both["unet"](torch.ones(1, 4, 8, 8), 3, text).sample.flatten()])
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +83,64 @@ def test_diffusers_own_loader_computes_the_same(trained, kind, tmp_path):
         expected = answer(both)
     else:
         convert(folder, file, to=kind)
+    assert (loaded_by_diffusers(tmp_path) - expected).abs().max() < 1e-5
+
+
+def loaded_by_diffusers(folder):
+    """What both answer with the file in a folder, loaded as a pipeline's ``load_lora_weights`` does."""
     both, loader = models(), diffusers.StableDiffusionPipeline
     state, alphas, config = loader.lora_state_dict(
-        str(tmp_path), unet_config=both["unet"].config, return_lora_metadata=True
+        str(folder), unet_config=both["unet"].config, return_lora_metadata=True
     )
     loader.load_lora_into_unet(state, alphas, both["unet"], metadata=config)
     loader.load_lora_into_text_encoder(state, alphas, both["text_encoder"], prefix="text_encoder", metadata=config)
-    assert (answer(both) - expected).abs().max() < 1e-5
+    return answer(both)
+
+
+#: what a file holds: (variant, targets in the UNet, targets in the text encoder, more fields)
+FILES = {
+    "DoRA": ("dora", ["to_q"], ["q_proj", "fc1"], {}),
+    "no attention in the text encoder": ("lora", ["to_q"], ["fc1", "fc2"], {}),
+    "DoRA, no attention in the text encoder": ("dora", ["to_q"], ["fc1", "fc2"], {}),
+    "alphas": ("lora", ["to_q", "ff.net.2"], ["q_proj", "out_proj", "fc1"], {"alphas": {"to_q": 5, "fc1": 7}}),
+    "an alpha a model": ("lora", ["to_q", "to_k"], ["fc1"], {"alphas": {"fc1": 7}}),
+    "whole attention": ("lora", ["to_q"], ["q_proj", "out_proj", "fc1"], {}),
+    "a part of attention": ("lora", ["to_q"], ["q_proj", "fc1"], {}),
+}
+
+
+#: those of which each says something that no other does
+QUICK = {("DoRA", "diffusers"), ("no attention in the text encoder", "diffusers")}
+QUICK |= {("an alpha a model", "kohya"), ("whole attention", "kohya")}
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=() if (case, kind) in QUICK else pytest.mark.slow)
+        for case in FILES
+        for kind in ("diffusers", "kohya")
+    ],
+)
+def test_a_file_is_right_in_diffusers_or_says_what_it_loses_there(case, kind, tmp_path):
+    variant, unet, text, fields = FILES[case]
+    both = models()
+    config = veneer.LoraConfig(rank=2, targets=[*unet, *text], alpha=3, variant=variant, **fields)
+    handle = veneer.attach(both, config)
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    folder, expected = handle.save(tmp_path / "adapter"), answer(both)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", MisreadElsewhere)
+        convert(folder, tmp_path / "pytorch_lora_weights.safetensors", to=kind)
+    told = [warning for warning in said if warning.category is MisreadElsewhere]
+    off = (loaded_by_diffusers(tmp_path) - expected).abs().max()
+    assert (off > 1e-3) == bool(told)
+    assert off < 1e-5 or (kind == "kohya" and told)
+    again = models()
+    convert(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "back", to="veneer", base=again)
+    veneer.load(again, tmp_path / "back")
+    assert torch.equal(answer(again), expected)
 
 
 def test_the_text_encoder_of_a_file_alone_is_loaded_onto_it(trained, tmp_path):

@@ -8,6 +8,10 @@ Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``, ``.lora_line
 attention (``.processor.to_q_lora.down.weight``), and alphas as tensors (``<part>.<path>.alpha``) or not at all, which
 means alpha = r. All of these are read; the first is written. A file of one model has paths without a part.
 
+Text encoders are written by two keys of their own, which diffusers 0.42 needs and others read too: magnitudes under
+``….weight``, since transformers' loader looks for that name and starts them anew where it is not, and, where no
+projection of attention is among the changes, factors as ``lora_linear_layer``, by which diffusers tells the format.
+
 rsLoRA is written as plain LoRA with alpha' = scale · r: the flag is newer than many loaders.
 """
 
@@ -33,6 +37,9 @@ _SIDES = {
     "lora_B.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
     peft.MAGNITUDE: "magnitude", f"{peft.MAGNITUDE}.weight": "magnitude", "alpha": "alpha",
 }  # fmt: skip
+#: A and B of a text encoder without changes of ``ATTENTION``
+NAMED = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
+ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
 }
@@ -142,10 +149,11 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         start = "" if part == "model" else f"{part}."
         for change in changes:
             at = f"{start}{where[change.weight][1]}"
-            for suffix, tensor in zip(PAIR, (change.layer.A, change.layer.B), strict=True):
+            *pair, magnitude = _suffixes(part, [where[change.weight][1] for change in changes])
+            for suffix, tensor in zip(pair, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:
-                tensors[f"{at}.{peft.MAGNITUDE}"] = cast(change.magnitude, options.dtype)
+                tensors[f"{at}.{magnitude}"] = cast(change.magnitude, options.dtype)
         ranks = {where[change.weight][1]: change.layer.rank for change in changes}
         alphas = {where[change.weight][1]: alpha_of(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)
@@ -162,6 +170,14 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         config |= {f"{start}{key}": value for key, value in fields.items()}
     save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(config, indent=2, sort_keys=True)})
     return []
+
+
+def _suffixes(part: str, modules: Iterable[str]) -> tuple[str, str, str]:
+    """What follows a module's path in the keys of A, B and the magnitude, in a part with these modules."""
+    if not part.startswith("text_encoder"):
+        return PAIR[0], PAIR[1], peft.MAGNITUDE
+    down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED
+    return down, up, f"{peft.MAGNITUDE}.weight"
 
 
 TITLE = "safetensors of diffusers pipelines"

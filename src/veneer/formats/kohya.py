@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,24 +229,29 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    for loss in _lost_in_diffusers(adapter.changes, where.values()):
-        where = f"a kohya file of which diffusers (as of {DIFFUSERS_KNOWN})"
-        found = f"{where} leaves out {loss}, so that its outputs differ"
+    for loss in _lost_in_diffusers(adapter.changes, where):
+        reader = f"diffusers (as of {DIFFUSERS_KNOWN})"
+        found = f"a kohya file of which {reader} leaves out {loss}, so that its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
         do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
         warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=3)
     return []
 
 
-def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Collection[tuple[str, str]]) -> Iterator[str]:
-    """What diffusers drops of a kohya file that its pipelines load, as its converter is written."""
+def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """What diffusers drops of a kohya file that its pipelines load, as its converter is written. It gives the attention
+    of a model the alpha that most layers have there, and knows that of a text encoder by an out-projection."""
     if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
-    projections = (".to_q", ".to_k", ".to_v", ".to_out.0")
-    attention = any(f".{change.module}".endswith(projections) for change in changes)
-    if attention and len({alpha_of(change.layer) for change in changes}) > 1:
+    alphas: dict[str, set[float]] = {}
+    for change in changes:
+        alphas.setdefault(where[change.weight][0], set()).add(alpha_of(change.layer))
+    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+    attention = {(part, module) for part, module in where.values() if f".{module}".endswith(projections)}
+    if any(len(alphas[part]) > 1 for part, _ in attention):
         yield "the alphas of attention's projections, which are not those of all layers here"
-    if any(part.startswith("text_encoder") and ".self_attn." in f".{module}" for part, module in where):
+    encoders = {part for part, _ in attention if part.startswith("text_encoder")}
+    if encoders - {part for part, module in attention if module.endswith(".out_proj")}:
         yield "the attention of a text encoder"
 
 
