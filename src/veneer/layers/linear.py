@@ -1,5 +1,5 @@
 """``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with a
-weight that lies transposed, [in, out]; and the classes of libraries that quantise linear layers.
+weight that lies transposed, [in, out]; and other libraries' linear layers: quantised ones, PyTorch Geometric's.
 
 Others' classes are looked up where they have been imported already: a model that holds one has imported its library,
 and ``import veneer`` must not.
@@ -20,7 +20,11 @@ from veneer.layers._base import Layer, register
 from veneer.lowrank import LowRank
 
 #: linear layers of other libraries that are no ``nn.Linear``
-QUANTISED = (("hqq.core.quantize", "HQQLinear"), ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"))
+OTHERS = (
+    ("hqq.core.quantize", "HQQLinear"),
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"),
+    ("torch_geometric.nn.dense.linear", "Linear"),
+)
 
 
 class _Product(Layer):
@@ -58,7 +62,7 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        found = (getattr(sys.modules.get(module), name, None) for module, name in QUANTISED)
+        found = (getattr(sys.modules.get(module), name, None) for module, name in OTHERS)
         return (nn.Linear, *(cls for cls in found if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
