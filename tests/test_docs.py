@@ -3,6 +3,7 @@ name and draw is looked up in ``test_pages.py``."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from demo import pronounce
+from tests.support import extras
 from tests.support.forked import LARGE, Program
 from tests.support.tiny import sums, write_rows
 from typer.testing import CliRunner
@@ -33,9 +35,33 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[where for where, _ in blocks("python")])
+#: libraries that take seconds to import, and those of which the import itself warns of torch's own changes
+DEAR = {"bitsandbytes", "diffusers", "onnxruntime", "sentence_transformers", "timm", "torch_geometric", "torchao"}
+WARNING = {"bitsandbytes", "diffusers", "sentence_transformers", "torch_geometric", "torchao"}
+
+
+def imported(code: str) -> set[str]:
+    """The libraries that a block imports."""
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [
+        [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] for node in found
+    ]
+    return {name.partition(".")[0] for listed in names for name in listed}
+
+
+def python_blocks():
+    for where, code in blocks("python"):
+        libraries = imported(code)
+        marks = [extras.needs(*sorted(libraries & extras.EXTRAS)), *[pytest.mark.slow] * bool(libraries & DEAR)]
+        yield pytest.param(where, code, id=where, marks=marks)
+
+
+@pytest.mark.parametrize(("where", "code"), list(python_blocks()))
 def test_python_blocks_run_as_shown(where, code, tmp_path):
-    block = Program(code, *LARGE, folder=tmp_path, strict=True)
+    """Without a warning, but for those of large imports and of torch's own export to ONNX."""
+    libraries = imported(code)
+    before, strict = sorted(libraries & WARNING), "onnxruntime" not in libraries
+    block = Program(code, *LARGE, *before, folder=tmp_path, strict=strict)
     assert block.wait() == 0, f"{where}\n{block.said}"
 
 
