@@ -155,8 +155,8 @@ from veneer.kernels import compiled, fused, rounding
 from veneer.lowrank import LowRank
 torch.set_num_threads(1)
 torch.manual_seed(0)
-x, W = torch.randn(200, 160).requires_grad_(), torch.randn(16, 160)
-A, B = torch.randn(4, 160, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+x, W = torch.randn(200, 256).requires_grad_(), torch.randn(16, 256)
+A, B = torch.randn(4, 256, requires_grad=True), torch.randn(16, 4, requires_grad=True)
 fused.linear(1.0, x, W, None, A, B).sum().backward()
 fused.unrecorded(1.0, x.detach().bfloat16(), W.bfloat16(), None, A.detach(), B.detach())
 rounding.WORTH = 0

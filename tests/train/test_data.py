@@ -240,15 +240,15 @@ def test_calls_of_tools_are_not_compared_as_text(tmp_path: Path) -> None:
             exact(None, None, rows)
 
 
-CHAT = [{"role": "user", "content": "Hi"}]
+GREETING = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"messages": CHAT}, {"messages": []}], CHAT),
-        ([{"prompt": CHAT, "completion": []}], CHAT),
-        ([{"chosen": CHAT, "rejected": []}], CHAT),
+        ([{"messages": GREETING}, {"messages": []}], GREETING),
+        ([{"prompt": GREETING, "completion": []}], GREETING),
+        ([{"chosen": GREETING, "rejected": []}], GREETING),
         ([{"prompt": "a longer one"}, {"prompt": "short"}, {"prompt": "a\nb"}], "short"),
         ([{"prompt": "two\nlines"}, {"prompt": " \n"}], "two\nlines"),
         ([{"prompt": "a\ttab"}, {"prompt": "a\x1b[2J"}, {"prompt": "\ud800"}, {"prompt": "a " * 200}], None),

@@ -73,8 +73,8 @@ _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
 # where it is not null: (test, in words, fields).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (_is(str), "text", "base_model_name_or_path megatron_core peft_type peft_version revision task_type"),
-    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias use_dora use_qalora"),
-    (_is(bool), "true or false", "use_rslora"),
+    (_is(bool), "true or false", "ensure_weight_tying fan_in_fan_out inference_mode lora_bias"),
+    (_is(bool), "true or false", "use_dora use_qalora use_rslora"),
     (_is(dict), "an object", "auto_mapping corda_config eva_config loftq_config lora_ga_config megatron_config"),
     (_is(dict), "an object", "runtime_config"),
     (_is(bool, str), "true, false or a name", "init_lora_weights"),
@@ -261,9 +261,13 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     ``ours`` is a config that Veneer wrote. ``with_base``: the base's weights are there to compute with."""
     problems = []
     type_ = config.get("peft_type")
-    if type_ != "LORA" and not (ours and not_for_peft(config) is not None):  # whose other fields mean other things
+    if type_ != "LORA" and not_for_peft(config) is None:  # the other fields of another tuner mean other things
         do = "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract` on the merged model"
         raise AdapterError(f"peft_type {type_!r} in {CONFIG}", "'LORA', or a type that docs/from-peft.md names", do)
+    if type_ != "LORA" and not ours:
+        problems.append(
+            sentence(f"peft_type {type_!r} without Veneer's record", "'LORA'", "get the whole folder again")
+        )
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
@@ -281,12 +285,11 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
             for _, why in known
         ]  # fmt: skip
     if config.get("lora_bias") is True and not with_base:
-        do = "load it on its base with veneer.load, and merge or save it there"
+        do = "load it on its base, and merge or save it there"
         problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
     alike = config.get("qalora_group_size") == 1  # A has all inputs, and yet PEFT scales them in a GPTQ layer
     if config.get("use_qalora") is True and (alike or not with_base):
-        do = "load it on its base with veneer.load, and save it there"
-        do = "set it to false, unless that base is GPTQ's" if alike else do
+        do = "set it to false, unless that base is GPTQ's" if alike else "load it on its base, and save it there"
         problems.append(sentence("use_qalora=true, which pools inputs of GPTQ layers", "A of all inputs", do))
     for name, value in config.items():
         test, words = _INFORMATION.get(name, (lambda value: not value, "a field that Veneer can honour"))
