@@ -22,8 +22,9 @@ what it multiplies. A weight may be given as a function that reads it (4 bits): 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -55,12 +56,27 @@ class Settings(NamedTuple):
     reads: tuple[Read | None, ...]
 
 
+#: whether tensors on the meta device count as lying on a device
+_COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """A block in which tensors on the meta device take the path of a device, so that what a step there computes and
+    saves can be counted without one."""
+    token = _COUNTED.set(True)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
 def plain(x: Tensor) -> bool:
     """Whether a call is an eager one, of a plain tensor on a device."""
     return (
         type(x) is Tensor
         and not x.is_cpu
-        and not x.is_meta
+        and (not x.is_meta or _COUNTED.get())
         and x.layout is torch.strided
         and x.ndim > 0
         and type(x.shape[0]) is int
@@ -72,7 +88,12 @@ def plain(x: Tensor) -> bool:
 def dtype_of(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of x runs now: autocast leaves float64 alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if x.itemsize < 8 and torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if x.itemsize < 8 and _autocast(kind) else x.dtype
+
+
+def _autocast(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; torch has none for meta, and raises if it is asked."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def applies(x: Tensor, weight: Any) -> bool:
@@ -115,7 +136,7 @@ def linears(
     reads = tuple(cast(Any, None if isinstance(one, Tensor) else one) for one in weights)
     tensors = [one if isinstance(one, Tensor) else None for one in weights]
     settings = Settings(tuple(scales), dtype_of(x), dropout, seed, reads)
-    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _NOTHING:
+    with torch.autocast(x.device.type, enabled=False) if _autocast(x.device.type) else _NOTHING:
         if torch.is_grad_enabled():
             return _apply(settings, x, *tensors, *biases, *A, *B, *gains)
         return _forward(None, settings, x, *tensors, *biases, *A, *B, *gains)
@@ -258,7 +279,7 @@ class _LinearsOnDevice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(ctx.kind, enabled=False) if torch.is_autocast_enabled(ctx.kind) else _NOTHING:
+        with torch.autocast(ctx.kind, enabled=False) if _autocast(ctx.kind) else _NOTHING:
             return _gradients(ctx, *gradients)
 
 

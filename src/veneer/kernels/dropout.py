@@ -73,8 +73,10 @@ def drawn(count: int, p: float, seed: int, device: torch.device, width: int | No
 
 def mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -> Tensor:
     """True where a number of this shape is kept, with probability 1 - p; to be multiplied by."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
+    kept = torch.empty(shape, dtype=torch.bool, device=device)
+    if kept.is_meta:  # which draws nothing, and has no generator
+        return kept
+    return kept.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
 
 
 def of_rows(x: Tensor, p: float, seed: int) -> Dropped:

@@ -1,6 +1,7 @@
 """A model of transformers without its weights, and which parameter each tensor of a checkpoint is in it.
 
     meta_model("folder")                    every module, name, shape and tie, on torch's meta device: no memory
+    countable_model("config.json", dtype)   the same of a causal language model, for a step on the meta device itself
     map_checkpoint_names(model, names)      the name of a tensor in a file -> the parameter, or part of one, that it is
 
 A file may name and cut tensors otherwise than the model does (a prefix, q, k and v as one, an expert a tensor);
@@ -9,14 +10,18 @@ transformers maps them as it loads, and this asks it how.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import ConfigError
-from veneer.models.messages import loading
+from veneer.models.locate import config_of
+from veneer.models.messages import first_line, loading
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -57,6 +62,92 @@ def meta_model(folder: str | Path, architecture: str | None = None) -> PreTraine
         with torch.device("meta"):
             model = class_(config)
     return filled(model.eval())
+
+
+def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model on torch's meta device, whose steps can be counted there: attention is flash attention
+    and experts are grouped products, as on a GPU. The model is in training mode.
+
+    Args:
+        source: as ``load_base``, a ``config.json``, what stands in one, or a config of transformers.
+        dtype: of the weights; None takes that of the config, else bfloat16.
+
+    Raises:
+        ConfigError: no configuration of a causal language model that transformers knows.
+    """
+    import torch
+    import transformers
+
+    if isinstance(source, Mapping):
+        config = _config_in(source)
+    elif isinstance(source, str | Path):
+        config = _config_at(str(source))
+    else:
+        config = copy.deepcopy(source)
+    config.__dict__.pop("quantization_config", None)
+    with loading(config.model_type), torch.device("meta"):
+        own = dtype or config.dtype or torch.bfloat16
+        return count_attention(transformers.AutoModelForCausalLM.from_config(config, dtype=own)).train()
+
+
+def count_attention(model: Any) -> Any:
+    """The model, whose attention is flash attention on the meta device."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(COUNTED, _flash)
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation = COUNTED
+    return model
+
+
+def _config_in(fields: Mapping[str, Any]) -> Any:
+    """What a config.json with these fields is to transformers."""
+    import transformers
+
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        found = f"a configuration with model_type {kind!r}"
+        raise ConfigError(found, "a type that transformers knows", "correct it, or upgrade transformers")
+    try:
+        return transformers.AutoConfig.for_model(
+            kind, **{name: fields[name] for name in fields if name != "model_type"}
+        )
+    except Exception as error:  # each type checks its fields in its own way
+        found = f"a configuration that is none of a {kind} ({first_line(error)})"
+        raise ConfigError(found, "what a config.json of one holds", "correct it") from error
+
+
+def _config_at(source: str) -> Any:
+    """The config of a base, or that in a file of its own."""
+    if Path(source).suffix != ".json":
+        return config_of(source)
+    try:
+        fields = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = f"no configuration in {source} ({first_line(error)})"
+        raise ConfigError(found, "a config.json of transformers", "check the path and the file") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"a {type(fields).__name__} in {source}", "a config.json of transformers", "check the file")
+    return _config_in(fields)
+
+
+#: the attention of a ``countable_model``, among those of transformers
+COUNTED = "veneer_counted"
+
+
+def _flash(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any) -> Any:
+    """Flash attention, whatever the mask: [b, heads, s, d] each, fewer heads of keys and values; and no weights."""
+    import torch
+    import torch.nn.functional as F
+
+    width = value.shape[-1]
+    if width != query.shape[-1]:  # it takes one width for all: DeepSeek's values are narrower
+        value = F.pad(value, (0, query.shape[-1] - width))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    causal = query.shape[2] == key.shape[2]
+    out = attend(query, key, value, 0.0, causal, scale=scaling)[0][..., :width]
+    return out.transpose(1, 2).contiguous(), None
 
 
 def filled(model: Any) -> Any:

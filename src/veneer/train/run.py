@@ -28,8 +28,9 @@ from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
 from veneer.errors import ConfigError, OutputExistsError
+from veneer.plan import memory
 from veneer.train import callbacks as watch
-from veneer.train import checkpoint, memory, vocabulary
+from veneer.train import checkpoint, vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
@@ -238,7 +239,8 @@ def describe(
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     say(console, f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples")
-    say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}")
+    if not console.quiet:  # a step is counted for it
+        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)

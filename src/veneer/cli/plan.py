@@ -1,0 +1,202 @@
+"""`veneer plan`: what a run or a service takes, from a config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from veneer.cli.options import AsJson
+from veneer.errors import ConfigError
+
+GIB = 2**30
+
+
+def plan_command(
+    config: Annotated[Path | None, Argument(help="YAML file of `veneer train`; flags win over it.")] = None,
+    base: Annotated[
+        str | None, Option(help="Folder, hub id, package:NAME or a config.json: no weights are read.")
+    ] = None,
+    rank: Annotated[int | None, Option(help="Rank r of the adapter (default: 16).")] = None,
+    targets: Annotated[
+        str | None, Option("--targets", "--target", help="Layers to adapt (default: all-linear).")
+    ] = None,
+    variant: Annotated[str | None, Option(help="Adapter variant (default: lora).")] = None,
+    length: Annotated[
+        int | None, Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048).")
+    ] = None,
+    batch: Annotated[
+        int | None, Option("--batch-size", "--batch", help="Rows in one forward pass (default: 8).")
+    ] = None,
+    accumulate: Annotated[int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"] | None, Option("--precision", "--dtype", help="Base weights (default: bf16).")
+    ] = None,
+    quantize: Annotated[
+        Literal["nf4", "fp4", "int8"] | None, Option(help="Linear layers in 4 or 8 bits (not stacks of experts).")
+    ] = None,
+    optimiser: Annotated[str | None, Option("--optimiser", "--optimizer", help="As `veneer train` takes it.")] = None,
+    checkpointing: Annotated[
+        bool | None, Option("--activation-checkpointing/--no-activation-checkpointing", help="Recompute activations.")
+    ] = None,
+    devices: Annotated[int, Option(help="Plan for 1, 2, 4, … up to so many devices.", min=1)] = 1,
+    hardware: Annotated[
+        str, Option(help="Device: l4, a10, rtx3090, rtx4090, l40s, a100, h100, h200, b200, mi300x.")
+    ] = "h100",
+    strategy: Annotated[
+        Literal["ddp", "fsdp", "tp"] | None, Option(help="How several devices share the work (default: all three).")
+    ] = None,
+    serve: Annotated[bool, Option("--serve", help="Plan a service instead of a run.")] = False,
+    adapters: Annotated[int, Option(help="--serve: adapters that are served.", min=1)] = 1,
+    requests: Annotated[float, Option(help="--serve: requests a second.")] = 1.0,
+    prompt: Annotated[int, Option(help="--serve: tokens of a prompt.", min=1)] = 512,
+    answer: Annotated[int, Option(help="--serve: tokens of an answer.", min=1)] = 256,
+    rows: Annotated[int, Option(help="--serve: answers that a replica writes at once.", min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what a run takes before anything is rented: trained numbers, memory of each device, operations, bytes
+    sent and time of a step, for 1 to N devices and each strategy; or, with --serve, what a service takes.
+
+    Only a config is read: the model is made without weights, and its step is counted. How far off the numbers are is
+    measured in docs/plan.md.
+
+    \b
+    Examples:
+      veneer plan run.yaml --hardware rtx4090
+      veneer plan --base llama/config.json --seq 4096 --batch 2 --devices 8 --hardware h100
+      veneer plan --base llama/config.json --quantize nf4 --hardware rtx4090 --json
+      veneer plan --base llama/config.json --serve --adapters 10000 --requests 50
+    """
+    from veneer.plan.hardware import hardware as known
+
+    on = known(hardware)
+    given = {
+        "base": base, "rank": rank, "targets": targets, "variant": variant, "max_length": length, "batch_size": batch,
+        "grad_accum": accumulate, "precision": precision, "quantize": quantize, "optimiser": optimiser,
+        "activation_checkpointing": checkpointing,
+    }  # fmt: skip
+    settings = _settings(config, given)
+    model = _model(settings)
+    if serve:
+        from veneer.plan.serving import Load, plan_service
+
+        load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
+        service = plan_service(model, load, on)
+        _print(as_json, asdict(service), _service_lines(service))
+        return
+    from veneer.plan.training import STRATEGIES, Planner, recommend, table
+
+    run, planner = _run(settings), Planner(model)
+    counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
+    counts = counts if counts[-1] == devices else [*counts, devices]
+    strategies = (strategy,) if strategy else STRATEGIES
+    plans, left_out = table(planner, run, counts, strategies, on)
+    advice = recommend(planner, run, counts, strategies, on)
+    facts = {
+        "trainable": planner.trainable, "total": planner.total,
+        "plans": [{**asdict(one), "total": one.total, "tokens_per_second_per_device": one.speed} for one in plans],
+        "left_out": left_out, "recommended": advice,
+    }  # fmt: skip
+    _print(as_json, facts, None if as_json else _tables(settings, planner, plans, left_out, advice))
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> Any:
+    """The settings of a run; data and output, which a plan has no use for, may be missing."""
+    from veneer.train.config import make_config, read_yaml
+
+    fields = {} if config is None else read_yaml(config)
+    fields |= {name: value for name, value in given.items() if value is not None}
+    if "base" not in fields:
+        raise ConfigError("no base", "a YAML file that names one, or --base", "give one of them")
+    return make_config({"data": "", "output": "", **fields}, "the arguments" if config is None else str(config))
+
+
+def _model(settings: Any) -> Any:
+    import torch
+
+    import veneer
+    from veneer.models.meta import countable_model
+    from veneer.variants import VARIANTS
+
+    dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
+    model = countable_model(settings.base, dtype)
+    variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"  # their shapes are the same
+    config = veneer.LoraConfig(
+        rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets,
+        exclude=settings.exclude, layers=settings.layers, train_also=settings.train_also, bias=settings.bias,
+        variant=variant, dtype={"auto": None, "fp32": "float32", "bf16": "bfloat16"}[settings.adapter_dtype],
+    )  # fmt: skip
+    veneer.attach(model, config)
+    return model
+
+
+def _run(settings: Any) -> Any:
+    from veneer.plan.training import Run
+
+    return Run(
+        batch=settings.batch_size, length=settings.max_length or 2048, accumulate=settings.grad_accum,
+        optimiser=settings.optimiser, checkpointing=settings.activation_checkpointing, quantize=settings.quantize,
+    )  # fmt: skip
+
+
+def _print(as_json: bool, facts: dict[str, Any], shown: Any) -> None:
+    from veneer.cli.console import echo_json, out
+
+    if as_json:
+        echo_json(_finite(facts))
+        return
+    for one in shown:
+        out.print(one, soft_wrap=isinstance(one, str))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tables(settings: Any, planner: Any, plans: Any, left_out: list[str], advice: str) -> list[Any]:
+    from veneer.cli.console import table_of
+
+    run = plans[0].run
+    how = f", {settings.quantize}" if settings.quantize else ""
+    lines: list[Any] = [
+        f"Base     {settings.base} ({planner.total:,} numbers{how})",
+        f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
+        f"Step     {run.batch} × {run.length} tokens in a forward pass, {run.accumulate} of them\n",
+    ]
+    table = table_of("devices", "by", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
+    for one in plans:
+        cells = [f"{one.total / GIB:.1f}", "fits" if one.fits else "does not", f"{one.operations / 1e12:,.1f}"]
+        cells += [f"{one.sent / 1e9:,.2f}", f"{one.seconds:.3g}", f"{one.speed:,.0f}"]
+        table.add_row(f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", *cells)
+    names = dict.fromkeys(name for one in plans for name in one.memory)
+    parts = table_of("GiB", "", *(f">{name}" for name in names))
+    for one in plans:
+        by = one.strategy if one.devices > 1 else ""
+        parts.add_row(str(one.devices), by, *(f"{one.memory.get(name, 0) / GIB:.2f}" for name in names))
+    return [*lines, table, "", parts, "", *left_out, f"Take     {advice}"]
+
+
+def _service_lines(service: Any) -> list[str]:
+    load = service.load
+    where = f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
+    head = [
+        f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys and values of "
+        f"{load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
+    ]
+    if service.rows == 0:
+        return [*head, f"Take     more than {where} for a replica: the base and one row do not fit"]
+    return [
+        *head,
+        f"Replica  {where}: {service.rows} rows at once, {service.in_memory:,} of {load.adapters:,} adapters in memory",
+        f"Speed    {1e3 * service.step:.1f} ms a token of each row; {service.answered:.1f} requests/s at the most",
+        f"Take     {service.replicas} replicas for {load.requests:g} requests/s; {service.hits:.0%} of them find their "
+        f"adapter in memory, others wait {1e3 * service.fetch:.1f} ms or more for it",
+    ]

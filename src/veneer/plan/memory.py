@@ -1,0 +1,192 @@
+"""How much memory a run will take, before it takes it.
+
+    base         Σ frozen weights · their bytes; packed ones as they lie: nf4 takes 0.516 bytes a number, int8
+                 1 + 4 / in
+    unpacked     the largest packed weight in the dtype of the products: one at a time is unpacked for its product
+    adapter      Σ trained parameters · their bytes, as much again for gradients, and what the optimiser keeps
+    activations  what forward leaves for backward
+    workspace    what a step holds beyond that at its highest: of the loss, or of a block's backward
+
+The first three are summed from the parameters; the others are counted in a step on the meta device (``count.py``).
+
+An optimiser in 8 bits keeps a byte for each state of a number and a float32 scale for 256 of them; of a tensor with
+fewer than 4,096 numbers it keeps float32 (bitsandbytes, and torchao in the parameter's dtype). A paged one keeps as
+much, which a GPU that runs out moves to main memory. Offloaded activations lie in main memory, all but one block's.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach.adapted_module import state_of
+from veneer.attach.lookup import only_name
+from veneer.attach.summary import size
+from veneer.bases import storage_of
+from veneer.errors import ConfigError
+from veneer.handle import Handle, attach
+from veneer.models.meta import count_attention, countable_model
+from veneer.plan.count import Step, count_step
+from veneer.variants import VARIANTS
+
+#: numbers kept a parameter, by a part of the optimiser's name; Adam's is 2
+STATES = {"sgd": 0, "adafactor": 0.1, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+#: numbers that share a scale, and from how many on a tensor's state has few bits
+BLOCK, FEW = {8: 256, 4: 128}, 4096
+#: numbers of a 4-bit weight that share a scale, and scales that share one (bitsandbytes' double quantisation)
+SCALED, SCALES = 64, 256
+
+
+def parts_of(
+    model: nn.Module, optimiser: str, step: Step | None, *, checkpointing: bool = False, quantize: str | None = None
+) -> dict[str, int]:
+    """Bytes that a run holds at most, by what holds them. ``step`` None leaves out what a step holds. ``quantize``:
+    what the plain weights of ``model`` are to be packed to."""
+    base, unpacked = weights(model) if quantize is None else to_be_packed(model, quantize)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = sum(parameter.nbytes for parameter in trained)
+    parts = {"base": base, **({"one weight unpacked": unpacked} if unpacked else {})}
+    parts |= {"adapter": own, "gradients": own, "optimiser": round(sum(states(p, optimiser) for p in trained))}
+    if step is not None:
+        cost = step.checkpointed if checkpointing else step.whole
+        parts |= {"activations": cost.saved, "workspace": cost.peak - cost.saved}
+    return parts
+
+
+def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
+    """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a label; in words.
+    `config`: a `TrainConfig`."""
+    parts, elsewhere = predict(model, config, tokens, labelled)
+    text = f"about {size(sum(parts.values()))} ({', '.join(f'{name} {size(parts[name])}' for name in parts)})"
+    if "activations" not in parts:
+        return f"at least {text.removeprefix('about ')}; activations are not counted for this model"
+    return f"{text}, and activations of {size(elsewhere)} in main memory" if config.offload_activations else text
+
+
+def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
+    """Bytes by what holds them, and those of the activations that wait in main memory. Arguments as `estimate`."""
+    rows = max(1, min(config.batch_size, tokens))
+    step = step_of(model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1))
+    parts = parts_of(model, config.optimiser, step, checkpointing=config.activation_checkpointing)
+    if step is None or not config.offload_activations:
+        return parts, 0
+    offloaded = sum(blocks.count * blocks.cost.saved for blocks in step.blocks)
+    if config.activation_checkpointing:
+        offloaded = step.hidden * sum(blocks.count for blocks in step.blocks)
+    here = max((blocks.cost.saved for blocks in step.blocks), default=0)
+    parts["activations"] -= offloaded
+    parts["workspace"] += 0 if config.activation_checkpointing else here
+    return parts, offloaded
+
+
+def step_of(model: Any, batch: int, length: int, labelled: float) -> Step | None:
+    """A step of a model with an adapter, counted on a copy without weights; None for one that reads no tokens, is no
+    decoder, or does what cannot be counted without numbers."""
+    reads = getattr(model, "main_input_name", None) == "input_ids"
+    if not reads or getattr(model.config, "is_encoder_decoder", False):
+        return None
+    plain = all(storage is None or storage.name == "plain" for _, _, storage in _stored(model))
+    if not plain and model.get_output_embeddings() is None:
+        return None
+    twin = _without_weights(model) if plain else _repacked(model)
+    try:
+        return count_step(twin, batch, length, labelled=labelled, plain=plain)
+    except ConfigError:  # it says why to who plans; a run only has less to tell
+        return None
+
+
+def _repacked(model: Any) -> Any:
+    """A like model with plain weights on the meta device, and a like adapter."""
+    config = Handle(model, only_name(model, None)).config
+    start = config.variant if not VARIANTS[config.variant].needs else "lora"  # whose shapes are the same
+    twin = countable_model(model.config, model.dtype)
+    attach(twin, replace(config, variant=start))
+    return twin
+
+
+def _without_weights(model: Any) -> Any:
+    """A copy on the meta device."""
+    memo: dict[int, Any] = {}
+    for one in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(one, device="meta")
+        memo[id(one)] = nn.Parameter(empty, one.requires_grad) if isinstance(one, nn.Parameter) else empty
+    return count_attention(copy.deepcopy(model, memo)).train()
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
+    """(module, frozen weight, its storage) of each weight, once."""
+    seen = set[int]()
+    for module in model.modules():
+        for weight in module._parameters.values():
+            if weight is not None and not weight.requires_grad and id(weight) not in seen:
+                seen.add(id(weight))
+                yield module, weight, storage_of(weight)
+
+
+def weights(model: nn.Module) -> tuple[int, int]:
+    """(bytes of the frozen weights as they lie, scales included; bytes of the largest packed one as its layer unpacks
+    it)."""
+    total, largest = 0, 0
+    dtype = getattr(model, "dtype", torch.float32)
+    for module, weight, storage in _stored(model):
+        if storage is None or storage.name == "plain":
+            total += weight.nbytes
+            continue
+        storage.prepare(module)
+        try:
+            total += sum(tensor.nbytes for tensor in storage.stored(weight).values())
+        finally:
+            if state_of(module) is None:
+                storage.release(module)
+        largest = max(largest, storage.shape(weight).numel() * dtype.itemsize)
+    return total, largest
+
+
+def to_be_packed(model: nn.Module, quantize: str, head: nn.Module | None = None) -> tuple[int, int]:
+    """``weights``, once the linear layers but the output ``head`` are packed as bitsandbytes does. Stacks of experts
+    are no linear layers: they stay as they are."""
+    head = getattr(model, "get_output_embeddings", lambda: None)() if head is None else head
+    total, largest = 0, 0
+    for module, weight, _ in _stored(model):
+        if isinstance(module, nn.Linear) and module is not head and weight.dim() == 2:
+            total += packed(weight.shape[0], weight.shape[1], quantize)
+            largest = max(largest, weight.nbytes)
+        else:
+            total += weight.nbytes
+    return total, largest
+
+
+def packed(out: int, in_: int, quantize: str) -> int:
+    """Bytes of a weight [out, in] in "nf4", "fp4" or "int8", with scales, tables and offsets."""
+    numbers = out * in_
+    if quantize == "int8":
+        return numbers + 4 * out
+    scales = -(-numbers // SCALED)
+    return -(-numbers // 2) + scales + 4 * -(-scales // SCALES) + 4 * 257
+
+
+def states(parameter: Tensor, optimiser: str) -> float:
+    """Bytes that an optimiser of this name keeps for a parameter."""
+    name, numbers = optimiser.lower(), parameter.numel()
+    count = next((count for part, count in STATES.items() if part in name), 2)
+    few = re.search(r"(?<!\d)([48])bit", name)
+    if few is not None and numbers >= FEW:
+        bits = int(few[1])
+        return count * (numbers * bits / 8 + 4 * -(-numbers // BLOCK[bits]))
+    library = few is not None or "32bit" in name or "bnb" in name  # bitsandbytes keeps float32 of all others
+    return count * numbers * (4 if library and "torch" not in name else parameter.element_size())
+
+
+def peak() -> int:
+    """The most memory held so far, in bytes: the GPU's if there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

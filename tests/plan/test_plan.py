@@ -1,0 +1,380 @@
+"""What a plan says beside what is so: counts are exact, memory and operations are those of the model that runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import veneer
+from train_memory import kept, storages
+from veneer.cli import run as command_line
+from veneer.errors import ConfigError
+from veneer.kernels.device import counted
+from veneer.models.meta import countable_model
+from veneer.plan import count, memory
+from veneer.plan.hardware import CONTEXT, KNOWN, LAUNCH, PRODUCTS, hardware
+from veneer.plan.serving import Load, plan_service
+from veneer.plan.training import Planner, Run, recommend, table
+from veneer.train import loss
+
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+LLAMA = {"model_type": "llama", **SMALL, **HEADS}
+MIXED = {
+    "model_type": "qwen3_moe", **SMALL, **HEADS, "moe_intermediate_size": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "mlp_only_layers": [0],
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
+DEEPSEEK = {
+    "model_type": "deepseek_v3", **SMALL, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24,
+    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma3_text", **SMALL, **HEADS, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
+BASES = {"llama": LLAMA, "qwen3_moe": MIXED, "gpt2": GPT2, "deepseek_v3": DEEPSEEK, "gemma3": GEMMA}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "all-linear": {"rank": 4},
+    "top": {"rank": 3, "layers": [-1]},
+    "dora": {"rank": 2, "variant": "dora", "dropout": 0.1},
+    "wide": {"rank": 2, "train_also": ["re:.*(norm|ln_)[^.]*"]},
+}
+
+
+def countable(base: dict[str, Any], dtype: torch.dtype = torch.bfloat16, **config: Any) -> Any:
+    model = countable_model(base, dtype)
+    veneer.attach(model, veneer.LoraConfig(**{"rank": 4, **config}))
+    return model
+
+
+def real(base: dict[str, Any], dtype: torch.dtype = torch.bfloat16, **config: Any) -> Any:
+    own = AutoConfig.for_model(base["model_type"], **{k: v for k, v in base.items() if k != "model_type"})
+    model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="sdpa").train()
+    veneer.attach(model, veneer.LoraConfig(**{"rank": 4, **config}))
+    return model
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_the_numbers_that_train_are_those_of_a_real_attach(base, config):
+    made = real(base, **config)
+    planner = Planner(countable(base, **config))
+    assert planner.trainable == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert planner.total == sum(p.numel() for p in made.parameters() if not p.requires_grad)
+    planned = memory.parts_of(planner.model, "adamw", None)
+    assert planned["base"] == memory.weights(made)[0]
+    assert planned["adapter"] == sum(p.nbytes for p in made.parameters() if p.requires_grad)
+
+
+def test_the_operations_are_those_of_the_products():
+    """Forward and backward without gradients of the base; attention as flash attention counts it, in full."""
+    batch, length, rank = 2, 32, 2
+    step = count.count_step(countable(LLAMA, rank=rank), batch, length)
+    tokens, width, inner, kv = batch * length, 64, 160, 32
+    shapes = [(width, width), (width, kv), (width, kv), (width, width), (width, inner), (width, inner), (inner, width)]
+    base, thin = sum(a * b for a, b in shapes), sum(rank * (a + b) for a, b in shapes)
+    attention = 4 * batch * 4 * length * length * 16
+    forward, head = 3 * (2 * tokens * (base + thin) + attention), 2 * tokens * width * 300
+    assert operations(step.whole.forward) == forward + 2 * head
+    # no gradient goes below the lowest block; flash attention computes its products again, 5 in place of 2
+    below = 2 * tokens * sum(a * b for a, b in shapes[:3])
+    backward = 3 * (2 * tokens * (base + 2 * thin) + attention * 5 // 2) - below
+    thin_below = 2 * tokens * rank * 3 * width  # of A in the lowest block's three first layers
+    assert operations(step.whole.backward) == backward - thin_below
+
+
+def operations(work: count.Work) -> int:
+    return sum(each * times for (each, _), times in work.items())
+
+
+@pytest.mark.parametrize("base", [LLAMA, MIXED, GEMMA], ids=["llama", "qwen3_moe", "gemma3"])
+def test_what_blocks_cost_adds_up(base):
+    """The model with all of its blocks is what is said of it by one of each kind."""
+    model = countable(base)
+    with counted():
+        whole = count._run(model, 2, 32, 1.0)
+    said = count.count_step(countable(base), 2, 32).whole
+    assert said.saved == whole.saved
+    assert said.operations == whole.operations
+    assert +said.forward == +whole.forward
+    assert said.peak == pytest.approx(whole.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("base", "dtype", "config"),
+    [
+        (LLAMA, torch.float32, {}),
+        (LLAMA, torch.bfloat16, {"targets": "attention"}),
+        ({**LLAMA, "model_type": "qwen3"}, torch.bfloat16, {}),
+        (MIXED, torch.bfloat16, {"targets": ["re:.*self_attn.*_proj"]}),
+    ],
+    ids=["llama", "attention", "qwen3", "qwen3_moe"],
+)
+def test_a_block_saves_what_autograd_keeps(base, dtype, config):
+    """Of a block that runs here: large enough for what is kept of an input to matter."""
+    base, saved = {**base, "hidden_size": 256, "intermediate_size": 512}, []
+    for layers in (2, 3):
+        model = real({**base, "num_hidden_layers": layers}, dtype, **config)
+        states = model.base_model(input_ids=torch.zeros(4, 128, dtype=torch.long), use_cache=False)[0]
+        own = set(storages([*model.parameters(), *model.buffers()]))
+        saved.append(sum(size for place, size in storages(kept(states)).items() if place not in own))
+    step = count.count_step(countable({**base, "num_hidden_layers": 3}, dtype, **config), 4, 128)
+    assert step.blocks[-1].cost.saved == pytest.approx(saved[1] - saved[0], rel=0.03)
+
+
+def test_blocks_below_the_lowest_adapter_keep_nothing():
+    lower, upper = count.count_step(countable(LLAMA, layers=[-1]), 2, 32).blocks
+    assert (lower.count, upper.count) == (2, 1)
+    assert lower.cost.saved == lower.cost.backward.total() == 0
+    assert upper.cost.saved > 0
+
+
+def test_checkpointing_trades_activations_for_a_forward_pass():
+    step = count.count_step(countable(LLAMA), 4, 64)
+    again = step.checkpointed
+    (block,) = step.blocks
+    assert again.operations == step.whole.operations + 3 * operations(block.cost.forward)
+    assert again.saved == step.whole.saved - 3 * (block.cost.saved - step.hidden)
+    assert again.saved < again.peak < step.whole.peak
+
+
+def test_the_loss_is_counted_as_it_is_computed():
+    assert count.ROWS == loss.CHUNK
+    few, all_ = (count.count_step(countable(LLAMA), 2, 256, labelled=share).whole for share in (0.25, 1.0))
+    assert operations(all_.forward) - operations(few.forward) == 2 * 2 * 64 * 300 * 384
+
+
+def test_a_model_that_cannot_be_counted_is_refused():
+    with pytest.raises(ConfigError, match="which cannot run without numbers"):
+        count.count_step(countable(MIXED, torch.float32), 1, 16)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_parts_of_a_run_are_what_holds_them(batch):
+    model = countable(LLAMA)
+    planner, run = Planner(model), Run(batch, 64)
+    planned = planner.plan(run, on=hardware("h100"))
+    own = 4 * planner.trainable  # float32 on a 16-bit base
+    assert planned.memory["adapter"] == planned.memory["gradients"] == own
+    assert planned.memory["optimiser"] == 2 * own
+    assert planned.memory["base"] == 2 * planner.total
+    assert planned.fits
+    assert planned.total <= KNOWN["h100"].memory - CONTEXT
+    assert planned.tokens == 64 * batch
+    nf4 = planner.plan(Run(batch, 64, quantize="nf4"))
+    assert nf4.memory["base"] < planned.memory["base"]
+    assert nf4.memory["one weight unpacked"] == 2 * 64 * 160
+    assert nf4.seconds is nf4.fits is None
+
+
+def test_stacks_of_experts_are_not_packed():
+    model = countable(MIXED)
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3 and not p.requires_grad)
+    assert memory.to_be_packed(model, "nf4")[0] > experts > 0
+
+
+# ---- several devices ------------------------------------------------------------------------------------------------
+
+
+def test_ddp_sends_the_gradients_of_the_adapter_alone():
+    planner = Planner(countable(LLAMA))
+    one, four = (planner.plan(Run(2, 32, accumulate=2), "ddp", n) for n in (1, 4))
+    assert one.sent == 0
+    assert four.sent == 2 * 3 * 4 * planner.trainable // 4
+    assert four.tokens == 4 * one.tokens == 4 * 2 * 2 * 32
+
+
+def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
+    model = countable(LLAMA)
+    planner = Planner(model)
+    planned = planner.plan(Run(2, 32, accumulate=3), "fsdp", 4)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters() if not p.requires_grad)
+    root = 2 * planner.total - 3 * block
+    assert planned.memory["base"] == 2 * planner.total // 4
+    assert planned.memory["gathered"] == root + 2 * block
+    assert planned.sent == round(3 / 4 * (3 * (2 * 3 * block + root) + 2 * 4 * planner.trainable))
+
+
+def test_tp_cuts_what_transformers_cuts():
+    model = countable(LLAMA)
+    planner = Planner(model)
+    one, two = (planner.plan(Run(2, 32), "tp", n) for n in (1, 2))
+    cut = sum(p.nbytes for name, p in model.named_parameters() if name.endswith("proj.weight"))
+    assert two.memory["base"] == one.memory["base"] - cut // 2
+    thin = {"A": 0, "B": 0}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            row = "o_proj" in name or "down_proj" in name
+            thin[name[-1]] += p.nbytes // 2 if name.endswith(".A" if row else ".B") else p.nbytes
+    assert two.memory["adapter"] == sum(thin.values())
+    assert two.tokens == one.tokens
+    assert two.operations == round(one.operations / 2)
+    assert two.sent == 3 * 4 * (2 * 32 * 64 * 2)  # blocks · sums · bytes of a hidden state, of a ring of two
+
+
+@pytest.mark.parametrize(
+    ("base", "strategy", "devices", "found"),
+    [
+        (GPT2, "tp", 2, "for which transformers has no plan"),
+        (LLAMA, "tp", 8, "8 devices, and 2 heads"),
+        (LLAMA, "fspd", 2, "fsdp"),
+        (LLAMA, "ddp", 0, "0 devices"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(base, strategy, devices, found):
+    with pytest.raises(ConfigError, match=found):
+        Planner(countable(base)).plan(Run(1, 16), strategy, devices)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"length": 0}, {"accumulate": 0}, {"labelled": 0.0}, {"quantize": "nf5"}]
+)
+def test_a_run_is_checked(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Run(**wrong)
+
+
+def test_a_plan_leaves_out_what_cannot_be():
+    plans, left_out = table(Planner(countable(LLAMA)), Run(1, 16), (1, 2, 4), ("ddp", "tp"), None)
+    assert [(one.devices, one.strategy) for one in plans] == [(1, "ddp"), (2, "ddp"), (2, "tp"), (4, "ddp")]
+    assert len(left_out) == 1
+    assert "4 devices, and 2 heads" in left_out[0]
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_that_of_each_call_at_its_limit():
+    on = KNOWN["h100"]
+    large, tiny = (10**12, 10**6), (10, 10)
+    assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PRODUCTS * 989e12))
+    assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH)
+    assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(10**12 / (PRODUCTS * 67e12))
+    assert on.sending(10**9, 16) > on.sending(10**9, 8) > 0  # over the network
+
+
+def test_unknown_hardware_is_refused():
+    with pytest.raises(ConfigError, match="h100"):
+        hardware("h10")
+
+
+def test_what_is_recommended_fits():
+    planner, on = Planner(countable(LLAMA)), hardware("h100")
+    assert recommend(planner, Run(1, 32), (1, 2), ("ddp",), on).startswith("one h100: ")
+    most, less = (planner.plan(Run(8, 128, checkpointing=how)).total for how in (False, True))
+    small, none = (replace(on, name="small", memory=CONTEXT + size) for size in ((most + less) / 2, 1e4))
+    assert "with activation checkpointing: " in recommend(planner, Run(8, 128), (1,), ("ddp",), small)
+    assert "nothing fits" in recommend(planner, Run(8, 128), (1, 2), ("ddp", "fsdp"), none)
+
+
+# ---- serving --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [LLAMA, DEEPSEEK, GEMMA], ids=["llama", "deepseek_v3", "gemma3"])
+def test_keys_and_values_are_those_of_the_model(base):
+    ids = torch.zeros(1, 24, dtype=torch.long)
+    with torch.no_grad():
+        cache = real(base).eval()(input_ids=ids, use_cache=True)["past_key_values"]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert plan_service(countable(base), Load(prompt=16, answer=8), KNOWN["l4"]).row == held
+
+
+def test_a_service_fits_and_answers_its_load():
+    model, on = countable(LLAMA), KNOWN["l4"]
+    planned = plan_service(model, Load(requests=1000, adapters=500, rows=32), on)
+    assert planned.rows == 32
+    assert planned.in_memory == 500
+    assert planned.hits == 1.0
+    assert planned.replicas * planned.answered >= 1000
+    assert (planned.replicas - 1) * planned.answered < 1000 / 0.7
+    more = plan_service(model, Load(requests=2000, adapters=500, rows=32), on)
+    assert more.replicas >= 2 * planned.replicas - 1
+
+
+def test_a_base_that_does_not_fit_a_replica_is_said():
+    model = countable({**LLAMA, "vocab_size": 200_000_000})
+    planned = plan_service(model, Load(), KNOWN["l4"])
+    assert (planned.rows, planned.replicas, planned.answered) == (0, 0, 0.0)
+
+
+def test_a_load_is_checked():
+    with pytest.raises(ConfigError, match=r"requests=0.*more than 0"):
+        Load(requests=0)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return path
+
+
+def said(*arguments: Any) -> Any:
+    from veneer.cli import app
+
+    done = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.stdout
+
+
+def test_the_command_plans_from_a_config_alone(config: Path, tmp_path: Path):
+    found = json.loads(said("--base", config, "--rank", 2, "--seq", 64, "--batch", 2, "--devices", 3, "--json"))
+    assert found["trainable"] == Planner(countable(LLAMA, rank=2)).trainable
+    assert [(one["devices"], one["strategy"]) for one in found["plans"]] == [
+        (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "tp"), (3, "ddp"), (3, "fsdp"),
+    ]  # fmt: skip
+    assert found["plans"][0]["total"] == sum(found["plans"][0]["memory"].values())
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(f"base: {config}\nrank: 2\nmax_length: 64\nbatch_size: 2\n")
+    shown = said(yaml)
+    assert "Take     one h100: " in shown
+    assert json.loads(said(yaml, "--json"))["plans"] == found["plans"][:1]
+    assert "numbers train" in shown
+
+
+def test_the_command_plans_a_service(config: Path):
+    assert "Take     1 replicas" in said("--base", config, "--serve", "--adapters", 10)
+    found = json.loads(said("--base", config, "--serve", "--requests", 5, "--json"))
+    assert found["replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no base"),
+        (["--base", "CONFIG", "--hardware", "h10"], "hardware 'h10'"),
+        (["--base", "missing.json"], "no configuration in missing.json"),
+        (["--base", "CONFIG", "--target", "q_prj"], "q_proj"),
+        (["--base", "CONFIG", "--rank", "0"], "rank"),
+        (["--base", "CONFIG", "--serve", "--requests", "0"], "requests=0"),
+    ],
+)
+def test_errors_say_what_to_do(config: Path, arguments: list[str], message: str, capfd: Any):
+    assert command_line(["plan", *(str(config) if one == "CONFIG" else one for one in arguments)]) == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "no-such"}, {}, {"model_type": "llama", "num_hidden_layers": "x"}])
+def test_a_config_of_no_model_is_refused(fields: dict[str, Any], tmp_path: Path):
+    (tmp_path / "c.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError):
+        countable_model(tmp_path / "c.json")
