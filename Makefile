@@ -138,6 +138,7 @@ bench: setup
 	$(KEEP) $(BENCH)/mixed.py
 	$(BENCH)/engine.py
 	$(BENCH)/train_memory.py
+	$(BENCH)/plan_errors.py
 	$(BENCH)/train_step.py --apart
 	$(BENCH)/train_step.py --apart --layers 12
 	$(BENCH)/train_step.py --others --runs 3

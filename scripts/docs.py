@@ -1,6 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
-docs/config.md from their registry, docs/benchmarks.md, docs/gpu-measured.md and tables in README.md and
-docs/trainers.md from recorded results.
+docs/config.md from their registry, docs/plan.md from the planner, docs/benchmarks.md, docs/gpu-measured.md and tables
+in README.md and docs/trainers.md from recorded results.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -19,6 +19,7 @@ import torch
 
 import bench_page
 import gpu_page
+import plan_page
 import trainers
 from veneer import cli
 from veneer.variants import VARIANTS, InitContext
@@ -98,7 +99,10 @@ def main() -> int:
     variants = filled(config.read_text(), "variants", variants_table())
     asked = filled(others.read_text(), "trainers", trainers.table())
     stale = []
-    pages = {"benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "cli.md": cli_page()}
+    pages = {
+        "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
+        "cli.md": cli_page(),
+    }  # fmt: skip
     whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
     for path, content in (*whole, (readme, text), (config, variants), (others, asked)):
         if not path.exists() or path.read_text() != content:

@@ -378,3 +378,11 @@ def test_a_config_of_no_model_is_refused(fields: dict[str, Any], tmp_path: Path)
     (tmp_path / "c.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError):
         countable_model(tmp_path / "c.json")
+
+
+@pytest.mark.slow
+def test_the_page_of_plans_is_fresh():
+    from scripts import plan_page
+
+    root = Path(__file__).resolve().parents[2]
+    assert (root / "docs" / "plan.md").read_text() == plan_page.page()

@@ -60,8 +60,8 @@ def plan_command(
     """Predict what a run takes before anything is rented: trained numbers, memory of each device, operations, bytes
     sent and time of a step, for 1 to N devices and each strategy; or, with --serve, what a service takes.
 
-    Only a config is read: the model is made without weights, and its step is counted. How far off the numbers are is
-    measured in docs/plan.md.
+    Only a config is read: the model is made without weights, and its step is counted.
+    How far off that is, is measured in docs/plan.md.
 
     \b
     Examples:

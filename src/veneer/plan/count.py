@@ -42,27 +42,36 @@ class Cost:
     Fields:
         saved: bytes that wait for backward.
         wide: bytes of these that are as wide as the hidden state, so that tensor parallelism does not split them.
-        peak: bytes that the step holds at most, gradients of parameters aside.
+        peak_loss, peak_backward: bytes that are held at most until the loss and its gradient are known, and from then
+            on, gradients of parameters aside.
         forward, backward: calls of operations.
     """
 
     saved: int = 0
     wide: int = 0
-    peak: int = 0
+    peak_loss: int = 0
+    peak_backward: int = 0
     forward: Work = field(default_factory=Counter)
     backward: Work = field(default_factory=Counter)
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
-        return Cost(
-            self.saved + times * other.saved, self.wide + times * other.wide, self.peak + times * other.peak,
-            _plus(self.forward, other.forward, times), _plus(self.backward, other.backward, times),
-        )  # fmt: skip
+        sizes = (getattr(self, name) + times * getattr(other, name) for name in _BYTES)
+        works = (_plus(getattr(self, name), getattr(other, name), times) for name in ("forward", "backward"))
+        return Cost(*sizes, *works)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the step holds at most."""
+        return max(self.peak_loss, self.peak_backward)
 
     @property
     def operations(self) -> int:
         return sum(
             operations * count for work in (self.forward, self.backward) for (operations, _), count in work.items()
         )
+
+
+_BYTES = ("saved", "wide", "peak_loss", "peak_backward")
 
 
 def _plus(work: Work, other: Work, times: int) -> Work:
@@ -89,13 +98,14 @@ class Step:
     @property
     def checkpointed(self) -> Cost:
         """The step where a block keeps its input alone, and runs again before its backward."""
-        cost, largest = self.whole, max((blocks.cost.saved for blocks in self.blocks), default=0)
+        cost = self.whole
         for blocks in self.blocks:
             own = blocks.cost
-            again = Cost(self.hidden - own.saved, self.hidden - own.wide, self.hidden - own.saved, backward=own.forward)
+            less = self.hidden - own.saved
+            again = Cost(less, self.hidden - own.wide, less, less, backward=own.forward)
             cost = cost.plus(again, blocks.count)
-        wide = max((blocks.cost.wide for blocks in self.blocks), default=0)
-        return cost.plus(Cost(wide=wide, peak=largest))
+        largest, wide = (max((getattr(one.cost, name) for one in self.blocks), default=0) for name in ("saved", "wide"))
+        return cost.plus(Cost(wide=wide, peak_backward=largest))
 
 
 def count_step(model: Any, batch: int, length: int, *, labelled: float = 1.0, plain: bool = True) -> Step:
@@ -179,9 +189,10 @@ def _run(model: Any, batch: int, length: int, labelled: float) -> Cost:
         rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled))]
         gradients = _loss(head, rows)
         forward, seen.work = seen.work, Counter()
+        loss, seen.peak = seen.peak, seen.live
         rows.backward(gradients)
         del states, rows, gradients
-        return Cost(saved, wide, seen.peak, forward, seen.work)
+        return Cost(saved, wide, loss, seen.peak, forward, seen.work)
 
 
 def _loss(head: Any, rows: Tensor) -> Tensor:

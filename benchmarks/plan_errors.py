@@ -1,0 +1,220 @@
+"""`veneer plan` beside what runs take here: peak memory of a step, and ratios of times between configurations.
+
+Each configuration is trained for some steps, in a process of its own, on one thread, with random weights. Memory is
+the most that the process has resident during a step, less what it had once a smaller model had taken steps of as many
+tokens: all libraries are loaded then. Time is that of the processor, the median of the steps. The planner is told two
+numbers of this machine for each dtype, measured beside each configuration: the speed of a large product, and of a pass
+over memory.
+
+    python benchmarks/plan_errors.py
+    python benchmarks/plan_errors.py --only llama-fp32 --steps 1
+
+Predicted: memory within 10 % for all, 5 % for most; ratios of times within 15 %, further off for attention over 1,024
+tokens, which a processor computes at a fraction of the speed of its products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import veneer
+from report import child, write
+from train_memory import resident, status
+from veneer.models.load import load_head
+from veneer.models.meta import countable_model
+from veneer.plan.hardware import BYTES, PRODUCTS, Hardware
+from veneer.plan.training import Planner, Run
+from veneer.train.loss import token_loss
+
+#: the shape of SmolLM2-135M with fewer blocks, and others of about its width
+LLAMA = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN = {
+    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
+}  # fmt: skip
+GEMMA = {**QWEN, "model_type": "gemma3_text", "num_hidden_layers": 6}
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 32000, "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+EXPERTS = {
+    **QWEN, "model_type": "qwen3_moe", "num_hidden_layers": 4, "moe_intermediate_size": 384, "num_experts": 16,
+    "num_experts_per_tok": 4,
+}  # fmt: skip
+#: name -> (base, dtype, adapter, run)
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
+    "llama-fp32": (LLAMA, "fp32", {}, {}),
+    "llama-bf16": (LLAMA, "bf16", {}, {}),
+    "llama-bf16-long": (LLAMA, "bf16", {}, {"batch": 1, "length": 1024}),
+    "llama-fp32-attention": (LLAMA, "fp32", {"targets": "attention"}, {}),
+    "llama-fp32-top": (LLAMA, "fp32", {"layers": [6, 7]}, {}),
+    "llama-fp32-rank-64": (LLAMA, "fp32", {"rank": 64}, {}),
+    "llama-fp32-checkpointed": (LLAMA, "fp32", {}, {"checkpointing": True}),
+    "llama-bf16-nf4": (LLAMA, "bf16", {}, {"quantize": "nf4"}),
+    "qwen3-bf16": (QWEN, "bf16", {}, {}),
+    "gemma3-fp32": (GEMMA, "fp32", {}, {}),
+    "gpt2-fp32": (GPT2, "fp32", {}, {}),
+    "qwen3-moe-bf16": (EXPERTS, "bf16", {}, {}),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run_of(name: str) -> Run:
+    return Run(**{"batch": 4, "length": 256, **CASES[name][3]})
+
+
+def made(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
+    """The model with random weights, by way of its files if it is packed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in base.items() if key != "model_type"}
+    config = AutoConfig.for_model(base["model_type"], **fields)
+    if quantize is None:
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
+        gc.collect()
+        kind = "AutoModelForCausalLM"
+        return load_head(folder, kind, precision="bf16", device="cpu", attention="sdpa", quantize=quantize)  # pyright: ignore[reportArgumentType]
+
+
+class Trained:
+    """A model that takes steps. It is alone in this process."""
+
+    def __init__(self, base: dict[str, Any], dtype: str, adapter: dict[str, Any], run: Run) -> None:
+        torch.manual_seed(0)
+        self.model = made(base, dtype, run.quantize).train()
+        veneer.attach(self.model, veneer.LoraConfig(**{"rank": 8, **adapter}))
+        if run.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.AdamW(trained, fused=True)
+        ids = torch.randint(0, base["vocab_size"], (run.batch, run.length))
+        labels = ids.clone()
+        labels[:, : round(run.length * (1 - run.labelled))] = -100
+        self.inputs = {"input_ids": ids, "labels": labels, "use_cache": False}
+
+    def step(self) -> float:
+        """Seconds of the processor."""
+        start = time.process_time()
+        token_loss(self.model, self.inputs).total.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return time.process_time() - start
+
+
+def speeds(dtype: str) -> tuple[float, float]:
+    """(operations a second of a large product, bytes a second of a pass over memory), of the processor's time."""
+    x = torch.randn(1024, 1024, dtype=DTYPES[dtype])
+    y = torch.randn(1 << 24)
+
+    def seconds(run: Any, count: int) -> float:
+        run()
+        times = []
+        for _ in range(count):
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+        return statistics.median(times)
+
+    out = torch.empty_like(y)
+    return 2 * 1024**3 / seconds(lambda: x @ x, 15), 3 * y.nbytes / seconds(lambda: torch.add(y, y, out=out), 15)
+
+
+def alone(name: str, steps: int) -> dict[str, Any]:
+    """What one configuration takes."""
+    base, dtype, adapter, _ = CASES[name]
+    run = run_of(name)
+    small = {key: min(value, 2) if key in ("num_hidden_layers", "n_layer") else value for key, value in base.items()}
+    small["vocab_size"] = 512
+    first = Trained(small, dtype, {"rank": adapter.get("rank", 8)}, run)
+    for _ in range(2):  # loads the libraries, and compiles what a step of this many tokens calls
+        first.step()
+    del first
+    speed = speeds(dtype)
+    gc.collect()
+    rest = resident()
+    trained = Trained(base, dtype, adapter, run)
+    trained.step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on
+    times = [trained.step() for _ in range(steps)]
+    return {"memory": status("VmHWM") - rest, "seconds": statistics.median(times), "speed": speed}
+
+
+def predicted(name: str, speed: Sequence[float]) -> dict[str, float]:
+    base, dtype, adapter, _ = CASES[name]
+    model = countable_model(base, DTYPES[dtype])
+    veneer.attach(model, veneer.LoraConfig(**{"rank": 8, **adapter}))
+    peak, bandwidth = speed[0] / PRODUCTS, speed[1] / BYTES
+    here = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, 1, "measured")
+    planned = Planner(model).plan(run_of(name), on=here)
+    return {"memory": planned.total, "slack": planned.memory["slack"], "seconds": planned.seconds or 0.0}
+
+
+def case(name: str, steps: int, known: dict[str, Any]) -> dict[str, Any]:
+    measured = known.get(name) or child(__file__, "--alone", name, "--steps", str(steps))
+    planned = predicted(name, measured["speed"])
+    row = {"name": name, "dtype": CASES[name][1], "measured": measured, "predicted": planned}
+    row["memory_error"] = planned["memory"] / measured["memory"] - 1
+    return row
+
+
+def with_time_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far each ratio of times is off: measured and predicted times beside those of the others of their dtype."""
+    for row in rows:
+        alike = [one for one in rows if one["dtype"] == row["dtype"]]
+        ratios = [math.log(one["predicted"]["seconds"] / one["measured"]["seconds"]) for one in alike]
+        own = row["predicted"]["seconds"] / row["measured"]["seconds"]
+        row["time_error"] = own / math.exp(statistics.median(ratios)) - 1
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    parser.add_argument("--measured", type=Path, help="a result of this benchmark: plan again for what it measured")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.alone:
+        found = alone(options.alone, options.steps)
+        print(json.dumps(found))
+        return found
+    before = json.loads(options.measured.read_text())["rows"] if options.measured else []
+    known, rows = {row["name"]: row["measured"] for row in before}, []
+    for name in options.only:
+        rows.append(case(name, options.steps, known))
+        row = rows[-1]
+        print(
+            f"{name:<26} memory {row['measured']['memory'] / 2**20:8.1f} MiB, predicted {row['memory_error']:+.1%}; "
+            f"step {row['measured']['seconds']:.3f} s, predicted {row['predicted']['seconds']:.3f} s",
+            flush=True,
+        )
+    with_time_errors(rows)
+    for row in rows:
+        print(f"{row['name']:<26} memory {row['memory_error']:+.1%}   time beside the others {row['time_error']:+.1%}")
+    if options.out is None and options.only != list(CASES):
+        return {"name": "plan_errors", "rows": rows}
+    return write("plan_errors", {"rows": rows}, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""docs/plan.md: what `veneer plan` says of bases from 8 billion to a trillion numbers, how far off it is where it was
+measured (benchmarks/results/plan_errors.json), and beside what others have published."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import veneer
+from veneer.models.meta import countable_model
+from veneer.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK
+from veneer.plan.serving import BUSY, Load, plan_service
+from veneer.plan.training import Planned, Planner, Run
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "plan_errors.json"
+GIB = 2**30
+
+_LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+#: the shapes that their makers publish in config.json
+BASES: dict[str, dict[str, Any]] = {
+    "8B": {
+        **_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    },
+    "70B": {
+        **_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
+    "405B": {
+        **_LLAMA, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+    "1T experts": {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
+        "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "vocab_size": 163840,
+    },
+}  # fmt: skip
+WHOSE = {
+    "8B": "Llama 3.1 8B", "70B": "Llama 3.1 70B", "405B": "Llama 3.1 405B",
+    "1T experts": "Kimi K2: 384 experts, 8 a token, which `all-linear` does not adapt",
+}  # fmt: skip
+#: base -> (hardware, devices) of its table
+MACHINES = {
+    "8B": [("rtx4090", 1), ("h100", 1), ("h100", 8)],
+    "70B": [("h100", 2), ("h100", 4), ("h100", 8), ("b200", 1)],
+    "405B": [("h100", 8), ("h100", 16), ("h200", 8), ("b200", 8)],
+    "1T experts": [("h100", 64), ("h200", 64), ("b200", 64)],
+}
+
+
+@cache
+def planner(base: str, rank: int = 16, targets: str = "all-linear", dtype: str | None = None) -> Planner:
+    model = countable_model(BASES[base], torch.bfloat16)
+    chosen = targets.split(",") if "," in targets else targets
+    veneer.attach(model, veneer.LoraConfig(rank=rank, targets=chosen, dtype=dtype))
+    return Planner(model)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A table whose cells are aligned to the right, but for the first column."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
+
+
+def training(base: str) -> list[str]:
+    made = planner(base)
+    rows = []
+    for quantize in (None, "nf4") if "experts" not in base else (None,):
+        run = Run(1, 4096, checkpointing=True, quantize=quantize)
+        for device, count in MACHINES[base]:
+            for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
+                if strategy == "tp" and count > KNOWN[device].machine:
+                    continue  # its sums are waited for, over a network
+                if strategy == "ddp" and count > 1 and base != "8B":
+                    continue  # as much memory as one device
+                rows.append(cells(made.plan(run, strategy, count, KNOWN[device])))
+    heads = ["devices", "by", "base", "base, GiB", "all, GiB", "", "GB sent", "s a step", "tokens/s each"]
+    count = f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million train beside them"
+    return [f"### {base}", "", f"{WHOSE[base]}. {count}.", "", *table(heads, rows), ""]
+
+
+def cells(one: Planned) -> list[str]:
+    assert one.seconds is not None
+    assert one.speed is not None
+    return [
+        f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", one.run.quantize or "bf16",
+        f"{one.memory['base'] / GIB:.1f}", f"{one.total / GIB:.1f}", "fits" if one.fits else "too much",
+        f"{one.sent / 1e9:,.1f}", f"{one.seconds:.2f}", f"{one.speed:,.0f}",
+    ]  # fmt: skip
+
+
+def serving() -> list[str]:
+    rows = []
+    for base, rank, device, count in (
+        ("8B", 16, "l40s", 1), ("8B", 16, "h100", 1), ("8B", 64, "h100", 1), ("70B", 16, "h100", 4),
+        ("405B", 16, "h200", 8), ("1T experts", 16, "h200", 16),
+    ):  # fmt: skip
+        load = Load(requests=100, prompt=1024, answer=256, adapters=10_000, rows=64, devices=count)
+        one = plan_service(planner(base, rank).model, load, KNOWN[device])
+        name = [base, str(rank), f"{count} × {device}", f"{one.adapter / 2**20:,.0f}"]
+        if not one.rows:
+            rows.append([*name, f"{one.row / 2**20:,.0f}", "0", "", "", "", "", ""])
+            continue
+        rows.append([
+            *name, f"{one.row / 2**20:,.0f}", str(one.rows), f"{one.in_memory:,}", f"{1e3 * one.step:.0f}",
+            f"{one.answered:.1f}", str(one.replicas), f"{one.hits:.0%}",
+        ])  # fmt: skip
+    heads = [
+        "base", "rank", "a replica", "MiB an adapter", "MiB a row", "rows", "adapters in memory", "ms a token",
+        "requests/s", "replicas", "found in memory",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def measured() -> list[str]:
+    if not RESULT.exists():
+        return ["Not measured yet."]
+    result = json.loads(RESULT.read_text())
+    heads = ["configuration", "resident, MiB", "planned", "error", "step, s", "error of its ratio"]
+    rows = [
+        [
+            row["name"], f"{row['measured']['memory'] / 2**20:,.0f}", f"{row['predicted']['memory'] / 2**20:,.0f}",
+            f"{row['memory_error']:+.1%}", f"{row['measured']['seconds']:.2f}", f"{row['time_error']:+.1%}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    within = {name: sum(abs(row[name]) <= limit for row in result["rows"]) for name, limit in ERRORS.items()}
+    middle = {name: statistics.median(abs(row[name]) for row in result["rows"]) for name in ERRORS}
+    said = (
+        f"Of {len(rows)} configurations, memory is within 10 % for {within['memory_error']} (median "
+        f"{middle['memory_error']:.1%}), and the ratio of times within 15 % for {within['time_error']} (median "
+        f"{middle['time_error']:.1%})."
+    )
+    return [*table(heads, rows), "", said]
+
+
+ERRORS = {"memory_error": 0.10, "time_error": 0.15}
+
+
+def published() -> list[str]:
+    """Beside figures of others; who they are stands in the text of the page."""
+    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=KNOWN["h100"])
+    large = [planner("70B").plan(Run(1, 4096, accumulate=4), how, 8, KNOWN["h100"]) for how in ("fsdp", "tp")]
+    tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
+    card, other = KNOWN["rtx4090"], Run(2, 2048, checkpointing=True)
+    lora = tune.plan(other, on=card)
+    packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), on=card)
+    whole = tune.plan(Run(2, 2048), on=card)
+    flops = nemo.operations / nemo.tokens / 1e9
+    rows = [
+        ["8B, one H100: tokens/s", "NeMo AutoModel", "12,473", f"{nemo.speed:,.0f}", off(nemo.speed, 12473)],
+        ["8B, one H100: GFLOP a token", "NeMo AutoModel", "32.2", f"{flops:.1f}", off(flops, 32.2)],
+        *(
+            [
+                f"70B, 8 H100, {one.strategy}: tokens/s each", "NeMo AutoModel (TP 2 · PP 4)", "659",
+                f"{one.speed:,.0f}", off(one.speed, 659),
+            ]
+            for one in large
+        ),
+        ["8B, LoRA, checkpointed: GiB", "torchtune", "16.2", gib(lora), off(lora.total / GIB, 16.2)],
+        ["8B, LoRA: GiB", "torchtune", "30.3", gib(whole), off(whole.total / GIB, 30.3)],
+        ["8B, QLoRA, checkpointed: GiB", "torchtune", "7.4", gib(packed), off(packed.total / GIB, 7.4)],
+        ["8B, LoRA, RTX 4090: tokens/s", "torchtune", "3,083", f"{lora.speed:,.0f}", off(lora.speed, 3083)],
+        ["8B, QLoRA, RTX 4090: tokens/s", "torchtune", "2,413", f"{packed.speed:,.0f}", off(packed.speed, 2413)],
+    ]  # fmt: skip
+    return table(["what", "by", "published", "planned", "off"], rows)
+
+
+def gib(one: Planned) -> str:
+    return f"{one.total / GIB:.1f}"
+
+
+def off(found: float | None, wanted: float) -> str:
+    assert found is not None
+    return f"{found / wanted - 1:+.0%}"
+
+
+def devices() -> list[str]:
+    heads = ["name", "GB", "TFLOP/s, 16 bits", "TFLOP/s, float32", "GB/s", "GB/s to others", "source"]
+    rows = [
+        [
+            f"`{one.name}`", f"{one.memory / 1e9:.0f}", f"{one.peak16 / 1e12:,.0f}", f"{one.peak32 / 1e12:,.0f}",
+            f"{one.bandwidth / 1e9:,.0f}", f"{one.link / 1e9:.0f}", one.source,
+        ]
+        for one in KNOWN.values()
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def page() -> str:
+    text = (ROOT / "scripts" / "plan_page.md").read_text()
+    parts = {
+        "training": [line for base in BASES for line in training(base)][:-1], "serving": serving(),
+        "measured": measured(), "published": published(), "devices": devices(),
+    }  # fmt: skip
+    for name, lines in parts.items():
+        text = text.replace(f"{{{{{name}}}}}", "\n".join(lines))
+    shares = {
+        "products": f"{PRODUCTS:.0%}", "bytes": f"{BYTES:.0%}", "links": f"{LINKS:.0%}", "slack": f"{SLACK:.0%}",
+        "context": f"{CONTEXT / GIB:g}", "launch": f"{1e6 * LAUNCH:g}", "busy": f"{BUSY:.0%}",
+    }  # fmt: skip
+    for name, value in shares.items():
+        text = text.replace(f"{{{{{name}}}}}", value)
+    return text
