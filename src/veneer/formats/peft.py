@@ -265,9 +265,7 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
         do = "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract` on the merged model"
         raise AdapterError(f"peft_type {type_!r} in {CONFIG}", "'LORA', or a type that docs/from-peft.md names", do)
     if type_ != "LORA" and not ours:
-        problems.append(
-            sentence(f"peft_type {type_!r} without Veneer's record", "'LORA'", "get the whole folder again")
-        )
+        problems.append(sentence(f"peft_type {type_!r} and no record", "'LORA'", "get the whole folder again"))
     for name in ("r", "lora_alpha", "target_modules"):
         if config.get(name) is None and not (name == "target_modules" and config.get("target_parameters")):
             problems.append(sentence(f"no {name!r} in {CONFIG}", "a value", f"add the {name} that it was trained with"))
