@@ -33,9 +33,9 @@ from report import child, write
 from train_memory import resident, status
 from veneer.models.load import load_head
 from veneer.models.meta import countable_model
-from veneer.plan.hardware import BYTES, PRODUCTS, Hardware
-from veneer.plan.training import Planner, Run
 from veneer.train.loss import token_loss
+from veneer.train.plan.hardware import BYTES, PRODUCTS, Hardware
+from veneer.train.plan.training import Planner, Run
 
 #: the shape of SmolLM2-135M with fewer blocks, and others of about its width
 LLAMA = {

@@ -13,9 +13,9 @@ import torch
 
 import veneer
 from veneer.models.meta import countable_model
-from veneer.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK
-from veneer.plan.serving import BUSY, Load, plan_service
-from veneer.plan.training import Planned, Planner, Run
+from veneer.train.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK
+from veneer.train.plan.serving import BUSY, Load, plan_service
+from veneer.train.plan.training import Planned, Planner, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "plan_errors.json"

@@ -2,7 +2,10 @@
 
     is_sharded(tensor), whole(tensor)       a DTensor, as FSDP2 and tensor parallelism make them; all of its numbers
     ranks = meet("save …", …)               every rank that holds the model has come; None where there is no other
+    ranks = everyone("train", patience)     all ranks, which are known to come
     ranks.each(work, summary)               on every rank, with one outcome: all have it, or one error on all
+    ranks.one(work)                         on the first rank, with its outcome on all
+    average_gradients(parameters)           what each rank has its own of: one all-reduce
 
 What is said goes through the store of ``torch.distributed``, not through collectives: so a rank that stays away or
 fails becomes an error on the others, instead of a hang. Gathering a weight is a collective; within ``Ranks.each`` it
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from veneer import errors
-from veneer.errors import AdapterError, listing, sentence
+from veneer.errors import AdapterError, VeneerError, listing, sentence
 
 T = TypeVar("T")
 
@@ -63,6 +66,12 @@ def whole(tensor: Any) -> Any:
 def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
     return [] if loaded is None else [one for one in modules if isinstance(one, loaded.FSDPModule)]
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module, without the one that ``fully_shard`` puts in front of it."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return kind.__mro__[2] if loaded is not None and issubclass(kind, loaded.FSDPModule) else kind
 
 
 def is_spread(modules: Iterable[nn.Module]) -> bool:
@@ -147,11 +156,21 @@ def _met(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Rank
     return None
 
 
+def everyone(name: str, patience: float) -> Ranks:
+    """All ranks of ``torch.distributed``, which work together for long: each waits ``patience`` seconds for another
+    one. ``name``: of what they do, in which each process meets equally often."""
+    number = _MET.get(name, 0)
+    _MET[name] = number + 1
+    store = dist.distributed_c10d._get_default_store()
+    return Ranks(store, f"veneer/{name}/{number}", range(dist.get_world_size()), patience)
+
+
 class Ranks:
     """The ranks of one meeting. ``writes`` is true on the one that writes files; of no members, on none."""
 
-    def __init__(self, store: Any, key: str, members: Sequence[int]) -> None:
+    def __init__(self, store: Any, key: str, members: Sequence[int], patience: float | None = None) -> None:
         self.store, self.key, self.members = store, key, members
+        self.patience = PATIENCE if patience is None else patience
         self.rank = dist.get_rank()
         self.writes = self.rank in members[:1]
         self.step = self.gates = 0
@@ -174,19 +193,19 @@ class Ranks:
             result = work()
             own = json.dumps({"is": summary(result)})
         except BaseException as error:
-            self.store.set(here, json.dumps({"error": type(error).__name__, "text": str(error)}))
-            self.store.set(self._failed, str(self.rank))
+            self._fail(here, error)
             raise
         finally:
             _WITHIN.reset(token)
         self.store.set(here, own)
-        absent = _awaited(self.store, [*keys.values()], PATIENCE, self._failed)
+        absent = _awaited(self.store, [*keys.values()], self.patience, self._failed)
         answers = {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if key not in absent}
         for rank, answer in answers.items():
             _raise(rank, answer)
+        self._raise_failed()
         if absent:
             missing = listing(str(rank) for rank in keys if rank not in answers)
-            found = f"no answer from rank {missing} within {PATIENCE:g} s"
+            found = f"no answer from rank {missing} within {self.patience:g} s"
             raise AdapterError(found, "one from every rank", "see what that rank printed; it may be gone")
         groups: dict[str, list[int]] = {}
         for rank, answer in answers.items():
@@ -194,8 +213,29 @@ class Ranks:
         if len(groups) > 1:
             parted = " and ".join(f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items())
             do = "look for what differs by rank: a seed, gradients that are not averaged, a base that was loaded anew"
-            raise AdapterError(f"{what} that differs by rank ({parted})", "one on all ranks", do)
+            error = AdapterError(f"{what} that differs by rank ({parted})", "one on all ranks", do)
+            error.told_elsewhere = not self.writes
+            raise error
         return result
+
+    def one(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives on the first rank, a JSON value, on every one. Raises as ``each``."""
+        place = f"{self.key}/{self.step + 1}/value"
+        self.each(lambda: self.store.set(place, json.dumps(work())) if self.writes else None, lambda _: "", "")
+        return json.loads(self.store.get(place))
+
+    def _fail(self, here: str, error: BaseException) -> None:
+        """Let the others know. Where one failed before this rank, its error is the one that is told; what came of it
+        here, such as a connection that it closed, is not another one."""
+        own = {"error": type(error).__name__, "text": str(error)}
+        self.store.set(here, json.dumps(own))
+        first = json.loads(self.store.compare_set(self._failed, "", json.dumps({**own, "rank": self.rank})))
+        if "told_elsewhere" in vars(error) or not isinstance(error, Exception):
+            return  # it went through another ``each`` within this one
+        rank = first.pop("rank")
+        if rank != self.rank and not isinstance(error, VeneerError | OSError):
+            _raise(rank, first, error)
+        error.told_elsewhere = rank != self.rank and first == own  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
         """Wait until every rank stands here, before what all of them must do at once.
@@ -206,27 +246,33 @@ class Ranks:
         if not self.members:
             return
         self.gates += 1
-        key, deadline, pause = f"{self.key}/{self.step}/gate/{self.gates}", time.monotonic() + PATIENCE, 0.001
+        key, deadline, pause = f"{self.key}/{self.step}/gate/{self.gates}", time.monotonic() + self.patience, 0.001
         count = self.store.add(key, 1)
         while count < len(self.members):
-            if self.store.check([self._failed]):
-                rank = int(self.store.get(self._failed))
-                _raise(rank, json.loads(self.store.get(f"{self.key}/{self.step}/{rank}")))
+            self._raise_failed()
             if time.monotonic() > deadline:
-                found = f"{count} of {len(self.members)} ranks at the gathering of a weight after {PATIENCE:g} s"
+                found = f"{count} of {len(self.members)} ranks at the gathering of a weight after {self.patience:g} s"
                 raise AdapterError(found, "all of them", "see what the others printed; one may be gone")
             time.sleep(pause)
             pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
 
+    def _raise_failed(self) -> None:
+        """Raise what another rank raised first, wherever it was: it comes no more."""
+        if self.store.check([self._failed]):
+            first = json.loads(self.store.get(self._failed))
+            _raise(first["rank"], first)
+
     @property
     def _failed(self) -> str:
-        return f"{self.key}/{self.step}/failed"
+        return f"{self.key}/failed"
 
 
-def _raise(rank: int, answer: dict[str, str]) -> None:
+def _raise(rank: int, answer: dict[str, str], cause: BaseException | None = None) -> None:
     if "error" in answer:
         known = getattr(errors, answer["error"], AdapterError)
-        raise known(f"On rank {rank}: {answer['text'] or answer['error']}")
+        error = known(f"On rank {rank}: {answer['text'] or answer['error']}")
+        error.told_elsewhere = True
+        raise error from cause
 
 
 def _awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
@@ -247,3 +293,26 @@ def _awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None =
 def whole_values(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
     """All numbers of those tensors that are spread, by the identity of the tensor."""
     return {id(value): whole(value.detach()) for value in values if is_sharded(value) and value is not None}
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give each parameter the mean of its gradients on all ranks: one all-reduce, in float32 (float64 for those). Where
+    a rank has no gradient, it counts as zeros; where none has, there is none."""
+    own = [parameter.grad for parameter in parameters]
+    device, wide = parameters[0].device, torch.float32
+    if any(parameter.dtype == torch.float64 for parameter in parameters):
+        wide = torch.float64
+    sizes = [*(parameter.numel() for parameter in parameters), len(own)]
+    flat = torch.zeros(sum(sizes), dtype=wide, device=device)
+    *parts, counts = flat.split(sizes)
+    counts.copy_(torch.tensor([gradient is not None for gradient in own]))
+    for part, gradient in zip(parts, own, strict=True):
+        if gradient is not None:
+            part.copy_(gradient.flatten())
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    # only where a gradient is missing does the host ask the device about the others'
+    there = counts.tolist() if None in own else [1.0] * len(own)
+    for parameter, part, some in zip(parameters, parts, there, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype) if some else None

@@ -37,6 +37,9 @@ class VeneerError(Exception):
     """The root of the tree: catch this to catch everything that Veneer raises on purpose. It takes a message, or what
     was found, what was expected and what to do (``sentence``)."""
 
+    #: of several processes that work together, another one raised this first, and tells it
+    told_elsewhere = False
+
     def __init__(self, *words: str) -> None:
         super().__init__(sentence(*words) if len(words) == 3 else "".join(words))
 

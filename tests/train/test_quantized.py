@@ -22,9 +22,9 @@ from veneer.bases import storage_of
 from veneer.errors import BaseMismatchError, ConfigError
 from veneer.fileio.hashing import fingerprint
 from veneer.models import quantize
-from veneer.plan import memory
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.train.config import make_config
+from veneer.train.plan import memory
 from veneer.train.run import fit
 
 pytest.importorskip("bitsandbytes")

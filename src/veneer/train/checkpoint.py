@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from veneer.fileio.atomic import disk_errors, new_folder, write_whole
+from veneer.train.processes import Processes
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
 
@@ -49,17 +50,14 @@ def _remove(*paths: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@contextmanager
-def writing(output: str | Path, step: int, main: bool, share: Callable[[Any], Any]) -> Iterator[Path]:
-    """A folder to fill, which becomes checkpoint-`step` when the block ends without an error, and vanishes otherwise.
-    `main` is true in the one process that makes and renames it; `share` gives every process the first one's value, and
-    so is a barrier too. A failed write, whichever library noticed it, comes out as an `OSError`."""
+def write(output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes) -> None:
+    """checkpoint-`step`: a folder that every process fills, and that gets its name when all have; when one fails, it
+    vanishes, and all raise. A failed write, whichever library noticed it, comes out as an `OSError`."""
     target = path_of(output, step)
     with disk_errors(target), ExitStack() as stack:
-        folder = stack.enter_context(new_folder(target, overwrite=True)) if main else None
-        yield share(folder)
-        share(None)  # all have written before the first renames
-    share(None)
+        folder = Path(processes.one(lambda: str(stack.enter_context(new_folder(target, overwrite=True)))))
+        processes.each(lambda: fill(folder))
+        processes.each(stack.close)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,7 +19,7 @@ from veneer.errors import ConfigError, nearest
 
 # Fields that may differ when a run is resumed: they change what is kept or shown, not what is computed.
 FREE_ON_RESUME = frozenset(
-    {"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations"}
+    {"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations", "parallel"}
 )
 
 
@@ -127,6 +127,9 @@ class TrainConfig(BaseModel):
     )
     device_map: str | dict[str, int | str] | None = _run(
         None, "Spread the base over several GPUs: auto, balanced, … as transformers takes it."
+    )
+    parallel: Literal["ddp", "fsdp"] = _run(
+        "ddp", "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them."
     )
     attention: str = _run(
         "auto",

@@ -20,6 +20,7 @@ from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
+from veneer.train.processes import Processes
 from veneer.train.run import attach_as, begin, describe
 from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
@@ -37,7 +38,7 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
-    task, ids, prepared, found, _ = begin(config, output, console)
+    task, ids, prepared, found, _ = begin(config, output, console, Processes())
     packed = config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     shapes_do = not packed and not ids and not VARIANTS[config.variant].needs
     if shapes_do and task.continues():

@@ -20,24 +20,28 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
-from trl.trainer.sft_config import SFTConfig
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import veneer
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
-from veneer.errors import ConfigError, OutputExistsError
-from veneer.plan import memory
+from veneer.errors import ConfigError, OutputExistsError, TrainingError
+from veneer.fileio.hashing import hash_json
+from veneer.models.load import Base
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
+from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
+from veneer.train.processes import Processes, join, share
+from veneer.train.sharding import must_shard, shard
 from veneer.train.start_data import start_data
 from veneer.train.tasks import TASKS, Task
+from veneer.train.tasks._base import LOADING
 from veneer.train.trainer import trainer_of
 
 Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
@@ -85,30 +89,28 @@ def fit(
             language model.
         DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
     """
-    console = console or Console(stderr=True, quiet=quiet)
+    processes = join()
+    console = (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
     output = config.output.expanduser()
-    task, ids, prepared, found, arguments = begin(config, output, console)
+    task, ids, prepared, found, arguments = begin(config, output, console, processes)
     if (seen := arguments.n_gpu) > 1:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
         if config.device_map is None:
             say(
                 console,
-                f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses).",
+                f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses one; "
+                f"`torchrun --nproc-per-node {seen} -m veneer.cli train …` trains on all).",
             )
     set_seed(config.seed)
-    base = task.load()._replace(tokenizer=task.processor)
-    handle = attach_as(task, base.model, prepared, ids, found)
-    cached = HiddenStateCache(base.model) if config.cache_lower else None
-    describe(task, base.model, handle, prepared, cached, console)
+    base, handle, cached = processes.each(lambda: _model(task, prepared, ids, found), _size, "a model")
+    describe(task, base.model, handle, prepared, cached, console, processes.count)
     if config.check:
-        _check(task, base.model, prepared)
-    if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
-        checkpoint.clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(output)
-    _status(output, "running", config, prepared)
-    before = checkpoint.cut_log(output, found[1] if found is not None else 0)
-    stop, bar = watch.StopOnSignal(console), watch.ProgressBar(console, found[1] if found else 0, task)
+        processes.each(lambda: _check(task, base.model, prepared))
+    if config.parallel == "fsdp" and processes.count > 1:
+        processes.each(lambda: shard(base.model, arguments.device))
+    before = processes.one(lambda: _open(config, output, prepared, found))
+    stop = watch.StopOnSignal(console, alone=processes.count == 1)
+    bar = watch.ProgressBar(console, found[1] if found else 0, task)
     early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
     trainer = trainer_of(
         task, base.model, cached,
@@ -121,27 +123,74 @@ def fit(
         base_name=config.base,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    trainer.processes, trainer.stop = processes, stop
+    if not processes.first:
+        set_seed(config.seed + processes.rank)  # other rows, other dropout
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
-    _train(trainer, found, prepared, stop, bar, output)
+    processes.each(lambda: _train(trainer, found, prepared, stop, bar, output))
     stopped = stop.stopped and trainer.state.global_step < prepared.steps
-    result = _result(output, base.model, base.tokenizer, handle, interrupted=stopped)
+    told = processes.one(lambda: _told(output, interrupted=stopped))
+    result = _result(told, output, base, handle, interrupted=stopped)
     if not result.interrupted:
-        return _finish(task, result, prepared, console)
-    _status(output, "interrupted", config, prepared)
+        return _finish(config, task, result, prepared, console, processes)
+    processes.one(lambda: _status(output, "interrupted", config, prepared))
     return result
 
 
 def begin(
-    config: TrainConfig, output: Path, console: Console
-) -> tuple[Task, tuple[int, ...], Prepared, Found, SFTConfig]:
-    """What is judged before any weights are read: the task, the ids of the tokens that it trains, its data, the
-    checkpoint to go on from if there is one, and the trainer's arguments. Writes nothing."""
-    resume = unfinished(config, output)
-    task = TASKS[config.task](config)
-    ids = vocabulary.learn(config, task.open())
-    prepared = task.prepare()
-    found = found_in(config, output, prepared, console) if resume else None
-    return task, ids, prepared, found, arguments_of(config, output, prepared)
+    config: TrainConfig, output: Path, console: Console, processes: Processes
+) -> tuple[Task, tuple[int, ...], Prepared, Found, TrainingArguments]:
+    """What is judged before any weights are read: the task with the share of this process in a step, the ids of the
+    tokens that it trains, its data, the checkpoint to go on from if there is one, and the trainer's arguments. Writes
+    nothing."""
+    resume = processes.one(lambda: unfinished(config, output))
+    task = processes.each(lambda: _task(config, processes))
+    ids, prepared = processes.each(lambda: _data(task), _content, "data")
+    found = _place(processes.one(lambda: found_in(config, output, prepared, console))) if resume else None
+    return task, ids, prepared, found, processes.each(lambda: arguments_of(task.config, output, prepared))
+
+
+def _task(config: TrainConfig, processes: Processes) -> Task:
+    """The task with the share of this process in a step."""
+    kind, own = TASKS[config.task], {}
+    config = share(config, processes.count, compares_rows=kind.compares_rows)
+    if config.parallel == "fsdp" and processes.count > 1:
+        must_shard(config)
+        own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
+    return kind(config, **own)
+
+
+def _data(task: Task) -> tuple[tuple[int, ...], Prepared]:
+    return vocabulary.learn(task.config, task.open()), task.prepare()
+
+
+def _content(data: tuple[tuple[int, ...], Prepared]) -> str:
+    return hash_json([data[0], data[1].steps, data[1].hashes])
+
+
+def _place(found: list[Any] | Found) -> Found:
+    return None if found is None else (Path(found[0]), found[1])
+
+
+def _model(task: Task, prepared: Prepared, ids: tuple[int, ...], found: Found) -> tuple[Base, Any, Any]:
+    base = task.load()._replace(tokenizer=task.processor)
+    handle = attach_as(task, base.model, prepared, ids, found)
+    return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
+
+
+def _size(loaded: tuple[Base, Any, Any]) -> str:
+    summary = loaded[1].summary()
+    return hash_json([summary.trainable, summary.total])
+
+
+def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:
+    """Make the output folder ready; what its log ends with."""
+    if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
+        checkpoint.clear(output)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(output)
+    _status(output, "running", config, prepared)
+    return checkpoint.cut_log(output, found[1] if found is not None else 0)[-2:]
 
 
 def unfinished(config: TrainConfig, output: Path) -> bool:
@@ -174,12 +223,13 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     )
 
 
-def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> Found:
-    """The newest checkpoint of the run in `output`, which began with the same data."""
+def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> tuple[str, int] | None:
+    """The newest checkpoint of the run in `output`, which began with the same data, and its step."""
     if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
-        if (newest := checkpoint.newest(output)) is not None:
-            say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
-        return newest
+        if (newest := checkpoint.newest(output)) is None:
+            return None
+        say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
+        return str(newest[0]), newest[1]
     if config.overwrite:
         return None
     found = f"the data have changed since the unfinished run in {output} began"
@@ -221,8 +271,9 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
 
 
 def describe(
-    task: Task, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console
-) -> None:
+    task: Task, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console,
+    processes: int = 1,
+) -> None:  # fmt: skip
     config, train = task.config, prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
@@ -238,9 +289,12 @@ def describe(
         say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
-    say(console, f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples")
+    own = config.batch_size * config.grad_accum
+    split = f", {own} in each of {processes} processes" if processes > 1 else ""
+    say(console, f"Steps    {prepared.steps:,} of {own * processes} examples{split}")
     if not console.quiet:  # a step is counted for it
-        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}")
+        each = " in each" if processes > 1 else ""
+        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{each}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
@@ -262,6 +316,12 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
     except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
         raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
+    except RuntimeError as error:
+        if "losed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        gone = "a process of this run that is gone, in the middle of a step"
+        do = "see what it printed, or what killed it (memory?); the same command goes on from the last checkpoint"
+        raise TrainingError(gone, "all of them", do) from error
     except OSError as error:
         note = "There is no checkpoint yet; the same command starts over."
         if (last := checkpoint.newest(output)) is not None:
@@ -272,7 +332,8 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
         bar.close()
 
 
-def _result(output: Path, model: Any, tokenizer: Any, handle: Any, interrupted: bool) -> Result:
+def _told(output: Path, interrupted: bool) -> dict[str, Any]:
+    """What the files of a run that ended say of it."""
     lines = checkpoint.read_log(output)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -281,23 +342,27 @@ def _result(output: Path, model: Any, tokenizer: Any, handle: Any, interrupted: 
     folder, steps = (last, step) if interrupted else (output, len(losses))
     if folder is None:
         raise RuntimeError(f"the run in {output} was stopped, yet wrote no checkpoint")
+    return {
+        "adapter": str(folder / checkpoint.ADAPTER), "losses": losses, "eval_losses": evaluations, "steps": steps,
+        "seconds": lines[-1]["seconds"] if lines else 0.0, "tokens": tokens, "checkpoint": last and str(last),
+    }  # fmt: skip
+
+
+def _result(told: dict[str, Any], output: Path, base: Base, handle: Any, interrupted: bool) -> Result:
+    last = told["checkpoint"]
+    paths = {"adapter": Path(told["adapter"]), "checkpoint": None if last is None else Path(last), "output": output}
+    evaluations = [(step, loss) for step, loss in told["eval_losses"]]
     return Result(
-        folder / checkpoint.ADAPTER, output, losses, evaluations, steps, lines[-1]["seconds"] if lines else 0.0, tokens,
-        {}, model, tokenizer, handle, interrupted, last,
+        **{**told, **paths, "eval_losses": evaluations}, metrics={}, model=base.model, tokenizer=base.tokenizer,
+        handle=handle, interrupted=interrupted,
     )  # fmt: skip
 
 
-def _finish(task: Task, result: Result, prepared: Prepared, console: Console) -> Result:
+def _finish(
+    config: TrainConfig, task: Task, result: Result, prepared: Prepared, console: Console, processes: Processes
+) -> Result:
     """Write the adapter and metrics.json, then mark the run as finished: the last thing that is done."""
-    config, losses, handle, summary = task.config, result.losses, result.handle, result.handle.summary()
-    metrics: dict[str, Any] = {"steps": result.steps, "first_loss": losses[0], "last_loss": losses[-1]}
-    metrics |= {"seconds": result.seconds, "tokens": result.tokens, "trainable_parameters": summary.trainable}
-    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
-    if evaluations := [loss for _, loss in result.eval_losses]:
-        metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
-        lines = [line for line in checkpoint.read_log(result.output) if line.get("eval_loss") == metrics["eval_loss"]]
-        names = [f"eval_{name}" for name in task.measures]
-        metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
+    metrics = processes.one(lambda: _metrics(config, task, result))
     provenance = {
         "config": config.content(),
         "task": task.record(),
@@ -307,14 +372,34 @@ def _finish(task: Task, result: Result, prepared: Prepared, console: Console) ->
         "versions": _versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
-    if handle.config.trainable_tokens:
-        result.tokenizer.save_pretrained(result.adapter)
-    checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
-    _status(result.output, "finished", config, prepared)
+
+    def put() -> None:
+        if result.handle.config.trainable_tokens:
+            result.tokenizer.save_pretrained(result.adapter)
+        checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
+        _status(result.output, "finished", config, prepared)
+
+    processes.each(
+        lambda: result.handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
+    )
+    processes.one(put)
     result.model.eval()
+    losses = result.losses
     ends = f"loss {losses[0]:.4f} → {losses[-1]:.4f}"
-    ends += f", evaluation {metrics['eval_loss']:.4f}" if evaluations else ""
+    ends += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
     say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {ends}")
     say(console, f"Adapter  {result.adapter}")
     return replace(result, metrics=metrics, prompt=prepared.prompt if task.continues() else None)
+
+
+def _metrics(config: TrainConfig, task: Task, result: Result) -> dict[str, Any]:
+    losses, summary = result.losses, result.handle.summary()
+    metrics: dict[str, Any] = {"steps": result.steps, "first_loss": losses[0], "last_loss": losses[-1]}
+    metrics |= {"seconds": result.seconds, "tokens": result.tokens, "trainable_parameters": summary.trainable}
+    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
+    if evaluations := [loss for _, loss in result.eval_losses]:
+        metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
+        lines = [line for line in checkpoint.read_log(result.output) if line.get("eval_loss") == metrics["eval_loss"]]
+        names = [f"eval_{name}" for name in task.measures]
+        metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
+    return metrics

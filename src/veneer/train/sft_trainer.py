@@ -10,6 +10,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
+from veneer.train.order import SPARE
 from veneer.train.tokens import IGNORED
 from veneer.train.trainer import TrainsAdapter, seen_as_adapted
 
@@ -42,19 +43,23 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
     def _send_telemetry(self) -> None:
         """A training run is nobody else's business."""
 
+    def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
     def get_batch_samples(self, *args: Any) -> Any:
         """The batches of a step, each with the number of its labels, so that nothing in the step waits for the device:
         numbers of all of them, and the tokens of all processes, are read here at once."""
         samples, items = super().get_batch_samples(*args)
         if samples and all("labels" in inputs for inputs in samples):
             # packed rows have no mask, and no padding
-            masks = [inputs.get("attention_mask") for inputs in samples]
-            whole = sum(
-                inputs["input_ids"].numel() for inputs, mask in zip(samples, masks, strict=True) if mask is None
-            )
+            real = [inputs for inputs in samples if SPARE not in inputs]
+            masks = [inputs.get("attention_mask") for inputs in real]
+            whole = sum(inputs["input_ids"].numel() for inputs, mask in zip(real, masks, strict=True) if mask is None)
             counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
             seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
-            *counts, total = torch.stack([*counts, self._sum(seen)]).tolist()
+            numbers = torch.stack([*counts, *self._over_all(seen)]).tolist()
+            counts, (total, *signals) = numbers[: len(counts)], numbers[len(counts) :]
+            self._heed(signals)
             samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
             self._total_train_tokens += total
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -66,8 +71,8 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
         if return_outputs:
             raise NotImplementedError("AdapterTrainer computes no full logits; set prediction_loss_only=True")
-        training, count = model.training, inputs.get(LABELS)
-        inputs = {name: value for name, value in inputs.items() if name != LABELS}
+        training, count, spare = model.training, inputs.get(LABELS), SPARE in inputs
+        inputs = {name: value for name, value in inputs.items() if name not in (LABELS, SPARE)}
         with nullcontext() if self.hidden_state_cache is None else self.hidden_state_cache.given(model, inputs):
             result = token_loss(model, inputs, accuracy=not training, count=count)
         if not training:
@@ -76,6 +81,6 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
-        if result.extra is not None:
+        if result.extra is not None and not spare:
             loss = loss + result.extra / (self.current_gradient_accumulation_steps if training else 1)
         return loss

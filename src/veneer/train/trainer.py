@@ -18,20 +18,24 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from veneer.adapter_files.save_pretrained import refill
+from veneer.distributed import average_gradients, reshard
 from veneer.precision import double
 from veneer.train import checkpoint
+from veneer.train.callbacks import StopOnSignal
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.tasks import Rows, Task
+from veneer.train.order import SPARE, EpochSampler, shared
+from veneer.train.processes import Processes
+from veneer.train.tasks import Rows, Task, TaskLoss
 
 
 @contextmanager
@@ -45,36 +49,14 @@ def seen_as_adapted(model: Any) -> Iterator[None]:
         del model.__dict__["_hf_peft_config_loaded"]
 
 
-class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on (seed, epoch) alone; neighbours are of similar length. transformers
-    sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in falling order of
-    length; here the batches are shuffled after that, all but the first, which holds the longest example and so shows at
-    once whether memory suffices."""
-
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader before each pass."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
-        first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
-        last = batches.pop() if batches and len(indices) % self.batch else []  # short: it would shift all the others
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return chain(first, *(batches[number] for number in order), last)
-
-
 class TrainsAdapter(Trainer):
-    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints."""
+    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints, and the
+    sums over several processes. `processes` and `stop` are set by who runs it."""
 
     adapter: Any
     base_name: str
+    processes = Processes()
+    stop: StopOnSignal | None = None
     _eval_total: torch.Tensor | None = None  # sums over the evaluation so far: loss, items, measures
     measures: tuple[str, ...] = ("accuracy",)
     provenance: dict[str, Any] = {}  # what a checkpoint's adapter says of its run beside the step
@@ -96,10 +78,58 @@ class TrainsAdapter(Trainer):
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         return 0 if main is None else main.numel() * self._flops_per_entry
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """With every row once, whatever the number of processes."""
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        if self.processes.count == 1:
+            return loader
+        own = shared(loader, self.args.process_index, self.processes.count, self._spare)
+        return prepare_data_loader(own, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of rows that another process has, as one that counts for nothing."""
+        return batch
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Without a wrapper around the model. torch's DDP sends all weights of the base when it is made, hides the
+        model from the loss, which then needs whole logits, and must be told which parameters a pass may leave out.
+        `average_gradients` sends those of the adapter once a step, and asks for nothing else."""
+        # transformers' word for a model that sees to its own processes: it is not wrapped
+        self.is_distributed_loading_by_transformers = self.processes.count > 1
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """All begin with the first one's values: another device may have rounded another way."""
+        with torch.no_grad():
+            for parameter in self._trained():
+                dist.broadcast(parameter.data, src=0)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.processes.count > 1 and self.accelerator.sync_gradients:
+            average_gradients(self._trained())
+        return loss
+
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, of the same shape."""
-        gathered: Any = self.accelerator.gather(value[None])  # [processes, ...]
-        return gathered.sum(dim=0)
+        if self.processes.count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _over_all(self, seen: torch.Tensor) -> torch.Tensor:
+        """[tokens of this step in all processes]; of several, [those, how many of them got a signal to stop]."""
+        if self.processes.count == 1:
+            return seen[None]
+        asked = self.stop is not None and self.stop.asked
+        return self._sum(torch.stack([seen, torch.full_like(seen, int(asked))]))
+
+    def _heed(self, signals: list[int]) -> None:
+        """All processes stop after this step, if one of them was to."""
+        if self.stop is not None and any(signals):
+            self.stop.stopped = True
 
     def _count(self, *sums: torch.Tensor) -> None:
         """Add to the sums of an evaluation: loss, items, then each measure."""
@@ -111,6 +141,7 @@ class TrainsAdapter(Trainer):
         """As before, with the loss and the measures as means over all items."""
         self._eval_total = None
         output = super().evaluation_loop(*args, **kwargs)
+        reshard(self.adapter.model)  # what no backward follows stays gathered
         prefix = kwargs.get("metric_key_prefix", "eval")
         counts: Any = self._eval_total
         if counts is not None and output.metrics is not None:
@@ -130,8 +161,8 @@ class TrainsAdapter(Trainer):
         step, main = self.state.global_step, self.args.should_save
         callbacks: Any = self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
-        with checkpoint.writing(run_dir, step, main, lambda value: broadcast_object_list([value])[0]) as folder:
-            # on every rank: they compare what they hold, and the main one writes
+
+        def fill(folder: Path) -> None:  # on every rank: they compare what they hold, and the main one writes
             about = {"step": step, **self.provenance}
             self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=about)
             if main and self.adapter.config.trainable_tokens:
@@ -147,6 +178,8 @@ class TrainsAdapter(Trainer):
                     if isinstance(item, ExportableState):
                         callbacks[type(item).__name__] = item.state()
                 self.state.save_to_json(str(folder / checkpoint.STATE))
+
+        checkpoint.write(run_dir, step, fill, self.processes)
         if main:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
@@ -157,7 +190,7 @@ class TrainsAdapter(Trainer):
     def _load_best_model(self) -> None:
         """Give the adapter the numbers of the best checkpoint."""
         if self.state.best_model_checkpoint is not None:
-            refill(self.adapter.model, checkpoint.Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
+            refill(self.adapter.model, Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
 
 
 class TaskTrainer(TrainsAdapter):
@@ -176,18 +209,23 @@ class TaskTrainer(TrainsAdapter):
 
     def get_batch_samples(self, *args: Any) -> Any:
         samples, _ = super().get_batch_samples(*args)
-        masks = [inputs["attention_mask"].sum() for inputs in samples if "attention_mask" in inputs]
-        items = torch.tensor(sum(map(self.task.items, samples)), device=self.accelerator.device)
+        real = [inputs for inputs in samples if SPARE not in inputs]
+        masks = [inputs["attention_mask"].sum() for inputs in real if "attention_mask" in inputs]
+        items = torch.tensor(sum(map(self.task.items, real)), device=self.accelerator.device)
         seen: Any = sum(masks, torch.zeros_like(items))
-        items, seen = self._sum(torch.stack([items, seen.to(items.device)]))
-        self._total_train_tokens += int(seen)
-        return samples, items
+        seen, *signals = self._over_all(seen.to(items.device)).tolist()
+        self._heed(signals)
+        self._total_train_tokens += seen
+        return samples, self._sum(items)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The task's loss, and its measures."""
-        found = self.task.loss(model, inputs)
+        spare = SPARE in inputs
+        found = self.task.loss(model, {name: value for name, value in inputs.items() if name != SPARE})
+        if spare:
+            found = TaskLoss(found.total * 0.0, 0, {name: value * 0 for name, value in found.sums.items()})
         sums = [torch.as_tensor(found.sums.get(name, math.nan)) for name in self.measures]
         items = torch.tensor(float(found.items))
         if not model.training:
@@ -206,9 +244,10 @@ class TaskTrainer(TrainsAdapter):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the tokens seen so far, and the measures of the step where the task takes them in training."""
         if "loss" in logs:
-            items = self._train_sums.pop("items", 0.0)
-            sums = {name: value for name, value in self._train_sums.items() if not math.isnan(value)}
-            logs |= {name: value / max(items, 1.0) for name, value in sums.items()}
+            names, own = [*self._train_sums], torch.tensor([*self._train_sums.values()], dtype=torch.float32)
+            sums = dict(zip(names, self._sum(own.to(self.accelerator.device)).tolist(), strict=True))
+            items = sums.pop("items", 0.0)
+            logs |= {name: value / max(items, 1.0) for name, value in sums.items() if not math.isnan(value)}
             logs["num_tokens"] = self._total_train_tokens
             self._train_sums = {}
         super().log(logs, start_time)

@@ -91,6 +91,7 @@ class Task(ABC):
         auto: the class of transformers that makes the model.
         item: what the loss is a mean over, in words.
         compares: whether the base is worth measuring beside the adapter: one with a new head is not.
+        compares_rows: whether the loss of a row depends on the others of its forward pass.
     """
 
     name: ClassVar[str] = ""
@@ -100,6 +101,7 @@ class Task(ABC):
     auto: str = "AutoModelForCausalLM"
     item: ClassVar[str] = "example"
     compares: ClassVar[bool] = True
+    compares_rows: ClassVar[bool] = False
 
     @classmethod
     def continues(cls) -> bool:

@@ -32,6 +32,7 @@ SCALE = 20.0  # of cosines, as sentence-transformers has it
 class Embed(Task):
     parts, optional, auto = ("anchor", "positive"), ("negative", "label"), "AutoModel"
     measures, item = ("accuracy", "error"), "pair"
+    compares_rows = True
 
     def open(self) -> Any:
         self.processor = models.load_tokenizer(self.config.base)

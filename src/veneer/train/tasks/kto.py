@@ -27,6 +27,7 @@ BETA = 0.1  # the paper's
 @register
 class Kto(Causal):
     parts, item, measures = ("prompt", "completion", "label"), "answer", ("accuracy", "reward")
+    compares_rows = True
 
     def encode(self, records: data.Records) -> Rows:
         if self.config.batch_size < 2:

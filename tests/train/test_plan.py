@@ -18,11 +18,11 @@ from veneer.cli import run as command_line
 from veneer.errors import ConfigError
 from veneer.kernels.device import counted
 from veneer.models.meta import countable_model
-from veneer.plan import count, memory
-from veneer.plan.hardware import CONTEXT, KNOWN, LAUNCH, PRODUCTS, hardware
-from veneer.plan.serving import Load, plan_service
-from veneer.plan.training import Planner, Run, recommend, table
 from veneer.train import loss
+from veneer.train.plan import count, memory
+from veneer.train.plan.hardware import CONTEXT, KNOWN, LAUNCH, PRODUCTS, hardware
+from veneer.train.plan.serving import Load, plan_service
+from veneer.train.plan.training import Planner, Run, recommend, table
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

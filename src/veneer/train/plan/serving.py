@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.plan.count import count_forward
-from veneer.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
-from veneer.plan.memory import to_be_packed, weights
+from veneer.train.plan.count import count_forward
+from veneer.train.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
+from veneer.train.plan.memory import to_be_packed, weights
 
 #: share of the time that a replica is busy at the load
 BUSY = 0.7

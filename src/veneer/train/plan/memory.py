@@ -32,7 +32,7 @@ from veneer.bases import storage_of
 from veneer.errors import ConfigError
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
-from veneer.plan.count import Step, count_step
+from veneer.train.plan.count import Step, count_step
 from veneer.variants import VARIANTS
 
 #: numbers kept a parameter, by a part of the optimiser's name; Adam's is 2

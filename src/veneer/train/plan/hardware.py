@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError, nearest
-from veneer.plan.count import Work
+from veneer.train.plan.count import Work
 
 #: shares of the published peak that large products reach, of the bandwidth that passes over memory do, and of that of
 #: the links between devices

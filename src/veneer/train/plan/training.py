@@ -19,9 +19,9 @@ from typing import Any
 from torch import nn
 
 from veneer.errors import ConfigError, nearest, sentence
-from veneer.plan.count import Step, Work, count_step
-from veneer.plan.hardware import SLACK, Hardware
-from veneer.plan.memory import parts_of, to_be_packed, weights
+from veneer.train.plan.count import Step, Work, count_step
+from veneer.train.plan.hardware import SLACK, Hardware
+from veneer.train.plan.memory import parts_of, to_be_packed, weights
 
 STRATEGIES = ("ddp", "fsdp", "tp")
 
@@ -221,13 +221,13 @@ def recommend(planner: Planner, run: Run, counts: Sequence[int], strategies: Seq
         last = replace(last, batch=1, accumulate=run.accumulate * run.batch)
         changes.append((" with checkpointing and a row at a time, accumulated", last))
     if run.quantize is None:
-        beside = " with checkpointing, a row at a time," if last != run else ""
-        changes.append((f"{beside} in nf4", replace(last, quantize="nf4")))
+        also = " with checkpointing, a row at a time," if last != run else ""
+        changes.append((f"{also} in nf4", replace(last, quantize="nf4")))
     for how, changed in changes:
-        fitting = [one for one in table(planner, changed, counts, strategies, on)[0] if one.fits]
-        if fitting:
-            fewest = min(one.devices for one in fitting)
-            best = max((one for one in fitting if one.devices == fewest), key=lambda one: one.speed or 0)
+        enough = [one for one in table(planner, changed, counts, strategies, on)[0] if one.fits]
+        if enough:
+            fewest = min(one.devices for one in enough)
+            best = max((one for one in enough if one.devices == fewest), key=lambda one: one.speed or 0)
             where = f"{best.devices} × {on.name}, {best.strategy}" if best.devices > 1 else f"one {on.name}"
             room = f"{best.total / 2**30:.1f} GiB of {on.usable / 2**30:.1f}"
             return f"{where}{how}: {room}, {best.speed:,.0f} tokens/s a device"

@@ -1,0 +1,50 @@
+"""`veneer train` in several processes, which meet as those that torchrun starts do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.support.forked import Program
+from torch.distributed import TCPStore
+
+CODE = """
+import sys, torch
+torch.set_num_threads(1)
+{before}
+sys.argv = {arguments!r}
+from veneer.cli import main
+main()
+"""
+
+
+def train(config: Any, folder: Path, processes: int, *flags: str, before: str = "") -> list[Program]:
+    """Start `veneer train` with a configuration. `before`: code that runs first, with `rank` as a name."""
+    file = folder / f"{config.output.name}.yaml"
+    file.write_text(yaml.safe_dump(config.content()))
+    return start(["train", str(file), *flags], processes, before)
+
+
+def start(arguments: list[str], processes: int, before: str = "") -> list[Program]:
+    told: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    store: Any = None
+    if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        told |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    programs = []
+    for rank in range(processes):
+        own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else told
+        code = CODE.format(arguments=["veneer", *arguments], before=f"rank = {rank}\n{before}")
+        programs.append(Program(code, "torch", "transformers", "trl.trainer.sft_trainer", **own))
+        programs[-1].__dict__["store"] = store
+    return programs
+
+
+def ended(programs: list[Program], *expected: int) -> str:
+    """What they printed, after all ended with one of these codes (0 if none is named)."""
+    codes = [program.wait() for program in programs]
+    said = "\n".join(f"--- rank {rank}\n{program.said}" for rank, program in enumerate(programs))
+    assert {*codes} <= {*(expected or (0,))}, f"exit codes {codes}\n{said}"
+    return said

@@ -1,0 +1,109 @@
+"""A process of several that is killed at any moment: the others end, and the same command ends at the same losses."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.support.launched import ended, train
+
+from veneer.train import checkpoint
+
+Make = Callable[..., Any]
+
+#: with dropout, whose random state each process has for itself
+CHANGES = {"eval_every": 50, "save_every": 5, "epochs": 6, "batch_size": 8}
+
+
+def steps(output: Path) -> int:
+    log = output / "log.jsonl"
+    return log.read_text().count('"loss"') if log.is_file() else 0
+
+
+def same(output: Path, whole: Path) -> None:
+    """To the last bit."""
+    logs = [
+        [
+            (line["step"], line.get("loss"), line.get("eval_loss"), line.get("tokens"))
+            for line in checkpoint.read_log(at)
+        ]
+        for at in (output, whole)
+    ]
+    assert logs[0] == logs[1]
+    first, second = (load_file(at / "adapter" / "adapter_model.safetensors") for at in (output, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int) -> None:
+    """`kills` times a random process dies at a random moment, also within a checkpoint; then the run is left alone."""
+    moments, end = random.Random(seed), 30
+    for _ in range(kills):
+        programs = train(config, folder, processes)
+        last = steps(config.output)
+        target = last + moments.randint(1, max(1, (end - last) // 2))
+        deadline = time.monotonic() + 200
+        while steps(config.output) < target and programs[0].alive and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.03)
+        moments.choice(programs).kill()
+        said = ended(programs, 1, 2, -signal.SIGKILL)
+        newest = checkpoint.newest(config.output)
+        assert steps(config.output) - (newest[1] if newest else 0) <= 5 + 1, f"more was lost than since it\n{said}"
+    ended(train(config, folder, processes))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_killed_twice(make: Make, tmp_path: Path, parallel: str) -> None:
+    whole, config = (make(name, **CHANGES, parallel=parallel) for name in ("whole", "killed"))
+    ended(train(whole, tmp_path, 2))
+    killed_run(config, tmp_path, processes=2, kills=2, seed=4)
+    same(config.output, whole.output)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(make: Make, tmp_path: Path) -> None:
+    changes = {**CHANGES, "epochs": 20}
+    whole = make("whole", **changes)
+    ended(train(whole, tmp_path, 2))
+    for number in range(5):
+        config = make(f"killed-{number}", **changes)
+        killed_run(config, tmp_path, processes=2, kills=4, seed=int(time.time()) + number)
+        same(config.output, whole.output)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again(make: Make, tmp_path: Path) -> None:
+    whole, config = (make(name, **CHANGES) for name in ("whole", "killed"))
+    ended(train(whole, tmp_path, 2))
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(config.content()))
+    dies = tmp_path / "dies.py"
+    dies.write_text(
+        "import os, signal, torch\nfrom transformers import Trainer\ntorch.set_num_threads(1)\n"
+        "step = Trainer.training_step\n"
+        "def dying(self, *args, **kwargs):\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
+        "        if self.state.global_step == 13:\n            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "Trainer.training_step = dying\n"
+        "from veneer.cli import main\nmain()\n"
+    )
+    line = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    line += ["--standalone", "--max-restarts", "2", str(dies), "train", str(file)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from step 10" in done.stderr
+    same(config.output, whole.output)
