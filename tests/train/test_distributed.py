@@ -63,12 +63,12 @@ for name in kept:
         return kept[name](tensor, *args, **kwargs)
     setattr(dist, name, counted)
 import veneer.train.processes as processes
-end = processes.end
+end = processes.leave
 def ends():
     if rank == 1:
         print("sent", json.dumps(sent))
     end()
-processes.end = ends
+processes.leave = ends
 """
 
 
@@ -171,14 +171,14 @@ FAILS = {
         "if rank == 1:\n    data.raw_rows = lambda *a: (raw(*a)[0][1:], 'other')"
     ),
     "step": (
-        "import veneer.train.trainer as trainer\nloss = trainer.AdapterTrainer.compute_loss\n"
+        "import veneer.train.sft_trainer as trainer\nloss = trainer.AdapterTrainer.compute_loss\n"
         "def fails(self, *args, **kwargs):\n"
         "    if rank == 1 and self.state.global_step == 3:\n        raise MemoryError('no room')\n"
         "    return loss(self, *args, **kwargs)\n"
         "trainer.AdapterTrainer.compute_loss = fails"
     ),
     "disk": (
-        "import veneer.train.trainer as trainer\nsave = trainer.AdapterTrainer._save_optimizer_and_scheduler\n"
+        "import veneer.train.sft_trainer as trainer\nsave = trainer.AdapterTrainer._save_optimizer_and_scheduler\n"
         "def fails(self, folder):\n"
         "    if rank == 0:\n        raise OSError(28, 'No space left on device', folder)\n"
         "    return save(self, folder)\n"
@@ -252,7 +252,7 @@ def test_rows_of_a_step_are_those_of_one_process(rows: int, processes: int) -> N
 #: that the weights of the base are spread, and those of the adapter are not
 SPREAD = """
 from torch.distributed.tensor import DTensor
-import veneer.train.trainer as trainer
+import veneer.train.sft_trainer as trainer
 steps = trainer.AdapterTrainer.training_step
 def step(self, model, *args, **kwargs):
     frozen = [p for p in model.parameters() if not p.requires_grad]

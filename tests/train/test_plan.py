@@ -141,6 +141,16 @@ def test_blocks_below_the_lowest_adapter_keep_nothing():
     assert upper.cost.saved > 0
 
 
+@pytest.mark.parametrize("config", [{}, {"layers": [-1]}], ids=["all", "the last"])
+def test_few_blocks_cost_what_each_of_many_does(config):
+    """transformers runs as many blocks as the config says, also where one stands twice to see what it costs."""
+    one, two, three, four = (count.count_step(countable({**LLAMA, "num_hidden_layers": n}, **config), 2, 16).whole
+                             for n in (1, 2, 3, 4))  # fmt: skip
+    assert two.forward.total() - one.forward.total() == four.forward.total() - three.forward.total() > 0
+    assert three.saved - two.saved == four.saved - three.saved
+    assert (four.saved > three.saved) is not bool(config)
+
+
 def test_checkpointing_trades_activations_for_a_forward_pass():
     step = count.count_step(countable(LLAMA), 4, 64)
     again = step.checkpointed

@@ -152,8 +152,11 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
         frozen &= not any(p.requires_grad for p in block.parameters())
         kinds.setdefault((frozen, *_shape(block)), []).append(block)
     first = [alike[0] for alike in kinds.values()]
+    depths = [(config, config.num_hidden_layers) for config in _configs(model)]
 
     def cost_of(blocks: Sequence[nn.Module]) -> Cost:
+        for config, number in depths:  # transformers runs no block beyond it
+            config.num_hidden_layers = max(number, len(blocks))
         _put(model, path, nn.ModuleList(blocks))
         return run()
 
@@ -169,6 +172,8 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
     finally:
         _put(model, path, stack)
         model.zero_grad()
+        for config, number in depths:
+            config.num_hidden_layers = number
     for each in blocks:
         whole = whole.plus(each.cost, each.count - 1)
     return whole, tuple(blocks)
@@ -207,6 +212,14 @@ def _chunk(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
     shares = logits.detach().float().softmax(-1)
     return torch.autograd.grad(logits, rows, shares.to(logits.dtype))[0]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Those of the model and of the models in it that say how many blocks run, each once."""
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    return [config for config in found.values() if isinstance(getattr(config, "num_hidden_layers", None), int)]
 
 
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
