@@ -56,8 +56,13 @@ def write(output: str | Path, step: int, fill: Callable[[Path], None], processes
     target = path_of(output, step)
     with disk_errors(target), ExitStack() as stack:
         folder = Path(processes.one(lambda: str(stack.enter_context(new_folder(target, overwrite=True)))))
-        processes.each(lambda: fill(folder))
-        processes.each(stack.close)
+        try:
+            processes.each(lambda: fill(folder))
+            processes.each(stack.close)
+        except BaseException:
+            if not processes.first:  # the first one's went, and this one, still writing, may have made it again
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:
