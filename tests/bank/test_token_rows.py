@@ -59,9 +59,9 @@ def test_rows_of_several_adapters_are_as_each_alone(place):
         others = model(IDS).logits
     for row, name in enumerate(chosen):
         expected = alone(opened(base), adapters, name, IDS[:1]).logits[0]
-        assert error(together[row], expected) < 1e-5
+        assert error(together[row], expected) < 3e-5
     for row, name in ((0, "plain"), (2, "tokens")):
-        assert error(others[row], alone(opened(base), adapters, name, IDS[:1]).logits[0]) < 1e-5
+        assert error(others[row], alone(opened(base), adapters, name, IDS[:1]).logits[0]) < 3e-5
 
 
 def test_a_bank_on_a_base_that_did_not_grow_says_what_to_do(place):
