@@ -161,9 +161,9 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     steps = options.steps or case.steps
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
         case.write(Path(folder), options)
-        flags = ["--case", name, "--folder", folder, "--steps", str(steps), "--precision", precision_of(case, folder)]
+        flags = ["--case", name, "--folder", folder, "--steps", str(steps), "--precision", precision_of(case)]
         if not options.quick:  # Veneer compiles its loops once for a machine
-            child(__file__, "--alone", OWN, *flags[:-4], "--steps", "2", *flags[-2:])
+            child(__file__, "--alone", OWN, *flags, "--steps", "2")
         for seed in range(options.runs):
             order = sorted(runs, reverse=bool(seed % 2))  # each round begins with another
             asked = [["--alone", who, "--seed", str(seed), *flags] for who in order]
@@ -174,7 +174,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return of(runs, **setting)
 
 
-def precision_of(case: Case, folder: str) -> str:
+def precision_of(case: Case) -> str:
     """Language models in what Veneer would choose for them here, the others in float32."""
     if not case.language:
         return "fp32"
@@ -217,12 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             continue
         cases.append(run(name, options))
         show(cases[-1])
-    if options.quick and not options.out:
-        return {"cases": cases}
-    file = (options.out or RESULTS) / "tasks.json"
-    before = json.loads(file.read_text())["cases"] if file.exists() else []
-    known = {case["setting"]["task"]: case for case in [*before, *cases]}
-    return write("tasks", {"cases": [known[name] for name in CASES if name in known]}, options.out)
+    if options.out or not options.quick:
+        file = (options.out or RESULTS) / "tasks.json"
+        before = json.loads(file.read_text())["cases"] if file.exists() else []
+        known = {case["setting"]["task"]: case for case in [*before, *cases]}
+        write("tasks", {"cases": [known[name] for name in CASES if name in known]}, options.out)
+    return {"cases": cases}
 
 
 if __name__ == "__main__":

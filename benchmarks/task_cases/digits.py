@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from task_cases.case import Case, adapted, plain_trainer, rows_of, rows_to
+from task_cases.case import BASE, Case, adapted, plain_trainer, rows_of, rows_to
 
 
 def needs_sklearn(options: argparse.Namespace) -> str | None:
@@ -42,8 +42,8 @@ def write_digits(folder: Path, options: argparse.Namespace) -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    model.vit.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    model.vit.save_pretrained(folder / BASE)
+    processor.save_pretrained(folder / BASE)
     turned = np.rot90(images, axes=(1, 2))
     rows = [{"image": one.tolist(), "label": int(label)} for one, label in zip(turned, labels, strict=True)]
     rows_to(folder / "train.jsonl", rows[900:1400])
@@ -62,8 +62,8 @@ def image_batch(processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any
 def train_digits(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    processor = AutoImageProcessor.from_pretrained(folder / "base")
-    model = AutoModelForImageClassification.from_pretrained(folder / "base", num_labels=10)
+    processor = AutoImageProcessor.from_pretrained(folder / BASE)
+    model = AutoModelForImageClassification.from_pretrained(folder / BASE, num_labels=10)
     model = adapted(model, None, exclude_modules=["classifier"], modules_to_save=["classifier"])
     rows = rows_of(folder / "train.jsonl")
     plain_trainer(model, rows, lambda part: image_batch(processor, part), arguments, callbacks).train()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from task_cases.case import Case, adapted, plain_trainer, rows_of, rows_to
+from task_cases.case import BASE, Case, adapted, plain_trainer, rows_of, rows_to
 
 HERTZ = 16000
 VOICES = {"base": ("en-us", "en-us+m3"), "new": ("en-gb-scotland+f2",)}
@@ -88,7 +88,7 @@ def write_speech(folder: Path, options: argparse.Namespace) -> None:
         optimiser.step()
         schedule.step()
     for one in (model.eval(), tokenizer, hearing):
-        one.save_pretrained(folder / "base")
+        one.save_pretrained(folder / BASE)
 
 
 def sound_batch(hearing: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def sound_batch(hearing: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) ->
 def train_speech(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
     from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
-    tokenizer, hearing = (one.from_pretrained(folder / "base") for one in (AutoTokenizer, AutoFeatureExtractor))
-    model = adapted(AutoModelForSpeechSeq2Seq.from_pretrained(folder / "base"), None)
+    tokenizer, hearing = (one.from_pretrained(folder / BASE) for one in (AutoTokenizer, AutoFeatureExtractor))
+    model = adapted(AutoModelForSpeechSeq2Seq.from_pretrained(folder / BASE), None)
     rows = rows_of(folder / "train.jsonl")
     plain_trainer(model, rows, lambda part: sound_batch(hearing, tokenizer, part), arguments, callbacks).train()
     return model, tokenizer
@@ -121,7 +121,7 @@ def judge_speech(model: Any, tokenizer: Any, folder: Path) -> float:
     from transformers import AutoFeatureExtractor
 
     rows = rows_of(folder / "test.jsonl")
-    features = sound_batch(AutoFeatureExtractor.from_pretrained(folder / "base"), tokenizer, rows)["input_features"]
+    features = sound_batch(AutoFeatureExtractor.from_pretrained(folder / BASE), tokenizer, rows)["input_features"]
     ids = torch.ones(len(rows), 1, dtype=torch.long)
     with torch.no_grad():
         for _ in range(4):

@@ -256,9 +256,10 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:  # what is no checkpoint, or would run code when read
         raise AdapterError(f"{checkpoint}, of which no adapter can be read ({error})", expected, do) from error
-    if not isinstance(content, dict) or KEY not in content:
+    held = content.get(KEY) if isinstance(content, dict) else None
+    adapters = held.get("adapters") if isinstance(held, dict) else None
+    if not isinstance(adapters, dict) or not adapters:
         raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, do)
-    adapters = content[KEY]["adapters"]
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:

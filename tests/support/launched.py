@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.support.forked import Program
+from tests.support.forked import LARGE, Program
 from torch.distributed import TCPStore
 
 CODE = """
@@ -37,7 +37,7 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
     for rank in range(processes):
         own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else told
         code = CODE.format(arguments=["veneer", *arguments], before=f"rank = {rank}\n{before}")
-        programs.append(Program(code, "torch", "transformers", "trl.trainer.sft_trainer", **own))
+        programs.append(Program(code, *LARGE, **own))
         programs[-1].__dict__["store"] = store
     return programs
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.support.models import IDS, Stack, TinyLM
+from tests.support.real_models import REAL
 from tests.support.toys import error, example, flat, randomise
 from torch import nn
 
@@ -380,6 +381,11 @@ class Twice(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Flip(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).flip(-1)
+
+
 class Same(nn.Linear):
     def forward(self, input):
         return input @ self.weight.mT + self.bias
@@ -408,13 +414,40 @@ def test_what_peft_applies_in_another_way_is_no_change_of_a_weight(to, tmp_path)
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_forward_of_its_own_is_compared_also_without_weights(device, tmp_path):
-    for layer in (Twice, Same):
+    for layer in (Twice, Flip, Same):
         by_peft(nn.Sequential(layer(4, 5)), tmp_path / layer.__name__)
     with torch.device(device):
-        twice, same = nn.Sequential(Twice(4, 5)), nn.Sequential(Same(4, 5))
-    with pytest.raises(AdapterError, match="Twice has a forward of its own"):
-        convert(tmp_path / "Twice", tmp_path / "b", to="kohya", base=twice, part="model")
-    convert(tmp_path / "Same", tmp_path / "b", to="kohya", base=same, part="model")
+        bases = {layer.__name__: nn.Sequential(layer(4, 5)) for layer in (Twice, Flip, Same)}
+    for name in ("Twice", "Flip"):
+        with pytest.raises(AdapterError, match=f"{name} has a forward of its own"):
+            convert(tmp_path / name, tmp_path / "b", to="kohya", base=bases[name], part="model")
+    convert(tmp_path / "Same", tmp_path / "b", to="kohya", base=bases["Same"], part="model")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_base_may_keep_more_than_tensors_in_its_state(tmp_path):
+    class Told(nn.Sequential):
+        def get_extra_state(self):
+            return {"no": "tensor"}
+
+    by_peft(nn.Sequential(nn.Linear(4, 5)), tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "b", to="kohya", base=Told(nn.Linear(4, 5)), part="model")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_what_a_module_gives_stays_that_beside_its_base(tmp_path):
+    """Mamba reads ``x_proj.weight`` itself too, where PEFT changes what the module gives: a folder of ours says so."""
+    import peft
+
+    model = REAL["mamba"].build()[0]
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=1, target_modules=["x_proj"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "theirs")
+    for base in (tmp_path / "base", model):
+        convert(tmp_path / "theirs", tmp_path / "b", to="veneer", base=base, overwrite=True)
+        assert any(said.get("module_only") for said in read(tmp_path / "b").metadata["changes"].values())
+        with pytest.raises(AdapterError):
+            convert(tmp_path / "theirs", tmp_path / "dense", to="dense", base=base)
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own

@@ -446,8 +446,10 @@ def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="a model without an adapter as training begins"):
         lightning_run(loaded(bases, run), tmp_path, [integrations.lightning_callback(module="net")])
     torch.save({"state_dict": {}}, tmp_path / "whole.ckpt")
+    torch.save({integrations.KEY: 3}, tmp_path / "number.ckpt")
     torch.save(pytest.raises, tmp_path / "code.ckpt")
-    for name, message in (("whole", "in which there is no adapter"), ("code", "of which no adapter can be read")):
+    none, unread = "in which there is no adapter", "of which no adapter can be read"
+    for name, message in (("whole", none), ("number", none), ("code", unread)):
         with pytest.raises(AdapterError, match=message):
             integrations.unpack(tmp_path / f"{name}.ckpt", tmp_path / "adapter")
 

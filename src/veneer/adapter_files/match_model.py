@@ -29,11 +29,9 @@ from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_mod
 from veneer.adapter_files.peft_mapping import (
     all_refs,
     attention_above,
-    differs,
-    is_zero,
     means_parameter,
     module_at,
-    reads_past,
+    otherwise,
     ref_at,
 )
 from veneer.adapter_files.peft_starts import without_start
@@ -53,7 +51,7 @@ from veneer.attach.weight_tying import apart
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_beside
 from veneer.fileio.throttle import throttled
-from veneer.formats import peft, peft_tokens, peft_tuners
+from veneer.formats import peft, peft_tokens
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS, InitContext, Variant
@@ -181,9 +179,7 @@ class _Match:
         at = parameter_path(*ref) if parameter or several else ref[0] if nested is None else nested
         rank, alpha, scale = peft.strength(config, at)
         if self.by_peft_rules:
-            rule = peft.differs if self.saved.tuner is None else peft_tuners.differs
-            reason = differs(names, ref, parameter, rule)
-            past = None if not entry.extras and is_zero(entry.A, entry.B) else reads_past(names, ref, nested)
+            past, reason = otherwise(names, ref, entry, parameter, self.saved.tuner, nested)
             if past is not None and has_forward(module):
                 self.module_only.add(ref)
             elif past is not None:

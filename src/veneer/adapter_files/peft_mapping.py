@@ -29,7 +29,7 @@ from veneer.attach.weight_readers import asked, weight_readers
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.distributed import is_sharded, whole
-from veneer.formats import peft
+from veneer.formats import peft, peft_tuners
 from veneer.layers import Layer, kind_of
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
@@ -284,6 +284,16 @@ def differs(
     return reason
 
 
+def otherwise(
+    names: Names, ref: ParamRef, layer: peft.PeftLayer, parameter: bool, tuner: object, nested: str | None = None
+) -> tuple[str | None, str | None]:
+    """What PEFT computes otherwise than a change of the weight: who reads it past its module (where the product is zero
+    that is no matter), and what the module does, each in words or None. Arguments as ``differs`` and ``reads_past``
+    have them; ``tuner``: the name of another tuner than LoRA, or None."""
+    past = None if not layer.extras and is_zero(layer.A, layer.B) else reads_past(names, ref, nested)
+    return past, differs(names, ref, parameter, peft.differs if tuner is None else peft_tuners.differs)
+
+
 def is_zero(A: Tensor, B: Tensor) -> bool:
     """Whether a product changes nothing, whoever applies it: PEFT never trains a weight that is read past its module
     alone, such as an attention's out-projection by itself."""
@@ -304,7 +314,10 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
         return True
     dense, own = storage.dense(weight), {}
     if not dense.any():  # of a model without weights: with these, every forward gives the same
-        dense = torch.linspace(0.5, 1, dense.shape[-1], dtype=dense.dtype, device=dense.device).expand(dense.shape)
+        strides = range(dense.dim(), 0, -1)  # numbers that differ along every axis, in little memory
+        last = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
+        numbers = torch.arange(last + 1.0, device=dense.device).sin().to(dense.dtype)
+        dense = numbers.as_strided(dense.shape, [*strides])
         own = {name: dense}
     embeds = kind.name == "embedding"
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)

@@ -53,6 +53,7 @@ class Stack:
         formable: whether W + ΔW may be formed in the dtype of W.
         call: what the stacks of one call share: where the rows of each expert are.
         source: the input of the call, of whose rows the stacks' inputs may consist.
+        pieces: (W, A, B) of each matrix, once one is asked for while gradients are recorded.
     """
 
     W: Tensor

@@ -81,17 +81,15 @@ def open_base_and_adapters(
 ) -> tuple[Base, dict[str, Any]]:
     """The same for several adapters, by name."""
     import veneer
-    from veneer.adapter_files.folder import common_tokenizer
     from veneer.models.encoders import must_be_causal
-    from veneer.models.load import load_base, tokenizer_at
+    from veneer.models.load import load_base
     from veneer.store.library import resolve
 
     setup_logging()
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
         veneer.adapter_files.read(folder)
-    place = common_tokenizer(folders)
-    tokenizer = None if place is None else tokenizer_at(str(place), str(place))
+    tokenizer = _tokenizer_of_all(folders)
     must_be_causal(base)
     loaded = load_base(base, **loading)
     names = folders.items()
@@ -112,10 +110,15 @@ def tokenizer_for(base: str, adapter: str | None) -> Any:
 
 def tokenizer_beside(folder: Path) -> Any:
     """The tokenizer in the folder of an adapter that trains tokens, or None."""
-    from veneer.adapter_files.folder import own_tokenizer
+    return _tokenizer_of_all({"": folder})
+
+
+def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
+    """The one with all tokens of these adapters' own, or None."""
+    from veneer.adapter_files.folder import common_tokenizer
     from veneer.models.load import tokenizer_at
 
-    place = own_tokenizer(folder)
+    place = common_tokenizer(folders)
     return None if place is None else tokenizer_at(str(place), str(place))
 
 

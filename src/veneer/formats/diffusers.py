@@ -29,7 +29,7 @@ from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.untrusted import parse
 from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, Options, parts, peft, register
 from veneer.formats._base import PAIR, cast, layer_of, read_tensors, scalar
-from veneer.formats.kohya import LACKS, alpha_of
+from veneer.formats.kohya import ATTENTION, LACKS, alpha_of
 
 HEADER = "lora_adapter_metadata"
 _SIDES = {
@@ -39,7 +39,6 @@ _SIDES = {
 }  # fmt: skip
 #: A and B of a text encoder without changes of ``ATTENTION``
 NAMED = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
-ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 _PROCESSORS = {f"processor.{name}_lora": name for name in ("to_q", "to_k", "to_v")} | {
     "processor.to_out_lora": "to_out.0"
 }
@@ -147,9 +146,9 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     config: dict[str, Any] = {}
     for part, changes in by_part.items():
         start = "" if part == "model" else f"{part}."
+        *pair, magnitude = _suffixes(part, [where[change.weight][1] for change in changes])
         for change in changes:
             at = f"{start}{where[change.weight][1]}"
-            *pair, magnitude = _suffixes(part, [where[change.weight][1] for change in changes])
             for suffix, tensor in zip(pair, (change.layer.A, change.layer.B), strict=True):
                 tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:

@@ -37,6 +37,8 @@ from veneer.lowrank import LowRank
 
 #: the release of diffusers whose reading of these files was looked at
 DIFFUSERS_KNOWN = "0.42"
+#: the projections of a text encoder's attention
+ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 #: the parts that a prefix may mean, the likelier first
 PREFIXES = {
     "lora_unet": ("unet", "transformer"),
@@ -246,7 +248,7 @@ def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Mapping[str, tup
     alphas: dict[str, set[float]] = {}
     for change in changes:
         alphas.setdefault(where[change.weight][0], set()).add(alpha_of(change.layer))
-    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+    projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
     attention = {(part, module) for part, module in where.values() if f".{module}".endswith(projections)}
     if any(len(alphas[part]) > 1 for part, _ in attention):
         yield "the alphas of attention's projections, which are not those of all layers here"

@@ -11,6 +11,7 @@ transformers maps them as it loads, and this asks it how.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -168,6 +169,12 @@ def filled(model: Any) -> Any:
                     made[value] = torch.nn.Parameter(flat, value.requires_grad) if kept else flat
                 own[name] = made[value]
     return model
+
+
+def without_meta(model: Any) -> Any:
+    """The model itself, or a copy that is ``filled`` where some of it is on the meta device."""
+    empty = any(value.is_meta for value in itertools.chain(model.parameters(), model.buffers()))
+    return filled(copy.deepcopy(model)) if empty else model
 
 
 def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:

@@ -27,7 +27,7 @@ from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_mapping import differs, is_zero, means_parameter, reads_past, ref_at
+from veneer.adapter_files.peft_mapping import means_parameter, otherwise, ref_at
 from veneer.attach.install import detach
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import kind_for
@@ -145,7 +145,6 @@ def conversion(
         _refuse(made, from_, format_, base_info)
         if made.tuner is not None and to == "peft":
             made = folder.read(write_derived(Path(scratch) / "plain", [made], made.low, made.full))
-        changes = _changes(made, base_info.facts)
         on_model = partial(_on_model, base_info, made, verify_base, not FORMATS[from_].peft)
         if to == "veneer":
             provenance = {"converted from": from_, **contents.about, **made.metadata.get("provenance", {})}
@@ -154,6 +153,7 @@ def conversion(
                 save(model, out, name=deltas.NAME, base_name=name, provenance=provenance, overwrite=overwrite)
             changes = _changes(folder.read(out), base_info.facts)  # on a base, some are of another rank
         elif format_.write is None:  # peft
+            changes = _changes(made, base_info.facts)
             tensors, _ = read_tensors(made.path / peft.TENSORS)
             folder.write(
                 out, {key: cast(tensor, options.dtype) for key, tensor in tensors.items()}, made.peft_config, base=None,
@@ -161,7 +161,7 @@ def conversion(
             )  # fmt: skip
         else:
             need_rows(made, to, base_info.facts)
-            adapter = _adapter(made, to, changes, base_info, on_model)
+            adapter = _adapter(made, to, _changes(made, base_info.facts), base_info, on_model)
             changes = adapter.changes
             with new_file(out, overwrite=overwrite) as file:
                 left_out += format_.write(adapter, file, base_info.facts, options)
@@ -387,7 +387,8 @@ def _adapter(
 def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) -> None:
     """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one. And what the
     factors of a folder do not say, where no model is asked: a start that PEFT takes off the base, a bias beside B."""
-    if to.name not in ("veneer", "dense") or base_info.module is None:
+    unasked = to.name not in ("veneer", "dense") or base_info.module is None  # else `install_from` asks the model
+    if unasked:
         peft.check_config(saved.peft_config, saved.record is not None)
         alone = [at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")]
         if alone and not to.peft:
@@ -398,7 +399,7 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) ->
         raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
     if to.peft and saved.tuner is not None:
         raise_all(AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info)))
-    if not to.peft and FORMATS[from_].peft and saved.record is None:
+    if unasked and not to.peft and FORMATS[from_].peft and saved.record is None:
         _must_be_of_weights(saved, to, base_info.structure)
 
 
@@ -416,14 +417,12 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
         )
         return
     names, config, problems = Names(model), saved.peft_config, []
-    rule = peft.differs if saved.tuner is None else peft_tuners.differs
     for path, layer in saved.low.items():
         ref = ref_at(names, path, config)
         if ref is None:
             continue
-        past = None if not layer.extras and is_zero(layer.A, layer.B) else reads_past(names, ref)
-        reason = past or differs(names, ref, means_parameter(names, ref, config), rule)
-        if reason:
+        past, reason = otherwise(names, ref, layer, means_parameter(names, ref, config), saved.tuner)
+        if reason := past or reason:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)

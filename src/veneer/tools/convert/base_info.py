@@ -9,7 +9,6 @@ folder of safetensors, or of a diffusers pipeline, is read by its headers. Every
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,7 @@ from veneer.errors import AdapterError, ConfigError, listing
 from veneer.fileio.untrusted import read_header, read_json
 from veneer.formats._base import BaseFacts
 from veneer.formats.parts import PARTS
+from veneer.models.meta import without_meta
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
     if base is None:
         return BaseInfo(BaseFacts(), None, None)
     if isinstance(base, nn.Module):
-        empty = any(value.is_meta for value in base.state_dict().values())
-        structure = models.filled(copy.deepcopy(base)) if empty else base
-        return BaseInfo(_facts_of(base), lambda: _with_weights(base), structure)
+        return BaseInfo(_facts_of(base), lambda: _with_weights(base), without_meta(base))
     path = Path(base)
     if path.is_dir() and any(path.rglob("*.safetensors")):
         load = cache(lambda: models.load_base(base, precision="stored", device="cpu").model)

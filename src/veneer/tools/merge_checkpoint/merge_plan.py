@@ -10,7 +10,6 @@ code: adapters of ours say enough of linear layers (``linear_stub_model``), for 
 
 from __future__ import annotations
 
-import copy
 import pickle
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.models.meta import without_meta
 from veneer.models.named_weights import sliced
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 from veneer.tools.merge_checkpoint.growth import grow_model, grown
@@ -113,8 +113,7 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
     if model is None:
         whole = models.meta_model(folder, saved_adapters[0].metadata.get("base", {}).get("architecture"))
     else:
-        bare = any(value.is_meta for value in model.state_dict().values())
-        whole = models.filled(copy.deepcopy(model)) if bare else model
+        whole = without_meta(model)
     checkpoint = open_checkpoint(folder)
     places = models.map_checkpoint_names(whole, checkpoint.where)
     own, sizes = model is None or whole is not model, {}
