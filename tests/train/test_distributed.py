@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,13 @@ FAILS = {
         "    return loss(self, *args, **kwargs)\n"
         "trainer.AdapterTrainer.compute_loss = fails"
     ),
+    "gone": (
+        "import os, signal\nimport veneer.train.sft_trainer as trainer\nloss = trainer.AdapterTrainer.compute_loss\n"
+        "def dies(self, *args, **kwargs):\n"
+        "    if rank == 1 and self.state.global_step == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return loss(self, *args, **kwargs)\n"
+        "trainer.AdapterTrainer.compute_loss = dies"
+    ),
     "disk": (
         "import veneer.train.sft_trainer as trainer\nsave = trainer.AdapterTrainer._save_optimizer_and_scheduler\n"
         "def fails(self, folder):\n"
@@ -185,15 +193,19 @@ FAILS = {
         "trainer.AdapterTrainer._save_optimizer_and_scheduler = fails"
     ),
 }
-TOLD = {"data": "division by zero", "other data": "data that differs by rank", "step": "no room", "disk": "no space"}
+TOLD = {
+    "data": "division by zero", "other data": "data that differs by rank", "step": "no room", "disk": "no space",
+    "gone": "is gone",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("where", ["step", *(pytest.param(w, marks=pytest.mark.slow) for w in FAILS if w != "step")])
 def test_an_error_of_one_process_ends_all(make: Make, tmp_path: Path, where: str) -> None:
     config = make("run", **{**CHANGES, "save_every": 2})
     programs = train(config, tmp_path, 2, before=FAILS[where])
-    said = ended(programs, 1, 2)
+    said = ended(programs, 1, 2, -signal.SIGKILL)
     assert TOLD[where] in said
+    assert ("is gone" in said) == (where == "gone")
     assert not list(config.output.glob(".*.tmp"))
     assert not (config.output / "adapter").exists()
 

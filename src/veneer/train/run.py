@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ import veneer
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
-from veneer.errors import ConfigError, OutputExistsError, TrainingError
+from veneer.errors import AdapterError, ConfigError, OutputExistsError, TrainingError
 from veneer.fileio.hashing import hash_json
 from veneer.models.load import Base
 from veneer.train import callbacks as watch
@@ -127,7 +128,8 @@ def fit(
     if not processes.first:
         set_seed(config.seed + processes.rank)  # other rows, other dropout
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
-    processes.each(lambda: _train(trainer, found, prepared, stop, bar, output))
+    with _gone():
+        processes.each(lambda: _train(trainer, found, prepared, stop, bar, output))
     stopped = stop.stopped and trainer.state.global_step < prepared.steps
     told = processes.one(lambda: _told(output, interrupted=stopped))
     result = _result(told, output, base, handle, interrupted=stopped)
@@ -316,12 +318,6 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
     except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
         raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
-    except RuntimeError as error:
-        if "losed by peer" not in str(error) and "reset by peer" not in str(error):
-            raise
-        gone = "a process of this run that is gone, in the middle of a step"
-        do = "see what it printed, or what killed it (memory?); the same command goes on from the last checkpoint"
-        raise TrainingError(gone, "all of them", do) from error
     except OSError as error:
         note = "There is no checkpoint yet; the same command starts over."
         if (last := checkpoint.newest(output)) is not None:
@@ -330,6 +326,22 @@ def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, 
         raise
     finally:
         bar.close()
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    """Around what processes do together, where it is known who failed first: of one that could say why, that is told;
+    what is left comes of one that went without a word."""
+    try:
+        yield
+    except (RuntimeError, AdapterError) as error:  # of several that were left, the first one's is on the others, too
+        if "losed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        found = "a process of this run that is gone, in the middle of a step"
+        do = "see what it printed, or what killed it (memory?); the same command goes on from the last checkpoint"
+        told = TrainingError(found, "all of them", do)
+        told.told_elsewhere = getattr(error, "told_elsewhere", False)
+        raise told from error
 
 
 def _told(output: Path, interrupted: bool) -> dict[str, Any]:
