@@ -4,7 +4,8 @@ output/
   run.json                 status (running, interrupted, finished), configuration, hashes of the data
   log.jsonl                one line a step, one an evaluation; grows, and is cut back to the step that a run resumes at
   checkpoint-120/          complete by construction: its name is given last, when all of it is on the disk
-    adapter/  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
+    adapter/  optimizer.pt  scheduler.pt  trainer_state.json
+    rng_state.pth          of several processes, one each: rng_state_0.pth, rng_state_1.pth, …
   .checkpoint-130.….tmp/   what a kill leaves of one that was being written; swept away at the next start
   adapter/  metrics.json   the result
 """
@@ -54,10 +55,15 @@ def write(output: str | Path, step: int, fill: Callable[[Path], None], processes
     """checkpoint-`step`: a folder that every process fills, and that gets its name when all have; when one fails, it
     vanishes, and all raise. A failed write, whichever library noticed it, comes out as an `OSError`."""
     target = path_of(output, step)
-    with disk_errors(target), ExitStack() as stack:
+
+    def filled(folder: Path) -> None:
+        with disk_errors(target):  # not around the meetings, whose errors are no disk's
+            fill(folder)
+
+    with ExitStack() as stack:
         folder = Path(processes.one(lambda: str(stack.enter_context(new_folder(target, overwrite=True)))))
         try:
-            processes.each(lambda: fill(folder))
+            processes.each(lambda: filled(folder))
             processes.each(stack.close)
         except BaseException:
             if not processes.first:  # the first one's went, and this one, still writing, may have made it again
