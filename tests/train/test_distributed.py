@@ -303,7 +303,17 @@ def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) ->
     equals(config.output, whole.output)
 
 
-def test_what_cannot_be_spread_is_refused(make: Make) -> None:
-    for changes, why in (({"quantize": "nf4"}, "quantize"), ({"cache_lower": True}, "cache_lower")):
+def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
+    config = json.loads((Path(make().base) / "config.json").read_text())
+    (tmp_path / "packed").mkdir()
+    packed = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(packed))
+    cases = {
+        "quantize": {"quantize": "nf4"},
+        "a quantised base": {"base": str(tmp_path / "packed")},
+        "cache_lower": {"cache_lower": True},
+    }
+    for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):
             must_shard(make(parallel="fsdp", **changes))
+    must_shard(make(parallel="fsdp"))

@@ -15,13 +15,16 @@ from torch import nn
 
 from veneer.attach.adapted_module import own_class
 from veneer.errors import ConfigError
+from veneer.models.locate import config_of
 from veneer.train.config import TrainConfig
 
 
 def must_shard(config: TrainConfig) -> None:
     """Raises `ConfigError` for what does not work on a base that is spread."""
+    packed = getattr(config_of(config.base), "quantization_config", None) is not None
     reasons = {
         "quantize": (config.quantize, "packed weights are not spread"),
+        "a quantised base": (packed, "packed weights are not spread"),
         "cache_lower": (config.cache_lower, "its blocks run for a row at a time, in one process and not in another"),
         "task grpo": (config.task == "grpo", "answers of different lengths take different numbers of passes"),
     }
