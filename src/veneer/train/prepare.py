@@ -79,7 +79,7 @@ def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
         return asked[0]
     fit = [
         text for text in asked
-        if isinstance(text, str) and text.strip() and text.replace("\n", "").isprintable() and len(text) <= SHORT
+        if isinstance(text, str) and len(text) <= SHORT and text.strip() and text.replace("\n", "").isprintable()
     ]  # fmt: skip
     return min(fit, key=lambda text: (text.count("\n"), len(text)), default=None)
 
