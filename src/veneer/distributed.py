@@ -306,13 +306,14 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     sizes = [*(parameter.numel() for parameter in parameters), len(own)]
     flat = torch.zeros(sum(sizes), dtype=wide, device=device)
     *parts, counts = flat.split(sizes)
-    counts.copy_(torch.tensor([gradient is not None for gradient in own]))
+    here = [gradient is not None for gradient in own]
+    counts.copy_(torch.tensor(here))
     for part, gradient in zip(parts, own, strict=True):
         if gradient is not None:
             part.copy_(gradient.flatten())
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     # only where a gradient is missing does the host ask the device about the others'
-    there = counts.tolist() if None in own else [1.0] * len(own)
+    there = here if all(here) else counts.tolist()
     for parameter, part, some in zip(parameters, parts, there, strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype) if some else None

@@ -101,16 +101,17 @@ class TrainsAdapter(Trainer):
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         """All begin with the first one's values: another device may have rounded another way."""
         with torch.no_grad():
-            for parameter in self._trained():
+            for parameter in self._trained:
                 dist.broadcast(parameter.data, src=0)
 
+    @functools.cached_property
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.processes.count > 1 and self.accelerator.sync_gradients:
-            average_gradients(self._trained())
+            average_gradients(self._trained)
         return loss
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -119,12 +120,12 @@ class TrainsAdapter(Trainer):
             dist.all_reduce(value)
         return value
 
-    def _over_all(self, seen: torch.Tensor) -> torch.Tensor:
-        """[tokens of this step in all processes]; of several, [those, how many of them got a signal to stop]."""
+    def _over_all(self, *seen: torch.Tensor) -> torch.Tensor:
+        """Counts of this step, summed over all processes; of several, then how many of them got a signal to stop."""
         if self.processes.count == 1:
-            return seen[None]
+            return torch.stack(seen)
         asked = self.stop is not None and self.stop.asked
-        return self._sum(torch.stack([seen, torch.full_like(seen, int(asked))]))
+        return self._sum(torch.stack([*seen, torch.full_like(seen[0], int(asked))]))
 
     def _heed(self, signals: list[int]) -> None:
         """All processes stop after this step, if one of them was to."""
@@ -134,7 +135,7 @@ class TrainsAdapter(Trainer):
     def _count(self, *sums: torch.Tensor) -> None:
         """Add to the sums of an evaluation: loss, items, then each measure."""
         device = self.accelerator.device
-        counts = self._sum(torch.stack([double(value.detach().to(device)) for value in sums]))
+        counts = torch.stack([double(value.detach().to(device)) for value in sums])
         self._eval_total = counts if self._eval_total is None else self._eval_total + counts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,9 +144,8 @@ class TrainsAdapter(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         reshard(self.adapter.model)  # what no backward follows stays gathered
         prefix = kwargs.get("metric_key_prefix", "eval")
-        counts: Any = self._eval_total
-        if counts is not None and output.metrics is not None:
-            loss, items, *sums = counts.tolist()
+        if self._eval_total is not None and output.metrics is not None:
+            loss, items, *sums = self._sum(self._eval_total).tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
                 if not math.isnan(value):  # one that these rows do not have
@@ -213,10 +213,11 @@ class TaskTrainer(TrainsAdapter):
         masks = [inputs["attention_mask"].sum() for inputs in real if "attention_mask" in inputs]
         items = torch.tensor(sum(map(self.task.items, real)), device=self.accelerator.device)
         seen: Any = sum(masks, torch.zeros_like(items))
-        seen, *signals = self._over_all(seen.to(items.device)).tolist()
+        counts = self._over_all(items, seen.to(items.device))
+        _, seen, *signals = counts.tolist()
         self._heed(signals)
         self._total_train_tokens += seen
-        return samples, self._sum(items)
+        return samples, counts[0]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
