@@ -39,7 +39,7 @@ def about(text: str) -> list[str]:
 
 
 def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_path: Path) -> None:
-    config = make(max_steps=1, eval_fraction=0.0, check=False)
+    config = make(max_steps=1, eval_fraction=0.0, check=False, parallel="fsdp")
     dry = said(dry_run, config)
     assert not (tmp_path / "run").exists()
     run = about(said(fit, config))
@@ -47,6 +47,7 @@ def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_pat
     head = ours.index(next(line for line in ours if line.startswith("Time")))
     assert ours[:head] == run[:head]
     assert "Time     at least 0 s" in dry
+    assert "parallel fsdp does nothing here: this is one process" in dry
     assert "  read   │ 3 + 5 =\n  learnt │  8<|im_end|>" in dry
 
 

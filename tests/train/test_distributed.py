@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -86,20 +88,23 @@ def test_two_processes_train_what_one_does(make: Make, finished: tuple[Any, str]
     fit(whole, quiet=True)
     equals(config.output, whole.output)
     assert said.count("Done") == 1
+    assert re.search(r"\nMemory .* in each\n", said)
     assert "Steps    11 of 4 examples, 2 in each of 2 processes" in said
     assert said.split("--- rank 1")[1].strip().startswith("sent ")
     assert "\n" not in said.split("--- rank 1")[1].strip()
 
 
 def test_gradients_of_the_adapter_travel_once_a_step(finished: tuple[Any, str]) -> None:
-    """And at the start its values: no weight of the base, nothing for a forward pass."""
+    """And at the start its values: no weight of the base, nothing for a forward pass. Counts travel once a step, and
+    once an evaluation."""
     config, said = finished
     sent = json.loads(said.split("sent ")[-1])
     tensors = load_file(config.output / "adapter" / "adapter_model.safetensors")
     numbers = sum(value.numel() for value in tensors.values())
     assert sum(size for name, size in sent if name == "broadcast") == 4 * numbers
-    large = [size for name, size in sent if name == "all_reduce" and size > 64]
-    assert large == [4 * (numbers + len(tensors))] * 11  # and whether there is one
+    summed = [size for name, size in sent if name == "all_reduce"]
+    assert [size for size in summed if size > 64] == [4 * (numbers + len(tensors))] * 11  # and whether there is one
+    assert len([size for size in summed if size <= 64]) == 11 + len(evaluations(config.output))
 
 
 #: what else decides which rows a step has, which parameters train, and what the loss is a mean of
@@ -240,6 +245,13 @@ def test_shares() -> None:
     assert own(2, batch_size=8, grad_accum=3) == (6, 2)
     assert own(4, batch_size=5, grad_accum=4) == (5, 1)
     assert own(3, batch_size=7, grad_accum=3) == (7, 1)
+    for number, batch, accumulated in itertools.product(range(2, 9), range(1, 9), range(1, 4)):
+        config = make_config({**fields, "batch_size": batch, "grad_accum": number * accumulated})
+        mine = share(config, number, compares_rows=True)  # what is advised where a step does not divide
+        assert (mine.batch_size, mine.grad_accum) == (batch, accumulated)
+    for changes in ({"batch_size": 3}, {"batch_size": 4}):
+        with pytest.raises(ConfigError, match="set grad_accum to a multiple of 2"):
+            share(make_config({**fields, **changes}), 2, compares_rows=True)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -279,7 +291,9 @@ trainer.AdapterTrainer.training_step = step
 def test_fsdp_spreads_the_base_and_trains_what_one_does(make: Make, tmp_path: Path) -> None:
     changes = {**CHANGES, **SHORT}
     config, whole = make("two", **changes, parallel="fsdp"), make("one", **changes)
-    ended(train(config, tmp_path, 2, before=SPREAD))
+    said = ended(train(config, tmp_path, 2, before=SPREAD))
+    assert re.search(r"\nMemory .* in each, before the base is spread\n", said)
+    assert "does nothing" not in said
     fit(whole, quiet=True)
     equals(config.output, whole.output)
     record = [(folder / "adapter" / "veneer.json").read_text() for folder in (config.output, whole.output)]

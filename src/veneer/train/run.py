@@ -294,8 +294,11 @@ def describe(
     own = config.batch_size * config.grad_accum
     split = f", {own} in each of {processes} processes" if processes > 1 else ""
     say(console, f"Steps    {prepared.steps:,} of {own * processes} examples{split}")
+    if config.parallel == "fsdp" and processes == 1:
+        say(console, "         parallel fsdp does nothing here: this is one process (torchrun starts several)")
     if not console.quiet:  # a step is counted for it
-        each = " in each" if processes > 1 else ""
+        spread = {"ddp": "", "fsdp": ", before the base is spread"}[config.parallel]
+        each = f" in each{spread}" if processes > 1 else ""
         say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{each}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
