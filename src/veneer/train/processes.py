@@ -112,18 +112,17 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
     if processes == 1:
         return config
     step = config.batch_size * config.grad_accum
+    do = f"set grad_accum to a multiple of {processes}, or start another number of processes"
     per_step = f"batch_size {config.batch_size} × grad_accum {config.grad_accum} = {step} examples a step"
     if config.device_map is not None:
         found = f"device_map over {processes} processes, each of which has a device"
         raise ConfigError(found, "one of the two", "leave out device_map, or run without torchrun")
     if step % processes:
-        do = f"set batch_size to a multiple of {processes}, or start another number of processes"
         raise ConfigError(f"{per_step}, over {processes} processes", "as many for each process", do)
     own = step // processes
     passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= config.batch_size)
     if compares_rows and own // passes != config.batch_size:
         found = f"{per_step}, over {processes} processes: {own // passes} in a forward pass, whose rows "
         found += f"the loss of task {config.task} compares"
-        do = f"set batch_size to {own} for {own} in each process, with grad_accum {processes}"
         raise ConfigError(found, f"{config.batch_size} in a forward pass", do)
     return config.model_copy(update={"batch_size": own // passes, "grad_accum": passes})
