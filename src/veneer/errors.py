@@ -8,7 +8,7 @@
     ├── MergeError         RuntimeError     a merge or an unmerge that would lose something
     ├── CheckError         RuntimeError     an attached adapter that the model's output never sees
     ├── DataError          ValueError       training data that cannot be read or used
-    ├── TrainingError      ArithmeticError  a run whose loss became infinite or not a number
+    ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
     ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
@@ -73,7 +73,7 @@ class DataError(VeneerError, ValueError):
 
 
 class TrainingError(VeneerError, ArithmeticError):
-    """A run whose loss became infinite or not a number."""
+    """A run whose loss became infinite or not a number, or one of whose processes is gone."""
 
 
 class OutputExistsError(VeneerError, FileExistsError):
