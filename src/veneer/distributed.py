@@ -187,29 +187,26 @@ class Ranks:
             AdapterError: the summaries differ, or a rank does not answer.
         """
         self.step, self.gates = self.step + 1, 0
-        here, keys = f"{self.key}/{self.step}/{self.rank}", {r: f"{self.key}/{self.step}/{r}" for r in self.members}
+        here, keys = f"{self.key}/{self.step}/{self.rank}", {f"{self.key}/{self.step}/{r}": r for r in self.members}
         token = _WITHIN.set(self)
         try:
             result = work()
-            own = json.dumps({"is": summary(result)})
+            own = json.dumps(summary(result))  # never empty, which not every store tells from nothing
         except BaseException as error:
-            self._fail(here, error)
+            self._fail(error)
             raise
         finally:
             _WITHIN.reset(token)
         self.store.set(here, own)
-        absent = _awaited(self.store, [*keys.values()], self.patience, self._failed)
-        answers = {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if key not in absent}
-        for rank, answer in answers.items():
-            _raise(rank, answer)
+        absent = _awaited(self.store, [*keys], self.patience, self._failed)
         self._raise_failed()
         if absent:
-            missing = listing(str(rank) for rank in keys if rank not in answers)
+            missing = listing(str(keys[key]) for key in absent)
             found = f"no answer from rank {missing} within {self.patience:g} s"
             raise AdapterError(found, "one from every rank", "see what that rank printed; it may be gone")
         groups: dict[str, list[int]] = {}
-        for rank, answer in answers.items():
-            groups.setdefault(answer["is"], []).append(rank)
+        for key, rank in keys.items():
+            groups.setdefault(json.loads(self.store.get(key)), []).append(rank)
         if len(groups) > 1:
             parted = " and ".join(f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items())
             do = "look for what differs by rank: a seed, gradients that are not averaged, a base that was loaded anew"
@@ -224,18 +221,18 @@ class Ranks:
         self.each(lambda: self.store.set(place, json.dumps(work())) if self.writes else None, lambda _: "", "")
         return json.loads(self.store.get(place))
 
-    def _fail(self, here: str, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Let the others know. Where one failed before this rank, its error is the one that is told; what came of it
         here, such as a connection that it closed, is not another one."""
-        own = {"error": type(error).__name__, "text": str(error)}
-        self.store.set(here, json.dumps(own))
-        first = json.loads(self.store.compare_set(self._failed, "", json.dumps({**own, "rank": self.rank})))
+        own = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
+        first = json.loads(self.store.compare_set(self._failed, "", json.dumps(own)))
         if "told_elsewhere" in vars(error) or not isinstance(error, Exception):
             return  # it went through another ``each`` within this one
-        rank = first.pop("rank")
-        if rank != self.rank and not isinstance(error, VeneerError | OSError):
-            _raise(rank, first, error)
-        error.told_elsewhere = rank != self.rank and first == own  # pyright: ignore[reportAttributeAccessIssue]
+        elsewhere = first["rank"] != self.rank
+        if elsewhere and not isinstance(error, VeneerError | OSError):
+            raise _error(first) from error
+        alike = first == {**own, "rank": first["rank"]}
+        error.told_elsewhere = elsewhere and alike  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
         """Wait until every rank stands here, before what all of them must do at once.
@@ -259,20 +256,18 @@ class Ranks:
     def _raise_failed(self) -> None:
         """Raise what another rank raised first, wherever it was: it comes no more."""
         if self.store.check([self._failed]):
-            first = json.loads(self.store.get(self._failed))
-            _raise(first["rank"], first)
+            raise _error(json.loads(self.store.get(self._failed)))
 
     @property
     def _failed(self) -> str:
         return f"{self.key}/failed"
 
 
-def _raise(rank: int, answer: dict[str, str], cause: BaseException | None = None) -> None:
-    if "error" in answer:
-        known = getattr(errors, answer["error"], AdapterError)
-        error = known(f"On rank {rank}: {answer['text'] or answer['error']}")
-        error.told_elsewhere = True
-        raise error from cause
+def _error(first: dict[str, Any]) -> VeneerError:
+    """The error of the rank that failed first, as the others raise it."""
+    error = getattr(errors, first["error"], AdapterError)(f"On rank {first['rank']}: {first['text'] or first['error']}")
+    error.told_elsewhere = True
+    return error
 
 
 def _awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
