@@ -87,12 +87,11 @@ def shared(
     one that counts for nothing."""
     whole: Any = loader.batch_sampler
     batches = ShareSampler(whole.batch_sampler.sampler, whole.batch_size, rank, processes)
-    kept = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
-    options = {name: getattr(loader, name) for name in kept}
     collate: Callable[[Any], Any] = loader.collate_fn
 
     def marked(rows: list[dict[str, Any]]) -> Any:
         batch = collate([{name: value for name, value in row.items() if name != SPARE} for row in rows])
         return {**spare(batch), SPARE: True} if SPARE in rows[0] else batch
 
-    return DataLoader(_WithSpare(loader.dataset), batch_sampler=batches, collate_fn=marked, **options)
+    rows = _WithSpare(loader.dataset)
+    return DataLoader(rows, batch_sampler=batches, collate_fn=marked, pin_memory=loader.pin_memory)
