@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
         programs.append(Program(code, *LARGE, **own))
         programs[-1].__dict__["store"] = store
     return programs
+
+
+def steps(output: Path) -> int:
+    """How many the log of a run shows."""
+    log = output / "log.jsonl"
+    return log.read_text().count('"loss"') if log.is_file() else 0
+
+
+def reach(program: Program, output: Path, step: int, delay: float = 0.0) -> None:
+    """Wait until `delay` seconds after the log shows `step` steps: any moment, also within a checkpoint."""
+    Program.until(lambda: steps(output) >= step or not program.alive)
+    time.sleep(delay)
 
 
 def ended(programs: list[Program], *expected: int) -> str:

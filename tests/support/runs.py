@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from veneer.train import checkpoint
 from veneer.train.run import Result
 
 
@@ -27,6 +29,18 @@ def same(one: Result, other: Result) -> None:
     assert one.losses == other.losses
     assert one.eval_losses == other.eval_losses
     assert one.tokens == other.tokens
-    first, second = (load_file(result.adapter / "adapter_model.safetensors") for result in (one, other))
+    _same_numbers(one.adapter, other.adapter)
+
+
+def same_folders(one: Path, other: Path) -> None:
+    """The same of the output folders of runs that ended."""
+    names = ("step", "loss", "eval_loss", "tokens")
+    logs = [[[line.get(name) for name in names] for line in checkpoint.read_log(output)] for output in (one, other)]
+    assert logs[0] == logs[1]
+    _same_numbers(one / "adapter", other / "adapter")
+
+
+def _same_numbers(*adapters: Path) -> None:
+    first, second = (load_file(adapter / "adapter_model.safetensors") for adapter in adapters)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

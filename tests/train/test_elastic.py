@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
-from tests.support.launched import ended, train
+from tests.support.launched import ended, reach, steps, train
+from tests.support.runs import same_folders
 
 from veneer.train import checkpoint
 
@@ -26,26 +25,6 @@ Make = Callable[..., Any]
 CHANGES = {"eval_every": 50, "save_every": 5, "epochs": 6, "batch_size": 8}
 
 
-def steps(output: Path) -> int:
-    log = output / "log.jsonl"
-    return log.read_text().count('"loss"') if log.is_file() else 0
-
-
-def same(output: Path, whole: Path) -> None:
-    """To the last bit."""
-    logs = [
-        [
-            (line["step"], line.get("loss"), line.get("eval_loss"), line.get("tokens"))
-            for line in checkpoint.read_log(at)
-        ]
-        for at in (output, whole)
-    ]
-    assert logs[0] == logs[1]
-    first, second = (load_file(at / "adapter" / "adapter_model.safetensors") for at in (output, whole))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
 def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int) -> None:
     """`kills` times a random process dies at a random moment, also within a checkpoint; then the run is left alone."""
     moments, end = random.Random(seed), 30
@@ -53,10 +32,7 @@ def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int)
         programs = train(config, folder, processes)
         last = steps(config.output)
         target = last + moments.randint(1, max(1, (end - last) // 2))
-        deadline = time.monotonic() + 200
-        while steps(config.output) < target and programs[0].alive and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.03)
+        reach(programs[0], config.output, target, moments.random() * 0.03)
         moments.choice(programs).kill()
         said = ended(programs, 1, 2, -signal.SIGKILL)
         newest = checkpoint.newest(config.output)
@@ -69,7 +45,7 @@ def test_killed_twice(make: Make, tmp_path: Path, parallel: str) -> None:
     whole, config = (make(name, **CHANGES, parallel=parallel) for name in ("whole", "killed"))
     ended(train(whole, tmp_path, 2))
     killed_run(config, tmp_path, processes=2, kills=2, seed=4)
-    same(config.output, whole.output)
+    same_folders(config.output, whole.output)
 
 
 @pytest.mark.slow
@@ -80,7 +56,7 @@ def test_killed_twenty_times(make: Make, tmp_path: Path) -> None:
     for number in range(5):
         config = make(f"killed-{number}", **changes)
         killed_run(config, tmp_path, processes=2, kills=4, seed=int(time.time()) + number)
-        same(config.output, whole.output)
+        same_folders(config.output, whole.output)
 
 
 @pytest.mark.slow
@@ -106,4 +82,4 @@ def test_torchrun_starts_a_killed_process_again(make: Make, tmp_path: Path) -> N
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Resuming from step 10" in done.stderr
-    same(config.output, whole.output)
+    same_folders(config.output, whole.output)

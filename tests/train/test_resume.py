@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from tests.support.forked import LARGE, Program
-from tests.support.runs import Crash, same
+from tests.support.launched import ended, reach, steps, train
+from tests.support.runs import Crash, same, same_folders
 from transformers import TrainerCallback
 
 from veneer.errors import ConfigError, OutputExistsError
@@ -202,35 +201,6 @@ def test_a_finished_run_is_not_overwritten_unasked(make: Make) -> None:
 # ---------------------------------------------------------------------------------------------- a process, killed
 
 
-def start(config: Any, folder: Path) -> Program:
-    """`veneer train` in a process of its own."""
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config.content()))
-    code = f"""
-import sys, torch
-torch.set_num_threads(1)
-sys.argv = ["veneer", "train", {str(file)!r}]
-from veneer.cli import main
-main()
-"""
-    return Program(code, *LARGE, CUDA_VISIBLE_DEVICES="")
-
-
-def lines(output: Path) -> int:
-    log = output / "log.jsonl"
-    return log.read_text().count('"loss"') if log.is_file() else 0
-
-
-def kill_when(process: Program, output: Path, step: int, delay: float) -> None:
-    """SIGKILL `delay` seconds after the log shows `step` steps: any moment, also within a checkpoint."""
-    deadline = time.monotonic() + 120
-    while lines(output) < step and process.alive and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
-    process.wait()
-
-
 def killed_run(make: Make, folder: Path, kills: int, seed: int, epochs: int) -> None:
     """Killed so often at random moments of a run of 9 steps an epoch, of which the last ten are left to it."""
     changes = {"epochs": epochs, "save_every": 7, "eval_every": 50, "max_length": 64}
@@ -239,26 +209,19 @@ def killed_run(make: Make, folder: Path, kills: int, seed: int, epochs: int) -> 
     whole = fit(make("whole", **changes), quiet=True)
     config, moments = make("killed", **changes), random.Random(seed)
     for number in range(kills):
-        process = start(config, folder)
-        last = lines(config.output)
-        kill_when(
-            process, config.output, min(last + moments.randint(1, (end - 8) // kills), end), moments.random() * 0.03
-        )
+        (process,) = train(config, folder, 1)
+        step = min(steps(config.output) + moments.randint(1, (end - 8) // kills), end)
+        reach(process, config.output, step, moments.random() * 0.03)
+        process.kill()
+        process.wait()
         if checkpoint.read_json(config.output / "run.json")["status"] == "finished":
             pytest.fail(f"kill {number + 1} came after the end")
         newest = checkpoint.newest(config.output)
-        assert lines(config.output) - (newest[1] if newest else 0) <= 7 + 1, (
+        assert steps(config.output) - (newest[1] if newest else 0) <= 7 + 1, (
             "more was lost than the steps since the checkpoint"
         )
-    process = start(config, folder)
-    assert process.wait() == 0, process.said
-    log = checkpoint.read_log(config.output)
-    assert [line["loss"] for line in log if "loss" in line] == whole.losses
-    assert [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line] == whole.eval_losses
-    first, second = (
-        load_file(path / "adapter" / "adapter_model.safetensors") for path in (whole.output, config.output)
-    )
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    ended(train(config, folder, 1))
+    same_folders(config.output, whole.output)
 
 
 @pytest.fixture
@@ -281,10 +244,8 @@ def test_killed_at_ten_moments(make: Make, tmp_path: Path) -> None:
 
 def test_ctrl_c_on_the_command_line(make: Make, tmp_path: Path) -> None:
     config = make("run", epochs=100, save_every=1000, eval_every=1000)
-    process = start(config, tmp_path)
-    deadline = time.monotonic() + 120
-    while lines(config.output) < 3 and process.alive and time.monotonic() < deadline:
-        time.sleep(0.01)
+    (process,) = train(config, tmp_path, 1)
+    reach(process, config.output, 3)
     process.kill(signal.SIGINT)
     assert process.wait() == 130, process.said
     assert "To go on:  veneer train" in process.said
