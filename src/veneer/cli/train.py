@@ -54,7 +54,16 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
       eval_fraction: 0.05
     """
     processes = join()
-    settings = processes.each(lambda: load_config(config, **flags), lambda made: made.model_dump_json(), "settings")
+
+    def asked() -> TrainConfig:
+        if (dry_run or find_rate) and processes.count > 1:
+            found = f"--{'dry-run' if dry_run else 'find-rate'} in {processes.count} processes"
+            raise ConfigError(found, "one process", "run it without torchrun")
+        if dry_run and find_rate:
+            raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
+        return load_config(config, **flags)
+
+    settings = processes.each(asked, _content, "settings")
 
     from rich.console import Console
 
@@ -67,13 +76,6 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     if not processes.first:  # what all would say alike, the first one says
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    if (dry_run or find_rate) and processes.count > 1:
-        found = f"--{'dry-run' if dry_run else 'find-rate'} in {processes.count} processes"
-        error = ConfigError(found, "one process", "run it without torchrun")
-        error.told_elsewhere = not processes.first
-        raise error
-    if dry_run and find_rate:
-        raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
     if dry_run:
         from veneer.train.dry_run import dry_run as rehearse
 
@@ -91,6 +93,12 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     say(err, "\nNext:")
     for command in _next(settings, result):
         say(err, f"  {shlex.join(['veneer', *command])}")
+
+
+def _content(settings: TrainConfig) -> str:
+    from veneer.fileio.hashing import hash_json  # torch, which one process does without so early
+
+    return hash_json(settings.content())
 
 
 def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
