@@ -369,12 +369,21 @@ def _tasks(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         qualities = [f"{side['quality']:.3f} ± {side['error']:.3f}" for side in sides]
         if "before" in case:
             qualities[1] += f"; the base {case['before']:.3f}"
-        steps = f"{case['setting']['steps']} × {case['setting']['batch']}"
+        steps = f"{case['setting']['steps']} × {case['setting']['batch']}, {case['runs']}"
         times = [ratio(sides[0]), ratio(sides[0]["steps"]), f"{sides[1]['seconds']:.0f}"]
         lacking = ", ".join(name for name, met in case["verdict"].items() if not met)
         rows.append([case["setting"]["task"], steps, *qualities, *times, f"misses {lacking}" if lacking else "holds"])
-    head = ["", "steps × rows", "Veneer", "PEFT", "CPU time over PEFT's", "of the steps alone", "PEFT, s", "the bar"]
-    return [f"Rank {cases[0]['setting']['rank']}, {cases[0]['runs']} seeds.", "", *table(head, rows)]
+    head = [
+        "",
+        "steps × rows, seeds",
+        "Veneer",
+        "PEFT",
+        "CPU time over PEFT's",
+        "of the steps alone",
+        "PEFT, s",
+        "the bar",
+    ]
+    return [f"Rank {cases[0]['setting']['rank']}.", "", *table(head, rows)]
 
 
 def _quantised(case: Mapping[str, Any]) -> list[str]:

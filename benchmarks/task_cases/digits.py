@@ -80,4 +80,4 @@ def judge_digits(model: Any, processor: Any, folder: Path) -> float:
     return float((torch.tensor(names) == batch["labels"]).float().mean())
 
 
-DIGITS = Case(write_digits, train_digits, judge_digits, 400, 32, 3e-3, {"task": "classify"}, needs_sklearn)
+DIGITS = Case(write_digits, train_digits, judge_digits, 400, 32, 3e-3, {"task": "classify"}, needs_sklearn, seeds=12)

@@ -132,4 +132,4 @@ def judge_speech(model: Any, tokenizer: Any, folder: Path) -> float:
     return sum(one == other for one, other in zip(told, right, strict=True)) / len(rows)
 
 
-SPEECH = Case(write_speech, train_speech, judge_speech, 120, 16, 2e-3, {"task": "seq2seq"}, needs_espeak)
+SPEECH = Case(write_speech, train_speech, judge_speech, 120, 16, 2e-3, {"task": "seq2seq"}, needs_espeak, seeds=12)

@@ -106,12 +106,14 @@ def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
 
 #: What of a class may read a weight when it is used.
 _READERS = (FunctionType, property, functools.cached_property)
+#: Methods of transformers' models that write files or make weights, and compute nothing with them; long to read.
+_NO_READERS = {"save_pretrained", "push_to_hub", "post_init", "init_weights", "tie_weights", "resize_token_embeddings"}
 
 
 @functools.cache
 def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
     """The public methods and properties that a class has besides forward and what every module has."""
-    names = (name for name in dir(cls) if not (name.startswith("_") or hasattr(nn.Module, name)))
+    names = [name for name in dir(cls) if not (name.startswith("_") or hasattr(nn.Module, name) or name in _NO_READERS)]
     own = {name: attribute(cls, name) for name in names}
     return tuple(name for name, value in own.items() if isinstance(value, _READERS))
 

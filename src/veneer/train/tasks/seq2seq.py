@@ -9,6 +9,7 @@ loss = -log p(token of the answer)           a mean over tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ class Seq2seq(Task):
         }
         return {**heard, "decoder_input_ids": read, "use_cache": False}
 
-    @property
+    @cached_property
     def start(self) -> int:
+        """The token that answers begin with."""
         return int(config_of(self.config.base).decoder_start_token_id)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
