@@ -167,6 +167,19 @@ def test_a_base_that_is_not_here_goes_by_its_name(adapters, caplog):
     assert "by its name alone (the adapter's is " in caplog.text
 
 
+def test_a_hub_id_whose_files_are_in_the_hubs_cache(adapters, base, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "vllm.veneer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    there, commit = tmp_path / "hub" / "models--owner--base", "0" * 40
+    shutil.copytree(base, there / "snapshots" / commit)
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text(commit)
+    adapters.find("owner/base", "first")
+    assert "tensors proven" in caplog.text
+    with pytest.raises(BaseMismatchError, match="made for another base"):
+        adapters.find("owner/base", "stranger")
+
+
 # ---------------------------------------------------------------------------------------------- the plug-in
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def register() -> None:
         """None for a name that is not to be served: vLLM answers 404, as it does where no resolver knows a name."""
 
         adapters: Adapters | None = None
+        lock = threading.Lock()
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             found = await asyncio.to_thread(self.find, base_model_name, lora_name)
@@ -44,7 +46,8 @@ def register() -> None:
             from veneer.errors import VeneerError
             from veneer.serve.vllm_resolver import Adapters
 
-            self.adapters = self.adapters or Adapters(place, verify_base=verify_base)
+            with self.lock:  # one for all threads, as it remembers what it has read of the base
+                self.adapters = self.adapters or Adapters(place, verify_base=verify_base)
             try:
                 return self.adapters.find(base, name)
             except (VeneerError, OSError) as error:
