@@ -18,6 +18,7 @@ help:
 	@echo "make test-cuda  what a GPU is asked for, counted on an emulated one (a part of make test)"
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
+	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (70 minutes)"
@@ -93,6 +94,13 @@ $(VENV)/.llamacpp: $(VENV)/.dev
 test-slow: setup $(VENV)/.llamacpp
 	$(CUDA)
 	$(TESTS) -m "slow or not slow"
+
+# vLLM's own server with our plug-in, in an environment of its own: docs/serving.md has how to make one
+.PHONY: test-vllm
+test-vllm: setup
+	@test -n "$(VLLM)" || { echo "Found: no VLLM. Expected: the Python that has vLLM. Do: make test-vllm VLLM=/path/to/python"; exit 2; }
+	$(VLLM) -m pip install --quiet --editable '.[remote]'
+	VLLM=$(VLLM) $(PASSIVE) $(BIN)/python -m pytest tests/serve/test_vllm_server.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 The rules below are ours, written from vLLM's sources: vllm/lora/peft_helper.py (PEFTHelper: its fields, what it
 refuses, the scale), vllm/lora/utils.py (parse_fine_tuned_lora_name) and vllm/lora/lora_model.py
-(check_unexpected_modules), as published in 2025 and 2026. vLLM itself needs a GPU build and is not run here.
+(check_unexpected_modules), as published in 2025 and 2026. vLLM itself runs in tests/serve/test_vllm_server.py.
 """
 
 from __future__ import annotations

@@ -404,6 +404,9 @@ def test_the_default_folder(monkeypatch, tmp_path):
     assert default_folder() == tmp_path / "data" / "veneer" / "adapters"
     monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
+    monkeypatch.setenv("VENEER_LIBRARY", "s3://bucket/adapters")
+    with pytest.raises(LibraryError, match=r"s3://bucket/adapters, a remote place.*--library"):
+        default_folder()
 
 
 def test_resolve(monkeypatch, tmp_path, library, adapters):
@@ -415,6 +418,24 @@ def test_resolve(monkeypatch, tmp_path, library, adapters):
     assert resolve(tmp_path) == tmp_path
     with pytest.raises(LibraryError):
         resolve("library:../french")
+
+
+def test_a_pulled_copy_outlives_the_library(library, adapters, tmp_path):
+    library.add(adapters[0], "french")
+    with pytest.raises(LibraryError, match="no adapter 'german'"):
+        library.pull("german", cache=tmp_path / "cache")
+    copy = library.pull("french", cache=tmp_path / "cache")
+    assert copy == library.pull("french", cache=tmp_path / "cache")
+    assert copy.name == library.entry("french").object
+    with (library.get("french") / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert library.pull("french", cache=tmp_path / "cache") == copy, "an intact copy is not taken from there again"
+    with pytest.raises(AdapterError, match=rf"other files at .*{copy.name} than were put there"):
+        library.pull("french", cache=tmp_path / "another")
+    assert not (tmp_path / "another").exists() or not any((tmp_path / "another" / "library").iterdir())
+    library.remove("french")
+    library.gc(grace=0)
+    assert len(veneer.adapter_files.read(copy).layers) == 1
 
 
 def test_entries_are_values(library, adapters):

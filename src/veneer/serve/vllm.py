@@ -21,6 +21,8 @@ from veneer.formats import peft, vllm
 
 #: distinct adapters in one of vLLM's batches: each takes memory for the largest rank
 MOST = 8
+#: what was expected of an adapter that it cannot load, and what to do
+ADVICE = "one that vLLM can load", "`veneer compose` or `veneer merge` makes one that it can, or leave it out"
 
 
 def command(
@@ -39,12 +41,8 @@ def command(
     ``AdapterError`` names each adapter that vLLM cannot load, and why."""
     ranks, found = [1], []
     for adapter, path in adapters.items():
-        config, header = read_json(path / peft.CONFIG), read_header(path / peft.TENSORS)
-        shapes = {tensor: entry.shape for tensor, entry in header.tensors.items()}
-        reasons = vllm.problems(config, header.tensors, shapes=shapes)
-        do = "`veneer compose` or `veneer merge` makes one that it can, or leave it out"
-        found += [sentence(f"adapter {adapter!r}: {why}", "one that vLLM can load", do) for why in reasons]
-        ranks.append(max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())]))
+        found += [sentence(f"adapter {adapter!r}: {why}", *ADVICE) for why in reasons_against(path)]
+        ranks.append(vllm.largest_rank(read_json(path / peft.CONFIG)))
     raise_all(AdapterError, "vLLM was not started", found)
     line = ["vllm", "serve", base, "--host", host, "--port", str(port)]
     options = {"served-model-name": name, "max-model-len": length, "max-num-seqs": rows, "dtype": dtype}
@@ -55,6 +53,12 @@ def command(
         line += ["--max-cpu-loras", str(len(adapters)), "--lora-modules"]
         line += [f"{adapter}={path}" for adapter, path in sorted(adapters.items())]
     return [*line, *more]
+
+
+def reasons_against(path: Path) -> list[str]:
+    """Why vLLM cannot load the adapter folder ``path``; empty if it can."""
+    shapes = {name: entry.shape for name, entry in read_header(path / peft.TENSORS).tensors.items()}
+    return vllm.problems(read_json(path / peft.CONFIG), shapes, shapes=shapes)
 
 
 def run(line: Sequence[str]) -> NoReturn:

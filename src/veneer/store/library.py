@@ -32,7 +32,8 @@ from typing import Any
 from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
 from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import new_folder, write_whole
-from veneer.store.remote import is_remote, pull
+from veneer.models.gguf import cache_dir
+from veneer.store.remote import is_remote, kept, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
 
@@ -102,6 +103,21 @@ class Library:
             found = f"no folder {path}, which {name!r} stands for"
             raise LibraryError(found, "it there", f"run {self._mend()}, or add it again")
         return path
+
+    def pull(self, name: str, *, cache: Path | None = None) -> Path:
+        """A copy of the adapter of a name in the cache, verified by its hash: for what reads it again later, when
+        the library may have changed. It is not to be written to.
+
+        Args:
+            cache: the folder to keep it in, as ``store.remote.pull`` takes it.
+
+        Raises:
+            AdapterError: the files are no longer those that were added. The cache is as it was.
+            LibraryError: no such name.
+        """
+        source = self.get(name)
+        target = (cache or cache_dir() / "adapters") / "library" / source.name
+        return kept(target, str(source), lambda folder: copy_files(source, folder), source.name)
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
         """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls it)."""
@@ -330,8 +346,11 @@ def _delete(path: Path) -> int:
 
 def default_folder() -> Path:
     """``$VENEER_LIBRARY``, or ``veneer/adapters`` in ``$XDG_DATA_HOME`` or ``~/.local/share``."""
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return Path(os.environ.get("VENEER_LIBRARY") or data / "veneer" / "adapters").expanduser()
+    data, place = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", os.environ.get("VENEER_LIBRARY")
+    if place and is_remote(place):
+        found = f"VENEER_LIBRARY is {place}, a remote place, of which vLLM's plug-in alone makes a library"
+        raise LibraryError(found, "a folder", "unset it here, or name a folder with --library")
+    return Path(place or Path(data) / "veneer" / "adapters").expanduser()
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:

@@ -148,13 +148,17 @@ def _package(name: str) -> Any:
         raise RemoteError(found, "it installed", "pip install 'veneer[remote]'") from error
 
 
-def _kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
+def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
     """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch`` fills a new one
-    with."""
+    with, verified; ``key`` is the ``content_hash`` that it must have."""
     if _intact(target, key):
         return target
     with new_folder(target, overwrite=True) as folder:
         fetch(folder)
+        if key is not None and content_hash(folder) != key:
+            raise AdapterError(
+                f"other files at {place} than were put there", "those of that hash", "put them there again"
+            )
         try:
             read(folder)
         except AdapterError as error:
@@ -211,7 +215,7 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
                 _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER))
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
 
-    return _kept(keep / commit, f"{source.where}@{commit}", fetch)
+    return kept(keep / commit, f"{source.where}@{commit}", fetch)
 
 
 @contextmanager
@@ -305,17 +309,14 @@ def _pull_store(source: _Place, keep: Path) -> Path:
                 for name in names if names is FILES or read_tokens(folder) else ():
                     if name in there:
                         system.get_file(f"{folder_there}/{name}", str(folder / name))
-        if key is not None and content_hash(folder) != key:
-            found = f"other files at {source.where}@{key} than were pushed there"
-            raise AdapterError(found, "those of that hash", "push it again")
 
     if key is not None:
-        return _kept(keep / key, f"{source.where}@{key}", fetch, key)
+        return kept(keep / key, f"{source.where}@{key}", fetch, key)
     with TemporaryDirectory() as name:  # a place without revisions: fetched each time, and kept by its content
         fetched = Path(name)
         fetch(fetched)
         found = content_hash(fetched)
-        return _kept(keep / found, source.where, lambda folder: copy_files(fetched, folder), found)
+        return kept(keep / found, source.where, lambda folder: copy_files(fetched, folder), found)
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""Adapters for vLLM, by the name in a request: found, verified, handed over as a folder that stays what it is.
+
+    VENEER_LIBRARY=DIR              a library; "french" is a name of it
+    VENEER_LIBRARY=s3://…           a remote place; "french" is what was pushed to s3://…/french
+    VENEER_LIBRARY=hf://owner       "french" is the repository hf://owner/french
+    "french@HASH"                   the same name while it stands for these very files: `Entry.object` in a library, at
+                                    a remote place what `push` returned after the "@"
+
+vLLM keeps the path that it is given: it reads the files again, and checks nothing, when an adapter comes back after it
+had to make room, and its cache of keys and values goes by name and path. So the path is that of a copy in our own
+cache, by hash: another adapter has another path, and neither `gc` nor whoever writes to the library reaches it. (In
+vLLM 0.32 an adapter whose files are gone by then ends the engine, and with it the server.)
+
+The base is proven as elsewhere, by the fingerprints in the adapter's record, each weight read once a process. vLLM
+names its base by a folder or a hub id; one whose files are not on this machine goes by its name alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from veneer.adapter_files.folder import AdapterFiles, content_hash, read
+from veneer.adapter_files.verify import BaseWeights
+from veneer.errors import AdapterError, BaseMismatchError, CheckpointError, LibraryError, listing, raise_all, sentence
+from veneer.fileio.hashing import fingerprint, kind_in, prints_in
+from veneer.serve.vllm import ADVICE, reasons_against
+from veneer.store.library import NAME, Library
+from veneer.store.remote import is_remote, pull
+
+log = logging.getLogger("vllm.veneer")
+
+_VERSION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class Found(NamedTuple):
+    """An adapter for vLLM: its folder, and a number that goes by its content."""
+
+    path: Path
+    number: int
+
+
+class Adapters:
+    """The adapters of one place. Several threads may ask at once."""
+
+    def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
+        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+        self.place, self.verify_base, self._cache = place.rstrip("/"), verify_base, cache
+        self._lock = threading.Lock()
+        self._weights: dict[str, BaseWeights | None] = {}
+        self._fingerprints: dict[tuple[str, str, str], str | None] = {}
+
+    def find(self, base: str, name: str) -> Found | None:
+        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name of ours.
+
+        Raises:
+            LibraryError, RemoteError: there is no such adapter, or no longer with this hash.
+            AdapterError: it was altered, was made for another base, or is one that vLLM cannot serve.
+        """
+        plain, at, version = name.partition("@")
+        if not NAME.fullmatch(plain) or (at and not _VERSION.fullmatch(version)):
+            return None
+        path = self._fetch(plain, version)
+        saved = read(path)
+        raise_all(AdapterError, "vLLM cannot load it", [sentence(why, *ADVICE) for why in reasons_against(path)])
+        proven = self._must_be_base(base, saved) if self.verify_base else "not compared, as VENEER_VERIFY_BASE=0 says"
+        log.info("Adapter %r: %s, base: %s", name, path, proven)
+        return Found(path, 1 + int(content_hash(path)[:15], 16))
+
+    def _fetch(self, name: str, version: str) -> Path:
+        if is_remote(self.place):
+            return pull(f"{self.place}/{name}", revision=version or None, cache=self._cache)
+        library = Library(self.place)
+        path = library.pull(name, cache=self._cache)
+        if version not in ("", path.name):
+            found = f"{name!r} of {self.place}, which is now {path.name}"
+            raise LibraryError(found, version, "ask for what it is now, or give each of them a name of its own")
+        return path
+
+    def _must_be_base(self, base: str, saved: AdapterFiles) -> str:
+        """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is not."""
+        record = saved.metadata.get("base")
+        if record is None:
+            return "unknown, as another library wrote the adapter"
+        with self._lock:
+            if base not in self._weights:
+                self._weights[base] = _weights(base)
+            weights, recorded, kind = self._weights[base], prints_in(record), kind_in(record)
+            if weights is None:
+                own = record.get("name")
+                same = "the same" if own == base else f"the adapter's is {own}"
+                return f"by its name alone ({same}), as its weights are not in safetensors here"
+            known = {at: self._fingerprint(base, weights, at, kind) for at in recorded}
+        other = [at for at, value in known.items() if value not in (None, recorded[at])]
+        lacking = [at for at in record["weights"] if known[at] is None]
+        if other or lacking:
+            parts = [f"{what} {len(at)} of {len(recorded)} tensors ({listing(at, 3)})"
+                     for what, at in (("other numbers in", other), ("none of", lacking)) if at]  # fmt: skip
+            expected = f"the base that it was trained on, {record.get('name') or record.get('architecture')}"
+            do = "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights, quantised"
+            found = f"{' and '.join(parts)} in {base}"
+            raise BaseMismatchError(f"The adapter was made for another base. {sentence(found, expected, do)}")
+        return f"{sum(value is not None for value in known.values())} of {len(recorded)} tensors proven"
+
+    def _fingerprint(self, base: str, weights: BaseWeights, at: str, kind: str) -> str | None:
+        key = base, at, kind
+        if key not in self._fingerprints:
+            weight: Any = weights(at)
+            self._fingerprints[key] = None if weight is None else fingerprint(weight, kind)
+        return self._fingerprints[key]
+
+
+def _weights(base: str) -> BaseWeights | None:
+    """The weights of a base, if they are on this machine in safetensors; a hub id is looked for in the hub's cache."""
+    folder = Path(base).expanduser()
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(base, local_files_only=True))
+        return BaseWeights(folder)
+    except (ImportError, OSError, ValueError, CheckpointError) as error:  # neither a folder nor there
+        log.warning("The weights of the base %s cannot be compared: %s", base, error)
+        return None
