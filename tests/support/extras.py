@@ -38,6 +38,7 @@ EXTRAS = frozenset(
         "psutil",
         "pyarrow",
         "pydantic",
+        "ray",
         "rich",
         "schemathesis",
         "sentence_transformers",

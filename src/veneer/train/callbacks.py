@@ -65,11 +65,13 @@ class StopOnNan(TrainerCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once. Use
-    as a context manager around `trainer.train()`. `asked` says whether a signal came, `stopped` whether the run ends:
-    of several processes (not `alone`), all must end after the same step, so the trainer sets it for all at once."""
+    as a context manager around `trainer.train()`. `asked` says whether a signal came, or `order` was given; `stopped`,
+    whether the run ends: of several processes (not `alone`), all must end after the same step, so the trainer sets it
+    for all at once."""
 
-    def __init__(self, console: Console, alone: bool = True) -> None:
+    def __init__(self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None) -> None:
         self.asked, self.stopped, self.alone, self.console = False, False, alone, console
+        self._order = order
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -88,6 +90,8 @@ class StopOnSignal(TrainerCallback):
         say(self.console, "Stopping after this step … (again to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._order is not None and not self.asked and self._order():
+            self.asked, self.stopped = True, self.alone
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

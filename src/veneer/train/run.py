@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -77,12 +77,14 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     console: Console | None = None,
     quiet: bool = False,
+    stop_order: Callable[[], bool] | None = None,
 ) -> Result:
     """Train an adapter as `config` says and save it to `config.output / "adapter"`.
 
     Args:
         callbacks: more `transformers.TrainerCallback`s.
         console: where to print; stderr by default. `quiet` prints nothing there.
+        stop_order: asked after each step; once it says true, the run ends with a checkpoint, as after Ctrl-C.
 
     Raises:
         OutputExistsError: the output folder holds a finished run, or something that is no run.
@@ -110,7 +112,7 @@ def fit(
     if config.parallel == "fsdp" and processes.count > 1:
         processes.each(lambda: shard(base.model, arguments.device))
     before = processes.one(lambda: _open(config, output, prepared, found))
-    stop = watch.StopOnSignal(console, alone=processes.count == 1)
+    stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
     bar = watch.ProgressBar(console, found[1] if found else 0, task)
     early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
     trainer = trainer_of(
