@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tests.train.test_elastic import CHANGES
 
 from veneer.cli import run
 from veneer.cli.train import _agree
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TrainingError, VeneerError
 from veneer.train import checkpoint
 from veneer.train.run import fit
 
@@ -134,6 +135,84 @@ def test_a_run_can_be_told_to_stop(make: Make, whole: Any, asked_at: int | None)
     assert stopped.losses == whole.losses[: stopped.steps]
     if asked_at:
         assert checkpoint.newest(config.output) == (stopped.checkpoint, asked_at)
+
+
+def elsewhere() -> ConfigError:
+    error = ConfigError("On rank 1: no")
+    error.told_elsewhere = True
+    return error
+
+
+def gone() -> TrainingError:
+    try:
+        raise TrainingError("a process that is gone") from RuntimeError("Connection closed by peer")
+    except TrainingError as error:
+        return error
+
+
+class ForeignError(Exception):
+    """One that cannot be made anew from its text."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+#: what a worker raises, whether Ray is to start again after it, and what the driver raises if it did so in vain
+ERRORS: dict[str, tuple[Exception, bool, type[Exception]]] = {
+    "setting": (ConfigError("no"), False, ConfigError),
+    "not finite": (TrainingError("the loss is nan"), False, TrainingError),
+    "disk": (OSError(28, "No space left on device"), False, OSError),
+    "bug": (KeyError("x"), False, KeyError),
+    "bug of others": (ForeignError(1, 2), False, RuntimeError),
+    "device": (RuntimeError("out of memory"), True, RuntimeError),
+    "gone": (gone(), True, TrainingError),
+    "elsewhere": (elsewhere(), True, TrainingError),
+}
+
+
+@needs("ray")
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_is_tried_again(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train import ControllerError, WorkerGroupError
+
+    from veneer.train import ray as bridge
+
+    raised, again, expected = ERRORS[case]
+    said: list[str] = []
+
+    class Context:
+        get_world_rank = staticmethod(lambda: 1)
+
+    class Line:
+        class say:
+            remote = staticmethod(said.append)
+
+    def work(asked: Any) -> None:
+        raise raised
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bridge, "get_context", Context)
+    monkeypatch.setattr(bridge.ray, "get", lambda value: value)
+    with pytest.raises((VeneerError, OSError, KeyError, RuntimeError)) as found:
+        bridge._worker({"work": work, "line": None, "folder": str(tmp_path)})
+    error = pickle.loads(pickle.dumps(found.value))  # as it reaches the controller
+    watch = bridge.Watch(Line, 2)
+    if again:
+        watch.after_exception(None, {1: error})
+        assert "Worker 1 of 2 failed" in said[0]
+        end: Exception = WorkerGroupError("", {1: error})
+    else:
+        with pytest.raises(type(error)) as stopped:
+            watch.after_exception(None, {0: RuntimeError("not yet told"), 1: error})
+        end = ControllerError(stopped.value)
+    with pytest.raises(expected) as last:
+        bridge._outcome(end, 3)
+    assert type(last.value) is expected
+    assert ("ForeignError: 1 and 2" in str(last.value)) is (case == "bug of others")
+    assert any("test_ray.py" in note for note in getattr(last.value, "__notes__", [])) is (
+        case in ("bug", "bug of others", "device")
+    )
 
 
 @needs("ray", "psutil")

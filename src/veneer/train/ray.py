@@ -12,6 +12,7 @@ An error that would come again ends the run at once, and reaches the driver as i
 
 from __future__ import annotations
 
+import builtins
 import io
 import logging
 import os
@@ -232,10 +233,15 @@ def _worker(config: dict[str, Any]) -> None:
         if first:
             ray.get(line.end.remote(value))  # after all that it has said
     except Exception as error:
-        error.comes_again = _comes_again(error)  # pyright: ignore[reportAttributeAccessIssue]
+        told: Any = error
+        if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
+            told = RuntimeError(f"{type(error).__name__}: {error}")  # another library's may not travel
         if not isinstance(error, VeneerError | OSError):
-            error.add_note(f"In a worker:\n{traceback.format_exc()}")  # which does not travel with it
-        raise
+            told.add_note(f"In a worker:\n{traceback.format_exc()}")
+        told.comes_again = _comes_again(error)
+        if told is error:
+            raise
+        raise told from error
 
 
 def _comes_again(error: Exception) -> bool:
