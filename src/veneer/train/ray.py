@@ -89,7 +89,8 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         gpus: one for each worker. None: if the cluster has any.
 
     Raises:
-        what a worker raised; TrainingError: workers died more often than that. KeyboardInterrupt: a second Ctrl-C.
+        what a worker raised; TrainingError: workers died more often than that; ConfigError: no cluster where one was
+        named. KeyboardInterrupt: a second Ctrl-C.
     """
     for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):  # Ray's log would hold, and tell again, what is printed
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
