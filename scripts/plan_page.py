@@ -13,7 +13,7 @@ import torch
 
 import veneer
 from veneer.models.meta import countable_model
-from veneer.train.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK
+from veneer.train.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK, Hardware
 from veneer.train.plan.serving import BUSY, Load, plan_service
 from veneer.train.plan.training import Planned, Planner, Run
 
@@ -73,13 +73,15 @@ def training(base: str) -> list[str]:
     made = planner(base)
     rows = []
     for quantize in (None, "nf4") if "experts" not in base else (None,):
-        run = Run(1, 4096, checkpointing=True, quantize=quantize)
         for device, count in MACHINES[base]:
+            run = Run(1, 4096, accumulate=count, checkpointing=True, quantize=quantize)
             for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
                 if strategy == "tp" and count > KNOWN[device].machine:
                     continue  # its sums are waited for, over a network
                 if strategy == "ddp" and count > 1 and base != "8B":
                     continue  # as much memory as one device
+                if strategy != "ddp" and quantize:
+                    continue  # packed weights are not spread
                 rows.append(cells(made.plan(run, strategy, count, KNOWN[device])))
     heads = ["devices", "by", "base", "base, GiB", "all, GiB", "", "GB sent", "s a step", "tokens/s each"]
     count = f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million train beside them"
@@ -147,7 +149,7 @@ ERRORS = {"memory_error": 0.10, "time_error": 0.15}
 def published() -> list[str]:
     """Beside figures of others; who they are stands in the text of the page."""
     nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=KNOWN["h100"])
-    large = [planner("70B").plan(Run(1, 4096, accumulate=4), how, 8, KNOWN["h100"]) for how in ("fsdp", "tp")]
+    large = [planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, KNOWN["h100"]) for how in ("fsdp", "tp")]
     tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
     card, other = KNOWN["rtx4090"], Run(2, 2048, checkpointing=True)
     lora = tune.plan(other, on=card)
@@ -183,15 +185,22 @@ def off(found: float | None, wanted: float) -> str:
 
 
 def devices() -> list[str]:
-    heads = ["name", "GB", "TFLOP/s, 16 bits", "TFLOP/s, float32", "GB/s", "GB/s to others", "source"]
+    heads = ["name", "GB", "TFLOP/s, 16 bits", "TFLOP/s, float32", "GB/s", "GB/s to others", "machine"]
+    heads += ["GB/s to other machines", "sources"]
     rows = [
         [
             f"`{one.name}`", f"{one.memory / 1e9:.0f}", f"{one.peak16 / 1e12:,.0f}", f"{one.peak32 / 1e12:,.0f}",
-            f"{one.bandwidth / 1e9:,.0f}", f"{one.link / 1e9:.0f}", one.source,
+            f"{one.bandwidth / 1e9:,.0f}", f"{one.link / 1e9:.0f}", str(one.machine),
+            f"{one.network.bandwidth / 1e9:g}", linked(one),
         ]
         for one in KNOWN.values()
     ]  # fmt: skip
     return table(heads, rows)
+
+
+def linked(one: Hardware) -> str:
+    network = f", [network]({one.network.source})" if one.network.source else ""
+    return f"[device]({one.source}){network}"
 
 
 def page() -> str:
