@@ -242,10 +242,13 @@ def _chunk(head: Any, rows: Tensor) -> Tensor:
 
 def _at_once(head: Any, rows: Tensor) -> Tensor:
     """The same by the logits of all rows, as ``train/loss.py`` has it where the head cannot be called alone."""
+    return torch.autograd.grad(_total(head, rows.requires_grad_()), rows)[0]
+
+
+def _total(head: Any, rows: Tensor) -> Tensor:
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    logits = head(rows.requires_grad_())[labels].float()
-    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.autograd.grad(total, rows)[0]
+    logits = head(rows)  # held until this returns
+    return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
 def _configs(model: nn.Module) -> list[Any]:

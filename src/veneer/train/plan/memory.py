@@ -3,7 +3,8 @@
     base         Σ frozen weights · their bytes; packed ones as they lie: nf4 takes 0.516 bytes a number, int8
                  1 + 4 / in
     unpacked     the largest packed weight in the dtype of the products: one at a time is unpacked for its product
-    adapter      Σ trained parameters · their bytes, as much again for gradients, and what the optimiser keeps
+    adapter      Σ trained parameters · their bytes, and what the optimiser keeps; as much again for gradients while
+                 passes accumulate: of a single one they take the place of activations that are gone
     activations  what forward leaves for backward
     workspace    what a step holds beyond that at its highest: of the loss, or of a block's backward
 
@@ -33,7 +34,7 @@ from veneer.bases import storage_of
 from veneer.errors import ConfigError
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
-from veneer.train.plan.count import Step, count_step
+from veneer.train.plan.count import Cost, Step, count_step
 from veneer.train.sharding import blocks as gathered_blocks
 from veneer.variants import VARIANTS
 
@@ -50,12 +51,21 @@ def parts_of(
     optimiser: str,
     step: Step | None,
     *,
+    accumulate: int = 1,
+    sent: int = 0,
     checkpointing: bool = False,
     offload: bool = False,
     quantize: str | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run holds at most, by what holds them. ``step`` None leaves out what a step holds; ``offload``: what
-    ``offloaded`` says is not there. ``quantize``: what the plain weights of ``model`` are to be packed to."""
+    """Bytes that a run holds at most, by what holds them then.
+
+    Args:
+        step: None leaves out what a step holds.
+        accumulate: forward passes of a step.
+        sent: bytes in which several devices send gradients.
+        offload: what ``offloaded`` says is not there.
+        quantize: what the plain weights of ``model`` are to be packed to.
+    """
     base, unpacked = weights(model) if quantize is None else to_be_packed(model, quantize)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = sum(parameter.nbytes for parameter in trained)
@@ -68,6 +78,9 @@ def parts_of(
             parts["activations"] -= offloaded(step, checkpointing)
             if not checkpointing:
                 parts["workspace"] += max((blocks.cost.saved for blocks in step.blocks), default=0)
+        # gradients of earlier passes wait beside a pass; those of the last come, and are sent, as activations go
+        waiting = own if accumulate > 1 else 0
+        parts["gradients"] = waiting + max(0, own - waiting + sent - parts["activations"] - parts["workspace"])
     return parts
 
 
@@ -76,13 +89,18 @@ def offloaded(step: Step, checkpointing: bool) -> int:
     return sum(blocks.count * (step.hidden if checkpointing else blocks.cost.saved) for blocks in step.blocks)
 
 
-def spread(parts: dict[str, int], blocks: Sequence[tuple[int, int]], devices: int) -> dict[str, int]:
+def spread(parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int) -> dict[str, int]:
     """The parts on each of several devices over which fsdp spreads the base, of which each gathers a block at a time.
     ``blocks``: (how many are alike, bytes of the frozen weights of one)."""
-    root = parts["base"] - sum(count * own for count, own in blocks)
-    # the root stays gathered from its forward to its backward, beside the block that runs and the next one
-    gathered = root + 2 * max((own for _, own in blocks), default=0)
-    return {"base": -(-parts["base"] // devices), "gathered": gathered, **{n: parts[n] for n in parts if n != "base"}}
+    # the root stays gathered from its forward to its backward; beside it, while blocks run, this one and the next
+    root, pair = (
+        parts["base"] - sum(count * own for count, own in blocks),
+        2 * max((own for _, own in blocks), default=0),
+    )
+    at_loss = cost.peak_loss > cost.peak_backward + pair
+    workspace = parts["workspace"] - cost.peak + (cost.peak_loss if at_loss else cost.peak_backward)
+    gathered = {"gathered": root + (0 if at_loss else pair)}
+    return parts | {"base": -(-parts["base"] // devices), "workspace": workspace} | gathered
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
@@ -105,11 +123,13 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
     rows = max(1, min(config.batch_size, tokens))
     processes = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
     step = step_of(model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked=processes == 1)
-    how = {"checkpointing": config.activation_checkpointing, "offload": config.offload_activations}
-    parts = parts_of(model, config.optimiser, step, **how)
+    again = config.activation_checkpointing
+    how = {"checkpointing": again, "offload": config.offload_activations}
+    parts = parts_of(model, config.optimiser, step, accumulate=config.grad_accum, **how)
     if processes > 1:
-        parts = spread(parts, [(1, weights(block)[0]) for block in gathered_blocks(model)], processes)
-    return parts, offloaded(step, config.activation_checkpointing) if config.offload_activations else 0
+        blocks = [(1, weights(block)[0]) for block in gathered_blocks(model)]
+        parts = spread(parts, step.checkpointed if again else step.whole, blocks, processes)
+    return parts, offloaded(step, again) if config.offload_activations else 0
 
 
 def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bool = True) -> Step:

@@ -126,8 +126,11 @@ class Planner:
         step = self.step(run, chunked=not fsdp or devices == 1)
         step = step.cut(devices) if tp else step
         cost = step.checkpointed if run.checkpointing else step.whole
-        how = {"checkpointing": run.checkpointing, "offload": run.offload, "quantize": run.quantize}
-        parts = parts_of(self.model, run.optimiser, step, **how)
+        buckets = WIDE * self.trainable if devices > 1 else 0
+        parts = parts_of(
+            self.model, run.optimiser, step, accumulate=run.accumulate, sent=buckets, checkpointing=run.checkpointing,
+            offload=run.offload, quantize=run.quantize,
+        )  # fmt: skip
         gathered = summed = 0  # bytes that a device sends for the base
         if devices > 1:
             ring = (devices - 1) / devices
@@ -135,13 +138,12 @@ class Planner:
                 blocks = [(one.count, weights(one.block)[0]) for one in step.blocks]
                 inside = sum(count * own for count, own in blocks)
                 gathered = ring * (2 * inside + parts["base"] - inside) * run.accumulate
-                parts = spread(parts, blocks, devices)
+                parts = spread(parts, cost, blocks, devices)
             if tp:
                 parts["base"] -= self._cut(devices) * (devices - 1) // devices
                 sums = sum(one.count for one in step.blocks) * 2 * (3 if run.checkpointing else 2)
                 summed = 2 * ring * step.hidden * sums * run.accumulate
-            parts["buckets"] = WIDE * self.trainable  # in which gradients are sent
-            summed += 2 * ring * parts["buckets"]
+            summed += 2 * ring * buckets
         parts["slack"] = round(SLACK * sum(parts.values()))
         seconds = fits = None
         if on is not None:
