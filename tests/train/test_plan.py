@@ -200,6 +200,18 @@ def test_counting_a_step_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_run_by_fsdp_is_told_what_one_process_holds(monkeypatch):
+    model, settings = real(LLAMA), SETTINGS.model_copy(update={"parallel": "fsdp"})
+    alone, _ = memory.predict(model, settings, 64, 32)
+    monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory.dist, "get_world_size", lambda: 4)
+    each, _ = memory.predict(model, settings, 64, 32)
+    blocks = memory.weights(model.model.layers)[0]
+    assert each["base"] == -(-alone["base"] // 4)
+    assert each["gathered"] in (alone["base"] - blocks, alone["base"] - blocks // 3)
+    assert memory.predict(model, SETTINGS, 64, 32)[0] == alone
+
+
 def test_the_blocks_are_those_of_the_text():
     """A model that also sees has two stacks of blocks."""
     fields = {**SMALL, **HEADS, "sliding_window": 8}
