@@ -236,8 +236,8 @@ def _in_chunks(head: Any, rows: Tensor) -> Tensor:
 
 def _chunk(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    shares = logits.detach().float().softmax(-1)
-    return torch.autograd.grad(logits, rows, shares.to(logits.dtype))[0]
+    wide = logits.detach().float()  # held until this returns
+    return torch.autograd.grad(logits, rows, wide.softmax(-1).to(logits.dtype))[0]
 
 
 def _at_once(head: Any, rows: Tensor) -> Tensor:
