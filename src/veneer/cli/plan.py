@@ -31,9 +31,7 @@ def plan_command(
     batch: Annotated[
         int | None, Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8).")
     ] = None,
-    accumulate: Annotated[
-        int | None, Option("--grad-accum", help="Forward passes in a step of one device (default: 1).")
-    ] = None,
+    accumulate: Annotated[int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")] = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16"] | None, Option("--precision", "--dtype", help="Base weights (default: bf16).")
     ] = None,
