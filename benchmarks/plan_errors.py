@@ -1,6 +1,7 @@
 """`veneer plan` beside what runs take here: peak memory of a step, and ratios of times between configurations.
 
-Each configuration is trained for some steps, in a process of its own, on one thread, with random weights. Memory is
+Each configuration is trained for some steps, in a process of its own (those with a strategy in two, started by
+torchrun), on one thread, with random weights. Memory is
 the most that the process has resident during a step, less what it had once a smaller model had taken steps of as many
 tokens: all libraries are loaded then. Time is that of the processor, the median of the steps. The planner is told two
 numbers of this machine for each dtype, measured beside each configuration: the speed of a large product, and of a pass
@@ -16,13 +17,17 @@ tokens, which a processor computes at a fraction of the speed of its products.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +36,14 @@ import torch
 import veneer
 from report import child, write
 from train_memory import resident, status
+from veneer.distributed import average_gradients
 from veneer.models.load import load_head
 from veneer.models.meta import countable_model
 from veneer.train.loss import token_loss
-from veneer.train.plan.hardware import BYTES, PRODUCTS, Hardware
+from veneer.train.plan.hardware import BYTES, PRODUCTS, Hardware, Network
 from veneer.train.plan.training import Planner, Run
+from veneer.train.processes import join
+from veneer.train.sharding import shard
 
 #: the shape of SmolLM2-135M with fewer blocks, and others of about its width
 LLAMA = {
@@ -69,12 +77,23 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
     "gemma3-fp32": (GEMMA, "fp32", {}, {}),
     "gpt2-fp32": (GPT2, "fp32", {}, {}),
     "qwen3-moe-bf16": (EXPERTS, "bf16", {}, {}),
+    "llama-fp32-ddp": (LLAMA, "fp32", {"rank": 64}, {"strategy": "ddp"}),
+    "llama-fp32-fsdp": (LLAMA, "fp32", {}, {"strategy": "fsdp"}),
+    "qwen3-bf16-fsdp": (QWEN, "bf16", {}, {"strategy": "fsdp", "length": 128}),
 }
+#: processes of a case with a strategy
+PROCESSES = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_of(name: str) -> Run:
-    return Run(**{"batch": 4, "length": 256, **CASES[name][3]})
+    """Of one process: with a strategy, the planner is given as many examples for each."""
+    own = {"batch": 4, "length": 256, **CASES[name][3]}
+    return Run(**{key: value for key, value in own.items() if key != "strategy"})
+
+
+def strategy_of(name: str) -> str | None:
+    return CASES[name][3].get("strategy")
 
 
 def made(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
@@ -95,15 +114,20 @@ def made(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
 class Trained:
     """A model that takes steps. It is alone in this process."""
 
-    def __init__(self, base: dict[str, Any], dtype: str, adapter: dict[str, Any], run: Run) -> None:
+    def __init__(
+        self, base: dict[str, Any], dtype: str, adapter: dict[str, Any], run: Run, strategy: str | None
+    ) -> None:
         torch.manual_seed(0)
         self.model = made(base, dtype, run.quantize).train()
         veneer.attach(self.model, veneer.LoraConfig(**{"rank": 8, **adapter}))
         if run.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, fused=True)
+        if strategy == "fsdp":
+            shard(self.model, torch.device("cpu"))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.several = strategy is not None
+        self.optimiser = torch.optim.AdamW(self.trained, fused=True)
         ids = torch.randint(0, base["vocab_size"], (run.batch, run.length))
         labels = ids.clone()
         labels[:, : round(run.length * (1 - run.labelled))] = -100
@@ -113,6 +137,8 @@ class Trained:
         """Seconds of the processor."""
         start = time.process_time()
         token_loss(self.model, self.inputs).total.backward()
+        if self.several:
+            average_gradients(self.trained)
         self.optimiser.step()
         self.optimiser.zero_grad()
         return time.process_time() - start
@@ -136,22 +162,29 @@ def speeds(dtype: str) -> tuple[float, float]:
     return 2 * 1024**3 / seconds(lambda: x @ x, 15), 3 * y.nbytes / seconds(lambda: torch.add(y, y, out=out), 15)
 
 
+def give_back() -> None:
+    """Give what is free to the system: kept, it would pass for memory of the libraries."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # Linux
+
+
 def alone(name: str, steps: int) -> dict[str, Any]:
-    """What one configuration takes."""
+    """What one configuration takes; of several processes, each."""
     base, dtype, adapter, _ = CASES[name]
-    run = run_of(name)
+    run, strategy = run_of(name), strategy_of(name)
+    join()
     small = {key: min(value, 2) if key in ("num_hidden_layers", "n_layer") else value for key, value in base.items()}
     small["vocab_size"] = 512
-    first = Trained(small, dtype, {"rank": adapter.get("rank", 8)}, run)
+    first = Trained(small, dtype, {"rank": adapter.get("rank", 8)}, run, strategy)
     for _ in range(2):  # loads the libraries, and compiles what a step of this many tokens calls
         first.step()
     del first
     speed = speeds(dtype)
-    gc.collect()
+    give_back()
     rest = resident()
-    trained = Trained(base, dtype, adapter, run)
+    trained = Trained(base, dtype, adapter, run, strategy)
     trained.step()
-    gc.collect()
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on
     times = [trained.step() for _ in range(steps)]
     return {"memory": status("VmHWM") - rest, "seconds": statistics.median(times), "speed": speed}
@@ -162,27 +195,40 @@ def predicted(name: str, speed: Sequence[float]) -> dict[str, float]:
     model = countable_model(base, DTYPES[dtype])
     veneer.attach(model, veneer.LoraConfig(**{"rank": 8, **adapter}))
     peak, bandwidth = speed[0] / PRODUCTS, speed[1] / BYTES
-    here = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, 1, "measured")
-    planned = Planner(model).plan(run_of(name), on=here)
+    here = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, Network(1, None), "measured")
+    run, devices = run_of(name), PROCESSES if strategy_of(name) else 1
+    planned = Planner(model).plan(replace(run, accumulate=devices), strategy_of(name) or "ddp", devices, here)
     return {"memory": planned.total, "slack": planned.memory["slack"], "seconds": planned.seconds or 0.0}
 
 
+def several(script: str, *arguments: str) -> dict[str, Any]:
+    """What the first of several processes prints last, as JSON; the others must end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    done = subprocess.run(
+        [*command, "--local-ranks-filter=0", script, *arguments], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def case(name: str, steps: int, known: dict[str, Any]) -> dict[str, Any]:
-    measured = known.get(name) or child(__file__, "--alone", name, "--steps", str(steps))
+    measured = known.get(name) or (several if strategy_of(name) else child)(
+        __file__, "--alone", name, "--steps", str(steps)
+    )
     planned = predicted(name, measured["speed"])
     row = {"name": name, "dtype": CASES[name][1], "measured": measured, "predicted": planned}
     row["memory_error"] = planned["memory"] / measured["memory"] - 1
     return row
 
 
-def with_time_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far each ratio of times is off: measured and predicted times beside those of the others of their dtype."""
+def with_time_errors(rows: list[dict[str, Any]]) -> None:
+    """How far each ratio of times is off: measured and predicted times beside those of the others of their dtype. Not
+    of several processes, which share the memory's bandwidth and wait for each other."""
+    rows = [row for row in rows if strategy_of(row["name"]) is None]
     for row in rows:
         alike = [one for one in rows if one["dtype"] == row["dtype"]]
         ratios = [math.log(one["predicted"]["seconds"] / one["measured"]["seconds"]) for one in alike]
         own = row["predicted"]["seconds"] / row["measured"]["seconds"]
         row["time_error"] = own / math.exp(statistics.median(ratios)) - 1
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -210,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         )
     with_time_errors(rows)
     for row in rows:
-        print(f"{row['name']:<26} memory {row['memory_error']:+.1%}   time beside the others {row['time_error']:+.1%}")
+        time_error = f"   time beside the others {row['time_error']:+.1%}" if "time_error" in row else ""
+        print(f"{row['name']:<26} memory {row['memory_error']:+.1%}{time_error}")
     if options.out is None and options.only != list(CASES):
         return {"name": "plan_errors", "rows": rows}
     return write("plan_errors", {"rows": rows}, options.out)

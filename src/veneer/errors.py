@@ -42,6 +42,7 @@ class VeneerError(Exception):
 
     def __init__(self, *words: str) -> None:
         super().__init__(sentence(*words) if len(words) == 3 else "".join(words))
+        self.found = words[0] if len(words) == 3 else str(self)
 
 
 class ConfigError(VeneerError, ValueError):

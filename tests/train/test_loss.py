@@ -391,6 +391,25 @@ def test_logits_do_not_outlive_their_chunk(grad: bool) -> None:
     assert loss.requires_grad == grad
 
 
+@pytest.mark.parametrize("loss", [causal_loss, lambda *given: lean.log_probabilities(*given).sum()])
+def test_a_step_leaves_nothing_behind(loss: Callable[..., Tensor]) -> None:
+    """Not until the garbage collector comes by, either: memory of a chunk's logits would grow by that in each step."""
+    import gc
+
+    model, inputs = shaken(made("llama-tied"), ["*q_proj"]), batch(0, "nothing")
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            with torch.no_grad():
+                loss(model, inputs)
+            alive.append(sum(one.nbytes for one in gc.get_objects() if type(one) is Tensor))
+    finally:
+        gc.enable()
+    assert alive[3] == alive[1]
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2-softcap", "phi-biased"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_of_all_chunks_lie_in_one_memory(name: str, dtype: torch.dtype) -> None:

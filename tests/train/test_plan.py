@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import veneer
@@ -19,8 +20,9 @@ from veneer.errors import ConfigError
 from veneer.kernels.device import counted
 from veneer.models.meta import countable_model
 from veneer.train import loss
+from veneer.train.config import make_config
 from veneer.train.plan import count, memory
-from veneer.train.plan.hardware import CONTEXT, KNOWN, LAUNCH, PRODUCTS, hardware
+from veneer.train.plan.hardware import CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, hardware
 from veneer.train.plan.serving import Load, plan_service
 from veneer.train.plan.training import Planner, Run, recommend, table
 
@@ -42,6 +44,8 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }  # fmt: skip
 BASES = {"llama": LLAMA, "qwen3_moe": MIXED, "gpt2": GPT2, "deepseek_v3": DEEPSEEK, "gemma3": GEMMA}
+TINY_VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SETTINGS = make_config({"base": "", "data": "", "output": "", "batch_size": 2}, "a test")
 CONFIGS: dict[str, dict[str, Any]] = {
     "all-linear": {"rank": 4},
     "top": {"rank": 3, "layers": [-1]},
@@ -79,13 +83,13 @@ def test_the_numbers_that_train_are_those_of_a_real_attach(base, config):
 
 
 def test_the_operations_are_those_of_the_products():
-    """Forward and backward without gradients of the base; attention as flash attention counts it, in full."""
+    """Forward and backward without gradients of the base; of attention the half that is not masked."""
     batch, length, rank = 2, 32, 2
     step = count.count_step(countable(LLAMA, rank=rank), batch, length)
     tokens, width, inner, kv = batch * length, 64, 160, 32
     shapes = [(width, width), (width, kv), (width, kv), (width, width), (width, inner), (width, inner), (inner, width)]
     base, thin = sum(a * b for a, b in shapes), sum(rank * (a + b) for a, b in shapes)
-    attention = 4 * batch * 4 * length * length * 16
+    attention = 4 * batch * 4 * length * (length + 1) // 2 * 16
     forward, head = 3 * (2 * tokens * (base + thin) + attention), 2 * tokens * width * 300
     assert operations(step.whole.forward) == forward + 2 * head
     # no gradient goes below the lowest block; flash attention computes its products again, 5 in place of 2
@@ -96,7 +100,7 @@ def test_the_operations_are_those_of_the_products():
 
 
 def operations(work: count.Work) -> int:
-    return sum(each * times for (each, _), times in work.items())
+    return sum(each * times for (each, _, _), times in work.items())
 
 
 @pytest.mark.parametrize("base", [LLAMA, MIXED, GEMMA], ids=["llama", "qwen3_moe", "gemma3"])
@@ -166,9 +170,60 @@ def test_the_loss_is_counted_as_it_is_computed():
     assert operations(all_.forward) - operations(few.forward) == 2 * 2 * 64 * 300 * 384
 
 
-def test_a_model_that_cannot_be_counted_is_refused():
+MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(("base", "dtype"), [(MIXED, torch.float32), (MPT, torch.bfloat16)], ids=["qwen3_moe", "mpt"])
+def test_a_model_that_cannot_be_counted_is_refused(base, dtype):
+    """Whatever its code raises on tensors that it does not expect: mpt's an AttributeError."""
     with pytest.raises(ConfigError, match="which cannot run without numbers"):
-        count.count_step(countable(MIXED, torch.float32), 1, 16)
+        count.count_step(countable(base, dtype), 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("base", "why"), [(MPT, "cannot run without numbers"), ({"model_type": "vit", **TINY_VIT}, "reads no tokens")]
+)
+def test_a_run_is_told_why_its_activations_are_not_counted(base, why):
+    model = AutoModel.from_config(AutoConfig.for_model(**base))
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+    text = memory.estimate(model, SETTINGS, 64, 32)
+    assert text.startswith("at least ")
+    assert "activations are not counted: " in text
+    assert why in text
+
+
+def test_counting_a_step_draws_nothing():
+    """A run that prints what it takes has the losses of one that does not."""
+    model = real(LLAMA, dropout=0.1)
+    before = torch.get_rng_state()
+    assert "activations" in memory.estimate(model, SETTINGS, 64, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_by_fsdp_is_told_what_one_process_holds(monkeypatch):
+    model, settings = real(LLAMA), SETTINGS.model_copy(update={"parallel": "fsdp"})
+    alone, _ = memory.predict(model, settings, 64, 32)
+    monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory.dist, "get_world_size", lambda: 4)
+    each, _ = memory.predict(model, settings, 64, 32)
+    blocks = memory.weights(model.model.layers)[0]
+    assert each["base"] == -(-alone["base"] // 4)
+    assert each["gathered"] in (alone["base"] - blocks, alone["base"] - blocks // 3)
+    assert memory.predict(model, SETTINGS, 64, 32)[0] == alone
+
+
+def test_the_blocks_are_those_of_the_text():
+    """A model that also sees has two stacks of blocks."""
+    fields = {**SMALL, **HEADS, "sliding_window": 8}
+    seeing = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model("gemma3", text_config=fields, vision_config=seeing, mm_tokens_per_image=4)
+    )
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["re:.*language_model.*q_proj"]))
+    step = memory.step_of(model, 2, 16, 1.0)
+    assert sum(blocks.count for blocks in step.blocks) == 3
+    assert step.checkpointed.saved < step.whole.saved
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -177,7 +232,7 @@ def test_a_model_that_cannot_be_counted_is_refused():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_parts_of_a_run_are_what_holds_them(batch):
     model = countable(LLAMA)
-    planner, run = Planner(model), Run(batch, 64)
+    planner, run = Planner(model), Run(batch, 64, accumulate=2)
     planned = planner.plan(run, on=hardware("h100"))
     own = 4 * planner.trainable  # float32 on a 16-bit base
     assert planned.memory["adapter"] == planned.memory["gradients"] == own
@@ -185,11 +240,24 @@ def test_the_parts_of_a_run_are_what_holds_them(batch):
     assert planned.memory["base"] == 2 * planner.total
     assert planned.fits
     assert planned.total <= KNOWN["h100"].memory - CONTEXT
-    assert planned.tokens == 64 * batch
+    assert planned.tokens == 2 * 64 * batch
     nf4 = planner.plan(Run(batch, 64, quantize="nf4"))
     assert nf4.memory["base"] < planned.memory["base"]
     assert nf4.memory["one weight unpacked"] == 2 * 64 * 160
     assert nf4.seconds is nf4.fits is None
+
+
+def test_gradients_of_one_pass_come_as_its_activations_go():
+    planner = Planner(countable(LLAMA, train_also=["model.embed_tokens"]))
+    own = sum(p.nbytes for p in planner.trained)
+    for length in (2, 256):
+        once, twice = (planner.plan(Run(1, length, accumulate=n)).memory for n in (1, 2))
+        held = once["activations"] + once["workspace"]
+        assert (held > own) is (length == 256)
+        assert once["gradients"] == max(0, own - held)
+        assert twice["gradients"] == own
+    sent = planner.plan(Run(2, 2), "ddp", 2).memory  # beside them, in float32
+    assert sent["gradients"] == own + 4 * planner.trainable - sent["activations"] - sent["workspace"]
 
 
 def test_stacks_of_experts_are_not_packed():
@@ -201,23 +269,50 @@ def test_stacks_of_experts_are_not_packed():
 # ---- several devices ------------------------------------------------------------------------------------------------
 
 
-def test_ddp_sends_the_gradients_of_the_adapter_alone():
+def test_several_devices_share_the_rows_of_a_step():
+    """As `veneer train` does under torchrun (`processes.share`)."""
     planner = Planner(countable(LLAMA))
-    one, four = (planner.plan(Run(2, 32, accumulate=2), "ddp", n) for n in (1, 4))
+    run = Run(4, 32, accumulate=3)
+    for strategy, shares in {"ddp": (4, 3, 2), "fsdp": (4, 3, 2), "tp": (12, 12)}.items():
+        for devices, rows in zip((1, 2, 3), shares, strict=False):
+            planned = planner.plan(run, strategy, devices)
+            assert planned.tokens == 12 * 32
+            assert planned.run.batch * planned.run.accumulate == (12 if strategy == "tp" else 12 // devices)
+            assert planned.run.batch == (min(rows, 4) if strategy == "tp" else {1: 4, 2: 3, 3: 4}[devices])
+    with pytest.raises(ConfigError, match="= 12 examples a step, over 5 processes"):
+        planner.plan(run, "ddp", 5)
+
+
+def test_ddp_sends_the_gradients_of_the_adapter_alone():
+    model = countable_model(LLAMA, torch.bfloat16)
+    veneer.attach(model, veneer.LoraConfig(rank=4, dtype="bfloat16"))
+    planner = Planner(model)
+    one, four = (planner.plan(Run(4, 32, accumulate=2), "ddp", n) for n in (1, 4))
     assert one.sent == 0
-    assert four.sent == 2 * 3 * 4 * planner.trainable // 4
-    assert four.tokens == 4 * one.tokens == 4 * 2 * 2 * 32
+    assert four.sent == 2 * 3 * 4 * planner.trainable // 4  # in float32
+    assert four.memory["base"] == one.memory["base"]
 
 
 def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
     model = countable(LLAMA)
     planner = Planner(model)
-    planned = planner.plan(Run(2, 32, accumulate=3), "fsdp", 4)
+    planned = planner.plan(Run(2, 32, accumulate=6), "fsdp", 4)
     block = sum(p.nbytes for p in model.model.layers[0].parameters() if not p.requires_grad)
     root = 2 * planner.total - 3 * block
     assert planned.memory["base"] == 2 * planner.total // 4
-    assert planned.memory["gathered"] == root + 2 * block
-    assert planned.sent == round(3 / 4 * (3 * (2 * 3 * block + root) + 2 * 4 * planner.trainable))
+    assert planned.memory["gathered"] in (root, root + 2 * block)  # at the loss, or while blocks run
+    held = [planned.memory[name] for name in ("gathered", "activations", "workspace")]
+    cost = planner.step(planned.run, chunked=False).whole
+    assert sum(held) == root + max(cost.peak_loss, cost.peak_backward + 2 * block)
+    assert planned.run.accumulate == 3  # of one row
+    assert planned.sent == round(3 / 4 * (planned.run.accumulate * (2 * 3 * block + root) + 2 * 4 * planner.trainable))
+
+
+def test_fsdp_has_the_logits_of_all_rows():
+    """Its head cannot be called for some rows alone (`loss._body`)."""
+    planner = Planner(countable({**LLAMA, "vocab_size": 3000}))
+    ddp, fsdp = (planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp"))
+    assert fsdp - ddp >= (512 - count.ROWS) * 3000 * (2 + 4)
 
 
 def test_tp_cuts_what_transformers_cuts():
@@ -226,15 +321,22 @@ def test_tp_cuts_what_transformers_cuts():
     one, two = (planner.plan(Run(2, 32), "tp", n) for n in (1, 2))
     cut = sum(p.nbytes for name, p in model.named_parameters() if name.endswith("proj.weight"))
     assert two.memory["base"] == one.memory["base"] - cut // 2
-    thin = {"A": 0, "B": 0}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            row = "o_proj" in name or "down_proj" in name
-            thin[name[-1]] += p.nbytes // 2 if name.endswith(".A" if row else ".B") else p.nbytes
-    assert two.memory["adapter"] == sum(thin.values())
+    assert two.memory["adapter"] == one.memory["adapter"]  # whole on each
     assert two.tokens == one.tokens
-    assert two.operations == round(one.operations / 2)
-    assert two.sent == 3 * 4 * (2 * 32 * 64 * 2)  # blocks · sums · bytes of a hidden state, of a ring of two
+    blocks = 3 * planner.step(Run(2, 32)).blocks[0].cost.operations
+    assert two.operations == pytest.approx(one.operations - blocks / 2)  # the head is whole on each
+    sums = 3 * 4 * (2 * 32 * 64 * 2)  # blocks · sums · bytes of a hidden state, of a ring of two
+    assert two.sent == sums + 4 * planner.trainable
+    wide = sum(3 * blocks.cost.wide for blocks in planner.step(Run(2, 32)).blocks)
+    assert one.memory["activations"] > two.memory["activations"] > wide
+
+
+def test_tp_cuts_experts_too():
+    model = countable(MIXED)
+    one, two = (Planner(model).plan(Run(2, 32), "tp", n).memory["base"] for n in (1, 2))
+    experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3 and not p.requires_grad)
+    linear = sum(p.nbytes for name, p in model.named_parameters() if name.endswith("proj.weight"))
+    assert one - two == (experts + linear) // 2
 
 
 @pytest.mark.parametrize(
@@ -244,11 +346,14 @@ def test_tp_cuts_what_transformers_cuts():
         (LLAMA, "tp", 8, "8 devices, and 2 heads"),
         (LLAMA, "fspd", 2, "fsdp"),
         (LLAMA, "ddp", 0, "0 devices"),
+        (LLAMA, "ddp", 3, "8 examples a step, over 3 processes"),
+        ({**LLAMA, "quantize": "nf4"}, "fsdp", 2, "packed weights are not spread"),
     ],
 )
 def test_what_cannot_be_planned_is_said(base, strategy, devices, found):
+    run = Run(8, 16, quantize=base.get("quantize"))
     with pytest.raises(ConfigError, match=found):
-        Planner(countable(base)).plan(Run(1, 16), strategy, devices)
+        Planner(countable({name: base[name] for name in base if name != "quantize"})).plan(run, strategy, devices)
 
 
 @pytest.mark.parametrize(
@@ -260,10 +365,11 @@ def test_a_run_is_checked(wrong):
 
 
 def test_a_plan_leaves_out_what_cannot_be():
-    plans, left_out = table(Planner(countable(LLAMA)), Run(1, 16), (1, 2, 4), ("ddp", "tp"), None)
-    assert [(one.devices, one.strategy) for one in plans] == [(1, "ddp"), (2, "ddp"), (2, "tp"), (4, "ddp")]
-    assert len(left_out) == 1
-    assert "4 devices, and 2 heads" in left_out[0]
+    plans, left_out = table(Planner(countable(LLAMA)), Run(2, 16), (1, 2, 4), ("ddp", "tp"), None)
+    assert [(one.devices, one.strategy) for one in plans] == [(1, "ddp"), (2, "ddp"), (2, "tp")]
+    assert len(left_out) == 2
+    assert "2 examples a step, over 4 processes" in left_out[0]
+    assert "4 devices, and 2 heads" in left_out[1]
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -271,11 +377,25 @@ def test_a_plan_leaves_out_what_cannot_be():
 
 def test_time_is_that_of_each_call_at_its_limit():
     on = KNOWN["h100"]
-    large, tiny = (10**12, 10**6), (10, 10)
+    large, tiny = (10**12, 10**6, False), (10, 10, True)
     assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PRODUCTS * 989e12))
     assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH)
     assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(10**12 / (PRODUCTS * 67e12))
-    assert on.sending(10**9, 16) > on.sending(10**9, 8) > 0  # over the network
+    assert on.sending(10**9, 8) == pytest.approx(10**9 / (LINKS * 450e9))
+    assert on.sending(10**9, 16) == pytest.approx(10**9 / (LINKS * 400e9))  # eight adapters, of 50 GB/s each
+
+
+@pytest.mark.parametrize("one", KNOWN.values(), ids=KNOWN)
+def test_each_device_has_a_source(one):
+    assert urlsplit(one.source).hostname.endswith((".nvidia.com", "nvdam.widen.net", "www.amd.com"))
+    maker = (".nvidia.com", "rocm.docs.amd.com")
+    assert one.network.source is None or urlsplit(one.network.source).hostname.endswith(maker)
+    assert (one.network.source is None) == (one.network.bandwidth == 12.5e9)
+    assert one.peak16 >= one.peak32 > one.bandwidth > one.link >= one.host > 0
+
+
+def test_the_help_names_all_devices():
+    assert f"Device: {', '.join(KNOWN)}." in " ".join(said("--help").replace("│", " ").split())
 
 
 def test_unknown_hardware_is_refused():
@@ -350,8 +470,9 @@ def test_the_command_plans_from_a_config_alone(config: Path, tmp_path: Path):
     found = json.loads(said("--base", config, "--rank", 2, "--seq", 64, "--batch", 2, "--devices", 3, "--json"))
     assert found["trainable"] == Planner(countable(LLAMA, rank=2)).trainable
     assert [(one["devices"], one["strategy"]) for one in found["plans"]] == [
-        (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "tp"), (3, "ddp"), (3, "fsdp"),
+        (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "tp"),
     ]  # fmt: skip
+    assert "2 examples a step, over 3 processes" in found["left_out"][0]
     assert found["plans"][0]["total"] == sum(found["plans"][0]["memory"].values())
     yaml = tmp_path / "run.yaml"
     yaml.write_text(f"base: {config}\nrank: 2\nmax_length: 64\nbatch_size: 2\n")
@@ -381,6 +502,12 @@ def test_the_command_plans_a_service(config: Path):
 def test_errors_say_what_to_do(config: Path, arguments: list[str], message: str, capfd: Any):
     assert command_line(["plan", *(str(config) if one == "CONFIG" else one for one in arguments)]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_another_task_is_refused(config: Path, tmp_path: Path, capfd: Any):
+    (tmp_path / "run.yaml").write_text(f"base: {config}\ntask: dpo\n")
+    assert command_line(["plan", str(tmp_path / "run.yaml")]) == 2
+    assert "task dpo" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("fields", [{"model_type": "no-such"}, {}, {"model_type": "llama", "num_hidden_layers": "x"}])

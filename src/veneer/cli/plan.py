@@ -29,7 +29,7 @@ def plan_command(
         int | None, Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048).")
     ] = None,
     batch: Annotated[
-        int | None, Option("--batch-size", "--batch", help="Rows in one forward pass (default: 8).")
+        int | None, Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8).")
     ] = None,
     accumulate: Annotated[int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")] = None,
     precision: Annotated[
@@ -58,7 +58,8 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Predict what a run takes before anything is rented: trained parameters, memory of each device, operations,
-    bytes sent and time of a step, for 1 to N devices and each strategy; or, with --serve, what a service takes.
+    bytes sent and time of a step, for 1 to N devices that share its rows, and each strategy; or, with --serve, what a
+    service takes.
 
     Only a config is read: the model is made without weights, and its step is counted.
     How far off that is, is measured in docs/plan.md.
@@ -116,7 +117,11 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Any:
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base" not in fields:
         raise ConfigError("no base", "a YAML file that names one, or --base", "give one of them")
-    return make_config({"data": "", "output": "", **fields}, "the arguments" if config is None else str(config))
+    settings = make_config({"data": "", "output": "", **fields}, "the arguments" if config is None else str(config))
+    if settings.task != "sft":
+        found = f"task {settings.task}, whose steps have other passes than one forward and one backward of each row"
+        raise ConfigError(found, "task sft", "plan an sft run with as many rows (--base, --batch-size)")
+    return settings
 
 
 def _model(settings: Any) -> Any:
@@ -143,7 +148,8 @@ def _run(settings: Any) -> Any:
 
     return Run(
         batch=settings.batch_size, length=settings.max_length or 2048, accumulate=settings.grad_accum,
-        optimiser=settings.optimiser, checkpointing=settings.activation_checkpointing, quantize=settings.quantize,
+        optimiser=settings.optimiser, checkpointing=settings.activation_checkpointing,
+        offload=settings.offload_activations, quantize=settings.quantize,
     )  # fmt: skip
 
 
@@ -169,16 +175,17 @@ def _finite(value: Any) -> Any:
 def _tables(settings: Any, planner: Any, plans: Any, left_out: list[str], advice: str) -> list[Any]:
     from veneer.cli.console import table_of
 
-    run = plans[0].run
-    how = f", {settings.quantize}" if settings.quantize else ""
+    rows, how = settings.batch_size * settings.grad_accum, f", {settings.quantize}" if settings.quantize else ""
     lines: list[Any] = [
         f"Base     {settings.base} ({planner.total:,} numbers{how})",
         f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
-        f"Step     {run.batch} × {run.length} tokens in a forward pass, {run.accumulate} of them\n",
+        f"Step     {rows} rows of {plans[0].run.length} tokens, on all devices together\n",
     ]
-    table = table_of("devices", "by", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
+    heads = (">rows × passes", ">GiB", "", ">TFLOP", ">GB sent", ">s a step", ">tokens/s each")
+    table = table_of("devices", "by", *heads)
     for one in plans:
-        cells = [f"{one.total / GIB:.1f}", "fits" if one.fits else "does not", f"{one.operations / 1e12:,.1f}"]
+        cells = [f"{one.run.batch} × {one.run.accumulate}", f"{one.total / GIB:.1f}"]
+        cells += ["fits" if one.fits else "does not", f"{one.operations / 1e12:,.1f}"]
         cells += [f"{one.sent / 1e9:,.2f}", f"{one.seconds:.3g}", f"{one.speed:,.0f}"]
         table.add_row(f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", *cells)
     names = dict.fromkeys(name for one in plans for name in one.memory)

@@ -149,6 +149,7 @@ def _labelled_logits(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -
         return _with_rows(output, flat.index_select(0, places.to(flat.device)))
 
     logits = _view(model, path, answer)(**inputs).logits
+    head.forget()
     return logits[0] if cut else logits[wanted.to(logits.device)]
 
 
@@ -222,6 +223,7 @@ def _in_chunks(
     for start in range(chunk, len(rows), chunk):
         leaf = leaf_of(rows[start : start + chunk])
         sums.add(leaf, head(leaf).logits, answers[start : start + chunk])
+    head.forget()
     return TokenLoss(sums.differentiable(rows), items, sums.correct, extra)
 
 
@@ -240,6 +242,11 @@ class _Head:
     def __call__(self, rows: Tensor) -> Any:
         self.rows, self.taken = rows, False
         return self.view(**self.inputs)
+
+    def forget(self) -> None:
+        """Let go of the tensors of the call: its view of the model and this hold each other, until garbage is
+        collected."""
+        self.output, self.rows, self.memory, self.inputs = None, torch.empty(0), torch.empty(0), {}
 
     def within(self, rows: Tensor) -> Any:
         """The same while the model's forward runs: a wrapper around it, such as accelerate's autocast, is around this

@@ -101,7 +101,7 @@ def leave() -> None:
 
 def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
     """The configuration of one of several processes, in whose steps all of them together see as many examples as
-    `config` says: as few forward passes as hold `batch_size` examples at most.
+    `config` says (`divided`).
 
     Args:
         compares_rows: the loss compares the examples of one forward pass, so their number must stay.
@@ -111,18 +111,31 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
     """
     if processes == 1:
         return config
-    step = config.batch_size * config.grad_accum
-    do = f"set grad_accum to a multiple of {processes}, or start another number of processes"
-    per_step = f"batch_size {config.batch_size} × grad_accum {config.grad_accum} = {step} examples a step"
     if config.device_map is not None:
         found = f"device_map over {processes} processes, each of which has a device"
         raise ConfigError(found, "one of the two", "leave out device_map, or run without torchrun")
-    if step % processes:
-        raise ConfigError(f"{per_step}, over {processes} processes", "as many for each process", do)
-    own = step // processes
-    passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= config.batch_size)
-    if compares_rows and own // passes != config.batch_size:
-        found = f"{per_step}, over {processes} processes: {own // passes} in a forward pass, whose rows "
+    rows, passes = divided(config.batch_size, config.grad_accum, processes)
+    if compares_rows and rows != config.batch_size:
+        found = f"{_step(config.batch_size, config.grad_accum, processes)}: {rows} in a forward pass, whose rows "
         found += f"the loss of task {config.task} compares"
-        raise ConfigError(found, f"{config.batch_size} in a forward pass", do)
-    return config.model_copy(update={"batch_size": own // passes, "grad_accum": passes})
+        raise ConfigError(found, f"{config.batch_size} in a forward pass", _advice(processes))
+    return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
+
+
+def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:
+    """(examples of a forward pass, forward passes) in a step of one of several processes that share the examples: as
+    few passes as hold `batch_size` examples at most. `ConfigError`: they do not divide."""
+    own, rest = divmod(batch_size * grad_accum, processes)
+    if rest:
+        raise ConfigError(_step(batch_size, grad_accum, processes), "as many for each process", _advice(processes))
+    passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= batch_size)
+    return own // passes, passes
+
+
+def _step(batch_size: int, grad_accum: int, processes: int) -> str:
+    examples = f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a step"
+    return f"{examples}, over {processes} processes"
+
+
+def _advice(processes: int) -> str:
+    return f"set grad_accum to a multiple of {processes}, or start another number of processes"

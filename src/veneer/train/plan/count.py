@@ -7,7 +7,7 @@ one tells what each more of them costs.
     step = edges + Σ count · block          for bytes held, operations and bytes moved
 
 Saved bytes are exact where the device does as torch's meta device says. Not seen: workspaces inside a kernel, and the
-slack of an allocator.
+slack of an allocator. Attention is causal: its kernels compute the half below the diagonal, and that is counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError
 from veneer.kernels.device import counted
+from veneer.models.messages import first_line
 
 #: rows of logits at a time, as the loss of ``veneer train`` has them
 ROWS = 256
 
-#: (operations, bytes moved) of a call -> how many such calls
-Work = Counter[tuple[int, int]]
+#: (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such calls
+Work = Counter[tuple[int, int, bool]]
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,26 @@ class Cost:
     @property
     def operations(self) -> int:
         return sum(
-            operations * count for work in (self.forward, self.backward) for (operations, _), count in work.items()
+            operations * count for work in (self.forward, self.backward) for (operations, _, _), count in work.items()
         )
+
+    def cut(self, devices: int) -> Cost:
+        """What a part costs each of several devices that share its matrices, and heads of attention: all of them hold
+        and read what is as wide as the hidden state."""
+        less = (self.saved - self.wide) * (devices - 1) // devices
+        sizes = self.saved - less, self.wide, self.peak_loss - less, self.peak_backward - less
+        return Cost(*sizes, cut(self.forward, devices), cut(self.backward, devices))
 
 
 _BYTES = ("saved", "wide", "peak_loss", "peak_backward")
+
+
+def cut(work: Work, devices: int) -> Work:
+    """The share of the work that one of several devices does."""
+    shares = Work()
+    for (operations, moved, whole), count in work.items():
+        shares[(operations, moved, whole) if whole else (operations // devices, moved // devices, whole)] += count
+    return shares
 
 
 def _plus(work: Work, other: Work, times: int) -> Work:
@@ -104,11 +120,20 @@ class Step:
             less = self.hidden - own.saved
             again = Cost(less, self.hidden - own.wide, less, less, backward=own.forward)
             cost = cost.plus(again, blocks.count)
-        largest, wide = (max((getattr(one.cost, name) for one in self.blocks), default=0) for name in ("saved", "wide"))
-        return cost.plus(Cost(wide=wide, peak_backward=largest))
+        return cost.plus(Cost(peak_backward=max((blocks.cost.saved for blocks in self.blocks), default=0)))
+
+    def cut(self, devices: int) -> Step:
+        """The step of one of several devices that share the blocks' matrices; embedding and head are whole on each."""
+        blocks = tuple(replace(one, cost=one.cost.cut(devices)) for one in self.blocks)
+        whole = self.whole
+        for before, after in zip(self.blocks, blocks, strict=True):
+            whole = whole.plus(before.cost, -before.count).plus(after.cost, after.count)
+        return Step(whole, blocks, self.hidden)
 
 
-def count_step(model: Any, batch: int, length: int, *, labelled: float = 1.0, plain: bool = True) -> Step:
+def count_step(
+    model: Any, batch: int, length: int, *, labelled: float = 1.0, plain: bool = True, chunked: bool = True
+) -> Step:
     """A step of ``batch`` rows of ``length`` tokens, forward, loss and backward.
 
     Args:
@@ -116,13 +141,14 @@ def count_step(model: Any, batch: int, length: int, *, labelled: float = 1.0, pl
         labelled: the share of the tokens that have a label: the output head sees no others.
         plain: the frozen weights are plain, so that adapted linear layers are one function each; packed ones (4 and 8
             bits) are products of their library, beside which the adapter keeps its inputs whole.
+        chunked: the loss takes ``ROWS`` rows of logits at a time; on a base that fsdp spreads, all of them.
 
     Raises:
         ConfigError: the model has no repeated blocks, or does what cannot be counted without numbers.
     """
     table = model.get_input_embeddings().weight
     with counted() if plain else nullcontext():
-        whole, blocks = _by_kind(model, lambda: _run(model, batch, length, labelled))
+        whole, blocks = _by_kind(model, lambda: _run(model, batch, length, labelled, chunked))
     return Step(whole, blocks, batch * length * table.shape[-1] * table.element_size())
 
 
@@ -161,13 +187,14 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
         return run()
 
     try:
-        whole, blocks = cost_of(first), []
-        for alike in kinds.values():
-            second = alike[:2][-1]
-            more = [one for block in first for one in ([block, second] if block is alike[0] else [block])]
-            blocks.append(Blocks(len(alike), alike[0], cost_of(more).plus(whole, -1)))
-    except (NotImplementedError, RuntimeError) as error:
-        found = f"{type(model).__name__}, which cannot run without numbers ({str(error).splitlines()[0][:160]})"
+        with torch.random.fork_rng(devices=[]):  # dropout draws a seed
+            whole, blocks = cost_of(first), []
+            for alike in kinds.values():
+                second = alike[:2][-1]
+                more = [one for block in first for one in ([block, second] if block is alike[0] else [block])]
+                blocks.append(Blocks(len(alike), alike[0], cost_of(more).plus(whole, -1)))
+    except Exception as error:  # of the model's own code, on tensors that it may not expect
+        found = f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
         raise ConfigError(found, "a model whose shapes do not depend on its data", "plan a like one") from error
     finally:
         _put(model, path, stack)
@@ -179,7 +206,7 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
     return whole, tuple(blocks)
 
 
-def _run(model: Any, batch: int, length: int, labelled: float) -> Cost:
+def _run(model: Any, batch: int, length: int, labelled: float, chunked: bool = True) -> Cost:
     """One step of the model as it is."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # they are counted elsewhere, and all are there while batches accumulate
@@ -192,7 +219,9 @@ def _run(model: Any, batch: int, length: int, labelled: float) -> Cost:
         states = body(input_ids=ids, use_cache=False)[0]
         saved, wide = seen.held()
         rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled))]
-        gradients = _loss(head, rows)
+        gradients = (
+            torch.zeros_like(rows) if head is None else (_in_chunks if chunked else _at_once)(head, rows.detach())
+        )
         forward, seen.work = seen.work, Counter()
         loss, seen.peak = seen.peak, seen.live
         rows.backward(gradients)
@@ -200,18 +229,26 @@ def _run(model: Any, batch: int, length: int, labelled: float) -> Cost:
         return Cost(saved, wide, loss, seen.peak, forward, seen.work)
 
 
-def _loss(head: Any, rows: Tensor) -> Tensor:
+def _in_chunks(head: Any, rows: Tensor) -> Tensor:
     """The gradient of the cross-entropy in the rows, a chunk of them at a time, as ``train/loss.py`` has it."""
-    if head is None:
-        return torch.zeros_like(rows)
-    gradients = [_chunk(head, piece.requires_grad_()) for piece in rows.detach().split(ROWS)]
-    return torch.cat(gradients)
+    return torch.cat([_chunk(head, piece.requires_grad_()) for piece in rows.split(ROWS)])
 
 
 def _chunk(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    shares = logits.detach().float().softmax(-1)
-    return torch.autograd.grad(logits, rows, shares.to(logits.dtype))[0]
+    wide = logits.detach().float()  # held until this returns
+    return torch.autograd.grad(logits, rows, wide.softmax(-1).to(logits.dtype))[0]
+
+
+def _at_once(head: Any, rows: Tensor) -> Tensor:
+    """The same by the logits of all rows, as ``train/loss.py`` has it where the head cannot be called alone."""
+    return torch.autograd.grad(_total(head, rows.requires_grad_()), rows)[0]
+
+
+def _total(head: Any, rows: Tensor) -> Tensor:
+    labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    logits = head(rows)  # held until this returns
+    return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -223,10 +260,10 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of repeated blocks, and its path: the first list of several modules that is in no other one."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            return path, module
+    """The list of repeated blocks, and its path: of all lists of modules the one with the most parameters."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if lists:
+        return max(lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
     found = f"{type(model).__name__}, which has no list of blocks"
     raise ConfigError(found, "a transformer of transformers, whose blocks repeat", "plan one")
 
@@ -271,8 +308,9 @@ class _Counter(TorchDispatchMode):
         own = {one.untyped_storage()._cdata for one in inputs}
         views = not func._schema.is_mutable and all(one.untyped_storage()._cdata in own for one in outputs)
         if outputs and not views and "empty" not in func._schema.name:
-            moved = sum(one.nbytes for one in (*inputs, *outputs))
-            self.work[operations_of(func, args, kwargs, out), moved] += 1
+            moved, operations = sum(one.nbytes for one in (*inputs, *outputs)), operations_of(func, args, kwargs, out)
+            whole = not operations and all(one.dim() > 1 and one.shape[-1] == self.width for one in outputs)
+            self.work[operations, moved, whole] += 1
         return out
 
     def _made(self, one: Tensor) -> None:
@@ -302,4 +340,15 @@ def operations_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
             return 2 * left.numel() * right.shape[-1]
         return 2 * left.shape[0] * left.shape[1] * right.shape[-1]  # a gradient: groups of columns
     formula = flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+    found = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+    if "attention" in name and _argument(func, "is_causal", args, kwargs):
+        length = args[1].shape[-2] if "backward" in name else args[0].shape[-2]
+        found = found * (length + 1) // (2 * length)
+    return found
+
+
+def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """What a call gives for an argument of this name; None if the function has none."""
+    places = [argument.name for argument in func._schema.arguments]
+    place = places.index(name) if name in places else None
+    return kwargs.get(name, args[place] if place is not None and place < len(args) else None)

@@ -9,6 +9,7 @@ them is measured, not published, so that ratios of times are better than times.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
@@ -24,6 +25,13 @@ CONTEXT = 0.75 * 2**30
 SLACK = 0.05
 
 
+class Network(NamedTuple):
+    """What a machine sends to others, in bytes a second, and who says so (None: nobody)."""
+
+    bandwidth: float
+    source: str | None
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A device.
@@ -35,8 +43,8 @@ class Hardware:
         link: bytes a second that it sends to others of its machine (one direction).
         host: bytes a second that it reads from main memory.
         machine: devices that these links join.
-        network: bytes a second that it sends to other machines.
-        source: who says so.
+        network: that between machines.
+        source: who says so, but of the network.
     """
 
     name: str
@@ -47,7 +55,7 @@ class Hardware:
     link: float
     host: float
     machine: int
-    network: float
+    network: Network
     source: str
 
     @property
@@ -59,59 +67,74 @@ class Hardware:
         peak = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
         bandwidth = self.bandwidth * BYTES
         return sum(
-            count * max(operations / peak, moved / bandwidth, LAUNCH) for (operations, moved), count in work.items()
+            count * max(operations / peak, moved / bandwidth, LAUNCH) for (operations, moved, _), count in work.items()
         )
 
     def sending(self, sent: float, devices: int) -> float:
-        """Seconds to send bytes, of a device among so many."""
-        return sent / (LINKS * (self.link if devices <= self.machine else min(self.link, self.network)))
+        """Seconds to send bytes, of a device among so many. What passes between machines are as many rings as they have
+        adapters, so that a device has all of these for its part of a sum."""
+        return sent / (LINKS * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth)))
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-#: NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or 64 (5.0) GB/s. A
-#: network is that of the makers' own reference machines: 400 Gbit/s a device, else 100 a machine.
-PCIE4, PCIE5, NDR, ETHERNET = 32 * GB, 64 * GB, 50 * GB, 12.5 * GB
+#: NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or 64 (5.0) GB/s
+PCIE4, PCIE5 = 32 * GB, 64 * GB
+
+_PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf"
+_HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
+_BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
+_DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
+_VLLM_MORI = (
+    "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
+)
+#: machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices that are bought alone
+#: is taken to have one of 100 Gbit/s
+_DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
+_AMD, _ANY = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
+
+#: dense products; datasheets since Ampere give twice as much, for weights half of which are zeros ("with sparsity")
 KNOWN = {
     one.name: one
     for one in (
-        Hardware("l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, ETHERNET, "NVIDIA, L4 datasheet"),
-        Hardware("a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, ETHERNET, "NVIDIA, A10 datasheet"),
         Hardware(
-            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, ETHERNET, "NVIDIA, Ampere GA102 whitepaper"
+            "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _ANY,
+            "https://www.nvidia.com/en-us/data-center/l4/",
         ),
         Hardware(
-            "rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, ETHERNET, "NVIDIA, Ada whitepaper"
+            "a10", 24 * GB, 125 * T, 31.2 * T, 600 * GB, PCIE4, PCIE4, 8, _ANY,
+            f"{_PDF}/a10/pdf/a10-datasheet.pdf",
         ),
-        Hardware("l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, ETHERNET, "NVIDIA, L40S datasheet"),
         Hardware(
-            "a100",
-            80 * GB,
-            312 * T,
-            19.5 * T,
-            2.039 * TB,
-            300 * GB,
-            PCIE4,
-            8,
-            25 * GB,
-            "NVIDIA, A100 80GB SXM datasheet",
+            "rtx3090", 24 * GB, 71 * T, 35.6 * T, 936 * GB, PCIE4, PCIE4, 4, _ANY,
+            "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
         ),
-        Hardware("h100", 80 * GB, 989 * T, 67 * T, 3.35 * TB, 450 * GB, PCIE5, 8, NDR, "NVIDIA, H100 SXM datasheet"),
-        Hardware("h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, NDR, "NVIDIA, H200 SXM datasheet"),
-        Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, NDR, "NVIDIA, HGX B200 datasheet"),
+        Hardware("rtx4090", 24 * GB, 165.2 * T, 82.6 * T, 1008 * GB, PCIE4, PCIE4, 4, _ANY, _ADA),
         Hardware(
-            "mi300x",
-            192 * GB,
-            1307.4 * T,
-            163.4 * T,
-            5.3 * TB,
-            448 * GB,
-            PCIE5,
-            8,
-            NDR,
-            "AMD, Instinct MI300X datasheet",
+            "l40s", 48 * GB, 362.05 * T, 91.6 * T, 864 * GB, PCIE4, PCIE4, 8, _ANY,
+            "https://www.nvidia.com/en-us/data-center/l40s/",
+        ),
+        Hardware(
+            "a100", 80 * GB, 312 * T, 19.5 * T, 2.039 * TB, 300 * GB, PCIE4, 8, _A100,
+            f"{_PDF}/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf",
+        ),
+        Hardware(
+            "h100", 80 * GB, 989 * T, 67 * T, 3.35 * TB, 450 * GB, PCIE5, 8, _DGX,
+            "https://www.nvidia.com/en-us/data-center/h100/",
+        ),
+        Hardware(
+            "h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, _DGX,
+            "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
+        ),
+        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 TB/s (https://github.com/pytorch/ao/pull/4002)
+        Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, _DGX, _HGX),
+        Hardware(
+            "mi300x", 192 * GB, 1307.4 * T, 163.4 * T, 5.3 * TB, 448 * GB, PCIE5, 8, _AMD,
+            "https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/data-sheets/amd-instinct-mi300x-data-"
+            "sheet.pdf",
         ),
     )
-}
+}  # fmt: skip
 
 
 def hardware(name: str) -> Hardware:

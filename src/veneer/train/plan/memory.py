@@ -3,7 +3,8 @@
     base         Σ frozen weights · their bytes; packed ones as they lie: nf4 takes 0.516 bytes a number, int8
                  1 + 4 / in
     unpacked     the largest packed weight in the dtype of the products: one at a time is unpacked for its product
-    adapter      Σ trained parameters · their bytes, as much again for gradients, and what the optimiser keeps
+    adapter      Σ trained parameters · their bytes, and what the optimiser keeps; as much again for gradients while
+                 passes accumulate: of a single one they take the place of activations that are gone
     activations  what forward leaves for backward
     workspace    what a step holds beyond that at its highest: of the loss, or of a block's backward
 
@@ -18,21 +19,24 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import state_of
+from veneer.attach.adapted_module import own_class, state_of
 from veneer.attach.lookup import only_name
 from veneer.attach.summary import size
 from veneer.bases import storage_of
 from veneer.errors import ConfigError
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
-from veneer.train.plan.count import Step, count_step
+from veneer.train.plan.count import Cost, Step, count_step
+from veneer.train.sharding import blocks as gathered_blocks
 from veneer.variants import VARIANTS
 
 #: numbers kept a parameter, by a part of the optimiser's name; Adam's is 2
@@ -44,10 +48,25 @@ SCALED, SCALES = 64, 256
 
 
 def parts_of(
-    model: nn.Module, optimiser: str, step: Step | None, *, checkpointing: bool = False, quantize: str | None = None
+    model: nn.Module,
+    optimiser: str,
+    step: Step | None,
+    *,
+    accumulate: int = 1,
+    sent: int = 0,
+    checkpointing: bool = False,
+    offload: bool = False,
+    quantize: str | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run holds at most, by what holds them. ``step`` None leaves out what a step holds. ``quantize``:
-    what the plain weights of ``model`` are to be packed to."""
+    """Bytes that a run holds at most, by what holds them then.
+
+    Args:
+        step: None leaves out what a step holds.
+        accumulate: forward passes of a step.
+        sent: bytes in which several devices send gradients.
+        offload: what ``offloaded`` says is not there.
+        quantize: what the plain weights of ``model`` are to be packed to.
+    """
     base, unpacked = weights(model) if quantize is None else to_be_packed(model, quantize)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = sum(parameter.nbytes for parameter in trained)
@@ -56,49 +75,80 @@ def parts_of(
     if step is not None:
         cost = step.checkpointed if checkpointing else step.whole
         parts |= {"activations": cost.saved, "workspace": cost.peak - cost.saved}
+        if offload:  # all but those of the block that runs
+            parts["activations"] -= offloaded(step, checkpointing)
+            if not checkpointing:
+                parts["workspace"] += max((blocks.cost.saved for blocks in step.blocks), default=0)
+        # gradients of earlier passes wait beside a pass; those of the last come, and are sent, as activations go
+        waiting = own if accumulate > 1 else 0
+        parts["gradients"] = waiting + max(0, own - waiting + sent - parts["activations"] - parts["workspace"])
     return parts
+
+
+def offloaded(step: Step, checkpointing: bool) -> int:
+    """Bytes of the activations that wait in main memory."""
+    return sum(blocks.count * (step.hidden if checkpointing else blocks.cost.saved) for blocks in step.blocks)
+
+
+def spread(parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int) -> dict[str, int]:
+    """The parts on each of several devices over which fsdp spreads the base, of which each gathers a block at a time.
+    ``blocks``: (how many are alike, bytes of the frozen weights of one)."""
+    # the root stays gathered from its forward to its backward; beside it, while blocks run, this one and the next
+    root, pair = (
+        parts["base"] - sum(count * own for count, own in blocks),
+        2 * max((own for _, own in blocks), default=0),
+    )
+    at_loss = cost.peak_loss > cost.peak_backward + pair
+    workspace = parts["workspace"] - cost.peak + (cost.peak_loss if at_loss else cost.peak_backward)
+    gathered = {"gathered": root + (0 if at_loss else pair)}
+    return parts | {"base": -(-parts["base"] // devices), "workspace": workspace} | gathered
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
     """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a label; in words.
     `config`: a `TrainConfig`."""
-    parts, elsewhere = predict(model, config, tokens, labelled)
+    why = ""
+    try:
+        parts, elsewhere = predict(model, config, tokens, labelled)
+    except ConfigError as error:  # no reason not to train
+        parts, elsewhere, why = parts_of(model, config.optimiser, None), 0, error.found
     text = f"about {size(sum(parts.values()))} ({', '.join(f'{name} {size(parts[name])}' for name in parts)})"
-    if "activations" not in parts:
-        return f"at least {text.removeprefix('about ')}; activations are not counted for this model"
+    if why:
+        return f"at least {text.removeprefix('about ')}; activations are not counted: {why}"
     return f"{text}, and activations of {size(elsewhere)} in main memory" if config.offload_activations else text
 
 
 def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-    """Bytes by what holds them, and those of the activations that wait in main memory. Arguments as `estimate`."""
+    """Bytes by what holds them, and those of the activations that wait in main memory. Arguments and errors as
+    `estimate` and `step_of`."""
     rows = max(1, min(config.batch_size, tokens))
-    step = step_of(model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1))
-    parts = parts_of(model, config.optimiser, step, checkpointing=config.activation_checkpointing)
-    if step is None or not config.offload_activations:
-        return parts, 0
-    offloaded = sum(blocks.count * blocks.cost.saved for blocks in step.blocks)
-    if config.activation_checkpointing:
-        offloaded = step.hidden * sum(blocks.count for blocks in step.blocks)
-    here = max((blocks.cost.saved for blocks in step.blocks), default=0)
-    parts["activations"] -= offloaded
-    parts["workspace"] += 0 if config.activation_checkpointing else here
-    return parts, offloaded
+    processes = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
+    step = step_of(model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked=processes == 1)
+    again = config.activation_checkpointing
+    how = {"checkpointing": again, "offload": config.offload_activations}
+    parts = parts_of(model, config.optimiser, step, accumulate=config.grad_accum, **how)
+    if processes > 1:
+        blocks = [(1, weights(block)[0]) for block in gathered_blocks(model)]
+        parts = spread(parts, step.checkpointed if again else step.whole, blocks, processes)
+    return parts, offloaded(step, again) if config.offload_activations else 0
 
 
-def step_of(model: Any, batch: int, length: int, labelled: float) -> Step | None:
-    """A step of a model with an adapter, counted on a copy without weights; None for one that reads no tokens, is no
-    decoder, or does what cannot be counted without numbers."""
-    reads = getattr(model, "main_input_name", None) == "input_ids"
-    if not reads or getattr(model.config, "is_encoder_decoder", False):
-        return None
+def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bool = True) -> Step:
+    """A step of a model with an adapter, counted on a copy without weights.
+
+    Raises:
+        ConfigError: the model reads no tokens, is no decoder, or does what cannot be counted without numbers.
+    """
     plain = all(storage is None or storage.name == "plain" for _, _, storage in _stored(model))
-    if not plain and model.get_output_embeddings() is None:
-        return None
+    reasons = {
+        "reads no tokens": getattr(model, "main_input_name", None) != "input_ids",
+        "is an encoder and a decoder": getattr(model.config, "is_encoder_decoder", False),
+        "is packed and has no output head": not plain and model.get_output_embeddings() is None,
+    }
+    if found := [reason for reason, there in reasons.items() if there]:
+        raise ConfigError(f"{own_class(model).__name__}, which {found[0]}", "a decoder of tokens", "plan a like one")
     twin = _without_weights(model) if plain else _repacked(model)
-    try:
-        return count_step(twin, batch, length, labelled=labelled, plain=plain)
-    except ConfigError:  # it says why to who plans; a run only has less to tell
-        return None
+    return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
 
 
 def _repacked(model: Any) -> Any:
@@ -148,18 +198,22 @@ def weights(model: nn.Module) -> tuple[int, int]:
     return total, largest
 
 
-def to_be_packed(model: nn.Module, quantize: str, head: nn.Module | None = None) -> tuple[int, int]:
-    """``weights``, once the linear layers but the output ``head`` are packed as bitsandbytes does. Stacks of experts
-    are no linear layers: they stay as they are."""
-    head = getattr(model, "get_output_embeddings", lambda: None)() if head is None else head
-    total, largest = 0, 0
-    for module, weight, _ in _stored(model):
-        if isinstance(module, nn.Linear) and module is not head and weight.dim() == 2:
-            total += packed(weight.shape[0], weight.shape[1], quantize)
-            largest = max(largest, weight.nbytes)
-        else:
-            total += weight.nbytes
-    return total, largest
+def to_be_packed(model: nn.Module, quantize: str) -> tuple[int, int]:
+    """``weights``, once the linear layers but the output head are packed as bitsandbytes does. Stacks of experts are no
+    linear layers: they stay as they are."""
+    found = packed_linears(model, quantize)
+    plain = sum(weight.nbytes for _, weight, _ in _stored(model)) - sum(weight.nbytes for weight, _ in found)
+    return plain + sum(own for _, own in found), max((weight.nbytes for weight, _ in found), default=0)
+
+
+def packed_linears(model: Any, quantize: str) -> list[tuple[Tensor, int]]:
+    """(weight, bytes once it is packed) of each linear layer but the output head."""
+    head = model.get_output_embeddings()
+    return [
+        (weight, packed(weight.shape[0], weight.shape[1], quantize))
+        for module, weight, _ in _stored(model)
+        if isinstance(module, nn.Linear) and module is not head and weight.dim() == 2
+    ]
 
 
 def packed(out: int, in_: int, quantize: str) -> int:
@@ -189,4 +243,5 @@ def peak() -> int:
         return torch.cuda.max_memory_allocated()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

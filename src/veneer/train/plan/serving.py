@@ -1,8 +1,8 @@
 """A service: what lies in a replica's memory, how fast it answers, and how many replicas a load takes.
 
     memory   base + adapters in memory + keys and values of the running rows + slack ≤ what the devices have
-    step     max(bytes read, operations) of one token for each row: the weights once, each adapter of the batch once,
-             each row's keys and values
+    step     max(bytes read, operations) of one token for each row: the weights once (packed ones also as they are
+             unpacked), each adapter of the batch once, each row's keys and values
     request  its prompt's operations, and a row's share of one step for each token of its answer
 
 A replica is ``devices`` devices with the weights cut between them (tensor parallelism). Rows fill what memory the
@@ -19,7 +19,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.train.plan.count import count_forward
 from veneer.train.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
-from veneer.train.plan.memory import to_be_packed, weights
+from veneer.train.plan.memory import packed_linears, to_be_packed, weights
 
 #: share of the time that a replica is busy at the load
 BUSY = 0.7
@@ -82,6 +82,8 @@ def plan_service(model: Any, load: Load, on: Hardware) -> Service:
     itemsize = model.dtype.itemsize
     adapter = itemsize * sum(parameter.numel() for parameter in trained)
     base = (weights(model) if load.quantize is None else to_be_packed(model, load.quantize))[0]
+    linears = packed_linears(model, load.quantize) if load.quantize else []
+    unpacked = 2 * sum(weight.nbytes for weight, _ in linears)  # written for their products, and read there
     length = load.prompt + load.answer
     operations, row = count_forward(model, length)
     operations /= length
@@ -93,7 +95,12 @@ def plan_service(model: Any, load: Load, on: Hardware) -> Service:
         return Service(on.name, load, base, adapter, row, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
     in_memory = min(load.adapters, math.floor((room - rows * row) / adapter))
     different = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
-    read = _read(model, base, rows) + different * adapter + rows * row * (load.prompt + load.answer / 2) / length
+    read = (
+        _read(model, base, rows)
+        + unpacked
+        + different * adapter
+        + rows * row * (load.prompt + load.answer / 2) / length
+    )
     step = max(read / bandwidth, rows * operations / peak)
     busy = load.prompt * operations / peak + load.answer * step / rows
     replicas = math.ceil(load.requests * busy / BUSY)

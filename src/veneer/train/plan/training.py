@@ -1,12 +1,15 @@
 """A training run on 1 … n devices, by each strategy: what each device holds, computes and sends, and for how long.
 
-    ddp     every device holds all of it and has rows of its own; the adapter's gradients are summed over all of them
-    fsdp    frozen weights are spread over the devices, and gathered block by block, in forward and again in backward;
-            the adapter is whole on each, its gradients are summed
-    tp      each matrix is cut, by transformers' plan for the model: the devices share the rows; what a block's two
-            row-wise layers put out is summed, in forward and in backward
+A step is of as many examples on n devices as on one, as ``veneer train`` has it under torchrun.
 
-A ring of n devices sends (n - 1) / n of what is gathered, and twice that of what is summed.
+    ddp     every device holds all of it and has its share of the rows
+    fsdp    also so, with the frozen weights spread over the devices, and gathered block by block, in forward and again
+            in backward; the loss takes the logits of all rows, as the head cannot be called alone
+    tp      the blocks' matrices are cut, by transformers' plan for the model: all devices see all rows; what a block's
+            two row-wise layers put out is summed, and in backward what its column-wise ones were given
+
+The adapter is whole on each device, and its gradients are summed once a step, in float32. A ring of n devices sends
+(n - 1) / n of what is gathered, and twice that of what is summed.
 """
 
 from __future__ import annotations
@@ -16,20 +19,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from veneer.errors import ConfigError, nearest, sentence
 from veneer.train.plan.count import Step, Work, count_step
 from veneer.train.plan.hardware import SLACK, Hardware
-from veneer.train.plan.memory import parts_of, to_be_packed, weights
+from veneer.train.plan.memory import packed_linears, parts_of, spread, weights
+from veneer.train.processes import divided
 
 STRATEGIES = ("ddp", "fsdp", "tp")
+#: ways to cut a layer, in transformers' plans; of others, all of it is on each device
+CUT = ("colwise", "packed_colwise", "rowwise")
+#: bytes of a number in which gradients are summed
+WIDE = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """What does not depend on the devices. ``batch``: rows of ``length`` tokens in one forward pass of a device (of all
-    devices together for tp); ``accumulate``: such passes in a step; ``labelled``: share of the tokens with a label."""
+    """What does not depend on the devices. ``batch``: rows of ``length`` tokens in one forward pass, at most;
+    ``accumulate``: such passes in a step of one device; ``labelled``: share of the tokens with a label; ``offload``:
+    activations wait in main memory."""
 
     batch: int = 8
     length: int = 2048
@@ -37,6 +44,7 @@ class Run:
     labelled: float = 1.0
     optimiser: str = "adamw_torch_fused"
     checkpointing: bool = False
+    offload: bool = False
     quantize: str | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +61,7 @@ class Planned:
     """A run on so many devices.
 
     Fields:
+        run: of one of the devices: its share of the rows.
         memory: bytes that a device holds at most, by what holds them.
         operations, sent: of a device in a step; bytes.
         tokens: of a step, of all devices.
@@ -91,79 +100,65 @@ class Planner:
         self.total = sum(parameter.numel() for parameter in model.parameters()) - self.trainable
         self._steps: dict[Any, Step] = {}
 
-    def step(self, run: Run) -> Step:
-        key = run.batch, run.length, run.labelled, run.quantize is None
+    def step(self, run: Run, chunked: bool = True) -> Step:
+        key = run.batch, run.length, run.labelled, run.quantize is None, chunked
         if key not in self._steps:
-            self._steps[key] = count_step(self.model, *key[:2], labelled=run.labelled, plain=key[3])
+            self._steps[key] = count_step(self.model, *key[:2], labelled=run.labelled, plain=key[3], chunked=chunked)
         return self._steps[key]
 
     def plan(self, run: Run, strategy: str = "ddp", devices: int = 1, on: Hardware | None = None) -> Planned:
-        """One run. ``ConfigError``: an unknown strategy; tp for a model of which transformers has no plan, or on more
-        devices than its heads of keys and values."""
+        """One run.
+
+        Raises:
+            ConfigError: an unknown strategy, or one that cannot be: rows that do not divide; packed weights that would
+                be spread; tp for a model of which transformers has no plan, or on more devices than it has heads.
+        """
         if strategy not in STRATEGIES or devices < 1:
             found = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
             raise ConfigError(found, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
-        step = self.step(run)
+        if run.quantize is not None and devices > 1 and strategy != "ddp":
+            found = f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
+            raise ConfigError(found, "ddp", "choose it, or leave out quantize")
+        tokens, fsdp, tp = run.batch * run.length * run.accumulate, *(strategy == one for one in STRATEGIES[1:])
+        if not tp:
+            rows, passes = divided(run.batch, run.accumulate, devices)
+            run = replace(run, batch=rows, accumulate=passes)
+        step = self.step(run, chunked=not fsdp or devices == 1)
+        step = step.cut(devices) if tp else step
         cost = step.checkpointed if run.checkpointing else step.whole
+        buckets = WIDE * self.trainable if devices > 1 else 0
         parts = parts_of(
-            self.model, run.optimiser, step, checkpointing=run.checkpointing, quantize=run.quantize
+            self.model, run.optimiser, step, accumulate=run.accumulate, sent=buckets, checkpointing=run.checkpointing,
+            offload=run.offload, quantize=run.quantize,
         )  # fmt: skip
-        spread = {"ddp": self._ddp, "fsdp": self._fsdp, "tp": self._tp}[strategy] if devices > 1 else self._ddp
-        parts, sent, share = spread(parts, run, step, cost, devices)
+        gathered = summed = 0  # bytes that a device sends for the base
+        if devices > 1:
+            ring = (devices - 1) / devices
+            if fsdp:
+                blocks = [(one.count, weights(one.block)[0]) for one in step.blocks]
+                inside = sum(count * own for count, own in blocks)
+                gathered = ring * (2 * inside + parts["base"] - inside) * run.accumulate
+                parts = spread(parts, cost, blocks, devices)
+            if tp:
+                parts["base"] -= self._cut(devices) * (devices - 1) // devices
+                sums = sum(one.count for one in step.blocks) * 2 * (3 if run.checkpointing else 2)
+                summed = 2 * ring * step.hidden * sums * run.accumulate
+            summed += 2 * ring * buckets
         parts["slack"] = round(SLACK * sum(parts.values()))
-        operations = round(cost.operations * run.accumulate * share)
-        seconds = None
+        seconds = fits = None
         if on is not None:
             work = [cost.forward, cost.backward, *([self._unpacking(run)] if run.quantize else [])]
-            one = sum(on.seconds(part, self.model.dtype.itemsize) for part in work) * run.accumulate * share
-            sending = on.sending(sent, devices)
-            # a gather runs ahead of the block that needs it; the others are waited for
-            seconds = max(one, sending) if strategy == "fsdp" else one + sending
-        tokens = run.batch * run.length * run.accumulate * (1 if strategy == "tp" else devices)
-        fits = None if on is None else sum(parts.values()) <= on.usable
-        name = None if on is None else on.name
-        return Planned(strategy, devices, run, name, parts, operations, sent, tokens, seconds, fits)
-
-    def _ddp(self, parts: dict[str, int], run: Run, step: Step, cost: Any, n: int) -> tuple[dict[str, int], int, float]:
-        if n > 1:
-            parts["buckets"] = parts["gradients"]  # in which they are sent
-        return parts, round(2 * (n - 1) / n * parts["gradients"]), 1.0
-
-    def _fsdp(
-        self, parts: dict[str, int], run: Run, step: Step, cost: Any, n: int
-    ) -> tuple[dict[str, int], int, float]:
-        blocks = [(each.count, self._bytes(each.block, run)) for each in step.blocks]
-        inside = sum(count * own for count, own in blocks)
-        root = parts["base"] - inside
-        parts["base"] = round(parts["base"] / n)
-        # the root stays gathered from its forward to its backward, beside the block that runs and the next one
-        parts["gathered"] = root + 2 * max((own for _, own in blocks), default=0)
-        gathered = (2 * inside + root) * run.accumulate
-        return parts, round((n - 1) / n * (gathered + 2 * parts["gradients"])), 1.0
-
-    def _tp(self, parts: dict[str, int], run: Run, step: Step, cost: Any, n: int) -> tuple[dict[str, int], int, float]:
-        rules = self._rules(n)
-        cut = sum(
-            self._bytes(module, run) for path, module in self.model.named_modules()
-            if any(rule.fullmatch(path) for rule, _ in rules)
+            own = sum(on.seconds(part, self.model.dtype.itemsize) for part in work) * run.accumulate
+            # a gather runs ahead of the block that needs it; sums are waited for
+            seconds = max(own, on.sending(gathered, devices)) + on.sending(summed, devices)
+            fits = sum(parts.values()) <= on.usable
+        return Planned(
+            strategy, devices, run, None if on is None else on.name, parts, cost.operations * run.accumulate,
+            round(gathered + summed), tokens, seconds, fits,
         )  # fmt: skip
-        thin = 0
-        for path, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                row = next((row for rule, row in rules if rule.match(path)), None)
-                # A reads what a row-wise layer's weight reads, B writes what a column-wise one's writes
-                shared = row is not None and path.endswith(".A" if row else ".B")
-                thin += parameter.nbytes * (n - 1) // n if shared else 0
-        own = parts["adapter"]
-        left = (own - thin) / own if own else 1.0
-        parts |= {name: round(parts[name] * left) for name in ("adapter", "gradients", "optimiser")}
-        parts["base"] -= cut * (n - 1) // n
-        parts["activations"] = cost.wide + (cost.saved - cost.wide) // n
-        sums = sum(each.count for each in step.blocks) * 2 * (3 if run.checkpointing else 2)
-        return parts, round(2 * (n - 1) / n * step.hidden * sums * run.accumulate), 1 / n
 
-    def _rules(self, n: int) -> list[tuple[re.Pattern[str], bool]]:
-        """(path of what is cut, whether it is row-wise)."""
+    def _cut(self, n: int) -> int:
+        """Bytes of the frozen weights that tensor parallelism cuts, in all."""
         config = self.model.config.get_text_config()
         plan, heads = getattr(config, "base_model_tp_plan", None), getattr(config, "num_key_value_heads", None)
         if not plan:
@@ -172,24 +167,21 @@ class Planner:
         if heads is not None and heads % n:
             found = f"strategy tp on {n} devices, and {heads} heads of keys and values"
             raise ConfigError(found, "a number of devices that divides them", "take fewer devices")
-        cuts = [(path, "row" in how) for path, how in plan.items() if "colwise" in how or "rowwise" in how]
-        return [
-            (re.compile(rf".*{re.escape(path).replace(chr(92) + '*', '[0-9]+')}(?=$|[.])"), row) for path, row in cuts
-        ]
-
-    def _bytes(self, module: nn.Module, run: Run) -> int:
-        """Bytes of the frozen weights in a module."""
-        head = self.model.get_output_embeddings()
-        return (weights(module) if run.quantize is None else to_be_packed(module, run.quantize, head))[0]
+        rules = [
+            re.compile(rf".*{re.escape(path).replace(chr(92) + '*', '[0-9]+')}([.](weight|bias))?")
+            for path, how in plan.items() if how in CUT
+        ]  # fmt: skip
+        return sum(
+            parameter.nbytes
+            for path, parameter in self.model.named_parameters()
+            if not parameter.requires_grad and any(rule.fullmatch(path) for rule in rules)
+        )
 
     def _unpacking(self, run: Run) -> Work:
-        """Of every packed weight, in forward and in backward: to read it, to write it in the products' dtype and to
-        read that once."""
-        head, passes = self.model.get_output_embeddings(), 3 if run.checkpointing else 2
-        work = Work()
-        for module in self.model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
-                work[0, round(2.5 * module.weight.nbytes)] += passes
+        """Of every packed weight, in forward and in backward: to read it, and to write it in the products' dtype."""
+        passes, work = 3 if run.checkpointing else 2, Work()
+        for weight, own in packed_linears(self.model, str(run.quantize)):
+            work[0, weight.nbytes + own, False] += passes
         return work
 
 
@@ -203,8 +195,6 @@ def table(
             try:
                 plans.append(planner.plan(run, strategy, devices, on))
             except ConfigError as error:
-                if strategy != "tp":
-                    raise
                 left_out.append(str(error))
     if not plans:
         raise ConfigError(left_out[0])
