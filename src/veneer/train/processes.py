@@ -10,12 +10,15 @@ and a stage ends with one outcome: all are through, or all raise what one of the
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TrainingError
 from veneer.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -70,7 +73,6 @@ def join() -> Processes:
         raise ConfigError(found, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE")
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     from veneer.distributed import everyone
@@ -82,12 +84,46 @@ def join() -> Processes:
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)
         store, rank, count = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun's store outlives processes that it starts again, and holds what those before them wrote: torch
-            # 2.13 would connect to their addresses. Nodes count restarts each for itself: several need a new store.
-            store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = meeting(store, rank, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     return Processes(everyone("train", PATIENCE))
+
+
+def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
+    """A part of `store` for these processes alone, which holds nothing yet. torchrun's store outlives the processes
+    that it starts again and keeps what they wrote: torch 2.13 would connect to their addresses. Machines count restarts
+    each for itself, so the first process gives the part a name. Each other one writes a number of its own under the
+    name that it finds, and knows that it is none of an earlier start once its number is among those listed there.
+
+    Raises:
+        TrainingError: some do not come in time.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+
+    from veneer.distributed import awaited
+
+    own, deadline = uuid4().hex, time.monotonic() + patience
+    if rank == 0:
+        keys = [f"veneer/{own}/{other}" for other in range(1, count)]
+        store.set("veneer/start", own)
+        if absent := awaited(store, keys, patience):
+            raise _alone(f"{len(absent)} of {len(keys)} other processes did not come", patience)
+        store.set(f"veneer/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        if store.check(["veneer/start"]):
+            name = store.get("veneer/start").decode()
+            store.set(f"veneer/{name}/{rank}", own)
+            if store.check([f"veneer/{name}/all"]) and own in json.loads(store.get(f"veneer/{name}/all")):
+                return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise _alone("the first process did not come", patience)
+
+
+def _alone(found: str, patience: float) -> TrainingError:
+    return TrainingError(
+        f"{found} within {patience:g} s", "all of them", "see what they printed, on their machines too"
+    )
 
 
 def leave() -> None:
