@@ -16,7 +16,7 @@ from typer import Argument, Exit, Option
 from veneer.cli.options import NEW_TOKENS
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
-from veneer.train.processes import join, leave
+from veneer.train.processes import finished_before, join, leave
 
 if TYPE_CHECKING:
     from veneer.train.run import Result
@@ -84,8 +84,12 @@ def train_command(config: Path | None, *, dry_run: bool = False, find_rate: bool
     if find_rate:
         _find_rate(settings)
         return
+    if processes.one(lambda: finished_before(str(settings.output))):
+        say(err, f"The run in {settings.output} is finished.")
+        leave(str(settings.output))
+        return
     result = fit(settings, console=err)
-    leave()
+    leave("" if result.interrupted else str(settings.output))
     if result.interrupted:
         say(err, f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}")
         say(err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: seconds that a process waits for the others: one may read a base from a slower disk
 PATIENCE = 3600.0
+#: where a launcher's store says which run its processes have finished
+FINISHED = "veneer/finished"
 #: what a launcher tells a process
 TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,7 +38,7 @@ class Processes:
     """Those of one run. A run in one process has no `ranks`, and waits for nobody."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks
+        self.ranks, self.parent = ranks, os.getppid()
 
     @property
     def count(self) -> int:
@@ -50,6 +52,13 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.ranks is None or self.ranks.writes
+
+    def must_have_parent(self) -> None:
+        """`TrainingError` if what started this process is gone: started again, it would start others beside this one,
+        which write to the same output."""
+        if self.ranks is not None and os.getppid() != self.parent:
+            do = "start it again: it goes on from the last checkpoint"
+            raise TrainingError("the launcher of this process is gone", "torchrun, until the end", do)
 
     def each(self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", what: str = "") -> T:
         """As `Ranks.each`."""
@@ -67,6 +76,7 @@ def join() -> Processes:
         ConfigError: the environment names several, and not where they meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        os.environ.pop("LOCAL_RANK", None)  # accelerate would make one process a group, and wrap the model into DDP
         return Processes()
     if missing := [name for name in TOLD if name not in os.environ]:
         found = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
@@ -126,13 +136,35 @@ def _alone(found: str, patience: float) -> TrainingError:
     )
 
 
-def leave() -> None:
-    """Leave the others, after a run that all of them ended."""
+def leave(output: str) -> None:
+    """Leave the others, after a run that all of them ended, and whose result, if it has one, is in `output`."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        if dist.get_rank() == 0:
+            _launchers_store().set(FINISHED, output)
         dist.barrier()
         dist.destroy_process_group()
+
+
+def finished_before(output: str) -> bool:
+    """Whether processes of the same launcher have finished the run in `output`: one of them failed as it left, so all
+    were started again."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    store = _launchers_store()
+    return store.check([FINISHED]) and store.get(FINISHED).decode() == output
+
+
+def _launchers_store() -> Any:
+    import torch.distributed as dist
+
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
 
 
 def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
