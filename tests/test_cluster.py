@@ -63,7 +63,7 @@ def shown(script: str, name: str, folder: Path, *arguments: str) -> list[str]:
     commands = {
         "torchrun": 'printf "%s\\n" "share=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" "$@"',
         "srun": '"$@"',
-        "scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
+        "scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node%s\\n" {7..20000}',
     }
     for command, does in commands.items():
         (folder / command).write_text(f"#!/bin/bash\n{does}\n")
