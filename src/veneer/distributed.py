@@ -139,7 +139,7 @@ def _met(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Rank
         warn(f"{path}, which rank {listing(map(str, left))} saved before rank {own} came")
         return Ranks(store, key, ())
     store.set(come[own], path)
-    absent = _awaited(store, [*come.values()], limit, f"{key}/decided")
+    absent = awaited(store, [*come.values()], limit, f"{key}/decided")
     decided = store.compare_set(f"{key}/decided", "", "left" if absent else "all").decode()
     here = [rank for rank in members if decided == "all" or store.check([come[rank]])]
     paths = {rank: store.get(come[rank]).decode() for rank in here}
@@ -198,7 +198,7 @@ class Ranks:
         finally:
             _WITHIN.reset(token)
         self.store.set(here, own)
-        absent = _awaited(self.store, [*keys], self.patience, self._failed)
+        absent = awaited(self.store, [*keys], self.patience, self._failed)
         self._raise_failed()
         if absent:
             missing = listing(str(keys[key]) for key in absent)
@@ -270,7 +270,7 @@ def _error(first: dict[str, Any]) -> VeneerError:
     return error
 
 
-def _awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
+def awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
     """Which keys a store still lacks when all are there, when ``stop`` is, or when the time is over."""
     deadline, pause = time.monotonic() + seconds, 0.002
     absent = [*keys]

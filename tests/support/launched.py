@@ -33,7 +33,7 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
     if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         told |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        told["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     programs = []
     for rank in range(processes):
         own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else told

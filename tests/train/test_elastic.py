@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,6 @@ def test_killed_twice(make: Make, tmp_path: Path, parallel: str) -> None:
     ended(train(whole, tmp_path, 2))
     killed_run(config, tmp_path, processes=2, kills=2, seed=4)
     same_folders(config.output, whole.output)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times(make: Make, tmp_path: Path) -> None:
-    changes = {**CHANGES, "epochs": 20}
-    whole = make("whole", **changes)
-    ended(train(whole, tmp_path, 2))
-    for number in range(5):
-        config = make(f"killed-{number}", **changes)
-        killed_run(config, tmp_path, processes=2, kills=4, seed=int(time.time()) + number)
-        same_folders(config.output, whole.output)
 
 
 @pytest.mark.slow

@@ -64,10 +64,10 @@ class StopOnNan(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A second Ctrl-C ends it at once. Use
-    as a context manager around `trainer.train()`. `asked` says whether a signal came, or `order` was given; `stopped`,
-    whether the run ends: of several processes (not `alone`), all must end after the same step, so the trainer sets it
-    for all at once."""
+    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A Ctrl-C after that ends it at once;
+    a SIGTERM does not, since a scheduler may send one to each process, and torchrun another. Use as a context manager
+    around `trainer.train()`. `asked` says whether a signal came, or `order` was given; `stopped`, whether the run ends:
+    of several processes (not `alone`), all must end after the same step, so the trainer sets it for all at once."""
 
     def __init__(self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None) -> None:
         self.asked, self.stopped, self.alone, self.console = False, False, alone, console
@@ -84,10 +84,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked, self.stopped = True, self.alone
-        say(self.console, "Stopping after this step … (again to stop at once)")
+        if not self.asked:
+            say(self.console, "Stopping after this step … (Ctrl-C to stop at once)")
+        self.asked, self.stopped = True, self.stopped or self.alone
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._order is not None and not self.asked and self._order():

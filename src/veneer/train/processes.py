@@ -10,12 +10,15 @@ and a stage ends with one outcome: all are through, or all raise what one of the
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TrainingError
 from veneer.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ T = TypeVar("T")
 
 #: seconds that a process waits for the others: one may read a base from a slower disk
 PATIENCE = 3600.0
+#: where a launcher's store says which run its processes have finished
+FINISHED = "veneer/finished"
 #: what a launcher tells a process
 TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,7 +38,7 @@ class Processes:
     """Those of one run. A run in one process has no `ranks`, and waits for nobody."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks
+        self.ranks, self.parent = ranks, os.getppid()
 
     @property
     def count(self) -> int:
@@ -47,6 +52,13 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.ranks is None or self.ranks.writes
+
+    def must_have_parent(self) -> None:
+        """`TrainingError` if what started this process is gone: started again, it would start others beside this one,
+        which write to the same output."""
+        if self.ranks is not None and os.getppid() != self.parent:
+            do = "start it again: it goes on from the last checkpoint"
+            raise TrainingError("the launcher of this process is gone", "torchrun, until the end", do)
 
     def each(self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", what: str = "") -> T:
         """As `Ranks.each`."""
@@ -64,13 +76,13 @@ def join() -> Processes:
         ConfigError: the environment names several, and not where they meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        os.environ.pop("LOCAL_RANK", None)  # accelerate would make one process a group, and wrap the model into DDP
         return Processes()
     if missing := [name for name in TOLD if name not in os.environ]:
         found = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
         raise ConfigError(found, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE")
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     from veneer.distributed import everyone
@@ -82,21 +94,77 @@ def join() -> Processes:
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)
         store, rank, count = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun's store outlives processes that it starts again, and holds what those before them wrote: torch
-            # 2.13 would connect to their addresses. Nodes count restarts each for itself: several need a new store.
-            store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = meeting(store, rank, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     return Processes(everyone("train", PATIENCE))
 
 
-def leave() -> None:
-    """Leave the others, after a run that all of them ended."""
+def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
+    """A part of `store` for these processes alone, which holds nothing yet. torchrun's store outlives the processes
+    that it starts again and keeps what they wrote: torch 2.13 would connect to their addresses. Machines count restarts
+    each for itself, so the first process gives the part a name. Each other one writes a number of its own under the
+    name that it finds, and knows that it is none of an earlier start once its number is among those listed there.
+
+    Raises:
+        TrainingError: some do not come in time.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+
+    from veneer.distributed import awaited
+
+    own, deadline = uuid4().hex, time.monotonic() + patience
+    if rank == 0:
+        keys = [f"veneer/{own}/{other}" for other in range(1, count)]
+        store.set("veneer/start", own)
+        if absent := awaited(store, keys, patience):
+            raise _alone(f"{len(absent)} of {len(keys)} other processes did not come", patience)
+        store.set(f"veneer/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        if store.check(["veneer/start"]):
+            name = store.get("veneer/start").decode()
+            store.set(f"veneer/{name}/{rank}", own)
+            if store.check([f"veneer/{name}/all"]) and own in json.loads(store.get(f"veneer/{name}/all")):
+                return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise _alone("the first process did not come", patience)
+
+
+def _alone(found: str, patience: float) -> TrainingError:
+    return TrainingError(
+        f"{found} within {patience:g} s", "all of them", "see what they printed, on their machines too"
+    )
+
+
+def leave(output: str) -> None:
+    """Leave the others, after a run that all of them ended, and whose result, if it has one, is in `output`."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        if dist.get_rank() == 0:
+            _launchers_store().set(FINISHED, output)
         dist.barrier()
         dist.destroy_process_group()
+
+
+def finished_before(output: str) -> bool:
+    """Whether processes of the same launcher have finished the run in `output`: one of them failed as it left, so all
+    were started again."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    store = _launchers_store()
+    return store.check([FINISHED]) and store.get(FINISHED).decode() == output
+
+
+def _launchers_store() -> Any:
+    import torch.distributed as dist
+
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
 
 
 def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:

@@ -111,6 +111,7 @@ class TrainsAdapter(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.processes.count > 1 and self.accelerator.sync_gradients:
+            self.processes.must_have_parent()
             average_gradients(self._trained)
         return loss
 
