@@ -53,6 +53,10 @@ def test_links_lead_somewhere():
     assert not wrong
 
 
+def test_no_page_holds_both_sides_of_a_merge():
+    assert [named(page) for page in PAGES if re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)] == []
+
+
 def test_files_that_are_named_exist():
     """By their path from the root of the repository or from ``src/veneer``."""
     folders = "|".join(path.name for path in SOURCE.iterdir() if path.is_dir())

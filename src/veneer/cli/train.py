@@ -144,25 +144,12 @@ def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str 
     if not processes.first:  # what all would say alike, the first one says
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-<<<<<<< HEAD
-    result = fit(settings, console=err, stop_order=asked)
-    leave()
-=======
-    if dry_run:
-        from veneer.train.dry_run import dry_run as rehearse
-
-        rehearse(settings, console=err)
-        return
-    if find_rate:
-        _find_rate(settings)
-        return
     if processes.one(lambda: finished_before(str(settings.output))):
         say(err, f"The run in {settings.output} is finished.")
         leave(str(settings.output))
-        return
-    result = fit(settings, console=err)
+        return None
+    result = fit(settings, console=err, stop_order=asked)
     leave("" if result.interrupted else str(settings.output))
->>>>>>> elastic
     if result.interrupted:
         return f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}"
     say(err, "\nNext:")
