@@ -63,6 +63,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor()
 
 
+def together() -> bool:
+    """Whether every rank does what runs here, with one outcome (``Ranks.each``)."""
+    return _WITHIN.get() is not None
+
+
 def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
     return [] if loaded is None else [one for one in modules if isinstance(one, loaded.FSDPModule)]

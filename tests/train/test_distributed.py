@@ -286,19 +286,75 @@ def step(self, model, *args, **kwargs):
     return steps(self, model, *args, **kwargs)
 trainer.AdapterTrainer.training_step = step
 """
+#: prints (tensor, bytes of it that are read, all of its bytes) of each read of a file
+READ = """
+import json
+import veneer.train.processes as processes
+from veneer.models.safetensors_dir import Checkpoint
+read, seen, end = Checkpoint.read, [], processes.leave
+def counted(self, name, rows=None):
+    found = read(self, name, rows)
+    seen.append([name, found.nbytes, self.bytes(name)])
+    return found
+def ends():
+    print("read", json.dumps(seen))
+    end()
+Checkpoint.read, processes.leave = counted, ends
+"""
 
 
 def test_fsdp_spreads_the_base_and_trains_what_one_does(make: Make, tmp_path: Path) -> None:
     changes = {**CHANGES, **SHORT}
     config, whole = make("two", **changes, parallel="fsdp"), make("one", **changes)
-    said = ended(train(config, tmp_path, 2, before=SPREAD))
-    assert re.search(r"\nMemory .* in each, before the base is spread\n", said)
+    said = ended(train(config, tmp_path, 2, before=SPREAD + READ))
+    assert re.search(r"\nMemory .* in each\n", said)
     assert "does nothing" not in said
+    shares = [json.loads(line[5:]) for line in said.splitlines() if line.startswith("read ")]
+    for own, other in zip(*shares, strict=True):  # of each tensor each process reads a part, both together all of it
+        assert (own[0], own[2], own[1] + other[1]) == (other[0], other[2], own[2])
+        assert 0 < own[1] < own[2]
+    assert len(shares[0]) == len({name for name, *_ in shares[0]}) == 20
+    assert "each process reads the whole base" not in said
     fit(whole, quiet=True)
     equals(config.output, whole.output)
     record = [(folder / "adapter" / "veneer.json").read_text() for folder in (config.output, whole.output)]
     bases = [json.loads(text)["base"] for text in record]
     assert bases[0] == bases[1]  # fingerprints of whole weights
+
+
+#: what reads weights before the first step, or cannot begin with shares of them
+BEGINNINGS = {
+    "dora": {"variant": "dora"},
+    "svd": {"variant": "pissa"},
+    "inputs": {"variant": "eva"},
+    "gradients": {"variant": "lora_ga"},
+    "in full": {"train_also": ["norm", "lm_head"]},
+    "tokens": {"add_tokens": ["<|new|>"]},
+    "checkpointing": {"activation_checkpointing": True},
+}
+WHOLE = ("gradients", "tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_fsdp_begins_as_one_process_does(make: Make, tmp_path: Path, name: str) -> None:
+    changes = {**CHANGES, **SHORT, "batch_size": 6, **BEGINNINGS[name]}
+    config, whole = make("several", **changes, parallel="fsdp"), make("one", **changes)
+    said = ended(train(config, tmp_path, 3))
+    assert ("each process reads the whole base" in said) is (name in WHOLE)
+    ended(train(whole, tmp_path, 1))
+    equals(config.output, whole.output)
+
+
+@pytest.mark.slow
+def test_fsdp_with_a_new_head(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [TASKS["classify"](i) for i in range(21)])
+    fields = {"base": str(base), "data": str(data), "task": "classify", "precision": "fp32", "eval_fraction": 0.25}
+    both = [("fsdp", 2), ("ddp", 1)]
+    configs = [make_config({**fields, "output": str(tmp_path / name), "parallel": name}) for name, _ in both]
+    for config, (_, processes) in zip(configs, both, strict=True):
+        ended(train(config, tmp_path, processes))
+    equals(configs[0].output, configs[1].output)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
 from veneer.attach.weight_tying import untie as untie_weights
-from veneer.distributed import meet, plain_class, reshard, whole_values
+from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import digest, hash_json
 from veneer.models.quantize import quantization_in, sources_of
@@ -148,7 +148,7 @@ def _content(
         "peft_config": peft_config(names, name, config, base_name, peft_form) | token_rows.config_fields(names, name),
         "base": {
             "name": base_name,
-            "architecture": plain_class(own_class(model)).__name__,
+            "architecture": own_class(model).__name__,
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, weights, fingerprints),
         },

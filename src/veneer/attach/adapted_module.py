@@ -24,6 +24,7 @@ from veneer import context
 from veneer.attach.qconfig import Qconfig
 from veneer.attach.state import STATE, LayerState
 from veneer.bases import is_opaque
+from veneer.distributed import plain_class
 
 #: where accelerate's hooks keep the forward that they wrap, a bound method
 WRAPPED = "_old_forward"
@@ -195,11 +196,11 @@ def own_forward(module: Any, base: type[nn.Module], *args: Any, **kwargs: Any) -
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "veneer_base", type(module))
+    return plain_class(getattr(type(module), "veneer_base", type(module)))
 
 
 def uninstall(module: nn.Module) -> None:
-    own, layer_state = own_class(module), state_of(module)
+    own, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
     kept = None if layer_state is None else layer_state.own_forward
     set_child(module, STATE, None)  # first: a module of its own class with a layer state is a view
     wrapped = wrapped_forward(module)

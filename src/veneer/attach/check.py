@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach import dead_weights
-from veneer.attach.adapted_module import layer_states, own_class, walk, weight_of
+from veneer.attach.adapted_module import layer_states, own_class, walk
 from veneer.attach.blend import Blend
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -33,7 +33,7 @@ from veneer.attach.select import selected
 from veneer.attach.state import STATE, ActiveAdapter
 from veneer.attach.views import view
 from veneer.bases import is_opaque
-from veneer.distributed import spread_problem
+from veneer.distributed import is_spread, reshard, spread_problem, together
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.spill import aside
 from veneer.layers import kind_of
@@ -95,7 +95,8 @@ def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None
         found = f"{attached.merged!r} merged into the weights, where {chosen.name!r} does not run"
         raise CheckError(found, "the weights that it was attached to", "call veneer.unmerge(model) first")
     modules = (module for _, module in walk(model))
-    if problem := spread_problem(modules, "a check", "check the model in one process, before it is sharded"):
+    do = "check the model in one process, before it is sharded"
+    if not together() and (problem := spread_problem(modules, "a check", do)):
         raise CheckError(problem)
     if isinstance(example, Mapping):
         call = partial(model, **example)
@@ -260,6 +261,7 @@ def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
         yield
     finally:
+        reshard(model)
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
@@ -316,7 +318,8 @@ def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, Layer
         where[key] = value
 
     packed_parts = set(map(id, packed.values()))
-    made = Recomputed()
+    made, spread = Recomputed(), is_spread(model.modules())
+    reshard(model)
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, part in chosen.table.items():
@@ -326,14 +329,14 @@ def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, Layer
             full = part.replacements(module)
             for own, value in full.items():
                 put(module._parameters if own in module._parameters else module._buffers, own, value)
-            makers: dict[str, Any] = {
-                weight: partial(made.read, change, weight_of(module, weight)) for weight, change in part.changes.items()
-            }
+            makers: dict[str, Any] = {weight: partial(made.read, change) for weight, change in part.changes.items()}
             if isinstance(part, Blend):
                 makers = {
                     weight: partial(_blended, part, view(module, own_class(module), {}), weight) for weight in makers
                 }
-            reads = Reads(module._parameters, makers)
+            if spread:  # FSDP2 puts what it gathers where the adapter's own would be
+                makers |= {own: lambda _, value=value: value for own, value in full.items()}
+            reads = Reads(module._parameters, makers, spread)
             put(module.__dict__, "_parameters", reads)
             kind = kind_of(module)
             if kind is not None and (full or makers):
@@ -345,11 +348,12 @@ def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, Layer
         with _using(model, ActiveAdapter(chosen.name, packed, chosen.on)), made.saving():
             yield
     finally:
+        reshard(model)
         for where, key, value in reversed(undo):
             where[key] = value
 
 
-def _blended(part: Blend, module: nn.Module, weight: str) -> Tensor:
+def _blended(part: Blend, module: nn.Module, weight: str, _: Any) -> Tensor:
     return part.changed(module, wide=False)[weight]
 
 

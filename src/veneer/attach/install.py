@@ -33,6 +33,7 @@ from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
 from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig
+from veneer.distributed import whole
 from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
 from veneer.layers._base import factors
@@ -134,7 +135,7 @@ def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.M
             own: Any = _no_bias(module) if held is None else held
             key: Any = (path, name) if held is None or (path, name) in plans.apart else id(held)
             if key not in copies:
-                copies[key] = nn.Parameter(own.detach().to(trained_dtype(plans.config, own.dtype), copy=True))
+                copies[key] = nn.Parameter(whole(own.detach()).to(trained_dtype(plans.config, own.dtype), copy=True))
             full.register_parameter(name, copies[key])
         for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
             if own is not None and name not in module._non_persistent_buffers_set:

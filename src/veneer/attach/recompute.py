@@ -69,18 +69,21 @@ class Recomputed:
 
 
 class Reads(dict[str, Any]):
-    """A module's table of parameters, in which some are made by each read."""
+    """A module's table of parameters, in which some are made by each read, of what lies there then: ``made`` takes it.
+    Where weights are ``spread`` over processes, that is what FSDP2 has gathered and put there. Otherwise what somebody
+    writes is what he reads."""
 
-    def __init__(self, own: dict[str, Any], made: dict[str, Make]) -> None:
+    def __init__(self, own: dict[str, Any], made: dict[str, Callable[[Any], Tensor]], spread: bool = False) -> None:
         super().__init__(own)
-        self.made = made
+        self.made, self.spread = made, spread
 
     def __getitem__(self, name: str) -> Any:
-        make = self.made.get(name)
-        return super().__getitem__(name) if make is None else make()
+        make, held = self.made.get(name), super().__getitem__(name)
+        return held if make is None else make(held)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.made.pop(name, None)
+        if not self.spread:
+            self.made.pop(name, None)
         super().__setitem__(name, value)
 
     def __iter__(self) -> Iterator[str]:  # without it, dict(self) would copy what lies below

@@ -19,7 +19,7 @@ from veneer.attach.state import STATE, LayerState
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable
-from veneer.distributed import spread_problem
+from veneer.distributed import spread_problem, together
 from veneer.errors import listing, sentence
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
@@ -178,7 +178,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield problem
     if problem := strangers(model):
         yield problem
-    # its parameters would be no part of what is sharded, and of what averages gradients
+    # its parameters would be no part of what is sharded, and of what averages gradients; nor the same on every rank
     do = "attach or load the adapter first, then shard the model (fully_shard)"
-    if problem := spread_problem((module for _, module in walk(model)), "an adapter", do):
+    if not together() and (problem := spread_problem((module for _, module in walk(model)), "an adapter", do)):
         yield problem

@@ -9,7 +9,7 @@ A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from veneer.attach.source_analysis import compares_attention
 from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
-from veneer.models.locate import config_of, find_base
+from veneer.models.locate import config_of, find_base, folder_of
 from veneer.models.messages import first_line, loading, quiet
 from veneer.models.quantize import Quantize, keep_packed, must_have_whole_blocks, note_sources, quantizer
 
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
+Spread = Callable[[Any], None]
 
 #: what transformers takes as a device map, beside a device and a dict
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,6 +61,7 @@ def load_base(
     attention: str = "auto",
     quantize: Quantize | None = None,
     device_map: str | dict[str, Any] | None = None,
+    spread: Spread | None = None,
 ) -> Base:
     """A causal language model in eval mode and its tokenizer.
 
@@ -75,16 +77,19 @@ def load_base(
             (``models/quantize.py``). ``precision`` is then the type of all else, and of the products.
         device_map: how to spread the model over several devices, as transformers takes it: "auto", "balanced", a
             device, or a dict. Instead of ``device``.
+        spread: what makes DTensors of the parameters of a model that is still empty (``fully_shard``): each process
+            then reads its own share of the files (``models/shares.py``). With neither of the last two.
 
     Raises:
         ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
             model, no tokenizer, or an unreachable hub; an attention or a device map that transformers refuses;
             ``device`` and ``device_map`` both; a base that is quantised already, or no bitsandbytes to do it.
+        ``WholeOnlyError``: it cannot be read by shares.
     """
     name = str(source)
     model = load_head(
         source, "AutoModelForCausalLM", precision=precision, device=device, attention=attention, quantize=quantize,
-        device_map=device_map,
+        device_map=device_map, spread=spread,
     )  # fmt: skip
     tokenizer = tokenizer_at(find_base(name), name)
     return Base(model, tokenizer, name)
@@ -99,13 +104,14 @@ def load_head(
     attention: str = "auto",
     quantize: Quantize | None = None,
     device_map: str | dict[str, Any] | None = None,
+    spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
     """A model in eval mode as transformers' class ``auto`` makes it, such as "AutoModelForSequenceClassification": the
     weights of a head that the files lack are new. ``fields``: of its config, such as num_labels. All else, and what it
     raises, as ``load_base``."""
-    name, spread = str(source), device_map is not None
-    if spread and device is not None:
+    name, mapped = str(source), device_map is not None
+    if mapped and device is not None:
         found = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(found, "one of them", "leave out one: a device map places all of the model")
     if isinstance(device_map, str) and device_map not in MAPS:
@@ -113,8 +119,8 @@ def load_head(
     _must_be_known(attention)
     place = find_base(name)
     dtype, device = type_and_device(precision, device)
-    model: Any = _model(name, place, auto, dtype, device, attention, quantize, device_map, fields)
-    if not spread and quantize is None:
+    model: Any = _model(name, place, auto, dtype, device, attention, quantize, device_map, spread, fields)
+    if not mapped and quantize is None and spread is None:
         model = model.to(device)
     causal = auto == "AutoModelForCausalLM"  # whose masks it was measured with
     usual = causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
@@ -150,9 +156,10 @@ def _files_at(place: str) -> Path:
 
 def _model(
     name: str, place: str, auto: str, dtype: Any, device: str, attention: str, quantize: Quantize | None,
-    device_map: Any, fields: dict[str, Any],
+    device_map: Any, spread: Spread | None, fields: dict[str, Any],
 ) -> Any:  # fmt: skip
     """What ``from_pretrained`` makes of the files."""
+    import torch
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **fields}
@@ -169,6 +176,11 @@ def _model(
         options["device_map"] = device_map
     with loading(name):
         try:
+            if spread is not None:
+                from veneer.models.shares import load_shares
+
+                options = {key: value for key, value in options.items() if key not in fields}
+                return load_shares(folder_of(name), auto, spread, torch.device(device), fields, **options)
             return getattr(transformers, auto).from_pretrained(place, **options)
         except ImportError as error:
             found = f"{name} with {', '.join(key for key in options if key != 'dtype') or 'its own code'}: "

@@ -134,8 +134,16 @@ def of_state(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
 
 def of_folder(model: nn.Module, folder: str | Path) -> Weights:
     """The values of a folder of safetensors whose tensors are those of ``model`` by transformers' rules.
-    ``CheckpointError``: not such a folder, or tensors that do not fill the parameters that they are a part of."""
+    ``CheckpointError``: as ``in_checkpoint``, or not such a folder."""
     checkpoint = open_checkpoint(folder)
+    values, unread = in_checkpoint(model, checkpoint)
+    return Weights(str(folder), _by_every_name(model, values), unread)
+
+
+def in_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """(the values in a checkpoint by the names that they have in the state dict of ``model``, each under one of them;
+    its tensors that are none of these). ``CheckpointError``: tensors that do not fill the parameters that they are a
+    part of."""
     found = map_checkpoint_names(model, checkpoint.where)
     pieces: dict[str, list[tuple[str, Place]]] = {}
     for name, own in found.items():
@@ -152,9 +160,8 @@ def of_folder(model: nn.Module, folder: str | Path) -> Weights:
             continue
         dtype = functools.reduce(torch.promote_types, dtypes)
         values[path] = Value(shape, dtype, partial(_assembled, checkpoint, tuple(own), shape, dtype))
-    raise_all(CheckpointError, f"The checkpoint {folder} cannot be used", problems)
-    unread = tuple(sorted(checkpoint.where.keys() - found.keys()))
-    return Weights(str(folder), _by_every_name(model, values), unread)
+    raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
+    return values, tuple(sorted(checkpoint.where.keys() - found.keys()))
 
 
 def _by_every_name(model: nn.Module, found: Mapping[str, Value]) -> dict[str, Value]:

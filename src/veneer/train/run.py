@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ import veneer
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
+from veneer.distributed import is_spread
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, TrainingError
 from veneer.fileio.hashing import hash_json
 from veneer.models.load import Base
 from veneer.train import callbacks as watch
-from veneer.train import checkpoint, vocabulary
+from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
@@ -39,7 +41,6 @@ from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes, join, share
-from veneer.train.sharding import must_shard, shard
 from veneer.train.start_data import start_data
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOADING
@@ -105,12 +106,14 @@ def fit(
                 f"`torchrun --nproc-per-node {seen} -m veneer.cli train …` trains on all).",
             )
     set_seed(config.seed)
-    base, handle, cached = processes.each(lambda: _model(task, prepared, ids, found), _size, "a model")
+    spread = config.parallel == "fsdp" and processes.count > 1
+    load = partial(sharding.load, task, arguments.device, console) if spread else task.load
+    base, handle, cached = processes.each(lambda: _model(task, load, prepared, ids, found), _size, "a model")
     describe(task, base.model, handle, prepared, cached, console, processes.count)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
-    if config.parallel == "fsdp" and processes.count > 1:
-        processes.each(lambda: shard(base.model, arguments.device))
+    if spread:
+        processes.each(lambda: sharding.shard(base.model, arguments.device))
     before = processes.one(lambda: _open(config, output, prepared, found))
     stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
     bar = watch.ProgressBar(console, found[1] if found else 0, task)
@@ -159,7 +162,7 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
     kind, own = TASKS[config.task], {}
     config = share(config, processes.count, compares_rows=kind.compares_rows)
     if config.parallel == "fsdp" and processes.count > 1:
-        must_shard(config)
+        sharding.must_shard(config)
         own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
     return kind(config, **own)
 
@@ -176,8 +179,10 @@ def _place(found: list[Any] | Found) -> Found:
     return None if found is None else (Path(found[0]), found[1])
 
 
-def _model(task: Task, prepared: Prepared, ids: tuple[int, ...], found: Found) -> tuple[Base, Any, Any]:
-    base = task.load()._replace(tokenizer=task.processor)
+def _model(
+    task: Task, load: Callable[[], Base], prepared: Prepared, ids: tuple[int, ...], found: Found
+) -> tuple[Base, Any, Any]:
+    base = load()._replace(tokenizer=task.processor)
     handle = attach_as(task, base.model, prepared, ids, found)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
 
@@ -299,8 +304,8 @@ def describe(
     if config.parallel == "fsdp" and processes == 1:
         say(console, "         parallel fsdp does nothing here: this is one process (torchrun starts several)")
     if not console.quiet:  # a step is counted for it
-        spread = {"ddp": "", "fsdp": ", before the base is spread"}[config.parallel]
-        each = f" in each{spread}" if processes > 1 else ""
+        later = config.parallel == "fsdp" and not is_spread(model.modules())
+        each = f" in each{', before the base is spread' if later else ''}" if processes > 1 else ""
         say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{each}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)

@@ -32,6 +32,7 @@ from veneer.attach.adapted_module import own_class, state_of
 from veneer.attach.lookup import only_name
 from veneer.attach.summary import size
 from veneer.bases import storage_of
+from veneer.distributed import is_spread
 from veneer.errors import ConfigError
 from veneer.handle import Handle, attach
 from veneer.models.meta import count_attention, countable_model
@@ -147,7 +148,8 @@ def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bo
     }
     if found := [reason for reason, there in reasons.items() if there]:
         raise ConfigError(f"{own_class(model).__name__}, which {found[0]}", "a decoder of tokens", "plan a like one")
-    twin = _without_weights(model) if plain else _repacked(model)
+    like = plain and not is_spread(model.modules())  # what is spread cannot be copied
+    twin = _without_weights(model) if like else _repacked(model)
     return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
 
 
