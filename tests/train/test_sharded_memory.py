@@ -20,23 +20,24 @@ FULL = BLOCK * COUNT
 #: Limits the memory that a process may take from here on, and tells the most that it held beyond what it had. glibc
 #: would keep freed tensors of these sizes for later ones (those of large bases it gives back): it is told not to.
 LIMITED = """
-import atexit, ctypes, json, resource
+import ctypes, json, resource
 import torch.distributed.fsdp
-import veneer.train.sharding as sharding, veneer.tools.merge_checkpoint as tool
+import veneer.train.processes as processes, veneer.train.sharding as sharding, veneer.tools.merge_checkpoint as tool
 ctypes.CDLL(None).mallopt(-3, 1 << 16)
 ctypes.CDLL(None).mallopt(-1, 1 << 16)
+held, leave, load, merge = [], processes.leave, {load}, tool.merge_checkpoint
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-def limited(load):
-    def begins(*args, **kwargs):
-        resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + {limit},) * 2)
-        open("/proc/self/clear_refs", "w").write("5")  # the peak is that from now on
-        held = status("VmRSS")
-        atexit.register(lambda: print("peak", json.dumps(status("VmHWM") - held)))
-        return load(*args, **kwargs)
-    return begins
-sharding.load = limited({load})
-tool.merge_checkpoint = limited(tool.merge_checkpoint)
+def begins():
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + {limit},) * 2)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is that from now on
+    held.append(status("VmRSS"))
+def ends(result=None):
+    print("peak", json.dumps(status("VmHWM") - held[0]))
+    return result
+sharding.load = lambda *args: begins() or load(*args)
+processes.leave = lambda: ends() or leave()
+tool.merge_checkpoint = lambda *args, **kwargs: begins() or ends(merge(*args, **kwargs))
 """
 #: loads as if nothing could be read by shares
 WHOLE = "lambda task, *rest: task.load()"
