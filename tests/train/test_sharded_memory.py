@@ -86,5 +86,5 @@ def test_a_process_holds_its_share_and_a_block(rows: Path, tmp_path: Path) -> No
     said = ended(train(whole, tmp_path, 2, before=before(WHOLE)), 1, 2)
     assert "can't allocate memory" in said or "Cannot allocate memory" in said
     merge = ["merge", str(large), str(tmp_path / "of-large" / "adapter"), str(tmp_path / "merged")]
-    assert peaks(ended(start(merge, 1, before())))[0] <= 3 * BLOCK
+    assert peaks(ended(start(merge, 1, before())))[0] <= (FULL / 2 + BLOCK) * 1.15
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > FULL
