@@ -141,14 +141,14 @@ def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bo
         ConfigError: the model reads no tokens, is no decoder, or does what cannot be counted without numbers.
     """
     plain = all(storage is None or storage.name == "plain" for _, _, storage in _stored(model))
+    like = plain and not is_spread(model.modules())  # what is spread cannot be copied
     reasons = {
         "reads no tokens": getattr(model, "main_input_name", None) != "input_ids",
         "is an encoder and a decoder": getattr(model.config, "is_encoder_decoder", False),
-        "is packed and has no output head": not plain and model.get_output_embeddings() is None,
+        "is packed or spread, and has no output head": not like and model.get_output_embeddings() is None,
     }
     if found := [reason for reason, there in reasons.items() if there]:
         raise ConfigError(f"{own_class(model).__name__}, which {found[0]}", "a decoder of tokens", "plan a like one")
-    like = plain and not is_spread(model.modules())  # what is spread cannot be copied
     twin = _without_weights(model) if like else _repacked(model)
     return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
 
