@@ -204,7 +204,6 @@ def _keep_part(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.de
     placement = _StridedShard(axis, split_factor=jumps + 1) if jumps else Shard(axis)
     whole = DTensor.from_local(own, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride())
     whole = nn.Parameter(whole, requires_grad=False)
-    vars(whole).update(vars(weight))  # transformers' mark of what a checkpoint held
     layer.module._parameters[name] = whole
     layer.values[id(whole)] = nn.Parameter(own, requires_grad=False)
 
