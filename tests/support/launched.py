@@ -28,6 +28,11 @@ def train(config: Any, folder: Path, processes: int, *flags: str, before: str = 
 
 
 def start(arguments: list[str], processes: int, before: str = "") -> list[Program]:
+    return code(CODE.format(arguments=["veneer", *arguments], before=before), processes)
+
+
+def code(text: str, processes: int) -> list[Program]:
+    """Start Python code, in which `rank` is a name."""
     told: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     store: Any = None
     if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
@@ -37,8 +42,7 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
     programs = []
     for rank in range(processes):
         own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else told
-        code = CODE.format(arguments=["veneer", *arguments], before=f"rank = {rank}\n{before}")
-        programs.append(Program(code, *LARGE, **own))
+        programs.append(Program(f"rank = {rank}\n{text}", *LARGE, **own))
         programs[-1].__dict__["store"] = store
     return programs
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tests.support.launched import ended, train
 from tests.support.tiny import write_rows
@@ -111,8 +112,6 @@ def test_gradients_of_the_adapter_travel_once_a_step(finished: tuple[Any, str]) 
 VARIATIONS = {
     "accumulation": {"batch_size": 3, "grad_accum": 4, "epochs": 4},
     "packing": {"packing": True, "max_length": 64, "epochs": 12},
-    "dora": {"variant": "dora", "max_steps": 50},
-    "in full": {"train_also": ["norm", "lm_head"], "max_steps": 50},
     "tokens": {"add_tokens": ["<|new|>"], "max_steps": 20},
     "cached": {"cache_lower": True, "layers": [1], "max_steps": 20},
     "checkpointing": {"activation_checkpointing": True, "max_steps": 20},
@@ -273,18 +272,24 @@ def test_rows_of_a_step_are_those_of_one_process(rows: int, processes: int) -> N
     assert sorted(seen) == [*range(rows)]
 
 
-#: that the weights of the base are spread, and those of the adapter are not
+#: that the weights of the base are spread, all or those that are cut, and those of the adapter are not; and a run by
+#: tensor parallelism before the one by FSDP2
 SPREAD = """
+from pathlib import Path
 from torch.distributed.tensor import DTensor
 import veneer.train.sft_trainer as trainer
+from veneer.train.config import load_config
+from veneer.train.run import fit
 steps = trainer.AdapterTrainer.training_step
 def step(self, model, *args, **kwargs):
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    assert frozen and all(isinstance(p, DTensor) for p in frozen)
+    spread = [p for p in frozen if isinstance(p, DTensor)]
+    assert len(spread) == 14 if self.processes.same_rows else spread == frozen
     assert not any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
-    assert sum(p.to_local().numel() for p in frozen) < 0.6 * sum(p.numel() for p in frozen)
+    assert sum(p.to_local().numel() for p in spread) < 0.6 * sum(p.numel() for p in spread)
     return steps(self, model, *args, **kwargs)
 trainer.AdapterTrainer.training_step = step
+fit(load_config(Path({cut!r})), quiet=True)
 """
 #: prints (tensor, bytes of it that are read, all of its bytes) of each read of a file
 READ = """
@@ -296,17 +301,19 @@ def counted(self, name, rows=None):
     found = read(self, name, rows)
     seen.append([name, found.nbytes, self.bytes(name)])
     return found
-def ends():
+def ends(output):
     print("read", json.dumps(seen))
-    end()
+    end(output)
 Checkpoint.read, processes.leave = counted, ends
 """
 
 
-def test_fsdp_spreads_the_base_and_trains_what_one_does(make: Make, tmp_path: Path) -> None:
+def test_a_base_that_is_spread_or_cut_trains_what_one_process_does(make: Make, tmp_path: Path) -> None:
     changes = {**CHANGES, **SHORT}
-    config, whole = make("two", **changes, parallel="fsdp"), make("one", **changes)
-    said = ended(train(config, tmp_path, 2, before=SPREAD + READ))
+    spread, whole = make("spread", **changes, parallel="fsdp"), make("one", **changes)
+    cut = make("cut", **changes, parallel="tp")
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(cut.content()))
+    said = ended(train(spread, tmp_path, 2, before=SPREAD.format(cut=str(tmp_path / "cut.yaml")) + READ))
     assert re.search(r"\nMemory .* in each\n", said)
     assert "does nothing" not in said
     shares = [json.loads(line[5:]) for line in said.splitlines() if line.startswith("read ")]
@@ -316,10 +323,11 @@ def test_fsdp_spreads_the_base_and_trains_what_one_does(make: Make, tmp_path: Pa
     assert len(shares[0]) == len({name for name, *_ in shares[0]}) == 20
     assert "each process reads the whole base" not in said
     fit(whole, quiet=True)
-    equals(config.output, whole.output)
-    record = [(folder / "adapter" / "veneer.json").read_text() for folder in (config.output, whole.output)]
-    bases = [json.loads(text)["base"] for text in record]
-    assert bases[0] == bases[1]  # fingerprints of whole weights
+    for config in (spread, cut):
+        equals(config.output, whole.output)
+        record = [(folder / "adapter" / "veneer.json").read_text() for folder in (config.output, whole.output)]
+        bases = [json.loads(text)["base"] for text in record]
+        assert bases[0] == bases[1]  # fingerprints of whole weights
 
 
 #: what reads weights before the first step, or cannot begin with shares of them

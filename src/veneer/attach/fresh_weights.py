@@ -10,6 +10,7 @@ from collections.abc import Collection
 from torch import nn
 
 from veneer.attach.targets import Names, ParamRef
+from veneer.distributed import is_sharded
 from veneer.errors import listing
 
 
@@ -19,13 +20,14 @@ class FreshWeights(UserWarning):
 
 def fresh(names: Names) -> dict[int, ParamRef]:
     """The parameters that a checkpoint did not hold, where each is first met, by identity. transformers marks what it
-    loads; of a model without such marks nothing is known."""
+    loads; of a model without such marks nothing is known, nor of weights that are spread over processes, which lose
+    them as they are moved."""
     found: dict[int, ParamRef] = {}
     marked = False
     for ref, parameter in names.parameters():
         if getattr(parameter, "_is_hf_initialized", False):
             marked = True
-        else:
+        elif not is_sharded(parameter):
             found.setdefault(id(parameter), ref)
     return found if marked else {}
 

@@ -128,8 +128,10 @@ class TrainConfig(BaseModel):
     device_map: str | dict[str, int | str] | None = _run(
         None, "Spread the base over several GPUs: auto, balanced, … as transformers takes it."
     )
-    parallel: Literal["ddp", "fsdp"] = _run(
-        "ddp", "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them."
+    parallel: Literal["ddp", "fsdp", "tp"] = _run(
+        "ddp",
+        "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them, tp lets each compute a "
+        "part of every matrix.",
     )
     attention: str = _run(
         "auto",

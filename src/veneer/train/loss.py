@@ -343,8 +343,11 @@ def _body(model: nn.Module) -> ModulePath | None:
     found = [(path, late) for path, late in submodule_calls(own) if _is_model(model, path)]
     if len(found) != 1 or found[0][1]:
         return None
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor) or (parameter.requires_grad and parameter._backward_hooks):
+    body = ".".join(found[0][0]) + "."
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and not name.startswith(body):
+            return None  # a head that is spread, whose forward gathers it
+        if parameter.requires_grad and parameter._backward_hooks:
             return None  # a hook would see the gradient of each chunk
     attached = adapters_of(model)
     if attached is not None:

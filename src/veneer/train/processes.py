@@ -35,10 +35,11 @@ TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """Those of one run. A run in one process has no `ranks`, and waits for nobody."""
+    """Those of one run. A run in one process has no `ranks`, and waits for nobody. `same_rows`: each computes on all
+    rows, with a part of the base, instead of on its share of them."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks, self.parent = ranks, os.getppid()
+        self.ranks, self.same_rows, self.parent = ranks, False, os.getppid()
 
     @property
     def count(self) -> int:
@@ -47,6 +48,16 @@ class Processes:
     @property
     def rank(self) -> int:
         return 0 if self.ranks is None else self.ranks.rank
+
+    @property
+    def shares(self) -> int:
+        """Into how many the rows of a step are divided."""
+        return 1 if self.same_rows else self.count
+
+    @property
+    def share(self) -> int:
+        """Which of them this process has."""
+        return 0 if self.same_rows else self.rank
 
     @property
     def first(self) -> bool:

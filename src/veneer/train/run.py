@@ -44,6 +44,7 @@ from veneer.train.processes import Processes, join, share
 from veneer.train.start_data import start_data
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOADING
+from veneer.train.tensor_parallel import must_split, split
 from veneer.train.trainer import trainer_of
 
 Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
@@ -94,6 +95,7 @@ def fit(
         DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
     """
     processes = join()
+    processes.same_rows = config.parallel == "tp"
     console = (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
     output = config.output.expanduser()
     task, ids, prepared, found, arguments = begin(config, output, console, processes)
@@ -106,14 +108,17 @@ def fit(
                 f"`torchrun --nproc-per-node {seen} -m veneer.cli train …` trains on all).",
             )
     set_seed(config.seed)
-    spread = config.parallel == "fsdp" and processes.count > 1
-    load = partial(sharding.load, task, arguments.device, console) if spread else task.load
+    several = processes.count > 1
+    load = (
+        partial(sharding.load, task, arguments.device, console) if config.parallel == "fsdp" and several else task.load
+    )
     base, handle, cached = processes.each(lambda: _model(task, load, prepared, ids, found), _size, "a model")
-    describe(task, base.model, handle, prepared, cached, console, processes.count)
+    describe(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
-    if spread:
-        processes.each(lambda: sharding.shard(base.model, arguments.device))
+    if config.parallel != "ddp" and several:
+        part = sharding.shard if config.parallel == "fsdp" else split
+        processes.each(lambda: part(base.model, arguments.device))
     before = processes.one(lambda: _open(config, output, prepared, found))
     stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
     bar = watch.ProgressBar(console, found[1] if found else 0, task)
@@ -130,8 +135,8 @@ def fit(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.processes, trainer.stop = processes, stop
-    if not processes.first:
-        set_seed(config.seed + processes.rank)  # other rows, other dropout
+    if processes.share:
+        set_seed(config.seed + processes.share)  # other rows, other dropout
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     with _gone():
         processes.each(lambda: _train(trainer, found, prepared, stop, bar, output))
@@ -160,9 +165,9 @@ def begin(
 def _task(config: TrainConfig, processes: Processes) -> Task:
     """The task with the share of this process in a step."""
     kind, own = TASKS[config.task], {}
-    config = share(config, processes.count, compares_rows=kind.compares_rows)
-    if config.parallel == "fsdp" and processes.count > 1:
-        sharding.must_shard(config)
+    config = share(config, processes.shares, compares_rows=kind.compares_rows)
+    if config.parallel != "ddp" and processes.count > 1:
+        (sharding.must_shard if config.parallel == "fsdp" else must_split)(config)
         own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
     return kind(config, **own)
 
@@ -281,8 +286,9 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
 
 def describe(
     task: Task, model: Any, handle: Any, prepared: Prepared, cached: HiddenStateCache | None, console: Console,
-    processes: int = 1,
+    processes: Processes | None = None,
 ) -> None:  # fmt: skip
+    processes = processes or Processes()
     config, train = task.config, prepared.train
     changed = {"dropped": train.dropped, "truncated": train.truncated}
     notes = "".join(f", {count:,} examples {what}" for what, count in changed.items() if count)
@@ -299,13 +305,16 @@ def describe(
     if prepared.evaluation is not None:
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     own = config.batch_size * config.grad_accum
-    split = f", {own} in each of {processes} processes" if processes > 1 else ""
-    say(console, f"Steps    {prepared.steps:,} of {own * processes} examples{split}")
-    if config.parallel == "fsdp" and processes == 1:
-        say(console, "         parallel fsdp does nothing here: this is one process (torchrun starts several)")
+    split = f", {own} in each of {processes.count} processes" if processes.count > 1 else ""
+    say(console, f"Steps    {prepared.steps:,} of {own * processes.shares} examples{split}")
+    if config.parallel != "ddp" and processes.count == 1:
+        say(
+            console,
+            f"         parallel {config.parallel} does nothing here: this is one process (torchrun starts several)",
+        )
     if not console.quiet:  # a step is counted for it
-        later = config.parallel == "fsdp" and not is_spread(model.modules())
-        each = f" in each{', before the base is spread' if later else ''}" if processes > 1 else ""
+        later = {"ddp": "", "fsdp": ", before the base is spread", "tp": ", before the base is cut"}[config.parallel]
+        each = f" in each{'' if is_spread(model.modules()) else later}" if processes.count > 1 else ""
         say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{each}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)

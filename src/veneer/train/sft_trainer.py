@@ -27,6 +27,8 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
     """
 
+    _passes = 1  # forward passes of this step that count, in all processes
+
     def __init__(
         self, model: Any, *, adapter: Any, base_name: str, hidden_state_cache: HiddenStateCache | None, **kwargs: Any
     ) -> None:
@@ -57,8 +59,9 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
             whole = sum(inputs["input_ids"].numel() for inputs, mask in zip(real, masks, strict=True) if mask is None)
             counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
             seen: Any = sum((mask.sum() for mask in masks if mask is not None), torch.full_like(counts[0], whole))
-            numbers = torch.stack([*counts, *self._over_all(seen)]).tolist()
-            counts, (total, *signals) = numbers[: len(counts)], numbers[len(counts) :]
+            passes = torch.full_like(seen, len(real))
+            numbers = torch.stack([*counts, *self._over_all(seen, passes)]).tolist()
+            counts, (total, self._passes, *signals) = numbers[: len(counts)], numbers[len(counts) :]
             self._heed(signals)
             samples = [{**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)]
             self._total_train_tokens += total
@@ -80,7 +83,7 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is of all processes, and gradients are averaged
-        if result.extra is not None and not spare:
-            loss = loss + result.extra / (self.current_gradient_accumulation_steps if training else 1)
+            loss = loss * self._shares  # the count is of all processes, and gradients are averaged
+        if result.extra is not None and not spare:  # a mean over the passes of all processes, which are averaged
+            loss = loss + result.extra * (self.processes.shares / self._passes if training else 1)
         return loss

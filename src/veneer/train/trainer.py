@@ -64,7 +64,7 @@ class TrainsAdapter(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._shares
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
 
@@ -83,7 +83,7 @@ class TrainsAdapter(Trainer):
         loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self.processes.count == 1:
             return loader
-        own = shared(loader, self.args.process_index, self.processes.count, self._spare)
+        own = shared(loader, self.processes.share, self.processes.shares, self._spare)
         return prepare_data_loader(own, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -115,18 +115,31 @@ class TrainsAdapter(Trainer):
             average_gradients(self._trained)
         return loss
 
+    def get_tp_size(self) -> int:
+        """How many processes compute on the same rows: transformers' word for it."""
+        return self.processes.count // self.processes.shares
+
+    @property
+    def _shares(self) -> int:
+        """Into how many the rows of a step are divided."""
+        return self.args.world_size // self.get_tp_size()
+
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, of the same shape."""
-        if self.processes.count > 1:
+        """The sum over all shares of the rows, of the same shape."""
+        if self.processes.shares > 1:
             dist.all_reduce(value)
         return value
 
     def _over_all(self, *seen: torch.Tensor) -> torch.Tensor:
-        """Counts of this step, summed over all processes; of several, then how many of them got a signal to stop."""
+        """Counts of this step, summed over all shares of the rows; of several processes, then how many of them got a
+        signal to stop."""
         if self.processes.count == 1:
             return torch.stack(seen)
         asked = self.stop is not None and self.stop.asked
-        return self._sum(torch.stack([*seen, torch.full_like(seen[0], int(asked))]))
+        sums = torch.stack([*seen, torch.full_like(seen[0], int(asked))])
+        dist.all_reduce(sums)
+        sums[:-1] //= self.get_tp_size()
+        return sums
 
     def _heed(self, signals: list[int]) -> None:
         """All processes stop after this step, if one of them was to."""
@@ -236,7 +249,7 @@ class TaskTrainer(TrainsAdapter):
         for name, value in zip(("items", *self.measures), (items, *sums), strict=True):
             self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
         loss = found.total / (found.items if num_items_in_batch is None else num_items_in_batch)
-        return loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return loss * (self._shares if num_items_in_batch is not None else 1)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss alone, which counts itself."""

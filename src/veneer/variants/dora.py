@@ -42,10 +42,15 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
         norms = row_norms(base(), low)
     else:
         norms = _norms_of_pieces(pieces(), low)
+    return low, gain_of(parameters["magnitude"], norms)
+
+
+def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / ‖W + ΔW‖, [g · out]."""
     if _launches(norms):
-        return low, cast(Tensor, _Gain.apply(parameters["magnitude"], norms))
-    gain = parameters["magnitude"] / norms.masked_fill(norms == 0, 1)
-    return low, torch.where(norms == 0, torch.ones_like(gain), gain)
+        return cast(Tensor, _Gain.apply(magnitude, norms))
+    gain = magnitude / norms.masked_fill(norms == 0, 1)
+    return torch.where(norms == 0, torch.ones_like(gain), gain)
 
 
 def _launches(tensor: Tensor) -> bool:
