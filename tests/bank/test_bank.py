@@ -326,7 +326,17 @@ def test_what_waits_to_be_loaded_holds_nothing(tmp_path):
     bank.close()
 
 
-def test_a_name_that_comes_again_is_another_adapter(tmp_path):
+def removed_and_added(bank, path):
+    bank.remove("x")
+    bank.add(path, "x")
+
+
+def registered_anew(bank, path):
+    bank.register("x", path, replace=True)
+
+
+@pytest.mark.parametrize("change", [removed_and_added, registered_anew])
+def test_a_name_that_comes_again_is_another_adapter(tmp_path, change):
     model = saved(Linears(), tmp_path, "a", "b")
     expected = {name: alone(model, tmp_path, name, torch.ones(1, 12)) for name in "ab"}
     bank = veneer.Bank(model)
@@ -334,8 +344,7 @@ def test_a_name_that_comes_again_is_another_adapter(tmp_path):
     lease = bank.acquire({"x": 1.0}).result()
     with bank.rows(["x"]), torch.no_grad():
         assert error(model(torch.ones(1, 12)), expected["a"]) < 1e-6
-        bank.remove("x")
-        bank.add(tmp_path / "b", "x")
+        change(bank, tmp_path / "b")
         assert error(model(torch.ones(1, 12)), expected["a"]) < 1e-6  # the call goes on as it began
     with bank.rows(["x"]), torch.no_grad():
         assert error(model(torch.ones(1, 12)), expected["b"]) < 1e-6

@@ -17,11 +17,12 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
-from veneer.cli.serve import _announce, bytes_in, called_by_default
+from veneer.cli.serve import _announce
 from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
 from veneer.serve.access import read_keys
 from veneer.serve.api import create
+from veneer.serve.settings import bytes_in, called_by_default
 
 
 def test_keygen(veneer, tmp_path):

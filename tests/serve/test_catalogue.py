@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.api_server import BASE, FakeBank, adapter_at, serving
+from tests.support.api_server import BASE, FakeBank, adapter_at, serving, until
 from torch import nn
 
 import veneer
-from veneer.errors import AdapterError, ConfigError, LibraryError
+from veneer.errors import AdapterError, BankFullError, ConfigError, LibraryError
 from veneer.serve.catalogue import STATE_FILE, Catalogue
 from veneer.serve.refusal import Refusal
 from veneer.store.library import Library
@@ -190,7 +190,7 @@ def test_a_pinned_adapter_that_is_damaged_later_stops_no_start(folder, monkeypat
         pin(bank, name)
 
     monkeypatch.setattr(FakeBank, "pin", refuses)
-    again.restore_pins()
+    again.follow_pins()
     assert again._bank.pinned == {"german"}
     assert "'french' was pinned" in caplog.text
 
@@ -389,3 +389,98 @@ def test_served_json_says_what_a_client_was_told(folder):
     assert json.loads((folder / STATE_FILE).read_text()) == {
         "format": 1, "names": {"a": {"path": "french"}}, "pinned": ["a"], "hidden": ["german"],
     }  # fmt: skip
+
+
+def test_files_that_are_written_anew_are_served_when_they_rest(folder, caplog):
+    catalogue = opened(folder)
+    catalogue.load("french", None)
+    loads = catalogue._bank.loads
+    file = folder / "french" / "adapter_model.safetensors"
+    file.write_bytes(b"half")
+    catalogue.refresh(force=True)
+    file.write_bytes(b"all of it")
+    catalogue.refresh(force=True)
+    assert catalogue._bank.loads == loads  # it may be half written still
+    catalogue.refresh(force=True)
+    assert catalogue._bank.loads == loads + 1
+    assert "french" in catalogue._bank.resident  # it was loaded before the old one went
+    catalogue.refresh(force=True)
+    assert catalogue._bank.loads == loads + 1
+
+
+def test_what_is_not_in_memory_is_read_anew_when_it_is_asked_for(folder, monkeypatch):
+    catalogue = opened(folder)
+    monkeypatch.setattr(FakeBank, "remove", None)  # not even for a moment is there no such name
+    (folder / "french" / "adapter_model.safetensors").write_bytes(b"other")
+    for _ in range(2):
+        catalogue.refresh(force=True)
+    assert catalogue._bank.loads == 0
+    assert "french" in catalogue._bank.paths
+
+
+def test_a_change_that_cannot_be_loaded_leaves_the_old_one(folder, caplog):
+    catalogue = opened(folder)
+    catalogue.load("french", None)
+    (folder / "french" / "adapter_config.json").write_text('{"broken": true}')
+    for _ in range(4):
+        assert "french" in catalogue.refresh(force=True)
+    assert "french" in catalogue._bank.resident
+    assert caplog.text.count("the new one cannot be loaded") == 1
+
+
+def test_a_change_without_room_for_both_takes_the_old_ones_place(folder, monkeypatch):
+    catalogue = opened(folder)
+    catalogue.load("french", None, pin=True)
+    catalogue.follow_pins()
+
+    def full(bank, path, name, *, replace=False):
+        raise BankFullError("Found: 2 bytes to load.")
+
+    monkeypatch.setattr(FakeBank, "add", full)
+    (folder / "french" / "adapter_model.safetensors").write_bytes(b"other")
+    for _ in range(2):
+        catalogue.refresh(force=True)
+    assert "french" not in catalogue._bank.resident
+    catalogue.follow_pins()
+    assert catalogue._bank.pinned == {"french"}
+
+
+def test_a_name_of_a_library_that_means_another_object_is_replaced(library, monkeypatch):
+    catalogue = opened(library.folder)
+    catalogue.load("one", None)
+    monkeypatch.setattr(FakeBank, "remove", None)
+    other = veneer.attach(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(rank=1, targets="all"))
+    other.save(library.folder.parent / "other")
+    library.add(library.folder.parent / "other", "one", overwrite=True)
+    catalogue.refresh(force=True)
+    assert catalogue._bank.paths["one"] == library.get("one")
+    assert "one" in catalogue._bank.resident
+
+
+def test_pins_of_another_server_are_followed(folder):
+    one, other = opened(folder), opened(folder)
+    one.load("french", None, pin=True)
+    other.refresh(force=True)
+    other.follow_pins()
+    assert other._bank.pinned == {"french"}
+    one.load("french", None, pin=False)
+    other.refresh(force=True)
+    other.follow_pins()
+    assert other._bank.pinned == set()
+
+
+def test_a_server_follows_its_folder_by_itself(folder):
+    catalogue = opened(folder)
+    catalogue.watch()
+    adapter_at(folder / "new")
+    until(lambda: catalogue.known("new"))
+    catalogue.close()
+
+
+def test_a_remote_place_is_changed_there(tmp_path):
+    adapter_at(tmp_path / "made")
+    catalogue = opened(f"file://{tmp_path}/nothing-yet")
+    assert catalogue.refresh() == ()
+    with pytest.raises(Refusal, match="veneer push") as caught:
+        catalogue.load("french", "made")
+    assert caught.value.code == "remote_adapters"

@@ -131,12 +131,13 @@ class FakeBank:
     def throttle_loads(self) -> None:
         """Nothing here takes long."""
 
-    def register(self, name: str, path: Path) -> None:
-        if name in self.paths:
+    def register(self, name: str, path: Path, *, replace: bool = False) -> None:
+        if name in self.paths and not replace:
             raise SelectionError(f"Found: {name}, which is taken.")
         if not (path / "adapter_model.safetensors").is_file():
             raise AdapterError(f"Found: no tensors in {path}.")
         self.paths[name] = path
+        self.resident.discard(name)
 
     def add(self, path: Path, name: str, *, replace: bool = False) -> str:
         if json.loads((path / "adapter_config.json").read_text()).get("broken"):

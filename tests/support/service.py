@@ -6,8 +6,9 @@ import torch
 from tests.support.tiny import tiny_model
 
 import veneer
-from veneer.cli.serve import _service
 from veneer.serve.access import Keyring
+from veneer.serve.settings import Settings
+from veneer.serve.start import start
 
 
 def make_adapter(path, seed, base_seed=0, **config):
@@ -22,7 +23,6 @@ def make_adapter(path, seed, base_seed=0, **config):
     return path
 
 
-def open_service(base, adapters, **fields):
-    options = {"keys": Keyring(), "budget": None, "pins": [], "rows": 8, "length": 200, "queue": 256, "timeout": 60.0}
-    options = {**options, "loading": {"precision": "fp32"}, **fields}
-    return _service(str(base), "tiny", adapters, *options.values())
+def open_service(base, adapters, *, keys=None, **fields):
+    options = {"rows": 8, "length": 200, "timeout": 60.0, "precision": "fp32", **fields}
+    return start(Settings(str(base), "tiny", None if adapters is None else str(adapters), **options), keys or Keyring())

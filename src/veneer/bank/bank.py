@@ -92,8 +92,9 @@ class Bank:
         self._crowded = 0
         self._closed = False
 
-    def register(self, name: str, path: str | Path) -> None:
-        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used.
+    def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used. ``replace``
+        lets it take the place of what has the name already, at once; calls that run end with that one.
 
         Raises:
             SelectionError: the name is taken, or no name.
@@ -105,10 +106,13 @@ class Bank:
         raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
         with self._changed:
             self._open()
-            if name in self._entries:
+            old = self._entries.get(name)
+            if old is not None and not replace:
                 found = f"adapter name {name!r}, which is taken"
                 raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
             self._entries[name] = Entry(name, path)
+            if old is not None and not old.users:
+                self._drop(old)
 
     def add(self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False) -> str:
         """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now. ``replace`` lets

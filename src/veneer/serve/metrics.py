@@ -15,6 +15,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 BASE, BLEND, OTHER = "base", "blend", "unloaded"
 WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
@@ -122,3 +123,22 @@ class _Shown:
 
 def _label_of(name: str) -> str:
     return f"adapter:{name}" if name in (BASE, BLEND, OTHER) else name
+
+
+def merged(pages: Mapping[str, bytes]) -> bytes:
+    """The pages of several servers as one, each sample with the label ``replica``: the name of its server."""
+    families: dict[str, Metric] = {}
+    for replica, page in sorted(pages.items()):
+        for family in text_string_to_metric_families(page.decode()):
+            one = families.setdefault(family.name, Metric(family.name, family.documentation, family.type, family.unit))
+            for sample in family.samples:
+                one.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    return generate_latest(_Families(tuple(families.values())))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class _Families:
+    families: tuple[Metric, ...]
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self.families

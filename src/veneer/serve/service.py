@@ -72,6 +72,7 @@ class Service:
             worker.drain(seconds)
 
     def close(self) -> None:
+        self.catalogue.close()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)

@@ -72,7 +72,7 @@ def push(
         RemoteError: no such place, no network, no permission, or options that the place does not have.
         OutputExistsError: the place is a path that holds something.
     """
-    path, target = Path(path), _parsed(place, revision)
+    path, target = Path(path), parse_place(place, revision)
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
         found = f"a revision, a message or private for {target.where}"
@@ -102,7 +102,7 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
         AdapterError: what is there is no intact adapter. The cache is as it was.
         RemoteError: no such place or revision, no network, no permission.
     """
-    source = _parsed(place, revision)
+    source = parse_place(place, revision)
     if source.kind == "path":
         if source.revision:
             raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
@@ -115,7 +115,7 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A place ("hub", "store" or "path"), and where it is without its revision."""
 
     kind: str
@@ -123,7 +123,7 @@ class _Place:
     revision: str | None
 
 
-def _parsed(place: str, revision: str | None) -> _Place:
+def parse_place(place: str, revision: str | None) -> Place:
     """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and paths."""
     kind, where, own = "path", place, ""
     if place.startswith(HUB):
@@ -137,7 +137,7 @@ def _parsed(place: str, revision: str | None) -> _Place:
         kind, where = "store", where.rstrip("/")
     if own and revision and own != revision:
         raise RemoteError(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out")
-    return _Place(kind, where, own or revision)
+    return Place(kind, where, own or revision)
 
 
 def _package(name: str) -> Any:
@@ -180,7 +180,7 @@ def _api() -> Any:
     return _package("huggingface_hub").HfApi(library_name="veneer")
 
 
-def _push_hub(path: Path, target: _Place, message: str, private: bool | None) -> str:
+def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> str:
     """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make several."""
     hub, api, repo = _package("huggingface_hub"), _api(), target.where.removeprefix(HUB)
     with _hub_errors(target, "write to"):
@@ -199,7 +199,7 @@ def _push_hub(path: Path, target: _Place, message: str, private: bool | None) ->
     return f"{target.where}@{done.oid}"
 
 
-def _pull_hub(source: _Place, keep: Path) -> Path:
+def _pull_hub(source: Place, keep: Path) -> Path:
     repo, revision = source.where.removeprefix(HUB), source.revision or ""
     if _COMMIT.fullmatch(revision) and _intact(keep / revision):
         return keep / revision  # without a network
@@ -219,7 +219,7 @@ def _pull_hub(source: _Place, keep: Path) -> Path:
 
 
 @contextmanager
-def _hub_errors(place: _Place, what: str) -> Iterator[None]:
+def _hub_errors(place: Place, what: str) -> Iterator[None]:
     """What the hub's client raises, as one clear error."""
     errors: Any = _package("huggingface_hub.errors")
     where = place.where
@@ -251,7 +251,7 @@ def _hub_errors(place: _Place, what: str) -> Iterator[None]:
         raise RemoteError(*words) from error
 
 
-def _store(place: _Place) -> tuple[Any, str]:
+def file_system(place: Place) -> tuple[Any, str]:
     """The fsspec file system of a place, and the path there."""
     fsspec = _package("fsspec")
     scheme = place.where.partition("://")[0]
@@ -267,10 +267,10 @@ def _store(place: _Place) -> tuple[Any, str]:
     return system, root.rstrip("/")
 
 
-def _push_store(path: Path, target: _Place) -> str:
+def _push_store(path: Path, target: Place) -> str:
     key = content_hash(path)
-    with _store_errors(target, "write to"):
-        system, root = _store(target)
+    with store_errors(target, "write to"):
+        system, root = file_system(target)
         system.makedirs(f"{root}/{key}", exist_ok=True)
         steps = getattr(system, "local_file", False)  # where writing a file is no single step
         for name in own_files(path):
@@ -286,15 +286,15 @@ def _push_store(path: Path, target: _Place) -> str:
     return f"{target.where}@{key}"
 
 
-def _pull_store(source: _Place, keep: Path) -> Path:
+def _pull_store(source: Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
         found, do = f"the revision {key!r} of {source.where}", "give that, or leave it out for the newest"
         raise RemoteError(found, "what `push` returned after the '@'", do)
     if key is not None and _intact(keep / key, key):
         return keep / key  # without a network
-    with _store_errors(source, "read"):
-        system, root = _store(source)
+    with store_errors(source, "read"):
+        system, root = file_system(source)
         if key is None and system.exists(f"{root}/{LATEST}"):
             key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(key):
@@ -303,7 +303,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
     folder_there = root if key is None else f"{root}/{key}"
 
     def fetch(folder: Path) -> None:
-        with _store_errors(source, "read"):
+        with store_errors(source, "read"):
             there = {PurePosixPath(file).name for file in system.ls(folder_there, detail=False)}
             for names in (FILES, TOKENIZER):
                 for name in names if names is FILES or read_tokens(folder) else ():
@@ -320,7 +320,7 @@ def _pull_store(source: _Place, keep: Path) -> Path:
 
 
 @contextmanager
-def _store_errors(place: _Place, what: str) -> Iterator[None]:
+def store_errors(place: Place, what: str) -> Iterator[None]:
     """What a file system raises, which is anything that its client library raises, as one clear error."""
     try:
         yield

@@ -1,0 +1,182 @@
+"""What stands before the replicas: it reads a request, finds a replica for it, and passes its answer on.
+
+A request whose replica dies is sent to another one, as long as no byte of its answer has been passed on: an answer that
+is no stream is passed on when it is whole, and a stream from its first token. A stream that breaks off later ends with
+an error event and without [DONE], like any answer that cannot be finished (serve/answers.py): another replica would
+draw other words.
+
+Keys and the bounds of bodies hold here too (serve/guard.py), before anything is sent to a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.errors import sentence
+from veneer.serve.access import Keyring
+from veneer.serve.cluster.routing import OPERATOR, adapter_of
+from veneer.serve.guard import Guard
+from veneer.serve.metrics import Metrics, merged
+from veneer.serve.refusal import RETRY, Refusal
+
+log = logging.getLogger("veneer.serve")
+
+#: how many replicas may die under one request
+TRIES = 5
+#: headers of an answer that are of one connection alone
+_OWN = (b"connection", b"keep-alive", b"transfer-encoding")
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An answer of one replica."""
+
+    replica: str
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+class Gateway:
+    """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a replica and gives its
+    ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what ``ask`` raises when a replica has died;
+    ``full``: when too many requests wait."""
+
+    draining = False  # `Guard` asks
+
+    def __init__(
+        self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
+        ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
+        ask_all: Callable[[Message, bytes], Awaitable[Sequence[Whole]]],
+        lost: tuple[type[Exception], ...],
+    ) -> None:  # fmt: skip
+        self.base, self.keys, self.hosts = base, keys, hosts
+        self.metrics = Metrics()
+        self._ask, self._ask_all, self._lost = ask, ask_all, lost
+        self.app = Guard(self._answer, self)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        body = (await receive())["body"]
+        asked = request_of(scope)
+        try:
+            if scope["path"] == "/metrics":
+                await self._metrics(asked, body, send)
+                return
+            adapter = adapter_of(body, self.base) if body else OPERATOR
+            await relay(lambda: self._ask(adapter, asked, body), send, self._lost)
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+
+    async def _metrics(self, asked: Message, body: bytes, send: Any) -> None:
+        """The numbers of all replicas, each with its label; or what the first of them says that refuses."""
+        answers = await self._ask_all(asked, body)
+        if not answers:
+            raise no_replica()
+        answer = next((answer for answer in answers if answer.status != 200), answers[0])
+        if answer.status == 200:
+            page = await asyncio.to_thread(merged, {answer.replica: answer.body for answer in answers})
+            headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
+            answer = Whole("", 200, [*headers, (b"content-length", b"%d" % len(page))], page)
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+
+async def relay(
+    attempt: Callable[[], AsyncGenerator[Message]], send: Callable[[Message], Awaitable[None]],
+    lost: tuple[type[Exception], ...],
+) -> None:  # fmt: skip
+    """Pass an answer on, of a first attempt or of a later one. ``Refusal``: all attempts were lost."""
+    for number in range(TRIES):
+        head: Message | None = None  # it waits for the first byte
+        begun = False
+        try:
+            async with aclosing(attempt()) as messages:
+                async for message in messages:
+                    if message["type"] == "http.response.start":
+                        headers = [(name, value) for name, value in message["headers"] if name.lower() not in _OWN]
+                        head = {**message, "headers": headers}
+                        continue
+                    if not begun and head is not None:
+                        await send(head)
+                        begun = True
+                    await send(message)
+        except lost as error:
+            log.warning("A replica was lost in attempt %d: %s", number + 1, type(error).__name__)
+            if begun:
+                await send({"type": "http.response.body", "body": broken_off()})
+                return
+            continue
+        if not begun:
+            raise Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
+        return
+    raise no_replica()
+
+
+def no_replica() -> Refusal:
+    message = sentence("no replica that answers", "one", "try again later")
+    return Refusal(503, message, code="replica_lost", headers={RETRY: "5"})
+
+
+def broken_off() -> bytes:
+    """The last event of a stream whose replica has died."""
+    message = sentence("a replica that was lost in the middle of an answer", "one that ends", "send the request again")
+    refusal = Refusal(503, message, code="replica_lost")
+    return f"data: {json.dumps(refusal.body(), separators=(',', ':'))}\n\n".encode()
+
+
+def request_of(scope: Message) -> Message:
+    """What of an ASGI scope goes to another process."""
+    kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
+    request = {name: scope[name] for name in kept if name in scope}
+    return {**request, "headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
+
+
+async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Message]:
+    """An application's answer to a request, message by message. To leave early is to go away."""
+    queue: asyncio.Queue[Message | None] = asyncio.Queue()  # as long as an answer at most
+    unread = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Message:
+        return next(unread, None) or await asyncio.Future()
+
+    running = asyncio.ensure_future(app(dict(request), receive, queue.put))
+    running.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while (message := await queue.get()) is not None:
+            yield message
+        if (error := running.exception()) is not None:
+            log.error("A request ended with an error", exc_info=error)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def whole(name: str, app: Any, request: Message, body: bytes) -> Whole:
+    """An application's answer to a request, of the replica ``name``."""
+    status, headers, content = 500, [], bytearray()
+    async with aclosing(messages(app, request, body)) as answer:
+        async for message in answer:
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], list(message["headers"])
+            else:
+                content += message.get("body", b"")
+    return Whole(name, status, headers, bytes(content))
+
+
+async def _lifespan(receive: Any, send: Any) -> None:
+    while True:
+        phase = (await receive())["type"].removeprefix("lifespan.")
+        await send({"type": f"lifespan.{phase}.complete"})
+        if phase == "shutdown":
+            return

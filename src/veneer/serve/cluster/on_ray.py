@@ -1,0 +1,215 @@
+"""Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in Ray's config file.
+
+    Gateway   no model; reads the body of a request, since Ray's proxy routes by headers alone
+    Replica   the server of one base, with all of its routes
+
+Ray places the replicas, starts a new one for each that dies, makes more or fewer of them, and knows how many requests
+each has (https://docs.ray.io/en/latest/serve/). Which replica has which adapter is routing.py's, by way of Ray's
+request router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import asdict, fields
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from veneer.errors import ConfigError, listing
+from veneer.serve import limits
+from veneer.serve.access import Keyring, read_keys
+from veneer.serve.cluster import gateway, routing
+from veneer.serve.guard import LOOPBACK
+from veneer.serve.settings import Settings, bytes_in, called_by_default
+
+NAME = "veneer"
+#: seconds between two questions whether a replica is well
+HEALTH = 2.0
+#: seconds that serving ends later than asked for, at most: Ray's own steps
+CLOSING = 10.0
+
+
+class AdapterRouter(RequestRouter):
+    """``routing.groups`` as a request router of Ray's; the adapter comes as the id of a multiplexed model."""
+
+    def initialize_state(self, rows: int = 16) -> None:
+        self._rows = rows
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        known = self.replica_queue_len_cache
+        running = {name: known.get(replica.replica_id) or 0 for name, replica in named.items()}
+        adapter = ""
+        if pending_request is not None:
+            adapter = pending_request.metadata.multiplexed_model_id
+            pending_request.routing_context.should_backoff = True  # when all of them are full
+        return [[named[name] for name in group] for group in routing.groups(adapter, running, self._rows)]
+
+
+class Replica:
+    """One server of the base, without sockets."""
+
+    def __init__(self, settings: dict[str, Any], keys: str | None, hosts: tuple[str, ...] | None) -> None:
+        from veneer.serve import page
+        from veneer.serve.api import create
+        from veneer.serve.start import prepare_process, start
+
+        _log_to_stderr()
+        prepare_process()
+        self.name = serve.get_replica_context().replica_id.unique_id
+        self.service = start(Settings(**settings), _keyring(keys))
+        self.service.hosts = hosts
+        self.application = create(self.service, page.router)
+
+    async def stream(self, request: dict[str, Any], body: bytes) -> AsyncGenerator[dict[str, Any]]:
+        async with aclosing(gateway.messages(self.application, request, body)) as messages:
+            async for message in messages:
+                yield message
+
+    async def whole(self, request: dict[str, Any], body: bytes) -> gateway.Whole:
+        return await gateway.whole(self.name, self.application, request, body)
+
+    def check_health(self) -> None:
+        """Ray asks; what fails is replaced by another."""
+        if not self.service.ready:
+            raise RuntimeError("the engine has stopped")
+
+    def __del__(self) -> None:
+        service = getattr(self, "service", None)  # none, where loading failed
+        if service is not None:
+            service.close()
+
+
+class Gateway:
+    """What Ray's proxy hands requests to."""
+
+    def __init__(self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None) -> None:
+        _log_to_stderr()
+        lost = (RayActorError, DeploymentUnavailableError)
+        self._replicas = replicas
+        self.gateway = gateway.Gateway(base, _keyring(keys), hosts, self._ask, self._ask_all, lost)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.gateway.app
+
+    async def _ask(self, adapter: str, request: dict[str, Any], body: bytes) -> AsyncGenerator[dict[str, Any]]:
+        answer = self._replicas.options(stream=True, multiplexed_model_id=adapter).stream.remote(request, body)
+        try:
+            async for message in answer:
+                yield message
+        except BaseException:
+            answer.cancel()  # a client that went away takes its request with it
+            raise
+
+    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.Whole]:
+        everybody = self._replicas.broadcast("whole", request, body)
+        return await asyncio.to_thread(everybody.results, timeout_s=limits.BODY_SECONDS)
+
+
+def application_of(args: Mapping[str, Any]) -> serve.Application:
+    """What ``veneer.serve.cluster.app`` says."""
+    given = dict(args)
+    replicas, grace = str(given.pop("replicas", 1)), float(given.pop("grace", 30.0))
+    keys, open_to_all = given.pop("keys", None), bool(given.pop("allow_open", False))
+    known = {field.name for field in fields(Settings)}
+    if unknown := sorted(given.keys() - known):
+        expected = listing(sorted(known | {"replicas", "grace", "keys", "allow_open"}))
+        raise ConfigError(f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling")
+    if not given.get("base"):
+        raise ConfigError("no base", "one", "give args: {base: …}")
+    memory = given.get("memory")
+    given["memory"] = bytes_in(memory) if isinstance(memory, str) else memory
+    given["name"] = given.get("name") or called_by_default(given["base"])
+    hosts = None if keys is not None or open_to_all else LOOPBACK
+    return application(Settings(**{**given, "pin": tuple(given.get("pin", ()))}), keys, hosts, replicas, grace)
+
+
+def application(
+    settings: Settings, keys: str | None, hosts: tuple[str, ...] | None, replicas: str, grace: float,
+    actor: Mapping[str, float] | None = None,
+) -> serve.Application:  # fmt: skip
+    """Gateway and replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to Ray."""
+    _keyring(keys)  # a file that is wrong is told here, not in the log of a process that does not start
+    router: dict[str, Any] = {"request_router_class": AdapterRouter, "request_router_kwargs": {"rows": settings.rows}}
+    common = {"health_check_period_s": HEALTH, "graceful_shutdown_timeout_s": grace}
+    replica = serve.deployment(Replica, name="Replica").options(
+        **common, **scale(replicas, settings.rows), request_router_config=RequestRouterConfig(**router),
+        max_ongoing_requests=settings.rows + settings.queue, ray_actor_options=dict(actor or {}),
+    )  # fmt: skip
+    front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
+        **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
+    )
+    return front.bind(replica.bind(asdict(settings), keys, hosts), settings.name, keys, hosts)
+
+
+def scale(replicas: str, rows: int) -> dict[str, Any]:
+    """What Ray calls so many replicas: "3", or "1-8", of which there are as many as keep their rows busy."""
+    match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ConfigError(f"--replicas {replicas!r}", "a number, or two such as 1-8", "change it")
+    if least == most:
+        return {"num_replicas": least}
+    policy = {"min_replicas": least, "max_replicas": most, "initial_replicas": least, "target_ongoing_requests": rows}
+    return {"autoscaling_config": policy}
+
+
+def run(
+    settings: Settings, *, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str,
+    grace: float, started: Callable[[], None], until: Callable[[], Any],
+) -> None:  # fmt: skip
+    """Serve on the Ray cluster of $RAY_ADDRESS, or on one of this machine that lives as long. ``started`` is called
+    when all replicas answer; ``until`` returns when they are to end."""
+    most = scale(replicas, settings.rows)  # told before Ray is started
+    most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
+    ours = "RAY_ADDRESS" not in os.environ
+    own: dict[str, Any] = {"include_dashboard": False} if ours else {}
+    ray.init(**own, log_to_driver=True, logging_level=logging.WARNING)
+    try:
+        actor = share(ray.cluster_resources(), most, settings.device)
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+        serve.run(application(settings, keys, hosts, replicas, grace, actor), name=NAME, route_prefix="/")
+        started()
+        until()
+    finally:
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C ends Ray's patience, not ours
+            if ours:
+                serve.shutdown()
+            else:
+                serve.delete(NAME)
+        ray.shutdown()
+
+
+def share(resources: Mapping[str, float], replicas: int, device: str | None) -> dict[str, float]:
+    """CPUs and GPUs of one of so many replicas: its share of what the cluster has, one GPU where there are some."""
+    cpus = resources.get("CPU", 1.0) / replicas
+    gpus = 1.0 if resources.get("GPU", 0.0) >= replicas and device != "cpu" else 0.0
+    return {"num_cpus": float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100, "num_gpus": gpus}
+
+
+def _keyring(keys: str | None) -> Keyring:
+    return Keyring() if keys is None else read_keys(keys)
+
+
+def _log_to_stderr() -> None:
+    """Ray keeps what a process says, and shows it to whoever started it."""
+    logger = logging.getLogger("veneer")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

