@@ -64,11 +64,11 @@ def test_a_device_and_a_map_are_one_too_many(veneer: Case, wide: Path, tmp_path:
 
 
 def test_serve_loads_a_base_in_4_bits(wide: Path) -> None:
-    from veneer.cli.serve import _service
     from veneer.serve.access import Keyring
+    from veneer.serve.settings import Settings
+    from veneer.serve.start import start
 
-    loading = {"precision": "fp32", "quantize": "nf4", "device": None, "device_map": None, "attention": "auto"}
-    service = _service(str(wide), "it", None, Keyring(), None, [], 2, 64, 4, 60.0, loading)
+    service = start(Settings(str(wide), "it", rows=2, length=64, queue=4, precision="fp32", quantize="nf4"), Keyring())
     try:
         assert type(service.bank.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     finally:

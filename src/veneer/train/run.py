@@ -108,16 +108,13 @@ def fit(
                 f"`torchrun --nproc-per-node {seen} -m veneer.cli train …` trains on all).",
             )
     set_seed(config.seed)
-    several = processes.count > 1
-    load = (
-        partial(sharding.load, task, arguments.device, console) if config.parallel == "fsdp" and several else task.load
-    )
+    way = config.parallel if processes.count > 1 else "ddp"
+    load = partial(sharding.load, task, arguments.device, console) if way == "fsdp" else task.load
     base, handle, cached = processes.each(lambda: _model(task, load, prepared, ids, found), _size, "a model")
     describe(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
-    if config.parallel != "ddp" and several:
-        part = sharding.shard if config.parallel == "fsdp" else split
+    if part := {"fsdp": sharding.shard, "tp": split}.get(way):
         processes.each(lambda: part(base.model, arguments.device))
     before = processes.one(lambda: _open(config, output, prepared, found))
     stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
