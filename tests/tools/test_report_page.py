@@ -64,7 +64,7 @@ def test_the_page_stands_alone(browser, file, width, scheme):
     paper = {"light": "rgb(246, 245, 242)", "dark": "rgb(22, 21, 19)"}
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == paper[scheme]
     cells = shown.locator("td").all_text_contents()
-    assert {"3.1250", "intruders × 0.5", "control: ΔW × 0.875", "0.7500", "12.5%"} <= set(cells)
+    assert {"3.1250", "intruders × 0.5", "ΔW × 0.875, evenly", "0.7500", "12.5%"} <= set(cells)
     details = shown.locator("details table")
     assert not details.is_visible()
     shown.locator("summary").click()

@@ -16,6 +16,8 @@ from veneer.errors import ConfigError
 
 #: what is left of the intruders in the repairs that are measured
 FACTORS = (0.5, 0.0)
+#: what is left of ΔW in the weaker adapters that are measured where there is no intruder to repair
+EVENLY = (0.75, 0.5)
 #: the share of what an adapter gained on the data that the next rank has to keep
 ENOUGH = 0.99
 
@@ -124,15 +126,18 @@ def _derived(
     for cut in report.cuts[:-1] if cuts else ():
         path = compose(saved, folder / f"rank-{cut.rank}", method="svd", rank=cut.rank, **files).path
         yield "rank", cut.rank, cut.lost, path
-    if not any(one.count for one in report.found):
-        return
-    for factor in FACTORS:
+
+    def weaker(weight: float) -> tuple[str, float, float, Path]:
+        path = compose(saved, folder / f"weaker-{weight}", weights=[weight], **files).path
+        return "weaker", weight, 1 - weight, path
+
+    found = any(one.count for one in report.found)
+    for factor in FACTORS if found else ():
         repaired = repair(saved, folder / f"repaired-{factor}", **files, factor=factor, found=report.found)
         yield "repaired", factor, repaired.removed, repaired.path
-        weight = max(0.0, 1 - repaired.removed)
-        if weight:
-            path = compose(saved, folder / f"weaker-{factor}", weights=[weight], **files).path
-            yield "weaker", weight, repaired.removed, path
+        if repaired.removed < 1:
+            yield weaker(1 - repaired.removed)
+    yield from () if found else map(weaker, EVENLY)
 
 
 def _by_loss(rows: list[dict[str, Any]]) -> tuple[int, str] | None:

@@ -257,4 +257,4 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
         return enough, f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%} of ‖ΔW‖²"
     if used >= FULL:
         return 2 * allotted, f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers the loss"
-    return allotted, f"a smaller one would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖², and {1 - used:.0%} of it is spare"
+    return allotted, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"

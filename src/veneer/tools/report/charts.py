@@ -63,7 +63,7 @@ def _axes(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}" y2="{_up(share):.1f}"/>'
         )
         drawn.append(f'<text x="{LEFT - 6}" y="{_up(share) + 4:.1f}" text-anchor="end">{said}</text>')
-    whole = all(float(value).is_integer() for value in xs) and xs[1] - xs[0] >= 1
+    whole = all(float(value).is_integer() for value in xs) and xs[0] >= 1  # ranks, numbers of singular values
     ticks = _whole_ticks(*xs) if whole else [xs[0] + (xs[1] - xs[0]) * share for share in (0, 0.25, 0.5, 0.75, 1)]
     for value in ticks:
         at = LEFT + across(value) * (WIDTH - LEFT - EDGE)
@@ -74,7 +74,7 @@ def _axes(
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:
-    step = max(1, math.ceil((high - low) / 6))
+    step = max(1, math.ceil((high - low) / 8))
     return [low + step * number for number in range(int((high - low) // step) + 1)]
 
 

@@ -73,7 +73,12 @@ def _rank(facts: Facts) -> str:
             kinds.setdefault(layer["kind"], []).append(layer["spectrum"])
     series = {kind: _mean_spectrum(spectra) for kind, spectra in kinds.items()}
     lost = [(cut["rank"], cut["lost"]) for cut in facts["cuts"]]
-    rows = {row["at"]: row for row in facts.get("losses", {}).get("rows", ()) if row["what"] == "rank"}
+    largest = facts["cuts"][-1]["rank"]
+    rows = {
+        row["at"] or largest: row
+        for row in facts.get("losses", {}).get("rows", ())
+        if row["what"] in ("rank", "adapter")
+    }
     measured = any(row["data"] is not None for row in rows.values())
     heads = [">rank", ">lost, of ‖ΔW‖", ">kept, of ‖ΔW‖²", *([">loss on the data"] if measured else [])]
     cells = []
@@ -169,6 +174,7 @@ def _forgetting(facts: Facts) -> str:
         f"weight, {found} are; of random changes with the same singular values, {control}. The base's leading "
         "directions outlive a change that is small beside them."
     )
+    said += "" if found > control else " These are no more than chance makes: they do not tell what was forgotten."
     caption, looked = "Intruders by block and kind", {"layers": layers}
     where = _map(looked, lambda layer: layer["intruders"][0], caption, "{:.3g}") if found else ""
     return f'<h2>Forgetting</h2><p>{said}</p><div class="pair"><figure>{chart}</figure>{where}</div>{_losses(facts)}'
@@ -187,7 +193,7 @@ def _losses(facts: Facts) -> str:
     said = {"data": "loss on the data", "general": "loss on general text"}
     heads = ["model", ">taken off", *(f">{said[name]}" for name in names)]
     what = {
-        "base": "base", "adapter": "with the adapter", "repaired": "intruders × {:g}", "weaker": "control: ΔW × {:.3g}",
+        "base": "base", "adapter": "with the adapter", "repaired": "intruders × {:g}", "weaker": "ΔW × {:.3g}, evenly",
     }  # fmt: skip
     rows = [
         [
@@ -199,8 +205,9 @@ def _losses(facts: Facts) -> str:
         if row["what"] in what
     ]
     sources = "; ".join(f"{said[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens" for name in names)
-    note = "The control takes as much off the change, evenly. "
-    note = f"{note if any(row['what'] == 'weaker' for row in losses['rows']) else ''}{sources}. {losses['note'] or ''}"
+    repaired = any(row["what"] == "repaired" for row in losses["rows"])
+    note = "Below a repair, its control: as much taken off the change, evenly. " if repaired else ""
+    note = f"{note}Measured: {sources}. {losses['note'] or ''}"
     return f"<p>Mean loss a token, in nats. {escape(note)}</p>{table(heads, rows)}"
 
 
