@@ -112,3 +112,35 @@ def test_what_a_repair_refuses(veneer: Case, base: Path, adapter: Path, tmp_path
     refused(veneer("compose", out, adapter, "--repair", "--base", base, "--factor", 3), r"in \[0, 1\]")
     refused(veneer("compose", out, adapter, "--factor", 0.5), "without --repair")
     assert not out.exists()
+
+
+def test_without_an_intruder_the_change_is_made_smaller(
+    veneer: Case, base: Path, general: Path, adapter: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "look.html"
+    found = veneer("inspect", adapter, "--report", page, "--json", "--base", base, "--general", general, "--precision",
+                   "fp32", "--intruders", 0)  # fmt: skip
+    assert found.code == 0, found.err
+    losses = json.loads(found.out)["report"]["losses"]
+    assert [(row["what"], row["at"]) for row in losses["rows"]] == [
+        ("base", None), ("adapter", None), ("weaker", 0.75), ("weaker", 0.5),
+    ]  # fmt: skip
+    assert losses["data"] is None
+    assert len({row["general"] for row in losses["rows"]}) == 4
+    assert "Forgetting" not in page.read_text()
+    assert "ΔW × 0.75, evenly" in page.read_text()
+
+
+def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
+    from veneer.cli.inspect_report import _by_loss
+
+    def rows(base: float, adapter: float, *cuts: float) -> list[dict[str, Any]]:
+        whole = [{"what": "base", "at": None, "data": base}, {"what": "adapter", "at": None, "data": adapter}]
+        return [*whole, *({"what": "rank", "at": 2**power, "data": loss} for power, loss in enumerate(cuts))]
+
+    assert _by_loss(rows(2.0, 1.0, 1.5, 1.005, 1.0)) == (
+        2,
+        "truncated to rank 2 it keeps 99.5% of what it gained on the data",
+    )
+    assert _by_loss(rows(2.0, 1.0, 1.5, 1.02)) is None
+    assert _by_loss(rows(1.0, 1.0, 1.0)) is None

@@ -61,6 +61,10 @@ def test_the_page_stands_alone(browser, file, width, scheme):
     assert shown.locator("svg polyline").count() > 5
     for chart in shown.locator("svg").all():  # letters are drawn for a width of 400
         assert chart.bounding_box()["width"] > 300
+    # nothing but the table of all weights is to be scrolled
+    assert shown.locator("section > .scroll").evaluate_all("all => all.map(e => e.scrollWidth <= e.clientWidth)") == [
+        True, True,
+    ]  # fmt: skip
     paper = {"light": "rgb(246, 245, 242)", "dark": "rgb(22, 21, 19)"}
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == paper[scheme]
     cells = shown.locator("td").all_text_contents()

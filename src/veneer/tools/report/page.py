@@ -174,7 +174,9 @@ def _forgetting(facts: Facts) -> str:
         f"weight, {found} are; of random changes with the same singular values, {control}. The base's leading "
         "directions outlive a change that is small beside them."
     )
-    said += "" if found > control else " These are no more than chance makes: they do not tell what was forgotten."
+    said += (
+        "" if found > control else " It has no more intruders than chance makes: they do not tell what was forgotten."
+    )
     caption, looked = "Intruders by block and kind", {"layers": layers}
     where = _map(looked, lambda layer: layer["intruders"][0], caption, "{:.3g}") if found else ""
     return f'<h2>Forgetting</h2><p>{said}</p><div class="pair"><figure>{chart}</figure>{where}</div>{_losses(facts)}'
