@@ -430,7 +430,7 @@ def test_a_run_without_labels_has_no_loss_and_the_others_theirs():
 @pytest.mark.parametrize("drops", [0.0, 0.3])
 def test_spans_are_their_definition(dtype, ranks, drops):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(14, 12), torch.randn(10, 12), torch.randn(10)
+    x, weight, bias = torch.randn(12, 14).T, torch.randn(10, 12), torch.randn(10)
     A = [torch.randn(rank, 12) for rank in ranks]
     B = [torch.randn(10, rank) for rank in ranks]
     given = [Span(1 + 4 * i, 5 + 4 * i, rank, 0.5 + i, drops, i) for i, rank in enumerate(ranks)]
@@ -446,7 +446,7 @@ def test_spans_are_their_definition(dtype, ranks, drops):
         for span, mask, down, up in zip(given, masks, leaves[1:4], leaves[4:], strict=True)
     ]
     expected = torch.cat([y[:1], *parts, y[13:]])
-    dy = torch.randn(14, 10)
+    dy = torch.randn(10, 14).T
     wanted = torch.autograd.grad(expected, leaves, dy.double())
     own = [x.to(dtype).requires_grad_(), *(one.clone().requires_grad_() for one in (*A, *B))]
     if dtype is torch.float64:

@@ -210,8 +210,8 @@ class _ByRows:
                     seed = new_seed()
             low = low.T if layer_state.transposed else low
             spans.append(Span(first * tokens, after * tokens, low.rank, low.scale, drops, seed or 0))
-            A.append(low.A[0])
-            B.append(low.B[0])
+            A.append(low.A)
+            B.append(low.B)
         matrix = weight.mT if reader.out_axis == 1 else weight
         y = linear(x, matrix, None if gained else bias, spans, A, B)
         return self._with_gains(module, reader, x, y, bias, gained) if gained else y

@@ -59,7 +59,8 @@ def linear(
 
     Args:
         spans: in order, none over another; tokens in no span are the base's.
-        A, B: [r_i, in] and [out, r_i] of each span, of any floating-point dtype: computed in that of x.
+        A, B: [r_i, in] and [out, r_i] of each span, or all with a first axis of one, of any floating-point dtype:
+            computed in that of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
@@ -69,7 +70,8 @@ def linear(
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, spans: tuple[Span, ...], x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
-        A, B = factors[: len(spans)], factors[len(spans) :]
+        matrices = [one if one.ndim == 2 else one[0] for one in factors]
+        A, B = matrices[: len(spans)], matrices[len(spans) :]
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
         part = tokens.new_empty(len(tokens), len(weight))
         way = _Batched if _alike(spans, A) else _Each
@@ -118,7 +120,7 @@ def _below(factors: Sequence[Tensor], dtype: torch.dtype, way: Any) -> Tensor:
 
 
 class _Gradients(NamedTuple):
-    """What ``backward`` of a way makes: part [T, in] of dx, and those of each A [r, in] and Bᵀ [r, out]."""
+    """What ``backward`` of a way makes: part [T, in] of dx, and those of each A [r, in] and B [out, r]."""
 
     x: Tensor | None
     A: Sequence[Any]
@@ -138,28 +140,32 @@ class _Batched:
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any
-    ) -> _Gradients:
+        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any,
+        dtype: torch.dtype,
+    ) -> _Gradients:  # fmt: skip
         need_x, need_A, need_B = needs
         x, dy, count = _Batched.of(spans, tokens), _Batched.of(spans, dy), len(spans)
         A, B = downs.view(count, -1, x.shape[2]), ups.view(count, -1, dy.shape[2])
         scales = _Batched.scales(spans, x)
         carried = torch.bmm(dy, B.mT)  # s (dy B), [N, t, r]
         carried *= scales
-        dA: Sequence[Any] = torch.bmm(carried.mT, x).unbind() if any(need_A) else [None] * count
+        dA: Sequence[Any] = [None] * count
         dB: Sequence[Any] = [None] * count
+        if any(need_A):  # cast, and of B transposed, all at once
+            dA = [own[: span.rank] for own, span in zip(torch.bmm(carried.mT, x).to(dtype), spans, strict=True)]
         if any(need_B):
             narrow = torch.bmm(x, A.mT) * scales if h[0] is None else h[0]
-            dB = torch.bmm(narrow.mT, dy).unbind()
+            whole = torch.bmm(narrow.mT, dy).mT.to(dtype).contiguous()
+            dB = [own[:, : span.rank] for own, span in zip(whole, spans, strict=True)]
         dx = None
         if need_x:
-            dx = torch.zeros_like(tokens) if x.numel() < tokens.numel() else torch.empty_like(tokens)
+            dx = tokens.new_zeros(tokens.shape) if x.numel() < tokens.numel() else tokens.new_empty(tokens.shape)
             torch.bmm(carried, A, out=_Batched.of(spans, dx))
         return _Gradients(dx, dA, dB)
 
     @staticmethod
     def of(spans: Sequence[Span], x: Tensor) -> Tensor:
-        return x[spans[0].first : spans[-1].after].view(len(spans), -1, x.shape[1])
+        return x[spans[0].first : spans[-1].after].reshape(len(spans), -1, x.shape[1])
 
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
@@ -185,8 +191,9 @@ class _Each:
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any
-    ) -> _Gradients:
+        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any,
+        dtype: torch.dtype,
+    ) -> _Gradients:  # fmt: skip
         need_x, need_A, need_B = needs
         dx = torch.zeros_like(tokens) if need_x else None
         dA: list[Any] = [None] * len(spans)
@@ -196,7 +203,8 @@ class _Each:
             dropped, narrow = span.dropped(own), h[i]
             if narrow is None:
                 narrow = fused.thin(down, own, dropped) * span.strength
-            carried, dB[i] = fused.thin_twice(up, given, narrow) if need_B[i] else (fused.thin(up, given), None)
+            carried, grown = fused.thin_twice(up, given, narrow) if need_B[i] else (fused.thin(up, given), None)
+            dB[i] = None if grown is None else grown.mT
             carried *= span.strength  # s (dy B)ᵀ, [r, t]
             part, dA[i] = fused.thin_back(carried, down, own, dropped, need_x, need_A[i])
             if dx is not None:
@@ -225,15 +233,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx, *grown = reference.gradients_of(plain, (x, *factors), (need_x, *needs[1], *needs[2]), [dy], drops)
         return None, dx, None, None, *grown
     tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    part, dA, dB = ctx.way.backward(spans, tokens, dy, downs, ups, h, needs)
+    part, dA, dB = ctx.way.backward(spans, tokens, dy, downs, ups, h, needs, factors[0].dtype)
     dx = None if part is None else part.addmm_(dy, weight).view(ctx.shape)
     grown = [
-        fused.as_factor(own[: span.rank], factor) if need else None
-        for own, span, factor, need in zip(dA, spans, factors, needs[1], strict=False)
-    ]
-    grown += [
-        fused.as_factor(own[: span.rank].mT, factor) if need else None
-        for own, span, factor, need in zip(dB, spans, factors[count:], needs[2], strict=True)
+        fused.as_factor(own, factor) if need else None
+        for own, factor, need in zip([*dA, *dB], factors, [*needs[1], *needs[2]], strict=True)
     ]
     return None, dx, None, None, *grown
 
@@ -245,7 +249,8 @@ def _definition(spans: Sequence[Span], x: Tensor, weight: Tensor, factors: Seque
     found, end = [], 0
     for span, down, up in zip(spans, factors[:count], factors[count:], strict=True):
         own = span.of(tokens)
-        changed = reference.matmul_update(own, down.to(x.dtype), up.to(x.dtype), span.scale, span.of(y))
+        down, up = down.reshape(-1, x.shape[-1]).to(x.dtype), up.reshape(-1, span.rank).to(x.dtype)
+        changed = reference.matmul_update(own, down, up, span.scale, span.of(y))
         found += [y[end : span.first], changed]
         end = span.after
     return torch.cat([*found, y[end:]]).view(*x.shape[:-1], -1)

@@ -32,7 +32,7 @@ from veneer.errors import ConfigError, DataError, SelectionError, TargetError, V
 from veneer.handle import Handle, attach, load
 from veneer.train.loss import causal_loss, label_losses
 from veneer.train.many.shared_batch import Batch, join, read, split, try_rows
-from veneer.train.many.streams import OwnDropout, Stream, generators, may_drop, same, states
+from veneer.train.many.streams import OwnDropout, Stream, dropouts, generators, same, states
 
 #: (a run's rows of the output, its target) -> scalar
 Loss = Callable[[Any, Any], Tensor]
@@ -87,6 +87,9 @@ class Runs(Mapping[str, Handle]):
         self.failed: dict[str, Exception] = {}
         self._handles: dict[str, Handle] = {}
         self._streams: dict[str, Stream] = {}
+        # what takes a walk through the model is asked once
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._devices, self._dropouts = generators(model), dropouts(model)
         self._time_first = time_first(model)
         self._tried: set[Any] = set()
 
@@ -101,19 +104,19 @@ class Runs(Mapping[str, Handle]):
 
     def add(self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start: Any) -> Handle:
         """Let another run join. ``start``: ``batches``, ``loss`` and ``original`` of ``veneer.attach``."""
-        stream = Stream(seed, generators(self.model))
+        stream = Stream(seed, self._devices)
         with stream:
             if isinstance(config, LoraConfig):
                 handle = attach(self.model, config, name, **start)
             else:
                 handle = load(self.model, config, name=name, trainable=True, **start)
-        self._handles[name], self._streams[name] = handle, stream
+        self._handles[name], self._streams[name], self._parameters[name] = handle, stream, handle.parameters()
         return handle
 
     def remove(self, name: str) -> None:
         """Let a run end: its adapter is detached. Save it first."""
         self[name].detach()
-        del self._handles[name], self._streams[name]
+        del self._handles[name], self._streams[name], self._parameters[name]
 
     def backward(
         self,
@@ -168,7 +171,7 @@ class Runs(Mapping[str, Handle]):
         """What the parameters of these have as gradients, which is gone from them."""
         found = []
         for name in names:
-            for parameter in self[name].parameters():
+            for parameter in self._parameters[name]:
                 found.append((parameter, parameter.grad))
                 parameter.grad = None
         return found
@@ -180,13 +183,12 @@ class Runs(Mapping[str, Handle]):
         with ExitStack() as stack:
             chosen, dropout = self._chosen(group)
             stack.enter_context(context.changed(selection={**context.current.selection, **chosen}))
-            devices = generators(self.model)
             if len(group) == 1:
                 stack.enter_context(self._streams[next(iter(group))])
-            outside = states(devices)
+            outside = states(self._devices)
             with dropout:
                 found = self._causal(group) if causal else self._own(group, losses)
-            if len(group) > 1 and not same(outside, states(devices)):
+            if len(group) > 1 and not same(outside, states(self._devices)):
                 names = ", ".join(map(repr, group))
                 drawn = f"random numbers that the base drew for rows of {names} together"
                 do = "set its own dropout to 0, or its modules to eval()"
@@ -207,7 +209,11 @@ class Runs(Mapping[str, Handle]):
             attached.uid, own, rows.split([batch.rows for batch in group.values()]), len(rows), self._time_first
         )
         selected = {attached.uid: ActiveAdapter(None, parts, same_weights(own))}
-        return selected, OwnDropout(parts) if may_drop(self.model) else nullcontext()
+        return selected, OwnDropout(parts) if self._may_drop() else nullcontext()
+
+    def _may_drop(self) -> bool:
+        """Whether the base has dropout of its own now."""
+        return any(module.training and getattr(module, key) > 0 for module, key in self._dropouts)
 
     def _own(self, group: Mapping[str, Batch], losses: Mapping[str, Loss]) -> dict[str, Tensor]:
         """Each run's loss of its rows of the output."""

@@ -72,18 +72,14 @@ class Stream:
             raise SelectionError(found, "the numbers of the first time", do)
 
 
-def may_drop(model: nn.Module) -> bool:
-    """Whether a module in training mode has dropout, by the names of its settings."""
-    return any(
-        module.training
-        and any(
-            isinstance(value, float)
-            and value > 0
-            and ("drop" in key or (key == "p" and isinstance(module, _DropoutNd)))
-            for key, value in vars(module).items()
-        )
+def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The settings of modules that may be dropout, by their names."""
+    return [
+        (module, key)
         for _, module in walk(model)
-    )
+        for key, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in key or (key == "p" and isinstance(module, _DropoutNd)))
+    ]
 
 
 class OwnDropout(TorchFunctionMode):
