@@ -197,6 +197,13 @@ class _ByRows:
         for i, ((first, after), part, seed) in enumerate(zip(whole.spans, self.parts, seeds, strict=True)):
             if part is None or not part.changes:
                 continue
+            if part.direct is not None:  # what `resolve` would say, in every layer of every run
+                own: Any = part.direct.change
+                factors, drops = own._parameters, part.direct.drops
+                A.append(factors["A"])
+                B.append(factors["B"])
+                spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, drops, seed or 0))
+                continue
             change = part.changes[reader.weight]
             low, gain = change.resolve(weight)
             drops = change.dropout if change.training else 0.0
@@ -205,7 +212,7 @@ class _ByRows:
                     return None
                 gained[i] = low, gain, drops
                 continue
-            if drops and seed is None:
+            if drops:
                 with whole.selections[i].stream or nullcontext():
                     seed = new_seed()
             low = low.T if layer_state.transposed else low

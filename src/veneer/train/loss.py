@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import reduce
 from types import MethodType
@@ -30,11 +30,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import layer_states, own_class
+from veneer.attach.adapted_module import layer_states, own_class, state_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
 from veneer.attach.source_analysis import submodule_calls
+from veneer.attach.state import LayerState
 from veneer.attach.views import view
 from veneer.errors import ConfigError
 from veneer.kernels import fused
@@ -396,10 +397,22 @@ def _body(model: nn.Module) -> ModulePath | None:
 
 def _changes_outside(model: nn.Module, path: ModulePath, parts: Mapping[Any, Any]) -> bool:
     """Whether an adapter does something in a model besides its body."""
-    inside = {id(module) for module in model.get_submodule(".".join(path)).modules()}
-    outside = [one.key for _, module, one in layer_states(model) if id(module) not in inside]
+    outside = [one.key for one in _states_outside(model, path)]
     keys = {key[0] if isinstance(key, tuple) else key for key in parts} if outside else set()
     return any(key in keys for key in outside)
+
+
+def _states_outside(module: nn.Module, path: ModulePath) -> Iterator[LayerState]:
+    """The layer states of a module and of what is below it, but for the module at the end of a path."""
+    if not path:
+        return
+    if (own := state_of(module)) is not None:
+        yield own
+    for name, child in module._modules.items():
+        if name == path[0]:
+            yield from _states_outside(child, path[1:])  # pyright: ignore[reportArgumentType]
+        elif child is not None and not isinstance(child, LayerState):
+            yield from (one for _, _, one in layer_states(child))
 
 
 def _is_model(model: nn.Module, path: ModulePath) -> bool:
