@@ -1,8 +1,9 @@
 """Adapters trained at once on SmolLM2-135M's shape against the same steps one after another: CPU time of one thread, in
 interleaved rounds. Adapters of rank 8 on all linear layers; each step has a forward, a backward and AdamW's step.
 
-    apart, N × T    N steps of adapters of their own, T tokens each, as a loop with `causal_loss` does them
-    at once         one `Runs.backward` of all, and one AdamW over the parameters of all (the floor is apart)
+    apart           N steps of adapters of their own, T tokens each, as a loop with `causal_loss` does them (the floor)
+    at once         one `Runs.backward` of all, and one AdamW over the parameters of all
+    frozen          the base alone on the rows of all at once, without adapters: what no step at once can be below
 
     python benchmarks/many.py                         8 × 16, 8 × 64, 8 × 256 and 32 × 16 tokens, 4 layers
     python benchmarks/many.py --dtype float32 --layers 30
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 import veneer
-from candidates import ALPHA, DTYPES, llama, options, sharing, with_products
+from candidates import ALPHA, DTYPES, llama, make, options, sharing, with_products
 from report import measure, show, write
 from veneer.train.loss import causal_loss
 
@@ -67,7 +68,13 @@ def case(dtype: str, layers: int, count: int, tokens: int, runs: int, tiny: bool
         optimizer.step()
         optimizer.zero_grad()
 
-    calls = {"apart": lambda: timed(apart), "at once": lambda: timed(at_once)}
+    frozen = make("floor", sharing(base), "llama", RANK).model
+    joined = {key: torch.cat([batch[key] for batch in batches.values()]) for key in ("input_ids", "labels")}
+    calls = {
+        "apart": lambda: timed(apart),
+        "at once": lambda: timed(at_once),
+        "frozen": lambda: timed(lambda: causal_loss(frozen, joined).backward()),
+    }
     setting = {"dtype": dtype, "layers": layers, "adapters": count, "tokens": tokens}
     return measure(calls, floor="apart", runs=runs, **setting)
 

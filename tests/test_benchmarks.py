@@ -333,7 +333,7 @@ def test_many(recorded):
     cases = written(recorded, "many")["cases"]
     assert [case["setting"]["dtype"] for case in cases] == ["float32", "bfloat16"]
     for case in cases:
-        assert list(case["rows"]) == ["apart", "at once"]
+        assert list(case["rows"]) == ["apart", "at once", "frozen"]
         for row in case["rows"].values():
             check(row)
 

@@ -405,6 +405,8 @@ def test_a_head_that_an_adapter_changes_is_not_shared():
     configs = {
         "head": veneer.LoraConfig(rank=2, targets=["lm_head", "q_proj"]),
         "plain": veneer.LoraConfig(rank=2, targets=["q_proj"]),
+        "tied": veneer.LoraConfig(rank=2, targets=["embed_tokens"], variant="dora"),
+        "rows": veneer.LoraConfig(targets=(), trainable_tokens=[3, 4]),
     }
     alone = {name: Alone(base, name, own, 0, causal_loss) for name, own in configs.items()}
     runs, batches = veneer.train_many(base, configs), {name: tokens(causal=True) for name in configs}

@@ -137,8 +137,9 @@ class _ByRows:
         method="forward",
     ) -> Any:
         x = args[0] if len(args) == 1 and not kwargs and method == "forward" else None
-        seeds = [None] * len(self.parts) if x is None else self._seeds(module, x)
+        seeds: list[int | None] = [None] * len(self.parts)
         if x is not None and now.path is None:
+            seeds = self._seeds(module, x)
             y = self._at_once(module, x)
             y = self._by_spans(module, layer_state, x, seeds) if y is None else y
             if y is not None:
@@ -172,8 +173,9 @@ class _ByRows:
         seeds: list[int | None] = []
         for selected, part in zip(self.whole.selections, self.parts, strict=True):
             known = part.direct if isinstance(part, LayerAdapter) else None
-            if known is None or not known.drops or not isinstance(x, Tensor):
-                seeds.append(None)
+            weight = None if known is None else module._parameters.get(known.weight)
+            if weight is None or not known.drops or not (fused.applies(x, weight) or device.applies(x, weight)):
+                seeds.append(None)  # the paths that take a seed are these
                 continue
             with selected.stream or nullcontext():
                 seeds.append(seed_of(module, part, x))
@@ -192,6 +194,13 @@ class _ByRows:
             return None
         if not all(part is None or _low_rank_alone(part) for part in self.parts):
             return None
+        lows = {
+            i: part.changes[reader.weight].resolve(weight)
+            for i, part in enumerate(self.parts)
+            if part is not None and part.changes and part.direct is None
+        }
+        if layer_state.transposed and any(gain is not None for _, gain in lows.values()):
+            return None  # rows of ΔW are rescaled along what this layer reads as inputs
         tokens = x.shape[1:-1].numel()
         spans, A, B, gained = [], [], [], {}
         for i, ((first, after), part, seed) in enumerate(zip(whole.spans, self.parts, seeds, strict=True)):
@@ -204,12 +213,10 @@ class _ByRows:
                 B.append(factors["B"])
                 spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, drops, seed or 0))
                 continue
+            low, gain = lows[i]
             change = part.changes[reader.weight]
-            low, gain = change.resolve(weight)
             drops = change.dropout if change.training else 0.0
             if gain is not None:
-                if layer_state.transposed:  # rows of ΔW are rescaled along what this layer reads as inputs
-                    return None
                 gained[i] = low, gain, drops
                 continue
             if drops:

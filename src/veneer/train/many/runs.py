@@ -61,18 +61,21 @@ def train_many(
         found = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
         raise ConfigError(found, "the model itself: what wraps it sees one call of all runs", "pass the model inside")
     runs, problems = Runs(model, keep_going), []
-    for name, config in configs.items():
-        try:
-            runs.add(name, config, seed=seeds[name] if isinstance(seeds, Mapping) else seeds)
-        except (VeneerError, KeyError) as error:
-            if isinstance(error, KeyError):
-                error = ConfigError("no seed", "one for each run", f"add {name!r} to seeds")
-            runs.failed[name] = error
-            problems.append(f"adapter {name!r}: {error}")
-    if problems and not (keep_going and len(runs)):
+    try:
+        for name, config in configs.items():
+            try:
+                if isinstance(seeds, Mapping) and name not in seeds:
+                    raise ConfigError("no seed", "one for each run", f"add {name!r} to seeds")
+                runs.add(name, config, seed=seeds[name] if isinstance(seeds, Mapping) else seeds)
+            except VeneerError as error:
+                runs.failed[name] = error
+                problems.append(f"adapter {name!r}: {error}")
+        if not (keep_going and len(runs)):
+            raise_all(TargetError, "No run was begun", problems)
+    except BaseException:
         for name in list(runs):
             runs.remove(name)
-        raise_all(TargetError, "No run was begun", problems)
+        raise
     return runs
 
 
