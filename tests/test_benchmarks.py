@@ -21,6 +21,7 @@ import fingerprints
 import forward
 import frozen
 import import_time
+import many
 import merge
 import merge_fidelity
 import mixed
@@ -64,6 +65,7 @@ def recorded(base, tmp_path_factory) -> Path:
         experts.main(["--tiny", *out, "--runs", "1"])
         engine.main([*SHAPE, *out, "--runs", "1", "--dtype", "float32"])
         mixed.main([*SHAPE, *out, "--runs", "1", "--length", "4"])
+        many.main([*SHAPE, *out, "--runs", "1", "--sizes", "2x4"])
         frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
         planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
         compose.main(["--quick", *out, "--runs", "1"])
@@ -324,6 +326,16 @@ def test_mixed(recorded):
         for row in case["rows"].values():
             check(row)
     assert result["memory"].keys() == {"float32", "bfloat16"}
+
+
+def test_many(recorded):
+    """Steps at once beside steps apart, in each dtype."""
+    cases = written(recorded, "many")["cases"]
+    assert [case["setting"]["dtype"] for case in cases] == ["float32", "bfloat16"]
+    for case in cases:
+        assert list(case["rows"]) == ["apart", "at once", "frozen"]
+        for row in case["rows"].values():
+            check(row)
 
 
 def test_compose(recorded):

@@ -23,8 +23,8 @@ FLOORS = [
     ["models"],
     ["adapter_files"],
     ["bank", "tools", "handle", "store"],
-    [""],  # veneer/__init__.py
     ["train", "serve", "integrations"],
+    [""],  # veneer/__init__.py
     ["cli"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from veneer.tools.compare import Difference, compare
     from veneer.tools.compose import ComposeReport, compose
     from veneer.tools.extract import ExtractReport, extract
+    from veneer.train.many import Runs, train_many
 
 #: public name -> the module that holds it, imported when the name is first used: `import veneer` alone adds nothing to
 #: `import torch`, and no program imports what it does not use
@@ -46,6 +47,7 @@ _LAZY = {
     "LoraConfig": "veneer.config",
     "MergeReport": "veneer.attach.merge_report",
     "NotQuantized": "veneer.attach.qconfig",
+    "Runs": "veneer.train.many",
     "SkippedLayers": "veneer.attach.plan",
     "UnverifiedAdapter": "veneer.adapter_files",
     "VeneerError": "veneer.errors",
@@ -59,6 +61,7 @@ _LAZY = {
     "merge": "veneer.attach.merge",
     "save": "veneer.adapter_files",
     "summarise": "veneer.attach.summary",
+    "train_many": "veneer.train.many",
     "unmerge": "veneer.attach.merge",
     "use": "veneer.attach.select",
 }
@@ -81,6 +84,7 @@ __all__ = [
     "LoraConfig",
     "MergeReport",
     "NotQuantized",
+    "Runs",
     "SkippedLayers",
     "UnverifiedAdapter",
     "VeneerError",
@@ -97,6 +101,7 @@ __all__ = [
     "optim",
     "save",
     "summarise",
+    "train_many",
     "unmerge",
     "use",
 ]

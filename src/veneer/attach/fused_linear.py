@@ -64,8 +64,8 @@ def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
     return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
 
 
-def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in]."""
+def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | None = None) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x [*, in]. ``seed``: of their one draw of dropout; None draws it."""
     weights, biases, A, B = [], [], [], []
     here = x.is_cpu
     for module, known in members:
@@ -76,7 +76,10 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor) -> tuple[Ten
         A.append(factors["A"])
         B.append(factors["B"])
     dropout = members[0][1].drops
-    seed = new_seed() if dropout else 0
+    if not dropout:
+        seed = 0
+    elif seed is None:
+        seed = new_seed()
     scales = tuple(known.change.scale for _, known in members)
     if not here:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
@@ -127,6 +130,27 @@ class Together:
             ready = {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)}
             _THREAD.ready = x, x._version, ready
         return y
+
+    def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
+        """That of the draw of ``module`` on x where its output is computed apart: with the draws of ``output``, one for
+        all members that read this x."""
+        ready = getattr(_THREAD, "seeds", {})
+        of, version, seed = ready.pop(id(part), (None, 0, 0))
+        if of is x and version == x._version:
+            return seed
+        known, seed, _THREAD.seeds = part.direct, new_seed(), {}
+        if part is self.members[0][1] and known.fits(module, x):
+            _THREAD.seeds = {
+                id(own): (x, x._version, seed)
+                for other, own in self.members[1:]
+                if own.direct.fits(other, x) and own.direct.drops == known.drops
+            }
+        return seed
+
+
+def seed_of(module: nn.Module, part: Any, x: Tensor) -> int:
+    """The seed of the dropout of a part that is direct, on x."""
+    return new_seed() if part.together is None or x.is_inference() else part.together.seed(module, part, x)
 
 
 _THREAD = threading.local()

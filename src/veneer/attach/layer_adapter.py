@@ -32,7 +32,7 @@ from veneer.attach.adapted_module import own_forward, weight_of
 from veneer.attach.change import PIECES, Change
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
 from veneer.attach.experts import dropped, is_stack
-from veneer.attach.fused_linear import Direct, Together, direct, outputs
+from veneer.attach.fused_linear import Direct, Together, direct, outputs, seed_of
 from veneer.attach.state import LayerState, ModulePath
 from veneer.attach.views import view, viewed
 from veneer.kernels import cost_model, device, fused
@@ -125,9 +125,11 @@ class LayerAdapter(nn.Module):
         now: Any,
         share=True,
         method="forward",
+        seed: int | None = None,
     ) -> Any:
         """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
-        ``share`` allows to compute layers that read the same input together."""
+        ``share`` allows to compute layers that read the same input together. ``seed``: that of dropout, where it is
+        known already."""
         if method != "forward":
             return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
         known = self.direct
@@ -140,7 +142,10 @@ class LayerAdapter(nn.Module):
                     return self.together.output(module, self, x)
                 shape, change = x.shape, known.change
                 tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
-                if tokens > known.forms_above or (change.dropout and change.training):
+                if change.dropout and change.training:
+                    seed = seed_of(module, self, x) if share and seed is None else seed
+                    return outputs([(module, known)], x, seed)[0]
+                if tokens > known.forms_above:
                     return outputs([(module, known)], x)[0]
                 factors: Any = change._parameters
                 bias = None if known.bias is None else own[known.bias]
@@ -148,7 +153,7 @@ class LayerAdapter(nn.Module):
                 run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
                 return run(change.scale, x, weight, bias, factors["A"], factors["B"])
             if device.applies(x, weight):
-                return self._with_others(module, known, x, share)
+                return self._with_others(module, known, x, share, seed)
         return self._run_any(module, base, layer_state, args, kwargs, now)
 
     def _run_any(self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any) -> Any:
@@ -187,11 +192,12 @@ class LayerAdapter(nn.Module):
             found[name] = weights[name], dropped(change, low)
         return found
 
-    def _with_others(self, module: nn.Module, known: Direct, x: Tensor, share: bool) -> Tensor:
+    def _with_others(self, module: nn.Module, known: Direct, x: Tensor, share: bool, seed: int | None) -> Tensor:
         """The output of a layer that the fused kernel computes, with those of layers that read the same x."""
         if self.together is not None and share and self.together.applies(known, x):
             return self.together.output(module, self, x)
-        return outputs([(module, known)], x)[0]
+        seed = seed_of(module, self, x) if share and known.drops and seed is None else seed
+        return outputs([(module, known)], x, seed)[0]
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
         """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""

@@ -4,14 +4,15 @@ Every layer takes the rows of each distinct adapter out of its inputs, runs on t
 order. What such a run calls below uses that one adapter too. That is right for every layer whose inputs hold the rows
 along an axis that its kind knows (``Layer.take``), and an error for any other.
 
-On a device, where a launch is dear, plain changes of a linear layer are two products of all rows instead
-(``kernels/batched.py``).
+A linear layer has one product with its weight for all rows instead, where that is plain and frozen: on a processor if
+the rows of an adapter are neighbours (``kernels/spans.py``), with gradients to all of them; on a device, where a launch
+is dear, for plain changes, which are two products of all rows there (``kernels/batched.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
@@ -22,11 +23,14 @@ from torch.utils import _pytree as pytree
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
 from veneer.attach.blend import same_weights
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.fused_linear import seed_of
+from veneer.attach.layer_adapter import LayerAdapter, with_update
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
-from veneer.kernels import batched, device
+from veneer.kernels import batched, device, fused
+from veneer.kernels.dropout import seed as new_seed
+from veneer.kernels.spans import Span, linear
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
@@ -44,6 +48,8 @@ class Parts(Mapping[Any, Any]):
     ) -> None:
         self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
         self.order = torch.cat(list(rows)).argsort()
+        #: of each of the selections the first row and the one after the last, if its rows are neighbours, in order
+        self.spans = _spans(rows)
         self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
         self._made: dict[Any, Tensor] = {}
         places = {row: place for place, own in enumerate(rows) for row in own.tolist()}
@@ -89,9 +95,18 @@ class Parts(Mapping[Any, Any]):
                 self._made[key] = found.to(like.device, non_blocking=True)
         return self._made[key]
 
-    def only(self, selected: ActiveAdapter) -> Any:
-        """A block in which one of the adapters is selected alone."""
-        return context.changed(selection={**context.current.selection, self.uid: selected})
+    @contextmanager
+    def only(self, selected: ActiveAdapter, nothing_below: bool = False) -> Iterator[None]:
+        """A block in which one of the adapters is selected alone, with its own random numbers; ``nothing_below`` would
+        ask what is selected."""
+        if selected.stream is None and nothing_below:
+            yield
+            return
+        with (
+            context.changed(selection={**context.current.selection, self.uid: selected}),
+            selected.stream or nullcontext(),
+        ):
+            yield
 
     def __iter__(self):
         return iter(dict.fromkeys(key for selected in self.selections for key in selected.parts or ()))
@@ -121,8 +136,12 @@ class _ByRows:
         share=True,
         method="forward",
     ) -> Any:
-        if method == "forward" and now.path is None and len(args) == 1 and not kwargs:
-            y = self._at_once(module, args[0])
+        x = args[0] if len(args) == 1 and not kwargs and method == "forward" else None
+        seeds: list[int | None] = [None] * len(self.parts)
+        if x is not None and now.path is None:
+            seeds = self._seeds(module, x)
+            y = self._at_once(module, x)
+            y = self._by_spans(module, layer_state, x, seeds) if y is None else y
             if y is not None:
                 return y
         whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
@@ -135,17 +154,94 @@ class _ByRows:
             raise _cannot_tell(module, refusal)
         outputs = []
         every, order = whole.on(args[0] if args and isinstance(args[0], Tensor) else (args, kwargs))
-        for selected, rows, part in zip(whole.selections, every, self.parts, strict=True):
+        for selected, rows, part, seed in zip(whole.selections, every, self.parts, seeds, strict=True):
+            drawn = {} if seed is None else {"seed": seed}
             try:
                 own, named = kind.take(module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1))
             except LookupError:
                 raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
-            with nullcontext() if alone else whole.only(selected):
+            with whole.only(selected, alone):
                 if part is None:
                     outputs.append(method_of(base, method)(module, *own, **named))
                 else:
-                    outputs.append(part.run(module, base, layer_state, own, named, now, share=False, method=method))
+                    y = part.run(module, base, layer_state, own, named, now, share=False, method=method, **drawn)
+                    outputs.append(y)
         return kind.put(module, outputs, spread(order, tokens or 1))
+
+    def _seeds(self, module: Any, x: Any) -> list[int | None]:
+        """Those of the dropout of each part that is direct, as if its rows were computed alone."""
+        seeds: list[int | None] = []
+        for selected, part in zip(self.whole.selections, self.parts, strict=True):
+            known = part.direct if isinstance(part, LayerAdapter) else None
+            weight = None if known is None else module._parameters.get(known.weight)
+            if weight is None or not known.drops or not (fused.applies(x, weight) or device.applies(x, weight)):
+                seeds.append(None)  # the paths that take a seed are these
+                continue
+            with selected.stream or nullcontext():
+                seeds.append(seed_of(module, part, x))
+        return seeds
+
+    def _by_spans(self, module: Any, layer_state: Any, x: Any, seeds: Sequence[int | None]) -> Tensor | None:
+        """The output of a linear layer whose weight is plain, if each part is a low-rank change of that alone."""
+        whole, reader = self.whole, layer_state.layer
+        if not (isinstance(x, Tensor) and whole.spans and layer_state.factors and layer_state.product and x.ndim > 1):
+            return None
+        if len(x) != whole.count or (whole.time_first and x.ndim > 2 and x.shape[1] == whole.count):
+            return None
+        weight = module._parameters.get(reader.weight)
+        bias = module._parameters.get("bias")
+        if weight is None or not fused.applies(x, weight) or (bias is not None and bias.requires_grad):
+            return None
+        if not all(part is None or _low_rank_alone(part) for part in self.parts):
+            return None
+        lows = {
+            i: part.changes[reader.weight].resolve(weight)
+            for i, part in enumerate(self.parts)
+            if part is not None and part.changes and part.direct is None
+        }
+        if layer_state.transposed and any(gain is not None for _, gain in lows.values()):
+            return None  # rows of ΔW are rescaled along what this layer reads as inputs
+        tokens = x.shape[1:-1].numel()
+        spans, A, B, gained = [], [], [], {}
+        for i, ((first, after), part, seed) in enumerate(zip(whole.spans, self.parts, seeds, strict=True)):
+            if part is None or not part.changes:
+                continue
+            if part.direct is not None:  # what `resolve` would say, in every layer of every run
+                own: Any = part.direct.change
+                factors, drops = own._parameters, part.direct.drops
+                A.append(factors["A"])
+                B.append(factors["B"])
+                spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, drops, seed or 0))
+                continue
+            low, gain = lows[i]
+            change = part.changes[reader.weight]
+            drops = change.dropout if change.training else 0.0
+            if gain is not None:
+                gained[i] = low, gain, drops
+                continue
+            if drops:
+                with whole.selections[i].stream or nullcontext():
+                    seed = new_seed()
+            low = low.T if layer_state.transposed else low
+            spans.append(Span(first * tokens, after * tokens, low.rank, low.scale, drops, seed or 0))
+            A.append(low.A)
+            B.append(low.B)
+        matrix = weight.mT if reader.out_axis == 1 else weight
+        y = linear(x, matrix, None if gained else bias, spans, A, B)
+        return self._with_gains(module, reader, x, y, bias, gained) if gained else y
+
+    def _with_gains(self, module: Any, reader: Any, x: Tensor, y: Tensor, bias: Any, gained: dict[int, Any]) -> Tensor:
+        """y, of which these spans are x Wᵀ alone yet, and none has the bias."""
+        spans: Any = self.whole.spans
+        sizes, outputs = [after - first for first, after in spans], []
+        for i, (own, rows) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
+            if i in gained:
+                low, gain, drops = gained[i]
+                with self.whole.selections[i].stream or nullcontext():
+                    outputs.append(with_update(reader, module, own, rows, low, gain, bias, drops))
+            else:
+                outputs.append(rows if bias is None else rows + bias)
+        return torch.cat(outputs)
 
     def _at_once(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer on a device whose changes are plain; None where it is not that."""
@@ -201,6 +297,19 @@ def _factors(part: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
     factors = change.adapter_parameters
     A, B = factors["A"][0], factors["B"][0]
     return (A, B, change.scale) if A.device == B.device == x.device else None
+
+
+def _low_rank_alone(part: Any) -> bool:
+    """Whether a part does nothing but change weights of its layer at a low rank."""
+    return isinstance(part, LayerAdapter) and not part.read_below and not (part.full._parameters or part.full._buffers)
+
+
+def _spans(rows: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    flat = [row for own in rows for row in own.tolist()]
+    if flat != list(range(len(flat))):
+        return None
+    ends = [own.tolist()[-1] + 1 for own in rows]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:

@@ -16,6 +16,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -43,11 +44,13 @@ R = TypeVar("R")
 class ActiveAdapter:
     """What one call uses: the adapter's name, and its parts by the key of their layer's state, or by (key, method). No
     name is the base alone; no parts, that it cannot be told, or that the adapter has been detached. ``on`` is the
-    adapter that was merged into the weights when this one was attached: it changes these."""
+    adapter that was merged into the weights when this one was attached: it changes these. ``stream``: a block in which
+    random numbers are this adapter's own (``train/many``), where its rows share a batch; None: torch's."""
 
     name: str | None
     parts: Mapping[Any, Any] | None
     on: str | None = None
+    stream: AbstractContextManager[Any] | None = None
 
     @property
     def table(self) -> Mapping[Any, Any]:

@@ -320,7 +320,7 @@ def _gradients(ctx, *gradients):
         dB.append(gradient)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
     db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
-    part, grown = _back(U, joined, tokens, dropped, need_x and not settings.form, True in need_A)
+    part, grown = thin_back(U, joined, tokens, dropped, need_x and not settings.form, True in need_A)
     dx = part
     if need_x:  # dy W of all layers onto that of the thin products, or dy (W + ΔW)
         for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
@@ -331,8 +331,8 @@ def _gradients(ctx, *gradients):
     dA: list[Any] = [None] * len(A)
     if grown is not None:
         parts = _by_layer(grown, ups)
-        dA = [None if dy is None else _grown(part, down) for dy, part, down in zip(dys, parts, A, strict=True)]
-    dB = [None if part is None else _grown(part.mT, up) for part, up in zip(dB, B, strict=True)]
+        dA = [None if dy is None else as_factor(part, down) for dy, part, down in zip(dys, parts, A, strict=True)]
+    dB = [None if part is None else as_factor(part.mT, up) for part, up in zip(dB, B, strict=True)]
     return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
@@ -360,14 +360,14 @@ def _stacked(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat(tuple(rows)) if rows[0].is_contiguous() else torch.cat([one.mT for one in rows], 1).mT
 
 
-def _grown(gradient: Tensor, factor: Tensor) -> Tensor:
+def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient [m, n] of a factor in its own dtype and shape."""
     if gradient.dtype != factor.dtype:
         gradient = gradient.to(factor.dtype, memory_format=torch.contiguous_format)
     return gradient if factor.ndim == 2 else gradient[None]
 
 
-def _back(
+def thin_back(
     U: Tensor, joined: Tensor, x: Tensor, dropped: Dropped | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None

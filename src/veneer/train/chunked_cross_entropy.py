@@ -27,6 +27,7 @@ class ChunkedCrossEntropy:
         self.accuracy = accuracy
         self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
         self.correct = like.new_zeros((), dtype=torch.long)
+        self.told: list[Tensor] = []
         self.rows: list[Tensor] = []
         self.gradients: dict[Tensor, Tensor] = {}  # by the head's own parameters
         # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
@@ -44,6 +45,7 @@ class ChunkedCrossEntropy:
         if self.accuracy:
             self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
         self.total -= told.sum()
+        self.told.append(told)
         if not logits.requires_grad:
             return
         gradient = shares.scatter_(1, answers, chosen - 1)  # softmax - onehot
@@ -65,6 +67,30 @@ class ChunkedCrossEntropy:
         known |= {parameter: gradient.to(parameter.dtype) for parameter, gradient in self.gradients.items()}
         return _KnownGradients.apply(self.total, list(known.values()), *known) if known else self.total  # pyright: ignore[reportReturnType]
 
+    def label_losses(self, rows: Tensor) -> Tensor:
+        """The loss of each label [n], as a function of the rows [n, h] alone: the head has nothing that trains."""
+        losses = -torch.cat(self.told).squeeze(1)
+        return _KnownRows.apply(losses, torch.cat(self.rows), rows) if self.rows else losses  # pyright: ignore[reportReturnType]
+
+
+class _KnownRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, gradients: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(gradients)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _once()
+        (known,) = ctx.saved_tensors
+        return None, None, known * upstream.to(known.device, known.dtype)[:, None]
+
+
+def _once() -> None:
+    if torch.is_grad_enabled():  # the known gradients would silently pass for constants
+        found = "create_graph=True through token_loss, which keeps no graph of the head"
+        raise NotImplementedError(sentence(found, "one derivative", "differentiate model(**inputs).loss instead"))
+
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
@@ -74,9 +100,7 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled():  # the known gradients would silently pass for constants
-            found = "create_graph=True through token_loss, which keeps no graph of the head"
-            raise NotImplementedError(sentence(found, "one derivative", "differentiate model(**inputs).loss instead"))
+        _once()
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(known * upstream.to(known.device) if needed else None for known, needed in pairs)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import reduce
 from types import MethodType
@@ -30,18 +30,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import own_class
+from veneer.attach.adapted_module import layer_states, own_class, state_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
 from veneer.attach.source_analysis import submodule_calls
+from veneer.attach.state import LayerState
 from veneer.attach.views import view
 from veneer.errors import ConfigError
 from veneer.kernels import fused
 from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.tokens import IGNORED
 
-__all__ = ["TokenLoss", "causal_loss", "log_probabilities", "token_loss"]
+__all__ = ["TokenLoss", "causal_loss", "label_losses", "log_probabilities", "token_loss"]
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
@@ -113,6 +114,30 @@ def causal_loss(
     return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
+def label_losses(model: nn.Module, inputs: Mapping[str, Any], *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """(-log p of each label, [n], row after row; how many each row has, [b]): `token_loss` before it is summed, for
+    rows that differ in what they weigh. It can be differentiated once.
+
+    Raises:
+        ConfigError: the model adds a loss over all rows, the balance of its experts.
+    """
+    labels: Tensor = inputs["labels"]
+    rest = {"use_cache": False, **{name: value for name, value in inputs.items() if name != "labels"}}
+    if getattr(getattr(unwrap(model), "config", None), "output_router_logits", False):
+        found = "output_router_logits=True, for a loss of the balance of experts over all rows"
+        raise ConfigError(found, "losses of each row", "set it to False, or train the adapters one by one")
+    target = labels[:, 1:]
+    wanted, path = target != IGNORED, _body(model)
+    outputs = None
+    if path is not None and wanted.any():
+        rows, sums, outputs, _ = _chunks(model, path, rest, labels, False, chunk, None)
+        if rows is not None and sums is not None:
+            return sums.label_losses(rows), wanted.sum(1)
+    logits = (model(**rest) if outputs is None else outputs).logits[:, :-1][wanted]
+    wide = logits.to(at_least_float32(logits.dtype))
+    return functional.cross_entropy(wide, target[wanted].to(wide.device), reduction="none"), wanted.sum(1)
+
+
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
     """log p of each label from the tokens before it, [b, s - 1]; 0 where there is none. Differentiable as often as the
     model.
@@ -181,10 +206,35 @@ def _balance(model: nn.Module, outputs: Any) -> Tensor | None:
     return extra * float(getattr(config, "router_aux_loss_coef", 0.0)) if isinstance(extra, Tensor) else None
 
 
+class _Chunks(NamedTuple):
+    """The labelled rows [n, h] of a body's hidden states, None where a model could not be cut there; what their chunks
+    came to, where there are any; the model's output, where it is needed still; its loss of balance."""
+
+    rows: Tensor | None
+    sums: ChunkedCrossEntropy | None
+    outputs: Any
+    extra: Tensor | None
+
+
 def _in_chunks(
     model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int,
     count: int | None,
 ) -> TokenLoss:  # fmt: skip
+    rows, sums, outputs, extra = _chunks(model, path, inputs, labels, accuracy, chunk, count)
+    if rows is None:  # no body of this kind, or a head that looks at several rows at once
+        return _at_once(model, outputs, _columns(labels), labels, accuracy)
+    items = (labels[:, 1:] != IGNORED).sum()
+    if sums is None:
+        logits = outputs.logits
+        items = items.to(logits.device)
+        return TokenLoss(logits.to(at_least_float32(logits.dtype)).sum() * 0.0, items, items, extra)
+    return TokenLoss(sums.differentiable(rows), items.to(sums.total.device), sums.correct, extra)
+
+
+def _chunks(
+    model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int,
+    count: int | None,
+) -> _Chunks:  # fmt: skip
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [b, s]: what the hidden state here should say
     wanted = targets != IGNORED
     if count is None or labels.is_cpu:
@@ -212,11 +262,9 @@ def _in_chunks(
         return _with_rows(output, first)
 
     outputs = head.reusing(_view(model, path, answer))(**inputs)
-    if rows is None:  # no body of this kind, or a head that looks at several rows at once
-        return _at_once(model, outputs, _columns(labels), labels, accuracy)
-    items, extra = wanted.sum().to(outputs.logits.device), _balance(model, outputs)
-    if len(places) == 0:
-        return TokenLoss(outputs.logits.to(at_least_float32(outputs.logits.dtype)).sum() * 0.0, items, items, extra)
+    extra = None if rows is None else _balance(model, outputs)
+    if rows is None or len(places) == 0:
+        return _Chunks(rows, None, outputs, extra)
     sums = ChunkedCrossEntropy(outputs.logits, accuracy)
     sums.add(first, outputs.logits, answers[:chunk])
     del outputs  # and with it these logits
@@ -224,7 +272,7 @@ def _in_chunks(
         leaf = leaf_of(rows[start : start + chunk])
         sums.add(leaf, head(leaf).logits, answers[start : start + chunk])
     head.forget()
-    return TokenLoss(sums.differentiable(rows), items, sums.correct, extra)
+    return _Chunks(rows, sums, None, extra)
 
 
 class _Head:
@@ -352,9 +400,29 @@ def _body(model: nn.Module) -> ModulePath | None:
     attached = adapters_of(model)
     if attached is not None:
         chosen = context.current.selection.get(attached.uid, attached.default)
-        if chosen.name is None and chosen.parts:
+        if chosen.name is None and chosen.parts and _changes_outside(model, found[0][0], chosen.parts):
             return None  # an adapter for each row of the batch, which the head would no longer know
     return found[0][0]
+
+
+def _changes_outside(model: nn.Module, path: ModulePath, parts: Mapping[Any, Any]) -> bool:
+    """Whether an adapter does something in a model besides its body."""
+    outside = [one.key for one in _states_outside(model, path)]
+    keys = {key[0] if isinstance(key, tuple) else key for key in parts} if outside else set()
+    return any(key in keys for key in outside)
+
+
+def _states_outside(module: nn.Module, path: ModulePath) -> Iterator[LayerState]:
+    """The layer states of a module and of what is below it, but for the module at the end of a path."""
+    if not path:
+        return
+    if (own := state_of(module)) is not None:
+        yield own
+    for name, child in module._modules.items():
+        if name == path[0]:
+            yield from _states_outside(child, path[1:])  # pyright: ignore[reportArgumentType]
+        elif child is not None and not isinstance(child, LayerState):
+            yield from (one for _, _, one in layer_states(child))
 
 
 def _is_model(model: nn.Module, path: ModulePath) -> bool:

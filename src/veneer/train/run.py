@@ -24,13 +24,15 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-import veneer
+from veneer.attach.check import check
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
+from veneer.config import LoraConfig
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, TrainingError
 from veneer.fileio.hashing import hash_json
+from veneer.handle import attach, load
 from veneer.models.load import Base
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
@@ -109,8 +111,8 @@ def fit(
             )
     set_seed(config.seed)
     way = config.parallel if processes.count > 1 else "ddp"
-    load = partial(sharding.load, task, arguments.device, console) if way == "fsdp" else task.load
-    base, handle, cached = processes.each(lambda: _model(task, load, prepared, ids, found), _size, "a model")
+    read = partial(sharding.load, task, arguments.device, console) if way == "fsdp" else task.load
+    base, handle, cached = processes.each(lambda: _model(task, read, prepared, ids, found), _size, "a model")
     describe(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
@@ -182,9 +184,9 @@ def _place(found: list[Any] | Found) -> Found:
 
 
 def _model(
-    task: Task, load: Callable[[], Base], prepared: Prepared, ids: tuple[int, ...], found: Found
+    task: Task, read: Callable[[], Base], prepared: Prepared, ids: tuple[int, ...], found: Found
 ) -> tuple[Base, Any, Any]:
-    base = load()._replace(tokenizer=task.processor)
+    base = read()._replace(tokenizer=task.processor)
     handle = attach_as(task, base.model, prepared, ids, found)
     return base, handle, HiddenStateCache(base.model) if task.config.cache_lower else None
 
@@ -262,15 +264,15 @@ def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], 
     """A new adapter, which trains the tokens ``ids`` too, or that of the checkpoint."""
     config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
     if found is not None:
-        return veneer.load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
+        return load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     torch.manual_seed(config.seed)
-    lora = veneer.LoraConfig(
+    lora = LoraConfig(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets, exclude=config.exclude,
         layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
         variant=config.variant, dtype=dtype, trainable_tokens=tokens,
     )  # fmt: skip
-    return veneer.attach(model, lora, name="default", **start_data(task, prepared.train, model))
+    return attach(model, lora, name="default", **start_data(task, prepared.train, model))
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
@@ -323,7 +325,7 @@ def describe(
 def _check(task: Task, model: Any, prepared: Prepared) -> None:
     """Every adapter must be reached and get a gradient: on a short example, with the random state put back."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        veneer.check(model, task.example(prepared, model.device))
+        check(model, task.example(prepared, model.device))
 
 
 def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
