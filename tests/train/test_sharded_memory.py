@@ -36,7 +36,7 @@ def ends(result=None):
     print("peak", json.dumps(status("VmHWM") - held[0]))
     return result
 sharding.load = lambda *args: begins() or load(*args)
-processes.leave = lambda: ends() or leave()
+processes.leave = lambda output: ends() or leave(output)
 tool.merge_checkpoint = lambda *args, **kwargs: begins() or ends(merge(*args, **kwargs))
 """
 #: loads as if nothing could be read by shares

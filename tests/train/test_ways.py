@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WAYS = [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2)]
 
-#: trains with each configuration, and counts what is sent: bytes by operation, of each training step
+#: trains with each configuration, and counts what is sent: bytes by operation, and tokens of each training step
 PROGRAM = """
 import json, os
 from pathlib import Path
@@ -54,6 +54,8 @@ for name in kept:
     setattr(dist, name, counting(name))
 step = Trainer.training_step
 def stepping(self, model, inputs, *args, **kwargs):
+    if not tokens:  # what was gathered before the first step, for the check, is no step's
+        sent[:] = [one for one in sent if one[0] != "all_gather_single"]
     tokens.append(next(iter(inputs.values())).shape[:2].numel())
     return step(self, model, inputs, *args, **kwargs)
 Trainer.training_step = stepping
@@ -63,7 +65,7 @@ for file in {files!r}:
     fit(config, quiet=True)
     if os.environ.get("RANK", "0") == "0":
         (config.output / "sent.json").write_text(json.dumps([sent, tokens]))
-leave()
+leave("")
 """
 
 
