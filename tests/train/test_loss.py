@@ -391,12 +391,13 @@ def test_logits_do_not_outlive_their_chunk(grad: bool) -> None:
     assert loss.requires_grad == grad
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "sequence-head"])
 @pytest.mark.parametrize("loss", [causal_loss, lambda *given: lean.log_probabilities(*given).sum()])
-def test_a_step_leaves_nothing_behind(loss: Callable[..., Tensor]) -> None:
+def test_a_step_leaves_nothing_behind(loss: Callable[..., Tensor], name: str) -> None:
     """Not until the garbage collector comes by, either: memory of a chunk's logits would grow by that in each step."""
     import gc
 
-    model, inputs = shaken(made("llama-tied"), ["*q_proj"]), batch(0, "nothing")
+    model, inputs = shaken(made(name), ["*q_proj"]), batch(0, "nothing")
     alive = []
     gc.collect()
     gc.disable()
@@ -527,6 +528,15 @@ def test_an_adapter_for_each_row() -> None:
     with veneer.use(model, "other"):
         assert is_cut(model)
         compare(model, inputs, chunk=4)
+
+
+def test_losses_of_each_label() -> None:
+    model, inputs = shaken(tiny_model().double(), ["q_proj"]), batch(0, "scattered")
+    losses, counts = lean.label_losses(model, inputs, chunk=4)
+    torch.testing.assert_close(losses.sum() / counts.sum(), full_loss(model, inputs), rtol=1e-12, atol=0)
+    head = shaken(tiny_model(tie_word_embeddings=False), ["q_proj", "lm_head"])
+    with pytest.raises(NotImplementedError, match="a head that trains"):
+        lean.label_losses(head, inputs, chunk=4)
 
 
 def test_adapter_dropout_on_the_head_is_no_reason_to_run_in_full() -> None:

@@ -69,6 +69,9 @@ class ChunkedCrossEntropy:
 
     def label_losses(self, rows: Tensor) -> Tensor:
         """The loss of each label [n], as a function of the rows [n, h] alone: the head has nothing that trains."""
+        if self.gradients:
+            found = "the losses of each label of a head that trains, whose gradient is known of their sum"
+            raise NotImplementedError(sentence(found, "a frozen head", "use token_loss or log_probabilities"))
         losses = -torch.cat(self.told).squeeze(1)
         return _KnownRows.apply(losses, torch.cat(self.rows), rows) if self.rows else losses  # pyright: ignore[reportReturnType]
 

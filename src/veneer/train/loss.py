@@ -264,6 +264,7 @@ def _chunks(
     outputs = head.reusing(_view(model, path, answer))(**inputs)
     extra = None if rows is None else _balance(model, outputs)
     if rows is None or len(places) == 0:
+        head.forget()
         return _Chunks(rows, None, outputs, extra)
     sums = ChunkedCrossEntropy(outputs.logits, accuracy)
     sums.add(first, outputs.logits, answers[:chunk])
