@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
@@ -95,7 +95,7 @@ def find_intruders(
     """
     if type(count) is not int or count < 0 or not 0 < threshold <= 1:
         found = f"{count!r} singular vectors and a threshold of {threshold!r}"
-        raise ConfigError(sentence(found, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"))
+        raise ConfigError(found, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}")
     lows = applied(saved)
     for aligned in align([saved], base_weights.order):
         if aligned.alias_of is None:
