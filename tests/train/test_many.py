@@ -67,6 +67,10 @@ KINDS = {
 }
 
 
+#: by name: of a run's parameters; the first has fewer digits than the others
+DTYPES = {"narrow": "bfloat16", "usual": None, "wide": "float64"}
+
+
 def floats(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -205,6 +209,36 @@ def test_float32_losses_are_the_same_over_a_hundred_steps():
     assert worst < 2e-5
 
 
+def test_runs_that_drop_draw_once_for_layers_that_read_one_input():
+    """As each alone: with one adapter the queries, keys and values share a draw."""
+    torch.manual_seed(0)
+    base, targets, draw, loss = llama()
+    base = base.double().train()
+    configs = {"a": config("dropping", targets), "b": config("dropping", targets, rank=3, dropout=0.5)}
+    alone = {name: Alone(base, name, own, 7, loss) for name, own in configs.items()}
+    runs = veneer.train_many(base, configs, seeds=7)
+    batches = {name: draw() for name in configs}
+    for parameter in [*runs["a"].parameters(), *alone["a"].handle.parameters()]:
+        parameter.data += 0.05  # B is zero at the start
+    losses = runs.backward(batches, loss)
+    for name, run in runs.items():
+        assert abs(losses[name] - alone[name].step(batches[name])) < 1e-10, name
+        assert_same_gradients(run, alone[name].handle)
+
+
+def test_runs_of_other_dtypes_keep_the_digits_of_their_own():
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4)
+    configs = {name: veneer.LoraConfig(rank=2, targets="all", dtype=own) for name, own in DTYPES.items()}
+    alone = {name: Alone(base, name, own, 0, F.mse_loss) for name, own in configs.items()}
+    runs = veneer.train_many(base, configs)
+    batches = {name: (torch.randn(3, 6), torch.randn(3, 4)) for name in configs}
+    losses = runs.backward(batches, F.mse_loss)
+    for name, run in runs.items():
+        assert abs(losses[name] - alone[name].step(batches[name])) < 1e-6, name
+        assert_same_gradients(run, alone[name].handle, 0.01 if DTYPES[name] == "bfloat16" else 1e-6)
+
+
 def two(model=None, **changes):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double() if model is None else model
     configs = {"a": veneer.LoraConfig(rank=2, targets="all"), "b": veneer.LoraConfig(rank=1, targets=["0"])}
@@ -291,6 +325,14 @@ def test_a_loss_that_raises_names_its_run_and_changes_no_gradient():
     assert isinstance(runs.failed["b"], ZeroDivisionError)
     assert any(one is not None for one in gradients(runs["a"]))
     assert all(one is None for one in gradients(runs["b"]))
+
+
+def test_each_batch_needs_a_loss():
+    runs, batch = two(), (floats(2, 6), floats(2, 4))
+    for losses in ({"a": F.mse_loss}, {"a": F.mse_loss, "b": None}, None):
+        with pytest.raises(ConfigError, match="no loss for adapter 'b'" if losses else "no loss for adapter 'a'"):
+            runs.backward({"a": batch, "b": batch}, losses)
+    assert all(one is None for run in runs.values() for one in gradients(run))
 
 
 def test_configs_that_do_not_fit_are_named_and_the_others_go_on_only_if_told():

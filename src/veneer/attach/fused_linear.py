@@ -133,18 +133,17 @@ class Together:
 
     def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
         """That of the draw of ``module`` on x where its output is computed apart: with the draws of ``output``, one for
-        all members that read this x."""
-        ready = getattr(_THREAD, "seeds", {})
-        of, version, seed = ready.pop(id(part), (None, 0, 0))
-        if of is x and version == x._version:
-            return seed
-        known, seed, _THREAD.seeds = part.direct, new_seed(), {}
-        if part is self.members[0][1] and known.fits(module, x):
-            _THREAD.seeds = {
-                id(own): (x, x._version, seed)
-                for other, own in self.members[1:]
-                if own.direct.fits(other, x) and own.direct.drops == known.drops
-            }
+        all members that read this x. Those of several adapters wait at once, where rows of each are in x."""
+        shared_input, version, seeds = getattr(_THREAD, "seeds", (None, 0, {}))
+        if shared_input is not x or version != x._version:
+            seeds = {}
+        seed = seeds.pop(id(part), None)
+        if seed is None:
+            known, seed = part.direct, new_seed()
+            if part is self.members[0][1] and known.fits(module, x):
+                others = [own for other, own in self.members[1:] if own.direct.fits(other, x)]
+                seeds |= {id(own): seed for own in others if own.direct.drops == known.drops}
+        _THREAD.seeds = (x, x._version, seeds) if seeds else (None, 0, {})
         return seed
 
 

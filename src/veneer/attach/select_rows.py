@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ class Parts(Mapping[Any, Any]):
         if all(part is None for part in parts):
             raise KeyError(key)
         return _ByRows(self, parts)
+
+    def are_rows_of(self, x: Any) -> bool:
+        """Whether the first axis of x holds the rows, and no other may."""
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != self.count:
+            return False
+        return not (self.time_first and x.ndim > 2 and x.shape[1] == self.count)
 
     def on(self, inputs: Any) -> tuple[Sequence[Tensor], Tensor]:
         """``rows`` and ``order`` on the device of a call's inputs, brought there at once and kept."""
@@ -184,9 +191,7 @@ class _ByRows:
     def _by_spans(self, module: Any, layer_state: Any, x: Any, seeds: Sequence[int | None]) -> Tensor | None:
         """The output of a linear layer whose weight is plain, if each part is a low-rank change of that alone."""
         whole, reader = self.whole, layer_state.layer
-        if not (isinstance(x, Tensor) and whole.spans and layer_state.factors and layer_state.product and x.ndim > 1):
-            return None
-        if len(x) != whole.count or (whole.time_first and x.ndim > 2 and x.shape[1] == whole.count):
+        if not (whole.spans and layer_state.factors and layer_state.product and whole.are_rows_of(x)):
             return None
         weight = module._parameters.get(reader.weight)
         bias = module._parameters.get("bias")
@@ -245,14 +250,12 @@ class _ByRows:
 
     def _at_once(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer on a device whose changes are plain; None where it is not that."""
-        if not isinstance(x, Tensor) or x.is_cpu or x.ndim < 2:
+        if not self.whole.are_rows_of(x) or x.is_cpu:
             return None
         known = next((part.direct for part in self.parts if isinstance(part, LayerAdapter)), None)
         if known is None or known.weight not in module._parameters:
             return None
         whole, weight = self.whole, module._parameters[known.weight]
-        if len(x) != whole.count or (whole.time_first and x.ndim > 2 and x.shape[1] == whole.count):
-            return None
         if not device.applies_alike(x, weight):
             return None
         bias = None if known.bias is None else module._parameters[known.bias]
@@ -306,10 +309,7 @@ def _low_rank_alone(part: Any) -> bool:
 
 def _spans(rows: Sequence[Tensor]) -> list[tuple[int, int]] | None:
     flat = [row for own in rows for row in own.tolist()]
-    if flat != list(range(len(flat))):
-        return None
-    ends = [own.tolist()[-1] + 1 for own in rows]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return [*pairwise(accumulate(map(len, rows), initial=0))] if flat == list(range(len(flat))) else None
 
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:

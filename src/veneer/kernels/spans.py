@@ -15,6 +15,7 @@ one after another in float32, 0.19 and 1.1 in bfloat16, beside 1.8 and 0.8 of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -120,7 +121,8 @@ def _below(factors: Sequence[Tensor], dtype: torch.dtype, way: Any) -> Tensor:
 
 
 class _Gradients(NamedTuple):
-    """What ``backward`` of a way makes: part [T, in] of dx, and those of each A [r, in] and B [out, r]."""
+    """What ``backward`` of a way makes: part [T, in] of dx, and those of each A [r, in] and B [out, r]. Its ``dtype``
+    is the widest of the factors', for a cast of all at once."""
 
     x: Tensor | None
     A: Sequence[Any]
@@ -165,7 +167,8 @@ class _Batched:
 
     @staticmethod
     def of(spans: Sequence[Span], x: Tensor) -> Tensor:
-        return x[spans[0].first : spans[-1].after].reshape(len(spans), -1, x.shape[1])
+        """x [T, n] as [N, t, n], in its own memory: what is written there is x's."""
+        return x[spans[0].first : spans[-1].after].view(len(spans), -1, x.shape[1])
 
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
@@ -233,7 +236,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx, *grown = reference.gradients_of(plain, (x, *factors), (need_x, *needs[1], *needs[2]), [dy], drops)
         return None, dx, None, None, *grown
     tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    part, dA, dB = ctx.way.backward(spans, tokens, dy, downs, ups, h, needs, factors[0].dtype)
+    dtype = functools.reduce(torch.promote_types, {one.dtype for one in factors})
+    part, dA, dB = ctx.way.backward(spans, tokens, dy, downs, ups, h, needs, dtype)
     dx = None if part is None else part.addmm_(dy, weight).view(ctx.shape)
     grown = [
         fused.as_factor(own, factor) if need else None

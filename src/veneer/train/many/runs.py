@@ -14,6 +14,7 @@ the model for each run.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import Parts, time_first
 from veneer.attach.state import ActiveAdapter
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, DataError, SelectionError, TargetError, VeneerError, raise_all, sentence
+from veneer.errors import ConfigError, DataError, SelectionError, TargetError, VeneerError, raise_all
 from veneer.handle import Handle, attach, load
 from veneer.train.loss import causal_loss, label_losses
 from veneer.train.many.shared_batch import Batch, join, read, split, try_rows
@@ -94,6 +95,8 @@ class Runs(Mapping[str, Handle]):
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._devices, self._dropouts = generators(model), dropouts(model)
         self._time_first = time_first(model)
+        # keys and values would be kept of all rows
+        self._defaults = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self._tried: set[Any] = set()
 
     def __getitem__(self, name: str) -> Handle:
@@ -150,10 +153,13 @@ class Runs(Mapping[str, Handle]):
         if unknown:
             found = f"a batch or weight for {unknown[0]!r}"
             raise DataError(found, f"one of {', '.join(self) or 'no run'}", "add the run first")
-        losses = {name: loss[name] if isinstance(loss, Mapping) else loss for name in batches}
+        losses: dict[str, Any] = {name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches}
+        if lacking := [name for name, own in losses.items() if not callable(own)]:
+            found = f"no loss for adapter {lacking[0]!r}"
+            raise ConfigError(found, "(output, target) -> scalar for each batch", "pass one for all, or one by name")
         groups: dict[Any, dict[str, Batch]] = {}
         for name, batch in batches.items():
-            own = read(name, batch, self.model)
+            own = read(name, batch, self._defaults)
             groups.setdefault((losses[name] is causal_loss, own.like), {})[name] = own
         self.failed = {}
         before = self._take_gradients(batches)
@@ -229,18 +235,15 @@ class Runs(Mapping[str, Handle]):
         for (name, batch), own in zip(group.items(), outputs, strict=True):
             try:
                 value = losses[name](own, batch.target)
+                if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+                    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    what = f"loss {shape} of adapter {name!r}"
+                    raise ConfigError(what, "a scalar with a gradient", "return a mean or a sum")
             except Exception as error:
                 error.add_note(f"in the loss of adapter {name!r}")
                 if not self.keep_going:
                     raise
                 self.failed[name] = error
-                continue
-            if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                words = f"loss {shape} of adapter {name!r}", "a scalar with a gradient", "return a mean or a sum"
-                if not self.keep_going:
-                    raise ConfigError(*words)
-                self.failed[name] = ConfigError(*words)
                 continue
             found[name] = value
         return found
@@ -272,5 +275,5 @@ def _named(name: str, batch: Batch) -> dict[str, Any]:
     """The keyword arguments of a batch of a language model."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.rows:
         found = f"a batch of {name!r} without labels [{batch.rows}, tokens]"
-        raise DataError(sentence(found, "keyword arguments of the model, with labels", "pass input_ids and labels"))
+        raise DataError(found, "keyword arguments of the model, with labels", "pass input_ids and labels")
     return batch.kwargs

@@ -7,7 +7,6 @@ That is right for a model that treats rows alike whoever else is there. ``try_ro
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +39,9 @@ class Batch(NamedTuple):
         return str(spec), tuple(tensors)
 
 
-def read(name: str, batch: Any, model: nn.Module) -> Batch:
-    """A batch as ``Runs.backward`` takes it. ``DataError``: it is none, or its tensors differ in rows."""
+def read(name: str, batch: Any, defaults: Mapping[str, Any]) -> Batch:
+    """A batch as ``Runs.backward`` takes it, with what it leaves out by default. ``DataError``: it is none, or its
+    tensors differ in rows."""
     if isinstance(batch, Mapping):
         inputs, target = {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
     elif isinstance(batch, tuple) and len(batch) == 2:
@@ -50,10 +50,8 @@ def read(name: str, batch: Any, model: nn.Module) -> Batch:
         found = f"a {type(batch).__name__} as the batch of {name!r}"
         expected = "(inputs, target), or a mapping of the model's keyword arguments with labels"
         raise DataError(found, expected, "pass one of these; the loss gets the target or the labels")
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+    args, kwargs = ((), {**defaults, **inputs}) if isinstance(inputs, Mapping) else (inputs, {**defaults})
     args = args if isinstance(args, tuple) else (args,)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        kwargs.setdefault("use_cache", False)  # which would keep keys and values of all rows
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     rows = {len(one) if one.dim() else 0 for one in tensors}
     if len(rows) != 1 or 0 in rows:
