@@ -65,13 +65,15 @@ def serve(
         )  # fmt: skip
     server = Server(process, f"http://127.0.0.1:{number}", log)
     try:
-        _wait(server, ready, time.monotonic() + seconds)
+        wait(server, ready, seconds)
         yield server
     finally:
         stop(process)
 
 
-def _wait(server: Server, ready: str, until: float) -> None:
+def wait(server: Server, ready: str = "/ready", seconds: float = 300) -> None:
+    """Until it answers 200 at this path. ``RuntimeError``: it ended, or did not in time; shows what it printed."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         if server.process.poll() is not None:
             raise RuntimeError(f"{server.process.args} ended with {server.process.returncode}:\n{tail(server.log)}")

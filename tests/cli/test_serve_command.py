@@ -22,7 +22,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
 from veneer.serve.access import read_keys
 from veneer.serve.api import create
-from veneer.serve.settings import bytes_in, called_by_default
+from veneer.serve.settings import Settings, bytes_in, called_by_default, settings_of
 
 
 def test_keygen(veneer, tmp_path):
@@ -50,6 +50,15 @@ def test_bytes(text, count):
 def test_what_is_no_number_of_bytes(text):
     with pytest.raises(ConfigError, match="--memory"):
         bytes_in(text)
+
+
+def test_a_config_file_means_what_the_command_line_means():
+    written = settings_of("owner/base", precision="bfloat16", pin="french", memory=10**9, rows=3)
+    assert written == settings_of("owner/base", precision="bf16", pin=["french"], memory="1GB", rows=3)
+    assert (written.name, written.precision, written.pin, written.memory) == ("owner/base", "bf16", ("french",), 10**9)
+    assert settings_of("owner/base", name="mine", pin=None, memory=None) == Settings("owner/base", "mine")
+    with pytest.raises(ConfigError, match="--precision 'half'"):
+        settings_of("owner/base", precision="half")
 
 
 def test_names_of_bases(base, tmp_path):

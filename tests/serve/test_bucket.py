@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 
 import httpx
 import pytest
-from tests.support.api_server import listening
+from tests.support.api_server import listening, until
 from tests.support.service import make_adapter, open_service
 from tests.support.tiny import write_tiny
 
@@ -46,22 +45,16 @@ def test_what_is_pushed_to_a_bucket_is_served_by_all_within_seconds(bucket, tmp_
             replies = [httpx.post(f"{url}/v1/completions", json={**body, "model": model}) for url in (one, other)]
             return [reply.json()["choices"][0]["text"] if reply.is_success else None for reply in replies]
 
-        def until(true):
-            end = time.monotonic() + 30
-            while not true():
-                assert time.monotonic() < end
-                time.sleep(0.2)
-
         before = answers("french")
         assert before[0] == before[1] is not None
         push(made[1], f"{bucket}/german")
-        until(lambda: None not in answers("german"))
+        until(lambda: None not in answers("german"), 30)
         push(made[1], f"{bucket}/french")
-        until(lambda: answers("french") == answers("german"))
+        until(lambda: answers("french") == answers("german"), 30)
         assert answers("french") != before
         cards = httpx.get(f"{one}/v1/models").json()["data"]
         assert {card["root"] for card in cards[1:]} == {f"{bucket}/french", f"{bucket}/german"}
         refused = httpx.post(f"{one}/v1/unload_lora_adapter", json={"lora_name": "french"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "remote_adapters")
         file_system(parse_place(bucket, None))[0].rm(f"{bucket}/french", recursive=True)
-        until(lambda: answers("french") == [None, None])
+        until(lambda: answers("french") == [None, None], 30)

@@ -428,9 +428,11 @@ def test_a_change_that_cannot_be_loaded_leaves_the_old_one(folder, caplog):
     assert caplog.text.count("the new one cannot be loaded") == 1
 
 
-def test_a_change_without_room_for_both_takes_the_old_ones_place(folder, monkeypatch):
-    catalogue = opened(folder)
-    catalogue.load("french", None, pin=True)
+@pytest.mark.parametrize("pin", [(), ("french",)])
+def test_a_change_without_room_for_both_takes_the_old_ones_place(folder, monkeypatch, pin):
+    """And stays pinned, whether the API or the command line pinned it."""
+    catalogue = Catalogue(folder, FakeBank(), BASE, pin)
+    catalogue.load("french", None, pin=None if pin else True)
     catalogue.follow_pins()
 
     def full(bank, path, name, *, replace=False):
@@ -441,6 +443,17 @@ def test_a_change_without_room_for_both_takes_the_old_ones_place(folder, monkeyp
     for _ in range(2):
         catalogue.refresh(force=True)
     assert "french" not in catalogue._bank.resident
+    catalogue.follow_pins()
+    assert catalogue._bank.pinned == {"french"}
+
+
+def test_what_is_pinned_is_pinned_again_when_it_comes_back(folder):
+    catalogue = Catalogue(folder, FakeBank(), BASE, ["french"])
+    catalogue.follow_pins()
+    (folder / "french").rename(folder / ".french")
+    assert "french" not in catalogue.refresh(force=True)
+    (folder / ".french").rename(folder / "french")
+    catalogue.refresh(force=True)
     catalogue.follow_pins()
     assert catalogue._bank.pinned == {"french"}
 

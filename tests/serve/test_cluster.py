@@ -102,6 +102,8 @@ def test_the_config_file_of_the_docs_is_one_of_ray_serve(tmp_path):
     args = {**application.args}
     del args["keys"]
     assert app(args) is not None
+    with pytest.raises(ConfigError, match="--precision 'half'"):
+        app({**args, "precision": "half"})
     with pytest.raises(ConfigError, match="the argument row"):
         app({**args, "row": 3})
     with pytest.raises(ConfigError, match="--replicas '3-2'"):

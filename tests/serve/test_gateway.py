@@ -189,6 +189,15 @@ def test_the_numbers_of_all_replicas_are_on_one_page(fleet):
     assert len(re.findall(r"^# TYPE veneer_http_responses_total counter$", page.text, re.M)) == 1
 
 
+def test_a_replica_that_dies_while_the_numbers_are_read(fleet):
+    async def lost(request, body):
+        raise LostError
+
+    fleet.gateway._ask_all = lost
+    answer = fleet.request("GET", "/metrics")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
+
+
 def test_pages_that_differ_are_merged():
     pages = {"a": b'# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r"} 2.0\n', "b": b""}
     assert (

@@ -82,6 +82,15 @@ def test_files_that_were_copied_there_are_read_when_they_rest(tmp_path, made):
     )
 
 
+def test_files_that_are_copied_to_an_empty_place_are_read_when_they_rest(tmp_path, made):
+    (tmp_path / "place").mkdir()
+    where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
+    assert where.look() == {}
+    shutil.copytree(made[0], tmp_path / "place" / "french")
+    assert where.look() == {}
+    assert files(where.look()["french"]) == files(made[0])
+
+
 def test_what_is_damaged_leaves_the_old_one_and_is_said_once(tmp_path, made, caplog):
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
     push(made[0], f"file://{tmp_path}/place/french")

@@ -138,6 +138,7 @@ class FakeBank:
             raise AdapterError(f"Found: no tensors in {path}.")
         self.paths[name] = path
         self.resident.discard(name)
+        self.pinned -= {name} if replace else set()
 
     def add(self, path: Path, name: str, *, replace: bool = False) -> str:
         if json.loads((path / "adapter_config.json").read_text()).get("broken"):

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import httpx
 from tests.support.service import make_adapter
 from tests.support.tiny import write_tiny
 
+from serve_cases import servers
 from veneer.store.library import Library
 
 ROOT = Path(__file__).parents[2]
@@ -105,41 +105,39 @@ def fleet(front: str, place: Place, folder: Path, *, replicas: int = 3, rows: in
 def _ray(front: str, command: list[str], folder: Path, replicas: int) -> Iterator[Fleet]:
     import psutil
 
-    port = free_port()
-    with _process([*command, "--port", str(port), "--replicas", str(replicas)], folder / "ray.log") as process:
-        url = f"http://127.0.0.1:{port}"
+    port = servers.port()
+    line = [*command, "--port", str(port), "--replicas", str(replicas)]
+    with _process(line, folder / "ray.log", port) as server:
 
         def pids() -> list[int]:
-            below = psutil.Process(process.pid).children(recursive=True)
+            below = psutil.Process(server.process.pid).children(recursive=True)
             named = [(child.pid, " ".join(child.cmdline())) for child in below if child.is_running()]
             return sorted(pid for pid, name in named if name.startswith("ray::ServeReplica:veneer:Replica"))
 
-        _wait(f"{url}/ready", process, folder / "ray.log")
-        yield Fleet(url, [f"{url}/metrics"], pids, lambda adapter: {}, replaces=True)
+        servers.wait(server)
+        yield Fleet(server.url, [f"{server.url}/metrics"], pids, lambda adapter: {}, replaces=True)
 
 
 @contextmanager
 def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iterator[Fleet]:
-    ports = [free_port() for _ in range(replicas + 1)]
+    ports = [servers.port() for _ in range(replicas + 1)]
     port, own = ports[0], ports[1:]
-    logs = [folder / f"server-{number}.log" for number in own]
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(_process([*command, "--port", str(number)], log))
-            for number, log in zip(own, logs, strict=True)
+        behind = [
+            stack.enter_context(_process([*command, "--port", str(number)], folder / f"server-{number}.log", number))
+            for number in own
         ]
-        for number, server, log in zip(own, servers, logs, strict=True):
-            _wait(f"http://127.0.0.1:{number}/ready", server, log)
+        for server in behind:
+            servers.wait(server)
         config = folder / f"{front}.conf"
         config.write_text(configuration(front, port, own, folder))
         binary = program(front) or front
         line = [binary, "-p", str(folder), "-c"] if front == "nginx" else [binary, "-db", "-f"]
-        process = stack.enter_context(_process([*line, str(config)], folder / f"{front}.log"))
-        url = f"http://127.0.0.1:{port}"
-        _wait(f"{url}/ready", process, folder / f"{front}.log")
-        pages = [f"http://127.0.0.1:{number}/metrics" for number in own]
+        before = stack.enter_context(_process([*line, str(config)], folder / f"{front}.log", port))
+        servers.wait(before)
+        pages = [f"{server.url}/metrics" for server in behind]
         hint = (lambda adapter: {"X-Adapter": adapter}) if front == "nginx" else (lambda adapter: {})
-        yield Fleet(url, pages, lambda: [server.pid for server in servers], hint, replaces=False)
+        yield Fleet(before.url, pages, lambda: [server.process.pid for server in behind], hint, replaces=False)
 
 
 def documented(front: str) -> str:
@@ -149,12 +147,12 @@ def documented(front: str) -> str:
     return block
 
 
-def configuration(front: str, port: int, servers: Sequence[int], folder: Path) -> str:
+def configuration(front: str, port: int, behind: Sequence[int], folder: Path) -> str:
     """The documented configuration at these ports, and what a run without root's folders needs around it."""
     text = documented(front)
-    addresses = iter(servers)
+    addresses = iter(behind)
     text, count = re.subn(r"10\.0\.0\.\d:8000", lambda _: f"127.0.0.1:{next(addresses)}", text)
-    assert count == len(servers)
+    assert count == len(behind)
     text, count = re.subn(r"\b8080\b", str(port), text)
     assert count == 1
     if front == "haproxy":
@@ -168,41 +166,24 @@ def configuration(front: str, port: int, servers: Sequence[int], folder: Path) -
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
-def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, and all that it starts, as long as the block lasts."""
+def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.Server]:
+    """A process, and all that it starts, as long as the block lasts. Ray's are not all of its process group."""
     import psutil
 
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=settings)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=settings, start_new_session=True
+        )
     try:
-        yield process
+        yield servers.Server(process, f"http://127.0.0.1:{port}", log)
     finally:
         below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        for child in [process, *below]:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        servers.stop(process, 60)
+        for child in below:
+            with suppress(psutil.NoSuchProcess):
                 child.kill()
-        process.wait()
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
-        with suppress(httpx.TransportError):
-            if httpx.get(url, timeout=5, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"{url} did not answer:\n{log.read_text(errors='replace')[-4000:]}")
 
 
 @dataclass

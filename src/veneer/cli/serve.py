@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option, echo
 
 from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
-
-HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
+from veneer.serve.settings import Settings, given, settings_of
 
 Length = Annotated[
     int, Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
@@ -34,15 +33,15 @@ def serve_command(
     adapters: Annotated[
         str | None, Option(help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters.")
     ] = None,
-    host: Annotated[str, Option(help="Address to listen at.")] = HOST,
-    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = PORT,
+    host: Annotated[str, Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, Option(help="What clients call the base. Default: the last part of BASE.")] = None,
     memory: Annotated[str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")] = None,
     pin: Annotated[list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")] = None,
-    rows: Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)] = ROWS,
-    length: Length = LENGTH,
-    queue: Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)] = 256,
-    timeout: Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)] = 600.0,
+    rows: Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)] = Settings.rows,
+    length: Length = Settings.length,
+    queue: Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)] = Settings.queue,
+    timeout: Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)] = Settings.timeout,
     grace: Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
     keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
     allow_open: AllowOpen = False,
@@ -70,22 +69,20 @@ def serve_command(
     from veneer.serve.access import Keyring, read_keys
     from veneer.serve.guard import LOOPBACK
     from veneer.serve.listen import bind, is_loopback
-    from veneer.serve.settings import Settings, bytes_in, called_by_default
 
     setup_logging()
-    called = name or called_by_default(base)
-    dtype: Any = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
     local = is_loopback(host)
     if keys is None and not local and not allow_open:
         do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
         raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
+    settings = settings_of(
+        base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
+        timeout=timeout, precision=precision, **own,
+    )  # fmt: skip
     if engine == "vllm":
         _not_for_vllm({**own, "replicas": replicas})
-        _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
-    settings = Settings(
-        base, called, adapters, bytes_in(memory), tuple(pin or ()), rows, length, queue, timeout, dtype, **own
-    )
+        _become_vllm(settings, name, host, port, keys)
     ring = Keyring() if keys is None else read_keys(keys)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
@@ -96,32 +93,29 @@ def serve_command(
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
 
 
-def _become_vllm(
-    base: str, adapters: str | None, host: str, port: int, name: str | None, rows: int, length: int,
-    keys: Path | None, precision: Any,
-) -> None:  # fmt: skip
-    """Hand everything to vLLM, which takes the place of this process."""
+def _become_vllm(settings: Settings, name: str | None, host: str, port: int, keys: Path | None) -> None:
+    """Hand everything to vLLM, which takes the place of this process. ``name``: the base's, if one was given."""
     from veneer.errors import ConfigError
     from veneer.models.load import pick_dtype, stored_dtype
     from veneer.models.locate import folder_of
     from veneer.serve import vllm
     from veneer.serve.catalogue import folders
-    from veneer.serve.settings import called_by_default
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do)
-    place, found = base, {} if adapters is None else folders(adapters)
-    if base.startswith("package:") or base.lower().endswith(".gguf"):  # which vLLM does not know
-        place, name = str(folder_of(base)), name or called_by_default(base)
-    dtype = None  # of a hub id, vLLM finds it
+    place, found = settings.base, {} if settings.adapters is None else folders(settings.adapters)
+    if place.startswith("package:") or place.lower().endswith(".gguf"):  # which vLLM does not know
+        place, name = str(folder_of(place)), settings.name
+    dtype, precision = None, settings.precision  # of a hub id, vLLM finds it
     if precision == "stored" and Path(place).is_dir():  # vLLM's own "auto" takes bf16 for a base in float32
         dtype = stored_dtype(place)
     elif precision not in ("auto", "stored"):
         dtype = pick_dtype(precision)
     line = vllm.command(
         place, found, name=name, host=host, port=port,
-        length=None if length == LENGTH else length, rows=None if rows == ROWS else rows,
+        length=None if settings.length == Settings.length else settings.length,
+        rows=None if settings.rows == Settings.rows else settings.rows,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
     )  # fmt: skip
     vllm.run(line)
@@ -129,7 +123,6 @@ def _become_vllm(
 
 def _not_for_vllm(own: dict[str, Any]) -> None:
     from veneer.errors import ConfigError, listing
-    from veneer.serve.settings import given
 
     if flags := given(own):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
@@ -137,7 +130,7 @@ def _not_for_vllm(own: dict[str, Any]) -> None:
 
 
 def _alone(
-    settings: Any, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float
+    settings: Settings, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float
 ) -> None:
     """Serve in this process."""
     from veneer.cli.console import err
@@ -161,7 +154,13 @@ def _listen(service: Any, listening: Any, host: str, port: int, budget: int | No
 
 
 def _on_ray(
-    settings: Any, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str, grace: float
+    settings: Settings,
+    keys: str | None,
+    hosts: tuple[str, ...] | None,
+    host: str,
+    port: int,
+    replicas: str,
+    grace: float,
 ) -> None:
     import signal
     import threading

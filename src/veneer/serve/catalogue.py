@@ -21,7 +21,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +61,13 @@ class Catalogue:
     """The adapters of a folder, kept in step with the bank. Its methods block on the disk: call them in a thread, but
     for ``known`` and ``root``."""
 
-    def __init__(self, folder: str | Path | None, bank: Any, base: str = "") -> None:
-        """Register every adapter of ``folder`` (None: there are none, and none can be loaded) with the bank.
-        ``ConfigError``: no such folder, a damaged ``served.json``. ``LibraryError``: a damaged index."""
+    def __init__(self, folder: str | Path | None, bank: Any, base: str = "", pin: Iterable[str] = ()) -> None:
+        """Register every adapter of ``folder`` (None: there are none, and none can be loaded) with the bank. ``pin``:
+        what is to be pinned besides what the API pins. ``ConfigError``: no such folder, a damaged ``served.json``.
+        ``LibraryError``: a damaged index."""
         self._mirror = Mirror(str(folder)) if folder is not None and is_remote(str(folder)) else None
         self.folder = None if folder is None or self._mirror else Path(folder).expanduser().resolve()
-        self.base, self._bank = base, bank
+        self.base, self._bank, self._always = base, bank, frozenset(pin)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._paths: dict[str, Path] = {}
@@ -86,10 +87,10 @@ class Catalogue:
 
     @property
     def pinned(self) -> tuple[str, ...]:
-        return tuple(sorted(self._state.pinned & self._paths.keys()))
+        return tuple(sorted((self._state.pinned | self._always) & self._paths.keys()))
 
     def follow_pins(self) -> None:
-        """Load what was pinned through the API, here or in another process, and let go of what no longer is. What is
+        """Load what is to be pinned, by the API of this server or of another, and let go of what no longer is. What is
         damaged by now, or has no room, is named in the log: a server that would not start for it would serve nobody."""
         pinned, before = frozenset(self.pinned), self._pins
         self._pins = pinned  # first: what fails is not tried again every second
@@ -210,6 +211,7 @@ class Catalogue:
     def _drop(self, name: str) -> None:
         del self._paths[name], self._stamps[name]  # first: what hears of the removal asks `known`
         self._bank.remove(name)
+        self._pins -= {name}
 
     def _record(self, name: str, where: str | None, pin: bool | None) -> None:
         with _locked(self._root()):

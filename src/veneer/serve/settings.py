@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listing
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+#: torch's words for what a base is loaded in, and ``load_base``'s
+_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISIONS = ("auto", "stored", *_TORCH.values())
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,22 @@ class Settings:
     attention: str = "auto"
 
 
+def settings_of(base: str, **words: Any) -> Settings:
+    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` as "2GiB", torch's words for a
+    ``precision``, one ``pin`` or several. ``ConfigError``: a word that means nothing."""
+    memory, pin, precision = words.get("memory"), words.get("pin") or (), words.get("precision", Settings.precision)
+    precision = _TORCH.get(precision, precision)
+    if precision not in _PRECISIONS:
+        found, expected = f"--precision {precision!r}", f"one of {listing((*_PRECISIONS, *_TORCH))}"
+        raise ConfigError(found, expected, "check the spelling")
+    words["name"] = words.get("name") or called_by_default(base)
+    words["memory"] = bytes_in(None if memory is None else str(memory))
+    words["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
+    return Settings(base, **{**words, "precision": precision})
+
+
 def bytes_in(text: str | None) -> int | None:
-    """A number of bytes such as "2GiB", "500MB" or "1e9"."""
+    """A number of bytes such as "2GiB" or "500MB"."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())

@@ -34,7 +34,7 @@ def start(settings: Settings, keys: Keyring) -> Service:
     own = models.context_length(settings.base) if causal else loaded.length
     length = min(settings.length, own or settings.length)
     bank = Bank(model, settings.memory)
-    catalogue = Catalogue(settings.adapters, bank, settings.name)
+    catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
     metrics = Metrics(catalogue.known)
     bank.on_event = metrics.event
     for adapter in dict.fromkeys(settings.pin):

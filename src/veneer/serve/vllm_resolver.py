@@ -23,10 +23,12 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from veneer.adapter_files.folder import AdapterFiles, content_hash, read
+from veneer.adapter_files.record import record_in
 from veneer.adapter_files.verify import BaseWeights
 from veneer.errors import AdapterError, BaseMismatchError, CheckpointError, LibraryError, listing, raise_all, sentence
 from veneer.fileio.hashing import fingerprint, kind_in, prints_in
+from veneer.fileio.untrusted import read_header
+from veneer.formats import peft
 from veneer.serve.vllm import ADVICE, reasons_against
 from veneer.store.library import NAME, Library
 from veneer.store.remote import is_remote, pull
@@ -37,7 +39,7 @@ _VERSION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Found(NamedTuple):
-    """An adapter for vLLM: its folder, and a number that goes by its content."""
+    """An adapter for vLLM: its folder, and a number that goes by the folder's name, which is a hash."""
 
     path: Path
     number: int
@@ -64,11 +66,10 @@ class Adapters:
         if not NAME.fullmatch(plain) or (at and not _VERSION.fullmatch(version)):
             return None
         path = self._fetch(plain, version)
-        saved = read(path)
         raise_all(AdapterError, "vLLM cannot load it", [sentence(why, *ADVICE) for why in reasons_against(path)])
-        proven = self._must_be_base(base, saved) if self.verify_base else "not compared, as VENEER_VERIFY_BASE=0 says"
+        proven = self._must_be_base(base, path) if self.verify_base else "not compared, as VENEER_VERIFY_BASE=0 says"
         log.info("Adapter %r: %s, base: %s", name, path, proven)
-        return Found(path, 1 + int(content_hash(path)[:15], 16))
+        return Found(path, 1 + int(path.name[:15], 16))
 
     def _fetch(self, name: str, version: str) -> Path:
         if is_remote(self.place):
@@ -80,11 +81,12 @@ class Adapters:
             raise LibraryError(found, version, "ask for what it is now, or give each of them a name of its own")
         return path
 
-    def _must_be_base(self, base: str, saved: AdapterFiles) -> str:
+    def _must_be_base(self, base: str, path: Path) -> str:
         """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is not."""
-        record = saved.metadata.get("base")
-        if record is None:
+        saved = record_in(path, read_header(path / peft.TENSORS).metadata)  # the rest was verified as it was pulled
+        if saved is None:
             return "unknown, as another library wrote the adapter"
+        record = saved["base"]
         with self._lock:
             if base not in self._weights:
                 self._weights[base] = _weights(base)

@@ -37,8 +37,8 @@ class Mirror:
             expected = "a folder, or a place of fsspec such as s3://bucket/adapters"
             raise RemoteError(f"adapters at {place}", expected, "pull what you need into a folder")
         self._folders: dict[str, Path] = {}
-        self._stamps: dict[str, str] = {}  # of what was fetched, or failed
-        self._before: dict[str, str] = {}  # of what the last look saw
+        self._stamps: dict[str, str] = {}  # of what was fetched
+        self._before: dict[str, str] | None = None  # of what the last look saw
         self._said: dict[str, str] = {}
 
     @property
@@ -58,17 +58,18 @@ class Mirror:
         for name in self._folders.keys() - there.keys():
             del self._folders[name]
         # files that were copied there by other means are whole when they are the same at two looks
-        first = not self._before and not self._stamps
+        now = {name: stamp for name, (stamp, _) in there.items()}
+        before = now if self._before is None else self._before  # at the start there is nothing to compare with
         new = [
             name
             for name, (stamp, pushed) in there.items()
-            if stamp != self._stamps.get(name) and (pushed or first or stamp == self._before.get(name))
+            if stamp != self._stamps.get(name) and (pushed or stamp == before.get(name))
         ]
-        self._before = {name: stamp for name, (stamp, _) in there.items()}
+        self._before = now
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="veneer-mirror") as pool:
             for name, done in zip(new, pool.map(self._fetch, new), strict=True):
                 if isinstance(done, Path):
-                    self._folders[name], self._stamps[name] = done, there[name][0]
+                    self._folders[name], self._stamps[name] = done, now[name]
                     self._said.pop(name, None)
                 elif self._said.get(name) != str(done):  # it is tried again at the next look
                     self._said[name] = str(done)

@@ -47,8 +47,7 @@ class Whole:
 
 class Gateway:
     """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a replica and gives its
-    ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what ``ask`` raises when a replica has died;
-    ``full``: when too many requests wait."""
+    ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they raise when a replica has died."""
 
     draining = False  # `Guard` asks
 
@@ -80,7 +79,10 @@ class Gateway:
 
     async def _metrics(self, asked: Message, body: bytes, send: Any) -> None:
         """The numbers of all replicas, each with its label; or what the first of them says that refuses."""
-        answers = await self._ask_all(asked, body)
+        try:
+            answers = await self._ask_all(asked, body)
+        except self._lost as error:
+            raise no_replica() from error
         if not answers:
             raise no_replica()
         answer = next((answer for answer in answers if answer.status != 200), answers[0])

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import ray
@@ -31,13 +31,11 @@ from veneer.serve import limits
 from veneer.serve.access import Keyring, read_keys
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.guard import LOOPBACK
-from veneer.serve.settings import Settings, bytes_in, called_by_default
+from veneer.serve.settings import Settings, settings_of
 
 NAME = "veneer"
 #: seconds between two questions whether a replica is well
 HEALTH = 2.0
-#: seconds that serving ends later than asked for, at most: Ray's own steps
-CLOSING = 10.0
 
 
 class AdapterRouter(RequestRouter):
@@ -62,7 +60,7 @@ class AdapterRouter(RequestRouter):
 class Replica:
     """One server of the base, without sockets."""
 
-    def __init__(self, settings: dict[str, Any], keys: str | None, hosts: tuple[str, ...] | None) -> None:
+    def __init__(self, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None) -> None:
         from veneer.serve import page
         from veneer.serve.api import create
         from veneer.serve.start import prepare_process, start
@@ -70,7 +68,7 @@ class Replica:
         _log_to_stderr()
         prepare_process()
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.service = start(Settings(**settings), _keyring(keys))
+        self.service = start(settings, _keyring(keys))
         self.service.hosts = hosts
         self.application = create(self.service, page.router)
 
@@ -130,11 +128,8 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
         raise ConfigError(f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling")
     if not given.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")
-    memory = given.get("memory")
-    given["memory"] = bytes_in(memory) if isinstance(memory, str) else memory
-    given["name"] = given.get("name") or called_by_default(given["base"])
     hosts = None if keys is not None or open_to_all else LOOPBACK
-    return application(Settings(**{**given, "pin": tuple(given.get("pin", ()))}), keys, hosts, replicas, grace)
+    return application(settings_of(**given), keys, hosts, replicas, grace)
 
 
 def application(
@@ -152,7 +147,7 @@ def application(
     front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
         **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(replica.bind(asdict(settings), keys, hosts), settings.name, keys, hosts)
+    return front.bind(replica.bind(settings, keys, hosts), settings.name, keys, hosts)
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
