@@ -109,6 +109,7 @@ def test_what_a_repair_refuses(veneer: Case, base: Path, adapter: Path, tmp_path
     refused(veneer("compose", out, adapter, adapter, "--repair", "--base", base), "one adapter")
     refused(veneer("compose", out, f"{adapter}=0.5", "--repair", "--base", base), "one adapter")
     refused(veneer("compose", out, adapter, "--repair", "--base", base, "--rank", 2), "--repair with --rank")
+    refused(veneer("compose", out, adapter, "--repair", "--base", base, "--seed", 2), "--repair with --seed")
     refused(veneer("compose", out, adapter, "--repair", "--base", base, "--factor", 3), r"in \[0, 1\]")
     refused(veneer("compose", out, adapter, "--factor", 0.5), "without --repair")
     assert not out.exists()

@@ -61,7 +61,10 @@ def compose_command(
     tuned = {"factor": factor, "count": intruders, "threshold": threshold}
     tuned = {name: value for name, value in tuned.items() if value is not None}
     if repair:
-        others = {"--method": method, "--rank": rank, "--energy": energy, "--density": density, "--layer": layer}
+        others = {
+            "--method": method, "--rank": rank, "--energy": energy, "--density": density, "--layer": layer,
+            "--seed": seed,
+        }  # fmt: skip
         _repair(output, adapters, base, tuned, others, overwrite, as_json)
         return
     if tuned:
