@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tests.support.tiny import tiny_tokenizer, write_tiny
-from tests.support.toys import randomise
+from tests.support.toys import calibration, randomise
 
 import veneer
 from veneer.models.safetensors_dir import open_checkpoint
 
 
-def trained(model, path, size=0.05, **config):
-    """A saved adapter with changes that are not zero; the model is as it was."""
-    config = veneer.LoraConfig(**{"rank": 2, "targets": "all", **config})
-    handle = veneer.attach(model, config)
+def trained(model, path, size=0.05, args=(), **config):
+    """A saved adapter with changes that are not zero; the model is as it was. ``args``: a call's, for variants that
+    start from data."""
+    known = calibration(model, config.get("variant", "lora"), args)
+    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **known)
     randomise(handle, size)
     handle.save(path)
     handle.detach()
     return path
+
+
+def merged(model, path):
+    """The weights of ``model`` with an adapter folded in, in float64."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if getattr(module, "max_norm", None) is not None:
+            module.max_norm = None  # forward scales rows after the change; a sum is one of changes
+    veneer.load(twin, path)
+    veneer.merge(twin)
+    veneer.detach(twin, keep_merged=True)
+    return twin.state_dict()
 
 
 def written(model, folder, **options):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support import checkpoints
+from tests.support.checkpoints import merged
 from tests.support.models import IDS, ConvNet, Shared, Stack, TinyLM
-from tests.support.toys import calibration, error, example, flat, randomise
+from tests.support.toys import error, example, flat
 from torch import nn
 
 import veneer
@@ -46,26 +48,8 @@ class Experts(nn.Module):
         return torch.bmm(h[..., : self.down.shape[2]], self.down.mT)
 
 
-def trained(model, path, size=0.3, **config):
-    """A saved adapter with changes that are not zero."""
-    known = calibration(model, config.get("variant", "lora"), config.pop("args", (IDS,)))
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **known)
-    randomise(handle, size)
-    handle.save(path)
-    handle.detach()
-    return path
-
-
-def merged(model, path):
-    """The weights of ``model`` with an adapter folded in, in float64."""
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
-        if getattr(module, "max_norm", None) is not None:
-            module.max_norm = None  # forward scales rows after the change; a sum is one of changes
-    veneer.load(twin, path)
-    veneer.merge(twin)
-    veneer.detach(twin, keep_merged=True)
-    return twin.state_dict()
+def trained(model, path, size=0.3, args=(IDS,), **config):
+    return checkpoints.trained(model, path, size, args, **config)
 
 
 def check(model, out, parts, weights, within=BOUND):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
 import pytest
 import torch
+from tests.support import checkpoints
+from tests.support.checkpoints import merged
 from tests.support.models import ConvNet, TinyLM
 from tests.support.toys import error, example, randomise
 from torch import nn
@@ -32,23 +33,7 @@ EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(ki
 
 
 def trained(model, path, size=0.6, **config):
-    """A saved adapter with random numbers."""
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}))
-    randomise(handle, size)
-    handle.save(path)
-    handle.detach()
-    return path
-
-
-def merged(model, path):
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
-        if getattr(module, "max_norm", None) is not None:
-            module.max_norm = None
-    veneer.load(twin, path)
-    veneer.merge(twin)
-    veneer.detach(twin, keep_merged=True)
-    return twin.state_dict()
+    return checkpoints.trained(model, path, size, **config)
 
 
 def unfolded(model, path, tensor):
