@@ -4,19 +4,14 @@ DDP; the adapter folder is Veneer's, the optimiser's state torch's own (``torch.
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tests.support.extras import needs
-from tests.support.processes import CONTEXT
+from tests.support.processes import together
 from tests.support.tiny import tiny_model
 from torch import Tensor, nn
 
@@ -76,11 +71,11 @@ def parts(values: dict[str, Tensor]) -> list[Any]:
     return [value.to_local() if is_sharded(value) else value for value in here]
 
 
-def one_number_of_processes(way: str, folder: Path, number: int, count: int) -> None:
+def one_number_of_processes(rank: int, way: str, folder: Path, number: int) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    rank, before, after = dist.get_rank(), folder / str(number - 1), folder / str(number)
+    before, after = folder / str(number - 1), folder / str(number)
     model = tiny_model(tie_word_embeddings=False).train()
     if number == 0:
         veneer.attach(model, veneer.LoraConfig(**CONFIG))
@@ -119,16 +114,6 @@ def one_number_of_processes(way: str, folder: Path, number: int, count: int) -> 
     same({**values, **states}, expected)
 
 
-def work(rank: int, port: int, way: str, folder: Path, number: int, count: int) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=120))
-    one_number_of_processes(way, folder, number, count)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("way", "counts"),
     [
@@ -139,8 +124,4 @@ def work(rank: int, port: int, way: str, folder: Path, number: int, count: int) 
 )
 def test_saved_zeroed_and_loaded_bit_for_bit(way: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     for number, count in enumerate(counts):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        arguments = (port, way, tmp_path, number, count)
-        mp.start_processes(work, arguments, nprocs=count, start_method=CONTEXT.get_start_method())
+        together(one_number_of_processes, count, way, tmp_path, number)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import time
-import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tests.support.extras import needs
-from tests.support.processes import CONTEXT
+from tests.support.processes import done_by_two
 from tests.support.tiny import tiny_model
 from tests.support.toys import error, randomise
 from torch import nn
@@ -231,39 +226,10 @@ TASKS = (
 )
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    for task in TASKS:
-        try:
-            task(rank, folder / task.__name__)
-            dist.barrier()
-        except BaseException:
-            (folder / f"{task.__name__}-{rank}.txt").write_text(traceback.format_exc())
-            os._exit(0)  # not to wait for the other rank, which may wait for this one
-        (folder / f"{task.__name__}-{rank}.txt").write_text("done")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """`ran(task)`: the folder in which two processes did a task, once they have done all of them."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, (port, folder), nprocs=2, start_method=CONTEXT.get_start_method())
-
-    def of(task: Callable[[int, Path], None]) -> Path:
-        for rank in range(2):
-            file = folder / f"{task.__name__}-{rank}.txt"
-            said = file.read_text() if file.exists() else "not run: see the task before it"
-            assert said == "done", f"rank {rank}: {said}"
-        return folder / task.__name__
-
-    return of
+    return done_by_two(TASKS, tmp_path_factory.mktemp("ranks"))
 
 
 # ------------------------------------------------------------------------------------------ what comes of it

@@ -22,9 +22,8 @@ from veneer.errors import ConfigError
 from veneer.train import checkpoint
 from veneer.train.config import make_config
 from veneer.train.order import EpochSampler, ShareSampler
-from veneer.train.processes import share
+from veneer.train.processes import must_divide, share
 from veneer.train.run import fit
-from veneer.train.sharding import must_shard
 
 Make = Callable[..., Any]
 
@@ -393,5 +392,5 @@ def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
     }
     for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):
-            must_shard(make(parallel="fsdp", **changes))
-    must_shard(make(parallel="fsdp"))
+            must_divide(make(parallel="fsdp", **changes))
+    must_divide(make(parallel="fsdp"))

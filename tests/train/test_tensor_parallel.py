@@ -3,29 +3,24 @@ transformers' plan. Runs of ``veneer train`` are in ``test_ways.py``."""
 
 from __future__ import annotations
 
-import os
-import socket
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tests.support.moe import build, set_way
-from tests.support.processes import CONTEXT
+from tests.support.processes import done_by_two
 from tests.support.tiny import tiny_config, tiny_model
 from tests.support.toys import error, randomise
 
 import veneer
 from veneer.distributed import average_gradients, is_sharded
 from veneer.errors import ConfigError
-from veneer.train.tensor_parallel import cut_layers, must_split, split
+from veneer.train.processes import must_divide
+from veneer.train.tensor_parallel import cut_layers, split
 
 # the ranks are processes of their own, of which no warning tells
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -194,39 +189,10 @@ TASKS = (
 )
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    for task in TASKS:
-        try:
-            task(rank, folder / task.__name__)
-            dist.barrier()
-        except BaseException:
-            (folder / f"{task.__name__}-{rank}.txt").write_text(traceback.format_exc())
-            os._exit(0)  # not to wait for the other rank, which may wait for this one
-        (folder / f"{task.__name__}-{rank}.txt").write_text("done")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """`ran(task)`: the folder in which two processes did a task, once they have done all of them."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, (port, folder), nprocs=2, start_method=CONTEXT.get_start_method())
-
-    def of(task: Callable[[int, Path], None]) -> Path:
-        for rank in range(2):
-            file = folder / f"{task.__name__}-{rank}.txt"
-            said = file.read_text() if file.exists() else "not run: see the task before it"
-            assert said == "done", f"rank {rank}: {said}"
-        return folder / task.__name__
-
-    return of
+    return done_by_two(TASKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task is not the_adapter_is_saved_whole])
@@ -276,5 +242,5 @@ def test_what_cannot_be_cut_is_refused(model: Any, config: Any, processes: int, 
 def test_what_a_cut_base_cannot_do_is_refused(make: Callable[..., Any]) -> None:
     for changes in ({"quantize": "nf4"}, {"cache_lower": True}, {"device_map": "auto"}):
         with pytest.raises(ConfigError, match=f"parallel tp with {next(iter(changes))}"):
-            must_split(make(parallel="tp", **changes))
-    must_split(make(parallel="tp"))
+            must_divide(make(parallel="tp", **changes))
+    must_divide(make(parallel="tp"))

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors import safe_open
 from tests.support.launched import code, ended
 from tests.support.tasks import rows_of, write_vit
 from tests.support.tiny import sums, tiny_config, tiny_tokenizer, write_rows, write_tiny
 from tests.train.conftest import config_of
 from tests.train.test_distributed import equals
 
+from veneer.models.meta import meta_model
 from veneer.train import checkpoint
 
 STEPS = 50
@@ -159,16 +159,12 @@ def _sums(kind: str, tokens: list[int]) -> int:
 
 def _gathered(base: Path, processes: int) -> int:
     """Bytes that FSDP2 gathers in a step: what lies in a module that is not split in forward and in backward, all else
-    once; each tensor filled up to rows for every process."""
-    shapes = {}
-    for file in base.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    if base.name == "vit":  # a head for two classes in place of the pooler
-        shapes = {name: shape for name, shape in shapes.items() if "pooler" not in name}
-        shapes |= {"classifier.weight": [2, HIDDEN], "classifier.bias": [2]}
+    once; each parameter filled up to rows for every process: of a stack, which files hold as a tensor for each expert,
+    to experts."""
+    model = meta_model(base, "ViTForImageClassification" if base.name == "vit" else None)
     total = 0
-    for name, (rows, *rest) in shapes.items():
-        twice = ".layers." in name or ".layer." in name or name.startswith("embeddings.")
+    for name, parameter in model.named_parameters():
+        rows, *rest = parameter.shape
+        twice = any(part in name for part in (".layers.", ".layer.", ".embeddings."))
         total += 4 * math.ceil(rows / processes) * processes * math.prod(rest) * (2 if twice else 1)
     return total

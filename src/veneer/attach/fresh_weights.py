@@ -20,16 +20,15 @@ class FreshWeights(UserWarning):
 
 def fresh(names: Names) -> dict[int, ParamRef]:
     """The parameters that a checkpoint did not hold, where each is first met, by identity. transformers marks what it
-    loads; of a model without such marks nothing is known, nor of weights that are spread over processes, which lose
-    them as they are moved."""
+    loads; of a model without such marks nothing is known, nor of weights that are spread over processes once they have
+    been moved, by which all of them lose theirs."""
     found: dict[int, ParamRef] = {}
-    marked = False
-    for ref, parameter in names.parameters():
-        if getattr(parameter, "_is_hf_initialized", False):
-            marked = True
-        elif not is_sharded(parameter):
+    own = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
+    marked = {spread for spread, _, parameter in own if getattr(parameter, "_is_hf_initialized", False)}
+    for spread, ref, parameter in own:
+        if spread in marked and not getattr(parameter, "_is_hf_initialized", False):
             found.setdefault(id(parameter), ref)
-    return found if marked else {}
+    return found
 
 
 def has_head(model: nn.Module) -> bool:

@@ -34,14 +34,18 @@ INSTEAD = {
 }
 
 
+#: how often workers that died are started again, unless it is said
+RESTARTS = 3
 #: what starts the processes of a run, where that is not torchrun: the flag's type, help and limits
 LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "launcher": (Literal["ray"], "ray: start workers on a Ray cluster, or on this machine if there is none.", {}),
     "workers": (int, "With --launcher: how many, each with a GPU if the cluster has any.", {"min": 1}),
-    "max_restarts": (int, "With --launcher: how often they start again when one dies (default: 3).", {"min": 0}),
+    "max_restarts": (
+        int,
+        f"With --launcher: how often they start again when one dies (default: {RESTARTS}).",
+        {"min": 0},
+    ),
 }
-#: how often workers that died are started again, unless it is said
-RESTARTS = 3
 
 
 def train_command(

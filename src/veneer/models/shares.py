@@ -15,7 +15,6 @@ each tensor before it joins or splits several along the axis that is cut, and ca
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -100,10 +99,11 @@ def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
 def _held(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], Any]]:
     """(name, (the table that holds it, its name there), value) of all parameters and buffers, under all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        for own, value in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if value is not None:
-                table: Any = module._parameters if own in module._parameters else module._buffers
-                yield f"{path}.{own}".lstrip("."), (table, own), value
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
+            for own, value in table.items():
+                if value is not None:
+                    yield f"{path}.{own}".lstrip("."), (table, own), value
 
 
 def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Value]:

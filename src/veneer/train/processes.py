@@ -30,6 +30,19 @@ T = TypeVar("T")
 PATIENCE = 3600.0
 #: where a launcher's store says which run its processes have finished
 FINISHED = "veneer/finished"
+#: what a base that is divided over the processes cannot do, and why, by the setting `parallel`
+UNDIVIDED = {
+    "fsdp": {
+        "quantize": "packed weights are not spread", "a quantised base": "packed weights are not spread",
+        "cache_lower": "its blocks run for a row at a time, in one process and not in another",
+        "task grpo": "answers of different lengths take different numbers of passes",
+    },
+    "tp": {
+        "quantize": "packed weights are not cut", "a quantised base": "packed weights are not cut",
+        "cache_lower": "its blocks would have to be cut as well", "device_map": "each process has a device",
+        "task grpo": "its answers have not been tried on a model that is cut",
+    },
+}  # fmt: skip
 #: what a launcher tells a process
 TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -199,6 +212,23 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
         found += f"the loss of task {config.task} compares"
         raise ConfigError(found, f"{config.batch_size} in a forward pass", _advice(processes))
     return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
+
+
+def must_divide(config: TrainConfig) -> None:
+    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp)."""
+    from veneer.models.locate import config_of
+
+    there = {
+        "quantize": config.quantize,
+        "a quantised base": getattr(config_of(config.base), "quantization_config", None) is not None,
+        "cache_lower": config.cache_lower,
+        "device_map": config.device_map,
+        "task grpo": config.task == "grpo",
+    }
+    for name, why in UNDIVIDED[config.parallel].items():
+        if there[name]:
+            found = f"parallel {config.parallel} with {name}: {why}"
+            raise ConfigError(found, "one of them", "set parallel to ddp, or leave the other out")
 
 
 def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:

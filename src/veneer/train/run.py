@@ -42,11 +42,11 @@ from veneer.train.config import FREE_ON_RESUME, TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
-from veneer.train.processes import Processes, join, share
+from veneer.train.processes import Processes, join, must_divide, share
 from veneer.train.start_data import start_data
 from veneer.train.tasks import TASKS, Task
 from veneer.train.tasks._base import LOADING
-from veneer.train.tensor_parallel import must_split, split
+from veneer.train.tensor_parallel import split
 from veneer.train.trainer import trainer_of
 
 Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
@@ -166,7 +166,7 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
     kind, own = TASKS[config.task], {}
     config = share(config, processes.shares, compares_rows=kind.compares_rows)
     if config.parallel != "ddp" and processes.count > 1:
-        (sharding.must_shard if config.parallel == "fsdp" else must_split)(config)
+        must_divide(config)
         own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
     return kind(config, **own)
 

@@ -18,29 +18,11 @@ from torch import nn
 
 from veneer.attach.adapted_module import own_class
 from veneer.distributed import is_spread, reshard
-from veneer.errors import ConfigError
 from veneer.models.load import Base
-from veneer.models.locate import config_of
 from veneer.models.shares import WholeOnlyError
 from veneer.train.callbacks import say
-from veneer.train.config import TrainConfig
 from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
-
-
-def must_shard(config: TrainConfig) -> None:
-    """Raises `ConfigError` for what does not work on a base that is spread."""
-    packed = getattr(config_of(config.base), "quantization_config", None) is not None
-    reasons = {
-        "quantize": (config.quantize, "packed weights are not spread"),
-        "a quantised base": (packed, "packed weights are not spread"),
-        "cache_lower": (config.cache_lower, "its blocks run for a row at a time, in one process and not in another"),
-        "task grpo": (config.task == "grpo", "answers of different lengths take different numbers of passes"),
-    }
-    for name, (there, why) in reasons.items():
-        if there:
-            found = f"parallel fsdp with {name}: {why}"
-            raise ConfigError(found, "one of them", "set parallel to ddp, or leave the other out")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -65,16 +47,14 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
     elif "gradient" in VARIANTS[config.variant].needs:
         reason = f"variant {config.variant!r} starts from gradients of whole weights"
     if reason is None:
-        before, task.loading = (
-            task.loading,
-            {**task.loading, "device": str(device), "spread": partial(shard, device=device)},
-        )
+        whole = task.loading
+        task.loading = {**whole, "device": str(device), "spread": partial(shard, device=device)}
         try:
             base = task.load()
             reshard(base.model)  # a task may have called it
             return base
         except WholeOnlyError as error:
-            task.loading, reason = before, str(error)
+            task.loading, reason = whole, str(error)
     say(console, f"Loading  each process reads the whole base first: {reason}")
     return task.load()
 

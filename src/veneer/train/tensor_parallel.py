@@ -35,8 +35,6 @@ from veneer.errors import ConfigError, listing
 from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
-from veneer.models.locate import config_of
-from veneer.train.config import TrainConfig
 from veneer.variants import VARIANTS
 from veneer.variants.dora import gain_of, row_norms
 
@@ -53,22 +51,6 @@ WHOLE = {
 }  # fmt: skip
 #: parameters of a variant, by the side of ΔW on which they lie
 SIDES = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
-INSTEAD = "set parallel to fsdp or ddp"
-
-
-def must_split(config: TrainConfig) -> None:
-    """Raises `ConfigError` for what does not work on a base that is cut."""
-    packed = getattr(config_of(config.base), "quantization_config", None) is not None
-    reasons = {
-        "quantize": (config.quantize, "packed weights are not cut"),
-        "a quantised base": (packed, "packed weights are not cut"),
-        "cache_lower": (config.cache_lower, "its blocks would have to be cut as well"),
-        "device_map": (config.device_map, "each process has a device"),
-        "task grpo": (config.task == "grpo", "its answers have not been tried on a model that is cut"),
-    }
-    for name, (there, why) in reasons.items():
-        if there:
-            raise ConfigError(f"parallel tp with {name}: {why}", "one of them", f"{INSTEAD}, or leave the other out")
 
 
 class Cut(NamedTuple):
@@ -132,7 +114,7 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
             continue
         layers.append(layer := CutLayer(module, how))
         for name, weight in module._parameters.items():
-            style = style_of(plan, f"{path}.{name}") or style_of(plan, path)
+            style = style_of(plan, path, name)
             own = STYLES.get(style)
             if weight is None or own == BETWEEN or (own == ROWS and weight.ndim == 1):
                 continue
@@ -151,13 +133,16 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
         problems.append("no plan of transformers that cuts matrices")
     if problems:
         found = f"parallel tp over {processes} processes of {type(model).__name__}, with {listing(problems)}"
-        raise ConfigError(found, "a model that transformers' plan cuts evenly, and adapters A, B", INSTEAD)
+        do = "set parallel to fsdp or ddp"
+        raise ConfigError(found, "a model that transformers' plan cuts evenly, and adapters A, B", do)
     return layers
 
 
-def style_of(plan: Mapping[str, str], path: str) -> str:
-    """What a plan says of a module or parameter; plans write ``*`` for numbers."""
-    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path), "")
+def style_of(plan: Mapping[str, str], path: str, name: str | None = None) -> str:
+    """What a plan says of a module, or of its parameter ``name``: then what it says of that, if it does. Plans write
+    ``*`` for numbers."""
+    key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+    return (plan.get(f"{key}.{name}") if name else None) or plan.get(key, "")
 
 
 def _heads(config: Any, processes: int) -> Iterator[str]:

@@ -64,7 +64,7 @@ class TrainsAdapter(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._shares
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.shares
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed)
 
@@ -118,11 +118,6 @@ class TrainsAdapter(Trainer):
     def get_tp_size(self) -> int:
         """How many processes compute on the same rows: transformers' word for it."""
         return self.processes.count // self.processes.shares
-
-    @property
-    def _shares(self) -> int:
-        """Into how many the rows of a step are divided."""
-        return self.args.world_size // self.get_tp_size()
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all shares of the rows, of the same shape."""
@@ -249,7 +244,7 @@ class TaskTrainer(TrainsAdapter):
         for name, value in zip(("items", *self.measures), (items, *sums), strict=True):
             self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
         loss = found.total / (found.items if num_items_in_batch is None else num_items_in_batch)
-        return loss * (self._shares if num_items_in_batch is not None else 1)
+        return loss * (self.processes.shares if num_items_in_batch is not None else 1)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss alone, which counts itself."""

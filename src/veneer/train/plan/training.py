@@ -14,7 +14,6 @@ The adapter is whole on each device, and its gradients are summed once a step, i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +23,9 @@ from veneer.train.plan.count import Step, Work, count_step
 from veneer.train.plan.hardware import SLACK, Hardware
 from veneer.train.plan.memory import packed_linears, parts_of, spread, weights
 from veneer.train.processes import divided
+from veneer.train.tensor_parallel import COLUMNS, ROWS, STYLES, style_of
 
 STRATEGIES = ("ddp", "fsdp", "tp")
-#: ways to cut a layer, in transformers' plans; of others, all of it is on each device
-CUT = ("colwise", "packed_colwise", "rowwise")
 #: bytes of a number in which gradients are summed
 WIDE = 4
 
@@ -159,23 +157,20 @@ class Planner:
 
     def _cut(self, n: int) -> int:
         """Bytes of the frozen weights that tensor parallelism cuts, in all."""
-        config = self.model.config.get_text_config()
-        plan, heads = getattr(config, "base_model_tp_plan", None), getattr(config, "num_key_value_heads", None)
-        if not plan:
+        plan = getattr(self.model, "tp_plan", None) or {}
+        cut = 0
+        for path, parameter in self.model.named_parameters():
+            module, _, name = path.rpartition(".")
+            if not parameter.requires_grad and STYLES.get(style_of(plan, module, name)) in (COLUMNS, ROWS):
+                cut += parameter.nbytes
+        if not cut:
             found = f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
             raise ConfigError(found, "ddp or fsdp", "choose one of them")
+        heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
         if heads is not None and heads % n:
             found = f"strategy tp on {n} devices, and {heads} heads of keys and values"
             raise ConfigError(found, "a number of devices that divides them", "take fewer devices")
-        rules = [
-            re.compile(rf".*{re.escape(path).replace(chr(92) + '*', '[0-9]+')}([.](weight|bias))?")
-            for path, how in plan.items() if how in CUT
-        ]  # fmt: skip
-        return sum(
-            parameter.nbytes
-            for path, parameter in self.model.named_parameters()
-            if not parameter.requires_grad and any(rule.fullmatch(path) for rule in rules)
-        )
+        return cut
 
     def _unpacking(self, run: Run) -> Work:
         """Of every packed weight, in forward and in backward: to read it, and to write it in the products' dtype."""
