@@ -22,6 +22,12 @@ FREE_ON_RESUME = frozenset(
     {"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations", "parallel"}
 )
 
+# What an adapter that is trained further brings along.
+ITS_OWN = (
+    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant", "adapter_dtype",
+    "add_tokens", "trainable_tokens",
+)  # fmt: skip
+
 
 def _panel(title: str) -> Any:
     """What makes the fields that `veneer train --help` shows below a title."""
@@ -84,6 +90,11 @@ class TrainConfig(BaseModel):
     answer_tokens: int = _task(128, "grpo: longest answer in tokens.", ge=1)
     temperature: float = _task(1.0, "grpo: temperature at which answers are drawn.", gt=0)
 
+    adapter: str | None = _adapter(
+        None,
+        "Adapter to train further: a folder, library:NAME, or a place such as s3://…; what it changes and how are its "
+        "own. dpo, kto and grpo then measure from it, not from the base.",
+    )
     rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
     alpha: float | None = _adapter(None, "Numerator of the scale alpha / rank (default: 32).", gt=0)
     dropout: float = _adapter(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
@@ -210,6 +221,10 @@ class TrainConfig(BaseModel):
             )
         if self.device is not None and self.device_map is not None:
             raise ValueError("device and device_map are both given; expected one: a map places all of the model")
+        if self.adapter is not None:
+            told = [name for name in ITS_OWN if getattr(self, name) != type(self).model_fields[name].default]
+            if told:
+                raise ValueError(f"{', '.join(told)} beside adapter, which has its own: leave one of them out")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both given; expected one of them")
         return self

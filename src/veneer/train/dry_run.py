@@ -2,7 +2,7 @@
 
 The output folder, the data, the tokens and the targets are judged as a run judges them. The base is on the meta device,
 where it has shapes and no weights, unless it is quantised or to be, gets more tokens or the head of another task than
-language, or the variant starts from data: then it is loaded.
+language, the variant starts from data or an adapter is trained further: then it is loaded.
 What only weights tell is left to the run: whether every adapter is reached, and whether the loss is a number.
 """
 
@@ -40,7 +40,7 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     output = config.output.expanduser()
     task, ids, prepared, found, _ = begin(config, output, console, Processes())
     packed = config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
-    shapes_do = not packed and not ids and not VARIANTS[config.variant].needs
+    shapes_do = not packed and not ids and not VARIANTS[config.variant].needs and config.adapter is None
     if shapes_do and task.continues():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:

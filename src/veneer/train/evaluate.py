@@ -15,7 +15,7 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED
+from veneer.train.tasks._base import RECORDED, settings_in
 from veneer.train.tokens import IGNORED, Examples
 
 
@@ -78,7 +78,7 @@ def task_of(record: Mapping[str, Any], base: str, data: str, loading: Mapping[st
     name = record.get("name", "sft")
     config |= {"task": name, "base": base, "data": data, "output": "."}
     made = make_config(config, "what the adapter says of its task")
-    return TASKS[name](made, {key: value for key, value in record.items() if key not in {"name", *RECORDED}}, loading)
+    return TASKS[name](made, settings_in(record), loading)
 
 
 def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
+from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.run import attach_as
 from veneer.train.tasks import TASKS
@@ -140,7 +141,8 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             console,
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates {LOW:g} to {HIGH:g}",
         )
-        trainer.train()
+        with as_reference(base.model, task.start, task.refers()):
+            trainer.train()
     if not sweep.losses:
         found, do = "a loss that is not a number at the first step", "train in fp32 (--precision fp32)"
         raise TrainingError(found, "a finite number", do)

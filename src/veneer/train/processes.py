@@ -41,6 +41,7 @@ UNDIVIDED = {
         "quantize": "packed weights are not cut", "a quantised base": "packed weights are not cut",
         "cache_lower": "its blocks would have to be cut as well", "device_map": "each process has a device",
         "task grpo": "its answers have not been tried on a model that is cut",
+        "a preference from adapter": "the base is cut before that adapter is there once more, as it was",
     },
 }  # fmt: skip
 #: what a launcher tells a process
@@ -214,8 +215,9 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
     return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
 
 
-def must_divide(config: TrainConfig) -> None:
-    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp)."""
+def must_divide(config: TrainConfig, refers: bool = False) -> None:
+    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp). ``refers``: whether the
+    loss measures from a reference."""
     from veneer.models.locate import config_of
 
     there = {
@@ -224,6 +226,7 @@ def must_divide(config: TrainConfig) -> None:
         "cache_lower": config.cache_lower,
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
+        "a preference from adapter": refers and config.adapter is not None,
     }
     for name, why in UNDIVIDED[config.parallel].items():
         if there[name]:

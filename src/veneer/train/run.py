@@ -39,6 +39,7 @@ from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig
+from veneer.train.further import OWN, as_reference, load_to_train
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
@@ -138,7 +139,7 @@ def fit(
         set_seed(config.seed + processes.share)  # other rows, other dropout
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     with _gone():
-        processes.each(lambda: _train(trainer, found, prepared, stop, bar, output))
+        processes.each(lambda: _train(trainer, task, found, prepared, stop, bar, output))
     stopped = stop.stopped and trainer.state.global_step < prepared.steps
     told = processes.one(lambda: _told(output, interrupted=stopped))
     result = _result(told, output, base, handle, interrupted=stopped)
@@ -165,14 +166,20 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
     """The task with the share of this process in a step."""
     kind, own = TASKS[config.task], {}
     config = share(config, processes.shares, compares_rows=kind.compares_rows)
-    if config.parallel != "ddp" and processes.count > 1:
-        must_divide(config)
+    divided = config.parallel != "ddp" and processes.count > 1
+    if divided:
         own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
-    return kind(config, **own)
+    task = kind(config, **own)
+    if divided:
+        must_divide(config, task.refers())
+    return task
 
 
 def _data(task: Task) -> tuple[tuple[int, ...], Prepared]:
-    return vocabulary.learn(task.config, task.open()), task.prepare()
+    ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
+    if task.start is not None:
+        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.start.hash})
+    return ids, prepared
 
 
 def _content(data: tuple[tuple[int, ...], Prepared]) -> str:
@@ -245,7 +252,7 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
-    found = f"the data have changed since the unfinished run in {output} began"
+    found = f"the data, or the adapter that it trains further, have changed since the unfinished run in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
     raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
@@ -261,10 +268,12 @@ def _versions() -> dict[str, str]:
 
 
 def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], found: Found = None) -> Any:
-    """A new adapter, which trains the tokens ``ids`` too, or that of the checkpoint."""
+    """A new adapter, which trains the tokens ``ids`` too, that which is trained further, or that of the checkpoint."""
     config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
     if found is not None:
-        return load(model, found[0] / checkpoint.ADAPTER, name="default", trainable=True)
+        return load(model, found[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
+    if task.start is not None:
+        return load_to_train(model, task.start)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     torch.manual_seed(config.seed)
     lora = LoraConfig(
@@ -272,7 +281,7 @@ def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], 
         layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
         variant=config.variant, dtype=dtype, trainable_tokens=tokens,
     )  # fmt: skip
-    return attach(model, lora, name="default", **start_data(task, prepared.train, model))
+    return attach(model, lora, name=OWN, **start_data(task, prepared.train, model))
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
@@ -328,11 +337,11 @@ def _check(task: Task, model: Any, prepared: Prepared) -> None:
         check(model, task.example(prepared, model.device))
 
 
-def _train(trainer: Any, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
+def _train(trainer: Any, task: Task, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
     if found is not None and found[1] >= prepared.steps:
         return  # killed between the last checkpoint and the end: nothing is left to train
     try:
-        with stop:
+        with stop, as_reference(trainer.model, task.start, task.refers()):
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
     except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
         raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error

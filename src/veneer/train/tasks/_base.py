@@ -32,6 +32,7 @@ from veneer.models.load import Base
 from veneer.registry import Registry
 from veneer.train import data, prepare
 from veneer.train.config import TrainConfig
+from veneer.train.further import REFERENCE, start_of
 from veneer.train.prepare import Prepared
 from veneer.train.tokens import IGNORED, stretches
 
@@ -82,6 +83,11 @@ class Rows(Dataset[dict[str, Any]]):
         return self
 
 
+def settings_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an adapter's record of its task, what is `Task.settings`."""
+    return {name: value for name, value in record.items() if name not in {"name", *RECORDED}}
+
+
 class Task(ABC):
     """One run's task. A subclass is registered by its file's name.
 
@@ -114,9 +120,17 @@ class Task(ABC):
         self.config = config
         #: how the base is loaded, as `load_base` takes it
         self.loading = {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
+        #: the adapter to train further
+        self.start = start_of(config.adapter)
+        if self.start is not None and self.start.task.get("name") == self.name:
+            known = known or settings_in(self.start.task)
         #: what an adapter's record says of the task that made it: `settings` of that run
         self.known: Mapping[str, Any] = known or {}
         self.processor: Any = None
+
+    def refers(self) -> bool:
+        """Whether the loss measures from a `reference`."""
+        return False
 
     def open(self) -> Any:
         """Look at the base's config, and return its processor. Reads no weights."""
@@ -241,13 +255,14 @@ def pad_of(tokenizer: Any) -> int:
 
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
-    """A block in which the model is its base alone, without gradients and without dropout: the reference that a
-    preference is measured from needs no second copy of the weights."""
+    """A block in which the model is what a preference is measured from, without gradients and without dropout: its base
+    alone, which needs no second copy of the weights, or the adapter that the run trains further, as it was."""
     plain = unwrap(model)
-    training, attached = plain.training, adapters_of(plain) is not None
+    training, attached = plain.training, adapters_of(plain)
     plain.eval()
     try:
-        with torch.no_grad(), use(plain, None) if attached else nullcontext():
+        before = None if attached is None or REFERENCE not in attached.configs else REFERENCE
+        with torch.no_grad(), nullcontext() if attached is None else use(plain, before):
             yield
     finally:
         plain.train(training)

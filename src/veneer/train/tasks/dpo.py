@@ -22,6 +22,9 @@ BETA = 0.1  # the paper's
 
 @register
 class Dpo(Preference):
+    def refers(self) -> bool:
+        return True
+
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         with reference(model):
             before = summed(model, batch)

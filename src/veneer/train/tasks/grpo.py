@@ -41,6 +41,9 @@ from veneer.train.tokens import IGNORED
 class Grpo(Causal):
     parts, measures, item = ("prompt",), ("reward", "answer_length"), "answer"
 
+    def refers(self) -> bool:
+        return bool(self.config.beta)
+
     @cached_property
     def functions(self) -> list[Any]:
         return [function_of(spec) for spec in self.config.reward]

@@ -59,6 +59,9 @@ class Kto(Causal):
             made.append((ids, [*[IGNORED] * len(head), *tail][:limit]))
         return {**self.batch(made), "good": torch.tensor([row["good"] for row in rows])}
 
+    def refers(self) -> bool:
+        return True
+
     def items(self, batch: Mapping[str, Any]) -> int:
         return len(batch["good"])
 
