@@ -19,7 +19,8 @@ class Case:
     """One task. `write(folder, options)`: base and rows, once for all runs. `train(folder, arguments, dtype,
     callbacks)`: the peer's run, which imports nothing of Veneer's. `judge(model, processor, folder)`: the quality of
     either's model. `settings`: of `TrainConfig`. `language`: the base is a language model, in the precision that Veneer
-    chooses. `rises`: the quality must be above the base's. `seeds`: how many runs of either side make a mean."""
+    chooses. `rises`: the quality must be above the base's. `seeds`: how many runs of either side make a mean.
+    `begin(folder)`: the peer's model as its run begins; where there is one, Veneer trains that adapter further."""
 
     write: Callable[[Path, argparse.Namespace], None]
     train: Callable[[Path, dict[str, Any], str, list[Any]], tuple[Any, Any]]
@@ -32,6 +33,7 @@ class Case:
     language: bool = False
     rises: bool = False
     seeds: int = 3
+    begin: Callable[[Path], Any] | None = None
 
 
 def rows_to(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -59,12 +59,18 @@ def image_batch(processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     return {"pixel_values": pixels, "labels": torch.tensor([row["label"] for row in rows])}
 
 
+def begin_digits(folder: Path) -> Any:
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder / BASE, num_labels=10)
+    return adapted(model, None, exclude_modules=["classifier"], modules_to_save=["classifier"])
+
+
 def train_digits(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(folder / BASE)
-    model = AutoModelForImageClassification.from_pretrained(folder / BASE, num_labels=10)
-    model = adapted(model, None, exclude_modules=["classifier"], modules_to_save=["classifier"])
+    model = begin_digits(folder)
     rows = rows_of(folder / "train.jsonl")
     plain_trainer(model, rows, lambda part: image_batch(processor, part), arguments, callbacks).train()
     return model, processor
@@ -80,4 +86,7 @@ def judge_digits(model: Any, processor: Any, folder: Path) -> float:
     return float((torch.tensor(names) == batch["labels"]).float().mean())
 
 
-DIGITS = Case(write_digits, train_digits, judge_digits, 400, 32, 3e-3, {"task": "classify"}, needs_sklearn, seeds=12)
+DIGITS = Case(
+    write_digits, train_digits, judge_digits, 400, 32, 3e-3, {"task": "classify"}, needs_sklearn, seeds=12,
+    begin=begin_digits,
+)  # fmt: skip

@@ -105,11 +105,17 @@ def sound_batch(hearing: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) ->
     }
 
 
+def begin_speech(folder: Path) -> Any:
+    from transformers import AutoModelForSpeechSeq2Seq
+
+    return adapted(AutoModelForSpeechSeq2Seq.from_pretrained(folder / BASE), None)
+
+
 def train_speech(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
-    from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoTokenizer
 
     tokenizer, hearing = (one.from_pretrained(folder / BASE) for one in (AutoTokenizer, AutoFeatureExtractor))
-    model = adapted(AutoModelForSpeechSeq2Seq.from_pretrained(folder / BASE), None)
+    model = begin_speech(folder)
     rows = rows_of(folder / "train.jsonl")
     plain_trainer(model, rows, lambda part: sound_batch(hearing, tokenizer, part), arguments, callbacks).train()
     return model, tokenizer
@@ -132,4 +138,7 @@ def judge_speech(model: Any, tokenizer: Any, folder: Path) -> float:
     return sum(one == other for one, other in zip(told, right, strict=True)) / len(rows)
 
 
-SPEECH = Case(write_speech, train_speech, judge_speech, 120, 16, 2e-3, {"task": "seq2seq"}, needs_espeak, seeds=12)
+SPEECH = Case(
+    write_speech, train_speech, judge_speech, 120, 16, 2e-3, {"task": "seq2seq"}, needs_espeak, seeds=12,
+    begin=begin_speech,
+)  # fmt: skip
