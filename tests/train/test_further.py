@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.support.checkpoints import trained
 from tests.support.runs import Crash, same
-from tests.support.tasks import config_of
+from tests.support.tasks import CASES, config_of
 from tests.support.tiny import tiny_model
 
 import veneer
@@ -75,6 +75,23 @@ def test_a_preference_is_measured_from_the_adapter_as_it_was(task: str, folder: 
     with pytest.raises(ZeroDivisionError):
         fit(config, callbacks=[Crash(5)], quiet=True)
     same(fit(config, quiet=True), whole)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("seq2seq", "classify words") else pytest.mark.slow) for name in CASES],
+)
+def test_an_adapter_of_each_task_goes_on(name: str, folder: Path) -> None:
+    """With the head and the labels that it has."""
+    short: dict[str, Any] = {"max_steps": 2, "save_every": 2, "eval_every": 2, "dropout": 0.0}
+    first = fit(config_of(name, folder, f"first {name}", **short), quiet=True)
+    still = {**BARE, **short, "adapter": str(first.adapter), "learning_rate": 1e-12}
+    second = fit(config_of(name, folder, f"second {name}", **still), quiet=True)
+    before, after = tensors(first.adapter), tensors(second.adapter)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-9) for name in before)
+    told = [read(one.adapter).metadata["provenance"]["task"] for one in (first, second)]
+    assert told[0] == told[1]
 
 
 def test_another_adapter_is_another_run(folder: Path, adapter: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             console,
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates {LOW:g} to {HIGH:g}",
         )
-        with as_reference(base.model, task.start, task.refers()):
+        with as_reference(base.model, task.further, task.refers()):
             trainer.train()
     if not sweep.losses:
         found, do = "a loss that is not a number at the first step", "train in fp32 (--precision fp32)"

@@ -177,8 +177,8 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
 
 def _data(task: Task) -> tuple[tuple[int, ...], Prepared]:
     ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
-    if task.start is not None:
-        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.start.hash})
+    if task.further is not None:
+        prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.further.hash})
     return ids, prepared
 
 
@@ -272,8 +272,8 @@ def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], 
     config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
     if found is not None:
         return load(model, found[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
-    if task.start is not None:
-        return load_to_train(model, task.start)
+    if task.further is not None:
+        return load_to_train(model, task.further)
     dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     torch.manual_seed(config.seed)
     lora = LoraConfig(
@@ -341,7 +341,7 @@ def _train(trainer: Any, task: Task, found: Found, prepared: Prepared, stop: Any
     if found is not None and found[1] >= prepared.steps:
         return  # killed between the last checkpoint and the end: nothing is left to train
     try:
-        with stop, as_reference(trainer.model, task.start, task.refers()):
+        with stop, as_reference(trainer.model, task.further, task.refers()):
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
     except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
         raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error

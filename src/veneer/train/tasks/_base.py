@@ -121,9 +121,9 @@ class Task(ABC):
         #: how the base is loaded, as `load_base` takes it
         self.loading = {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
         #: the adapter to train further
-        self.start = start_of(config.adapter)
-        if self.start is not None and self.start.task.get("name") == self.name:
-            known = known or settings_in(self.start.task)
+        self.further = start_of(config.adapter)
+        if self.further is not None and self.further.task.get("name") == self.name:
+            known = known or settings_in(self.further.task)
         #: what an adapter's record says of the task that made it: `settings` of that run
         self.known: Mapping[str, Any] = known or {}
         self.processor: Any = None
