@@ -70,6 +70,13 @@ def test_linear_layers_are_packed_the_head_is_not_and_each_weight_knows_its_file
         assert prints[name] == fingerprint(plain.get_parameter(name))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what a process has mapped")
+def test_no_weight_lies_in_the_files_that_were_packed(wide: Path) -> None:
+    model = load(wide)
+    assert str(wide) not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_products_are_in_the_precision_and_scales_are_quantised_too(wide: Path) -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         layer = load(wide, "nf4", precision).model.layers[0].mlp.up_proj

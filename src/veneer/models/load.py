@@ -20,7 +20,14 @@ from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base, folder_of
 from veneer.models.messages import first_line, loading, quiet
-from veneer.models.quantize import Quantize, keep_packed, must_have_whole_blocks, note_sources, quantizer
+from veneer.models.quantize import (
+    Quantize,
+    keep_packed,
+    leave_files,
+    must_have_whole_blocks,
+    note_sources,
+    quantizer,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +137,7 @@ def load_head(
     if quantize is not None:
         must_have_whole_blocks(model, name)
         keep_packed(model)
+        leave_files(model)
         note_sources(model, _files_at(place))
     return model.eval()
 

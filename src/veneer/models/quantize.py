@@ -71,6 +71,14 @@ def keep_packed(model: nn.Module) -> None:
             module.__dict__["support_avx512bf16_for_cpu"] = False
 
 
+def leave_files(model: nn.Module) -> None:
+    """Give each plain weight in main memory a place of its own. They lie in the file as it is mapped, of which all that
+    was read to be packed would stay resident beside what it was packed to."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def must_have_whole_blocks(model: nn.Module, name: str) -> None:
     """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers: bitsandbytes (0.50) reads
     them there with the scales of other blocks."""
