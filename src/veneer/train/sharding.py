@@ -3,7 +3,8 @@
     base       each process holds its share; a block is gathered before it computes, and let go after
     adapter    whole in each process, in float32 over a 16-bit base: its gradients travel as without FSDP
 
-What trains is small, and would have to be gathered as well: it is not spread.
+What trains is small, and would have to be gathered as well: it is not spread. With `shard_size` there are several
+copies of the base, each spread over so many processes (HSDP): blocks are gathered among those alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
         reason = f"variant {config.variant!r} starts from gradients of whole weights"
     if reason is None:
         whole = task.loading
-        task.loading = {**whole, "device": str(device), "spread": partial(shard, device=device)}
+        task.loading = {**whole, "device": str(device), "spread": partial(shard, device=device, size=config.shard_size)}
         try:
             base = task.load()
             reshard(base.model)  # a task may have called it
@@ -59,14 +60,18 @@ def load(task: Task, device: torch.device, console: Console) -> Base:
     return task.load()
 
 
-def shard(model: Any, device: torch.device) -> None:
-    """Spread the frozen weights over all processes, and put all else on `device`, where they meet."""
+def shard(model: Any, device: torch.device, size: int | None = None) -> None:
+    """Spread the frozen weights over all processes (over each `size` of them, neighbours by rank), and put all else on
+    `device`, where they meet."""
     if is_spread(model.modules()):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    count = torch.distributed.get_world_size()
+    copies = {} if size in (None, count) else {"copies": count // size}
+    sizes = {**copies, "shares": size or count}
+    mesh = init_device_mesh(device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
