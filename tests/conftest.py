@@ -27,6 +27,7 @@ from veneer.kernels import compiled
 from veneer.kernels.compiled import switch
 
 register_toys()
+gc.disable()  # nothing of what is imported and collected is garbage, and there is ever more of it to look through
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,6 +69,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
