@@ -11,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import gc
 import io
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,9 +68,23 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
-    gc.freeze()
+    _freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """Some tests import large libraries, and each trainer has the garbage collected once or twice."""
+    yield
+    if len(sys.modules) > _freeze.modules + 100:
+        gc.collect()
+        _freeze()
+
+
+def _freeze():
+    """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
+    _freeze.modules = len(sys.modules)
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
