@@ -53,7 +53,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(EXPRESSIONS, st.lists(st.text("ab.1_", max_size=7), min_size=1, max_size=8))
 def test_an_expression_says_what_re_says(source, texts):
     try:

@@ -8,5 +8,5 @@ import multiprocessing
 CONTEXT = multiprocessing.get_context("forkserver")
 #: not the tests' own files: the server does not know their folder
 CONTEXT.set_forkserver_preload(
-    ["veneer", "veneer.store.library", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "peft"]
+    ["veneer", "veneer.store.library", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
 )
