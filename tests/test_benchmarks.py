@@ -6,7 +6,9 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -49,34 +51,44 @@ def _threads():
 
 
 @pytest.fixture(scope="module")
-def recorded(base, tmp_path_factory) -> Path:
-    """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
+def recorded(base, tmp_path_factory) -> Iterator[Callable[..., Path]]:
+    """The folder of results, after these programs ran (all, if none is named) that have not yet. There is every one but
+    `attach`; what they run in processes of its own runs in this one."""
     folder = tmp_path_factory.mktemp("results")
+    out, few = ["--out", str(folder)], [*SHAPE, "--tokens", "16"]
+    runs = {
+        train_step: [*few, "--rank", "4", "--runs", "1"],
+        train_memory: [*few, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS],
+        forward: [*SHAPE, "--tokens", "1", "16", "--runs", "1"],
+        experts: ["--tiny", "--runs", "1"],
+        engine: [*SHAPE, "--runs", "1", "--dtype", "float32"],
+        mixed: [*SHAPE, "--runs", "1", "--length", "4"],
+        many: [*SHAPE, "--runs", "1", "--sizes", "2x4"],
+        frozen: ["--tiny", "--layers", "3", "--runs", "1"],
+        planner: ["--model", *PLANNED, "--runs", "1", "--repeats", "1"],
+        compose: ["--quick", "--runs", "1"],
+        scaling: ["--tiny", "--runs", "1"],
+        time_to_target: ["--quick", "--base", str(base)],
+        tasks: ["--quick", "--case", "dpo", "grpo", "--at-once", "1"],
+        import_time: ["--runs", "1"],
+        fingerprints: ["--tiny", "--layers", "1", "--runs", "1"],
+        merge_fidelity: ["--quick", "--base", str(base)],
+        merge: ["--quick"],
+    }
+
+    def run(*programs: ModuleType) -> Path:
+        for program in programs or [*runs]:
+            if arguments := runs.pop(program, None):
+                program.main([*arguments, *out])
+        return folder
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_memory, time_to_target, tasks, merge, mixed):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
         patch.setattr(answers, "SMOLLM", str(base))
         patch.setattr(import_time, "run", lambda name: 1.0)
         patch.setattr(pronounce, "words", functools.cache(pronounce.words))
-        out, few = ["--out", str(folder)], [*SHAPE, "--tokens", "16"]
-        train_step.main([*few, *out, "--rank", "4", "--runs", "1"])
-        train_memory.main([*few, *out, "--rank", "4", "--steps", "1", "--only", *MEMORY_ROWS])
-        forward.main([*SHAPE, *out, "--tokens", "1", "16", "--runs", "1"])
-        experts.main(["--tiny", *out, "--runs", "1"])
-        engine.main([*SHAPE, *out, "--runs", "1", "--dtype", "float32"])
-        mixed.main([*SHAPE, *out, "--runs", "1", "--length", "4"])
-        many.main([*SHAPE, *out, "--runs", "1", "--sizes", "2x4"])
-        frozen.main(["--tiny", "--layers", "3", *out, "--runs", "1"])
-        planner.main(["--model", *PLANNED, *out, "--runs", "1", "--repeats", "1"])
-        compose.main(["--quick", *out, "--runs", "1"])
-        scaling.main(["--tiny", *out, "--runs", "1"])
-        time_to_target.main(["--quick", "--base", str(base), *out])
-        tasks.main(["--quick", "--case", "dpo", "grpo", "--at-once", "1", *out])
-        import_time.main(["--runs", "1", *out])
-        fingerprints.main(["--tiny", "--layers", "1", "--runs", "1", *out])
-        merge_fidelity.main(["--quick", "--base", str(base), *out])
-        merge.main(["--quick", *out])
-    return folder
+        yield run
 
 
 def written(folder: Path, name: str) -> dict:
@@ -93,7 +105,7 @@ def check(row: dict) -> None:
 
 
 def test_experts(recorded):
-    result = written(recorded, "experts")
+    result = written(recorded(experts), "experts")
     asked = [(case["setting"]["call"], case["setting"]["dtype"]) for case in result["cases"]]
     assert asked == [(call, dtype) for dtype in ("float32", "bfloat16") for call in ("one token", "a step")]
     for case in result["cases"]:
@@ -168,7 +180,7 @@ def test_the_floor_carries_the_gradient_to_the_embedded_input_and_no_further():
 
 
 def test_train_memory(recorded):
-    for case in written(recorded, "train_memory")["cases"]:
+    for case in written(recorded(train_memory), "train_memory")["cases"]:
         assert list(case["rows"]) == ["floor", *MEMORY_ROWS]
         for row in case["rows"].values():
             assert row.keys() == train_memory.NUMBERS.keys()
@@ -193,7 +205,7 @@ def test_saved_bytes_count_each_storage_once_and_what_is_freed_not_at_all():
 
 
 def test_time_to_target(recorded):
-    result = written(recorded, "time_to_target")
+    result = written(recorded(time_to_target), "time_to_target")
     (case,) = result["cases"]
     assert list(case["rows"]) == list(time_to_target.LIBRARIES)
     assert case["rows"][time_to_target.PEER]["cpu"]["ratio"] == 1  # it reaches its own target
@@ -216,7 +228,7 @@ def test_the_way_to_a_target_is_interpolated():
 
 
 def test_tasks(recorded):
-    cases = written(recorded, "tasks")["cases"]
+    cases = written(recorded(tasks), "tasks")["cases"]
     assert [case["setting"]["task"] for case in cases] == ["dpo", "grpo"]
     for case in cases:
         assert list(case["rows"]) == [tasks.PEER, tasks.OWN]
@@ -263,7 +275,7 @@ def test_a_task_of_its_own_rows(name, tmp_path, monkeypatch):
 
 
 def test_scaling(recorded):
-    cases = written(recorded, "scaling")["cases"]
+    cases = written(recorded(scaling), "scaling")["cases"]
     assert [case["setting"]["axis"] for case in cases] == list(scaling.AXES)
     for case in cases:
         assert list(case["rows"]) == list(scaling.CANDIDATES)
@@ -281,21 +293,21 @@ def test_the_fit_finds_a_power_and_says_where_there_is_none():
 
 def test_frozen(recorded):
     """Each pair computes one loss, which the program asserts."""
-    cases = written(recorded, "frozen")["cases"]
+    cases = written(recorded(frozen), "frozen")["cases"]
     assert [case["setting"]["gain"] for case in cases] == [*frozen.GAINS, *frozen.GAINS]
     for case in cases:
         assert list(case["rows"]) == ["without", "with"]
 
 
 def test_planner(recorded):
-    cases = written(recorded, "planner")["cases"]
+    cases = written(recorded(planner), "planner")["cases"]
     assert [case["setting"]["model"] for case in cases] == PLANNED
     for case in cases:
         assert list(case["rows"]) == ["factored", "planner"]
 
 
 def test_forward(recorded):
-    result = written(recorded, "forward")
+    result = written(recorded(forward), "forward")
     assert [(case["setting"]["dtype"], case["setting"]["tokens"]) for case in result["cases"]] == [
         ("float32", 1), ("float32", 16), ("bfloat16", 1), ("bfloat16", 16)
     ]  # fmt: skip
@@ -308,7 +320,7 @@ def test_forward(recorded):
 
 def test_engine(recorded):
     """The engine, `generate` and `generate_batch` answer the same requests."""
-    cases = written(recorded, "engine")["cases"]
+    cases = written(recorded(engine), "engine")["cases"]
     assert [case["setting"]["phase"] for case in cases] == ["prefill", "decode"]
     for case in cases:
         assert list(case["rows"]) == ["transformers, generate", "transformers, continuous batching", "veneer"]
@@ -319,7 +331,7 @@ def test_engine(recorded):
 
 def test_mixed(recorded):
     """Every candidate decodes and fills; a bank's further adapter takes some memory."""
-    result = written(recorded, "mixed")
+    result = written(recorded(mixed), "mixed")
     assert len(result["cases"]) == 4
     for case in result["cases"]:
         assert list(case["rows"]) == ["base", "bank, idle", "bank, 8", "bank, 16", "bank, 8, DoRA", "peft, 8"]
@@ -330,7 +342,7 @@ def test_mixed(recorded):
 
 def test_many(recorded):
     """Steps at once beside steps apart, in each dtype."""
-    cases = written(recorded, "many")["cases"]
+    cases = written(recorded(many), "many")["cases"]
     assert [case["setting"]["dtype"] for case in cases] == ["float32", "bfloat16"]
     for case in cases:
         assert list(case["rows"]) == ["apart", "at once", "frozen"]
@@ -340,14 +352,14 @@ def test_many(recorded):
 
 def test_compose(recorded):
     """PEFT's adapter is Veneer's, which the program measures too."""
-    case = written(recorded, "compose")
+    case = written(recorded(compose), "compose")
     assert list(case["rows"]) == ["veneer, svd", "veneer, exact", "peft, svd", "peft, cat"]
     assert case["setting"] == {"adapters": 8, "rank": 4, "layers": 14}
     assert max(case["off"].values()) < 1e-4
 
 
 def test_merge_fidelity(recorded):
-    result = written(recorded, "merge_fidelity")
+    result = written(recorded(merge_fidelity), "merge_fidelity")
     assert [case["setting"]["dtype"] for case in result["cases"]] == list(merge_fidelity.DTYPES)
     for case in result["cases"]:
         assert list(case["rows"]) == ["nearest", "stochastic", "faithful", "faithful, outputs"]
@@ -370,7 +382,7 @@ def test_merge_fidelity(recorded):
 
 def test_merge(recorded):
     """The result was compared bit for bit with a merge in memory."""
-    (case,) = written(recorded, "merge")["cases"]
+    (case,) = written(recorded(merge), "merge")["cases"]
     assert list(case["rows"]) == list(merge.CANDIDATES)
     for row in case["rows"].values():
         check(row)
@@ -385,12 +397,17 @@ def test_rounding_at_random_is_right_on_average():
 
 
 def test_fingerprints(recorded):
-    for case in written(recorded, "fingerprints")["cases"]:
+    for case in written(recorded(fingerprints), "fingerprints")["cases"]:
         assert list(case["rows"]) == ["read", "hash", "again"]
 
 
 def test_import_time(recorded):
-    assert list(written(recorded, "import_time")["rows"]) == ["torch", "veneer", "veneer, nothing used", "peft"]
+    assert list(written(recorded(import_time), "import_time")["rows"]) == [
+        "torch",
+        "veneer",
+        "veneer, nothing used",
+        "peft",
+    ]
 
 
 def test_a_process_of_its_own_answers_in_its_last_line(tmp_path):
@@ -413,7 +430,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_page, "RESULTS", tmp_path)
     assert "## " not in bench_page.page()
     assert bench_page.readme() == ""
-    monkeypatch.setattr(bench_page, "RESULTS", recorded)
+    monkeypatch.setattr(bench_page, "RESULTS", recorded())
     page, readme = bench_page.page(), bench_page.readme()
     steps = {f"train_step_{more}" for more in ("small", "others", "tuned", "grid")}
     quantized = {name for name in bench_page.PROGRAMS if name.startswith("quantized")}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torture_cases.cases import CASES
+from torture_cases.cases import CASES, several
 from torture_cases.ours import Veneer
 
 #: what the numbers behind a result may be at most
@@ -29,8 +29,9 @@ BOUNDS = {
 
 
 def marks_of(name):
-    """The quick suite leaves a case to the slow one of which a test of ``attach/test_compile.py`` asks more."""
-    return [pytest.mark.slow] if name == "twelve_adapters_compiled" else []
+    """The quick suite leaves a case to the slow one of which a test of ``attach/test_compile.py`` asks more, and one of
+    which it has fewer layers below."""
+    return [pytest.mark.slow] if name in ("twelve_adapters_compiled", "adapter_128_on_64_layers") else []
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case.name)) for case in CASES])
@@ -39,6 +40,14 @@ def test_veneer_gets_it_right(case):
     assert result.ok, result.text
     for name, bound in BOUNDS.items():
         assert result.measures.get(name, 0.0) <= bound, f"{name}: {result.measures[name]}"
+
+
+def test_the_128th_adapter_costs_what_the_first_does(monkeypatch):
+    monkeypatch.setattr(several, "LAYERS", 6)
+    (case,) = [case for case in CASES if case.name == "adapter_128_on_64_layers"]
+    result = case.run(Veneer())
+    assert result.ok, result.text
+    assert result.measures["calls"] <= BOUNDS["calls"]
 
 
 def test_names_are_unique():

@@ -17,7 +17,8 @@ def failures(outcomes) -> list:
     return [outcome for outcome in outcomes if outcome.kind == "failure"]
 
 
-def test_some_mutants():
+def test_some_mutants(monkeypatch):
+    monkeypatch.setattr(fuzz.multiprocessing, "get_context", lambda _: CONTEXT)
     outcomes = fuzz.run(count=300, seed=7)
     assert [outcome.number for outcome in outcomes] == list(range(300))
     assert failures(outcomes) == []

@@ -72,7 +72,7 @@ ties = pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 
 @pytest.mark.filterwarnings("ignore::veneer.LoadedElsewhere")  # its own test is below
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
-def test_save_pretrained_writes_an_adapter_that_gives_the_adapted_model_again(variant, model, base, tmp_path):
+def test_an_adapter_alone_is_written_that_gives_the_model_again(variant, model, base, tmp_path):
     plain = logits(model)
     attach(model, variant=variant)
     model.save_pretrained(tmp_path / "saved")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.commands import refused
+from tests.support.forked import LARGE, Program
 from tests.support.tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,19 +177,28 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Any, monkeypatch: pyte
         signal.signal(signal.SIGINT, before)
 
 
-def test_in_a_pipe_it_streams_and_goes_on(base: Path, adapter: Path) -> None:
+PIPED = """
+import os, sys
+os.dup2(os.open({lines!r}, os.O_RDONLY), 0)
+os.dup2(os.open({answers!r}, os.O_WRONLY), 1)
+sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+sys.argv = {command}
+from veneer.cli import main
+main()
+"""
+
+
+def test_in_a_pipe_it_streams_and_goes_on(base: Path, adapter: Path, tmp_path: Path) -> None:
     """As a program: an answer comes before the next line is said."""
-    command = [sys.executable, "-m", "veneer.cli", "chat", str(base), "--adapter", str(adapter)]
-    command += ["--max-new-tokens", "5"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as program:
-        assert program.stdin
-        assert program.stdout
-        assert program.stderr
-        print("1+1=", file=program.stdin, flush=True)
-        assert program.stdout.readline()
-        print("/base\n2+2=", file=program.stdin, flush=True)
-        assert program.stdout.readline()
-        program.stdin.close()
+    os.mkfifo(lines := tmp_path / "lines")
+    os.mkfifo(answers := tmp_path / "answers")
+    command = ["veneer", "chat", str(base), "--adapter", str(adapter), "--max-new-tokens", "5"]
+    program = Program(PIPED.format(lines=str(lines), answers=str(answers), command=command), *LARGE)
+    with lines.open("w") as said, answers.open() as answered:
+        print("1+1=", file=said, flush=True)
+        assert answered.readline()
+        print("/base\n2+2=", file=said, flush=True)
+        assert answered.readline()
+        said.close()
         assert program.wait(60) == 0
-        assert "Error" not in program.stderr.read()
+    assert "Error" not in program.said

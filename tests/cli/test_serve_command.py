@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
+from tests.support.forked import LARGE, Program
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 from veneer.cli.serve import _announce
@@ -230,13 +231,13 @@ def test_a_whole_run(base, adapter, tmp_path):
         (folder / "calc" / file.name).write_bytes(file.read_bytes())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    line = [sys.executable, "-m", "veneer.cli", "serve", str(base), "--adapters", str(folder), "--port", str(port)]
+    line = ["veneer", "serve", str(base), "--adapters", str(folder), "--port", str(port)]
     line += ["--precision", "fp32", "--memory", "1MiB", "--pin", "calc", "--name", "mine"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    child = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = f"import sys; sys.argv = {line}; from veneer.cli import main; main()"
+    child = Program(code, *LARGE, HF_HUB_OFFLINE="1", COLUMNS="100")
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 100
-        while time.monotonic() < end and child.poll() is None:
+        while time.monotonic() < end and child.alive:
             try:
                 assert httpx.get(f"{url}/ready").status_code == 200
                 break
@@ -251,11 +252,10 @@ def test_a_whole_run(base, adapter, tmp_path):
         ]
         assert texts[0] != texts[1]
         assert "<!doctype html>" in httpx.get(url).text.lower()
-        child.send_signal(signal.SIGTERM)
-        _, said = child.communicate(timeout=30)
-        assert child.returncode == 0
+        child.kill(signal.SIGTERM)
+        assert child.wait(30) == 0
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
     for words in (f"{url}/v1", "mine (completions, 256 tokens, float32)", "1: calc", "1.0 MiB"):
-        assert words in said
+        assert words in child.said

@@ -53,7 +53,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(EXPRESSIONS, st.lists(st.text("ab.1_", max_size=7), min_size=1, max_size=8))
 def test_an_expression_says_what_re_says(source, texts):
     try:
@@ -124,11 +124,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_no_expression_takes_long(source):
-    """A thousand paths: half a second in all, or one error that says so; and no more the second time."""
+    """Three hundred paths: half a second in all, or one error that says so; and no more the second time."""
     expression, start = Expressions([source]), time.process_time()
     for _ in range(2):
         try:
-            for n in range(1000):
+            for n in range(300):
                 assert not expression.matches("ab" * (n % 100) + "a" * (500 - n % 100))
         except AdapterError as error:
             assert "longer than any that people use" in str(error)  # noqa: PT017

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from tests.support.api_server import BASE, serving
 
-FEW = {"max_examples": 60, "deadline": None, "suppress_health_check": list(HealthCheck)}
+FEW = {"max_examples": 40, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
 CHAT = {
     "model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": 1, "stop": ["w1"], "seed": 1,

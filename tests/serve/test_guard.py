@@ -380,8 +380,9 @@ def test_a_port_that_is_taken():
 @contextmanager
 def process(folder, pause, grace):
     """A server in a process of its own: (the process, its address)."""
-    code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server"
-    child = Program(f"{code}; api_server.main()", *LARGE, folder=Path(__file__).parents[2])
+    code = f"import sys; sys.argv[1:] = {[str(folder), str(pause), str(grace)]}; from tests.support import api_server\n"
+    code += "from veneer.serve import listen; listen.CLOSING = 0.5; api_server.main()"
+    child = Program(code, *LARGE, folder=Path(__file__).parents[2])
     try:
         child.until(lambda: re.search(r"^http://.*\n", child.said, re.MULTILINE) or not child.alive)
         (address,) = re.findall(r"^http://.*$", child.said, re.MULTILINE)
@@ -475,7 +476,7 @@ def test_sigterm_lets_streams_finish(tmp_path):
 
 
 def test_sigterm_does_not_wait_beyond_its_grace(tmp_path):
-    with process(tmp_path / "dir", 1.0, 0.3) as (child, url):
+    with process(tmp_path / "dir", 0.5, 0.3) as (child, url):
         words = []
         thread = stream(url, words)
         start = time.monotonic()
@@ -487,7 +488,7 @@ def test_sigterm_does_not_wait_beyond_its_grace(tmp_path):
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    with process(tmp_path / "dir", 1.0, 60) as (child, url):
+    with process(tmp_path / "dir", 0.5, 60) as (child, url):
         thread = stream(url, [])
         child.kill(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)

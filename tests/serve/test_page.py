@@ -24,9 +24,13 @@ Open = Callable[..., "sync_api.Page"]
 
 
 @pytest.fixture
-def show(browser: sync_api.Browser) -> Iterator[Open]:
+def show(browser: sync_api.Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens the page of a fake server. At the end: no script failed, no policy was broken, no other host was asked."""
     wrong, stack = [], ExitStack()
+    script = files.FILES["page.js"]
+    assert script.count(b"const EVERY = 2000;") == 1
+    # it looks at the server more often than every two seconds, for which tests would wait
+    monkeypatch.setitem(files.FILES, "page.js", script.replace(b"EVERY = 2000", b"EVERY = 300"))
 
     def note(message: sync_api.ConsoleMessage) -> None:
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:

@@ -70,20 +70,26 @@ def whole(folder: Path) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_death_before_any_step_on_the_disk(folder, operation):
     """Each step in turn: rename, replace, fsync, mkdir, unlink, … does not happen, and nothing after it does."""
+    pipe, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=crashes.die_at_each, args=(theirs, operation, folder), daemon=True)
+    process.start()
+    theirs.close()
     for step in range(200):
         number = 1000 + step
         if operation == "tag":  # which goes on from the tag that is there
             (last,) = Library(folder / "library").entry("kept").tags
             number = int(last[1:]) + 1
-        child = CONTEXT.Process(target=crashes.die_at, args=(operation, folder, number, step))
-        child.start()
-        child.join()
+        pipe.send((number, step))
+        ended = pipe.recv()
         whole(folder)
-        if child.exitcode == 0:
+        if ended == 0:
             assert step >= 4, "the steps were counted"
-            return
-        assert child.exitcode == DIED
-    pytest.fail("it did not come to an end")
+            break
+        assert ended == DIED
+    else:
+        pytest.fail("it did not come to an end")
+    pipe.close()
+    process.join()
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,26 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
     atomic._exchange = counted(atomic._exchange)
     veneer.adapter_files.folder.save_file = counted(veneer.adapter_files.folder.save_file)
     OPERATIONS[operation](folder, number)
+
+
+def die_at_each(pipe: Any, operation: str, folder: Path) -> None:
+    """For each (number, step) that comes, a fork of this process: what is sent back is how it ended."""
+    while True:
+        try:
+            number, step = pipe.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                die_at(operation, folder, number, step)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        pipe.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def work(folder: Path, who: int, count: int, failed: Any) -> None:

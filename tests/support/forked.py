@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 #: what a program starts with of which the imports are no matter: with one tuple for all, one process to fork from
-LARGE = ("torch", "transformers", "trl.trainer.sft_trainer")
+LARGE = ("torch", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "typer", "pydantic")
 
 
 def printed(code: str, **environment: str) -> str:
@@ -93,9 +94,12 @@ def _files() -> str:
 
 def _serve(imported: list[str]) -> None:
     sys.path.pop(0)  # this file's folder: not what a program's own imports look through
+    gc.disable()
     for library in imported:
         importlib.import_module(library)
     os.fsync = lambda fd: None  # as in the tests' own process
+    gc.freeze()  # a program that collects garbage would walk all of it, and so copy the pages that it shares with us
+    gc.enable()
     for line in sys.stdin:
         if os.fork() == 0:
             _watch(**json.loads(line))

@@ -84,7 +84,6 @@ def test_what_may_be_tied_or_is_trained_in_full(fields, tmp_path, asked):
     equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
 
 
-@pytest.mark.usefixtures("own_process")
 def test_without_fingerprints_only_the_model_can_tell(tmp_path, asked):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear")

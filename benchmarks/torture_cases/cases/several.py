@@ -25,6 +25,8 @@ from torture_cases.library import Adapter, Library, NotOffered, Result, Selectio
 from torture_cases.models import Holder, Stack
 
 WEIGHTED = "add_weighted_adapter with rsLoRA"
+#: on which so many adapters are
+LAYERS = 64
 
 
 def several(library: Library, model: nn.Module, names: Sequence[str], targets=("linear",), **options: Any) -> Adapter:
@@ -148,8 +150,8 @@ def twelve_adapters_compiled(library: Library) -> Result:
 @case("128th adapter on 64 layers")
 def adapter_128_on_64_layers(library: Library) -> Result:
     """Judged by function calls, which no other process disturbs; the times are told beside them."""
-    first = calls(lambda: library.attach(Stack(64, 8), ["linear"]))
-    model, times = Stack(64, 8), []
+    first = calls(lambda: library.attach(Stack(LAYERS, 8), ["linear"]))
+    model, times = Stack(LAYERS, 8), []
     for number in range(127):
         start = time.perf_counter()
         adapter = library.attach(model, ["linear"], name=f"n{number}" if number else "one")

@@ -261,7 +261,7 @@ def factored(call: Call, change: Change, low: LowRank, gain: Tensor | None, drop
         y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
         if y is not None:
             return y
-    stock = call.base in reader.types() and gain is None and not layer_state.transposed and not change.storage.opaque
+    stock = layer_state.stock and gain is None and not layer_state.transposed and not change.storage.opaque
     if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
         y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
         if y is not None:

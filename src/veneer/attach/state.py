@@ -151,9 +151,11 @@ class LayerState(nn.Module):
 
     ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
     ``factors`` says that the factored form is right for it, ``product`` that it is a matrix product with a plain
-    weight, which the fused kernel computes, ``transposed`` that it holds the adapted weight
-    transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place of
-    its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the module.
+    weight, which the fused kernel computes, ``stock`` that its class is one that the kind names, as found when it was
+    attached (a compiled call that asked again would be compiled anew after each import), ``transposed`` that it holds
+    the adapted weight transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets
+    in place of its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the
+    module.
     ``own_forward`` stood in the place of forward on the module, and runs where that would; ``opaque`` is the storage of
     a module that is its own weight, by which that forward passes gradients on.
     """
@@ -165,6 +167,7 @@ class LayerState(nn.Module):
         attached.keys += 1
         self.attached, self.key = attached, attached.keys
         self.layer, self.factors, self.product, self.transposed = layer, factors, product, False
+        self.stock = False
         self.attributes = dict(attributes)
         self.bound: tuple[str, ...] = ()
         self.own_forward: FunctionType | None = None

@@ -126,9 +126,11 @@ def has_forward(module: nn.Module) -> bool:
 
 def bound(module: nn.Module) -> dict[str, str]:
     """The attributes that hold a method bound to the module itself (``self.impl = self._impl``), and its name."""
-    own = {name: value for name, value in module.__dict__.items() if isinstance(value, MethodType)}
-    plain = {name: value.__func__ for name, value in own.items() if value.__self__ is module}
-    return {name: function.__name__ for name, function in plain.items() if isinstance(function, FunctionType)}
+    return {
+        name: value.__func__.__name__
+        for name, value in module.__dict__.items()
+        if isinstance(value, MethodType) and value.__self__ is module and isinstance(value.__func__, FunctionType)
+    }
 
 
 def unreachable(names: Names, path: str, method: str = "forward") -> str | None:

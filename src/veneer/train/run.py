@@ -10,6 +10,7 @@ and ends at the same losses, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -262,6 +263,7 @@ def _status(output: Path, status: str, config: TrainConfig, prepared: Prepared) 
     checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": _versions()})
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     named = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
     return {**named, "python": platform.python_version()}
