@@ -53,6 +53,18 @@ def test_links_lead_somewhere():
     assert not wrong
 
 
+def test_references_are_defined():
+    """``[text][name]`` has its ``[name]: address``."""
+    wrong = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        defined = set(re.findall(r"^\[([^\]]+)\]: \S+$", text, re.MULTILINE))
+        asked = set(re.findall(r"\]\[([^\]]+)\]", text)) | set(re.findall(r"\[(\^\w+)\](?!:)", text))
+        notes = set(re.findall(r"^\[(\^\w+)\]: ", text, re.MULTILINE))
+        wrong += [f"{named(page)}: {name}" for name in sorted(asked - defined - notes)]
+    assert not wrong
+
+
 def test_no_page_holds_both_sides_of_a_merge():
     assert [named(page) for page in PAGES if re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)] == []
 
