@@ -26,6 +26,7 @@ help:
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
+	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
 	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
 	@echo "make trainers   every trainer with an adapter of Veneer and of PEFT, write docs/trainers.md (minutes)"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
@@ -117,6 +118,11 @@ record: demo  # the demo's result, into the README
 docs: setup
 	$(BIN)/python scripts/docs.py
 
+# The pages, the API from docstrings, notebooks of the tutorials, llms.txt: all below build/
+.PHONY: site
+site: setup
+	$(BIN)/python scripts/build_site.py
+
 matrix: setup
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix
 
@@ -182,4 +188,4 @@ bench-serve: setup
 	$(BIN)/python scripts/docs.py
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo build .pytest_cache .ruff_cache .hypothesis
