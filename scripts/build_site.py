@@ -56,7 +56,8 @@ def api_pages() -> dict[str, str]:
     found = {}
     for modules, purpose in rows:
         names = re.findall(r"`(veneer[\w.]*)`", modules)
-        parts = [f"# {modules}", purpose[0].upper() + purpose[1:] + "."]
+        title = purpose[0].upper() + purpose[1:]
+        parts = [f"# {title}", f"In {modules}."] if len(names) > 1 else [f"# {modules}", f"{title}."]
         for name in names:
             parts += [f"## `{name}`"] * (len(names) > 1) + [f"::: {name}"]
             parts += [f"::: {place}\n    options:\n      show_root_heading: true" for place in hidden(name)]

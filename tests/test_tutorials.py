@@ -73,6 +73,7 @@ def test_a_tutorial_runs(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", needed(REACHED))
 def test_a_tutorial_reaches_what_it_says(page: str, tmp_path: Path) -> None:
     for base in re.findall(r"package:(\w+)", PAGES[page].read_text()):
