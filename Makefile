@@ -19,7 +19,7 @@ help:
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
-	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
+	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (70 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
@@ -109,6 +109,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/build_site.py
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
 
 record: demo  # the demo's result, into the README
