@@ -27,7 +27,7 @@ RIGHT = r"adapter +[\d.]+ .*?([\d.]+)%"
 REACHED = {
     "start": (RIGHT, 95.0),
     "language-model": (r"merged: ([\d.]+) right", 0.6),
-    "reinforcement": (r"adapter +[\d.]+ .*reward ([\d.]+)", 0.6),
+    "reinforcement": (r"adapter +-?[\d.]+ .*reward ([\d.]+)", 0.6),
     "tagging": (RIGHT, 95.0),
     "images": (r"all: [\d,]+ numbers, turned: ([\d.]+)", 0.85),
 }
