@@ -19,13 +19,14 @@ help:
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
-	@echo "make check      ruff, pyright, house, docs freshness, every cell of the matrix again"
+	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
 	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (70 minutes)"
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make docs       write the generated pages of docs/"
+	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
 	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
 	@echo "make trainers   every trainer with an adapter of Veneer and of PEFT, write docs/trainers.md (minutes)"
 	@echo "make matrix     run every layer with every variant, write docs/support.md (minutes)"
@@ -108,6 +109,7 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/build_site.py
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
 
 record: demo  # the demo's result, into the README
@@ -116,6 +118,11 @@ record: demo  # the demo's result, into the README
 
 docs: setup
 	$(BIN)/python scripts/docs.py
+
+# The pages, the API from docstrings, notebooks of the tutorials, llms.txt: all below build/
+.PHONY: site
+site: setup
+	$(BIN)/python scripts/build_site.py
 
 matrix: setup
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix
@@ -182,4 +189,4 @@ bench-serve: setup
 	$(BIN)/python scripts/docs.py
 
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo build .pytest_cache .ruff_cache .hypothesis

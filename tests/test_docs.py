@@ -17,6 +17,7 @@ from demo import pronounce
 from tests.support import extras
 from tests.support.forked import LARGE, Program
 from tests.support.tiny import sums, write_rows
+from tests.test_tutorials import PAGES as TUTORIALS
 from typer.testing import CliRunner
 
 import veneer
@@ -24,7 +25,11 @@ from veneer.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 #: the README first: commands of later pages go on from what its commands wrote
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted({*(ROOT / "docs").rglob("*.md")} - {*TUTORIALS.values()}),
+]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import tomllib
 from dataclasses import fields
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import veneer
 from veneer.errors import AdapterError
@@ -50,6 +52,18 @@ def test_links_lead_somewhere():
             there = page.parent / target if target else page
             if "://" not in target and (not there.exists() or (anchor and anchor not in anchors(there))):
                 wrong.append(f"{named(page)} links to {target}#{anchor}")
+    assert not wrong
+
+
+def test_references_are_defined():
+    """``[text][name]`` has its ``[name]: address``."""
+    wrong = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        defined = set(re.findall(r"^\[([^\]]+)\]: \S+$", text, re.MULTILINE))
+        asked = set(re.findall(r"\]\[([^\]]+)\]", text)) | set(re.findall(r"\[(\^\w+)\](?!:)", text))
+        notes = set(re.findall(r"^\[(\^\w+)\]: ", text, re.MULTILINE))
+        wrong += [f"{named(page)}: {name}" for name in sorted(asked - defined - notes)]
     assert not wrong
 
 
@@ -107,6 +121,25 @@ def test_the_package_names_no_address():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "urls" not in project
     assert not any("email" in author for author in project["authors"])
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == veneer.__version__
+    assert (citation["license"], citation["authors"]) == (project["license"], project["authors"])
+    assert {"cff-version", "message", "title"} <= citation.keys()
+
+
+def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
+    text = (ROOT / "examples" / "docker" / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert {"pyproject.toml", "src"} <= {*copied}
+    assert all((ROOT / name).exists() for name in copied)
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*extras.split(",")} <= project["optional-dependencies"].keys()
+    assert json.loads(re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[0])[0] in project["scripts"]
 
 
 def test_the_package_says_that_it_is_typed():

@@ -54,6 +54,7 @@ EXTRAS = frozenset(
         "typer",
         "uvicorn",
         "yaml",
+        "zensical",
     ]
 )
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")

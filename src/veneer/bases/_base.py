@@ -123,6 +123,7 @@ def storage_named(name: str):
 
 
 def register(storage: type[Storage]) -> type[Storage]:
+    """Class decorator: put one instance into the registry. The storages that are registered last are asked first."""
     BASES.add(storage.name, storage())
     return storage
 

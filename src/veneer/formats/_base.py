@@ -142,6 +142,7 @@ FORMATS: Registry[Format] = Registry("format")
 
 
 def register(format_: Format) -> Format:
+    """Put a format into the registry, by its name."""
     return FORMATS.add(format_.name, format_)
 
 

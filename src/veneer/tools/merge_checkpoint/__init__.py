@@ -88,8 +88,8 @@ def merge_checkpoint(
         MergeError: a merged weight is not finite in its dtype.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
 
-        Nothing is left behind, and ``out`` is as it was. (An OSError, such as a full disk, leaves what was done beside
-        ``out`` to go on from.)
+    After an error nothing is left behind, and ``out`` is as it was. (An OSError, such as a full disk, leaves what was
+    done beside ``out`` to go on from.)
     """
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)

@@ -1,0 +1,165 @@
+"""The site of docs/, by Zensical, into build/site: `make site`.
+
+Zensical reads one folder, and pages link to what lies beside docs/ (README.md, examples/). So the pages are collected
+first, in build/pages, where they lie as in the repository: a link is the same there, on GitHub and on the site. Beside
+them comes what is generated and committed nowhere: the API from the docstrings of what docs/public-api.md lists, a
+notebook of each tutorial, and llms.txt, for readers that are models. The navigation is scripts/site.toml.
+
+    python scripts/build_site.py [FOLDER]        FOLDER/site, build/site by default; any warning is an error
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "scripts" / "site.toml"
+PACKAGE = ROOT / "src"
+BESIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEASING.md")
+
+
+def collect(pages: Path) -> None:
+    """Every page and what pages link to, as it lies in the repository; then what is generated."""
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in BESIDE:
+        shutil.copy(ROOT / name, pages / name)
+    shutil.copy(ROOT / "scripts" / "site.css", pages / "site.css")
+    (pages / "docs" / "api").mkdir()
+    for name, text in api_pages().items():
+        (pages / "docs" / "api" / f"{name}.md").write_text(text)
+    for page in sorted((pages / "docs" / "tutorials").glob("*.md")):
+        page.with_suffix(".ipynb").write_text(json.dumps(notebook(page.read_text()), indent=1, ensure_ascii=False))
+        with page.open("a") as file:
+            file.write(f"\n[This page as a notebook]({page.stem}.ipynb)\n")
+    (pages / "llms.txt").write_text(llms(pages))
+
+
+# ---- the API -----------------------------------------------------------------------------------------------------
+
+
+def api_pages() -> dict[str, str]:
+    """A page for each row of the table in docs/public-api.md, named after its first module. What a module holds is its
+    ``__all__``, which mkdocstrings reads itself."""
+    table = (ROOT / "docs" / "public-api.md").read_text().split("## How long", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `veneer")]
+    found = {}
+    for modules, purpose in rows:
+        names = re.findall(r"`(veneer[\w.]*)`", modules)
+        title = purpose[0].upper() + purpose[1:]
+        parts = [f"# {title}", f"In {modules}."] if len(names) > 1 else [f"# {modules}", f"{title}."]
+        for name in names:
+            parts += [f"## `{name}`"] * (len(names) > 1) + [f"::: {name}"]
+            parts += [f"::: {place}\n    options:\n      show_root_heading: true" for place in hidden(name)]
+        found[names[0]] = "\n\n".join(parts) + "\n"
+    return found
+
+
+def hidden(module: str) -> Iterator[str]:
+    """Where those names of a package are defined that a module of the package has too (`veneer.attach` is a function,
+    and a folder): read from the source, the name is the module."""
+    folder = PACKAGE / module.replace(".", "/")
+    if not folder.is_dir():
+        return
+    for node in ast.walk(ast.parse((folder / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module != module:
+            for alias in node.names:
+                if (folder / alias.name).is_dir() or (folder / f"{alias.name}.py").exists():
+                    yield f"{node.module}.{alias.name}"
+
+
+# ---- notebooks ---------------------------------------------------------------------------------------------------
+
+
+def notebook(page: str) -> dict[str, Any]:
+    """A page as a notebook (nbformat 4.5): Python blocks become cells of code, shell blocks cells of the shell."""
+    cells = []
+    for kind, text in pieces(page):
+        cell: dict[str, Any] = {"cell_type": "markdown", "id": f"cell-{len(cells)}", "metadata": {}}
+        if kind in ("python", "bash"):
+            text = text if kind == "python" else f"%%bash\n{text}"
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+        cells.append({**cell, "source": text.strip("\n").splitlines(keepends=True)})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def pieces(page: str) -> Iterator[tuple[str, str]]:
+    """("markdown", prose) and ("python" or "bash", code), in their order; other blocks stay within the prose."""
+    end = 0
+    for block in re.finditer(r"^```(python|bash)\n(.*?)^```\n", page, re.DOTALL | re.MULTILINE):
+        if prose := page[end : block.start()].strip():
+            yield "markdown", prose
+        yield block[1], block[2]
+        end = block.end()
+    if prose := page[end:].strip():
+        yield "markdown", prose
+
+
+# ---- for models --------------------------------------------------------------------------------------------------
+
+
+def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(title, page) of the navigation, in its order."""
+    for entry in entries:
+        ((title, there),) = entry.items()
+        if isinstance(there, str):
+            yield title, there
+        else:
+            yield from navigation(there)
+
+
+def llms(pages: Path) -> str:
+    """llms.txt (llmstxt.org): the pages as Markdown, with what each says first."""
+    config = tomllib.loads(CONFIG.read_text())["project"]
+    lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
+    lines += ["Start with [the guide for coding agents](docs/agents.md).", ""]
+    for section in config["nav"]:
+        ((head, entries),) = section.items()
+        lines += [f"## {head}", ""]
+        lines += [f"- [{title}]({page}): {first_words(pages / page)}" for title, page in navigation(entries)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def first_words(page: Path) -> str:
+    """The first sentence of a page's first paragraph, without its links."""
+    paragraphs = (part for part in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", part))
+    paragraph = next(paragraphs, None)
+    if paragraph is None:
+        raise SystemExit(f"Found: {page.name} without a paragraph. Expected: one that says what it is. Do: write it.")
+    text = " ".join(paragraph.split())
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return re.split(r"[.:](?:\s|$)", text)[0] + "."
+
+
+def build(folder: Path) -> int:
+    """Build FOLDER/site; 0, or 1 if anything at all was warned of."""
+    shutil.rmtree(folder / "pages", ignore_errors=True)
+    shutil.rmtree(folder / "site", ignore_errors=True)
+    collect(folder / "pages")
+    shutil.copy(CONFIG, folder / "zensical.toml")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(folder / "zensical.toml")]
+    searched = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]  # for the docstrings, which are only read
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(searched)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    print(done.stdout, done.stderr, sep="", end="")
+    if done.returncode or done.stderr.strip() != "No issues found":  # --strict lets warnings of docstrings pass
+        return 1
+    for page in sorted((folder / "pages").rglob("*.md")):  # what llms.txt links to
+        shutil.copy(page, folder / "site" / page.relative_to(folder / "pages"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build")))
