@@ -133,18 +133,20 @@ class Together:
 
     def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
         """That of the draw of ``module`` on x where its output is computed apart: with the draws of ``output``, one for
-        all members that read this x."""
-        ready = getattr(_THREAD, "seeds", {})
-        of, version, seed = ready.pop(id(part), (None, 0, 0))
-        if of is x and version == x._version:
+        all members that read this x. Those of other adapters, which read it too, stay."""
+        of, version, ready = getattr(_THREAD, "seeds", (None, 0, {}))
+        if of is not x or version != x._version:
+            ready = {}
+        if id(part) in ready:
+            seed = ready.pop(id(part))
+            if not ready:
+                del _THREAD.seeds  # and x with it
             return seed
-        known, seed, _THREAD.seeds = part.direct, new_seed(), {}
+        known, seed = part.direct, new_seed()
         if part is self.members[0][1] and known.fits(module, x):
-            _THREAD.seeds = {
-                id(own): (x, x._version, seed)
-                for other, own in self.members[1:]
-                if own.direct.fits(other, x) and own.direct.drops == known.drops
-            }
+            alike = [own for other, own in self.members[1:] if own.direct.fits(other, x)]
+            ready |= {id(own): seed for own in alike if own.direct.drops == known.drops}
+        _THREAD.seeds = (x, x._version, ready) if ready else (None, 0, {})
         return seed
 
 
