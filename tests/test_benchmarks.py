@@ -28,6 +28,7 @@ import mixed
 import planner
 import report
 import scaling
+import sweep
 import tasks
 import time_to_target
 import train_memory
@@ -53,7 +54,7 @@ def recorded(base, tmp_path_factory) -> Path:
     """A folder with a result of every program but `attach`; what runs in processes of its own runs in this one."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_memory, time_to_target, tasks, merge, mixed):
+        for module in (train_memory, time_to_target, tasks, merge, mixed, sweep):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
         patch.setattr(answers, "SMOLLM", str(base))
         patch.setattr(import_time, "run", lambda name: 1.0)
@@ -72,6 +73,7 @@ def recorded(base, tmp_path_factory) -> Path:
         scaling.main(["--tiny", *out, "--runs", "1"])
         time_to_target.main(["--quick", "--base", str(base), *out])
         tasks.main(["--quick", "--case", "dpo", "grpo", "--at-once", "1", *out])
+        sweep.main(["--quick", "--base", str(base), *out])
         import_time.main(["--runs", "1", *out])
         fingerprints.main(["--tiny", "--layers", "1", "--runs", "1", *out])
         merge_fidelity.main(["--quick", "--base", str(base), *out])
@@ -213,6 +215,19 @@ def test_the_way_to_a_target_is_interpolated():
     curve = [{"loss": loss, "cpu": cpu} for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))]
     found = {target: time_to_target.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
     assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
+
+
+def test_sweep(recorded):
+    result = written(recorded, "sweep")
+    (case,) = result["cases"]
+    assert list(case["rows"]) == [sweep.GRID, sweep.HALVING]
+    for name, row in case["rows"].items():
+        check(row)
+        assert row["losses"] == [round(result["sweeps"][name][0]["loss"], 4)]
+        assert len(result["sweeps"][name][0]["losses"]) == 16
+    assert case["rows"][sweep.GRID]["steps"] == 16 * 9
+    assert case["rows"][sweep.HALVING]["steps"] == 16 + 6 * 2 + 2 * 6
+    assert case["rows"][sweep.GRID]["as good"] is True
 
 
 def test_tasks(recorded):

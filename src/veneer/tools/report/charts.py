@@ -19,17 +19,20 @@ Points = Sequence[tuple[float, float]]
 
 def lines(
     series: Mapping[str, Points], *, x: str, y: str, log_y: bool = False, top: float | None = None,
-    mark: float | None = None,
+    mark: float | None = None, bottom: float | None = 0.0, faint: Sequence[Points] = (), dots: bool = False,
 ) -> str:  # fmt: skip
-    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``top``: the end of the y axis;
-    ``mark``: where a dashed vertical line stands. With ``log_y`` points at 0 are left out."""
+    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``bottom``, ``top``: the ends of
+    the y axis, if no value is beyond the first; None: those of the values. ``mark``: where a dashed vertical line
+    stands. With ``log_y`` points at 0 are left out. ``faint``: lines behind the others, which have no key. ``dots``:
+    points instead of lines."""
     series = {name: [point for point in points if not log_y or point[1] > 0] for name, points in series.items()}
-    points = [point for own in series.values() for point in own]
+    points = [point for own in (*series.values(), *faint) for point in own]
     if not points:
         return "<p>Nothing to draw: every value is 0.</p>"
     xs = min(p[0] for p in points), max(p[0] for p in points)
     low, high = min(p[1] for p in points), max(p[1] for p in points)
-    low, high = (low, high) if log_y else (min(0.0, low), top if top is not None else high)
+    low = low if log_y or bottom is None else min(bottom, low)
+    high = high if log_y or top is None else top
     scale = _scale(math.log10(low), math.log10(high)) if log_y else _scale(low, high)
 
     def place(point: tuple[float, float]) -> str:
@@ -42,8 +45,13 @@ def lines(
         at = LEFT + across(mark) * (WIDTH - LEFT - EDGE)
         drawn.append(f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}" x2="{at:.1f}" ')
         drawn.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    drawn += [f'<polyline class="axis" points="{" ".join(map(place, own))}"/>' for own in faint]
     for number, own in enumerate(series.values()):
-        drawn.append(f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>')
+        if not dots:
+            drawn.append(f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>')
+            continue
+        for left, up in (place(point).split(",") for point in own):
+            drawn.append(f'<circle class="s{number % COLOURS}" cx="{left}" cy="{up}" r="4"/>')
     keys = "".join(f'<span class="s{number % COLOURS}">{escape(name)}</span>' for number, name in enumerate(series))
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
