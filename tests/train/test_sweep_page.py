@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 from tests.support import browser as chromium
@@ -57,6 +58,7 @@ def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
     text = page(found)
     assert "Spread over seeds" not in text
     assert "nan" not in text
+    assert re.findall(r'text-anchor="end">([^<]*)<', text)[-5:] == ["1.19", "1.22", "1.25", "1.28", "1.31"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -33,6 +33,8 @@ def lines(
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     low = low if log_y or bottom is None else min(bottom, low)
     high = high if log_y or top is None else top
+    if low == high and bottom is None:  # one value: in the middle
+        low, high = low - (abs(low) / 20 or 1), high + (abs(high) / 20 or 1)
     scale = _scale(math.log10(low), math.log10(high)) if log_y else _scale(low, high)
 
     def place(point: tuple[float, float]) -> str:
@@ -64,9 +66,13 @@ def _axes(
     up: Callable[[float], float], log_y: bool, xs: tuple[float, float], across: Callable[[float], float], x: str, y: str
 ) -> str:
     drawn = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    digits = next(
+        count for count in (2, 3, 4, 5) if count == 5 or len({f"{_at(up, s):.{count}g}" for s in shares}) == 5
+    )
+    for share in shares:
         value = _at(up, share)
-        said = f"{10**value:.1g}" if log_y else f"{value:.2g}"
+        said = f"{10**value:.1g}" if log_y else f"{value:.{digits}g}"
         drawn.append(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}" y2="{_up(share):.1f}"/>'
         )

@@ -57,10 +57,11 @@ class _Member:
         config = self.task.config
         return config.seed if config.data_seed is None else config.data_seed
 
-    def step(self, gradients: bool) -> bool:
-        """The optimiser's step on the gradients that are there; False if they are not finite, and nothing was done."""
+    def step(self, finite: bool) -> bool:
+        """The optimiser's step on the gradients that are there. Nothing is done, and False, if the loss was not
+        ``finite``, or they are not."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.task.config.max_grad_norm or math.inf)
-        finite = bool(norm.isfinite()) and gradients
+        finite = finite and bool(norm.isfinite())
         if finite:
             self.optimizer.step()
             self.scheduler.step()

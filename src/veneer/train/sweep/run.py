@@ -171,9 +171,9 @@ class _Work:
         ]
 
     def _add(self, candidates: list[Candidate]) -> None:
-        """Candidates that are new. Raises for all that cannot begin, unless it is to keep going."""
+        """Candidates that are new. Raises for all that cannot begin, unless it is to keep going with others."""
         problems = [problem for one in candidates if (problem := self._prepare(one))]
-        if not self.keep_going or all(one.status == FAILED for one in candidates):
+        if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
         self.state.candidates += candidates
 
