@@ -8,7 +8,7 @@ Both share each pass of the base, so the ratio is what ending early saves alone.
 count, the loading of the base does not. The winners' losses are on the same rows held out; "as good" says whether
 halving's is at most the grid's, but for what rounding makes of one candidate in other company (0.01).
 
-    python benchmarks/sweep.py                          three seeds, 36 steps of 4 words (half an hour)
+    python benchmarks/sweep.py                          three seeds, 36 steps of 8 words (an hour)
     python benchmarks/sweep.py --runs 1 --steps 18
     python benchmarks/sweep.py --quick                  a few steps: does it run
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="seeds")
     parser.add_argument("--steps", type=int, default=36)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rows", type=int, default=2000, help="words to train on")
     parser.add_argument("--held-out", type=int, default=32, help="words that judge")
     parser.add_argument("--base", default=BASE)

@@ -55,6 +55,7 @@ def test_a_candidate_is_its_run_alone(make: Make, tmp_path: Path, case: str) -> 
     best = {one["name"]: one for one in found.facts["candidates"]}[found.facts["best"]]
     config = load_config(found.best / "train.yaml")
     assert found.facts["command"] == ["veneer", "train", str(found.best / "train.yaml")]
+    assert len({tuple(one["losses"]) for one in found.facts["candidates"]}) == len(found.facts["candidates"])
     alone = fit(config, quiet=True)
     assert best["losses"] == pytest.approx(alone.losses, rel=2e-4)
     assert [step for step, _ in best["evaluations"]] == [step for step, _ in alone.eval_losses]
