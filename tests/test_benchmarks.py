@@ -30,6 +30,7 @@ import mixed
 import planner
 import report
 import scaling
+import sweep
 import tasks
 import time_to_target
 import train_memory
@@ -70,6 +71,7 @@ def recorded(base, tmp_path_factory) -> Iterator[Callable[..., Path]]:
         scaling: ["--tiny", "--runs", "1"],
         time_to_target: ["--quick", "--base", str(base)],
         tasks: ["--quick", "--case", "dpo", "grpo", "--at-once", "1"],
+        sweep: ["--quick", "--base", str(base)],
         import_time: ["--runs", "1"],
         fingerprints: ["--tiny", "--layers", "1", "--runs", "1"],
         merge_fidelity: ["--quick", "--base", str(base)],
@@ -83,7 +85,7 @@ def recorded(base, tmp_path_factory) -> Iterator[Callable[..., Path]]:
         return folder
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train_memory, time_to_target, tasks, merge, mixed):
+        for module in (train_memory, time_to_target, tasks, merge, mixed, sweep):
             patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
         patch.setattr(answers, "SMOLLM", str(base))
         patch.setattr(import_time, "run", lambda name: 1.0)
@@ -225,6 +227,19 @@ def test_the_way_to_a_target_is_interpolated():
     curve = [{"loss": loss, "cpu": cpu} for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))]
     found = {target: time_to_target.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
     assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
+
+
+def test_sweep(recorded):
+    result = written(recorded(sweep), "sweep")
+    (case,) = result["cases"]
+    assert list(case["rows"]) == [sweep.GRID, sweep.HALVING]
+    for name, row in case["rows"].items():
+        check(row)
+        assert row["losses"] == [round(result["sweeps"][name][0]["loss"], 4)]
+        assert len(result["sweeps"][name][0]["losses"]) == 16
+    assert case["rows"][sweep.GRID]["steps"] == 16 * 9
+    assert case["rows"][sweep.HALVING]["steps"] == 16 + 5 * 2 + 2 * 6
+    assert case["rows"][sweep.GRID]["as good"] is True
 
 
 def test_tasks(recorded):

@@ -16,10 +16,14 @@ from tests.support.tiny import write_tiny
 
 from veneer.train.config import load_config, task_names
 from veneer.train.run import fit
+from veneer.train.sweep.run import sweep
+from veneer.train.sweep.search import Search
+from veneer.train.sweep.settings import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-#: `pronounce.yaml` is that of the demo, on its data; test_docs.py runs it
-FILES = {file.stem: file for file in sorted((ROOT / "examples").glob("*.yaml")) if file.stem != "pronounce"}
+#: but `pronounce.yaml`, that of the demo, on its data, which test_docs.py runs, and `sweep.yaml`, which is many runs
+APART = ("pronounce", "sweep")
+FILES = {file.stem: file for file in sorted((ROOT / "examples").glob("*.yaml")) if file.stem not in APART}
 #: what stands in for a file's base in the quick tests, where it is not the tiny Llama
 TINY = {"classify": "bert", "embed": "bert", "seq2seq": "bart", "quantized": "wide"}
 #: rows of 4-bit weights are multiples of 64
@@ -55,6 +59,22 @@ def test_each_task_has_its_file_of_less_than_ten_lines() -> None:
     for name, file in FILES.items():
         assert len(file.read_text().splitlines()) < 10
         assert load_config(file).task == (name if name in task_names() else "sft")
+
+
+@pytest.mark.slow
+def test_the_sweep_finds_one_of_its_candidates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    if not (place / "llama").exists():
+        BASES["llama"](place / "llama")
+    found = sweep(*load_sweep(ROOT / "examples" / "sweep.yaml", base=str(place / "llama"), max_steps=3), quiet=True)
+    assert len(found.facts["candidates"]) == 3 * 2 * 3
+    assert load_config(found.best / "train.yaml").max_steps == 3
+
+
+def test_the_sweep_is_one() -> None:
+    config, section = load_sweep(ROOT / "examples" / "sweep.yaml")
+    assert Search(section, config.max_steps or 0).count == 3 * 2 * 3
+    assert len((ROOT / "examples" / "sweep.yaml").read_text().splitlines()) < 12
 
 
 @named

@@ -32,6 +32,7 @@ EXTRAS = frozenset(
         "onnxruntime",
         "onnxscript",
         "openai",
+        "optuna",
         "peft",
         "playwright",
         "plotly",

@@ -158,6 +158,26 @@ def test_eight_adapters_train_as_each_alone(name):
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
+def test_each_run_draws_its_own_dropout_where_layers_read_one_value():
+    """q, k and v share a draw: of one run, whatever other runs draw there."""
+    torch.manual_seed(0)
+    base, targets, draw, loss = llama()
+    base = base.double().train()
+    settings = {name: config("dropping", targets, rank=rank) for name, rank in (("a", 2), ("b", 2), ("c", 3))}
+    alone = {name: Alone(base, name, own, 7, loss) for name, own in settings.items()}
+    runs = veneer.train_many(base, settings, seeds=7)
+    optimizers = {name: optimizer(name, run.parameters()) for name, run in runs.items()}
+    for _ in range(3):
+        batches = {name: draw() for name in runs}
+        losses = runs.backward(batches, loss)
+        for name, run in runs.items():
+            assert abs(losses[name] - alone[name].step(batches[name])) < 1e-10, name
+            assert_same_gradients(run, alone[name].handle)
+            for one in (optimizers[name], alone[name].optimizer):
+                one.step()
+                one.zero_grad()
+
+
 @given(
     plan=st.lists(st.sets(st.sampled_from(list(KINDS)), min_size=1, max_size=5), min_size=2, max_size=4),
     seed=st.integers(0, 99),

@@ -24,6 +24,8 @@ from veneer.errors import VeneerError, sentence
 # name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES names.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
+    "sweep": "Train many settings of a run at once, and keep the best.",
+    "advise": "Advise rank and rate to start a run from, each with its source.",
     "plan": "Predict memory, time and devices of a run or a service, from a config alone.",
     "eval": "Measure a model on data, with and without an adapter.",
     "generate": "Write text with a base, an adapter, or both side by side.",

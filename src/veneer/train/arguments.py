@@ -30,9 +30,8 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     if config.optimiser not in optimisers:  # which transformers would refuse later, with a traceback
         found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
         raise ConfigError(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
-    ready = get_available_reporting_integrations()
     for tracker in config.trackers:
-        if tracker not in ready:
+        if tracker not in (ready := get_available_reporting_integrations()):
             found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
             raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")
     make, own = TrainingArguments, {}
@@ -58,6 +57,7 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
+        data_seed=config.data_seed,
         eval_strategy="no" if prepared.eval_set is None else "steps",
         eval_steps=eval_every,
         prediction_loss_only=True,

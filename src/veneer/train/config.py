@@ -69,6 +69,7 @@ class TrainConfig(BaseModel):
 
     eval_data: str | None = _data(None, "Data to evaluate on, in the same form as the training data.")
     eval_fraction: float = _data(0.0, "Without eval_data: hold out this share of the data.", ge=0, lt=1)
+    eval_seed: int | None = _data(None, "Seed that chooses the rows of eval_fraction (default: seed).", ge=0)
     split: str = _data("train", "Which split of a hub data set to train on.")
     messages_column: str | None = _data(None, "Column with the chat messages (default: messages).")
     prompt_column: str | None = _data(None, "Column with the prompt (default: prompt).")
@@ -132,6 +133,7 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = _run(2, "How many checkpoints to keep.", ge=1)
     early_stopping: int | None = _run(None, "Stop after so many evaluations without a gain; keep the best.", ge=1)
     seed: int = _run(0, "Seed of the initialisation, the order of the data and the dropout.", ge=0)
+    data_seed: int | None = _run(None, "Seed of the order of the data (default: seed).", ge=0)
     precision: Literal["auto", "fp32", "bf16"] = _run("auto", "Base weights; auto: bf16 where the hardware has it.")
     quantize: Literal["nf4", "fp4", "int8"] | None = _run(
         None, "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the products."
@@ -293,6 +295,8 @@ def _explain(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"][:1])
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":
+        if name == "sweep":
+            return "sweep is a section for `veneer sweep`"
         near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.4)
         return f"unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see `veneer train --help`")
     if kind == "missing":

@@ -56,7 +56,9 @@ def prepare(
     rows = read(config.data, config.split)
     held_out = read(config.eval_data, "train") if config.eval_data is not None else None
     if config.eval_fraction:
-        rows, held_out = split(rows, config.eval_fraction, config.seed)
+        rows, held_out = split(
+            rows, config.eval_fraction, config.seed if config.eval_seed is None else config.eval_seed
+        )
     parts = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
     examples = {name: encode(part) for name, part in parts.items()}
     sets = {name: part.dataset() if dataset is None else dataset(part, length) for name, part in examples.items()}

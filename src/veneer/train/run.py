@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -146,7 +146,7 @@ def fit(
     result = _result(told, output, base, handle, interrupted=stopped)
     if not result.interrupted:
         return _finish(config, task, result, prepared, console, processes)
-    processes.one(lambda: _status(output, "interrupted", config, prepared))
+    processes.one(lambda: write_status(output, "interrupted", config, prepared))
     return result
 
 
@@ -210,7 +210,7 @@ def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -
         checkpoint.clear(output)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(output)
-    _status(output, "running", config, prepared)
+    write_status(output, "running", config, prepared)
     return checkpoint.cut_log(output, found[1] if found is not None else 0)[-2:]
 
 
@@ -258,7 +258,7 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
     raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
 
-def _status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
+def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
     about = {"status": status, "config": config.content(), "data": prepared.hashes, "steps": prepared.steps}
     checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": _versions()})
 
@@ -276,14 +276,18 @@ def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], 
         return load(model, found[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
     if task.further is not None:
         return load_to_train(model, task.further)
-    dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
     torch.manual_seed(config.seed)
-    lora = LoraConfig(
+    return attach(model, lora_of(config, model, tokens), name=OWN, **start_data(task, prepared.train, model))
+
+
+def lora_of(config: TrainConfig, model: Any, tokens: Mapping[str, tuple[int, ...]]) -> LoraConfig:
+    """What is attached. ``tokens``: ids to train, by the path of the embedding."""
+    dtype = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}[config.adapter_dtype]
+    return LoraConfig(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets, exclude=config.exclude,
         layers=config.layers, train_also=[*config.train_also, *_new_heads(model, config)], bias=config.bias,
         variant=config.variant, dtype=dtype, trainable_tokens=tokens,
     )  # fmt: skip
-    return attach(model, lora, name=OWN, **start_data(task, prepared.train, model))
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
@@ -404,21 +408,13 @@ def _finish(
 ) -> Result:
     """Write the adapter and metrics.json, then mark the run as finished: the last thing that is done."""
     metrics = processes.one(lambda: _metrics(config, task, result))
-    provenance = {
-        "config": config.content(),
-        "task": task.record(),
-        "data": prepared.hashes,
-        "base_dtype": str(result.model.dtype).removeprefix("torch."),
-        "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},
-        "versions": _versions(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    provenance = provenance_of(config, task, prepared, result.model, metrics)
 
     def put() -> None:
         if result.handle.config.trainable_tokens:
             result.tokenizer.save_pretrained(result.adapter)
         checkpoint.write_json(result.output / checkpoint.METRICS, metrics)
-        _status(result.output, "finished", config, prepared)
+        write_status(result.output, "finished", config, prepared)
 
     processes.each(
         lambda: result.handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
@@ -431,6 +427,21 @@ def _finish(
     say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {ends}")
     say(console, f"Adapter  {result.adapter}")
     return replace(result, metrics=metrics, prompt=prepared.prompt if task.continues() else None)
+
+
+def provenance_of(
+    config: TrainConfig, task: Task, prepared: Prepared, model: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """What the adapter of a finished run says of how it was made."""
+    return {
+        "config": config.content(),
+        "task": task.record(),
+        "data": prepared.hashes,
+        "base_dtype": str(model.dtype).removeprefix("torch."),
+        "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},
+        "versions": _versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _metrics(config: TrainConfig, task: Task, result: Result) -> dict[str, Any]:

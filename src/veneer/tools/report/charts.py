@@ -19,17 +19,22 @@ Points = Sequence[tuple[float, float]]
 
 def lines(
     series: Mapping[str, Points], *, x: str, y: str, log_y: bool = False, top: float | None = None,
-    mark: float | None = None,
+    mark: float | None = None, bottom: float | None = 0.0, faint: Sequence[Points] = (), dots: bool = False,
 ) -> str:  # fmt: skip
-    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``top``: the end of the y axis;
-    ``mark``: where a dashed vertical line stands. With ``log_y`` points at 0 are left out."""
+    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``bottom``, ``top``: the ends of
+    the y axis, if no value is beyond the first; None: those of the values. ``mark``: where a dashed vertical line
+    stands. With ``log_y`` points at 0 are left out. ``faint``: lines behind the others, which have no key. ``dots``:
+    points instead of lines."""
     series = {name: [point for point in points if not log_y or point[1] > 0] for name, points in series.items()}
-    points = [point for own in series.values() for point in own]
+    points = [point for own in (*series.values(), *faint) for point in own]
     if not points:
         return "<p>Nothing to draw: every value is 0.</p>"
     xs = min(p[0] for p in points), max(p[0] for p in points)
     low, high = min(p[1] for p in points), max(p[1] for p in points)
-    low, high = (low, high) if log_y else (min(0.0, low), top if top is not None else high)
+    low = low if log_y or bottom is None else min(bottom, low)
+    high = high if log_y or top is None else top
+    if low == high and bottom is None:  # one value: in the middle
+        low, high = low - (abs(low) / 20 or 1), high + (abs(high) / 20 or 1)
     scale = _scale(math.log10(low), math.log10(high)) if log_y else _scale(low, high)
 
     def place(point: tuple[float, float]) -> str:
@@ -42,8 +47,13 @@ def lines(
         at = LEFT + across(mark) * (WIDTH - LEFT - EDGE)
         drawn.append(f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}" x2="{at:.1f}" ')
         drawn.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    drawn += [f'<polyline class="axis" points="{" ".join(map(place, own))}"/>' for own in faint]
     for number, own in enumerate(series.values()):
-        drawn.append(f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>')
+        if not dots:
+            drawn.append(f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>')
+            continue
+        for left, up in (place(point).split(",") for point in own):
+            drawn.append(f'<circle class="s{number % COLOURS}" cx="{left}" cy="{up}" r="4"/>')
     keys = "".join(f'<span class="s{number % COLOURS}">{escape(name)}</span>' for number, name in enumerate(series))
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
@@ -56,9 +66,13 @@ def _axes(
     up: Callable[[float], float], log_y: bool, xs: tuple[float, float], across: Callable[[float], float], x: str, y: str
 ) -> str:
     drawn = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    digits = next(
+        count for count in (2, 3, 4, 5) if count == 5 or len({f"{_at(up, s):.{count}g}" for s in shares}) == 5
+    )
+    for share in shares:
         value = _at(up, share)
-        said = f"{10**value:.1g}" if log_y else f"{value:.2g}"
+        said = f"{10**value:.1g}" if log_y else f"{value:.{digits}g}"
         drawn.append(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}" y2="{_up(share):.1f}"/>'
         )

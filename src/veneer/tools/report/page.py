@@ -9,7 +9,7 @@ Everything is drawn from ``Report.to_dict()`` and, under "losses", what ``veneer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import mean, median
@@ -34,15 +34,22 @@ def page(facts: Facts) -> str:
         f"<section>{part}</section>" for part in (_rank(facts), _where(facts), *_optional(facts), _layers(facts))
     )
     name = Path(facts["adapter"]).name
+    footer = (
+        f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the factors; "
+        "`veneer inspect --json` has the same numbers."
+    )
+    return document(f"A look inside {name}", lead, _cards(facts), sections, footer)
+
+
+def document(title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str) -> str:
+    """A whole page. ``cards``: (a number, what it is); ``sections`` and ``footer`` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>A look inside {escape(name)}</title><style>{CSS}</style></head><body>"
-        f"<h1>A look inside {escape(name)}</h1><p>{escape(lead)}</p>"
-        f'<div class="cards">{"".join(map(_card, _cards(facts)))}</div>{sections}'
-        f"<footer>{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the factors; "
-        "`veneer inspect --json` has the same numbers.</footer></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
+        f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f'<div class="cards">{"".join(map(_card, cards))}</div>{sections}<footer>{footer}</footer></body></html>\n'
     )
 
 

@@ -119,6 +119,15 @@ class Runs(Mapping[str, Handle]):
         self._handles[name], self._streams[name], self._parameters[name] = handle, stream, handle.parameters()
         return handle
 
+    def stream(self, name: str) -> Stream:
+        """The random numbers of a run: a block in which torch's default generators are its own, and ``own``, where they
+        have come to."""
+        return self._streams[name]
+
+    def restart(self, name: str, seed: int) -> None:
+        """Let a run's random numbers begin again, as ``torch.manual_seed(seed)`` does."""
+        self.stream(name).own = Stream(seed, self._devices).own
+
     def remove(self, name: str) -> None:
         """Let a run end: its adapter is detached. Save it first."""
         self[name].detach()

@@ -98,6 +98,7 @@ class Task(ABC):
         item: what the loss is a mean over, in words.
         compares: whether the base is worth measuring beside the adapter: one with a new head is not.
         compares_rows: whether the loss of a row depends on the others of its forward pass.
+        one_pass: whether the loss takes one pass of `inputs`, so that several runs can share it.
     """
 
     name: ClassVar[str] = ""
@@ -108,6 +109,7 @@ class Task(ABC):
     item: ClassVar[str] = "example"
     compares: ClassVar[bool] = True
     compares_rows: ClassVar[bool] = False
+    one_pass: ClassVar[bool] = False
 
     @classmethod
     def continues(cls) -> bool:

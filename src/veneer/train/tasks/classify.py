@@ -43,6 +43,7 @@ HEADS = {
 class Classify(Task):
     auto = HEADS["text"]  # unless the data are words or images
     item, compares = "label", False  # a new head tells nothing
+    one_pass = True
 
     def __init__(self, config: Any, known: Any = None, loading: Any = None) -> None:
         super().__init__(config, known, loading)

