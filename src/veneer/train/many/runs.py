@@ -143,7 +143,7 @@ class Runs(Mapping[str, Handle]):
                 inputs hold the run's rows along their first axis. Those of equal shapes but for the rows share a
                 forward.
             loss: ``(output, target) -> scalar`` of the run's own rows, or one by run. ``veneer.train.loss.causal_loss``
-                stands for the mean loss a label of a causal language model, a ``LabelLoss`` for any other of its labels.
+                stands for the mean loss a label of a causal language model, a ``LabelLoss`` for any other of them.
             weights: a factor of each run's gradient; 1 without.
 
         Returns:
@@ -187,7 +187,7 @@ class Runs(Mapping[str, Handle]):
         return found
 
     def _together(
-        self, group: dict[str, Batch], losses: Mapping[str, Loss], weights: Mapping[str, float], causal: bool
+        self, group: dict[str, Batch], losses: Mapping[str, Any], weights: Mapping[str, float], causal: bool
     ) -> dict[str, Tensor]:
         """Forward and backward of runs whose batches share a forward."""
         with ExitStack() as stack:
