@@ -95,11 +95,13 @@ def checked_settings(loss: str, given: Mapping[str, Any]) -> dict[str, float]:
             expected = listing(known) if known else "no settings"
             raise DataError(f"the setting {name[:80]!r} of {loss}", expected, "leave it out")
         if isinstance(value, str) or not math.isfinite(value):
-            raise DataError(f"{name} {str(value)[:40]!r} of {loss}", "a finite number", "change it")
+            raise DataError(f"{name} {str(value)[:40]} of {loss}", "a finite number", "change it")
     settings = {**known, **given}
     if settings.get("clip_low_threshold", 0.0) > settings.get("clip_high_threshold", math.inf):
         found = f"clip_low_threshold {settings['clip_low_threshold']:g} of {loss}"
-        raise DataError(found, f"at most clip_high_threshold, {settings['clip_high_threshold']:g}", "change one of them")
+        raise DataError(
+            found, f"at most clip_high_threshold, {settings['clip_high_threshold']:g}", "change one of them"
+        )
     return settings
 
 
