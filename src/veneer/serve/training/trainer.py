@@ -269,7 +269,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return {"unclipped_grad_l2:mean": norm}
 
-    def save(self, run: str, folder: Path, base: str | None, **provenance: Any) -> None:
+    def save(self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None) -> None:
         """The adapter and its optimiser, as one folder, over what is there."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         state = self._optimizers[run].state_dict()["state"]
@@ -298,11 +298,10 @@ class Trainer:
             own = self._optimizers[run]
             own.load_state_dict({**own.state_dict(), "state": state})
 
-    def publish(self, run: str, name: str, folder: Path, base: str | None) -> None:
-        """Write the adapter as ``folder``, and let samples of ``name`` be drawn from these very numbers."""
+    def export(self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None) -> None:
+        """The adapter alone, over what is there."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.runs[run].save(folder, base_name=base, overwrite=True)
-        self._bank.put(name, folder, run)
+        self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
 
     @contextmanager
     def sampled(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
@@ -322,4 +321,4 @@ def _state(file: Path, names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
 
 def _finite(tensors: Iterator[Tensor | None]) -> bool:
     found = [tensor for tensor in tensors if tensor is not None]
-    return not found or bool(torch.isfinite(torch.stack(torch._foreach_norm(found))).all())
+    return not found or bool(torch.isfinite(torch.nn.utils.get_total_norm(found, torch.inf)))
