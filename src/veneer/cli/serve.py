@@ -11,6 +11,7 @@ from typer import Argument, Option, echo
 from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
 
 HOST, PORT, ROWS, LENGTH = "127.0.0.1", 8000, 16, 2048
+OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 
 Length = Annotated[
     int, Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
@@ -82,18 +83,14 @@ def serve_command(
     dtype: Any = {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision)
     local = is_loopback(host)
     if keys is None and not local and not allow_open:
-        do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
-        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
+        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", OPEN)
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     if engine == "vllm":
         _not_for_vllm({**own, "replicas": replicas, "train": train})
         _become_vllm(base, adapters, host, port, name, rows, length, keys, dtype)
-    if replicas is not None and train is not None:
-        raise ConfigError("--train with --replicas", "one server that trains", "leave out --replicas")
-    kept = None if train is None else str(train)
     settings = Settings(
         base, called, adapters, bytes_in(memory), tuple(pin or ()), rows, length, queue, timeout, dtype, **own,
-        train=kept, runs=runs,
+        train=_kept(train, replicas), runs=runs,
     )  # fmt: skip
     ring = Keyring() if keys is None else read_keys(keys)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
@@ -103,6 +100,14 @@ def serve_command(
             _alone(settings, ring, hosts, listening, host, port, grace)
             return
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
+
+
+def _kept(train: Path | None, replicas: str | None) -> str | None:
+    from veneer.errors import ConfigError
+
+    if replicas is not None and train is not None:
+        raise ConfigError("--train with --replicas", "one server that trains", "leave out --replicas")
+    return None if train is None else str(train)
 
 
 def _become_vllm(

@@ -232,11 +232,11 @@ class Worker:
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
-        self._settle(line, asked.seq, answer, done)
+        self._finalize(line, asked.seq, answer, done)
         if asked.kind == "load" and done == 1:  # what was loaded may be deleted
             self._write_state(line)
 
-    def _settle(self, line: Line, seq: int, answer: Answer, done: int) -> None:
+    def _finalize(self, line: Line, seq: int, answer: Answer, done: int) -> None:
         self.store.answer(line.run, seq, done, answer.binary, answer.body)
         with self._wake:
             line.waiting.pop(seq, None)
@@ -260,7 +260,7 @@ class Worker:
                 own = not isinstance(error, VeneerError)
                 if own:
                     log.exception("%s: request %d failed", line.run, asked.seq)
-                self._settle(line, asked.seq, failure(error, own), 2)
+                self._finalize(line, asked.seq, failure(error, own), 2)
                 continue
             line.current, line.used = made, time.monotonic()
             self._shares.enter(line.owner)
@@ -331,7 +331,7 @@ class Worker:
         if len(self._ended) > 256:
             self._ended = dict(list(self._ended.items())[-128:])
         line.current = None
-        self._settle(line, seq, answer, done)
+        self._finalize(line, seq, answer, done)
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         metrics = self.trainer.step(line.name, Adam(**given))
