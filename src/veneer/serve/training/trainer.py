@@ -168,7 +168,7 @@ class Trainer:
         for one in passes:
             own = rows[one.run]
             ids, labels = self._padded(one, own, width)
-            if one.data[own[0]].targets.dim() == 1:
+            if all(one.data[number].targets.dim() == 1 for number in own):
                 batches[one.run] = {"input_ids": ids, "labels": labels}
                 losses[one.run] = LabelLoss(partial(self._of_labels, one, own))
             else:
@@ -220,7 +220,8 @@ class Trainer:
         for own, number in zip(output.logits, rows, strict=True):
             targets = one.data[number].targets.to(own.device)
             wide = own[: len(targets)].to(torch.promote_types(own.dtype, torch.float32))
-            logprobs.append(wide.gather(-1, targets) - wide.logsumexp(-1, keepdim=True))
+            told = wide.gather(-1, targets.view(len(targets), -1)) - wide.logsumexp(-1, keepdim=True)
+            logprobs.append(told.view(targets.shape))
         return self._summed(one, rows, logprobs)
 
     def _summed(self, one: Pass, rows: Sequence[int], logprobs: Sequence[Tensor]) -> Tensor:
@@ -284,19 +285,19 @@ class Trainer:
 
     def load(self, run: str, folder: Path, *, optimizer: bool) -> None:
         """A run from a saved one, in place of what it was. ``AdapterError``: there is none; the run is as it was."""
-        new = f"{run}-new"
         with self._turn:
-            handle = self.runs.add(new, folder / ADAPTER)
-            names = dict(handle.named_parameters())
-            state = _state(folder / OPTIMIZER, list(names)) if optimizer else {}
+            if run in self.runs:  # tried beside it first
+                self.runs.add(f"{run}-new", folder / ADAPTER)
+                self.runs.remove(f"{run}-new")
+            state = load_file(folder / OPTIMIZER) if optimizer else {}
             if run in self.runs:
                 self.runs.remove(run)
-            self.runs.remove(new)
             handle = self.runs.add(run, folder / ADAPTER)
         self._adopt(run, handle)
         if state:
             own = self._optimizers[run]
-            own.load_state_dict({**own.state_dict(), "state": state})
+            places = _by_place(state, [name for name, _ in handle.named_parameters()])
+            own.load_state_dict({**own.state_dict(), "state": places})
 
     def export(self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None) -> None:
         """The adapter alone, over what is there."""
@@ -310,10 +311,11 @@ class Trainer:
             yield self.model
 
 
-def _state(file: Path, names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
+def _by_place(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
+    """The state of an optimiser whose parameters have these names, in their order."""
     state: dict[int, dict[str, Tensor]] = {}
     places = {name: place for place, name in enumerate(names)}
-    for key, value in load_file(file).items():
+    for key, value in tensors.items():
         kind, _, name = key.partition(":")
         state.setdefault(places[name], {})[kind] = value
     return state
