@@ -659,6 +659,30 @@ def test_keys_see_their_own(base, tmp_path):
         assert a.http.get("/healthz").status_code == 200
 
 
+def test_quotas_of_a_key(base, tmp_path):
+    limits = {"runs": 2, "bytes": 10_000, "tokens": 60}
+    ring = Keyring((Key("a", hash_of("vnr-a"), **limits), Key("b", hash_of("vnr-b"))))
+    with opened(base, tmp_path, keys=ring) as (url, _):
+        client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b").run()
+        run = client.run(0)
+        client.run(1)
+        third = {"session_id": client.session, "model_seq_id": 2, "base_model": "tiny"}
+        response = client.send("create_model", **third)
+        assert response.status_code == 403
+        assert "2 runs of key 'a'" in response.json()["error"]["message"]
+        run.save("one")
+        with pytest.raises(Failed, match="bytes of key 'a'"):
+            run.save("two")
+        run.pass_([datum([5] * 41)])
+        client.sample(None, TEXT, params={"max_tokens": 9, "stop": []})
+        with pytest.raises(Failed, match="61 tokens of key 'a'"):
+            run.pass_([datum(TEXT)])
+        asked = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": TEXT}]}, "sampling_params": {}}
+        assert client.send("asample", **asked).status_code == 403
+        assert run.step()["metrics"]  # along what was accepted
+        other.pass_([datum(TEXT)] * 9)
+
+
 def test_a_folder_is_of_one_server_and_one_base(base, tmp_path, tmp_path_factory):
     from tests.support.tiny import write_tiny
 

@@ -25,7 +25,7 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route
 from veneer.serve.training import bodies
 from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
-from veneer.serve.training.routes import On, checkpoint_of, no_such, owned, run_of, sampler_of, session_of
+from veneer.serve.training.routes import On, checkpoint_of, no_such, owned, run_of, sampler_of, session_of, within
 from veneer.serve.training.store import KINDS, Place
 from veneer.serve.training.trainer import ADAPTER
 from veneer.serve.training.training import FILES, Training
@@ -168,6 +168,7 @@ def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any
 async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
     """A checkpoint of one's own, of one that may be read, under a run that is not trained."""
     source, row = checkpoint_of(training, key, body.source_path)
+    within(training, key, "bytes")
     _stay(body.ttl_seconds)
     session = body.session_id
     if session is None:

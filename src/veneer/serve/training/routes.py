@@ -109,6 +109,28 @@ def _adam(family: bodies.OptimizerFamily | None) -> None:
         raise Refusal(400, f"the optimizer {family.type!r}", "adamw, which this server has", "leave it out")
 
 
+def _over(training: Training, key: Key, what: str) -> str | None:
+    """Why a key may not have more of ``what``: its quota is used up."""
+    limit = getattr(key, what)
+    if limit is None:
+        return None
+    count = {"runs": training.store.runs_of, "bytes": training.store.bytes_of, "tokens": training.store.tokens_of}
+    used = count[what](key.owner)
+    if used < limit:
+        return None
+    do = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}[what]
+    return sentence(f"{used:,} {what} of key {key.name!r}", f"fewer than {limit:,}", f"{do}, or ask for more")
+
+
+def within(training: Training, key: Key, what: str) -> None:
+    if (problem := _over(training, key, what)) is not None:
+        raise Refusal(403, problem, code="quota")
+
+
+#: what a request of a run takes of a quota
+_TAKES = {PASS: "tokens", "save": "bytes", "external": "bytes", "sampler": "bytes"}
+
+
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
@@ -186,6 +208,9 @@ async def _of_run(
     training.seen(row["session"])
     if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
         raise Refusal(410, f"the run {run}, which was unloaded", "one that goes on", "create one from a checkpoint")
+    problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
+    if problem is not None:
+        kind, given = REFUSED, {"error": problem}
     return await _accept(training, run, seq, kind, given)
 
 
@@ -201,6 +226,8 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
+    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:  # else it is asked for again
+        within(training, key, "runs")
     asked = body.lora_config or bodies.Lora(rank=32)
     parts = {"attention": asked.train_attn, "mlp": asked.train_mlp, "head": asked.train_unembed}
     config = lora_config(training.model, asked.rank, **parts).to_dict()
@@ -225,6 +252,8 @@ async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
             return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": str(error)})
         return await _of_run(training, key, body.model_id, body.seq_id, "load", given)
     _active(training, key, body.session_id)
+    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:
+        within(training, key, "runs")
     _, found = checkpoint_of(training, key, body.path)
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata
@@ -337,6 +366,7 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
     else:
         session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
         _of_base(training, body.base_model)
+    within(training, key, "tokens")
     if path is None and not key.base:
         raise no_such("the base model", training.base)
     name = None

@@ -113,6 +113,9 @@ class Samples:
             except BaseException:
                 sequences.cancel()
                 raise
+            if owner:  # whose key may limit it
+                count = len(prompt) + sum(len(one.tokens) for one in found)
+                await asyncio.to_thread(self._worker.store.count_tokens, owner, count)
             return Answer(sample_output(found, asked.topk_sample_logprobs, scores), True)
         except VeneerError as error:
             return failure(error)

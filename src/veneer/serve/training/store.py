@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE TABLE IF NOT EXISTS checkpoints (
     run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
     public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, PRIMARY KEY (run, kind, name));
+CREATE TABLE IF NOT EXISTS tokens (owner TEXT, day INTEGER, count INTEGER, PRIMARY KEY (owner, day)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samplers (
     id TEXT PRIMARY KEY, session TEXT, owner TEXT, path TEXT, clients INTEGER DEFAULT 0);
 """
@@ -265,6 +266,20 @@ class Store:
     def files_of(self, place: Place) -> Path:
         return self.folder_of(place.run) / place.kind / place.name
 
+    def runs_of(self, owner: str) -> int:
+        """Those that take requests."""
+        row = self._one("SELECT COUNT(*) AS count FROM runs WHERE owner = ? AND NOT unloaded", owner)
+        return 0 if row is None else row["count"]
+
+    def tokens_of(self, owner: str) -> int:
+        """Tokens of today."""
+        row = self._one("SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today())
+        return 0 if row is None else row["count"]
+
+    def count_tokens(self, owner: str, count: int) -> None:
+        query = "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+        self._do(query, owner, _today(), count)
+
     # samplers
 
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
@@ -283,6 +298,10 @@ class Store:
         with self._writing() as base:
             base.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
             return base.execute("SELECT clients FROM samplers WHERE id = ?", (sampler,)).fetchone()["clients"]
+
+
+def _today() -> int:
+    return int(time.time() // 86400)
 
 
 def _text(value: Any) -> str | None:

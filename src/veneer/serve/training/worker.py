@@ -326,6 +326,8 @@ class Worker:
             answer, done = Answer(pass_output(found, {"loss:sum": one.total}), True), 1
         else:
             answer, done = failure(one.error, not isinstance(one.error, VeneerError | MemoryError)), 2
+        if line.owner:  # which a key may limit
+            self.store.count_tokens(line.owner, sum(len(datum.tokens) for datum in one.data))
         self._shares.leave(line.owner)
         self._ended[line.run] = time.monotonic()
         if len(self._ended) > 256:
