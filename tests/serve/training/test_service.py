@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -610,6 +612,43 @@ def test_more_runs_than_memory_holds(base, tmp_path):
                     local.step(0.02)
 
 
+def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch):
+    """A step that was taken and could not be written down is taken once."""
+    monkeypatch.setattr(worker_, "PAUSE", 0.01)
+    service = open_service(base, None, train=str(tmp_path))
+    store, local = service.training.store, Local(seed=1)
+    with listening(service) as (url, _):
+        run = Client(url).run(seed=1)
+        for step in range(3):
+            assert run.pass_(texts(step)).loss == pytest.approx(local.pass_(texts(step)), rel=1e-3)
+            real, failures = store.answer, iter(range(2))
+
+            def full(*args, real=real, failures=failures):
+                if next(failures, None) is not None:
+                    raise sqlite3.OperationalError("database or disk is full")
+                return real(*args)
+
+            monkeypatch.setattr(store, "answer", full)
+            run.step(0.02)
+            local.step(0.02)
+            monkeypatch.setattr(store, "answer", real)
+
+        def nowhere(*args):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(store, "add_request", nowhere)
+        response = run.client.send("optim_step", model_id=run.id, seq_id=run.number + 1, adam_params={})
+        assert response.status_code == 503
+        assert "disk is full" in response.json()["error"]["message"]
+
+
+def test_a_run_has_so_many_waiting(client, monkeypatch):
+    monkeypatch.setattr(worker_, "MOST_WAITING", 3)
+    run = client.run()
+    bodies = [{"model_id": run.id, "seq_id": 5 + number, "adam_params": {}} for number in range(4)]
+    assert [client.send("optim_step", **body).status_code for body in bodies] == [200, 200, 200, 429]
+
+
 def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path))
     training = service.training
@@ -660,7 +699,7 @@ def test_keys_see_their_own(base, tmp_path):
 
 
 def test_quotas_of_a_key(base, tmp_path):
-    limits = {"runs": 2, "bytes": 10_000, "tokens": 60}
+    limits: Any = {"runs": 2, "bytes": 10_000, "tokens": 60}
     ring = Keyring((Key("a", hash_of("vnr-a"), **limits), Key("b", hash_of("vnr-b"))))
     with opened(base, tmp_path, keys=ring) as (url, _):
         client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b").run()

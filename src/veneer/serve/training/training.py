@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sqlite3
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.fileio.hashing import digest
+from veneer.serve.refusal import Refusal
 from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Place, Store
@@ -85,8 +87,14 @@ class Training:
         self.store.close()
 
     async def written(self, work: Any, *args: Any) -> Any:
-        """What writes to the index, done by its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+        """What writes to the index, done by its thread. ``Refusal``: it cannot be written now."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+        except (sqlite3.Error, OSError) as error:
+            found = f"a folder that cannot be written ({error})"
+            raise Refusal(
+                503, found, "one that can", "try again, or tell whoever runs the server", code="disk"
+            ) from error
 
     def seen(self, session: str) -> None:
         self._seen[session] = time.monotonic()

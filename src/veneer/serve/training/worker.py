@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.config import LoraConfig
-from veneer.errors import BankFullError, DataError, VeneerError
+from veneer.errors import BankFullError, DataError, VeneerError, sentence
+from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
@@ -34,6 +35,10 @@ log = logging.getLogger("veneer.serve.training")
 STATE_AFTER = 30.0
 #: how long a batch waits for runs that were in the last one: a part of its time, at most so many seconds
 LINGER, MOST_LINGER = 0.25, 0.05
+#: seconds after a failure of the thread itself, such as a full disk
+PAUSE = 1.0
+#: requests of one run that wait, and their bytes
+MOST_WAITING, MOST_BYTES = 1024, 64 * 2**20
 PASS, REFUSED = "pass", "refused"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
@@ -130,11 +135,17 @@ class Worker:
     # any thread
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
-        """Write a request down, and queue it; its number. The same number again is the same request."""
+        """Write a request down, and queue it; its number. The same number again is the same request. ``Busy``: too much
+        of its run waits."""
         with self._wake:
             line = self._line(run)
             number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
             new = number >= line.next and number not in line.waiting
+            held = sum(len(one.body) for one in line.waiting.values())
+            if new and (len(line.waiting) >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)):
+                found = f"{len(line.waiting)} requests of a run that wait, with {held:,} bytes"
+                expected = f"at most {MOST_WAITING}, with {MOST_BYTES:,} bytes"
+                raise Busy(sentence(found, expected, "wait for some of them"), 1.0)
         if new and self.store.add_request(run, number, kind, body):
             with self._wake:
                 self._queue(line, Asked(number, kind, body))
@@ -188,6 +199,7 @@ class Worker:
                 self.turn()
             except Exception:
                 log.exception("a turn of the training thread failed")
+                time.sleep(PAUSE)
 
     def _active(self) -> list[Line]:
         return [line for line in self.lines.values() if line.current is not None or line.head is not None]
@@ -237,7 +249,12 @@ class Worker:
             self._write_state(line)
 
     def _finalize(self, line: Line, seq: int, answer: Answer, done: int) -> None:
-        self.store.answer(line.run, seq, done, answer.binary, answer.body)
+        try:
+            self.store.answer(line.run, seq, done, answer.binary, answer.body)
+        except Exception:  # what is in memory is ahead of the disk: it is done again, from there
+            if line.name in self.trainer.runs:
+                self.trainer.end(line.name)
+            raise
         with self._wake:
             line.waiting.pop(seq, None)
             line.next = seq + 1
@@ -326,14 +343,14 @@ class Worker:
             answer, done = Answer(pass_output(found, {"loss:sum": one.total}), True), 1
         else:
             answer, done = failure(one.error, not isinstance(one.error, VeneerError | MemoryError)), 2
-        if line.owner:  # which a key may limit
-            self.store.count_tokens(line.owner, sum(len(datum.tokens) for datum in one.data))
         self._shares.leave(line.owner)
         self._ended[line.run] = time.monotonic()
         if len(self._ended) > 256:
             self._ended = dict(list(self._ended.items())[-128:])
         line.current = None
         self._finalize(line, seq, answer, done)
+        if line.owner:  # whose key may limit it
+            self.store.count_tokens(line.owner, sum(len(datum.tokens) for datum in one.data))
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         metrics = self.trainer.step(line.name, Adam(**given))
