@@ -18,6 +18,7 @@ help:
 	@echo "make test-cuda  what a GPU is asked for, counted on an emulated one (a part of make test)"
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
+	@echo "make test-tinker  the tinker SDK against veneer serve --train, TINKER=/path/to/a/python/that/has/it (a minute)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
@@ -97,6 +98,11 @@ test-slow: setup $(VENV)/.llamacpp
 	$(TESTS) -m "slow or not slow"
 
 # vLLM's own server with our plug-in, in an environment of its own: docs/serving.md has how to make one
+.PHONY: test-tinker
+test-tinker: setup
+	@test -n "$(TINKER)" || { echo "Found: no TINKER. Expected: a Python with tinker and torch. Do: make test-tinker TINKER=/path/to/python"; exit 2; }
+	TINKER=$(TINKER) $(PASSIVE) $(BIN)/python -m pytest tests/serve/training/test_tinker.py
+
 .PHONY: test-vllm
 test-vllm: setup
 	@test -n "$(VLLM)" || { echo "Found: no VLLM. Expected: the Python that has vLLM. Do: make test-vllm VLLM=/path/to/python"; exit 2; }

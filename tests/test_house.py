@@ -24,8 +24,8 @@ FLOORS = [
     ["models"],
     ["adapter_files"],
     ["bank", "tools", "handle", "store"],
-    ["train", "serve", "integrations"],
-    [""],  # veneer/__init__.py
+    ["train", "integrations"],
+    ["serve", ""],  # "" is veneer/__init__.py
     ["cli"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

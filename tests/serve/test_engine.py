@@ -635,3 +635,22 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     assert (len(engine._scheduler._owners), engine._scheduler._flows) == (0, {})
     engine.close()
     assert not any(one.name == "veneer-engine" for one in threading.enumerate())
+
+
+def test_a_stop_token_is_the_last_of_its_answer(opened):
+    engine = opened()
+    first = Client(engine, asked((5, 6, 7), 12, ignore_eos=True)).wait()
+    place = next(i for i in range(2, 12) if first.tokens[i] not in first.tokens[:i])
+    cut = Client(engine, asked((5, 6, 7), 12, ignore_eos=True, stop_tokens=frozenset({first.tokens[place]}))).wait()
+    assert cut.tokens == first.tokens[: place + 1]
+    assert cut.finish == "stop"
+
+
+def test_a_step_is_taken_within_the_turn(opened):
+    turn = threading.Lock()
+    engine = opened(turn=turn)
+    with turn:
+        client = Client(engine, asked((5, 6, 7), 2))
+        time.sleep(0.1)
+        assert not client.pieces
+    assert client.wait().tokens

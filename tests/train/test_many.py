@@ -18,6 +18,7 @@ from veneer.errors import ConfigError, DataError, SelectionError, TargetError
 from veneer.kernels import spans as kernel
 from veneer.kernels.spans import Span
 from veneer.train.loss import causal_loss
+from veneer.train.many import LabelLoss
 from veneer.train.many import runs as many
 
 SIZES: dict[str, Any] = {
@@ -477,6 +478,37 @@ def test_a_head_that_an_adapter_changes_is_not_shared():
     for name, run in runs.items():
         assert abs(losses[name] - alone[name].step(batches[name])) < 1e-10
         assert_same_gradients(run, alone[name].handle)
+
+
+def test_a_loss_of_the_labels_is_each_runs_own_and_reads_no_other():
+    """Weighted by label, alone and together, with an adapter that changes the head too."""
+    torch.manual_seed(3)
+    base = tiny_model(tie_word_embeddings=False).double()
+    targets = {"head": ["lm_head", "q_proj"], "plain": ["q_proj"], "alone": ["lm_head"]}
+    configs = {name: veneer.LoraConfig(rank=2, targets=own) for name, own in targets.items()}
+    weights = {name: torch.rand(10, dtype=torch.float64) - 0.3 for name in configs}
+
+    def loss(name):
+        return LabelLoss(lambda told: (told.exp() * weights[name]).sum())
+
+    alone = {}
+    for name, own in configs.items():
+        alone[name] = Alone(base, name, own, 0, lambda output, target, name=name: whole(name, output, target))
+
+    def whole(name, output, target):
+        told = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="none")
+        return (told.exp() * weights[name]).sum()
+
+    runs, batches = veneer.train_many(base, configs), {name: tokens(causal=True) for name in configs}
+    for names in (("head", "plain"), ("alone",)):
+        told = runs.label_losses({name: batches[name] for name in names})
+        assert not any(one.requires_grad for one in told.values())
+        losses = runs.backward({name: batches[name] for name in names}, {name: loss(name) for name in names})
+        for name in names:
+            expected = alone[name].step(batches[name])
+            assert abs(losses[name] - expected) < 1e-10
+            assert abs((told[name].exp() * weights[name]).sum() - expected) < 1e-10
+            assert_same_gradients(runs[name], alone[name].handle)
 
 
 def test_a_run_without_labels_has_no_loss_and_the_others_theirs():

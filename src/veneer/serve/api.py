@@ -41,6 +41,10 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(router)
+    if service.training is not None:
+        from veneer.serve.training import rest, routes  # protobuf: not where nothing trains
+
+        routers = (routes.router, rest.router, *routers)
     for other in routers:
         app.include_router(other)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -121,7 +125,10 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     await asyncio.to_thread(service.catalogue.refresh)
     fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    seen = sorted((entry for entry in status if key.sees(entry.name)), key=lambda entry: entry.name)
+    known = service.catalogue.known  # the bank may hold more: what clients train
+    seen = sorted(
+        (entry for entry in status if known(entry.name) and key.sees(entry.name)), key=lambda entry: entry.name
+    )
     return [{field: getattr(entry, field) for field in fields} for entry in seen]
 
 

@@ -53,6 +53,7 @@ class Engine:
         observer: is told what happens: queued(blend), started(blend, waited), first_token(blend, seconds),
             tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by the engine's thread, queued by
             the client's.
+        turn: a block around each step, for what must not change the model's layers meanwhile.
 
     Raises:
         ConfigError: an architecture that cannot be served (see ``Forward``).
@@ -60,11 +61,12 @@ class Engine:
 
     def __init__(
         self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
-        queue: int = 256, observer: Any = None,
+        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None,
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
         self._bank, self._observer, self._detokenizer = bank, observer, Detokenizer(tokenizer)
+        self._turn = nullcontext() if turn is None else turn
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._selected([None] * count))
@@ -195,7 +197,8 @@ class Engine:
     def _step_or_restart(self) -> None:
         """A step; one that fails between its calls ends all that ran, and the slots are made anew."""
         try:
-            self.step()
+            with self._turn:
+                self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
             running = {*self._running, *self._called, *filter(None, [self._long])}

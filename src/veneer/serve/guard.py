@@ -27,6 +27,10 @@ log = logging.getLogger("veneer.serve.access")
 
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
+#: where a key is needed, and where below it none is: what asks whether anybody is there, addresses that are secrets
+KEYED, KEYLESS = ("/v1", "/api/v1"), ("/api/v1/healthz", "/api/v1/files/")
+#: the prefix that the tinker SDK wants to see on a key
+FOREIGN = "tml-"
 PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -49,7 +53,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.service.metrics.responses.labels(str(status)).inc()
-                private = [(b"cache-control", b"no-store")] if scope["path"].startswith("/v1/") else []
+                private = [(b"cache-control", b"no-store")] if scope["path"].startswith(KEYED) else []
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
             await send(message)
 
@@ -65,11 +69,12 @@ class Guard:
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)
-        key = self.service.keys.find(headers.get("authorization"))
+        key = self.service.keys.find(credentials(headers))
         scope.setdefault("state", {})["key"] = key
         try:
             self._admit(scope, headers, key)
-            body = await _body(headers, receive)
+            data = scope["path"].startswith(KEYED[1])
+            body = await _body(headers, receive, limits.DATA if data else limits.BODY)
         except Refusal as refusal:
             refusal.headers["connection"] = "close"  # what else it sends is not read
             await refusal.response()(scope, receive, send)
@@ -100,21 +105,27 @@ class Guard:
         path = scope["path"]
         if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
             raise draining()
-        if key is None and path.startswith("/v1"):
+        if key is None and path.startswith(KEYED) and not path.startswith(KEYLESS):
             raise no_key(headers)
 
 
+def credentials(headers: Any) -> str | None:
+    """The key that is sent, as an Authorization header has it; the tinker SDK has a header of its own."""
+    own = headers.get("x-api-key")
+    return headers.get("authorization") or (None if own is None else f"Bearer {own.removeprefix(FOREIGN)}")
+
+
 def no_key(headers: Any) -> Refusal:
-    found = "a key that is not known" if headers.get("authorization") else "no key"
+    found = "a key that is not known" if credentials(headers) else "no key"
     message = sentence(found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key")
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _body(headers: Headers, receive: Any) -> bytes | None:
+async def _body(headers: Headers, receive: Any, most: int) -> bytes | None:
     """The whole body; None if the client went away. ``Refusal``: it is too large, or too slow."""
-    too_large = sentence("a body that is too large", f"at most {limits.BODY:,} bytes", "send less at once")
+    too_large = sentence("a body that is too large", f"at most {most:,} bytes", "send less at once")
     declared, body = headers.get("content-length", "0"), bytearray()
-    if not declared.isdecimal() or len(declared) > 18 or int(declared) > limits.BODY:
+    if not declared.isdecimal() or len(declared) > 18 or int(declared) > most:
         raise Refusal(413, too_large, code="body_too_large")
     try:
         async with asyncio.timeout(limits.BODY_SECONDS):
@@ -123,7 +134,7 @@ async def _body(headers: Headers, receive: Any) -> bytes | None:
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                if len(body) > limits.BODY:
+                if len(body) > most:
                     raise Refusal(413, too_large, code="body_too_large")
                 if not message.get("more_body"):
                     return bytes(body)

@@ -10,6 +10,8 @@ from __future__ import annotations
 HEADERS = 16 * 2**10
 #: bytes of a body: some times the text of the longest context that is served
 BODY = 2**20
+#: bytes of a body of data to train on; a client is told to send less than a third of it at once
+DATA = 16 * 2**20
 #: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time

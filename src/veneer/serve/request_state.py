@@ -54,7 +54,8 @@ class RequestState:
         top = tuple((id, text_of(id), logprob) for id, logprob in sampled.top)
         self._pending.append(Token(token, text_of(token), sampled.logprob, top))
         over = self.sampler.accept(token)
-        if token in eos and not self.request.sampling.ignore_eos:
+        sampling = self.request.sampling
+        if token in sampling.stop_tokens or (token in eos and not sampling.ignore_eos):
             return "stop"
         self._new, self._stopped = self.text.add(token)
         if self._stopped or over:

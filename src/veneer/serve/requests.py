@@ -30,6 +30,7 @@ class Sampling:
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer follows
     ignore_eos: bool = False  # go on after the end-of-text token
+    stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer, and are the last of it
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Service:
     vocabulary: int  # tokens that the base knows
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
+    training: Any = None  # runs of clients (serve/training), where the server trains
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, in torch's word
     hosts: tuple[str, ...] | None = None  # that are answered; None: all
@@ -57,7 +58,8 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return not self.draining and (self.engine is None or self.engine.ready)
+        trains = self.training is None or self.training.worker.ready
+        return not self.draining and trains and (self.engine is None or self.engine.ready)
 
     def unready(self) -> Refusal:
         if self.draining:
@@ -68,11 +70,15 @@ class Service:
     def drain(self, seconds: float) -> None:
         """Refuse what is new and wait until nothing runs, at most ``seconds``."""
         self.draining = True
+        if self.training is not None:  # what waits is on the disk, and goes on with the next server
+            self.training.worker.close()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.drain(seconds)
 
     def close(self) -> None:
         self.catalogue.close()
+        if self.training is not None:
+            self.training.close()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)

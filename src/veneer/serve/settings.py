@@ -33,6 +33,8 @@ class Settings:
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
+    train: str | None = None  # the folder of what clients train
+    runs: int = 50  # of these in memory
 
 
 def settings_of(base: str, **words: Any) -> Settings:

@@ -40,10 +40,16 @@ def start(settings: Settings, keys: Keyring) -> Service:
     for adapter in dict.fromkeys(settings.pin):
         bank.pin(adapter)
     catalogue.follow_pins()
-    engine = embedder = None
+    engine = embedder = turn = None
     rows = settings.rows
     if causal:
-        engine = Engine(model, tokenizer, bank, rows=rows, length=length, queue=settings.queue, observer=metrics)
+        if settings.train is not None:
+            from veneer.serve.training.trainer import Turn  # torch's optimisers and TRL: not where nothing trains
+
+            turn = Turn()
+        engine = Engine(
+            model, tokenizer, bank, rows=rows, length=length, queue=settings.queue, observer=metrics, turn=turn
+        )
         engine.start()
         length = engine.length
     else:
@@ -51,11 +57,28 @@ def start(settings: Settings, keys: Keyring) -> Service:
         embedder = Embedder(model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
-    return Service(
+    service = Service(
         base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
         embedder=embedder, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
     )  # fmt: skip
+    if settings.train is not None:
+        try:
+            service.training = _training(settings, service, model, turn)
+        except BaseException:
+            service.close()
+            raise
+    return service
+
+
+def _training(settings: Settings, service: Service, model: Any, turn: Any) -> Any:
+    try:
+        from veneer.serve.training.training import open_training
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--train without {error.name}", "it", "pip install 'veneer[tinker]'") from error
+    base = settings.base
+    tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
+    return open_training(str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs)
 
 
 def _causal(settings: Settings) -> Any:

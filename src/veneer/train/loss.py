@@ -129,7 +129,8 @@ def label_losses(model: nn.Module, inputs: Mapping[str, Any], *, chunk: int = CH
     target = labels[:, 1:]
     wanted, path = target != IGNORED, _body(model)
     outputs = None
-    if path is not None and wanted.any():
+    whole = torch.is_grad_enabled() and path is not None and _changes_head(model, path)  # whose gradient is asked for
+    if path is not None and wanted.any() and not whole:
         rows, sums, outputs, _ = _chunks(model, path, rest, labels, False, chunk, None)
         if rows is not None and sums is not None:
             return sums.label_losses(rows), wanted.sum(1)
@@ -411,6 +412,13 @@ def _changes_outside(model: nn.Module, path: ModulePath, parts: Mapping[Any, Any
     outside = [one.key for one in _states_outside(model, path)]
     keys = {key[0] if isinstance(key, tuple) else key for key in parts} if outside else set()
     return any(key in keys for key in outside)
+
+
+def _changes_head(model: nn.Module, path: ModulePath) -> bool:
+    """Whether the adapter that is selected does something in a model besides its body."""
+    attached = adapters_of(model)
+    chosen = None if attached is None else context.current.selection.get(attached.uid, attached.default)
+    return chosen is not None and bool(chosen.parts) and _changes_outside(model, path, chosen.parts or {})
 
 
 def _states_outside(module: nn.Module, path: ModulePath) -> Iterator[LayerState]:

@@ -7,6 +7,6 @@ In: a model, configs, and batches of each run. Out: gradients of each run's own 
 made them. Optimisers, schedules, clipping, accumulation and the order of data are the caller's, run by run.
 """
 
-from veneer.train.many.runs import Runs, train_many
+from veneer.train.many.runs import LabelLoss, Runs, train_many
 
-__all__ = ["Runs", "train_many"]
+__all__ = ["LabelLoss", "Runs", "train_many"]

@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ from veneer.train.many.streams import OwnDropout, Stream, dropouts, generators, 
 
 #: (a run's rows of the output, its target) -> scalar
 Loss = Callable[[Any, Any], Tensor]
+
+
+class LabelLoss(NamedTuple):
+    """A loss of a causal language model that reads no more of it than −log p of each label, [n], row after row:
+    ``function`` makes the scalar of these."""
+
+    function: Callable[[Tensor], Tensor]
 
 
 def train_many(
@@ -136,7 +143,7 @@ class Runs(Mapping[str, Handle]):
     def backward(
         self,
         batches: Mapping[str, Any],
-        loss: Loss | Mapping[str, Loss],
+        loss: Loss | LabelLoss | Mapping[str, Loss | LabelLoss],
         *,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, Tensor]:
@@ -148,7 +155,7 @@ class Runs(Mapping[str, Handle]):
                 inputs hold the run's rows along their first axis. Those of equal shapes but for the rows share a
                 forward.
             loss: ``(output, target) -> scalar`` of the run's own rows, or one by run. ``veneer.train.loss.causal_loss``
-                stands for the mean loss a label of a causal language model.
+                stands for the mean loss a label of a causal language model, a ``LabelLoss`` for any other of them.
             weights: a factor of each run's gradient; 1 without.
 
         Returns:
@@ -163,13 +170,13 @@ class Runs(Mapping[str, Handle]):
             found = f"a batch or weight for {unknown[0]!r}"
             raise DataError(found, f"one of {', '.join(self) or 'no run'}", "add the run first")
         losses: dict[str, Any] = {name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches}
-        if lacking := [name for name, own in losses.items() if not callable(own)]:
+        if lacking := [name for name, own in losses.items() if not (callable(own) or isinstance(own, LabelLoss))]:
             found = f"no loss for adapter {lacking[0]!r}"
             raise ConfigError(found, "(output, target) -> scalar for each batch", "pass one for all, or one by name")
         groups: dict[Any, dict[str, Batch]] = {}
         for name, batch in batches.items():
             own = read(name, batch, self._defaults)
-            groups.setdefault((losses[name] is causal_loss, own.like), {})[name] = own
+            groups.setdefault((_of_labels(losses[name]), own.like), {})[name] = own
         self.failed = {}
         before = self._take_gradients(batches)
         results: dict[str, Tensor] = {}
@@ -195,7 +202,7 @@ class Runs(Mapping[str, Handle]):
         return found
 
     def _together(
-        self, group: dict[str, Batch], losses: Mapping[str, Loss], weights: Mapping[str, float], causal: bool
+        self, group: dict[str, Batch], losses: Mapping[str, Any], weights: Mapping[str, float], causal: bool
     ) -> dict[str, Tensor]:
         """Forward and backward of runs whose batches share a forward."""
         with ExitStack() as stack:
@@ -205,7 +212,7 @@ class Runs(Mapping[str, Handle]):
                 stack.enter_context(self._streams[next(iter(group))])
             outside = states(self._devices)
             with dropout:
-                found = self._causal(group) if causal else self._own(group, losses)
+                found = self._causal(group, losses) if causal else self._own(group, losses)
             if len(group) > 1 and not same(outside, states(self._devices)):
                 names = ", ".join(map(repr, group))
                 drawn = f"random numbers that the base drew for rows of {names} together"
@@ -233,17 +240,41 @@ class Runs(Mapping[str, Handle]):
         """Whether the base has dropout of its own now."""
         return any(module.training and getattr(module, key) > 0 for module, key in self._dropouts)
 
-    def _own(self, group: Mapping[str, Batch], losses: Mapping[str, Loss]) -> dict[str, Tensor]:
+    def _own(self, group: Mapping[str, Batch], losses: Mapping[str, Any]) -> dict[str, Tensor]:
         """Each run's loss of its rows of the output."""
         self._try_rows(group)
         args, kwargs = join(list(group.values()))
         output = self.model(*args, **kwargs)
         sizes = [batch.rows for batch in group.values()]
         outputs = [output] if len(group) == 1 else split(output, sizes)
+        pairs = zip(group.items(), outputs, strict=True)
+        return self._each({name: (losses[name], (own, batch.target)) for (name, batch), own in pairs})
+
+    def _causal(self, group: Mapping[str, Batch], losses: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Each run's loss of its labels."""
+        if len(group) == 1:
+            ((name, batch),) = group.items()
+            if losses[name] is causal_loss:
+                return {name: causal_loss(self.model, {**_named(name, batch), "labels": batch.target})}
+        told = self._told(group)
+        own = {name: losses[name] if isinstance(losses[name], LabelLoss) else _MEAN for name in group}
+        return self._each({name: (own[name].function, (told[name],)) for name in group})
+
+    def _told(self, group: Mapping[str, Batch]) -> dict[str, Tensor]:
+        """−log p of each run's labels."""
+        self._try_rows(group)
+        _, inputs = join([batch._replace(kwargs=_named(name, batch)) for name, batch in group.items()])
+        labels = torch.cat([batch.target for batch in group.values()])
+        told, counts = label_losses(self.model, {**inputs, "labels": labels})
+        by_run = counts.split([batch.rows for batch in group.values()])
+        return dict(zip(group, told.split([int(own.sum()) for own in by_run]), strict=True))
+
+    def _each(self, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Tensor]:
+        """The losses that these calls make, by run; with ``keep_going`` of those that make one."""
         found = {}
-        for (name, batch), own in zip(group.items(), outputs, strict=True):
+        for name, (function, args) in calls.items():
             try:
-                value = losses[name](own, batch.target)
+                value = function(*args)
                 if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
                     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     what = f"loss {shape} of adapter {name!r}"
@@ -257,19 +288,25 @@ class Runs(Mapping[str, Handle]):
             found[name] = value
         return found
 
-    def _causal(self, group: Mapping[str, Batch]) -> dict[str, Tensor]:
-        """Each run's mean loss a label."""
-        if len(group) == 1:
-            ((name, batch),) = group.items()
-            return {name: causal_loss(self.model, {**_named(name, batch), "labels": batch.target})}
-        self._try_rows(group)
-        _, inputs = join([batch._replace(kwargs=_named(name, batch)) for name, batch in group.items()])
-        labels = torch.cat([batch.target for batch in group.values()])
-        told, counts = label_losses(self.model, {**inputs, "labels": labels})
-        by_run = counts.split([batch.rows for batch in group.values()])
-        items = [int(own.sum()) for own in by_run]
-        pieces = zip(group, told.split(items), items, strict=True)
-        return {name: own.sum() / max(count, 1) for name, own, count in pieces}
+    def label_losses(self, batches: Mapping[str, Any]) -> dict[str, Tensor]:
+        """−log p of each label of some runs' batches, [n], row after row; without gradients.
+
+        Args:
+            batches: by run, as ``backward`` takes them of a causal language model.
+
+        Raises:
+            DataError: a batch that is none. SelectionError: the model mixes rows.
+        """
+        groups: dict[Any, dict[str, Batch]] = {}
+        for name, batch in batches.items():
+            own = read(name, batch, self._defaults)
+            groups.setdefault(own.like, {})[name] = own
+        told: dict[str, Tensor] = {}
+        for group in groups.values():
+            chosen, dropout = self._chosen(group)
+            with torch.no_grad(), context.changed(selection={**context.current.selection, **chosen}), dropout:
+                told |= self._told(group)
+        return {name: told[name] for name in batches}
 
     def _try_rows(self, group: Mapping[str, Batch]) -> None:
         """Once for batches of this structure."""
@@ -286,3 +323,10 @@ def _named(name: str, batch: Batch) -> dict[str, Any]:
         found = f"a batch of {name!r} without labels [{batch.rows}, tokens]"
         raise DataError(found, "keyword arguments of the model, with labels", "pass input_ids and labels")
     return batch.kwargs
+
+
+_MEAN = LabelLoss(lambda told: told.sum() / max(len(told), 1))
+
+
+def _of_labels(loss: Any) -> bool:
+    return loss is causal_loss or isinstance(loss, LabelLoss)

@@ -26,7 +26,7 @@ AXES = (
 CHANCE = frozenset({"seed", "data_seed"})
 #: settings that a sweep has no place for
 WITHOUT = ("packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens", "trainable_tokens",
-           "trackers", "device_map", "activation_checkpointing")  # fmt: skip
+           "trackers", "device_map", "activation_checkpointing", "adapter")  # fmt: skip
 #: the share of a run after which candidates end for the first time, and again; the share of them that goes on
 RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
 

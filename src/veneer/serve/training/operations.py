@@ -1,0 +1,163 @@
+"""What requests of a run do besides passes and steps: begin, save, load, publish for samples, end.
+
+The worker's thread calls them, each with the run's line and what was asked. What they return is the answer's JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.config import LoraConfig
+from veneer.errors import ConfigError, DataError, SelectionError
+from veneer.serve.training.store import NAME, Place, Store, place_of
+from veneer.serve.training.trainer import ADAPTER, Trainer
+from veneer.serve.training.worker import Line, Worker
+
+#: seconds that a checkpoint may be asked to stay at least and at most: an hour, ten years
+LEAST_STAY, MOST_STAY = 3600, 10 * 366 * 86400
+
+
+@dataclass
+class Operations:
+    """The operations of a worker."""
+
+    worker: Worker
+    trainer: Trainer
+    store: Store
+    bank: Any
+    base: str
+
+    def __post_init__(self) -> None:
+        own = {
+            "create": self.create, "load": self.load, "save": self.save, "sampler": self.sampler,
+            "external": self.external, "unload": self.unload,
+        }  # fmt: skip
+        self.worker.operations.update(own)
+
+    def create(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        row = self.store.run(line.run)
+        assert row is not None
+        self.worker.make_room()
+        self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
+        return {"model_id": line.run, "type": "create_model"}
+
+    def load(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        place = place_of(given["path"])
+        found = self.store.checkpoint(place)
+        if found is None or place.kind != "weights":
+            expected = "a checkpoint of save_state, which is there"
+            raise DataError(f"{place.path}", expected, "list the run's checkpoints")
+        row = self.store.run(line.run)
+        assert row is not None
+        if line.next and json.loads(found["config"]) != json.loads(row["config"]):
+            what = f"{place.path}, of rank {json.loads(found['config'])['rank']}"
+            expected = f"one of a run like this, of rank {json.loads(row['config'])['rank']} and the same targets"
+            raise DataError(what, expected, "create a training client from that state")
+        if line.name not in self.trainer.runs:
+            self.worker.make_room()
+        self.trainer.load(line.name, self.store.files_of(place), optimizer=given["optimizer"])
+        self.store.configured(line.run, json.loads(found["config"]))
+        return {"path": place.path, "model_id": line.run, "type": "load_weights"}
+
+    def save(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        place = self._new(line, "weights", given)
+        self.trainer.save(line.name, self.store.files_of(place), self.base, {"run": line.run, "request": line.next})
+        self._added(line, place, given)
+        return {"path": place.path, "type": "save_weights"}
+
+    def external(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        place = self._new(line, "external_weights", given)
+        self._publish(line, place)
+        self._added(line, place, given)
+        return {"path": place.path, "type": "save_weights_external"}
+
+    def sampler(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        hidden = given.get("sampler")  # a sampling session of its own, whose weights have no name
+        name = given["name"] if hidden is None else "inflight" if given["kind"] == "inflight" else f"of-{line.next}"
+        place = self._new(line, "sampler_weights", {**given, "name": name, "overwrite": True})
+        self._publish(line, place)
+        self.bank.put(place.path, self.store.files_of(place) / ADAPTER, line.name)
+        self._added(line, place, given, hidden=hidden is not None)
+        if hidden is None:
+            return {"path": place.path, "type": "save_weights_for_sampler"}
+        self.store.add_sampler(hidden, given["session"], line.owner, place.path)
+        return {"sampling_session_id": hidden, "type": "save_weights_for_sampler"}
+
+    def unload(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+        self.worker.let_go(line)
+        self.store.unload(line.run)
+        return {"model_id": line.run, "type": "unload_model"}
+
+    def _new(self, line: Line, kind: str, given: Mapping[str, Any]) -> Place:
+        """A place for a checkpoint. ``DataError``: a name that is none, or taken; a time to stay that is none."""
+        name, seconds = given.get("name") or f"step-{line.next}", given.get("ttl_seconds")
+        if not NAME.fullmatch(name):
+            expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
+            raise DataError(f"the name {name[:200]!r}", expected, "choose another")
+        if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
+            raise DataError(f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it")
+        if given.get("age_encryption_recipients"):
+            raise DataError("recipients to encrypt for", "none", "encrypt what was downloaded")
+        place = Place(line.run, kind, name)
+        if not given.get("overwrite") and self.store.checkpoint(place) is not None:
+            raise DataError(f"{place.path}, which exists", "a new name", "choose another, or say overwrite=True")
+        return place
+
+    def _publish(self, line: Line, place: Place) -> None:
+        self.trainer.export(
+            line.name, self.store.files_of(place) / ADAPTER, self.base, {"run": line.run, "request": line.next}
+        )
+
+    def _added(self, line: Line, place: Place, given: Mapping[str, Any], hidden: bool = False) -> None:
+        row = self.store.run(line.run)
+        assert row is not None
+        self.store.add_checkpoint(
+            place, line.owner, row["config"], metadata=given.get("user_metadata"), seconds=given.get("ttl_seconds"),
+            hidden=hidden,
+        )  # fmt: skip
+
+    def delete(self, place: Place) -> None:
+        """A checkpoint, and the samples that could be drawn from it."""
+        if place.path in self.bank:
+            self.bank.remove(place.path)
+        self.store.delete_checkpoint(place)
+
+    def copy(self, source: Place, target: Place) -> None:
+        """A checkpoint under another run."""
+        found, files = self.store.checkpoint(source), self.store.files_of(target)
+        assert found is not None
+        files.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self.store.files_of(source), files)
+
+
+def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:
+    """What to attach. A head that shares the embedding's weight is not trained: it would change the embedding too.
+    ``ConfigError``: nothing would be."""
+    layer, found = model.get_output_embeddings(), None
+    if head and layer is not None and layer.weight is not model.get_input_embeddings().weight:
+        found = next(name for name, module in model.named_modules() if module is layer)
+    targets = [*(["attention"] if attention else ()), *(["mlp"] if mlp else ()), *([found] if found else ())]
+    if not targets:
+        do = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
+        raise ConfigError("nothing to train", "at least one kind of layers", do)
+    return LoraConfig(rank=rank, targets=targets)
+
+
+def tied(model: Any) -> bool:
+    layer = model.get_output_embeddings()
+    return layer is not None and layer.weight is model.get_input_embeddings().weight
+
+
+def register(bank: Any, store: Store, path: str) -> str:
+    """The bank's name for samples of a checkpoint, which is read if its numbers are not in memory.
+    ``SelectionError``: there is none."""
+    place = place_of(path)
+    if store.checkpoint(place) is None:
+        raise SelectionError(f"{path}", "a checkpoint that is there", "list the run's checkpoints")
+    if path not in bank:
+        bank.register(path, store.files_of(place) / ADAPTER)
+    return path

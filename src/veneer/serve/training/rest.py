@@ -1,0 +1,257 @@
+"""The routes under /api/v1 by which a client of the `tinker` SDK looks at sessions, runs and checkpoints, and changes
+or fetches checkpoints. Routes only.
+
+GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
+GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info  copy_weights
+DELETE      training_runs/{run}/checkpoints/{id}          PUT   …/ttl        POST, DELETE  …/publish
+GET         …/external_weights_urls  files/{token}/{name}
+
+What the hosted service has beside these (projects, bills, audits, traces) is refused with words.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from veneer.serve.access import Key
+from veneer.serve.refusal import Refusal
+from veneer.serve.service import Asker, Route
+from veneer.serve.training import bodies
+from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
+from veneer.serve.training.routes import On, checkpoint_of, no_such, owned, run_of, sampler_of, session_of, within
+from veneer.serve.training.store import KINDS, Place
+from veneer.serve.training.trainer import ADAPTER
+from veneer.serve.training.training import FILES, Training
+
+router = APIRouter(prefix="/api/v1", route_class=Route)
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0)]
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+
+
+def _metadata(text: str | None) -> dict[str, str] | None:
+    return None if text is None else {name: str(value) for name, value in (json.loads(text) or {}).items()}
+
+
+def _checkpoint(row: Any) -> dict[str, Any]:
+    place = Place(row["run"], row["kind"], row["name"])
+    return {
+        "checkpoint_id": f"{place.kind}/{place.name}", "checkpoint_type": KINDS[place.kind],
+        "time": _time(row["created"]), "tinker_path": place.path, "size_bytes": row["bytes"],
+        "public": bool(row["public"]), "user_metadata": _metadata(row["metadata"]), "expires_at": _time(row["expires"]),
+    }  # fmt: skip
+
+
+def _run(training: Training, row: Any) -> dict[str, Any]:
+    found = [_checkpoint(one) for one in training.store.checkpoints(None, row["id"])]
+    last = {kind: next((one for one in found if one["checkpoint_type"] == kind), None) for kind in KINDS.values()}
+    return {
+        "training_run_id": row["id"], "base_model": training.base, "model_owner": row["owner"], "is_lora": True,
+        "lora_rank": json.loads(row["config"])["rank"], "last_request_time": _time(row["used"]),
+        "last_checkpoint": last["training"], "last_sampler_checkpoint": last["sampler"],
+        "user_metadata": _metadata(row["metadata"]),
+    }  # fmt: skip
+
+
+def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], dict[str, int]]:
+    return rows[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(rows)}
+
+
+@router.get("/training_runs")
+def training_runs(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    rows, cursor = _page(training.store.runs(key.owner), limit, offset)
+    return {"training_runs": [_run(training, row) for row in rows], "cursor": cursor}
+
+
+@router.get("/training_runs/{run}")
+def training_run(run: str, training: On, key: Asker) -> dict[str, Any]:
+    return _run(training, run_of(training, key, run))
+
+
+@router.get("/training_runs/{run}/checkpoints")
+def run_checkpoints(run: str, training: On, key: Asker) -> dict[str, Any]:
+    run_of(training, key, run)
+    return {"checkpoints": [_checkpoint(row) for row in training.store.checkpoints(None, run)]}
+
+
+@router.get("/checkpoints")
+def checkpoints(training: On, key: Asker, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+    rows, cursor = _page(training.store.checkpoints(key.owner), limit, offset)
+    return {"checkpoints": [_checkpoint(row) for row in rows], "cursor": cursor}
+
+
+def _own(training: Training, key: Key, run: str, kind: str, name: str) -> tuple[Place, Any]:
+    """A checkpoint that a key may change."""
+    place, row = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    if not owned(key, row):
+        raise no_such("the checkpoint", place.path)
+    return place, row
+
+
+@router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
+def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+    place, _ = _own(training, key, run, kind, name)
+    training.operations.delete(place)
+
+
+@router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+def publish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+    """Let every key of this server read it."""
+    place, _ = _own(training, key, run, kind, name)
+    training.store.change_checkpoint(place, public=1)
+
+
+@router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
+def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+    place, _ = _own(training, key, run, kind, name)
+    training.store.change_checkpoint(place, public=0)
+
+
+@router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
+def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
+    place, _ = _own(training, key, run, kind, name)
+    _stay(body.ttl_seconds)
+    expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
+    training.store.change_checkpoint(place, expires=expires)
+
+
+def _stay(seconds: int | None) -> None:
+    if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
+        raise Refusal(400, f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it")
+
+
+@router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")
+def external_urls(run: str, kind: str, name: str, request: Request, training: On, key: Asker) -> dict[str, Any]:
+    """Addresses of the files of an adapter folder, in PEFT's layout."""
+    place, _ = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    folder = training.store.files_of(place) / ADAPTER
+    token = training.address(folder)
+    names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    top = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
+    return {"urls": {name: f"{top}/{name}" for name in names}, "expires": _time(time.time() + FILES)}
+
+
+@router.get("/files/{token}/{name:path}")
+def file(token: str, name: str, training: On) -> Response:
+    found = training.file(token, name)
+    if found is None:
+        raise Refusal(404, "an address that is not known, or not any more", "one of the last hour", "ask for a new one")
+    return FileResponse(found, media_type="application/octet-stream")
+
+
+@router.post("/weights_info")
+def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any]:
+    _, row = checkpoint_of(training, key, body.tinker_path)
+    config = json.loads(row["config"])
+    targets = config["targets"]
+    return {
+        "base_model": training.base, "optimizer_config": {"type": "adamw"}, "is_lora": True,
+        "lora_rank": config["rank"], "train_attn": "attention" in targets, "train_mlp": "mlp" in targets,
+        "train_unembed": bool(set(targets) - {"attention", "mlp"}),
+    }  # fmt: skip
+
+
+@router.post("/copy_weights")
+async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
+    """A checkpoint of one's own, of one that may be read, under a run that is not trained."""
+    source, row = checkpoint_of(training, key, body.source_path)
+    within(training, key, "bytes")
+    _stay(body.ttl_seconds)
+    session = body.session_id
+    if session is None:
+        session = await training.written(training.store.new_session, key.owner, None, "a copy")
+    session_of(training, key, session)
+    run = f"{session}:train:{body.model_seq_id or 0}"
+    if training.store.run(run) is not None:
+        raise Refusal(409, f"the training run {run}, which exists", "a new one", "choose another model_seq_id")
+
+    def copy() -> str:
+        training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
+        training.store.unload(run)
+        place = Place(run, source.kind, source.name)
+        training.operations.copy(source, place)
+        training.store.add_checkpoint(place, key.owner, row["config"], seconds=body.ttl_seconds)
+        return place.path
+
+    return {"tinker_path": await training.written(copy)}
+
+
+# ---------------------------------------------------------------------------------------------- sessions
+
+
+@router.get("/sessions")
+def sessions(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    rows, _ = _page(training.store.sessions(key.owner), limit, offset)
+    return {"sessions": [row["id"] for row in rows]}
+
+
+@router.post("/sessions/search")
+def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> dict[str, Any]:
+    """One page: the newest that fit."""
+    if body.cursor or body.project_ids or body.statuses or body.owner.get("type") not in ("own", "accessible"):
+        found = "a search by cursor, project, status or owner"
+        raise Refusal(400, found, "one by id, name or metadata among your own", "leave it out")
+    found = []
+    for row in training.store.sessions(key.owner):
+        title, metadata = row["title"] or "", _metadata(row["metadata"]) or {}
+        named = body.display_name is not None and all(
+            word in title.lower() for word in body.display_name.lower().split()
+        )
+        either = body.session_id is None and body.display_name is None
+        if (either or row["id"] == body.session_id or named) and body.user_metadata.items() <= metadata.items():
+            found.append(_session(training, row))
+    return {"sessions": found[: body.limit]}
+
+
+def _session(training: Training, row: Any) -> dict[str, Any]:
+    runs = training.store.runs(row["owner"], row["id"])
+    made = [one for run in runs for one in training.store.checkpoints(None, run["id"])]
+    reason = None if row["finished"] is None else {"type": "client_finished", "reason": {"type": row["finished"]}}
+    return {
+        "session_id": row["id"], "created_at": _time(row["created"]), "owner": row["owner"], "project_id": "",
+        "status": reason, "checkpoints_count": len(made), "display_name": row["title"],
+        "user_metadata": _metadata(row["metadata"]), "checkpoint_storage_bytes": sum(one["bytes"] for one in made),
+    }  # fmt: skip
+
+
+@router.get("/sessions/{session}")
+def session(session: str, training: On, key: Asker) -> dict[str, Any]:
+    row = session_of(training, key, session)
+    return {
+        "training_run_ids": [one["id"] for one in training.store.runs(key.owner, session)],
+        "sampler_ids": [one["id"] for one in training.store.samplers(session)],
+        "user_metadata": _metadata(row["metadata"]), "display_name": row["title"],
+    }  # fmt: skip
+
+
+@router.get("/samplers/{sampler}")
+def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
+    row = sampler_of(training, key, sampler)
+    return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
+
+
+# ---------------------------------------------------------------------------------------------- not here
+
+
+@router.put("/sessions/{session}/project")
+@router.get("/sessions/{session}/trace_export")
+@router.get("/audit")
+@router.get("/billing/usage/events")
+@router.get("/billing/usage/checkpoints/current")
+@router.post("/auth/token")
+def not_here(request: Request, key: Asker) -> None:
+    found = f"{request.method} {request.url.path[:200]}, of the hosted service"
+    raise Refusal(400, found, "what trains, samples and keeps checkpoints", "see docs/training-service.md")

@@ -1,0 +1,416 @@
+"""The routes under /api/v1 by which a client of the `tinker` SDK trains and samples. Routes only.
+
+GET  healthz  get_server_capabilities
+POST client/config  client/dynamic_config  telemetry
+     create_session  session_heartbeat  sessions/{id}/finish
+     create_model  get_info  unload_model  forward_backward  optim_step
+     save_weights  save_weights_for_sampler  save_weights_external  load_weights
+     create_sampling_session  join_sampling_session  asample  cancel_future  retrieve_future
+
+A request of a run is numbered by its client (``seq_id``) and computed in that order; what is wrong with one is its
+promise's failure, so that no number is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from veneer.errors import DataError, sentence
+from veneer.serve.access import Key
+from veneer.serve.refusal import Refusal
+from veneer.serve.service import Asker, Route, Serving
+from veneer.serve.training import bodies
+from veneer.serve.training.operations import lora_config
+from veneer.serve.training.store import Place, place_of
+from veneer.serve.training.training import Training
+from veneer.serve.training.wire import read_address
+from veneer.serve.training.worker import PASS, REFUSED, Answer
+
+#: seconds for which a client that asks for an answer is kept waiting
+POLL = 25.0
+#: what a client sends in one call; whether it packs it
+SETTINGS = {
+    "pjwt_auth_enabled": False, "parallel_fwdbwd_chunks": False, "proto_compress_fwdbwd": False,
+    "fwdbwd_max_chunk_len": 1024, "fwdbwd_max_chunk_bytes_count": 4_000_000, "sample_max_concurrent_requests": 1024,
+    "sample_join_sampling_session": True, "sample_use_retrieve_futures": False, "custom_loss_server_side": False,
+    "use_pyqwest_transport": False,
+}  # fmt: skip
+
+router = APIRouter(prefix="/api/v1", route_class=Route)
+
+
+async def _training(service: Serving) -> Training:
+    return service.training
+
+
+On = Annotated[Training, Depends(_training)]
+
+
+def no_such(what: str, id: str) -> Refusal:
+    """One answer to what is not there and to what is another key's."""
+    message = sentence(f"{what} {id[:200]!r}", "one of yours that is there", "list yours")
+    return Refusal(404, message, code="not_found")
+
+
+def owned(key: Key, row: Any) -> bool:
+    return row is not None and row["owner"] == key.owner
+
+
+def session_of(training: Training, key: Key, id: str) -> Any:
+    row = training.store.session(id)
+    if not owned(key, row):
+        raise no_such("the session", id)
+    return row
+
+
+def run_of(training: Training, key: Key, id: str) -> Any:
+    row = training.store.run(id)
+    if not owned(key, row):
+        raise no_such("the training run", id)
+    return row
+
+
+def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Place, Any]:
+    """A checkpoint that a key may read: its own, or a published one."""
+    try:
+        place = place_of(path)
+    except DataError as error:
+        raise Refusal(400, str(error)) from error
+    row = None if training.store.run(place.run) is None else training.store.checkpoint(place)
+    if row is None or not (row["public"] or owned(key, row)):
+        raise no_such("the checkpoint", path)
+    return place, row
+
+
+def _active(training: Training, key: Key, id: str) -> Any:
+    row = session_of(training, key, id)
+    if row["finished"]:
+        raise Refusal(410, f"a session that has finished ({row['finished']})", "one that goes on", "begin a new one")
+    training.seen(id)
+    return row
+
+
+def _of_base(training: Training, name: str | None) -> None:
+    if name is not None and name != training.base:
+        found = f"the base model {name[:200]!r}"
+        raise Refusal(400, found, f"{training.base!r}, which this server has", "name that one", param="base_model")
+
+
+def _adam(family: bodies.OptimizerFamily | None) -> None:
+    if family is not None and family.type != "adamw":
+        raise Refusal(400, f"the optimizer {family.type!r}", "adamw, which this server has", "leave it out")
+
+
+def _over(training: Training, key: Key, what: str) -> str | None:
+    """Why a key may not have more of ``what``: its quota is used up."""
+    limit = getattr(key, what)
+    if limit is None:
+        return None
+    count = {"runs": training.store.runs_of, "bytes": training.store.bytes_of, "tokens": training.store.tokens_of}
+    used = count[what](key.owner)
+    if used < limit:
+        return None
+    do = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}[what]
+    return sentence(f"{used:,} {what} of key {key.name!r}", f"fewer than {limit:,}", f"{do}, or ask for more")
+
+
+def within(training: Training, key: Key, what: str) -> None:
+    if (problem := _over(training, key, what)) is not None:
+        raise Refusal(403, problem, code="quota")
+
+
+#: what a request of a run takes of a quota
+_TAKES = {PASS: "tokens", "save": "bytes", "external": "bytes", "sampler": "bytes"}
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.post("/client/config")
+async def client_config(body: bodies.ClientConfig, training: On, key: Asker) -> dict[str, Any]:
+    return SETTINGS
+
+
+@router.post("/client/dynamic_config")
+async def dynamic_config(body: bodies.ClientConfig, training: On, key: Asker) -> dict[str, Any]:
+    return {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
+
+
+@router.post("/telemetry")
+async def telemetry(key: Asker) -> dict[str, str]:
+    """What clients tell of themselves is not kept."""
+    return {"status": "accepted"}
+
+
+@router.get("/get_server_capabilities")
+async def capabilities(training: On, key: Asker) -> dict[str, Any]:
+    length = training.worker.length
+    model = {"model_name": training.base, "max_context_length": length, "trainable": True, "sampleable": True}
+    return {"supported_models": [model]}
+
+
+@router.post("/create_session")
+async def create_session(body: bodies.CreateSession, training: On, key: Asker) -> dict[str, Any]:
+    made = await training.written(training.store.new_session, key.owner, body.user_metadata, body.display_name)
+    training.seen(made)
+    answer = {"type": "create_session", "session_id": made}
+    said = []
+    if training.tied:
+        said.append("The base ties its output head to its embedding: train_unembed trains nothing here.")
+    if body.project_id is not None:
+        said.append("There are no projects here: project_id is not kept.")
+    return {**answer, "warning_message": " ".join(said)} if said else answer
+
+
+@router.post("/session_heartbeat")
+async def heartbeat(body: bodies.OfSession, training: On, key: Asker) -> dict[str, str]:
+    _active(training, key, body.session_id)
+    return {"type": "session_heartbeat"}
+
+
+@router.post("/sessions/{session}/finish")
+async def finish(session: str, body: bodies.Finish, training: On, key: Asker) -> Response:
+    session_of(training, key, session)
+    await training.written(training.store.finish, session, body.reason.type)
+    training.samples.leave(session)
+    training.leave(session)
+    return Response(status_code=204)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def _promised(run: str, seq: int) -> dict[str, str]:
+    return {"request_id": f"{run}:{seq}", "model_id": run}
+
+
+async def _accept(training: Training, run: str, seq: int | None, kind: str, given: Mapping[str, Any] | bytes) -> Any:
+    body = given if isinstance(given, bytes) else json.dumps(given).encode()
+    number = await training.written(training.worker.accept, run, seq, kind, body)
+    return _promised(run, number)
+
+
+async def _of_run(
+    training: Training, key: Key, run: str, seq: int | None, kind: str, given: Mapping[str, Any] | bytes
+) -> Any:
+    """A request of a run, queued in its order."""
+    row = run_of(training, key, run)
+    training.seen(row["session"])
+    if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
+        raise Refusal(410, f"the run {run}, which was unloaded", "one that goes on", "create one from a checkpoint")
+    problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
+    if problem is not None:
+        kind, given = REFUSED, {"error": problem}
+    return await _accept(training, run, seq, kind, given)
+
+
+def _new_run(training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any) -> str:
+    run = f"{session}:train:{number}"
+    if training.store.run(run) is None:
+        training.store.new_run(run, session, key.owner, config, seed, metadata)
+    return run
+
+
+@router.post("/create_model")
+async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> Any:
+    _active(training, key, body.session_id)
+    _of_base(training, body.base_model)
+    _adam(body.optimizer_config)
+    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:  # else it is asked for again
+        within(training, key, "runs")
+    asked = body.lora_config or bodies.Lora(rank=32)
+    parts = {"attention": asked.train_attn, "mlp": asked.train_mlp, "head": asked.train_unembed}
+    config = lora_config(training.model, asked.rank, **parts).to_dict()
+    seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**63
+    run = await training.written(
+        _new_run, training, key, body.session_id, body.model_seq_id, config, seed, body.user_metadata
+    )
+    return await _accept(training, run, 0, "create", {})
+
+
+@router.post("/load_weights")
+async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
+    _of_base(training, body.base_model)
+    _adam(body.optimizer_config)
+    given = {"path": body.path, "optimizer": body.optimizer}
+    if body.session_id is None or body.model_seq_id is None:
+        if body.model_id is None:
+            raise Refusal(400, "no run to load into", "model_id, or session_id and model_seq_id", "name one")
+        try:
+            checkpoint_of(training, key, body.path)
+        except Refusal as error:
+            return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": str(error)})
+        return await _of_run(training, key, body.model_id, body.seq_id, "load", given)
+    _active(training, key, body.session_id)
+    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:
+        within(training, key, "runs")
+    _, found = checkpoint_of(training, key, body.path)
+    run = await training.written(
+        _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata
+    )
+    return await _accept(training, run, 0, "load", given)
+
+
+@router.post("/get_info")
+async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, Any]:
+    row = run_of(training, key, body.model_id)
+    data = {"arch": type(training.model).__name__, "model_name": training.base, "tokenizer_id": training.tokenizer}
+    return {
+        "type": "get_info", "model_data": data, "model_id": row["id"], "is_lora": True,
+        "lora_rank": json.loads(row["config"])["rank"], "model_name": training.base,
+        "optimizer_config": {"type": "adamw"},
+    }  # fmt: skip
+
+
+@router.post("/unload_model")
+async def unload_model(body: bodies.OfModel, training: On, key: Asker) -> Any:
+    return await _of_run(training, key, body.model_id, None, "unload", {})
+
+
+@router.post("/forward_backward")
+async def forward_backward(request: Request, training: On, key: Asker) -> Any:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refusal(415, "a body that is packed", "one that is not, as client/config says", "send it as it is")
+    body = await request.body()
+    try:
+        run, seq = read_address(body)
+    except DataError as error:
+        raise Refusal(400, str(error)) from error
+    if seq < 0:
+        raise Refusal(400, f"seq_id {seq}", "0 or more", "number the requests")
+    return await _of_run(training, key, run, seq or None, PASS, body)
+
+
+@router.post("/optim_step")
+async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
+    if body.optimizer_params is not None or body.adam_params is None:
+        error = sentence("parameters of another optimizer", "adam_params", "use AdamParams")
+        return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": error})
+    given = body.adam_params
+    adam = {"rate": given.learning_rate, "beta1": given.beta1, "beta2": given.beta2, "eps": given.eps}
+    adam |= {"decay": given.weight_decay, "clip": max(given.grad_clip_norm, 0.0)}
+    return await _of_run(training, key, body.model_id, body.seq_id, "step", adam)
+
+
+@router.post("/save_weights")
+async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
+    given = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
+    return await _of_run(training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path})
+
+
+@router.post("/save_weights_external")
+async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> Any:
+    given = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
+    return await _of_run(training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path})
+
+
+@router.post("/save_weights_for_sampler")
+async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker) -> Any:
+    row = run_of(training, key, body.model_id)
+    given = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
+    given |= {"name": body.path, "session": row["session"]}
+    if body.path is None and body.sampling_session_seq_id is not None:
+        given["sampler"] = f"{row['session']}:sample:{body.sampling_session_seq_id}"
+    return await _of_run(training, key, body.model_id, body.seq_id, "sampler", given)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+@router.post("/create_sampling_session")
+async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -> dict[str, str]:
+    _active(training, key, body.session_id)
+    _of_base(training, body.base_model)
+    if body.model_path is not None:
+        checkpoint_of(training, key, body.model_path)
+    elif body.base_model is None:
+        raise Refusal(400, "no weights to sample from", "model_path or base_model", "name one of them")
+    elif not key.base:
+        raise no_such("the base model", body.base_model)
+    made = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
+    await training.written(training.store.add_sampler, made, body.session_id, key.owner, body.model_path)
+    return {"type": "create_sampling_session", "sampling_session_id": made}
+
+
+def sampler_of(training: Training, key: Key, id: str) -> Any:
+    row = training.store.sampler(id)
+    if not owned(key, row):
+        raise no_such("the sampling session", id)
+    return row
+
+
+@router.post("/join_sampling_session")
+async def join_sampler(body: bodies.JoinSampler, training: On, key: Asker) -> dict[str, Any]:
+    sampler_of(training, key, body.sampling_session_id)
+    number = await training.written(training.store.join, body.sampling_session_id)
+    return {"type": "join_sampling_session", "client_counter": number}
+
+
+@router.post("/asample")
+async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, Any]:
+    if body.sampling_session_id is not None:
+        row = sampler_of(training, key, body.sampling_session_id)
+        session, path = row["session"], row["path"]
+        _active(training, key, session)
+        id = f"{body.sampling_session_id}:{secrets.token_hex(8) if body.seq_id is None else body.seq_id}"
+    else:
+        session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
+        _of_base(training, body.base_model)
+    within(training, key, "tokens")
+    if path is None and not key.base:
+        raise no_such("the base model", training.base)
+    name = None
+    if path is not None:
+        checkpoint_of(training, key, path)
+        name = await training.written(training.used, path)
+    training.samples.begin(id, key.owner, session, name, body)
+    return {"request_id": id, "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)]}
+
+
+@router.post("/cancel_future")
+async def cancel_future(body: bodies.Cancel, training: On, key: Asker) -> Response:
+    training.samples.cancel(body.request_id, key.owner)
+    return Response(status_code=204)
+
+
+def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | None:
+    run, _, number = id.rpartition(":")
+    row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
+    if row is None:
+        return training.samples.find(id, key.owner)
+    found: Future[Answer] | None = training.worker.promise(run, int(number)) if owned(key, row) else None
+    return None if found is None else asyncio.wrap_future(found)
+
+
+@router.post("/retrieve_future")
+async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Response:
+    """The answer, once it is there; 408 says to ask again, 410 that it is not known any more: ask anew."""
+    promise = _promise(training, key, body.request_id)
+    if promise is None:
+        found = f"the request {body.request_id[:200]!r}"
+        raise Refusal(410, found, "one that waits or was answered of late", "send it anew", code="gone")
+    await asyncio.wait([promise], timeout=POLL)
+    if not promise.done():
+        content = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
+        return JSONResponse(content, 408)
+    if promise.cancelled():
+        return JSONResponse({"error": "Found: a sample that was cancelled.", "category": "user"})
+    answer = promise.result()
+    kind = "application/x-protobuf" if answer.binary else "application/json"
+    return Response(answer.body, media_type=kind)
+
+
+@router.post("/create_custom_loss")
+async def create_custom_loss(key: Asker) -> Response:
+    words = "a loss to be computed here", "one that the client computes", "use forward_backward_custom"
+    raise Refusal(400, *words, code="not_supported")

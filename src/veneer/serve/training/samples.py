@@ -1,0 +1,266 @@
+"""Samples, and what the model says of a prompt: by the engine, from the numbers that a run published.
+
+    asample → promise;  the engine's queue (fair, full: it waits here) → tokens with their log-probabilities
+                        the training thread, between two batches → log-probabilities of the prompt
+
+Log-probabilities are the model's own, before temperature, top_k and top_p, as those of a training pass are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.errors import DataError, VeneerError
+from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
+from veneer.serve.training.bodies import Sample, Targets
+from veneer.serve.training.wire import Sequence_, sample_output
+from veneer.serve.training.worker import Answer, Worker, failure
+
+log = logging.getLogger("veneer.serve.training")
+
+#: samples that wait or run, and that are kept for their clients, so many seconds
+MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 4096, 4096, 1800.0
+#: seconds between two tries at a full queue
+PATIENCE = 0.05
+
+
+@dataclass(eq=False)
+class Promised:
+    """A call for samples, of an owner and a session."""
+
+    owner: str
+    session: str
+    task: asyncio.Task[Answer]
+    ended: float | None = None
+
+
+class Samples:
+    """Calls for samples by their ids; the event loop's alone."""
+
+    def __init__(self, engine: Any, bank: Any, worker: Worker, timeout: float) -> None:
+        self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
+        self._calls: dict[str, Promised] = {}
+        self._numbers = itertools.count()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, id: str, owner: str, session: str, name: str | None, asked: Sample) -> None:
+        """``name``: the bank's, of the adapter; None for the base. ``Busy``: too many wait. The same id again is the
+        same call."""
+        if id in self._calls:
+            return
+        if sum(not one.task.done() for one in self._calls.values()) >= MOST_WAITING:
+            raise Busy(f"Found: {MOST_WAITING} samples that wait. Expected: fewer. Do: try again in a second.", 1.0)
+        self._loop = asyncio.get_running_loop()
+        task = self._loop.create_task(self._answer(owner, name, asked))
+        made = self._calls[id] = Promised(owner, session, task)
+
+        def over(_: Any) -> None:
+            made.ended = time.monotonic()
+            self._forget()
+
+        task.add_done_callback(over)
+
+    def find(self, id: str, owner: str) -> asyncio.Task[Answer] | None:
+        found = self._calls.get(id)
+        return None if found is None or found.owner != owner else found.task
+
+    def cancel(self, id: str, owner: str) -> None:
+        if (task := self.find(id, owner)) is not None:
+            task.cancel()
+
+    def leave_soon(self, session: str) -> None:
+        """``leave``, from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.leave, session)
+
+    def leave(self, session: str) -> None:
+        """The client of a session is gone."""
+        for one in self._calls.values():
+            if one.session == session:
+                one.task.cancel()
+
+    def _forget(self) -> None:
+        old = time.monotonic() - KEPT_SECONDS
+        ended = [id for id, one in self._calls.items() if one.ended is not None]
+        gone = [id for id in ended if (self._calls[id].ended or 0.0) < old]
+        for id in dict.fromkeys([*gone, *ended[: max(0, len(ended) - MOST_KEPT)]]):
+            del self._calls[id]
+
+    async def _answer(self, owner: str, name: str | None, asked: Sample) -> Answer:
+        try:
+            prompt, blend = asked.prompt.tokens, {} if name is None else {name: 1.0}
+            if not 0 < len(prompt) < self._engine.length:
+                found = f"a prompt of {len(prompt)} tokens"
+                raise DataError(found, f"1 to {self._engine.length - 1}, and room for an answer", "shorten it")
+            if max(prompt) >= self._worker.vocabulary:
+                found = f"token {max(prompt)} in a prompt"
+                raise DataError(found, f"ids from 0 to {self._worker.vocabulary - 1}", "use the base's tokenizer")
+            check_prompt(asked, len(prompt))
+            sequences = asyncio.gather(*[self._sequence(owner, blend, asked, i) for i in range(asked.num_samples)])
+            scored = self._scores(name, prompt, asked)
+            try:
+                found, scores = await asyncio.gather(sequences, scored)
+            except BaseException:
+                sequences.cancel()
+                raise
+            if owner:  # whose key may limit it
+                count = len(prompt) + sum(len(one.tokens) for one in found)
+                await asyncio.to_thread(self._worker.store.count_tokens, owner, count)
+            return Answer(sample_output(found, asked.topk_sample_logprobs, scores), True)
+        except VeneerError as error:
+            return failure(error)
+        except Exception as error:
+            log.exception("a call for samples failed")
+            return failure(error, own=True)
+
+    async def _sequence(self, owner: str, blend: Mapping[str, float], asked: Sample, number: int) -> Sequence_:
+        """One sample. What is left of it when it is cancelled, the engine stops."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        request = Request(
+            asked.prompt.tokens, blend, _sampling(asked, number, self._engine.length), self._timeout,
+            f"sample-{next(self._numbers)}", owner,
+        )  # fmt: skip
+
+        def deliver(piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        while True:
+            try:
+                state = self._engine.submit(request, deliver)
+                break
+            except Busy:
+                if not self._engine.ready:
+                    raise
+                await asyncio.sleep(PATIENCE)
+        tokens = []
+        try:
+            while True:
+                piece = await pieces.get()
+                tokens += piece.tokens
+                if piece.finish is not None:
+                    break
+        except asyncio.CancelledError:
+            state.cancel()
+            raise
+        if piece.finish not in ("stop", "length"):
+            raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
+        top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
+        return Sequence_([one.id for one in tokens], [one.logprob for one in tokens], top, piece.finish == "length")
+
+    async def _scores(self, name: str | None, prompt: tuple[int, ...], asked: Sample) -> dict[str, Any]:
+        wanted = asked.prompt_logprobs or asked.topk_prompt_logprobs or asked.target_prompt_logprobs
+        if not (wanted or asked.prompt_alt_tokens_k):
+            return {}
+        lease = None if name is None else await asyncio.wrap_future(self._bank.acquire({name: 1.0}))
+        try:
+            work = scorer(self._worker, lease, prompt, asked)
+            return await asyncio.shield(asyncio.wrap_future(self._worker.do(work)))
+        finally:
+            if lease is not None:
+                lease.release()
+
+
+def check_prompt(asked: Sample, size: int) -> None:
+    """``DataError``: what is asked of a prompt of so many tokens is none of it, or not to be had here."""
+    last, targets = asked.prompt_logprobs_last_n, asked.target_prompt_logprobs
+    if asked.record_stability_info:
+        raise DataError("record_stability_info", "none: there is no stable_reinforce here", "leave it out")
+    if last is not None and not (asked.prompt_logprobs and last < size):
+        found = f"prompt_logprobs_last_n {last} for a prompt of {size} tokens"
+        raise DataError(found, f"1 to {size - 1}, with prompt_logprobs", "change it")
+    if targets is None:
+        return
+    rows, width = targets.shape
+    crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
+    sound = rows == size - 1 and 0 < width <= 256
+    if crow is None or col is None:
+        sound = sound and crow is col is None and len(targets.data) == rows * width
+    else:
+        sound = sound and len(crow) == rows + 1 and len(col) == len(targets.data) and crow[0] == 0
+        sound = sound and crow[-1] == len(col) and sorted(crow) == crow and all(0 <= one < width for one in col)
+    if not sound:
+        found = f"target_prompt_logprobs {targets.shape} for a prompt of {size} tokens"
+        raise DataError(found, f"[{size - 1}, at most 256], dense or in CSR", "send a row for each token but the first")
+
+
+def _sampling(asked: Sample, number: int, most: int) -> Sampling:
+    given, stop = asked.sampling_params, asked.sampling_params.stop
+    words = [stop] if isinstance(stop, str) else [one for one in stop or () if isinstance(one, str)]
+    ids = frozenset(one for one in stop or () if isinstance(one, int))
+    return Sampling(
+        max_tokens=given.max_tokens or most, temperature=given.temperature, top_p=given.top_p,
+        top_k=max(given.top_k, 0), seed=None if given.seed is None else given.seed + number,
+        stop=tuple(filter(None, words)),
+        logprobs=asked.topk_sample_logprobs, ignore_eos=stop == [], stop_tokens=ids,
+    )  # fmt: skip
+
+
+def scorer(worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
+    """What the training thread does for a prompt."""
+
+    def work() -> dict[str, Any]:
+        ids = torch.tensor([prompt], device=worker.trainer.device)
+        with worker.trainer.sampled([lease]) as model:
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [n - 1, v]: of tokens 1 to n - 1
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return _scored(wide, ids[0, 1:], asked)
+
+    return work
+
+
+def _scored(logits: Tensor, following: Tensor, asked: Sample) -> dict[str, Any]:
+    """Of logits [n - 1, v] what is asked: rows of a prompt of n tokens, of which the first has nothing before it."""
+    found: dict[str, Any] = {}
+    total = logits.logsumexp(-1, keepdim=True)
+    size, first = len(following) + 1, len(following) + 1 - (asked.prompt_logprobs_last_n or len(following))
+    if asked.prompt_logprobs:
+        own = np.full(size, np.nan, np.float32)
+        own[1:] = (logits.gather(-1, following[:, None]) - total)[:, 0].float().cpu().numpy()
+        own[: max(first, 1)] = np.nan
+        found["prompt_logprobs"] = own
+    if k := min(asked.topk_prompt_logprobs, logits.shape[-1]):
+        top = (logits - total).topk(k)
+        ids, values = np.zeros((size, k), np.int32), np.full((size, k), -99999.0, np.float32)
+        ids[1:], values[1:] = top.indices.cpu().numpy(), top.values.float().cpu().numpy()
+        ids[: max(first, 1)], values[: max(first, 1)] = 0, -99999.0
+        found["topk_prompt_logprobs"] = ids, values
+    if asked.target_prompt_logprobs is not None:
+        found |= _of_targets(logits, total, asked.target_prompt_logprobs)
+    if k := asked.prompt_alt_tokens_k:
+        temperature = asked.sampling_params.temperature
+        shares = torch.softmax(logits / max(temperature, 1e-5), -1)
+        draw = torch.Generator(logits.device).manual_seed((asked.sampling_params.seed or 0) % 2**63)
+        if asked.sampling_params.seed is None:
+            draw.seed()
+        drawn = torch.multinomial(shares, k, replacement=True, generator=draw)
+        logprobs = (logits.gather(-1, drawn) - total).float()
+        found["prompt_alt_tokens"] = drawn.cpu().numpy().astype(np.int64), logprobs.cpu().numpy()
+    return found
+
+
+def _of_targets(logits: Tensor, total: Tensor, targets: Targets) -> dict[str, Any]:
+    rows, width = targets.shape
+    ids = torch.tensor(targets.data, dtype=torch.long, device=logits.device)
+    if len(ids) and int(ids.max()) >= logits.shape[-1]:
+        raise DataError("a token of target_prompt_logprobs", f"ids below {logits.shape[-1]}, or -1", "change it")
+    crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
+    if crow is None or col is None:
+        row = torch.arange(rows, device=logits.device).repeat_interleave(width)
+    else:
+        row = torch.arange(rows, device=logits.device).repeat_interleave(
+            torch.tensor(crow, device=logits.device).diff()
+        )
+    values = torch.where(ids < 0, 0.0, logits[row, ids.clamp(0)] - total[row, 0]).float().cpu().numpy()
+    if crow is None or col is None:
+        return {"target_prompt_logprobs": values.reshape(rows, width)}
+    return {"target_prompt_logprobs": values, "csr": (crow, col, targets.shape)}

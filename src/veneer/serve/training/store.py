@@ -1,0 +1,308 @@
+"""What the service knows, on the disk: one SQLite file, and a folder for each run's numbers.
+
+    FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
+    FOLDER/runs/7/state/        a run as it was after one of its requests: adapter, optimiser
+    FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…  adapters alone
+
+A request is written before its promise is given. So whatever a client was promised is either in a state, or among the
+requests after it, from which it is computed again: see docs/decisions/129.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from veneer.errors import ConfigError, DataError
+
+INDEX, FORMAT = "index.sqlite", 1
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+#: answers of a run that are kept after its state has passed them
+KEPT = 256
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY, owner TEXT, metadata TEXT, title TEXT, created REAL, seen REAL, finished TEXT);
+CREATE TABLE IF NOT EXISTS runs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, session TEXT, owner TEXT, config TEXT, seed INTEGER,
+    metadata TEXT, created REAL, used REAL, state INTEGER, unloaded INTEGER DEFAULT 0);
+CREATE TABLE IF NOT EXISTS requests (
+    run TEXT, seq INTEGER, kind TEXT, body BLOB, done INTEGER DEFAULT 0, binary INTEGER DEFAULT 0, answer BLOB,
+    PRIMARY KEY (run, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS checkpoints (
+    run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
+    public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, PRIMARY KEY (run, kind, name));
+CREATE TABLE IF NOT EXISTS tokens (owner TEXT, day INTEGER, count INTEGER, PRIMARY KEY (owner, day)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS samplers (
+    id TEXT PRIMARY KEY, session TEXT, owner TEXT, path TEXT, clients INTEGER DEFAULT 0);
+"""
+
+
+class Place(NamedTuple):
+    """What a path tinker://RUN/KIND/NAME means."""
+
+    run: str
+    kind: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"tinker://{self.run}/{self.kind}/{self.name}"
+
+
+def place_of(path: str) -> Place:
+    """``DataError``: it is no such path."""
+    parts = path.removeprefix("tinker://").split("/")
+    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not NAME.fullmatch(parts[2]):
+        raise DataError(f"the path {path[:200]!r}", "tinker://RUN/weights/NAME, or another kind", "check the path")
+    return Place(*parts)
+
+
+class Store:
+    """The index. Any thread may call it; each call is one transaction, on the disk when it returns. ``ConfigError``:
+    another server has the folder, or it holds something else."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file_lock = FileLock(self.folder / "server.lock")
+        try:
+            self._file_lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"{folder}, which another server has", "a folder of its own", "stop that one") from error
+        self._lock = threading.RLock()
+        self._base = sqlite3.connect(self.folder / INDEX, check_same_thread=False, isolation_level=None)
+        self._base.row_factory = sqlite3.Row
+        try:
+            self._base.execute("PRAGMA journal_mode = WAL")
+            self._base.execute("PRAGMA synchronous = FULL")
+            self._base.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            found = f"{folder}, whose {INDEX} cannot be read ({error})"
+            raise ConfigError(found, "what a server wrote", "restore it, or give another folder") from error
+
+    def close(self) -> None:
+        self._base.close()
+        self._file_lock.release()
+
+    def of_base(self, name: str, mark: str) -> None:
+        """``ConfigError``: the folder's runs were trained on another base."""
+        with self._writing() as base:
+            found = {row["name"]: row["value"] for row in base.execute("SELECT * FROM facts")}
+            if found and found.get("mark") != mark:
+                what = f"{self.folder}, whose runs are of {found.get('base')}"
+                raise ConfigError(what, f"runs of this base, {name}", "serve that base, or give another folder")
+            facts = {"base": name, "mark": mark, "format": str(FORMAT)}
+            base.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._base
+            except BaseException:
+                self._base.execute("ROLLBACK")
+                raise
+            self._base.execute("COMMIT")
+
+    def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._base.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: Any) -> sqlite3.Row | None:
+        return next(iter(self._all(query, *values)), None)
+
+    def _do(self, query: str, *values: Any) -> int:
+        with self._writing() as base:
+            return base.execute(query, values).rowcount
+
+    # sessions
+
+    def new_session(self, owner: str, metadata: Mapping[str, Any] | None, title: str | None) -> str:
+        made, now = secrets.token_hex(16), time.time()
+        self._do("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)", made, owner, _text(metadata), title, now, now)
+        return made
+
+    def session(self, id: str) -> sqlite3.Row | None:
+        return self._one("SELECT * FROM sessions WHERE id = ?", id)
+
+    def sessions(self, owner: str | None) -> list[sqlite3.Row]:
+        return self._all("SELECT * FROM sessions WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC", owner)
+
+    def seen(self, session: str, now: float) -> None:
+        self._do("UPDATE sessions SET seen = ? WHERE id = ?", now, session)
+
+    def finish(self, session: str, reason: str) -> None:
+        """The first reason stays."""
+        self._do("UPDATE sessions SET finished = ? WHERE id = ? AND finished IS NULL", reason, session)
+
+    # runs
+
+    def new_run(
+        self, id: str, session: str, owner: str, config: Mapping[str, Any], seed: int, metadata: Any
+    ) -> sqlite3.Row:
+        now = time.time()
+        columns = "(id, session, owner, config, seed, metadata, created, used, state)"
+        values = (id, session, owner, _text(config), seed, _text(metadata), now, now, -1)
+        self._do(f"INSERT INTO runs {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        found = self.run(id)
+        assert found is not None
+        return found
+
+    def run(self, id: str) -> sqlite3.Row | None:
+        return self._one("SELECT * FROM runs WHERE id = ?", id)
+
+    def runs(self, owner: str | None, session: str | None = None) -> list[sqlite3.Row]:
+        where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
+        return self._all(f"SELECT * FROM runs WHERE {where} ORDER BY used DESC, number DESC", owner, session)
+
+    def unload(self, id: str) -> None:
+        self._do("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
+
+    def configured(self, id: str, config: Mapping[str, Any]) -> None:
+        self._do("UPDATE runs SET config = ? WHERE id = ?", _text(config), id)
+
+    # requests
+
+    def add_request(self, run: str, seq: int, kind: str, body: bytes) -> bool:
+        """Whether it is new."""
+        with self._writing() as base:
+            columns = "(run, seq, kind, body) VALUES (?, ?, ?, ?)"
+            added = base.execute(f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)).rowcount
+            base.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), run))
+            return bool(added)
+
+    def request(self, run: str, seq: int) -> sqlite3.Row | None:
+        return self._one("SELECT * FROM requests WHERE run = ? AND seq = ?", run, seq)
+
+    def answer(self, run: str, seq: int, done: int, binary: bool, answer: bytes) -> None:
+        """``done``: 1 for what counts, 2 for what failed and changed nothing."""
+        self._do(
+            "UPDATE requests SET done = ?, binary = ?, answer = ? WHERE run = ? AND seq = ?",
+            done, int(binary), answer, run, seq,
+        )  # fmt: skip
+
+    def requests_after(self, run: str, seq: int) -> list[sqlite3.Row]:
+        return self._all("SELECT * FROM requests WHERE run = ? AND seq > ? ORDER BY seq", run, seq)
+
+    def next_seq(self, run: str) -> int:
+        """The first number of which nothing is done."""
+        row = self._one("SELECT MAX(seq) AS last FROM requests WHERE run = ? AND done", run)
+        state = self._one("SELECT state FROM runs WHERE id = ?", run)
+        last = -1 if row is None or row["last"] is None else row["last"]
+        return max(last, -1 if state is None else state["state"]) + 1
+
+    def waiting_runs(self) -> list[str]:
+        return [row["run"] for row in self._all("SELECT DISTINCT run FROM requests WHERE NOT done")]
+
+    def stated(self, run: str, seq: int) -> None:
+        """The run's state holds all requests up to this one: they need not be computed again."""
+        with self._writing() as base:
+            base.execute("UPDATE runs SET state = ? WHERE id = ?", (seq, run))
+            base.execute("UPDATE requests SET body = NULL WHERE run = ? AND seq <= ?", (run, seq))
+            base.execute("DELETE FROM requests WHERE run = ? AND seq <= ?", (run, seq - KEPT))
+
+    # checkpoints
+
+    def add_checkpoint(
+        self, place: Place, owner: str, config: str, *, metadata: Any = None, seconds: float | None = None,
+        hidden: bool = False,
+    ) -> None:  # fmt: skip
+        now = time.time()
+        size = sum(file.stat().st_size for file in self.files_of(place).rglob("*") if file.is_file())
+        expires = None if seconds is None else now + seconds
+        columns = "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config)"
+        values = (*place, owner, now, size, _text(metadata), expires, int(hidden), config)
+        self._do(f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+
+    def checkpoint(self, place: Place) -> sqlite3.Row | None:
+        found = self._one("SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
+        return None if found is None or (found["expires"] or time.time() + 1) < time.time() else found
+
+    def checkpoints(self, owner: str | None = None, run: str | None = None) -> list[sqlite3.Row]:
+        where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2) AND NOT hidden AND COALESCE(expires, ?3) >= ?3"
+        query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY created DESC"
+        return self._all(query, owner, run, time.time())
+
+    def change_checkpoint(self, place: Place, **values: Any) -> None:
+        names = ", ".join(f"{name} = ?" for name in values)
+        self._do(f"UPDATE checkpoints SET {names} WHERE run = ? AND kind = ? AND name = ?", *values.values(), *place)
+
+    def delete_checkpoint(self, place: Place) -> None:
+        self._do("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
+        shutil.rmtree(self.files_of(place), ignore_errors=True)
+
+    def expired(self) -> list[Place]:
+        rows = self._all("SELECT * FROM checkpoints WHERE expires < ?", time.time())
+        return [Place(row["run"], row["kind"], row["name"]) for row in rows]
+
+    def unnamed(self) -> list[sqlite3.Row]:
+        """Weights of samplers without a name, the newest first."""
+        return self._all("SELECT * FROM checkpoints WHERE hidden ORDER BY created DESC")
+
+    def bytes_of(self, owner: str) -> int:
+        row = self._one("SELECT SUM(bytes) AS size FROM checkpoints WHERE owner = ?", owner)
+        return 0 if row is None else row["size"] or 0
+
+    def folder_of(self, run: str) -> Path:
+        found = self.run(run)
+        assert found is not None
+        return self.folder / "runs" / str(found["number"])
+
+    def files_of(self, place: Place) -> Path:
+        return self.folder_of(place.run) / place.kind / place.name
+
+    def runs_of(self, owner: str) -> int:
+        """Those that take requests."""
+        row = self._one("SELECT COUNT(*) AS count FROM runs WHERE owner = ? AND NOT unloaded", owner)
+        return 0 if row is None else row["count"]
+
+    def tokens_of(self, owner: str) -> int:
+        """Tokens of today."""
+        row = self._one("SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today())
+        return 0 if row is None else row["count"]
+
+    def count_tokens(self, owner: str, count: int) -> None:
+        query = "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+        self._do(query, owner, _today(), count)
+
+    # samplers
+
+    def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
+        self._do(
+            "INSERT OR REPLACE INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)", id, session, owner, path
+        )
+
+    def sampler(self, id: str) -> sqlite3.Row | None:
+        return self._one("SELECT * FROM samplers WHERE id = ?", id)
+
+    def samplers(self, session: str) -> list[sqlite3.Row]:
+        return self._all("SELECT * FROM samplers WHERE session = ?", session)
+
+    def join(self, sampler: str) -> int:
+        """The number of a further client of a sampler."""
+        with self._writing() as base:
+            base.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
+            return base.execute("SELECT clients FROM samplers WHERE id = ?", (sampler,)).fetchone()["clients"]
+
+
+def _today() -> int:
+    return int(time.time() // 86400)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)

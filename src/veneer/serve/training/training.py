@@ -1,0 +1,181 @@
+"""A service that trains: what belongs together, and who is still there.
+
+A session's client says every ten seconds that it is there. One that has been silent for ``VANISHED`` seconds, or has
+finished, holds nothing any more: its runs write their states and leave the memory, its samples are cancelled. It may
+come back: all that it was promised is on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sqlite3
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.fileio.hashing import digest
+from veneer.serve.refusal import Refusal
+from veneer.serve.training.operations import Operations, register, tied
+from veneer.serve.training.samples import Samples
+from veneer.serve.training.store import Place, Store
+from veneer.serve.training.trainer import Trainer, Turn
+from veneer.serve.training.worker import Worker
+
+log = logging.getLogger("veneer.serve.training")
+
+#: seconds after which a silent client is gone, and between two looks
+VANISHED, LOOK = 120.0, 10.0
+#: unnamed weights of a run that stay whether they are used or not, and seconds after their last use that others do
+UNNAMED, UNUSED = 8, 3600.0
+#: seconds that an address of a file is good for
+FILES = 3600.0
+
+
+@dataclass(eq=False)
+class Training:
+    """The parts of a training service; ``close`` ends it."""
+
+    base: str  # the name by which clients ask for it
+    tokenizer: str | None  # what clients load its tokenizer by
+    model: Any
+    bank: Any
+    engine: Any
+    turn: Turn
+    store: Store
+    timeout: float = 600.0
+    resident: int = 50
+    worker: Worker = field(init=False)
+    operations: Operations = field(init=False)
+    samples: Samples = field(init=False)
+    disk: ThreadPoolExecutor = field(init=False)  # for what writes: the event loop waits for no disk
+
+    def __post_init__(self) -> None:
+        self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        trainer = Trainer(self.model, self.bank, self.turn)
+        self.worker = Worker(
+            trainer, self.store, length=self.engine.length, vocabulary=vocabulary, resident=self.resident
+        )
+        self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
+        self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
+        self.disk = ThreadPoolExecutor(1, "veneer-journal")
+        self._seen: dict[str, float] = {}
+        self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
+        self._files: dict[str, tuple[Path, float]] = {}
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
+
+    @property
+    def tied(self) -> bool:
+        return tied(self.model)
+
+    def start(self) -> None:
+        self.worker.start()
+        self._watch.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self.worker.close()
+        self.disk.shutdown()
+        self.store.close()
+
+    async def written(self, work: Any, *args: Any) -> Any:
+        """What writes to the index, done by its thread. ``Refusal``: it cannot be written now."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+        except (sqlite3.Error, OSError) as error:
+            found = f"a folder that cannot be written ({error})"
+            raise Refusal(
+                503, found, "one that can", "try again, or tell whoever runs the server", code="disk"
+            ) from error
+
+    def seen(self, session: str) -> None:
+        self._seen[session] = time.monotonic()
+
+    def used(self, path: str) -> str:
+        """The bank's name for samples of a checkpoint. Of those that are held beside runs, the least used one goes."""
+        register(self.bank, self.store, path)
+        self._used[path] = time.monotonic()
+        self._used.move_to_end(path)
+        while len(self._used) > self.resident:
+            old, _ = self._used.popitem(last=False)
+            if old in self.bank:
+                self.bank.remove(old)
+        return path
+
+    def address(self, folder: Path) -> str:
+        """A name, hard to guess, by which a folder's files can be had for a while."""
+        now = time.monotonic()
+        self._files = {token: found for token, found in self._files.items() if found[1] > now}
+        token = secrets.token_urlsafe(24)
+        self._files[token] = folder, now + FILES
+        return token
+
+    def file(self, token: str, name: str) -> Path | None:
+        found = self._files.get(token)
+        if found is None or found[1] < time.monotonic():
+            return None
+        names = {str(file.relative_to(found[0])): file for file in found[0].rglob("*") if file.is_file()}
+        return names.get(name)
+
+    def leave(self, session: str) -> None:
+        """A session's client is gone: its runs leave the memory."""
+        runs = {row["id"] for row in self.store.runs(None, session)}
+
+        def go() -> None:
+            for run in runs & self.worker.lines.keys():
+                line = self.worker.lines[run]
+                if line.current is None and not line.waiting:
+                    self.worker.let_go(line)
+
+        self.worker.do(go)
+
+    def _look(self) -> None:
+        while not self._stop.wait(LOOK):
+            try:
+                self.sweep()
+            except Exception:
+                log.exception("a look at the sessions failed")
+
+    def sweep(self) -> None:
+        """Free what vanished clients hold; delete what has expired, and weights without a name that nobody uses."""
+        now = time.monotonic()
+        for session in [one for one, when in self._seen.items() if now - when > VANISHED]:
+            del self._seen[session]
+            self.samples.leave_soon(session)
+            self.leave(session)
+        for place in [*self.store.expired(), *self._unused(now)]:
+            self.operations.delete(place)
+            self._used.pop(place.path, None)
+
+    def _unused(self, now: float) -> list[Place]:
+        found: dict[str, list[Place]] = {}
+        for row in self.store.unnamed():  # the newest first
+            found.setdefault(row["run"], []).append(Place(row["run"], row["kind"], row["name"]))
+        old = [place for own in found.values() for place in own[UNNAMED:]]
+        return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
+
+
+def open_training(
+    folder: str | Path, service: Any, model: Any, turn: Turn, *, tokenizer: str | None, resident: int = 50
+) -> Training:
+    """The training service beside what a service serves. ``ConfigError``: an encoder, a folder that is not its own."""
+    if service.engine is None:
+        raise ConfigError("an encoder to train", "a causal language model", "serve another base, or leave out --train")
+    store = Store(folder)
+    try:
+        made = Training(
+            service.base, tokenizer, model, service.bank, service.engine, turn, store, service.timeout, resident
+        )
+    except BaseException:
+        store.close()
+        raise
+    made.start()
+    return made

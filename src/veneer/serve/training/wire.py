@@ -1,0 +1,253 @@
+"""Bodies in protobuf, as the `tinker` SDK sends and reads them: data to learn from, log-probabilities, samples.
+
+Which messages there are, and the numbers of their fields, is the SDK's (tinker/proto/tinker_public_pb2.py, 0.38). They
+are declared here and read by Google's library: a server needs no client. Maps stand as the repeated entries that they
+are on the wire; fields that are not used here (images, audio, provenance) are passed over, or refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from veneer.errors import DataError
+from veneer.serve.training.losses import Datum
+
+#: fields by name: (number, type); a capital letter begins a message, "*" follows what is repeated
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "SparseCsr": {"values": (1, "bytes"), "crow_indices": (2, "bytes"), "col_indices": (3, "bytes")},
+    "Tensor": {
+        "dense": (1, "bytes"), "sparse_csr": (2, "SparseCsr"), "dtype": (3, "int32"), "shape": (4, "int64*"),
+    },
+    "Text": {"tokens": (1, "bytes")},
+    "Image": {"data": (1, "bytes")},
+    "Audio": {"dmel": (1, "bytes")},
+    "Chunk": {"encoded_text": (1, "Text"), "image": (2, "Image"), "dmel": (3, "Audio")},
+    "Input": {"key": (1, "string"), "value": (2, "Tensor")},
+    "Datum": {"model_input": (1, "Chunk*"), "loss_fn_inputs": (2, "Input*")},
+    "Number": {"key": (1, "string"), "value": (2, "double")},
+    "Value": {"number": (1, "double"), "text": (2, "string")},
+    "Setting": {"key": (1, "string"), "value": (2, "Value")},
+    "ForwardBackwardRequest": {
+        "model_id": (1, "string"), "seq_id": (2, "int32"), "data": (3, "Datum*"), "loss_fn": (4, "string"),
+        "loss_fn_config": (5, "Number*"), "forward_only": (6, "bool"), "loss_fn_config_v2": (7, "Setting*"),
+    },
+    "BatchedTensor": {
+        "data": (1, "bytes"), "offsets": (2, "bytes"), "dtype": (3, "int32"), "trailing_shape": (4, "int64*"),
+    },
+    "Field": {"key": (1, "string"), "value": (2, "BatchedTensor")},
+    "ArrayRecord": {"type_tag": (1, "string"), "fields": (2, "Field*"), "num_datums": (3, "int64")},
+    "ForwardBackwardOutput": {
+        "loss_fn_output_type": (1, "string"), "loss_fn_outputs": (2, "ArrayRecord*"), "metrics": (3, "Number*"),
+    },
+    "TopkLogprobs": {"token_ids": (1, "bytes"), "logprobs": (2, "bytes"), "k": (3, "uint32"), "length": (4, "uint32")},
+    "SampledSequence": {
+        "stop_reason": (1, "int32"), "tokens": (2, "bytes"), "logprobs": (3, "bytes"),
+        "topk_sampled_logprobs": (4, "TopkLogprobs"),
+    },
+    "PromptAltTokens": {"tokens": (1, "Tensor"), "logprobs": (2, "Tensor")},
+    "SampleResponse": {
+        "sequences": (1, "SampledSequence*"), "prompt_logprobs": (2, "bytes"),
+        "topk_prompt_logprobs": (3, "TopkLogprobs"), "target_prompt_logprobs": (5, "Tensor"),
+        "prompt_alt_tokens": (6, "PromptAltTokens"),
+    },
+}  # fmt: skip
+#: the wire's names of element types: (numpy's, bytes)
+_FLOAT32, _INT64 = 1, 2
+_TYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8")}
+#: what stands in a place of which nothing is known, in lists of the most likely tokens
+NO_TOKEN, NO_LOGPROB = 0, -99999.0
+#: targets of one token
+MOST_TARGETS = 256
+
+
+def _declared() -> dict[str, Any]:
+    file = descriptor_pb2.FileDescriptorProto(name="veneer_training.proto", package="veneer.training", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field, (number, kind) in fields.items():
+            bare = kind.removesuffix("*")
+            made = message.field.add(name=field, number=number)
+            made.label = kinds.LABEL_REPEATED if bare != kind else kinds.LABEL_OPTIONAL
+            if bare[0].isupper():
+                made.type, made.type_name = kinds.TYPE_MESSAGE, f".veneer.training.{bare}"
+            else:
+                made.type = getattr(kinds, f"TYPE_{bare.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    found = {name: pool.FindMessageTypeByName(f"veneer.training.{name}") for name in _MESSAGES}
+    return {name: message_factory.GetMessageClass(one) for name, one in found.items()}
+
+
+MESSAGES = _declared()
+
+
+class PassRequest(NamedTuple):
+    """A forward of a run, and a backward if it is asked for. ``problem``: why its data cannot be read."""
+
+    run: str
+    seq: int
+    data: list[Datum]
+    loss: str
+    settings: dict[str, Any]
+    backward: bool
+
+
+def read_address(body: bytes) -> tuple[str, int]:
+    """The run and the number of a request. ``DataError``: this is no such message."""
+    message = _parsed(body)
+    return message.model_id, message.seq_id
+
+
+def read_pass(body: bytes) -> PassRequest:
+    """``DataError``: what is not understood, by name."""
+    message = _parsed(body)
+    settings: dict[str, Any] = {one.key: one.value for one in message.loss_fn_config}
+    for one in message.loss_fn_config_v2:
+        settings[one.key] = one.value.text or one.value.number
+    if not message.data:
+        raise DataError("no data", "at least one datum", "send some")
+    data = [_datum(one, number) for number, one in enumerate(message.data)]
+    return PassRequest(message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return MESSAGES["ForwardBackwardRequest"].FromString(body)
+    except DecodeError as error:
+        found = f"a body that is no ForwardBackwardRequest ({error})"
+        raise DataError(found, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it") from error
+
+
+def _datum(message: Any, number: int) -> Datum:
+    where, tokens = f"datum {number}", []
+    for chunk in message.model_input:
+        if not chunk.HasField("encoded_text"):
+            found = f"an input of {where} that is an image, a sound or unknown"
+            raise DataError(found, "text", "leave it out: this server trains on tokens")
+        raw = chunk.encoded_text.tokens
+        if len(raw) % 4:
+            raise DataError(f"tokens of {len(raw)} bytes in {where}", "four bytes each", "check the client")
+        tokens.append(np.frombuffer(raw, "<i4").astype(np.int64))
+    ids = torch.from_numpy(np.concatenate(tokens) if tokens else np.zeros(0, np.int64))
+    inputs = {one.key: _tensor(one.value, f"{one.key[:80]!r} of {where}", len(ids)) for one in message.loss_fn_inputs}
+    if "target_tokens" not in inputs:
+        raise DataError(f"no target_tokens in {where}", "one for each token", "add them to loss_fn_inputs")
+    targets = inputs.pop("target_tokens")
+    if targets.is_floating_point():
+        raise DataError(f"target_tokens of {where} in float32", "int64", "send ids")
+    return Datum(ids, targets, inputs)
+
+
+def _numbers(raw: bytes, kind: int, where: str) -> np.ndarray:
+    if kind not in _TYPES:
+        raise DataError(f"element type {kind} in {where}", "float32 or int64", "convert the tensor")
+    if len(raw) % _TYPES[kind].itemsize:
+        raise DataError(f"{len(raw)} bytes in {where}", f"{_TYPES[kind].itemsize} a number", "check the client")
+    return np.frombuffer(raw, _TYPES[kind])
+
+
+def _tensor(message: Any, where: str, rows: int) -> Tensor:
+    """A tensor of so many rows, dense; what a sparse one leaves out is 0."""
+    values, shape = (
+        _numbers(message.sparse_csr.values if message.HasField("sparse_csr") else message.dense, message.dtype, where),
+        list(message.shape),
+    )
+    if not message.HasField("sparse_csr"):
+        shape = shape or [len(values)]
+        if min(shape, default=0) < 0 or math.prod(shape) != len(values):
+            raise DataError(f"{len(values)} numbers in {where}", f"{shape}, as it says", "check the client")
+        return torch.from_numpy(values.copy()).view(shape)
+    crow = _numbers(message.sparse_csr.crow_indices, _INT64, where)
+    col = _numbers(message.sparse_csr.col_indices, _INT64, where)
+    sound = len(shape) == 2 and shape[0] == rows and 0 < shape[1] <= MOST_TARGETS and len(crow) == rows + 1
+    sound = sound and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col) and (np.diff(crow) >= 0).all()
+    if not (sound and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
+        expected = f"{rows} rows of at most {MOST_TARGETS}, in CSR"
+        raise DataError(f"a sparse tensor {shape} in {where}", expected, "check the client")
+    dense = np.zeros(shape, values.dtype)
+    dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
+    return torch.from_numpy(dense)
+
+
+def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> bytes:
+    """The answer to a pass: log-probabilities of the targets of each datum, [n] or [n, k]."""
+    made = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
+    for name, value in metrics.items():
+        made.metrics.add(key=name, value=value)
+    start = 0
+    while start < len(logprobs):  # a record is of data whose trailing shapes are equal
+        after = start
+        while after < len(logprobs) and logprobs[after].shape[1:] == logprobs[start].shape[1:]:
+            after += 1
+        own = [one.contiguous().numpy().astype("<f4") for one in logprobs[start:after]]
+        record = made.loss_fn_outputs.add(num_datums=len(own))
+        field = record.fields.add(key="logprobs").value
+        field.data = b"".join(one.tobytes() for one in own)
+        field.offsets = np.cumsum([0, *[one.nbytes for one in own]]).astype("<i8").tobytes()
+        field.dtype = _FLOAT32
+        field.trailing_shape.extend(logprobs[start].shape[1:])
+        start = after
+    return made.SerializeToString()
+
+
+class Sequence_(NamedTuple):
+    """One sample: its tokens, their log-probabilities, of each the most likely ones, and whether it was cut."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    top: Sequence[Sequence[tuple[int, float]]]
+    cut: bool
+
+
+def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str, Any]) -> bytes:
+    """The answer to a call for samples. ``top``: how many likely tokens stand beside each that was sampled. ``scores``:
+    what was asked of the prompt, by the names of the fields: arrays, and (tokens, logprobs) of the likely ones."""
+    made = MESSAGES["SampleResponse"]()
+    for one in sequences:
+        sequence = made.sequences.add(stop_reason=int(one.cut))
+        sequence.tokens = np.asarray(one.tokens, "<i4").tobytes()
+        sequence.logprobs = np.asarray(one.logprobs, "<f4").tobytes()
+        if top:
+            rows = [[*own[:top], *[(NO_TOKEN, NO_LOGPROB)] * (top - len(own))] for own in one.top]
+            ids = np.asarray([[token for token, _ in own] for own in rows], "<i4").reshape(-1, top)
+            numbers = np.asarray([[logprob for _, logprob in own] for own in rows], "<f4").reshape(-1, top)
+            _set_top(sequence.topk_sampled_logprobs, ids, numbers)
+    if "prompt_logprobs" in scores:
+        made.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
+    if "topk_prompt_logprobs" in scores:
+        _set_top(made.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
+    if "target_prompt_logprobs" in scores:
+        _set_tensor(made.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr"))
+    if "prompt_alt_tokens" in scores:
+        tokens, logprobs = scores["prompt_alt_tokens"]
+        _set_tensor(made.prompt_alt_tokens.tokens, tokens, None)
+        _set_tensor(made.prompt_alt_tokens.logprobs, logprobs, None)
+    return made.SerializeToString()
+
+
+def _set_top(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    message.length, message.k = ids.shape
+    message.token_ids, message.logprobs = ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes()
+
+
+def _set_tensor(message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None) -> None:
+    """``csr``: crow and col indices and the shape, where ``values`` are those of a sparse tensor."""
+    message.dtype = _INT64 if values.dtype.kind == "i" else _FLOAT32
+    raw = values.astype(_TYPES[message.dtype]).tobytes()
+    if csr is None:
+        message.dense = raw
+        message.shape.extend(values.shape)
+        return
+    message.sparse_csr.values = raw
+    message.sparse_csr.crow_indices = np.asarray(csr[0], "<i8").tobytes()
+    message.sparse_csr.col_indices = np.asarray(csr[1], "<i8").tobytes()
+    message.shape.extend(csr[2])

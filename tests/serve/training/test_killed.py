@@ -1,0 +1,117 @@
+"""A server that is killed again and again while clients train: each ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from tests.serve.training.conftest import Local
+from tests.support.training_client import Client, Run, datum
+
+from serve_cases.servers import port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KILLS, CLIENTS = 20, 3
+
+
+class Server:
+    """A process of `veneer serve --train` at one port, killed and started by ``again``."""
+
+    def __init__(self, base, folder, log):
+        self.port, self.log = port(), log
+        self.command = [
+            sys.executable,
+            "-m",
+            "veneer.cli",
+            "serve",
+            str(base),
+            "--name",
+            "tiny",
+            "--train",
+            str(folder),
+            "--length",
+            "200",
+            "--port",
+            str(self.port),
+        ]
+        self.url, self.process, self.steps = f"http://127.0.0.1:{self.port}", None, 0
+
+    def start(self):
+        with self.log.open("a") as stream:
+            self.process = subprocess.Popen(self.command, stdout=stream, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def patiently(work):
+    """What ``work`` gives once a server answers. What was promised is not asked for anew: a promise holds."""
+    while True:
+        try:
+            return work()
+        except httpx.TransportError:
+            time.sleep(0.05)
+
+
+def rows(seed):
+    draw = random.Random(seed)
+    return [datum([draw.randrange(3, 259) for _ in range(draw.randint(3, 12))]) for _ in range(2)]
+
+
+def test_no_promised_step_is_lost_in_twenty_kills(base, tmp_path):
+    server, over = Server(base, tmp_path / "runs", tmp_path / "log"), threading.Event()
+    server.start()
+
+    def drive(number):
+        client = Client(server.url)
+        run = client.run(seed=number)
+        losses = []
+        while not over.is_set():
+            body = run.body(rows(100 * number + len(losses)), "cross_entropy")
+            body.seq_id = run.number + 1
+            passed = patiently(lambda: run.send(body.SerializeToString()))  # noqa: B023
+            step = {"model_id": run.id, "seq_id": run.number + 2, "adam_params": {"learning_rate": 0.005}}
+            stepped = patiently(lambda: client.post("optim_step", **step))  # noqa: B023
+            run.number += 2
+            losses.append(patiently(lambda: run.passed(passed)).loss)  # noqa: B023
+            patiently(lambda: client.result(stepped))  # noqa: B023
+        return run, losses
+
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            driven = [pool.submit(drive, number) for number in range(CLIENTS)]
+            draw = random.Random(1)
+            for _ in range(KILLS):
+                time.sleep(draw.uniform(0.1, 1.5))
+                server.kill()
+                server.start()
+            time.sleep(1)
+            over.set()
+            found = [one.result(timeout=120) for one in driven]
+        for number, (run, losses) in enumerate(found):
+            assert isinstance(run, Run)
+            assert len(losses) > KILLS
+            local = Local(seed=number)
+            for step, loss in enumerate(losses):
+                assert loss == pytest.approx(local.pass_(rows(100 * number + step)), rel=5e-3), step
+                local.step(0.005)
+    finally:
+        over.set()
+        server.kill()

@@ -1,0 +1,301 @@
+"""What the training service computes: each run as alone, whoever else is there, and samples from the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.support.tiny import tiny_model
+
+import veneer
+from veneer.adapter_files.verify import verify
+from veneer.errors import DataError, TargetError, TrainingError
+from veneer.serve.training.losses import LOSSES, Datum, checked, checked_settings
+from veneer.serve.training.trainer import Adam, Pass, Trainer
+
+CONFIGS = {
+    "a": veneer.LoraConfig(rank=4),
+    "b": veneer.LoraConfig(rank=8, targets="attention"),
+    "c": veneer.LoraConfig(rank=2, targets=["mlp", "lm_head"]),
+}
+
+
+@pytest.fixture
+def model():
+    return tiny_model(tie_word_embeddings=False)
+
+
+@pytest.fixture
+def trainer(model):
+    made = Trainer(model, veneer.Bank(model))
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        made.begin(name, config, seed=number)
+    return made
+
+
+def datum(draw, loss, size=None, k=None):
+    size = size or draw.randint(1, 20)
+    shape = (size,) if k is None else (size, k)
+    numbers = torch.Generator().manual_seed(draw.randrange(2**31))
+    inputs = {name: torch.rand(shape, generator=numbers) - 0.4 for name in LOSSES[loss].inputs}
+    if "logprobs" in inputs:
+        inputs["logprobs"] = inputs["logprobs"] * 0.5 - 5.6  # near those of a tiny random model
+    tokens = torch.tensor([draw.randrange(3, 259) for _ in range(size)])
+    return checked(Datum(tokens, torch.randint(3, 259, shape, generator=numbers), inputs), loss, 0, 259, 200)
+
+
+def run_all(trainer, passes):
+    while left := [one for one in passes if not one.over]:
+        trainer.compute(left)
+    return passes
+
+
+def by_hand(model, handle, data, loss, settings):
+    """The loss as its definition in a loop over data, and the log-probabilities of the targets."""
+    total, found = torch.zeros(()), []
+    with handle.use():
+        for one in data:
+            logprobs = F.log_softmax(model(one.tokens[None]).logits[0], -1)
+            targets = one.targets if one.targets.dim() == 2 else one.targets[:, None]
+            own = logprobs.gather(-1, targets).view(one.targets.shape)
+            found.append(own.detach())
+            total = total + LOSSES[loss].terms(own, one.inputs, settings).sum()
+    return total, found
+
+
+def alone(config, seed, data, loss, settings):
+    """Loss, log-probabilities and gradients of a model of its own."""
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        handle = veneer.attach(model, config)
+    total, found = by_hand(model, handle, data, loss, settings)
+    total.backward()
+    return float(total.detach()), found, [parameter.grad for parameter in handle.parameters()]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_is_its_definition_in_a_batch_of_all(trainer, loss):
+    draw, settings = random.Random(1), checked_settings(loss, {})
+    passes = [Pass(name, [datum(draw, loss) for _ in range(4)], loss, settings) for name in CONFIGS]
+    run_all(trainer, passes)
+    for number, one in enumerate(passes):
+        total, logprobs, gradients = alone(CONFIGS[one.run], number, one.data, loss, settings)
+        assert one.error is None
+        assert one.total == pytest.approx(total, rel=1e-4, abs=1e-4)
+        for own, expected in zip(one.logprobs, logprobs, strict=True):
+            torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-5)
+        for own, expected in zip(trainer._parameters(one.run), gradients, strict=True):
+            torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_definitions():
+    """By hand, for one token: ratio e^0.5, advantage 2."""
+    logprobs, advantage = torch.tensor([-1.0]), torch.tensor([2.0])
+    inputs = {"logprobs": torch.tensor([-1.5]), "advantages": advantage, "weights": torch.tensor([0.5])}
+    ratio = float(torch.tensor(0.5).exp())
+    expected = {
+        "cross_entropy": 0.5, "importance_sampling": -2 * ratio, "ppo": -2 * 1.2, "cispo": 2 * 1.2,
+        "dro": 2 + 0.5 * 0.05 * 0.25,
+    }  # fmt: skip
+    for name, value in expected.items():
+        found = LOSSES[name].terms(logprobs, inputs, checked_settings(name, {}))
+        assert found.item() == pytest.approx(value, rel=1e-6), name
+    wide = checked_settings("ppo", {"clip_high_threshold": 9})
+    assert float(LOSSES["ppo"].terms(logprobs, inputs, wide)) == pytest.approx(-2 * ratio)
+
+
+def test_a_token_that_does_not_count_may_be_impossible():
+    logprobs = torch.tensor([-torch.inf, -1.0], requires_grad=True)
+    LOSSES["cross_entropy"].terms(logprobs, {"weights": torch.tensor([0.0, 1.0])}, {}).sum().backward()
+    assert logprobs.grad.tolist() == [0.0, -1.0]
+
+
+def test_several_targets_a_token(trainer):
+    draw = random.Random(2)
+    data = [datum(draw, "cross_entropy", k=3) for _ in range(3)]
+    told = [Pass("c", data, "cross_entropy", backward=backward) for backward in (False, True)]
+    for one in told:
+        run_all(trainer, [one, Pass("a", [datum(draw, "cross_entropy")], "cross_entropy", backward=one.backward)])
+        assert one.error is None
+    total, logprobs, gradients = alone(CONFIGS["c"], 2, data, "cross_entropy", {})
+    for one in told:
+        assert one.total == pytest.approx(total, rel=1e-4)
+        for own, expected in zip(one.logprobs, logprobs, strict=True):
+            torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-5)
+    for own, expected in zip(trainer._parameters("c"), gradients, strict=True):
+        torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_of_waiting_passes_share_a_batch(trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer.runs, "backward", lambda batches, losses: seen.append(dict(batches)))
+    draw = random.Random(3)
+    passes = [Pass(name, [datum(draw, "ppo", size=size) for size in (16, 15, 2)], "ppo", {}) for name in CONFIGS]
+    run_all(trainer, passes)
+    widths = [{name: batch["input_ids"].shape[1] for name, batch in batches.items()} for batches in seen]
+    assert widths[0] == dict.fromkeys("abc", 17)
+    assert len(widths) == 2  # at most a quarter of a batch is padding
+
+
+def test_a_forward_leaves_no_gradient_and_two_passes_add_up(trainer):
+    draw = random.Random(4)
+    first, second = ([datum(draw, "cross_entropy") for _ in range(3)] for _ in range(2))
+    run_all(trainer, [Pass("a", first, "cross_entropy", backward=False)])
+    assert not trainer.pending("a")
+    for data in (first, second):
+        run_all(trainer, [Pass("a", data, "cross_entropy")])
+    *_, gradients = alone(CONFIGS["a"], 0, [*first, *second], "cross_entropy", {})
+    for own, expected in zip(trainer._parameters("a"), gradients, strict=True):
+        torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_steps_are_adamws_with_settings_of_their_own(trainer):
+    draw, model = random.Random(5), tiny_model(tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        handle = veneer.attach(model, CONFIGS["a"])
+    own = torch.optim.AdamW(handle.parameters())
+    for step in range(4):
+        data = [datum(draw, "cross_entropy") for _ in range(3)]
+        adam = Adam(0.01 / (1 + step), 0.8, 0.9, 1e-8, 0.1 * step, clip=0.5 if step % 2 else 0.0)
+        run_all(trainer, [Pass("a", data, "cross_entropy")])
+        norm = trainer.step("a", adam)["unclipped_grad_l2:mean"]
+        assert not trainer.pending("a")
+        by_hand(model, handle, data, "cross_entropy", {})[0].backward()
+        total = torch.nn.utils.clip_grad_norm_(handle.parameters(), adam.clip or torch.inf)
+        assert norm == pytest.approx(float(total), rel=1e-4)
+        own.param_groups[0].update(lr=adam.rate, betas=(0.8, 0.9), eps=1e-8, weight_decay=adam.decay)
+        own.step()
+        own.zero_grad()
+    for one, other in zip(trainer._parameters("a"), handle.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_not_finite_stays_with_its_run(trainer):
+    draw = random.Random(6)
+    good, bad = ([datum(draw, "importance_sampling", size=9) for _ in range(2)] for _ in range(2))
+    bad[1] = Datum(bad[1].tokens, bad[1].targets, {**bad[1].inputs, "logprobs": torch.full((9,), -1e4)})
+    run_all(trainer, [Pass("b", [good[0]], "importance_sampling")])
+    kept = [parameter.grad.clone() for parameter in trainer._parameters("b")]
+    passes = run_all(trainer, [Pass("a", good, "importance_sampling"), Pass("b", bad, "importance_sampling")])
+    assert passes[0].error is None
+    assert isinstance(passes[1].error, TrainingError)
+    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(trainer._parameters("b"), kept, strict=True))
+    total, _, gradients = alone(CONFIGS["a"], 0, good, "importance_sampling", {})
+    assert passes[0].total == pytest.approx(total, rel=1e-4)
+    for own, expected in zip(trainer._parameters("a"), gradients, strict=True):
+        torch.testing.assert_close(own.grad, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_batch_that_fails_is_tried_run_by_run(trainer, monkeypatch):
+    draw, real = random.Random(7), trainer.runs.backward
+
+    def broken(batches, losses):
+        if "b" in batches:
+            raise MemoryError("too much")
+        return real(batches, losses)
+
+    monkeypatch.setattr(trainer.runs, "backward", broken)
+    passes = run_all(trainer, [Pass(name, [datum(draw, "cross_entropy", size=5)], "cross_entropy") for name in "abc"])
+    assert [type(one.error) for one in passes] == [type(None), MemoryError, type(None)]
+    assert [trainer.pending(name) for name in "abc"] == [True, False, True]
+
+
+def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
+    draw = random.Random(8)
+    data = [[datum(draw, "cross_entropy") for _ in range(2)] for _ in range(4)]
+
+    def steps(run, some):
+        for own in some:
+            run_all(trainer, [Pass(run, own, "cross_entropy")])
+            trainer.step(run, Adam(0.01))
+
+    steps("a", data[:2])
+    trainer.save("a", tmp_path / "state", "tiny")
+    assert verify(tmp_path / "state" / "adapter", trainer.model).ok
+    steps("a", data[2:])
+    whole = [parameter.detach().clone() for parameter in trainer._parameters("a")]
+    trainer.load("a", tmp_path / "state", optimizer=True)
+    steps("a", data[2:])
+    assert all(torch.equal(one, other) for one, other in zip(whole, trainer._parameters("a"), strict=True))
+    trainer.load("b", tmp_path / "state", optimizer=False)
+    assert not trainer._optimizers["b"].state
+    trainer.end("b")
+    assert "b" not in trainer.runs
+
+
+def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_path):
+    draw = random.Random(9)
+    for name in "ac":
+        run_all(trainer, [Pass(name, [datum(draw, "cross_entropy") for _ in range(3)], "cross_entropy")])
+        trainer.step(name, Adam(0.02))
+        trainer.export(name, tmp_path / name, None)
+        trainer._bank.put(f"of-{name}", tmp_path / name, name)
+    one = Pass("c", [datum(draw, "cross_entropy", size=12)], "cross_entropy", backward=False)
+    run_all(trainer, [one])
+    ids = one.data[0].tokens
+    with trainer.sampled(["of-c"]) as model:
+        logprobs = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, one.logprobs[0], atol=1e-4, rtol=0)
+    for _ in range(2):
+        run_all(trainer, [Pass("c", one.data, "cross_entropy")])
+        trainer.step("c", Adam(0.1))
+    with trainer.sampled(["of-c"]) as model:
+        again = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
+    torch.testing.assert_close(again, logprobs)
+
+
+def test_the_base_is_as_it_was(trainer, model):
+    draw, before = random.Random(10), copy.deepcopy(tiny_model(tie_word_embeddings=False).state_dict())
+    run_all(trainer, [Pass(name, [datum(draw, "cross_entropy")], "cross_entropy") for name in "abc"])
+    for name in "abc":
+        trainer.step(name, Adam(0.1))
+        trainer.end(name)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": torch.tensor([], dtype=torch.long)}, "datum 3 of 0 tokens"),
+        ({"tokens": torch.ones(300, dtype=torch.long)}, "datum 3 of 300 tokens"),
+        ({"targets": torch.ones(4, dtype=torch.long)}, r"target_tokens \[4\] in datum 3"),
+        ({"tokens": torch.tensor([1, 2, 259])}, "token 259 in model_input of datum 3"),
+        ({"targets": torch.tensor([1, -1, 2])}, "token -1 in target_tokens of datum 3"),
+        ({"inputs": {"weights": torch.ones(2)}}, r"weights \[2\] in datum 3"),
+        ({"inputs": {"weights": torch.tensor([1, torch.nan, 1])}}, "no finite numbers in datum 3"),
+        ({"inputs": {"advantages": torch.ones(3)}}, "input 'advantages' in datum 3"),
+    ],
+)
+def test_bad_data_are_named(change, words):
+    fields = {"tokens": torch.tensor([1, 2, 3]), "targets": torch.tensor([2, 3, 4]), "inputs": {}, **change}
+    with pytest.raises(DataError, match=words):
+        checked(Datum(**fields), "cross_entropy", 3, 259, 200)
+
+
+def test_bad_settings_are_named(trainer):
+    for loss, settings, words in (
+        ("gspo", {}, "the loss 'gspo'"),
+        ("ppo", {"beta": 1.0}, "setting 'beta' of ppo"),
+        ("dro", {"beta": torch.nan}, "beta nan"),
+        ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold 2"),
+    ):
+        with pytest.raises(DataError, match=words):
+            checked_settings(loss, settings)
+    for field, value in (
+        ("rate", torch.nan),
+        ("rate", -1.0),
+        ("beta2", 1.0),
+        ("eps", 0.0),
+        ("decay", 1e9),
+        ("clip", -1.0),
+    ):
+        with pytest.raises(DataError, match="a number from"):
+            trainer.step("a", Adam(**{field: value}))
+    with pytest.raises(TargetError):
+        trainer.begin("d", veneer.LoraConfig(rank=64), 0)
+    assert list(trainer.runs) == ["a", "b", "c"]

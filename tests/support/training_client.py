@@ -1,0 +1,158 @@
+"""A client of the training service by hand: the requests that the `tinker` SDK sends, and no SDK."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+
+from veneer.serve.training.wire import MESSAGES
+
+
+class Failed(Exception):  # noqa: N818
+    """A promise that came to an error: its words, and whose it is ("user" or "server")."""
+
+    def __init__(self, words: str, category: str) -> None:
+        super().__init__(words)
+        self.category = category
+
+
+class Client:
+    """One client of a server, with a session of its own."""
+
+    def __init__(self, url: str, key: str = "tml-any") -> None:
+        self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"x-api-key": key}, timeout=60, trust_env=False)
+        self.session = self.post("create_session", tags=[], sdk_version="0.38.0")["session_id"]
+
+    def __del__(self) -> None:
+        self.http.close()
+
+    def send(self, route: str, **body: Any) -> httpx.Response:
+        return self.http.post(f"/{route}", json=body)
+
+    def post(self, route: str, **body: Any) -> Any:
+        response = self.send(route, **body)
+        assert response.is_success, f"{response.status_code}: {response.text}"
+        return response.json() if response.content else None
+
+    def get(self, route: str) -> Any:
+        response = self.http.get(f"/{route}")
+        assert response.is_success, f"{response.status_code}: {response.text}"
+        return response.json()
+
+    def result(self, promised: dict[str, Any], kind: str | None = None) -> Any:
+        """What a promise comes to: JSON, or a message."""
+        while (
+            response := self.http.post("/retrieve_future", json={"request_id": promised["request_id"]})
+        ).status_code == 408:
+            pass
+        assert response.status_code == 200, f"{response.status_code}: {response.text}"
+        if response.headers["content-type"] == "application/x-protobuf":
+            assert kind is not None, "an answer in protobuf"
+            return MESSAGES[kind].FromString(response.content)
+        found = response.json()
+        if "error" in found:
+            raise Failed(found["error"], found["category"])
+        return found
+
+    def run(self, number: int = 0, rank: int = 4, seed: int = 1, **lora: Any) -> Run:
+        config = {"rank": rank, "seed": seed, **lora}
+        promised = self.post(
+            "create_model", session_id=self.session, model_seq_id=number, base_model="tiny", lora_config=config
+        )
+        return Run(self, self.result(promised)["model_id"])
+
+    def sample(self, session: str | None, prompt: Sequence[int], count: int = 1, number: int = 0, **fields: Any) -> Any:
+        params = {"max_tokens": 6, "temperature": 0.0, **fields.pop("params", {})}
+        where = {"base_model": "tiny"} if session is None else {"sampling_session_id": session, "seq_id": number}
+        promised = self.post(
+            "asample", **where, num_samples=count, prompt={"chunks": [{"tokens": [*prompt]}]}, sampling_params=params,
+            **fields,
+        )  # fmt: skip
+        message = self.result(promised, "SampleResponse")
+        sequences = [
+            SimpleNamespace(
+                tokens=np.frombuffer(one.tokens, "<i4").tolist(), logprobs=np.frombuffer(one.logprobs, "<f4"),
+                stop=("stop", "length")[one.stop_reason], top=one.topk_sampled_logprobs,
+            )
+            for one in message.sequences
+        ]  # fmt: skip
+        return SimpleNamespace(
+            sequences=sequences, message=message, prompt=np.frombuffer(message.prompt_logprobs, "<f4")
+        )
+
+
+class Run:
+    """A run of a client. Requests are numbered in the order in which they are made."""
+
+    def __init__(self, client: Client, id: str, number: int = 0) -> None:
+        self.client, self.id, self.number = client, id, number
+
+    def next(self) -> int:
+        self.number += 1
+        return self.number
+
+    def body(self, data: Sequence[dict[str, Any]], loss: str, backward: bool = True, **settings: float) -> Any:
+        message = MESSAGES["ForwardBackwardRequest"](model_id=self.id, loss_fn=loss, forward_only=not backward)
+        for name, value in settings.items():
+            message.loss_fn_config_v2.add(key=name).value.number = value
+        for one in data:
+            datum = message.data.add()
+            datum.model_input.add().encoded_text.tokens = np.asarray(one["tokens"], "<i4").tobytes()
+            for name, values in one.items():
+                if name != "tokens":
+                    array = np.asarray(values, "<i8" if name == "target_tokens" else "<f4")
+                    tensor = datum.loss_fn_inputs.add(key=name).value
+                    tensor.dense, tensor.dtype = array.tobytes(), 2 if name == "target_tokens" else 1
+                    tensor.shape.extend(array.shape)
+        return message
+
+    def ask_pass(self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any) -> dict[str, Any]:
+        message = self.body(data, loss, **options)
+        message.seq_id = self.next()
+        return self.send(message.SerializeToString())
+
+    def send(self, body: bytes) -> dict[str, Any]:
+        headers = {"content-type": "application/x-protobuf"}
+        response = self.client.http.post("/forward_backward", content=body, headers=headers)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def passed(self, promised: dict[str, Any]) -> Any:
+        """The loss, and the log-probabilities of each datum."""
+        message = self.client.result(promised, "ForwardBackwardOutput")
+        logprobs = []
+        for record in message.loss_fn_outputs:
+            (field,) = [one.value for one in record.fields if one.key == "logprobs"]
+            offsets, values = np.frombuffer(field.offsets, "<i8") // 4, np.frombuffer(field.data, "<f4")
+            for first, after in itertools.pairwise(offsets):
+                logprobs.append(values[first:after].reshape(-1, *field.trailing_shape))
+        return SimpleNamespace(loss={one.key: one.value for one in message.metrics}["loss:sum"], logprobs=logprobs)
+
+    def pass_(self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any) -> Any:
+        return self.passed(self.ask_pass(data, loss, **options))
+
+    def ask(self, route: str, **fields: Any) -> dict[str, Any]:
+        return self.client.post(route, model_id=self.id, seq_id=self.next(), **fields)
+
+    def ask_step(self, rate: float = 0.01, **adam: float) -> dict[str, Any]:
+        return self.ask("optim_step", adam_params={"learning_rate": rate, **adam})
+
+    def step(self, rate: float = 0.01, **adam: float) -> Any:
+        return self.client.result(self.ask_step(rate, **adam))
+
+    def save(self, name: str, **fields: Any) -> str:
+        return self.client.result(self.ask("save_weights", path=name, **fields))["path"]
+
+    def sampler(self, number: int = 0, **fields: Any) -> str:
+        asked = self.ask("save_weights_for_sampler", sampling_session_seq_id=number, **fields)
+        return self.client.result(asked)["sampling_session_id"]
+
+
+def datum(tokens: Sequence[int], **inputs: Any) -> dict[str, Any]:
+    """A row of text: each token's target is the next one."""
+    return {"tokens": [*tokens[:-1]], "target_tokens": [*tokens[1:]], **inputs}
