@@ -24,13 +24,17 @@ Open = Callable[..., "sync_api.Page"]
 
 
 @pytest.fixture
-def show(browser: sync_api.Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Opens the page of a fake server. At the end: no script failed, no policy was broken, no other host was asked."""
-    wrong, stack = [], ExitStack()
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page looks at the server more often than each two seconds, for which the test would wait."""
     script = files.FILES["page.js"]
     assert script.count(b"const EVERY = 2000;") == 1
-    # it looks at the server more often than every two seconds, for which tests would wait
     monkeypatch.setitem(files.FILES, "page.js", script.replace(b"EVERY = 2000", b"EVERY = 300"))
+
+
+@pytest.fixture
+def show(browser: sync_api.Browser) -> Iterator[Open]:
+    """Opens the page of a fake server. At the end: no script failed, no policy was broken, no other host was asked."""
+    wrong, stack = [], ExitStack()
 
     def note(message: sync_api.ConsoleMessage) -> None:
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
@@ -274,6 +278,7 @@ d{x="{"} 4
     assert page.evaluate(code, [f"/web/{files.DIGEST}/metrics.js", text]) == {"a": 26, "d": 4}
 
 
+@pytest.mark.usefixtures("often")
 def test_a_server_that_drains_or_dies(show: Open, browser: sync_api.Browser):
     server = fake("french")
     page = show(server)
@@ -348,6 +353,7 @@ def test_load_pin_and_unload(show: Open):
     expect(column(page, 1).locator(".model option:checked")).to_have_text("german (not on the server)")
 
 
+@pytest.mark.usefixtures("often")
 def test_the_numbers_of_the_server(show: Open):
     server = fake("french", held=True)
     page = show(server)
@@ -363,6 +369,7 @@ def test_the_numbers_of_the_server(show: Open):
     assert page.locator("#spark .line").get_attribute("d").startswith("M")
 
 
+@pytest.mark.usefixtures("often")
 def test_an_adapter_that_appears_is_offered_and_the_focus_stays(show: Open):
     server = fake("french")
     page = show(server)
