@@ -136,6 +136,7 @@ function refused(error) {
 }
 
 function lock(why) {
+  if (locked) return; // of several looks under way, the first one's refusal says why
   locked = true;
   if (hasKey()) setKey("");
   showState("locked", "A key is needed");
