@@ -73,7 +73,7 @@ def test_the_page_stands_alone(browser, tmp_path, width: int, scheme: str) -> No
     shown.goto(file.as_uri())
     assert shown.locator("h1").text_content() == "Sweep of 13 candidates"
     assert shown.locator("h2").all_text_contents() == [
-        "The winner: rank 2, targets <b>q_proj+v_proj, seed 0", "Curves", "Quality against trained numbers",
+        "The winner: rank 2, targets <b>q_proj+v_proj, seed 0", "Curves", "Quality against trainable parameters",
         "Spread over seeds", "All candidates",
     ]  # fmt: skip
     assert shown.locator("script, link, img, i").count() == 0

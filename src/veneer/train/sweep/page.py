@@ -99,8 +99,8 @@ def _quality(candidates: Sequence[Facts]) -> str:
     best = candidates[0]["loss"]
     top = max(best * 1.5, *(loss for _, loss in series[names[FINISHED]]))
     series = {said: [(x, min(loss, top)) for x, loss in points] for said, points in series.items()}
-    chart = lines(series, x="numbers trained, in thousands", y="last loss", bottom=None, dots=True)
-    return f"<h2>Quality against trained numbers</h2><figure>{chart}</figure>"
+    chart = lines(series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True)
+    return f"<h2>Quality against trainable parameters</h2><figure>{chart}</figure>"
 
 
 def _spread(facts: Facts) -> str:

@@ -59,7 +59,7 @@ class Search:
         if step not in self.rungs:
             return set()
         ordered = sorted(losses, key=losses.__getitem__)  # of equal ones, the earlier stays
-        return {*ordered[max(1, round(len(ordered) * self.settings.keep)) :]}
+        return {*ordered[math.ceil(len(ordered) * self.settings.keep) :]}
 
     def tell(self, name: str, loss: float | None, ended: bool) -> None:
         """That a candidate is through, with its last loss; `ended`: early; None: it failed."""
