@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from tests.serve.training.conftest import Local
-from tests.support.tiny import tiny_model
+from tests.support.api_server import listening
+from tests.support.service import open_service
+from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
 from veneer.adapter_files.verify import verify
@@ -71,3 +73,25 @@ def test_every_method_of_its_clients_that_concerns_text(it, base, tmp_path):
     with torch.no_grad():
         own = model(torch.tensor([data[0]])).logits[0].log_softmax(-1)[np.arange(5), data[0][1:]]
     np.testing.assert_allclose(own, found["logprobs"], atol=1e-3)
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_recipes_of_the_cookbook_learn(tmp_path):
+    python = os.environ["TINKER"]
+    if subprocess.run([python, "-c", "import tinker_cookbook, sympy"], capture_output=True, check=False).returncode:
+        pytest.skip("the Python of TINKER has no tinker-cookbook[math-rl]")
+    script = Path(__file__).with_name("cookbook_client.py")
+    environment = {**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    base = write_tiny(tmp_path / "base", tie_word_embeddings=False, max_position_embeddings=512)
+    with listening(open_service(base, None, train=str(tmp_path / "runs"), length=512)) as (url, _):
+        command = [python, str(script), url, str(base), str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    supervised = [one["train_mean_nll"] for one in logged(tmp_path / "sl")]
+    assert len(supervised) == 20
+    assert supervised[-1] < 0.6 * supervised[0]
+    rewards = [one["reward/total"] for one in logged(tmp_path / "rl")]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1
