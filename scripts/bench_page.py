@@ -91,9 +91,7 @@ def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
     own = "veneer, model's own attention and loss"
     for name, title, who, number in (
         ("train_step", "a training step of {} layers", "veneer", ""),
-        ("train_step_small", "a training step of {} layers", "veneer", ""),
         ("train_step", "{} layers, with the model's own attention and loss", own, ""),
-        ("train_step_small", "{} layers, with the model's own attention and loss", own, ""),
         ("train_memory", "peak memory of a step", "veneer", "peak"),
         ("train_memory", "kept by a step for backward", "veneer", "saved"),
     ):
