@@ -127,11 +127,10 @@ def compare(
     return write(name, case, out)
 
 
-def child(script: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
-    """Run `script` in a process of its own and return the JSON of its last line."""
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=timeout
-    )
+def child(script: str, *arguments: str, timeout: float = 1800, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run `script` in a process of its own, with `env` set besides, and return the JSON of its last line."""
+    own, command = {**os.environ, **(env or {})}, [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=own)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

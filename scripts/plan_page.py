@@ -125,11 +125,15 @@ def measured() -> list[str]:
     if not RESULT.exists():
         return ["Not measured yet."]
     result = json.loads(RESULT.read_text())
-    heads = ["configuration", "resident, MiB", "planned", "error", "step, s", "error of its ratio"]
+    heads = [
+        "configuration", "planned, MiB", "held", "error", "resident", "error", "step, s", "error of its ratio",
+    ]  # fmt: skip
     rows = [
         [
-            row["name"], f"{row['measured']['memory'] / 2**20:,.0f}", f"{row['predicted']['memory'] / 2**20:,.0f}",
-            f"{row['memory_error']:+.1%}", f"{row['measured']['seconds']:.2f}",
+            row["name"], f"{row['predicted']['memory'] / 2**20:,.0f}",
+            f"{row['measured']['held'] / 2**20:,.0f}", f"{row['held_error']:+.1%}",
+            f"{row['measured']['memory'] / 2**20:,.0f}", f"{row['memory_error']:+.1%}",
+            f"{row['measured']['seconds']:.2f}",
             f"{row['time_error']:+.1%}" if "time_error" in row else "",
         ]
         for row in result["rows"]
@@ -138,14 +142,15 @@ def measured() -> list[str]:
     within = {name: sum(error <= limit for error in found[name]) for name, limit in ERRORS.items()}
     middle = {name: statistics.median(errors) for name, errors in found.items()}
     said = (
-        f"Of {len(rows)} configurations, memory is within 10 % for {within['memory_error']} (median "
+        f"Of {len(rows)} configurations, what is held is within 10 % of the plan for {within['held_error']} (median "
+        f"{middle['held_error']:.1%}), what is resident for {within['memory_error']} (median "
         f"{middle['memory_error']:.1%}); of {len(found['time_error'])}, the ratio of times is within 15 % for "
         f"{within['time_error']} (median {middle['time_error']:.1%})."
     )
     return [*table(heads, rows), "", said]
 
 
-ERRORS = {"memory_error": 0.10, "time_error": 0.15}
+ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 
 
 def published() -> list[str]:
