@@ -253,7 +253,8 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
-    found = f"the data, or the adapter that it trains further, have changed since the unfinished run in {output} began"
+    what = "the data" if config.adapter is None else "the data, or the adapter that it trains further,"
+    found = f"{what} have changed since the unfinished run in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
     raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
