@@ -198,6 +198,26 @@ def test_a_replica_that_dies_while_the_numbers_are_read(fleet):
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
 
 
+@pytest.mark.parametrize("more", [True, False])
+def test_a_replica_that_dies_after_the_last_byte_of_an_answer_broke_nothing(more):
+    """What is sent after the end would break the connection, and with it the client's next request."""
+    start = {"type": "http.response.start", "status": 200, "headers": []}
+    body = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": more}
+    sent = []
+
+    async def attempt():
+        yield start
+        yield body
+        raise LostError
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(gateway.relay(attempt, send, (LostError,)))
+    assert sent[:2] == [start, body]
+    assert [b"replica_lost" in message["body"] for message in sent[2:]] == ([True] if more else [])
+
+
 def test_pages_that_differ_are_merged():
     pages = {"a": b'# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r"} 2.0\n', "b": b""}
     assert (

@@ -101,7 +101,7 @@ async def relay(
     """Pass an answer on, of a first attempt or of a later one. ``Refusal``: all attempts were lost."""
     for number in range(TRIES):
         head: Message | None = None  # it waits for the first byte
-        begun = False
+        begun = ended = False
         try:
             async with aclosing(attempt()) as messages:
                 async for message in messages:
@@ -113,7 +113,10 @@ async def relay(
                         await send(head)
                         begun = True
                     await send(message)
+                    ended = not message.get("more_body", False)
         except lost as error:
+            if ended:  # the client has all of it, and may ask for more on this connection
+                return
             log.warning("A replica was lost in attempt %d: %s", number + 1, type(error).__name__)
             if begun:
                 await send({"type": "http.response.body", "body": broken_off()})
