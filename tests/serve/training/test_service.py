@@ -612,6 +612,52 @@ def test_more_runs_than_memory_holds(base, tmp_path):
                     local.step(0.02)
 
 
+@pytest.mark.parametrize("at", ["step", "compute"])
+def test_a_run_that_could_not_come_back_is_not_there_in_part(base, tmp_path, monkeypatch, at):
+    """What failed while its requests were computed again fails the one that needed it; the next begins anew."""
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    trainer = service.training.worker.trainer
+    with listening(service) as (url, _):
+        client = Client(url)
+        one, other, local = client.run(0, seed=1), client.run(1, seed=2), Local(seed=1)
+        one.pass_(texts(0)), one.step(0.02), one.pass_(texts(1))
+        local.pass_(texts(0)), local.step(0.02), local.pass_(texts(1))
+        other.pass_(texts(0))  # one is let go, with a gradient that waits
+        real, failures = getattr(trainer, at), iter([1])
+
+        def fails(first, *args):
+            if next(failures, None) is None:
+                return real(first, *args)
+            if at == "step":
+                raise RuntimeError("out of luck")
+            first[0].error = RuntimeError("out of luck")
+            return 0
+
+        monkeypatch.setattr(trainer, at, fails)
+        with pytest.raises(Failed, match="out of luck"):
+            one.step(0.02)
+        one.step(0.02)
+        local.step(0.02)
+        found, expected = one.pass_(texts(2)).loss, local.pass_(texts(2))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, caplog):
+    service = open_service(base, None, train=str(tmp_path))
+    training = service.training
+    with listening(service) as (url, _):
+        client = Client(url)
+        client.run(seed=1).pass_(texts(0))
+
+        def full(line):
+            raise OSError("no space left on the device")
+
+        monkeypatch.setattr(training.worker, "let_go", full)
+        training.leave(client.session)
+        training.worker.do(lambda: None).result(30)  # which comes after
+        assert "no space left on the device" in caplog.text
+
+
 def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch):
     """A step that was taken and could not be written down is taken once."""
     monkeypatch.setattr(worker_, "PAUSE", 0.01)

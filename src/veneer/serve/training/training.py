@@ -14,8 +14,9 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class Training:
                 if line.current is None and not line.waiting:
                     self.worker.let_go(line)
 
-        self.worker.do(go)
+        self.worker.do(go).add_done_callback(partial(_left, session))
 
     def _look(self) -> None:
         while not self._stop.wait(LOOK):
@@ -161,6 +162,11 @@ class Training:
             found.setdefault(row["run"], []).append(Place(row["run"], row["kind"], row["name"]))
         old = [place for own in found.values() for place in own[UNNAMED:]]
         return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
+
+
+def _left(session: str, done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        log.error("the runs of session %s are still in memory", session, exc_info=error)
 
 
 def open_training(

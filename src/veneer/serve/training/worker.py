@@ -378,9 +378,14 @@ class Worker:
             self.trainer.load(line.name, self._state_folder(line, row["state"]), optimizer=True)
         else:
             self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
-        for asked in self.store.requests_after(line.run, row["state"]):
-            if asked["done"] == 1 and asked["kind"] in REPLAYED and asked["seq"] < line.next:
-                self._replay(line, asked["kind"], asked["body"])
+        try:
+            for asked in self.store.requests_after(line.run, row["state"]):
+                if asked["done"] == 1 and asked["kind"] in REPLAYED and asked["seq"] < line.next:
+                    self._replay(line, asked["kind"], asked["body"])
+        except BaseException:  # it would go on from a part of what was acknowledged
+            if line.name in self.trainer.runs:
+                self.trainer.end(line.name)
+            raise
         line.spent = time.monotonic() - began
 
     def _replay(self, line: Line, kind: str, body: bytes) -> None:
@@ -391,8 +396,8 @@ class Worker:
         if made.backward:
             while not made.over:
                 self.trainer.compute([made])
-            if made.error is not None:
-                log.error("%s: a pass that went well once fails now: %s", line.run, made.error)
+            if made.error is not None:  # it went well once
+                raise made.error
 
     def make_room(self) -> None:
         """Let runs go until one more may come. ``BankFullError``: all of them are in use."""
