@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright import sync_api
@@ -29,6 +31,17 @@ def browser() -> Iterator[sync_api.Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
         browser.close()
+
+
+def alone(browser: sync_api.Browser, file: Path, width: int, scheme: str) -> tuple[sync_api.Page, list[str]]:
+    """A page of one file without a network, and what is wrong with it: what it writes to the console or asks for."""
+    wrong: list[str] = []
+    context: Any = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)  # pyright: ignore
+    shown = context.new_page()
+    shown.on("console", lambda message: wrong.append(message.text))
+    shown.on("request", lambda request: request.url == file.as_uri() or wrong.append(request.url))
+    shown.goto(file.as_uri())
+    return shown, wrong
 
 
 def column(page: sync_api.Page, place: int) -> sync_api.Locator:

@@ -46,12 +46,7 @@ def file(tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_stands_alone(browser, file, width, scheme):
-    wrong = []
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
-    shown = context.new_page()
-    shown.on("console", lambda message: wrong.append(message.text))
-    shown.on("request", lambda request: request.url == file.as_uri() or wrong.append(request.url))
-    shown.goto(file.as_uri())
+    shown, wrong = chromium.alone(browser, file, width, scheme)
     assert shown.locator("h1").text_content() == "A look inside <i>a&"
     assert shown.locator("h2").all_text_contents() == [
         "How much of its rank is in use", "Where the change went", "Beside <i>b&", "Forgetting",
@@ -75,5 +70,5 @@ def test_the_page_stands_alone(browser, file, width, scheme):
     assert details.is_visible()
     shown.emulate_media(media="print")
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    context.close()
+    shown.context.close()
     assert wrong == []

@@ -64,13 +64,9 @@ def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_stands_alone(browser, tmp_path, width: int, scheme: str) -> None:
-    file, wrong = tmp_path / "report.html", []
+    file = tmp_path / "report.html"
     file.write_text(page(facts()), encoding="utf-8")
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
-    shown = context.new_page()
-    shown.on("console", lambda message: wrong.append(message.text))
-    shown.on("request", lambda request: request.url == file.as_uri() or wrong.append(request.url))
-    shown.goto(file.as_uri())
+    shown, wrong = chromium.alone(browser, file, width, scheme)
     assert shown.locator("h1").text_content() == "Sweep of 13 candidates"
     assert shown.locator("h2").all_text_contents() == [
         "The winner: rank 2, targets <b>q_proj+v_proj, seed 0", "Curves", "Quality against trainable parameters",
@@ -83,5 +79,5 @@ def test_the_page_stands_alone(browser, tmp_path, width: int, scheme: str) -> No
     assert shown.locator("svg circle").count() == 12
     for chart in shown.locator("svg").all():
         assert chart.bounding_box()["width"] > 290
-    context.close()
+    shown.context.close()
     assert wrong == []
