@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
 
+from veneer.serve.training.trainer import Adam
+
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]
 Seq = Annotated[int, Field(ge=0, lt=2**31)]
@@ -77,12 +79,12 @@ class OfModel(Typed):
 
 
 class AdamParams(Body):
-    learning_rate: FiniteFloat = 1e-4
-    beta1: FiniteFloat = 0.9
-    beta2: FiniteFloat = 0.95
-    eps: FiniteFloat = 1e-12
-    weight_decay: FiniteFloat = 0.0
-    grad_clip_norm: FiniteFloat = 0.0
+    learning_rate: FiniteFloat = Adam.rate
+    beta1: FiniteFloat = Adam.beta1
+    beta2: FiniteFloat = Adam.beta2
+    eps: FiniteFloat = Adam.eps
+    weight_decay: FiniteFloat = Adam.decay
+    grad_clip_norm: FiniteFloat = Adam.clip
 
 
 class OptimStep(OfModel):
