@@ -26,6 +26,7 @@ help:
 	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
 	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
+	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (hours; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
 	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
@@ -124,6 +125,12 @@ record: demo  # the demo's result, into the README
 
 docs: setup
 	$(BIN)/python scripts/docs.py
+
+# Every table and plot of docs/paper/. One of them: python -m experiments NAME, then make docs.
+.PHONY: paper
+paper: setup
+	VENEER_SNIPS=$(SNIPS) $(PASSIVE) $(BIN)/python -m experiments
+	$(MAKE) docs
 
 # The pages, the API from docstrings, notebooks of the tutorials, llms.txt: all below build/
 .PHONY: site

@@ -1,6 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
 docs/config.md from their registry, docs/plan.md from the planner, docs/benchmarks.md, docs/gpu-measured.md and tables
-in README.md and docs/trainers.md from recorded results.
+in README.md and docs/trainers.md from recorded results, docs/paper/ from those of experiments/.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -15,7 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # experiments/
+
 import torch
+from experiments.page import pages as paper_pages
 
 import bench_page
 import gpu_page
@@ -101,13 +104,14 @@ def main() -> int:
     stale = []
     pages = {
         "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
-        "cli.md": cli_page(),
+        "cli.md": cli_page(), **paper_pages(),
     }  # fmt: skip
     whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
     for path, content in (*whole, (readme, text), (config, variants), (others, asked)):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(content)
     if "--check" in sys.argv and stale:
         print(f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it and commit.")
