@@ -74,9 +74,11 @@ def said(setting: Mapping[str, Any]) -> str:
 
 
 def readme() -> str:
-    """The README's table: a row for each thing that was measured, Veneer beside PEFT."""
+    """The README's table: a row for each thing that was measured, Veneer beside PEFT in either precision."""
     found = results()
-    rows = [*_ratios_beside_peft(found), *_served_beside_peft(found)]
+    rows: dict[str, dict[str, tuple[str, str]]] = {}
+    for title, dtype, *cells in (*_ratios_beside_peft(found), *_served_beside_peft(found)):
+        rows.setdefault(title, {})[dtype] = (cells[0], cells[1])
     if not rows:
         return ""
     lead = (
@@ -84,14 +86,26 @@ def readme() -> str:
         "of CPU time of one thread, with quartiles: SmolLM2-135M's shape, rank 8 on all linear layers. Rates are "
         "also over PEFT's."
     )
-    return "\n".join([lead, "", *table(["", "Veneer", "PEFT"], rows)]).rstrip()
+    if "import_time" in found:
+        times = found["import_time"]["cases"][0]["rows"]
+        lead += (
+            f" Importing what attaching needs takes {ratio(times['veneer'])} of `import torch`'s time, PEFT "
+            f"{ratio(times['peft'])}."
+        )
+    head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16"]
+    lines = [
+        [title, *(cell for dtype in ("float32", "bfloat16") for cell in own.get(dtype, ("", "")))]
+        for title, own in rows.items()
+    ]
+    return "\n".join([lead, "", *table(head, lines)]).rstrip()
 
 
 def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
+    """What was measured, its dtype, Veneer's and PEFT's ratio."""
     own = "veneer, model's own attention and loss"
     for name, title, who, number in (
         ("train_step", "a training step of {} layers", "veneer", ""),
-        ("train_step", "{} layers, with the model's own attention and loss", own, ""),
+        ("train_step", "with the model's own attention and loss", own, ""),
         ("train_memory", "peak memory of a step", "veneer", "peak"),
         ("train_memory", "kept by a step for backward", "veneer", "saved"),
     ):
@@ -100,18 +114,15 @@ def _ratios_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
             cells = [side.get(number) if number else side for side in sides]
             if all(cells):
                 setting = case["setting"]
-                yield [f"{title.format(setting['layers'])}, {SHORT[setting['dtype']]}", *map(ratio, cells)]
+                yield [title.format(setting["layers"]), setting["dtype"], *map(ratio, cells)]
     for case in found.get("forward", {"cases": []})["cases"]:
-        if case["setting"]["dtype"] == "float32" and case["setting"]["tokens"] in (1, 256):
-            title = f"a forward pass of {_tokens(case['setting']['tokens'])}, fp32"
-            yield [title, ratio(case["rows"]["veneer"]), ratio(case["rows"]["peft"])]
+        if case["setting"]["tokens"] in (1, 256):
+            title = f"a forward pass of {_tokens(case['setting']['tokens'])}"
+            yield [title, case["setting"]["dtype"], ratio(case["rows"]["veneer"]), ratio(case["rows"]["peft"])]
     for case in found.get("mixed", {"cases": []})["cases"]:
         if case["setting"]["call"] == "decode":
-            title = f"decoding 16 rows that use 8 adapters, {SHORT[case['setting']['dtype']]}"
-            yield [title, ratio(case["rows"]["bank, 8"]), ratio(case["rows"]["peft, 8"])]
-    if "import_time" in found:
-        rows = found["import_time"]["cases"][0]["rows"]
-        yield ["importing what attaching needs, over `import torch`", ratio(rows["veneer"]), ratio(rows["peft"])]
+            title, dtype = "decoding 16 rows that use 8 adapters", case["setting"]["dtype"]
+            yield [title, dtype, ratio(case["rows"]["bank, 8"]), ratio(case["rows"]["peft, 8"])]
 
 
 def _served_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -122,7 +133,7 @@ def _served_beside_peft(found: Mapping[str, Any]) -> Iterable[list[str]]:
         if ours and theirs:  # the peer is the floor: its time over ours is how many times its rate we have
             times = ratio({"ratio": 1 / ours["ratio"], "low": 1 / ours["high"], "high": 1 / ours["low"]})
             cells = [f"{ours['rate']:,.0f}, × {times}", f"{theirs['rate']:,.0f}"]
-            yield [f"{title}, {SHORT[setting['dtype']]}", *cells]
+            yield [title, setting["dtype"], *cells]
 
 
 # ---------------------------------------------------------------------------------------------- docs/benchmarks.md
