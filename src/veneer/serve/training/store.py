@@ -266,9 +266,10 @@ class Store:
     def files_of(self, place: Place) -> Path:
         return self.folder_of(place.run) / place.kind / place.name
 
-    def runs_of(self, owner: str) -> int:
+    def runs_of(self, owner: str | None) -> int:
         """Those that take requests."""
-        row = self._one("SELECT COUNT(*) AS count FROM runs WHERE owner = ? AND NOT unloaded", owner)
+        query = "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
+        row = self._one(query, owner)
         return 0 if row is None else row["count"]
 
     def tokens_of(self, owner: str) -> int:

@@ -14,15 +14,17 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.fileio.hashing import digest
 from veneer.serve.refusal import Refusal
+from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Place, Store
@@ -37,6 +39,8 @@ VANISHED, LOOK = 120.0, 10.0
 UNNAMED, UNUSED = 8, 3600.0
 #: seconds that an address of a file is good for
 FILES = 3600.0
+#: curves that are remembered of runs which no client of this server has used
+CURVES = 512
 
 
 @dataclass(eq=False)
@@ -56,6 +60,7 @@ class Training:
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
     disk: ThreadPoolExecutor = field(init=False)  # for what writes: the event loop waits for no disk
+    curves: Callable[[str, int], Curve] = field(init=False)  # of runs at rest: (run, state) -> curve
 
     def __post_init__(self) -> None:
         self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
@@ -67,6 +72,7 @@ class Training:
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
         self.disk = ThreadPoolExecutor(1, "veneer-journal")
+        self.curves = lru_cache(CURVES)(partial(read_curve, self.store))
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
         self._files: dict[str, tuple[Path, float]] = {}
@@ -101,15 +107,22 @@ class Training:
         self._seen[session] = time.monotonic()
 
     def used(self, path: str) -> str:
-        """The bank's name for samples of a checkpoint. Of those that are held beside runs, the least used one goes."""
-        register(self.bank, self.store, path)
-        self._used[path] = time.monotonic()
-        self._used.move_to_end(path)
+        """The bank's name for samples of a checkpoint."""
+        self.keep(register(self.bank, self.store, path))
+        return path
+
+    def keep(self, name: str) -> None:
+        """It is used now. Of what the bank holds beside runs, the least used one goes."""
+        self._used[name] = time.monotonic()
+        self._used.move_to_end(name)
         while len(self._used) > self.resident:
             old, _ = self._used.popitem(last=False)
             if old in self.bank:
                 self.bank.remove(old)
-        return path
+
+    def charge(self, owner: str, tokens: int) -> None:
+        """Count tokens of an owner's quota, whenever the disk has time."""
+        self.disk.submit(self.store.count_tokens, owner, tokens)
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
