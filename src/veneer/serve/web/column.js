@@ -112,6 +112,7 @@ export class Column {
   relabel() {
     this.at(".blend").hidden = !this.blends;
     this.at(".model").setAttribute("aria-label", "Model of this column");
+    this.at(".model").title = this.name; // which may be cut off
     for (const [i, word] of ["First", "Second"].entries()) {
       this.parts[i].setAttribute("aria-label", `${word} adapter of the blend`);
       this.weights[i].setAttribute("aria-label", `Weight of ${nameOf(this.parts[i].value)}`);

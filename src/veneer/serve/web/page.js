@@ -239,9 +239,9 @@ async function look() {
   if (locked || document.hidden) return;
   try {
     await ready();
+    await part("metrics", async () => server.show(await get("metrics?adapters=0", { json: false }), performance.now()));
     await readRuns();
     if (!catalog) await readCatalog();
-    await part("metrics", async () => server.show(await get("metrics?adapters=0", { json: false }), performance.now()));
     await part("adapters", async () => {
       if (await shelf.refresh()) await readCatalog();
     });

@@ -45,11 +45,12 @@ export function path(losses) {
   return { most, least, line: `M${points.join("L")}${points.length > 1 ? "" : "h0"}` };
 }
 
-/** What a row says of a run: rank 8 · attention, mlp · 12,400 tokens · in memory. */
+/** What a row says of a run: rank 8 · 12,400 tokens · in memory. Targets, where they are not the usual ones. */
 export function facts(run, shares) {
   const { rank, targets, tokens, metadata, waiting, unloaded, in_memory: held } = run;
   const where = shares ? "in the batch" : unloaded ? "ended" : held ? "in memory" : "on disk";
-  const said = [`rank ${rank}`, targets.join(", "), `${tokens.toLocaleString("en")} tokens`, where];
+  const parts = ["attention", "mlp"].every((one) => targets.includes(one)) ? [] : [`${targets.join(", ")} alone`];
+  const said = [`rank ${rank}`, ...parts, `${tokens.toLocaleString("en")} tokens`, where];
   if (waiting > 1) said.push(`${waiting} requests wait`);
   return [...said, ...Object.entries(metadata).map(([name, value]) => `${name} ${value}`)].join(" · ");
 }
@@ -184,6 +185,7 @@ function show(row, run, shares) {
   row.dataset.resident = String(held);
   row.dataset.shares = String(shares);
   at(".name").textContent = name;
+  at(".loss").title = "of the last step, a token";
   at(".facts").textContent = facts(run, shares);
   at(".compare").setAttribute("aria-label", `Compare ${name} as it is now`);
   at(".compare").hidden = !steps && !held;
