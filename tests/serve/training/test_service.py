@@ -253,8 +253,9 @@ def test_a_rank_that_does_not_fit_fails_its_run(client):
     )
     with pytest.raises(Failed, match="rank"):
         client.result(promised)
-    with pytest.raises(Failed, match="rank"):
-        client.result(client.post("optim_step", model_id=promised["model_id"], seq_id=1, adam_params={}))
+    response = client.send("optim_step", model_id=promised["model_id"], seq_id=1, adam_params={})
+    assert response.status_code == 410
+    assert "did not begin" in response.json()["error"]["message"]
 
 
 def test_no_body_is_a_bug(client):

@@ -25,8 +25,8 @@ from veneer.fileio.hashing import digest
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.store import Place, Store
-from veneer.serve.training.trainer import Trainer, Turn
+from veneer.serve.training.store import Place, Store, place_of
+from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
 from veneer.serve.training.worker import Worker
 
 log = logging.getLogger("veneer.serve.training")
@@ -70,6 +70,7 @@ class Training:
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
         self._files: dict[str, tuple[Path, float]] = {}
+        self._lock = threading.Lock()  # of these
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
 
@@ -101,22 +102,23 @@ class Training:
         self._seen[session] = time.monotonic()
 
     def used(self, path: str) -> str:
-        """The bank's name for samples of a checkpoint. Of those that are held beside runs, the least used one goes."""
+        """The bank's name for samples of a checkpoint. Of those that are held beside runs, the least used one goes from
+        memory; it is read again for whoever waits for it."""
         register(self.bank, self.store, path)
         self._used[path] = time.monotonic()
         self._used.move_to_end(path)
         while len(self._used) > self.resident:
             old, _ = self._used.popitem(last=False)
             if old in self.bank:
-                self.bank.remove(old)
+                self.bank.register(old, self.store.files_of(place_of(old)) / ADAPTER, replace=True)
         return path
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
-        now = time.monotonic()
-        self._files = {token: found for token, found in self._files.items() if found[1] > now}
-        token = secrets.token_urlsafe(24)
-        self._files[token] = folder, now + FILES
+        now, token = time.monotonic(), secrets.token_urlsafe(24)
+        with self._lock:
+            self._files = {token: found for token, found in self._files.items() if found[1] > now}
+            self._files[token] = folder, now + FILES
         return token
 
     def file(self, token: str, name: str) -> Path | None:

@@ -218,6 +218,7 @@ class Worker:
             asked = line.head
             if asked is not None and asked.kind != PASS:
                 self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
+        self._end_passes()
         self._admit()
         self._linger()
         passes = self._in_turn()
@@ -228,7 +229,7 @@ class Worker:
         given = json.loads(asked.body)
         if asked.kind == REFUSED:
             raise DataError(given["error"])
-        if asked.kind not in ("load", "create"):
+        if asked.kind not in ("load", "create", "unload"):
             self.ensure(line)
         line.used = time.monotonic()
         return Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
@@ -244,6 +245,8 @@ class Worker:
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
+        if done == 2 and asked.seq == 0:
+            self.store.unload(line.run)  # it did not begin
         self._finalize(line, asked.seq, answer, done)
         if asked.kind == "load" and done == 1:  # what was loaded may be deleted
             self._write_state(line)
@@ -331,8 +334,13 @@ class Worker:
             line = by_name[one.run]
             line.spent += self._last / len(shared)
             self._shares.charge(one.owner, tokens / len(shared))
-            if one.over:
-                self._end(line, one)
+        self._end_passes()
+
+    def _end_passes(self) -> None:
+        """Of those that are computed: also of one that could not be ended with its batch, as the disk failed."""
+        for line in list(self.lines.values()):
+            if line.current is not None and line.current.over:
+                self._end(line, line.current)
 
     def _end(self, line: Line, one: Pass) -> None:
         seq = line.next
