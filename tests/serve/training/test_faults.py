@@ -18,12 +18,14 @@ from tests.support.api_server import listening, until
 from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, datum
 
+from veneer.errors import DataError
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.requests import Busy
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
 from veneer.serve.training.samples import Samples
+from veneer.serve.training.wire import MESSAGES, read_pass
 
 
 def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, tmp_path, monkeypatch):
@@ -149,6 +151,32 @@ def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
 
 
 # ---------------------------------------------------------------------------------------------- samples of many
+
+
+@pytest.mark.parametrize(
+    ("shape", "crow"),
+    [
+        ([11, 4], [0, 2**63 - 1, -2, *[1] * 9]),
+        ([11, 4], [0, 1, 0, *[1] * 9]),
+        ([11, 4], [0, *[2] * 10, 1]),
+        ([1] * 70, None),
+    ],
+)
+def test_no_tensor_of_a_request_ends_the_process(shape, crow):
+    """Rows whose differences overflow were a segmentation fault, of a request that is computed again at each start."""
+    message = MESSAGES["ForwardBackwardRequest"](model_id="x", loss_fn="cross_entropy", seq_id=1)
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.arange(11, dtype="<i4").tobytes()
+    targets = datum.loss_fn_inputs.add(key="target_tokens").value
+    targets.dtype = 2
+    targets.shape.extend(shape)
+    if crow is None:
+        targets.dense = np.ones(1, "<i8").tobytes()
+    else:
+        targets.sparse_csr.crow_indices = np.asarray(crow, "<i8").tobytes()
+        targets.sparse_csr.values = targets.sparse_csr.col_indices = np.ones(1, "<i8").tobytes()
+    with pytest.raises(DataError, match="check the client"):
+        read_pass(message.SerializeToString())
 
 
 def asked(count=1, **fields):
