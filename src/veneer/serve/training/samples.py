@@ -30,8 +30,8 @@ log = logging.getLogger("veneer.serve.training")
 
 #: samples that wait or run, and calls that are kept for their clients, so many seconds
 MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 16384, 4096, 1800.0
-#: samples of a key that may be in the engine or try for a place there, and seconds between two tries at a full queue
-TRYING, PATIENCE = 64, 0.05
+#: samples of a key in the engine, or that try for a place there, for each row of its; seconds between two tries
+TRYING, PATIENCE = 4, 0.05
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Samples:
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING)):
+        async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
             tokens, piece = await self._drawn(request, deliver, pieces)
         if piece.finish not in ("stop", "length"):
             raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
