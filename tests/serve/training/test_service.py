@@ -140,7 +140,7 @@ BAD = {
     "weights of another length": (datum(TEXT, weights=[1.0]), "cross_entropy", {}, r"weights \[1\]"),
     "not a number": (datum(TEXT, weights=[float("nan")] * 11), "cross_entropy", {}, "no finite numbers"),
     "no advantages": (datum(TEXT, logprobs=[0.0] * 11), "ppo", {}, "no advantages"),
-    "no such loss": (datum(TEXT), "gspo", {}, "the loss 'gspo'"),
+    "no such loss": (datum(TEXT), "stable_reinforce", {}, "the loss 'stable_reinforce'"),
     "no such setting": (datum(TEXT), "cross_entropy", {"beta": 1.0}, "the setting 'beta'"),
     "a ratio that overflows": (
         datum(TEXT, logprobs=[-1e4] * 11, advantages=[1.0] * 11), "importance_sampling", {}, "a finite number",

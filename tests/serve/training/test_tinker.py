@@ -59,7 +59,7 @@ def test_every_method_of_its_clients_that_concerns_text(it, base, tmp_path):
     assert found["info"]["lora_rank"] == 4
     for name, words in (
         ("bad", "token 999"),
-        ("gspo", "the loss 'gspo'"),
+        ("unknown", "the loss 'stable_reinforce'"),
         ("taken", "the name 'a/b'"),
         ("long", "500 tokens"),
     ):

@@ -96,6 +96,10 @@ def training(service, found):
             "dro",
         )
 
+    for one in policy:
+        one.loss_fn_inputs["sequence_ratio_mask"] = types.TensorData.from_torch(torch.ones(one.model_input.length))
+    assert client.forward_backward(policy, "gspo").result().metrics["loss:sum"] < 0
+
     def custom(data, logprobs):
         loss = torch.stack([own.exp().sum() for own in logprobs]).sum()
         return loss, {"own": float(loss.detach())}
@@ -112,7 +116,7 @@ def training(service, found):
     found["several"] = client.forward([several], "cross_entropy").result().metrics["loss:sum"]
     found["info"] = client.get_info().model_dump(mode="json")
     found["bad"] = refused(lambda: client.forward_backward([datum([1, 999])], "cross_entropy").result())
-    found["gspo"] = refused(lambda: client.forward(supervised(), "gspo").result())
+    found["unknown"] = refused(lambda: client.forward(supervised(), "stable_reinforce").result())
     assert client.get_tokenizer().encode("a")
     assert client.get_console_url()
     return client
