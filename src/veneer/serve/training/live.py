@@ -24,14 +24,12 @@ from veneer.serve.metrics import Metrics
 from veneer.serve.service import Asker, Route
 from veneer.serve.training.routes import On, checkpoint_of, run_of, within
 from veneer.serve.training.store import KINDS, Place
-from veneer.serve.training.trainer import ADAPTER
-from veneer.serve.training.training import Training
+from veneer.serve.training.training import NOW, Training
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
 #: runs of an answer at most, checkpoints of a run, entries of what a client says of it, characters of each
 MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
-NOW = "now"
 
 
 @router.get("/live")
@@ -127,7 +125,7 @@ def publish(training: Training, run: str) -> str:
         return name
     held = line.name in worker.trainer.runs
     worker.ensure(line)
-    folder = training.store.folder_of(run) / NOW / ADAPTER
+    folder = training.folder_of(name)
     worker.trainer.export(line.name, folder, training.base, {"run": run, "request": line.next})
     bank.put(name, folder, line.name)
     line.published = line.next

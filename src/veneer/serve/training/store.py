@@ -173,6 +173,11 @@ class Store:
     def unload(self, id: str) -> None:
         self._do("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
 
+    def copied(self, id: str) -> bool:
+        """Whether it never was a run: what a copied checkpoint is under."""
+        row = self.run(id)
+        return row is not None and bool(row["unloaded"]) and not self.next_seq(id)
+
     def configured(self, id: str, config: Mapping[str, Any]) -> None:
         self._do("UPDATE runs SET config = ? WHERE id = ?", _text(config), id)
 

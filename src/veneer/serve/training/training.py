@@ -27,8 +27,8 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.store import Place, Store
-from veneer.serve.training.trainer import Trainer, Turn
+from veneer.serve.training.store import Place, Store, place_of
+from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
 from veneer.serve.training.worker import Worker
 
 log = logging.getLogger("veneer.serve.training")
@@ -41,6 +41,8 @@ UNNAMED, UNUSED = 8, 3600.0
 FILES = 3600.0
 #: curves that are remembered of runs which no client of this server has used
 CURVES = 512
+#: how the name tinker://RUN/now of a run as it is at that moment ends
+NOW = "now"
 
 
 @dataclass(eq=False)
@@ -76,6 +78,7 @@ class Training:
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
         self._files: dict[str, tuple[Path, float]] = {}
+        self._lock = threading.Lock()  # of these
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
 
@@ -112,13 +115,19 @@ class Training:
         return path
 
     def keep(self, name: str) -> None:
-        """It is used now. Of what the bank holds beside runs, the least used one goes."""
+        """It is used now. Of what the bank holds beside runs, the least used one goes from memory; it is read again for
+        whoever waits for it."""
         self._used[name] = time.monotonic()
         self._used.move_to_end(name)
         while len(self._used) > self.resident:
             old, _ = self._used.popitem(last=False)
             if old in self.bank:
-                self.bank.remove(old)
+                self.bank.register(old, self.folder_of(old), replace=True)
+
+    def folder_of(self, name: str) -> Path:
+        """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a run as it is now."""
+        run, _, last = name.removeprefix("tinker://").rpartition("/")
+        return (self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))) / ADAPTER
 
     def charge(self, owner: str, tokens: int) -> None:
         """Count tokens of an owner's quota, whenever the disk has time."""
@@ -126,10 +135,10 @@ class Training:
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
-        now = time.monotonic()
-        self._files = {token: found for token, found in self._files.items() if found[1] > now}
-        token = secrets.token_urlsafe(24)
-        self._files[token] = folder, now + FILES
+        now, token = time.monotonic(), secrets.token_urlsafe(24)
+        with self._lock:
+            self._files = {token: found for token, found in self._files.items() if found[1] > now}
+            self._files[token] = folder, now + FILES
         return token
 
     def file(self, token: str, name: str) -> Path | None:

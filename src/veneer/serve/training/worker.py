@@ -231,6 +231,7 @@ class Worker:
             asked = line.head
             if asked is not None and asked.kind != PASS:
                 self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
+        self._end_passes()
         self._admit()
         self._linger()
         passes = self._in_turn()
@@ -242,7 +243,7 @@ class Worker:
         if asked.kind == REFUSED:
             raise DataError(given["error"])
         self._curve(line)
-        if asked.kind not in ("load", "create"):
+        if asked.kind not in ("load", "create", "unload"):
             self.ensure(line)
         line.used = time.monotonic()
         return Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
@@ -258,6 +259,8 @@ class Worker:
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
+        if done == 2 and asked.seq == 0:
+            self.store.unload(line.run)  # it did not begin
         self._finalize(line, asked.seq, answer, done)
         if asked.kind == "step" and done == 1:
             self._curve(line).stepped()
@@ -351,8 +354,13 @@ class Worker:
             line.rate.add(began, ended, sum(len(one.data[row].tokens) for row in rows))
             line.spent += self._last / len(shared)
             self._shares.charge(one.owner, tokens / len(shared))
-            if one.over:
-                self._end(line, one)
+        self._end_passes()
+
+    def _end_passes(self) -> None:
+        """Of those that are computed: also of one that could not be ended with its batch, as the disk failed."""
+        for line in list(self.lines.values()):
+            if line.current is not None and line.current.over:
+                self._end(line, line.current)
 
     def _end(self, line: Line, one: Pass) -> None:
         seq = line.next
