@@ -18,7 +18,7 @@ help:
 	@echo "make test-cuda  what a GPU is asked for, counted on an emulated one (a part of make test)"
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
-	@echo "make test-tinker  the tinker SDK against veneer serve --train, TINKER=/path/to/a/python/that/has/it (a minute)"
+	@echo "make test-tinker  the tinker SDK and its cookbook against veneer serve --train, TINKER=/path/to/a/python/that/has/it (15 minutes)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
@@ -102,7 +102,7 @@ test-slow: setup $(VENV)/.llamacpp
 .PHONY: test-tinker
 test-tinker: setup
 	@test -n "$(TINKER)" || { echo "Found: no TINKER. Expected: a Python with tinker and torch. Do: make test-tinker TINKER=/path/to/python"; exit 2; }
-	TINKER=$(TINKER) $(PASSIVE) $(BIN)/python -m pytest tests/serve/training/test_tinker.py
+	TINKER=$(TINKER) $(PASSIVE) $(BIN)/python -m pytest tests/serve/training/test_tinker.py tests/serve/training/test_cookbook.py
 
 .PHONY: test-vllm
 test-vllm: setup

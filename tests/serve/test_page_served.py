@@ -44,6 +44,7 @@ def show(browser, tmp_path):
 def test_answers_stream_side_by_side(show):
     page, service = show()
     expect(page.locator(".column")).to_have_count(3)
+    expect(page.locator("#training")).to_be_hidden()  # it trains nothing
     send(page, "hello", tokens=5)
     ended(page, "done", "done", "done")
     for place in range(3):

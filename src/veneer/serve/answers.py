@@ -12,7 +12,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from itertools import accumulate
@@ -29,9 +29,14 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 class Answers:
     """The answers to some requests, all of which were submitted or none."""
 
-    def __init__(self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
-        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``."""
+    def __init__(
+        self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
+        charge: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge`` is told how many
+        tokens of prompts and answers these were."""
         self._loop, self._open = loop, len(requests)
+        self._charge, self._tokens = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
         try:
@@ -51,10 +56,13 @@ class Answers:
             while self._open:
                 index, piece = await self._queue.get()
                 self._open -= piece.finish is not None
+                self._tokens += len(piece.tokens)
                 yield index, piece
                 await asyncio.sleep(0)  # a full queue never waits, and others (and a client's leaving) need a turn
         finally:
             self.cancel()
+            if self._charge is not None:
+                self._charge(self._tokens)
 
     def cancel(self) -> None:
         if self._open:

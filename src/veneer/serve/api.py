@@ -33,6 +33,9 @@ from veneer.serve.service import Admin, Asker, Route, Service, Serving, in_text_
 
 Tokens = list[tuple[int, ...]]
 
+#: how names of clients' runs and their checkpoints begin, where the server trains
+RUNS = "tinker://"
+
 router = APIRouter(route_class=Route)
 
 
@@ -42,9 +45,9 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     if service.training is not None:
-        from veneer.serve.training import rest, routes  # protobuf: not where nothing trains
+        from veneer.serve.training import live, rest, routes  # protobuf: not where nothing trains
 
-        routers = (routes.router, rest.router, *routers)
+        routers = (routes.router, rest.router, live.router, *routers)
     for other in routers:
         app.include_router(other)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -188,7 +191,12 @@ async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
-    blend = await requested_adapters(service, key, body.model, body.adapters)
+    if service.training is not None and body.adapters is None and body.model.startswith(RUNS):
+        from veneer.serve.training.live import requested_run
+
+        blend = await requested_run(service.training, key, body.model)
+    else:
+        blend = await requested_adapters(service, key, body.model, body.adapters)
     if service.engine is None:
         message = sentence("an encoder", "a causal language model", "use /v1/embeddings, or serve another base")
         raise Refusal(400, message, param="model", code="not_generative")
@@ -225,6 +233,8 @@ async def _answer(
 async def _submitted(service: Service, jobs: list[Job]) -> Answers:
     """The answers to some jobs. A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
     make = partial(Answers, service.engine, jobs, asyncio.get_running_loop())
+    if jobs[0].owner and any(name.startswith(RUNS) for name in jobs[0].blend):  # whose key may limit it
+        make = partial(make, charge=partial(service.training.charge, jobs[0].owner))
     if jobs[0].sampling.schema is None:
         return make()
     made = in_text_thread(service, limits.READING_SCHEMA, make)

@@ -73,12 +73,15 @@ def start(settings: Settings, keys: Keyring) -> Service:
 
 def _training(settings: Settings, service: Service, model: Any, turn: Any) -> Any:
     try:
+        from veneer.serve.training.live import watch
         from veneer.serve.training.training import open_training
     except ModuleNotFoundError as error:
         raise ConfigError(f"--train without {error.name}", "it", "pip install 'veneer[tinker]'") from error
     base = settings.base
     tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
-    return open_training(str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs)
+    made = open_training(str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs)
+    watch(service.metrics, made)
+    return made
 
 
 def _causal(settings: Settings) -> Any:

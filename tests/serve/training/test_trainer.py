@@ -96,16 +96,36 @@ def test_the_definitions():
     """By hand, for one token: ratio e^0.5, advantage 2."""
     logprobs, advantage = torch.tensor([-1.0]), torch.tensor([2.0])
     inputs = {"logprobs": torch.tensor([-1.5]), "advantages": advantage, "weights": torch.tensor([0.5])}
+    inputs["sequence_ratio_mask"] = torch.ones(1)
     ratio = float(torch.tensor(0.5).exp())
     expected = {
         "cross_entropy": 0.5, "importance_sampling": -2 * ratio, "ppo": -2 * 1.2, "cispo": 2 * 1.2,
-        "dro": 2 + 0.5 * 0.05 * 0.25,
+        "dro": 2 + 0.5 * 0.05 * 0.25, "gspo": -2 * 1.0004,
     }  # fmt: skip
     for name, value in expected.items():
         found = LOSSES[name].terms(logprobs, inputs, checked_settings(name, {}))
         assert found.item() == pytest.approx(value, rel=1e-6), name
     wide = checked_settings("ppo", {"clip_high_threshold": 9})
     assert float(LOSSES["ppo"].terms(logprobs, inputs, wide)) == pytest.approx(-2 * ratio)
+
+
+def test_the_ratio_of_a_row_in_gspo():
+    """Tokens of ratios e^0.2 and e^0.4, and one that the mask leaves out: e^0.3 for each, with its own gradient."""
+    logprobs = torch.tensor([-1.0, -1.0, -9.0], requires_grad=True)
+    inputs = {
+        "logprobs": torch.tensor([-1.2, -1.4, 0.0]), "advantages": torch.tensor([1.0, -2.0, 0.0]),
+        "sequence_ratio_mask": torch.tensor([1.0, 1.0, 0.0]),
+    }  # fmt: skip
+    wide, ratio = {"clip_low_threshold": 0.0, "clip_high_threshold": 9.0}, float(torch.tensor(0.3).exp())
+    terms = LOSSES["gspo"].terms(logprobs, inputs, wide)
+    terms.sum().backward()
+    assert terms.tolist() == pytest.approx([-ratio, 2 * ratio, 0.0], rel=1e-6)
+    assert logprobs.grad.tolist() == pytest.approx([-ratio, 2 * ratio, 0.0], rel=1e-6)
+    clipped = LOSSES["gspo"].terms(logprobs, inputs, checked_settings("gspo", {}))
+    assert clipped.tolist() == pytest.approx([-1.0004, 2 * ratio, 0.0], rel=1e-6)
+    with pytest.raises(DataError, match="a sequence_ratio_mask of zeros in datum 3"):
+        inputs["sequence_ratio_mask"] = torch.zeros(3)
+        checked(Datum(torch.ones(3).long(), torch.ones(3).long(), inputs), "gspo", 3, 259, 200)
 
 
 def test_a_token_that_does_not_count_may_be_impossible():
@@ -279,7 +299,7 @@ def test_bad_data_are_named(change, words):
 
 def test_bad_settings_are_named(trainer):
     for loss, settings, words in (
-        ("gspo", {}, "the loss 'gspo'"),
+        ("stable_reinforce", {}, "the loss 'stable_reinforce'"),
         ("ppo", {"beta": 1.0}, "setting 'beta' of ppo"),
         ("dro", {"beta": torch.nan}, "beta nan"),
         ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold 2"),

@@ -3,6 +3,8 @@ concerns text, against the server at argv[1]. It prints a line of JSON: what tes
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import sys
@@ -19,6 +21,34 @@ from tinker import types  # noqa: E402  # pyright: ignore[reportMissingImports]
 URL, KEY = sys.argv[1], sys.argv[2]
 DATA = [[40, 51, 62, 73, 84, 95], [106, 117, 128, 139], [150, 161, 172, 183, 194, 205, 216, 227]]
 PROMPT = types.ModelInput.from_ints(DATA[0])
+#: public methods that do not concern text, and why
+NOT_TEXT = {
+    "get_telemetry": "what the SDK tells its makers of itself, which is off",
+    "on_queue_state_change": "the SDK calls it itself, when an answer is late",
+}
+
+
+class Watched:
+    """A client whose public methods are noted as they are called; by this program, not by the client itself."""
+
+    called: set[tuple[str, str]] = set()
+
+    def __init__(self, client):
+        self._client = client
+
+    def __getattr__(self, name):
+        self.called.add((type(self._client).__name__, name))
+        return getattr(self._client, name)
+
+
+def uncalled():
+    """The public methods of the installed clients that this program did not call and has no reason not to."""
+    found = []
+    for client in (tinker.ServiceClient, tinker.TrainingClient, tinker.SamplingClient, tinker.RestClient):
+        for name, _ in inspect.getmembers(client, callable):
+            if not name.startswith("_") and name not in NOT_TEXT and (client.__name__, name) not in Watched.called:
+                found.append(f"{client.__name__}.{name}")
+    return found
 
 
 def datum(tokens, **inputs):
@@ -40,7 +70,9 @@ def refused(work):
 
 
 def training(service, found):
-    client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"who": "test"}).result()
+    client = Watched(
+        service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"who": "test"}).result()
+    )
     found["run"], found["losses"] = client.model_id, []
     for _ in range(4):
         passed, step = (
@@ -64,6 +96,10 @@ def training(service, found):
             "dro",
         )
 
+    for one in policy:
+        one.loss_fn_inputs["sequence_ratio_mask"] = types.TensorData.from_torch(torch.ones(one.model_input.length))
+    assert client.forward_backward(policy, "gspo").result().metrics["loss:sum"] < 0
+
     def custom(data, logprobs):
         loss = torch.stack([own.exp().sum() for own in logprobs]).sum()
         return loss, {"own": float(loss.detach())}
@@ -80,7 +116,7 @@ def training(service, found):
     found["several"] = client.forward([several], "cross_entropy").result().metrics["loss:sum"]
     found["info"] = client.get_info().model_dump(mode="json")
     found["bad"] = refused(lambda: client.forward_backward([datum([1, 999])], "cross_entropy").result())
-    found["gspo"] = refused(lambda: client.forward(supervised(), "gspo").result())
+    found["unknown"] = refused(lambda: client.forward(supervised(), "stable_reinforce").result())
     assert client.get_tokenizer().encode("a")
     assert client.get_console_url()
     return client
@@ -99,7 +135,7 @@ def checkpoints(service, client, found):
         lambda: service.create_training_client_from_state(state).result().save_state("a/b").result()
     )
     for create in (service.create_training_client_from_state, service.create_training_client_from_state_with_optimizer):
-        other = create(state).result()
+        other = Watched(create(state).result())
         found.setdefault("resumed", []).append(
             other.forward(supervised(), "cross_entropy").result().metrics["loss:sum"]
         )
@@ -111,7 +147,7 @@ def checkpoints(service, client, found):
 
 def sampling(service, client, sampler, found):
     params = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
-    own = client.save_weights_and_get_sampling_client().result()
+    own = Watched(client.save_weights_and_get_sampling_client().result())
     inflight = client.save_weights_and_get_sampling_client(kind="inflight").result()
     named, base = (
         service.create_sampling_client(model_path=sampler).result(),
@@ -143,7 +179,8 @@ def sampling(service, client, sampler, found):
     found["scored"] = own.compute_logprobs(types.ModelInput.from_ints(whole)).result()
     found["trained"] = client.forward([datum(whole)], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()
     found["drawn"] = own.sample(PROMPT, 1, params).result().sequences[0].logprobs
-    clone = tinker.SamplingClient.from_sampler_handle(own.get_sampler_handle(), api_key=KEY)
+    assert own.get_tokenizer().encode("a")
+    clone = own.from_sampler_handle(own.get_sampler_handle(), api_key=KEY)
     assert clone.sample(PROMPT, 1, params).result().sequences[0].tokens == found["samples"][0]
     assert own.get_base_model() == "tiny"
     found["long"] = refused(lambda: own.sample(types.ModelInput.from_ints([5] * 500), 1, params).result())
@@ -152,7 +189,7 @@ def sampling(service, client, sampler, found):
 
 def rest(service, client, paths, sampler, found):
     state, _, external = paths
-    client_ = tinker.RestClient(base_url=URL, api_key=KEY)
+    client_ = Watched(tinker.RestClient(base_url=URL, api_key=KEY))
     found["models"] = [one.model_name for one in client_.get_server_capabilities().result().supported_models]
     run = client_.get_training_run(client.model_id).result()
     assert run.lora_rank == 4
@@ -188,20 +225,113 @@ def rest(service, client, paths, sampler, found):
         lambda: client_.assign_session_project(session, "p").result(),
         lambda: client_.export_session_trace(session).result(),
         lambda: client_.get_audit_log().result(),
+        lambda: client_.get_billing_usage("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z").result(),
+        lambda: client_.get_current_checkpoint_storage_usage().result(),
     ):
         found.setdefault("hosted", []).append(refused(work))
+    found["whoami"] = refused(lambda: client_.whoami().result())
+    return client_
+
+
+async def refused_async(work):
+    try:
+        await work
+    except (tinker.APIStatusError, tinker.RequestFailedError, RuntimeError, tinker.TinkerError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("it was not refused")
+
+
+async def training_async(service, found):
+    """The deprecated methods that are coroutines: a run that goes as the other one did."""
+    assert (await service.get_server_capabilities_async()).supported_models
+    client = Watched(await service.create_lora_training_client_async("tiny", rank=4, seed=1))
+    found["losses_async"] = []
+    for _ in range(2):
+        passed = await client.forward_backward_async(supervised(), "cross_entropy")
+        stepped = await client.optim_step_async(types.AdamParams(learning_rate=0.02))
+        found["losses_async"].append((await passed).metrics["loss:sum"])
+        await stepped
+    forward = (await (await client.forward_async(supervised(), "cross_entropy"))).metrics["loss:sum"]
+    await (await client.forward_backward_custom_async(supervised(), lambda data, own: (torch.cat(own).sum(), {})))
+    assert (await client.get_info_async()).model_data.model_name == "tiny"
+    state = (await (await client.save_state_async("state"))).path
+    for create in (
+        service.create_training_client_from_state_async,
+        service.create_training_client_from_state_with_optimizer_async,
+    ):
+        other = Watched(await create(state))
+        found.setdefault("resumed_async", []).append(
+            (await (await other.forward_async(supervised(), "cross_entropy"))).metrics["loss:sum"] / forward
+        )
+    await (await other.load_state_async(state))
+    await (await other.load_state_with_optimizer_async(state))
+    return client, state
+
+
+async def sampling_async(service, client):
+    params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
+    path = (await (await client.save_weights_for_sampler_async("sampler"))).path
+    own = Watched(await client.save_weights_and_get_sampling_client_async())
+    (expected,) = (await own.sample_async(PROMPT, 1, params)).sequences
+    for other in (
+        await client.create_sampling_client_async(path),
+        await service.create_sampling_client_async(model_path=path),
+        await own.create(service.holder, model_path=path),
+    ):
+        assert (await other.sample(PROMPT, 1, params)).sequences[0].tokens == expected.tokens
+    scored = await own.compute_logprobs_async(types.ModelInput.from_ints(DATA[0] + expected.tokens))
+    assert max(abs(one - other) for one, other in zip(scored[6:], expected.logprobs, strict=True)) < 1e-4
+    assert await own.get_base_model_async() == "tiny"
+    return own
+
+
+async def rest_async(client_, client, state, sampler, found):
+    run, session = client.model_id, client.model_id.split(":")[0]
+    assert (await client_.get_training_run_async(run)).lora_rank == 4
+    assert (await client_.get_training_run_by_tinker_path_async(state)).training_run_id == run
+    assert run in [one.training_run_id for one in (await client_.list_training_runs_async(limit=100)).training_runs]
+    external = (await (await client.save_weights_external_async("external"))).path
+    assert state in [one.tinker_path for one in (await client_.list_checkpoints_async(run)).checkpoints]
+    assert state in [one.tinker_path for one in (await client_.list_user_checkpoints_async()).checkpoints]
+    assert (await client_.get_external_weights_urls_async(external)).urls
+    copied = await client_.copy_weights_async(state, "any")
+    await client_.publish_checkpoint_from_tinker_path_async(state)
+    await client_.unpublish_checkpoint_from_tinker_path_async(state)
+    await client_.set_checkpoint_ttl_from_tinker_path_async(state, 7200)
+    await client_.delete_checkpoint_from_tinker_path_async(copied)
+    await client_.delete_checkpoint_async(run, "weights/state")
+    assert run in (await client_.get_session_async(session)).training_run_ids
+    assert session in (await client_.list_sessions_async(limit=100)).sessions
+    assert (await client_.get_sampler_async(sampler._sampling_session_id)).base_model == "tiny"
+    for work in (
+        client_.assign_session_project_async(session, "p"),
+        client_.export_session_trace_async(session),
+        client_.get_audit_log_async(),
+        client_.get_billing_usage_async("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"),
+        client_.get_current_checkpoint_storage_usage_async(),
+    ):
+        found["hosted"].append(await refused_async(work))
+
+
+async def asynchronous(service, client_, found):
+    client, state = await training_async(service, found)
+    sampler = await sampling_async(service, client)
+    await rest_async(client_, client, state, sampler, found)
 
 
 def main():
     found = {}
-    service = tinker.ServiceClient(base_url=URL, api_key=KEY)
+    service = Watched(tinker.ServiceClient(base_url=URL, api_key=KEY))
     assert service.get_server_capabilities().supported_models
+    assert service.create_rest_client().get_server_capabilities().result().supported_models
     client = training(service, found)
     paths = checkpoints(service, client, found)
     sampler = sampling(service, client, paths[1], found)
-    rest(service, client, paths, sampler, found)
+    client_ = rest(service, client, paths, sampler, found)
+    asyncio.run(asynchronous(service, client_, found))
+    assert service.get_console_url()
     service.close("success").result()
-    print(json.dumps(found))
+    print(json.dumps({**found, "uncalled": uncalled()}))
 
 
 main()

@@ -2,9 +2,10 @@
 
     tokens [n]  ─ model ─>  logprobs of target_tokens [n] or [n, k]  ─ loss ─>  Σ over all tokens of all data
 
-A loss is a sum of terms of single tokens, so that data may be computed in any batches. Names, inputs, settings and
+A loss is a sum of terms of single rows, so that data may be computed in any batches. Names, inputs, settings and
 definitions are those of the `tinker` SDK's documentation (https://tinker-docs.thinkingmachines.ai/tinker/losses);
-"cispo" is clipped as "ppo" is, 0.8 to 1.2, and "dro" has beta 0.05, unless a request says otherwise.
+"cispo" is clipped as "ppo" is, 0.8 to 1.2, "gspo" as in its paper (Zheng et al. 2025, arXiv:2507.18071), and "dro" has
+beta 0.05, unless a request says otherwise.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def _ppo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Ten
     return -torch.minimum(_where(advantages, ratio), _where(advantages, clipped))
 
 
+def _gspo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
+    """GSPO-token: a token has the value of its row's ratio, the geometric mean of the tokens', and its own gradient."""
+    now, advantages = logprobs.detach(), inputs["advantages"]
+    of_row = (now - inputs["logprobs"])[inputs["sequence_ratio_mask"] != 0].mean()
+    ratio = (of_row + logprobs - now).exp()
+    clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
+    return -torch.minimum(_where(advantages, ratio), _where(advantages, clipped))
+
+
 def _cispo(logprobs: Tensor, inputs: Inputs, settings: Mapping[str, float]) -> Tensor:
     clipped = _ratio(logprobs, inputs).clamp(settings["clip_low_threshold"], settings["clip_high_threshold"]).detach()
     return -_where(inputs["advantages"], clipped * logprobs)
@@ -80,6 +90,9 @@ LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(("weights",), {}, _cross_entropy),
     "importance_sampling": Loss(_POLICY, {}, _importance_sampling),
     "ppo": Loss(_POLICY, _CLIP, _ppo),
+    "gspo": Loss(
+        (*_POLICY, "sequence_ratio_mask"), {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4}, _gspo
+    ),
     "cispo": Loss(_POLICY, _CLIP, _cispo),
     "dro": Loss(_POLICY, {"beta": 0.05}, _dro),
 }
@@ -135,4 +148,6 @@ def checked(datum: Datum, loss: str, number: int, vocabulary: int, length: int) 
         inputs[name] = values.float()
         if not inputs[name].isfinite().all():
             raise DataError(f"{name} that are no finite numbers in {where}", "finite ones", "look where they come from")
+    if "sequence_ratio_mask" in inputs and not inputs["sequence_ratio_mask"].any():
+        raise DataError(f"a sequence_ratio_mask of zeros in {where}", "a token of the answer, at least", "mark these")
     return Datum(datum.tokens.long(), datum.targets.long(), inputs)

@@ -131,6 +131,7 @@ class Operations:
         found, files = self.store.checkpoint(source), self.store.files_of(target)
         assert found is not None
         files.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(files, ignore_errors=True)  # what a disk that was full left of it
         shutil.copytree(self.store.files_of(source), files)
 
 

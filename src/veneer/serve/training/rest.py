@@ -175,13 +175,16 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
         session = await training.written(training.store.new_session, key.owner, None, "a copy")
     session_of(training, key, session)
     run = f"{session}:train:{body.model_seq_id or 0}"
-    if training.store.run(run) is not None:
+    place, before = Place(run, source.kind, source.name), training.store.run(run)
+    if before is not None and not (training.store.copied(run) and before["config"] == row["config"]):
         raise Refusal(409, f"the training run {run}, which exists", "a new one", "choose another model_seq_id")
 
     def copy() -> str:
-        training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
-        training.store.unload(run)
-        place = Place(run, source.kind, source.name)
+        if training.store.run(run) is None:
+            training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
+            training.store.unload(run)
+        elif training.store.checkpoint(place) is not None:  # it is asked for again
+            return place.path
         training.operations.copy(source, place)
         training.store.add_checkpoint(place, key.owner, row["config"], seconds=body.ttl_seconds)
         return place.path

@@ -207,7 +207,8 @@ async def _of_run(
     row = run_of(training, key, run)
     training.seen(row["session"])
     if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
-        raise Refusal(410, f"the run {run}, which was unloaded", "one that goes on", "create one from a checkpoint")
+        found = f"the run {run}, which was unloaded or did not begin"
+        raise Refusal(410, found, "one that goes on", "create one, perhaps from a checkpoint")
     problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
     if problem is not None:
         kind, given = REFUSED, {"error": problem}
@@ -221,13 +222,20 @@ def _new_run(training: Training, key: Key, session: str, number: int, config: An
     return run
 
 
+def _begins(training: Training, key: Key, run: str) -> None:
+    """Whether a run may begin, unless it is asked for again."""
+    if training.store.run(run) is None:
+        within(training, key, "runs")
+    elif training.store.copied(run):
+        raise Refusal(409, f"{run}, which is a copy of a checkpoint", "a new run", "choose another model_seq_id")
+
+
 @router.post("/create_model")
 async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> Any:
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
-    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:  # else it is asked for again
-        within(training, key, "runs")
+    _begins(training, key, f"{body.session_id}:train:{body.model_seq_id}")
     asked = body.lora_config or bodies.Lora(rank=32)
     parts = {"attention": asked.train_attn, "mlp": asked.train_mlp, "head": asked.train_unembed}
     config = lora_config(training.model, asked.rank, **parts).to_dict()
@@ -252,8 +260,7 @@ async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
             return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": str(error)})
         return await _of_run(training, key, body.model_id, body.seq_id, "load", given)
     _active(training, key, body.session_id)
-    if training.store.run(f"{body.session_id}:train:{body.model_seq_id}") is None:
-        within(training, key, "runs")
+    _begins(training, key, f"{body.session_id}:train:{body.model_seq_id}")
     _, found = checkpoint_of(training, key, body.path)
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata

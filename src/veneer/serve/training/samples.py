@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.errors import DataError, VeneerError
+from veneer.errors import DataError, VeneerError, sentence
 from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
 from veneer.serve.training.bodies import Sample, Targets
 from veneer.serve.training.wire import Sequence_, sample_output
@@ -28,10 +28,10 @@ from veneer.serve.training.worker import Answer, Worker, failure
 
 log = logging.getLogger("veneer.serve.training")
 
-#: samples that wait or run, and that are kept for their clients, so many seconds
-MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 4096, 4096, 1800.0
-#: seconds between two tries at a full queue
-PATIENCE = 0.05
+#: samples that wait or run, and calls that are kept for their clients, so many seconds
+MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 16384, 4096, 1800.0
+#: samples of a key in the engine, or that try for a place there, for each row of its; seconds between two tries
+TRYING, PATIENCE = 4, 0.05
 
 
 @dataclass(eq=False)
@@ -40,6 +40,7 @@ class Promised:
 
     owner: str
     session: str
+    count: int
     task: asyncio.Task[Answer]
     ended: float | None = None
 
@@ -51,6 +52,7 @@ class Samples:
         self._engine, self._bank, self._worker, self._timeout = engine, bank, worker, timeout
         self._calls: dict[str, Promised] = {}
         self._numbers = itertools.count()
+        self._gates: dict[str, asyncio.Semaphore] = {}  # by owner
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin(self, id: str, owner: str, session: str, name: str | None, asked: Sample) -> None:
@@ -58,11 +60,17 @@ class Samples:
         same call."""
         if id in self._calls:
             return
-        if sum(not one.task.done() for one in self._calls.values()) >= MOST_WAITING:
-            raise Busy(f"Found: {MOST_WAITING} samples that wait. Expected: fewer. Do: try again in a second.", 1.0)
+        waiting = [one for one in self._calls.values() if not one.task.done()]
+        room = MOST_WAITING - sum(one.count for one in waiting)
+        if owner:  # a key has at most as many as are left for others
+            room = min(room, room - sum(one.count for one in waiting if one.owner == owner))
+        if room < asked.num_samples:
+            raise Busy(
+                sentence("too many samples that wait", f"at most {MOST_WAITING:,}", "try again in a second"), 1.0
+            )
         self._loop = asyncio.get_running_loop()
         task = self._loop.create_task(self._answer(owner, name, asked))
-        made = self._calls[id] = Promised(owner, session, task)
+        made = self._calls[id] = Promised(owner, session, asked.num_samples, task)
 
         def over(_: Any) -> None:
             made.ended = time.monotonic()
@@ -134,6 +142,17 @@ class Samples:
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
+        async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
+            tokens, piece = await self._drawn(request, deliver, pieces)
+        if piece.finish not in ("stop", "length"):
+            raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
+        top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
+        return Sequence_([one.id for one in tokens], [one.logprob for one in tokens], top, piece.finish == "length")
+
+    async def _drawn(
+        self, request: Request, deliver: Callable[[Piece], None], pieces: asyncio.Queue[Piece]
+    ) -> tuple[list[Any], Piece]:
+        """The tokens of a sample, and the last piece of it."""
         while True:
             try:
                 state = self._engine.submit(request, deliver)
@@ -142,32 +161,24 @@ class Samples:
                 if not self._engine.ready:
                     raise
                 await asyncio.sleep(PATIENCE)
-        tokens = []
+        tokens: list[Any] = []
         try:
             while True:
                 piece = await pieces.get()
                 tokens += piece.tokens
                 if piece.finish is not None:
-                    break
+                    return tokens, piece
         except asyncio.CancelledError:
             state.cancel()
             raise
-        if piece.finish not in ("stop", "length"):
-            raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
-        top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
-        return Sequence_([one.id for one in tokens], [one.logprob for one in tokens], top, piece.finish == "length")
 
     async def _scores(self, name: str | None, prompt: tuple[int, ...], asked: Sample) -> dict[str, Any]:
         wanted = asked.prompt_logprobs or asked.topk_prompt_logprobs or asked.target_prompt_logprobs
         if not (wanted or asked.prompt_alt_tokens_k):
             return {}
-        lease = None if name is None else await asyncio.wrap_future(self._bank.acquire({name: 1.0}))
-        try:
-            work = scorer(self._worker, lease, prompt, asked)
-            return await asyncio.shield(asyncio.wrap_future(self._worker.do(work)))
-        finally:
-            if lease is not None:
-                lease.release()
+        if name is not None:  # it is read beside what trains
+            await asyncio.shield(asyncio.wrap_future(self._bank.prefetch(name)))
+        return await asyncio.shield(asyncio.wrap_future(self._worker.do(scorer(self._worker, name, prompt, asked))))
 
 
 def check_prompt(asked: Sample, size: int) -> None:
@@ -205,12 +216,12 @@ def _sampling(asked: Sample, number: int, most: int) -> Sampling:
     )  # fmt: skip
 
 
-def scorer(worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
+def scorer(worker: Worker, name: str | None, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
     """What the training thread does for a prompt."""
 
     def work() -> dict[str, Any]:
         ids = torch.tensor([prompt], device=worker.trainer.device)
-        with worker.trainer.sampled([lease]) as model:
+        with worker.trainer.sampled([name]) as model:
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [n - 1, v]: of tokens 1 to n - 1
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return _scored(wide, ids[0, 1:], asked)

@@ -173,6 +173,11 @@ class Store:
     def unload(self, id: str) -> None:
         self._do("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
 
+    def copied(self, id: str) -> bool:
+        """Whether it never was a run: what a copied checkpoint is under."""
+        row = self.run(id)
+        return row is not None and bool(row["unloaded"]) and not self.next_seq(id)
+
     def configured(self, id: str, config: Mapping[str, Any]) -> None:
         self._do("UPDATE runs SET config = ? WHERE id = ?", _text(config), id)
 
@@ -266,9 +271,10 @@ class Store:
     def files_of(self, place: Place) -> Path:
         return self.folder_of(place.run) / place.kind / place.name
 
-    def runs_of(self, owner: str) -> int:
+    def runs_of(self, owner: str | None) -> int:
         """Those that take requests."""
-        row = self._one("SELECT COUNT(*) AS count FROM runs WHERE owner = ? AND NOT unloaded", owner)
+        query = "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
+        row = self._one(query, owner)
         return 0 if row is None else row["count"]
 
     def tokens_of(self, owner: str) -> int:

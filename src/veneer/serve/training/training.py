@@ -14,19 +14,21 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.fileio.hashing import digest
 from veneer.serve.refusal import Refusal
+from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.store import Place, Store
-from veneer.serve.training.trainer import Trainer, Turn
+from veneer.serve.training.store import Place, Store, place_of
+from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
 from veneer.serve.training.worker import Worker
 
 log = logging.getLogger("veneer.serve.training")
@@ -37,6 +39,10 @@ VANISHED, LOOK = 120.0, 10.0
 UNNAMED, UNUSED = 8, 3600.0
 #: seconds that an address of a file is good for
 FILES = 3600.0
+#: curves that are remembered of runs which no client of this server has used
+CURVES = 512
+#: how the name tinker://RUN/now of a run as it is at that moment ends
+NOW = "now"
 
 
 @dataclass(eq=False)
@@ -56,6 +62,7 @@ class Training:
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
     disk: ThreadPoolExecutor = field(init=False)  # for what writes: the event loop waits for no disk
+    curves: Callable[[str, int], Curve] = field(init=False)  # of runs at rest: (run, state) -> curve
 
     def __post_init__(self) -> None:
         self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
@@ -67,9 +74,11 @@ class Training:
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
         self.disk = ThreadPoolExecutor(1, "veneer-journal")
+        self.curves = lru_cache(CURVES)(partial(read_curve, self.store))
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
         self._files: dict[str, tuple[Path, float]] = {}
+        self._lock = threading.Lock()  # of these
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
 
@@ -101,22 +110,35 @@ class Training:
         self._seen[session] = time.monotonic()
 
     def used(self, path: str) -> str:
-        """The bank's name for samples of a checkpoint. Of those that are held beside runs, the least used one goes."""
-        register(self.bank, self.store, path)
-        self._used[path] = time.monotonic()
-        self._used.move_to_end(path)
+        """The bank's name for samples of a checkpoint."""
+        self.keep(register(self.bank, self.store, path))
+        return path
+
+    def keep(self, name: str) -> None:
+        """It is used now. Of what the bank holds beside runs, the least used one goes from memory; it is read again for
+        whoever waits for it."""
+        self._used[name] = time.monotonic()
+        self._used.move_to_end(name)
         while len(self._used) > self.resident:
             old, _ = self._used.popitem(last=False)
             if old in self.bank:
-                self.bank.remove(old)
-        return path
+                self.bank.register(old, self.folder_of(old), replace=True)
+
+    def folder_of(self, name: str) -> Path:
+        """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a run as it is now."""
+        run, _, last = name.removeprefix("tinker://").rpartition("/")
+        return (self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))) / ADAPTER
+
+    def charge(self, owner: str, tokens: int) -> None:
+        """Count tokens of an owner's quota, whenever the disk has time."""
+        self.disk.submit(self.store.count_tokens, owner, tokens)
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
-        now = time.monotonic()
-        self._files = {token: found for token, found in self._files.items() if found[1] > now}
-        token = secrets.token_urlsafe(24)
-        self._files[token] = folder, now + FILES
+        now, token = time.monotonic(), secrets.token_urlsafe(24)
+        with self._lock:
+            self._files = {token: found for token, found in self._files.items() if found[1] > now}
+            self._files[token] = folder, now + FILES
         return token
 
     def file(self, token: str, name: str) -> Path | None:

@@ -163,13 +163,15 @@ def _tensor(message: Any, where: str, rows: int) -> Tensor:
     )
     if not message.HasField("sparse_csr"):
         shape = shape or [len(values)]
-        if min(shape, default=0) < 0 or math.prod(shape) != len(values):
-            raise DataError(f"{len(values)} numbers in {where}", f"{shape}, as it says", "check the client")
+        if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
+            found = f"{len(values)} numbers of shape {shape[:4]} in {where}"
+            raise DataError(found, f"[{rows}] or [{rows}, k]", "check the client")
         return torch.from_numpy(values.copy()).view(shape)
     crow = _numbers(message.sparse_csr.crow_indices, _INT64, where)
     col = _numbers(message.sparse_csr.col_indices, _INT64, where)
     sound = len(shape) == 2 and shape[0] == rows and 0 < shape[1] <= MOST_TARGETS and len(crow) == rows + 1
-    sound = sound and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col) and (np.diff(crow) >= 0).all()
+    sound = sound and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
+    sound = sound and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()  # a difference may overflow
     if not (sound and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
         expected = f"{rows} rows of at most {MOST_TARGETS}, in CSR"
         raise DataError(f"a sparse tensor {shape} in {where}", expected, "check the client")

@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.config import LoraConfig
 from veneer.errors import BankFullError, DataError, VeneerError, sentence
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
+from veneer.serve.training.curve import LOSS, Curve, Rate, read_curve, state_folder
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
 from veneer.serve.training.trainer import Adam, Pass, Trainer
@@ -57,6 +57,13 @@ def failure(error: BaseException, own: bool = False) -> Answer:
     return Answer(json.dumps({"error": text, "category": "server" if own else "user"}).encode())
 
 
+class Batch(NamedTuple):
+    """The runs of a batch, and when it ended."""
+
+    runs: tuple[str, ...]
+    ended: float
+
+
 class Asked(NamedTuple):
     """A request of a run."""
 
@@ -68,7 +75,8 @@ class Asked(NamedTuple):
 @dataclass(eq=False)
 class Line:
     """A run's requests. ``next``: the number of the one whose turn it is. ``spent``: seconds of computing since its
-    state was written."""
+    state was written. ``curve``: of its losses, once one is added to it. ``published``: the number before which samples
+    of it as it is now were drawn."""
 
     run: str
     name: str  # of the run's adapter on the model
@@ -79,8 +87,9 @@ class Line:
     current: Pass | None = None
     spent: float = 0.0
     used: float = 0.0
-    loss: float | None = None  # of its last pass, a token
-    steps: int = 0
+    curve: Curve | None = None
+    rate: Rate = field(default_factory=Rate)
+    published: int = -1
 
     @property
     def head(self) -> Asked | None:
@@ -101,8 +110,8 @@ class Worker:
         self.operations: dict[str, Operation] = {"step": self._step}
         self.lines: dict[str, Line] = {}
         self.promises: dict[tuple[str, int], Future[Answer]] = {}
-        self.tokens = 0  # that were trained on
-        self.batch: list[str] = []  # the runs of the last batch
+        self.steps = self.tokens = 0  # that were made, and trained on, by this server
+        self.batch: Batch | None = None  # the last one
         self._wake = threading.Condition()
         self._others: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._shares, self._ended, self._last = Shares(), dict[str, float](), 0.0
@@ -174,6 +183,10 @@ class Worker:
             self._wake.notify_all()
         return done
 
+    def line(self, run: str) -> Line:
+        with self._wake:
+            return self._line(run)
+
     def _line(self, run: str) -> Line:
         if run not in self.lines:
             row = self.store.run(run)
@@ -218,6 +231,7 @@ class Worker:
             asked = line.head
             if asked is not None and asked.kind != PASS:
                 self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
+        self._end_passes()
         self._admit()
         self._linger()
         passes = self._in_turn()
@@ -228,7 +242,8 @@ class Worker:
         given = json.loads(asked.body)
         if asked.kind == REFUSED:
             raise DataError(given["error"])
-        if asked.kind not in ("load", "create"):
+        self._curve(line)
+        if asked.kind not in ("load", "create", "unload"):
             self.ensure(line)
         line.used = time.monotonic()
         return Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
@@ -244,9 +259,15 @@ class Worker:
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
+        if done == 2 and asked.seq == 0:
+            self.store.unload(line.run)  # it did not begin
         self._finalize(line, asked.seq, answer, done)
-        if asked.kind == "load" and done == 1:  # what was loaded may be deleted
-            self._write_state(line)
+        if asked.kind == "step" and done == 1:
+            self._curve(line).stepped()
+            self.steps += 1
+        if asked.kind == "load" and done == 1:
+            self._curve(line).loaded()
+            self._write_state(line)  # what was loaded may be deleted
 
     def _finalize(self, line: Line, seq: int, answer: Answer, done: int) -> None:
         try:
@@ -320,27 +341,32 @@ class Worker:
 
     def _compute(self, passes: list[Pass]) -> None:
         began = time.monotonic()
-        before = {id(one): len(one.left) for one in passes}
+        before = {id(one): one.left for one in passes}
         tokens = self.trainer.compute(passes)
-        self._last = time.monotonic() - began
-        self.tokens += tokens
+        ended = time.monotonic()
+        self._last = ended - began
         by_name = {line.name: line for line in self.lines.values()}
-        shared = [one for one in passes if len(one.left) != before[id(one)] or one.error]
-        self.batch = [by_name[one.run].run for one in shared]
+        shared = [one for one in passes if len(one.left) != len(before[id(one)]) or one.error]
+        self.batch = Batch(tuple(by_name[one.run].run for one in shared), ended)
         for one in shared:
             line = by_name[one.run]
+            rows = set(before[id(one)]) - set(one.left)
+            line.rate.add(began, ended, sum(len(one.data[row].tokens) for row in rows))
             line.spent += self._last / len(shared)
             self._shares.charge(one.owner, tokens / len(shared))
-            if one.over:
-                self._end(line, one)
+        self._end_passes()
+
+    def _end_passes(self) -> None:
+        """Of those that are computed: also of one that could not be ended with its batch, as the disk failed."""
+        for line in list(self.lines.values()):
+            if line.current is not None and line.current.over:
+                self._end(line, line.current)
 
     def _end(self, line: Line, one: Pass) -> None:
         seq = line.next
         if one.error is None:
             found: list[Any] = one.logprobs
-            count = sum(own.numel() for own in found)
-            line.loss = one.total / max(count, 1)
-            answer, done = Answer(pass_output(found, {"loss:sum": one.total}), True), 1
+            answer, done = Answer(pass_output(found, {LOSS: one.total}), True), 1
         else:
             answer, done = failure(one.error, not isinstance(one.error, VeneerError | MemoryError)), 2
         self._shares.leave(line.owner)
@@ -349,13 +375,15 @@ class Worker:
             self._ended = dict(list(self._ended.items())[-128:])
         line.current = None
         self._finalize(line, seq, answer, done)
+        tokens = sum(len(datum.tokens) for datum in one.data)
+        if done == 1 and one.backward:
+            self._curve(line).passed(one.total, one.loss, one.data)
+            self.tokens += tokens
         if line.owner:  # whose key may limit it
-            self.store.count_tokens(line.owner, sum(len(datum.tokens) for datum in one.data))
+            self.store.count_tokens(line.owner, tokens)
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        metrics = self.trainer.step(line.name, Adam(**given))
-        line.steps += 1
-        return {"metrics": metrics}
+        return {"metrics": self.trainer.step(line.name, Adam(**given))}
 
     # runs in memory
 
@@ -366,6 +394,7 @@ class Worker:
 
     def ensure(self, line: Line) -> None:
         """Have a run in memory, as it is after all its requests that are done."""
+        self._curve(line)
         if line.name in self.trainer.runs:
             if line.spent > STATE_AFTER:
                 self._write_state(line)
@@ -375,7 +404,7 @@ class Worker:
         assert row is not None
         began = time.monotonic()
         if row["state"] >= 0:
-            self.trainer.load(line.name, self._state_folder(line, row["state"]), optimizer=True)
+            self.trainer.load(line.name, state_folder(self.store, line.run, row["state"]), optimizer=True)
         else:
             self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
         try:
@@ -425,12 +454,15 @@ class Worker:
     def state(self, line: Line, seq: int | None = None) -> None:
         """Write a run's state, as it is after its request ``seq`` (None: the last one that is done)."""
         seq = line.next - 1 if seq is None else seq
-        folder, before = self._state_folder(line, seq), line.state
+        folder, before = state_folder(self.store, line.run, seq), line.state
         self.trainer.save(line.name, folder, None)
+        self._curve(line).write(folder)
         self.store.stated(line.run, seq)
         line.state, line.spent = seq, 0.0
         if 0 <= before != seq:
-            shutil.rmtree(self._state_folder(line, before), ignore_errors=True)
+            shutil.rmtree(state_folder(self.store, line.run, before), ignore_errors=True)
 
-    def _state_folder(self, line: Line, seq: int) -> Path:
-        return self.store.folder_of(line.run) / f"state-{seq}"
+    def _curve(self, line: Line) -> Curve:
+        if line.curve is None:
+            line.curve = read_curve(self.store, line.run, line.state)
+        return line.curve

@@ -14,13 +14,21 @@ const ENDINGS = {
 
 // Values of options: models behind a mark, so that no name can be taken for BLEND.
 const valueOf = (name) => `:${name}`;
-const nameOf = (value) => value.slice(1);
+const modelOf = (value) => value.slice(1);
+const labels = new Map(); // of models that are called otherwise than they are asked for
+const nameOf = (value) => labels.get(value) ?? modelOf(value);
 
-/** Offer these models in a select and keep what is chosen; a chosen one that is gone stays, and says so. */
-function offer(select, entries) {
+/** Offer these models in a select, and groups of them, and keep what is chosen; a chosen one that is gone stays, and
+ * says so. */
+function offer(select, entries, groups = []) {
   const chosen = select.value;
   const options = entries.map(([value, label]) => new Option(label, value));
-  if (chosen && !entries.some(([value]) => value === chosen)) {
+  for (const { name, entries: own } of groups) {
+    const group = Object.assign(document.createElement("optgroup"), { label: name });
+    group.append(...own.map(([value, label]) => new Option(label, value)));
+    options.push(group);
+  }
+  if (chosen && ![entries, ...groups.map((one) => one.entries)].flat().some(([value]) => value === chosen)) {
     options.push(new Option(`${nameOf(chosen)} (not on the server)`, chosen));
   }
   select.replaceChildren(...options);
@@ -59,10 +67,13 @@ export class Column {
   }
 
   /** Offer what is in a catalog; `chosen` picks one of them. */
-  offer({ base, alone, adapters }, chosen) {
+  offer({ base, alone, adapters, runs }, chosen) {
     const entries = adapters.map((name) => [valueOf(name), name]);
     const models = [...(alone ? [[valueOf(base), `${base} (base)`]] : []), ...entries];
-    offer(this.at(".model"), adapters.length > 1 ? [...models, [BLEND, "Blend of two"]] : models);
+    const valued = ([model, label]) => [valueOf(model), label];
+    const groups = runs.map(({ name, models: own }) => ({ name, entries: own.map(valued) }));
+    for (const [value, label] of groups.flatMap((one) => one.entries)) labels.set(value, label);
+    offer(this.at(".model"), adapters.length > 1 ? [...models, [BLEND, "Blend of two"]] : models, groups);
     for (const [i, select] of this.parts.entries()) {
       const fresh = !select.value;
       offer(select, entries);
@@ -77,6 +88,11 @@ export class Column {
     return this.at(".model").value === BLEND;
   }
 
+  /** The model that is asked; null for a blend. */
+  get model() {
+    return this.blends ? null : modelOf(this.at(".model").value);
+  }
+
   /** What the column is called: a model, or 0.7 french + 0.3 german. */
   get name() {
     if (!this.blends) return nameOf(this.at(".model").value);
@@ -85,8 +101,8 @@ export class Column {
 
   /** The fields of a request that say which model answers. */
   target() {
-    if (!this.blends) return { model: nameOf(this.at(".model").value) };
-    const [first, second] = this.parts.map((select) => nameOf(select.value));
+    if (!this.blends) return { model: this.model };
+    const [first, second] = this.parts.map((select) => modelOf(select.value));
     if (first === second) throw new Refusal("A blend needs two different adapters. Pick another one.");
     const numbers = this.weights.map((input) => input.valueAsNumber);
     if (!numbers.every(Number.isFinite)) throw new Refusal("Each adapter of a blend needs a weight, such as 0.5.");
@@ -96,6 +112,7 @@ export class Column {
   relabel() {
     this.at(".blend").hidden = !this.blends;
     this.at(".model").setAttribute("aria-label", "Model of this column");
+    this.at(".model").title = this.name; // which may be cut off
     for (const [i, word] of ["First", "Second"].entries()) {
       this.parts[i].setAttribute("aria-label", `${word} adapter of the blend`);
       this.weights[i].setAttribute("aria-label", `Weight of ${nameOf(this.parts[i].value)}`);

@@ -3,6 +3,7 @@
 import { Shelf } from "./adapters.js";
 import { Column } from "./column.js";
 import { panel } from "./metrics.js";
+import { Runs } from "./runs.js";
 import { Refusal, ask, get, hasKey, setKey } from "./talk.js";
 
 // A browser opens six connections to a server. Four stream, so that two are left for everything else.
@@ -12,8 +13,8 @@ const EVERY = 2000; // ms between looks at the server
 const at = (id) => document.getElementById(id);
 const columns = [];
 const running = new Map(); // column → AbortController
-const allowed = { metrics: true, adapters: true }; // until the server says that this key may not
-let catalog = null; // {base, alone: whether the base itself may be asked, adapters: [name]}
+const allowed = { metrics: true, adapters: true, runs: true }; // until the server says that this key may not
+let catalog = null; // {base, alone: whether the base itself may be asked, adapters: [name], runs: as Runs.models()}
 let question = null; // what was asked last
 let early = false; // it was sent before the models were known
 let locked = false; // the server wants a key that we do not have
@@ -25,6 +26,7 @@ const shelf = new Shelf(document, {
   resident: (count) => server.resident(count),
   refused,
 });
+const runs = new Runs(document, { compare, refresh: look });
 
 // Columns
 
@@ -43,9 +45,10 @@ function add(name) {
   return column;
 }
 
-/** Show an adapter in a column; with all columns taken, in the last one. */
+/** Show a model in a column; with all columns taken, in the last one. */
 function compare(name) {
-  focus(columns.find((one) => one.name === name) ?? add(name));
+  if (!catalog) return; // it is being read
+  focus(columns.find((one) => one.model === name) ?? add(name));
 }
 
 function focus(column) {
@@ -70,12 +73,17 @@ function arrange() {
   for (const column of columns) column.at(".remove").hidden = columns.length === 1;
 }
 
-/** What a column can show, the base first. */
-const models = () => [...(catalog.alone ? [catalog.base] : []), ...catalog.adapters];
+/** What a column can show: the base, adapters, runs as they are now and, at last, checkpoints. */
+function models() {
+  const ofRuns = catalog.runs.flatMap((run) => run.models.map(([model]) => model));
+  const stored = (model) => (model.endsWith("/now") ? 0 : 1);
+  ofRuns.sort((a, b) => stored(a) - stored(b));
+  return [...(catalog.alone ? [catalog.base] : []), ...catalog.adapters, ...ofRuns];
+}
 
 /** The next model that no column shows yet, for a new column. */
 function unused() {
-  const shown = new Set(columns.map((column) => column.name));
+  const shown = new Set(columns.map((column) => column.model));
   return models().find((name) => !shown.has(name)) ?? models()[0];
 }
 
@@ -157,6 +165,7 @@ async function useKey() {
   locked = true; // nobody else uses the key before it is known to be one
   try {
     before.key = setKey(at("key").value.trim());
+    await readRuns();
     await readCatalog();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
@@ -172,7 +181,7 @@ async function useKey() {
 
 function unlock() {
   locked = false;
-  Object.assign(allowed, { metrics: true, adapters: true });
+  Object.assign(allowed, { metrics: true, adapters: true, runs: true });
   shelf.manage(true);
   server.say(null);
   notice(null);
@@ -184,6 +193,7 @@ function unlock() {
 function forgetKey() {
   setKey("");
   catalog = null;
+  runs.close();
   unlock();
 }
 
@@ -204,14 +214,24 @@ function showState(state, said) {
 /** Which models there are: the base, and the adapters that this key may use. Throws a Refusal. */
 async function readCatalog() {
   const { data } = await get("v1/models");
-  if (!data.length) throw new Refusal("There is no model that this key may use.");
+  if (!data.length && !runs.base) throw new Refusal("There is no model that this key may use.");
   const alone = data.find(({ parent }) => !parent);
   const adapters = data.filter(({ parent }) => parent);
-  catalog = { base: alone?.id ?? adapters[0].parent, alone: Boolean(alone), adapters: adapters.map(({ id }) => id) };
+  const base = alone?.id ?? adapters[0]?.parent ?? runs.base;
+  catalog = { base, alone: Boolean(alone), adapters: adapters.map(({ id }) => id), runs: runs.models() };
   at("base").textContent = catalog.base;
   for (const column of columns) column.offer(catalog);
   if (!columns.length) for (const name of models().slice(0, 3)) add(name);
   if (early) askAll();
+}
+
+/** What clients train here, if the server trains. Throws a Refusal. */
+async function readRuns() {
+  await part("runs", async () => {
+    if (!(await runs.refresh()) || !catalog) return;
+    catalog.runs = runs.models();
+    for (const column of columns) column.offer(catalog);
+  });
 }
 
 /** One look at everything; a part that this key may not see is not asked for again. */
@@ -219,8 +239,9 @@ async function look() {
   if (locked || document.hidden) return;
   try {
     await ready();
-    if (!catalog) await readCatalog();
     await part("metrics", async () => server.show(await get("metrics?adapters=0", { json: false }), performance.now()));
+    await readRuns();
+    if (!catalog) await readCatalog();
     await part("adapters", async () => {
       if (await shelf.refresh()) await readCatalog();
     });
@@ -254,7 +275,8 @@ async function part(name, run) {
     if (name === "metrics") {
       server.say("Only an admin's key reads the server's numbers.");
       shelf.manage(false); // and only such a key loads and unloads
-    } else shelf.close("This key may not see which adapters there are.");
+    } else if (name === "adapters") shelf.close("This key may not see which adapters there are.");
+    else runs.close(); // a server that does not train
   }
 }
 

@@ -1,0 +1,161 @@
+"""What the page at / shows of runs, and what it asks them: routes and numbers for people who look on.
+
+GET  live                                  a key's runs: losses, tokens a second, who shares the batch, checkpoints
+model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
+      tinker://RUN/now                     a run as it is at that moment
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from veneer.errors import SelectionError
+from veneer.serve.access import Key
+from veneer.serve.metrics import Metrics
+from veneer.serve.service import Asker, Route
+from veneer.serve.training.routes import On, checkpoint_of, run_of, within
+from veneer.serve.training.store import KINDS, Place
+from veneer.serve.training.training import NOW, Training
+
+router = APIRouter(prefix="/api/v1", route_class=Route)
+
+#: runs of an answer at most, checkpoints of a run, entries of what a client says of it, characters of each
+MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
+
+
+@router.get("/live")
+def live(training: On, key: Asker, limit: Annotated[int, Query(ge=1, le=MOST_RUNS)] = 20) -> JSONResponse:
+    """The runs that were used last. Its size is bounded, however long they train."""
+    rows = training.store.runs(key.owner)
+    held = set(training.worker.trainer.runs)
+    found = {
+        "base": training.base, "most_in_memory": training.resident, "total_count": len(rows),
+        "batch": _batch(training, key), "runs": [_run(training, row, held) for row in rows[:limit]],
+    }  # fmt: skip
+    return JSONResponse(found)  # written here: thousands of numbers are not the event loop's
+
+
+def _batch(training: Training, key: Key) -> dict[str, Any] | None:
+    """The last batch: the key's own runs by name, all others as a number."""
+    batch = training.worker.batch
+    if batch is None:
+        return None
+    own = [row for row in map(training.store.run, batch.runs) if row is not None and row["owner"] == key.owner]
+    runs = [{"id": row["id"], "name": _name(training, row)} for row in own[:MOST_RUNS]]
+    return {"runs": runs, "others": len(batch.runs) - len(own), "seconds_ago": round(time.monotonic() - batch.ended, 1)}
+
+
+def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
+    line = training.worker.lines.get(row["id"])
+    curve = training.curves(row["id"], row["state"]) if line is None or line.curve is None else line.curve
+    losses, config = curve.shown(), json.loads(row["config"])
+    rows = training.store.checkpoints(None, row["id"])
+    return {
+        "id": row["id"], "name": _name(training, row), "metadata": _metadata(row["metadata"]),
+        "rank": config["rank"], "targets": config["targets"], "created": row["created"], "used": row["used"],
+        "steps": curve.steps, "tokens": curve.tokens, "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
+        "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
+        "in_memory": f"run{row['number']}" in held, "waiting": 0 if line is None else len(line.waiting),
+        "unloaded": bool(row["unloaded"]), "checkpoints_count": len(rows),
+        "checkpoints": [_checkpoint(one) for one in rows[:MOST_CHECKPOINTS]],
+    }  # fmt: skip
+
+
+def _checkpoint(row: Any) -> dict[str, Any]:
+    place = Place(row["run"], row["kind"], row["name"])
+    return {
+        "path": place.path, "kind": KINDS[place.kind], "name": place.name, "bytes": row["bytes"],
+        "created": row["created"], "expires": row["expires"],
+    }  # fmt: skip
+
+
+def _name(training: Training, row: Any) -> str:
+    """What a client calls its run or, with a number, its session; else the beginning of the session's id."""
+    own = (json.loads(row["metadata"] or "{}") or {}).get("name")
+    if own:
+        return str(own)[:MOST_WORDS]
+    session = training.store.session(row["session"])
+    title = session["title"] if session is not None and session["title"] else row["session"][:8]
+    return f"{title[:MOST_WORDS]} · {row['id'].rpartition(':')[2]}"
+
+
+def _metadata(text: str | None) -> dict[str, str]:
+    entries = list((json.loads(text or "{}") or {}).items())[:MOST_METADATA]
+    return {name[:MOST_WORDS]: str(value)[:MOST_WORDS] for name, value in entries if name != "name"}
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+async def requested_run(training: Training, key: Key, model: str) -> dict[str, float]:
+    """The adapter that a model's name tinker://… means. ``Refusal``: there is none that the key may read, or it has no
+    tokens left today."""
+    run, _, last = model.removeprefix("tinker://").rpartition("/")
+    if last == NOW and run:
+        id = run_of(training, key, run)["id"]
+        within(training, key, "tokens")
+        published = training.worker.do(partial(publish, training, id))
+        name = await asyncio.shield(asyncio.wrap_future(published))
+        await training.written(training.keep, name)
+    else:
+        checkpoint_of(training, key, model)
+        within(training, key, "tokens")
+        name = await training.written(training.used, model)
+    return {name: 1.0}
+
+
+def publish(training: Training, run: str) -> str:
+    """Let the bank have a run as it is now, by the name that is returned; the training thread's. Whether it is in
+    memory stays as it was. ``BankFullError``: all runs in memory are computed now. ``SelectionError``: it is a copy, or
+    has not begun."""
+    worker, bank, name = training.worker, training.bank, f"tinker://{run}/{NOW}"
+    line = worker.line(run)
+    if not line.next:
+        raise SelectionError(f"{name}, a run without requests", "one that trains", "name one of its checkpoints")
+    if name in bank and line.published == line.next:
+        return name
+    held = line.name in worker.trainer.runs
+    worker.ensure(line)
+    folder = training.folder_of(name)
+    worker.trainer.export(line.name, folder, training.base, {"run": run, "request": line.next})
+    bank.put(name, folder, line.name)
+    line.published = line.next
+    if not held:
+        worker.let_go(line)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+class _Numbers:
+    """What /metrics says of training, read when somebody asks."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def collect(self) -> Iterator[Metric]:
+        worker, store = self.training.worker, self.training.store
+        for name, help_, value in (
+            ("veneer_training_runs", "Runs that take requests.", store.runs_of(None)),
+            ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
+        ):
+            yield GaugeMetricFamily(name, help_, value)
+        for name, help_, value in (
+            ("veneer_training_steps", "Steps of optimisers.", worker.steps),
+            ("veneer_training_tokens", "Tokens that were trained on.", worker.tokens),
+        ):
+            yield CounterMetricFamily(name, help_, value)
+
+
+def watch(metrics: Metrics, training: Training) -> None:
+    metrics.registry.register(_Numbers(training))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,275 @@
+"""What a stranger looked for in the training service: half states, promises that never come, one tenant in another's
+way."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.serve.training.test_service import TEXT, opened, texts, trained_run
+from tests.support.api_server import listening, until
+from tests.support.service import open_service
+from tests.support.training_client import Client, Failed, datum
+
+from veneer.errors import DataError
+from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.requests import Busy
+from veneer.serve.training import samples as samples_
+from veneer.serve.training import worker as worker_
+from veneer.serve.training.bodies import Sample
+from veneer.serve.training.samples import Samples
+from veneer.serve.training.wire import MESSAGES, read_pass
+
+
+def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_, "PAUSE", 0.01)
+    service = open_service(base, None, train=str(tmp_path))
+    worker, store = service.training.worker, service.training.store
+    with listening(service) as (url, _):
+        runs = [Client(url).run(seed=number) for number in range(3)]
+        data = [[datum(TEXT[number:][:8])] for number in range(3)]  # of one length: one batch
+        expected = [run.pass_(own, backward=False).loss for run, own in zip(runs, data, strict=True)]
+        real, failures = store.answer, iter([1])
+
+        def full(*args):
+            if next(failures, None) is not None:
+                raise sqlite3.OperationalError("database or disk is full")
+            return real(*args)
+
+        monkeypatch.setattr(store, "answer", full)
+        held = threading.Event()
+        worker.do(held.wait)  # all three wait together, and share a batch
+        promised = [run.ask_pass(own) for run, own in zip(runs, data, strict=True)]
+        held.set()
+        ends = [worker.promise(run.id, run.number) for run in runs]
+        for end in ends:
+            assert end.result(timeout=20).binary
+        for run, asked, loss in zip(runs, promised, expected, strict=True):
+            assert run.passed(asked).loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_run_that_did_not_begin_takes_nothing_of_a_quota(base, tmp_path):
+    ring = Keyring((Key("a", hash_of("vnr-a"), runs=1),))
+    with opened(base, tmp_path, keys=ring) as (url, _):
+        client = Client(url, "tml-vnr-a")
+        with pytest.raises(Failed, match="rank"):
+            client.run(0, rank=99)
+        run = client.run(1)
+        assert run.pass_(texts(0)).loss > 0
+        response = client.send("optim_step", model_id=f"{client.session}:train:0", seq_id=1, adam_params={})
+        assert response.status_code == 410
+        assert "did not begin" in response.json()["error"]["message"]
+
+
+def test_a_run_that_cannot_come_back_can_be_unloaded(base, tmp_path, monkeypatch):
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    with listening(service) as (url, _):
+        client = Client(url)
+        run = trained_run(client)
+        client.run(1)  # the first one is let go
+
+        def broken(*args, **options):
+            raise OSError("a state that cannot be read")
+
+        monkeypatch.setattr(service.training.worker.trainer, "load", broken)
+        with pytest.raises(Failed, match="cannot be read"):
+            run.step()
+        assert client.result(client.post("unload_model", model_id=run.id))["model_id"] == run.id
+
+
+def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch):
+    service = open_service(base, None, train=str(tmp_path))
+    with listening(service) as (url, _):
+        client = Client(url)
+        path = trained_run(client, 1).save("a")
+        other = Client(url)
+        asked = {"session_id": other.session, "model_seq_id": 0, "source_path": path}
+        real, failures = service.training.operations.copy, iter([1])
+
+        def full(source, target):
+            real(source, target)
+            if next(failures, None) is not None:
+                raise OSError("no space left on the device")
+
+        monkeypatch.setattr(service.training.operations, "copy", full)
+        assert other.send("copy_weights", **asked).status_code == 503
+        copied = other.post("copy_weights", **asked)
+        assert other.post("copy_weights", **asked) == copied  # as after a connection that broke
+        assert client.post("weights_info", tinker_path=copied["tinker_path"])["lora_rank"] == 4
+        begun = other.send("create_model", session_id=other.session, model_seq_id=0, base_model="tiny")
+        assert begun.status_code == 409
+        trained = other.run(1)
+        again = other.send("copy_weights", **{**asked, "model_seq_id": 1})
+        assert again.status_code == 409
+        assert trained.id in again.json()["error"]["message"]
+
+
+def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(base, tmp_path, monkeypatch):
+    """With more clients than adapters that are held, each pushes out another's between its call and its turn."""
+    service = open_service(base, None, train=str(tmp_path), runs=1)
+    training = service.training
+    with listening(service) as (url, _):
+        client = Client(url)
+        run = trained_run(client)
+        first = run.sampler(0)
+        expected = client.sample(first, TEXT[:5], number=0).sequences[0].tokens
+        run.pass_(texts(1))
+        run.step(0.1)
+        second = training.store.sampler(run.sampler(1))["path"]
+        real = training.engine.submit
+
+        def between(request, deliver):
+            training.used(second)
+            return real(request, deliver)
+
+        monkeypatch.setattr(training.engine, "submit", between)
+        for number in (1, 2):
+            assert client.sample(first, TEXT[:5], number=number).sequences[0].tokens == expected
+
+
+def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
+    """Of files, by threads of the pool."""
+    run = trained_run(client, 1)
+    path = client.result(run.ask("save_weights_external", path="out"))["path"]
+    kind, name = path.split("/")[-2:]
+    folder = it.training.store.folder_of(run.id) / kind / name
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            tokens = list(pool.map(it.training.address, [folder] * 2000))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(token in it.training._files for token in tokens)
+
+
+# ---------------------------------------------------------------------------------------------- samples of many
+
+
+@pytest.mark.parametrize(
+    ("shape", "crow"),
+    [
+        ([11, 4], [0, 2**63 - 1, -2, *[1] * 9]),
+        ([11, 4], [0, 1, 0, *[1] * 9]),
+        ([11, 4], [0, *[2] * 10, 1]),
+        ([1] * 70, None),
+    ],
+)
+def test_no_tensor_of_a_request_ends_the_process(shape, crow):
+    """Rows whose differences overflow were a segmentation fault, of a request that is computed again at each start."""
+    message = MESSAGES["ForwardBackwardRequest"](model_id="x", loss_fn="cross_entropy", seq_id=1)
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.arange(11, dtype="<i4").tobytes()
+    targets = datum.loss_fn_inputs.add(key="target_tokens").value
+    targets.dtype = 2
+    targets.shape.extend(shape)
+    if crow is None:
+        targets.dense = np.ones(1, "<i8").tobytes()
+    else:
+        targets.sparse_csr.crow_indices = np.asarray(crow, "<i8").tobytes()
+        targets.sparse_csr.values = targets.sparse_csr.col_indices = np.ones(1, "<i8").tobytes()
+    with pytest.raises(DataError, match="check the client"):
+        read_pass(message.SerializeToString())
+
+
+def asked(count=1, **fields):
+    prompt = {"chunks": [{"tokens": TEXT}]}
+    return Sample(num_samples=count, prompt=prompt, sampling_params={"max_tokens": 3}, **fields)  # type: ignore[arg-type]
+
+
+WORKER: Any = SimpleNamespace(vocabulary=259)
+
+
+class Full:
+    """An engine without a place."""
+
+    length, rows, ready = 200, 8, True
+
+    def __init__(self):
+        self.tries = []
+
+    def submit(self, request, deliver):
+        self.tries.append(request)
+        raise Busy("Found: a full queue.", 1.0)
+
+
+def test_samples_of_one_key_leave_room_for_another(monkeypatch):
+    monkeypatch.setattr(samples_, "MOST_WAITING", 40)
+
+    async def main():
+        samples = Samples(Full(), None, WORKER, 10.0)
+        taken = 0
+        with pytest.raises(Busy):
+            while taken < 100:
+                samples.begin(f"a{taken}", "a", "", None, asked())
+                taken += 1
+        assert 20 <= taken < 40
+        samples.begin("b", "b", "", None, asked())
+        with pytest.raises(Busy):
+            samples.begin("many", "c", "", None, asked(128))  # which are 128
+        for one in samples._calls.values():
+            one.task.cancel()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
+    monkeypatch.setattr(samples_, "PATIENCE", 0.01)
+    engine = Full()
+
+    async def main():
+        samples = Samples(engine, None, WORKER, 10.0)
+        for number in range(8):
+            samples.begin(f"a{number}", "a", "", None, asked(128))
+        await asyncio.sleep(0.2)
+        for one in samples._calls.values():
+            one.task.cancel()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.TRYING
+
+
+def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):
+    """An adapter that somebody holds for ever could never be pushed out."""
+    run = trained_run(client)
+    session = run.sampler()
+    path, bank = it.training.store.sampler(session)["path"], it.training.bank
+    bank.register(path, it.training.store.files_of(worker_place(path)) / "adapter", replace=True)  # which is cold
+    reads, go = threading.Event(), threading.Event()
+    real = bank._acquire
+
+    def slow(weights):
+        reads.set()
+        go.wait(20)
+        return real(weights)
+
+    bank._acquire = slow
+    try:
+        samples = it.training.samples
+        body = {"sampling_session_id": session, "seq_id": 77, "prompt": {"chunks": [{"tokens": TEXT}]},
+                "sampling_params": {"max_tokens": 1}, "prompt_logprobs": True}  # fmt: skip
+        promised = client.post("asample", **body)
+        assert reads.wait(20)
+        client.post("cancel_future", request_id=promised["request_id"])
+        until(samples._calls[promised["request_id"]].task.done)
+    finally:
+        go.set()
+        bank._acquire = real
+    until(lambda: bank._loader is not None and bank._loader.submit(lambda: True).result())
+    until(lambda: not any(one.users for one in bank.status() if one.name == path))
+    assert np.isfinite(client.sample(session, TEXT, number=78, prompt_logprobs=True).prompt[1:]).all()
+
+
+def worker_place(path):
+    from veneer.serve.training.store import place_of
+
+    return place_of(path)
