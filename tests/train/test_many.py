@@ -247,6 +247,33 @@ def test_runs_that_drop_draw_once_for_layers_that_read_one_input():
         assert_same_gradients(run, alone[name].handle)
 
 
+def test_layers_that_read_one_input_are_one_call_of_the_kernel_whatever_the_ranks(monkeypatch):
+    torch.manual_seed(0)
+    base, draw = tiny_model(num_hidden_layers=2).double(), lambda: tokens(causal=True)
+    configs = {name: veneer.LoraConfig(rank=rank, targets=["*_proj"]) for name, rank in (("a", 2), ("b", 3))}
+    alone = {name: Alone(base, name, own, 7, causal_loss) for name, own in configs.items()}
+    runs = veneer.train_many(base, configs, seeds=7)
+    for parameter in [*runs["a"].parameters(), *alone["a"].handle.parameters()]:
+        parameter.data += 0.05  # B is zero at the start
+    seen = []
+    monkeypatch.setattr(
+        kernel, "_apply", lambda *given, own=kernel._apply: seen.append((len(given) - 3) // 3) or own(*given)
+    )
+    for _ in range(2):  # the second step finds what the first has worked out
+        seen.clear()
+        batches = {name: {key: one[:2] for key, one in draw().items()} for name in configs}
+        losses = runs.backward(batches, causal_loss)
+        # the first block's queries, keys and values read embeddings, which have no graph to share
+        assert seen[-10:] == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]
+        for name, run in runs.items():
+            assert abs(losses[name] - alone[name].step(batches[name])) < 1e-10, name
+            assert_same_gradients(run, alone[name].handle)
+        for one in [*runs.values(), *(own.handle for own in alone.values())]:
+            for parameter in one.parameters():
+                parameter.data -= parameter.grad
+                parameter.grad = None
+
+
 def test_runs_of_other_dtypes_keep_the_digits_of_their_own():
     torch.manual_seed(0)
     base = nn.Linear(6, 4)
@@ -547,7 +574,10 @@ def test_spans_are_their_definition(dtype, ranks, drops):
     own = [x.to(dtype).requires_grad_(), *(one.clone().requires_grad_() for one in (*A, *B))]
     if dtype is torch.float64:
         own = [one.detach().double().requires_grad_() for one in own]
-    found = kernel.linear(own[0], nn.Parameter(weight.to(dtype), False), bias.to(dtype), given, own[1:4], own[4:])
+    factors = [one[None] for one in own[1:]]
+    found = kernel.linear(
+        own[0], nn.Parameter(weight.to(dtype), False), bias.to(dtype), given, factors[:3], factors[3:]
+    )
     near = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     scale = float(expected.detach().abs().max())
     torch.testing.assert_close(found.detach().double() / scale, expected.detach() / scale, rtol=0, atol=near)

@@ -11,6 +11,7 @@ is dear, for plain changes, which are two products of all rows there (``kernels/
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -27,14 +28,16 @@ from veneer.attach.blend import same_weights
 from veneer.attach.fused_linear import seed_of
 from veneer.attach.layer_adapter import LayerAdapter, with_update
 from veneer.attach.routed_rows import spread, tokens_a_row
-from veneer.attach.state import ActiveAdapter, ModelAdapters
+from veneer.attach.state import STATE, ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import seed as new_seed
-from veneer.kernels.spans import Span, linear
+from veneer.kernels.spans import Span, alike, linear, linears
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
+#: outputs of layers that wait for their calls
+_THREAD = threading.local()
 #: tensors, and what holds none
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
@@ -53,15 +56,21 @@ class Parts(Mapping[Any, Any]):
         self.spans = _spans(rows)
         self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
         self._made: dict[Any, Tensor] = {}
+        self._by_rows: dict[Any, _ByRows] = {}
         places = {row: place for place, own in enumerate(rows) for row in own.tolist()}
         self.of_row = [places[row] for row in range(count)]
 
     def __getitem__(self, key: Any) -> Any:
-        tables = [selected.parts if selected.parts is not None else selected.table for selected in self.selections]
-        parts = [table.get(key) for table in tables]
-        if all(part is None for part in parts):
-            raise KeyError(key)
-        return _ByRows(self, parts)
+        parts = [selected.table.get(key) for selected in self.selections]  # or an error: one is gone
+        known = self._by_rows.get(key)
+        if known is None or known.parts != parts:
+            if all(part is None for part in parts):
+                raise KeyError(key)
+            known = self._by_rows[key] = _ByRows(self, parts)
+        return known
+
+    def __contains__(self, key: Any) -> bool:
+        return any(key in selected.table for selected in self.selections)
 
     def are_rows_of(self, x: Any) -> bool:
         """Whether the first axis of x holds the rows, and no other may."""
@@ -123,10 +132,33 @@ class Parts(Mapping[Any, Any]):
 
 
 class _ByRows:
-    """Stands where a ``LayerAdapter`` stands, for one call."""
+    """Stands where a ``LayerAdapter`` stands, for calls of these rows. ``changes``: those of the parts that change
+    something here, and ``bounds`` the rows of each, if every one is plain and the rows of an adapter are neighbours."""
 
     def __init__(self, whole: Parts, parts: Sequence[Any]) -> None:
         self.whole, self.parts = whole, parts
+        some = [part for part in parts if part is not None]
+        plain = whole.spans is not None and all(
+            isinstance(own, LayerAdapter) and own.direct is not None for own in some
+        )
+        self.known: Any = some[0].direct if plain else None
+        self.changes: list[Any] = [part.direct.change for part in some] if plain else []
+        own = zip(whole.spans or (), parts, strict=False)
+        self.bounds = [bounds for bounds, part in own if part is not None]
+        self._spans: tuple[Any, tuple[Span, ...]] = (None, ())
+        self.others = self._others() if self.changes else []
+
+    def _others(self) -> list[tuple[nn.Module, _ByRows]]:
+        """The layers that read the same x after this one, if they are the same for every adapter that changes it."""
+        parts = [part for part in self.parts if part is not None]
+        members = [part.together.members for part in parts if part.together is not None]
+        if len(members) < len(parts) or any(own[0][1] is not part for own, part in zip(members, parts, strict=True)):
+            return []
+        modules = [[module for module, _ in own] for own in members]
+        if any(own != modules[0] for own in modules):
+            return []
+        found = [(module, self.whole[module._modules[STATE].key]) for module in modules[0][1:]]
+        return [(module, own) for module, own in found if own.changes and own.bounds == self.bounds]
 
     def seen(self, method: str = "forward"):
         for part in self.parts:
@@ -146,6 +178,9 @@ class _ByRows:
         x = args[0] if len(args) == 1 and not kwargs and method == "forward" else None
         seeds: list[int | None] = [None] * len(self.parts)
         if x is not None and now.path is None:
+            y = self._plain(module, x) if self.changes else None
+            if y is not None:
+                return y
             seeds = self._seeds(module, x)
             y = self._at_once(module, x)
             y = self._by_spans(module, layer_state, x, seeds) if y is None else y
@@ -211,12 +246,11 @@ class _ByRows:
         for i, ((first, after), part, seed) in enumerate(zip(whole.spans, self.parts, seeds, strict=True)):
             if part is None or not part.changes:
                 continue
-            if part.direct is not None:  # what `resolve` would say, in every layer of every run
+            if part.direct is not None:  # what `resolve` would say
                 own: Any = part.direct.change
-                factors, drops = own._parameters, part.direct.drops
-                A.append(factors["A"])
-                B.append(factors["B"])
-                spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, drops, seed or 0))
+                A.append(own._parameters["A"])
+                B.append(own._parameters["B"])
+                spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, part.direct.drops, seed or 0))
                 continue
             low, gain = lows[i]
             change = part.changes[reader.weight]
@@ -234,6 +268,76 @@ class _ByRows:
         matrix = weight.mT if reader.out_axis == 1 else weight
         y = linear(x, matrix, None if gained else bias, spans, A, B)
         return self._with_gains(module, reader, x, y, bias, gained) if gained else y
+
+    def _plain(self, module: Any, x: Any) -> Tensor | None:
+        """The output of a linear layer where each part is one plain change that drops nothing in this call, and those
+        of the layers that read the same x, if these are the same for every adapter (``fused_linear.Together``)."""
+        spans = self._of_tokens(module, x)
+        if spans is None:
+            return None
+        y = self._waiting(module, x, spans)
+        if y is not None:
+            return y
+        layers: list[tuple[Any, _ByRows]] = [(module, self)]
+        if self.others and torch.is_grad_enabled() and x.grad_fn is not None and alike(spans):
+            for other, own in self.others:
+                if own.known.fits(other, x) and own._of_tokens(other, x) == spans:
+                    layers.append((other, own))
+        A, B = zip(*(own._factors() for _, own in layers), strict=True)
+        weights, biases = zip(*(own._frozen(other) for other, own in layers), strict=True)
+        if len(layers) == 1:
+            return linear(x, weights[0], biases[0], spans, A[0], B[0])
+        y, *rest = linears(x, weights, biases, spans, A, B)
+        ready = {own: (y, spans, own._reads(other)) for (other, own), y in zip(layers[1:], rest, strict=True)}
+        _THREAD.waiting = x, x._version, ready
+        return y
+
+    def _waiting(self, module: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor | None:
+        """The output that the call of another layer on this x has made; None if there is none, or of other numbers."""
+        shared_input, version, ready = getattr(_THREAD, "waiting", (None, 0, {}))
+        if shared_input is not x or version != x._version or self not in ready:
+            return None
+        y, known, read = ready.pop(self)
+        if not ready:
+            del _THREAD.waiting
+        return y if known == spans and read == self._reads(module) else None
+
+    def _of_tokens(self, module: Any, x: Any) -> tuple[Span, ...] | None:
+        """The spans of the changes in x [N, *, in]; None where ``_plain`` is not for the call."""
+        own, known = module._parameters, self.known
+        if known.weight not in own or not self.whole.are_rows_of(x) or not fused.applies(x, own[known.weight]):
+            return None
+        bias = None if known.bias is None else own[known.bias]
+        if bias is not None and bias.requires_grad:
+            return None
+        tokens = x.shape[1] if x.ndim == 3 else x.shape[1:-1].numel()
+        now = [tokens]
+        for change in self.changes:
+            if change.dropout and change.training:
+                return None
+            now += change.rank, change.scale
+        if self._spans[0] != now:
+            pairs = zip(self.bounds, self.changes, strict=True)
+            spans = (Span(first * tokens, after * tokens, own.rank, own.scale) for (first, after), own in pairs)
+            self._spans = now, tuple(spans)
+        return self._spans[1]
+
+    def _reads(self, module: Any) -> list[int]:
+        """What the output depends on besides x and the spans, to be compared: identities and versions."""
+        own, (A, B) = module._parameters, self._factors()
+        tensors = [own[self.known.weight], *A, *B]
+        if self.known.bias is not None and own[self.known.bias] is not None:
+            tensors.append(own[self.known.bias])
+        return [*map(id, tensors), *(one._version for one in tensors)]
+
+    def _frozen(self, module: Any) -> tuple[Tensor, Tensor | None]:
+        own, known = module._parameters, self.known
+        weight = own[known.weight]
+        return weight.mT if known.flipped else weight, None if known.bias is None else own[known.bias]
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        factors = [change._parameters for change in self.changes]
+        return [each["A"] for each in factors], [each["B"] for each in factors]
 
     def _with_gains(self, module: Any, reader: Any, x: Tensor, y: Tensor, bias: Any, gained: dict[int, Any]) -> Tensor:
         """y, of which these spans are x Wᵀ alone yet, and none has the bias."""

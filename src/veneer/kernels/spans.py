@@ -5,17 +5,17 @@
 
 The products with W are one for all rows, forward and backward, as W is frozen. What is thin runs on each span's own
 tokens, so that nothing of one span, a NaN included, reaches another's output or gradient: spans of one length without
-dropout as batched products, smaller ranks filled up with zeros; others one after another (``fused.py`` has the
-products). The change comes first and x Wᵀ is added to it, as in ``fused.py``. Saved are x, and h where it is small.
+dropout as batched products, smaller ranks filled up with zeros, and of all layers that read one x where that can be one
+product; others one after another (``fused.py`` has the products). The change comes first and x Wᵀ is added to it, as in
+``fused.py``. Saved are x, and h where it is small.
 
-Eight spans of rank 8 in a layer of 576 × 576, one thread, forward and backward: of 16 tokens 0.18 ms batched and 0.43
-one after another in float32, 0.19 and 1.1 in bfloat16, beside 1.8 and 0.8 of the products with W; of 64 tokens 0.64 and
-1.0 in float32, 0.36 and 1.3 in bfloat16, beside 7.3 and 3.5.
+All factors of a layer are one tensor to the function, joined by autograd's own ``cat``: eight adapters' are sixteen,
+and to take each by itself, here and in backward, took longer than the products of 16 tokens.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -60,110 +60,127 @@ def linear(
 
     Args:
         spans: in order, none over another; tokens in no span are the base's.
-        A, B: [r_i, in] and [out, r_i] of each span, or all with a first axis of one, of any floating-point dtype:
-            computed in that of x.
+        A, B: [1, r_i, in] and [1, out, r_i] of each span, of any floating-point dtype: computed in that of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
-    return _apply(tuple(spans), x, weight, bias, *A, *B)
+    if alike(spans):
+        return linears(x, [weight], [bias], spans, [A], [B])[0]
+    downs, ups = torch.cat(tuple(A), 1)[0], torch.cat([up.mT for up in B], 1)[0]
+    return _apply(tuple(spans), x, downs.to(x.dtype), ups.to(x.dtype), weight, bias)[0]
 
 
-class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, spans: tuple[Span, ...], x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
-        matrices = [one if one.ndim == 2 else one[0] for one in factors]
-        A, B = matrices[: len(spans)], matrices[len(spans) :]
-        tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-        part = tokens.new_empty(len(tokens), len(weight))
-        way = _Batched if _alike(spans, A) else _Each
-        downs, ups = _below(A, x.dtype, way), _below([up.mT for up in B], x.dtype, way)
-        part[: spans[0].first] = 0
-        part[spans[-1].after :] = 0
-        h = way.forward(spans, tokens, downs, ups, part)
-        y = fused.added(part, tokens, weight, bias)
-        ctx.spans, ctx.shape, ctx.way = spans, x.shape, way
-        *made_of, ctx.gate = kept(x)
-        h = h if max(map(len, A)) * 8 <= x.shape[-1] else [None] * len(h)
-        ctx.save_for_backward(*made_of, weight, downs, ups, *factors, *h)
-        return y.view(*x.shape[:-1], len(weight)).data  # which forgets that it is a view
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not _C._is_any_autocast_enabled():
-            return _gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(ctx, dy)
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    spans: Sequence[Span],
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+) -> tuple[Tensor, ...]:
+    """``linear`` of several layers that read one x, of each the factors of all spans, which are ``alike``."""
+    most = max(span.rank for span in spans)
+    if any(span.rank != most for span in spans):
+        A = [[F.pad(one, (0, 0, 0, most - one.shape[1])) for one in own] for own in A]
+        B = [[F.pad(one, (0, most - one.shape[2])) for one in own] for own in B]
+    # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets a part
+    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(x.dtype)  # [spans · layers, r, in]
+    ups = [torch.cat(tuple(own)).to(x.dtype) for own in B]  # [spans, out, r]
+    return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
-# as in ``fused.py``: what ``Function.apply`` does for ``torch.func``, whose transforms never come here
-_apply = cast(Any, super(Function, _Linear)).apply
-
-
-def _alike(spans: Sequence[Span], A: Sequence[Tensor]) -> bool:
+def alike(spans: Sequence[Span]) -> bool:
     """Whether spans can be one batch: neighbours of one length, of ranks that are not far from each other."""
-    length, ranks = spans[0].after - spans[0].first, [len(down) for down in A]
+    start, length = spans[0].first, spans[0].after - spans[0].first
+    ranks = [span.rank for span in spans]
     return (
         len(spans) > 1
         and max(ranks) * len(ranks) <= 2 * sum(ranks)
-        and all(not span.dropout for span in spans)
-        and all(span.first == spans[0].first + i * length for i, span in enumerate(spans))
-        and spans[-1].after == spans[0].first + len(spans) * length
+        and all(
+            span.first == start + i * length and span.after == span.first + length and not span.dropout
+            for i, span in enumerate(spans)
+        )
     )
 
 
-def _below(factors: Sequence[Tensor], dtype: torch.dtype, way: Any) -> Tensor:
-    """Factors [r_i, n] below each other, in a dtype: a copy and a cast for all; each of the largest rank if batched."""
-    most = max(map(len, factors))
-    if way is _Batched and any(len(one) != most for one in factors):
-        zeros = factors[0].new_zeros(most, factors[0].shape[1])
-        factors = [piece for one in factors for piece in (one, zeros[len(one) :])]
-    return torch.cat(tuple(factors)).to(dtype)
+class _Linears(Function):
+    """``tensors``: of each layer what is up, weight and bias. Factors are [spans · layers, r, in] and [spans, out, r]
+    of spans that are alike, or [R, in] and [R, out], those of each span below each other, of one layer."""
+
+    @staticmethod
+    def forward(ctx: Any, spans: tuple[Span, ...], x: Tensor, downs: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        count = len(tensors) // 3
+        ups, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        tokens = x.reshape(-1, x.shape[-1])  # [T, in]
+        parts = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
+        if spans[-1].after - spans[0].first < tokens.shape[0]:
+            for part in parts:
+                part[: spans[0].first] = 0
+                part[spans[-1].after :] = 0
+        way: Any = _Batched if downs.ndim == 3 else _Each
+        h = way.forward(spans, tokens, downs, ups, parts)
+        ys = [fused.added(part, tokens, *own) for part, *own in zip(parts, weights, biases, strict=True)]
+        ctx.spans, ctx.shape, ctx.way = spans, x.shape, way
+        *made_of, ctx.gate = kept(x)
+        h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
+        ctx.save_for_backward(*made_of, downs, *ups, *weights, *h)
+        # `data` forgets that it is a view
+        return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not _C._is_any_autocast_enabled():
+            return _gradients(ctx, dys)
+        with torch.autocast(dys[0].device.type, enabled=False):
+            return _gradients(ctx, dys)
+
+
+# as in ``fused.py``: what ``Function.apply`` does for ``torch.func``, whose transforms never come here
+_apply = cast(Any, super(Function, _Linears)).apply
 
 
 class _Gradients(NamedTuple):
-    """What ``backward`` of a way makes: part [T, in] of dx, and those of each A [r, in] and B [out, r]. Its ``dtype``
-    is the widest of the factors', for a cast of all at once."""
+    """What ``backward`` of a way makes: part [T, in] of dx, and those of the factors, laid out as these are."""
 
     x: Tensor | None
-    A: Sequence[Any]
-    B: Sequence[Any]
+    downs: Tensor | None
+    ups: Sequence[Tensor | None]
 
 
 class _Batched:
-    """All spans in one product each."""
+    """All spans in one product each. float32 products are quicker with the tokens last, and so are those of 16 bits."""
 
     @staticmethod
-    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Tensor, part: Tensor) -> list[Tensor | None]:
-        x, y = _Batched.of(spans, tokens), _Batched.of(spans, part)
-        h = torch.bmm(x, downs.view(len(spans), -1, x.shape[2]).mT)  # [N, t, r]
+    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any) -> list[Tensor | None]:
+        x, count = _Batched.of(spans, tokens), len(spans)
+        h = torch.bmm(downs.view(count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
         h *= _Batched.scales(spans, x)
-        torch.bmm(h, ups.view(len(spans), -1, y.shape[2]), out=y)
+        for own, up, part in zip(h.split(downs.shape[1], 1), ups, parts, strict=True):
+            torch.bmm(own.mT, up.mT, out=_Batched.of(spans, part))
         return [h]
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any,
-        dtype: torch.dtype,
-    ) -> _Gradients:  # fmt: skip
-        need_x, need_A, need_B = needs
-        x, dy, count = _Batched.of(spans, tokens), _Batched.of(spans, dy), len(spans)
-        A, B = downs.view(count, -1, x.shape[2]), ups.view(count, -1, dy.shape[2])
-        scales = _Batched.scales(spans, x)
-        carried = torch.bmm(dy, B.mT)  # s (dy B), [N, t, r]
-        carried *= scales
-        dA: Sequence[Any] = [None] * count
-        dB: Sequence[Any] = [None] * count
-        if any(need_A):  # cast, and of B transposed, all at once
-            dA = [own[: span.rank] for own, span in zip(torch.bmm(carried.mT, x).to(dtype), spans, strict=True)]
-        if any(need_B):
-            narrow = torch.bmm(x, A.mT) * scales if h[0] is None else h[0]
-            whole = torch.bmm(narrow.mT, dy).mT.to(dtype).contiguous()
-            dB = [own[:, : span.rank] for own, span in zip(whole, spans, strict=True)]
+        spans: Sequence[Span], tokens: Tensor, dys: Sequence[Tensor], downs: Tensor, ups: Any, h: list[Any], needs: Any
+    ) -> _Gradients:
+        need_x, need_downs, *need_ups = needs
+        x, count, rank = _Batched.of(spans, tokens), len(spans), downs.shape[1]
+        A, scales = downs.view(count, -1, x.shape[2]), _Batched.scales(spans, x)
+        dys = [_Batched.of(spans, dy) for dy in dys]
+        rows = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
+        carried = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        carried *= scales  # s (dy B)ᵀ, [N, layers · r, t]
+        grown: list[Tensor | None] = [None] * len(ups)
+        if any(need_ups):
+            whole = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
+            for i, (own, dy, need) in enumerate(zip(whole.split(rank, 1), dys, need_ups, strict=True)):
+                grown[i] = torch.bmm(own, dy).mT.contiguous() if need else None
+        dA = torch.bmm(carried, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
             dx = tokens.new_zeros(tokens.shape) if x.numel() < tokens.numel() else tokens.new_empty(tokens.shape)
-            torch.bmm(carried, A, out=_Batched.of(spans, dx))
-        return _Gradients(dx, dA, dB)
+            torch.bmm(carried.mT, A, out=_Batched.of(spans, dx))
+        return _Gradients(dx, dA, grown)
 
     @staticmethod
     def of(spans: Sequence[Span], x: Tensor) -> Tensor:
@@ -173,46 +190,46 @@ class _Batched:
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
         scales = [span.scale for span in spans]
-        return scales[0] if len({*scales}) == 1 else x.new_tensor(scales)[:, None, None]
+        return scales[0] if scales.count(scales[0]) == len(scales) else x.new_tensor(scales)[:, None, None]
 
 
 class _Each:
     """One span after another."""
 
     @staticmethod
-    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Tensor, part: Tensor) -> list[Tensor | None]:
+    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any) -> list[Tensor | None]:
         h: list[Tensor | None] = []
-        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups)):
+        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
             own = span.of(tokens)
             narrow = fused.thin(down, own, span.dropped(own))  # [r, t]
             narrow *= span.strength
-            torch.mm(narrow.mT, up, out=span.of(part))
+            torch.mm(narrow.mT, up, out=span.of(parts[0]))
             h.append(narrow)
             if i + 1 < len(spans):
-                part[span.after : spans[i + 1].first] = 0
+                parts[0][span.after : spans[i + 1].first] = 0
         return h
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dy: Tensor, downs: Tensor, ups: Tensor, h: list[Any], needs: Any,
-        dtype: torch.dtype,
-    ) -> _Gradients:  # fmt: skip
+        spans: Sequence[Span], tokens: Tensor, dys: Sequence[Tensor], downs: Tensor, ups: Any, h: list[Any], needs: Any
+    ) -> _Gradients:
         need_x, need_A, need_B = needs
         dx = torch.zeros_like(tokens) if need_x else None
-        dA: list[Any] = [None] * len(spans)
-        dB: list[Any] = [None] * len(spans)
-        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups)):
-            own, given = span.of(tokens), span.of(dy)
+        dA: list[Any] = []
+        dB: list[Any] = []
+        for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
+            own, given = span.of(tokens), span.of(dys[0])
             dropped, narrow = span.dropped(own), h[i]
             if narrow is None:
                 narrow = fused.thin(down, own, dropped) * span.strength
-            carried, grown = fused.thin_twice(up, given, narrow) if need_B[i] else (fused.thin(up, given), None)
-            dB[i] = None if grown is None else grown.mT
+            carried, grown = fused.thin_twice(up, given, narrow) if need_B else (fused.thin(up, given), None)
+            dB.append(grown)
             carried *= span.strength  # s (dy B)ᵀ, [r, t]
-            part, dA[i] = fused.thin_back(carried, down, own, dropped, need_x, need_A[i])
+            part, grown = fused.thin_back(carried, down, own, dropped, need_x, need_A)
+            dA.append(grown)
             if dx is not None:
                 span.of(dx).copy_(part)
-        return _Gradients(dx, dA, dB)
+        return _Gradients(dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None])
 
     @staticmethod
     def of(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
@@ -221,40 +238,44 @@ class _Each:
         return zip(spans, downs.split(ranks), ups.split(ranks), strict=True)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    first, second, third, weight, downs, ups, *rest = ctx.saved_tensors
-    spans, count, need_x = ctx.spans, len(ctx.spans), ctx.needs_input_grad[1]
-    factors, h = rest[: 2 * count], rest[2 * count :]
-    x = again(SavedInput(first, second, third, ctx.gate), need_x)
-    needs = need_x, ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
+def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
+    count, spans, needs = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
+    first, second, third, downs, *rest = ctx.saved_tensors
+    ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    x = again(SavedInput(first, second, third, ctx.gate), needs[0])
+    without = (None,) * (2 * count)
     if torch.is_grad_enabled():
 
-        def plain(x: Tensor, *factors: Tensor) -> list[Tensor]:
-            return [_definition(spans, x, weight, factors)]
+        def plain(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
+            return _definition(spans, x, downs, ups, weights)
 
         drops = max(span.dropout for span in spans)
-        dx, *grown = reference.gradients_of(plain, (x, *factors), (need_x, *needs[1], *needs[2]), [dy], drops)
-        return None, dx, None, None, *grown
-    tokens, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dtype = functools.reduce(torch.promote_types, {one.dtype for one in factors})
-    part, dA, dB = ctx.way.backward(spans, tokens, dy, downs, ups, h, needs, dtype)
-    dx = None if part is None else part.addmm_(dy, weight).view(ctx.shape)
-    grown = [
-        fused.as_factor(own, factor) if need else None
-        for own, factor, need in zip([*dA, *dB], factors, [*needs[1], *needs[2]], strict=True)
-    ]
-    return None, dx, None, None, *grown
+        return None, *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops), *without
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    dx, dA, dB = ctx.way.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
+    if dx is not None:
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.addmm_(dy, weight)
+        dx = dx.view(ctx.shape)
+    return None, dx, dA, *dB, *without
 
 
-def _definition(spans: Sequence[Span], x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Without a bias, whose gradient nobody asks for, and without dropout."""
-    tokens = x.reshape(-1, x.shape[-1])
-    y, count = F.linear(tokens, weight), len(spans)
-    found, end = [], 0
-    for span, down, up in zip(spans, factors[:count], factors[count:], strict=True):
-        own = span.of(tokens)
-        down, up = down.reshape(-1, x.shape[-1]).to(x.dtype), up.reshape(-1, span.rank).to(x.dtype)
-        changed = reference.matmul_update(own, down, up, span.scale, span.of(y))
-        found += [y[end : span.first], changed]
-        end = span.after
-    return torch.cat([*found, y[end:]]).view(*x.shape[:-1], -1)
+def _definition(
+    spans: Sequence[Span], x: Tensor, downs: Tensor, ups: Sequence[Tensor], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Without biases, whose gradient nobody asks for, and without dropout."""
+    tokens, layers = x.reshape(-1, x.shape[-1]), len(weights)
+    outputs = []
+    for layer, (weight, up) in enumerate(zip(weights, ups, strict=True)):
+        y, end = F.linear(tokens, weight), 0
+        if downs.ndim == 3:
+            factors: Any = zip(spans, downs[layer::layers], up, strict=True)
+        else:
+            factors = ((span, down, up.mT) for span, down, up in _Each.of(spans, downs, up))
+        found = []
+        for span, down, own in factors:
+            changed = reference.matmul_update(span.of(tokens), down, own, span.scale, span.of(y))
+            found += [y[end : span.first], changed]
+            end = span.after
+        outputs.append(torch.cat([*found, y[end:]]).view(*x.shape[:-1], -1))
+    return outputs

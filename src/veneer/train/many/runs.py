@@ -37,6 +37,8 @@ from veneer.train.many.streams import OwnDropout, Stream, dropouts, generators, 
 
 #: (a run's rows of the output, its target) -> scalar
 Loss = Callable[[Any, Any], Tensor]
+#: how many ways to put runs into one batch are kept
+SHARED = 64
 
 
 class LabelLoss(NamedTuple):
@@ -105,6 +107,7 @@ class Runs(Mapping[str, Handle]):
         # keys and values would be kept of all rows
         self._defaults = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self._tried: set[Any] = set()
+        self._shared: dict[Any, tuple[Any, Parts]] = {}
 
     def __getitem__(self, name: str) -> Handle:
         return self._handles[name]
@@ -139,6 +142,7 @@ class Runs(Mapping[str, Handle]):
         """Let a run end: its adapter is detached. Save it first."""
         self[name].detach()
         del self._handles[name], self._streams[name], self._parameters[name]
+        self._shared.clear()
 
     def backward(
         self,
@@ -226,14 +230,25 @@ class Runs(Mapping[str, Handle]):
     def _chosen(self, group: Mapping[str, Batch]) -> tuple[dict[str, ActiveAdapter], Any]:
         """What a call of these rows selects, and a block for the base's own dropout in it."""
         attached = need_adapters(self.model, walk=False)
-        own = [dataclasses.replace(attached.selections[name], stream=self._streams[name]) for name in group]
-        if len(own) == 1:
-            return {attached.uid: own[0]}, nullcontext()
-        rows = torch.arange(sum(batch.rows for batch in group.values()), device="cpu")
-        parts = Parts(
-            attached.uid, own, rows.split([batch.rows for batch in group.values()]), len(rows), self._time_first
-        )
-        selected = {attached.uid: ActiveAdapter(None, parts, same_weights(own))}
+        selections = [attached.selections[name] for name in group]
+        if len(group) == 1:
+            (name,) = group
+            return {attached.uid: dataclasses.replace(selections[0], stream=self._streams[name])}, nullcontext()
+        key = tuple((name, batch.rows) for name, batch in group.items())
+        # what each layer does with these rows is worked out in the first call, and kept while the adapters stay
+        before, parts = self._shared.get(key, (None, None))
+        if parts is None or before != selections:
+            own = [
+                dataclasses.replace(one, stream=self._streams[name])
+                for name, one in zip(group, selections, strict=True)
+            ]
+            rows = torch.arange(sum(batch.rows for batch in group.values()), device="cpu")
+            split_ = rows.split([batch.rows for batch in group.values()])
+            parts = Parts(attached.uid, own, split_, len(rows), self._time_first)
+            if len(self._shared) >= SHARED:
+                self._shared.clear()
+            self._shared[key] = selections, parts
+        selected = {attached.uid: ActiveAdapter(None, parts, same_weights(parts.selections))}
         return selected, OwnDropout(parts) if self._may_drop() else nullcontext()
 
     def _may_drop(self) -> bool:
