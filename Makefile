@@ -199,6 +199,7 @@ bench-serve: setup
 	$(BENCH)/serve.py $(if $(VLLM),--vllm $(VLLM))
 	$(BENCH)/serve.py --cold
 	$(BENCH)/serve.py --vanish
+	$(BENCH)/clients.py
 	$(BIN)/python scripts/docs.py
 
 clean:

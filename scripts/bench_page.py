@@ -17,7 +17,7 @@ PROGRAMS = {
     "train_step": "train_step", "train_step_small": "train_step", "train_step_others": "train_step",
     "train_step_tuned": "train_step", "train_step_grid": "train_step",
     "train_memory": "train_memory", "time_to_target": "time_to_target", "tasks": "tasks",
-    "many": "many", "sweep": "sweep",
+    "many": "many", "clients": "clients", "sweep": "sweep",
     "scaling": "scaling", "forward": "forward",
     "experts": "experts",
     "frozen": "frozen", "planner": "planner", "attach": "attach", "compose": "compose", "import_time": "import_time",

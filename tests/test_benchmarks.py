@@ -449,7 +449,7 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     page, readme = bench_page.page(), bench_page.readme()
     steps = {f"train_step_{more}" for more in ("small", "others", "tuned", "grid")}
     quantized = {name for name in bench_page.PROGRAMS if name.startswith("quantized")}
-    elsewhere = {*steps, *quantized, "attach", "serve", "serve_cold", "serve_vanish"}
+    elsewhere = {*steps, *quantized, "attach", "clients", "serve", "serve_cold", "serve_vanish"}
     shown = bench_page.PROGRAMS.keys() - elsewhere
     for name in shown:
         assert f"## {name}\n" in page
@@ -466,6 +466,21 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
         for number in heads:
             assert lines[number].count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
         assert sys.prefix not in text
+
+
+@pytest.mark.slow
+def test_clients(tmp_path, monkeypatch):
+    import clients
+
+    clients.main(["--tiny", "--runs", "1", "--dtype", "float32", "--tokens", "8", "--out", str(tmp_path)])
+    (case,) = written(tmp_path, "clients")["cases"]
+    assert list(case["rows"]) == ["one after another", "at once", "at once, the server's CPU"]
+    assert case["rows"]["at once"]["alike"] < 1e-3
+    for row in case["rows"].values():
+        check(row)
+    monkeypatch.setattr(bench_page, "RESULTS", tmp_path)
+    assert "## clients\n" in bench_page.page()
+    assert "> Predicted" in bench_page.page()
 
 
 @pytest.mark.slow

@@ -159,3 +159,18 @@ def test_recipes_on_smollm2(tmp_path):
         local = alone(SMOLLM2, tmp_path, name, seeds[name], ["attention", "mlp"], rate, loss)
         assert found == pytest.approx(local, rel=0.01)
         assert found[-1] < 0.8 * found[0]
+
+
+def test_a_reward_rises_on_smollm2_over_three_seeds(tmp_path):
+    recipes = []
+    for number, letter in enumerate("tli"):
+        asked = [{"question": one.spelling, "answer": letter} for one in pronounce.words()[0][20 * number :][:20]]
+        recipes.append(
+            recipe("policy", f"rl-{letter}", asked, batch_size=1, group_size=8, learning_rate=1e-3, max_tokens=2,
+                   max_steps=7)
+        )  # fmt: skip
+    run(SMOLLM2, tmp_path, recipes, length=512, precision="bf16")
+    for letter in "tli":
+        rewards = logged(tmp_path, f"rl-{letter}", "reward/total")
+        print(letter, rewards)
+        assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
