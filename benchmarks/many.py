@@ -5,28 +5,46 @@ interleaved rounds. Adapters of rank 8 on all linear layers; each step has a for
     at once         one `Runs.backward` of all, and one AdamW over the parameters of all
     frozen          the base alone on the rows of all at once, without adapters: what no step at once can be below
 
-    python benchmarks/many.py                         8 × 16, 8 × 64, 8 × 256 and 32 × 16 tokens, 4 layers
-    python benchmarks/many.py --dtype float32 --layers 30
+    python benchmarks/many.py                         8 × 16, 8 × 64, 8 × 256 and 32 × 16 tokens, 4 layers; memory
+    python benchmarks/many.py --dtype float32 --sizes 8x64 --layers 30
+
+Memory is what a step of 8 × 64 tokens holds at most, in a process of its own that gives back what is freed, above what
+it had with all libraries loaded: of eight adapters at once; of one that has all rows in its batch; the numbers,
+gradients and AdamW's states of the seven others, counted; and what `veneer sweep` says before it starts.
 
 Predicted, as products of 16 tokens reach half of a processor's speed and those of 64 nearly all of it: 8 × 64 0.60 in
-bfloat16 and 0.72 in float32, 8 × 16 0.45, 32 × 16 0.35, 8 × 256 0.9. Wanted: 0.55 and 0.65, 0.42, 0.30, 1.0.
+bfloat16 and 0.72 in float32, 8 × 16 0.45, 32 × 16 0.35, 8 × 256 0.9. Wanted: 0.55 and 0.65, 0.42, 0.30, 1.0. What came
+out: the base alone is above what is wanted in float32, 0.67 at 8 × 64 and 0.34 at 32 × 16, so that no step at once can
+be there: a product of 64 tokens runs at 94 GFLOP/s, one of 512 at 102, and nine tenths of the base are products.
+Memory: 1.05 was wanted.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import veneer
 from candidates import ALPHA, DTYPES, llama, make, options, sharing, with_products
-from report import measure, show, write
+from plan_errors import GIVES_BACK, give_back
+from report import child, measure, show, write
+from train_memory import resident, status
+from veneer.train.config import make_config
 from veneer.train.loss import causal_loss
+from veneer.train.plan import memory
 
 RANK = 8
 SIZES = ((8, 16), (8, 64), (8, 256), (32, 16))
+#: adapters, and tokens of each, whose memory is measured
+MEMORY = (8, 64)
+#: of the whole model, for memory
+LAYERS = 30
 
 
 def timed(step: Callable[[], object]) -> float:
@@ -79,21 +97,93 @@ def case(dtype: str, layers: int, count: int, tokens: int, runs: int, tiny: bool
     return measure(calls, floor="apart", runs=runs, **setting)
 
 
+class Trained:
+    """A model of these layers that takes steps: adapters at once, or one with the rows of all in its batch."""
+
+    def __init__(self, kind: str, dtype: str, layers: int, count: int, tokens: int, tiny: bool) -> None:
+        torch.manual_seed(0)
+        self.model: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
+        with_products(self.model)
+        names = [f"run-{number}" for number in range(count if kind == "at once" else 1)]
+        self.runs = veneer.train_many(self.model, {name: config() for name in names})
+        ids = torch.randint(0, self.model.config.vocab_size, (count, tokens))
+        rows = zip(names, ids.split(count // len(names)), strict=True)
+        self.batches = {name: {"input_ids": own, "labels": own} for name, own in rows}
+        self.parameters = [parameter for run in self.runs.values() for parameter in run.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        self.runs.backward(self.batches, causal_loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def predicted(self) -> int:
+        """As a sweep predicts it."""
+        ids = [batch["input_ids"] for batch in self.batches.values()]
+        own = make_config({"base": "", "data": "", "output": "", "batch_size": len(ids[0])}, "a benchmark")
+        runs = {name: memory.Run(own, run.parameters(), 0) for name, run in self.runs.items()}
+        labelled = ids[0].numel() - len(ids[0])
+        return sum(memory.predict_at_once(self.model, runs, ids[0].numel(), labelled).values())
+
+
+def held(kind: str, dtype: str, layers: int, count: int, tokens: int, tiny: bool) -> dict[str, int]:
+    """Bytes of a kind. It is alone in this process."""
+    torch.set_num_threads(1)
+    first = Trained(kind, dtype, 2, count, tokens, tiny)
+    for _ in range(2):  # loads the libraries, and compiles what a step of this many tokens calls
+        first.step()
+    first.predicted()
+    del first
+    give_back()
+    rest = resident()
+    trained = Trained(kind, dtype, layers, count, tokens, tiny)
+    found = {"predicted": trained.predicted(), "own": 4 * sum(one.nbytes for one in trained.parameters)}
+    trained.step()
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on
+    trained.step()
+    return {"memory": status("VmHWM") - rest, **found}
+
+
+def memory_case(dtype: str, layers: int, count: int, tokens: int, tiny: bool) -> dict[str, Any]:
+    """Ratios to one run with all rows and the other adapters' own."""
+    flags = ["--dtype", dtype, "--layers", str(layers), "--sizes", f"{count}x{tokens}", *["--tiny"] * tiny]
+    one, many = (child(__file__, "--alone", kind, *flags, env=GIVES_BACK) for kind in ("one", "at once"))
+    others = many["own"] - one["own"]
+    floor = one["memory"] + others
+    numbers = {"one run, and the others' own": floor, "at once": many["memory"], "predicted": many["predicted"]}
+    rows = {name: {"ratio": round(value / floor, 3), "mib": round(value / 2**20)} for name, value in numbers.items()}
+    return {"dtype": dtype, "layers": layers, "adapters": count, "tokens": tokens, "rows": rows}
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = options(__doc__, layers=4, runs=7)
+    parser = options(__doc__, layers=4, runs=5)
     parser.add_argument("--sizes", nargs="+", default=[f"{count}x{tokens}" for count, tokens in SIZES])
+    parser.add_argument("--alone", choices=("one", "at once"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    sizes = [tuple(map(int, size.split("x"))) for size in chosen.sizes]
+    if chosen.alone:
+        found = held(chosen.alone, chosen.dtype[0], chosen.layers, *sizes[0], chosen.tiny)
+        print(json.dumps(found))
+        return found
     torch.set_num_threads(1)
     cases = []
     for dtype in chosen.dtype:
-        for size in chosen.sizes:
-            count, tokens = map(int, size.split("x"))
+        for count, tokens in sizes:
             cases.append(case(dtype, chosen.layers, count, tokens, chosen.runs, chosen.tiny))
             show("many", cases[-1])
+    kept = [
+        memory_case(dtype, 2 if chosen.tiny else LAYERS, *MEMORY, chosen.tiny)
+        for dtype in chosen.dtype
+        if MEMORY in sizes
+    ]
+    for one in kept:
+        told = ", ".join(f"{name} {row['mib']:,} MiB ({row['ratio']:.3f})" for name, row in one["rows"].items())
+        print(f"many ({one['dtype']}, {one['layers']} layers, {one['adapters']} × {one['tokens']} tokens): {told}")
     usual = chosen.dtype == list(DTYPES) and len(chosen.sizes) == len(SIZES) and not chosen.tiny
     if chosen.out is None and not usual:
-        return {"name": "many", "cases": cases}
-    return write("many", {"cases": cases}, chosen.out)
+        return {"name": "many", "cases": cases, "memory": kept}
+    return write("many", {"cases": cases, "memory": kept}, chosen.out)
 
 
 if __name__ == "__main__":

@@ -212,6 +212,28 @@ def test_a_run_by_fsdp_is_told_what_one_process_holds(monkeypatch):
     assert memory.predict(model, SETTINGS, 64, 32)[0] == alone
 
 
+def test_runs_at_once_hold_the_rows_of_all_that_share_a_forward():
+    model = real(LLAMA, rank=2)
+    alone, _ = memory.predict(model, SETTINGS.model_copy(update={"batch_size": 6}), 192, 96)
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model = real(LLAMA, rank=2)
+    parameters = {"default": [parameter for parameter in model.parameters() if parameter.requires_grad]}
+    for name in "bc":
+        parameters[name] = veneer.attach(model, veneer.LoraConfig(rank=2), name).parameters()
+    numbers = sum(parameter.numel() for parameter in own)
+    runs = {name: memory.Run(SETTINGS, each, rows=0) for name, each in parameters.items()}
+    found = memory.predict_at_once(model, runs, 64, 32)
+    assert found["base"] == alone["base"]
+    assert found["adapter"] == 3 * alone["adapter"]
+    assert found["optimiser"] == 3 * alone["optimiser"]
+    # rows of three as of one with all of them, and the factors that are joined
+    assert found["activations"] == alone["activations"] + 3 * numbers * model.dtype.itemsize
+    apart = {name: run._replace(rows=name) for name, run in runs.items()}
+    each = memory.predict_at_once(model, apart, 64, 32)
+    assert each["activations"] < found["activations"] / 2
+    assert each["gradients"] == each["adapter"], "those of runs that are through wait"
+
+
 def test_the_blocks_are_those_of_the_text():
     """A model that also sees has two stacks of blocks."""
     fields = {**SMALL, **HEADS, "sliding_window": 8}

@@ -20,9 +20,10 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, state_of
 from veneer.attach.lookup import only_name
+from veneer.attach.select import use
 from veneer.attach.summary import size
 from veneer.bases import storage_of
 from veneer.distributed import is_spread
@@ -108,15 +110,65 @@ def spread(parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]],
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
     """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a label; in words.
     `config`: a `TrainConfig`."""
-    why = ""
     try:
         parts, elsewhere = predict(model, config, tokens, labelled)
     except ConfigError as error:  # no reason not to train
-        parts, elsewhere, why = parts_of(model, config.optimiser, None), 0, error.found
-    text = f"about {size(sum(parts.values()))} ({', '.join(f'{name} {size(parts[name])}' for name in parts)})"
-    if why:
-        return f"at least {text.removeprefix('about ')}; activations are not counted: {why}"
+        return _at_least(parts_of(model, config.optimiser, None), error)
+    text = _about(parts)
     return f"{text}, and activations of {size(elsewhere)} in main memory" if config.offload_activations else text
+
+
+def estimate_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int) -> str:
+    """The same of runs that are trained at once, with so many tokens each."""
+    try:
+        return _about(predict_at_once(model, runs, tokens, labelled))
+    except ConfigError as error:
+        return _at_least(_of_runs(model, runs, None), error)
+
+
+def _about(parts: Mapping[str, int]) -> str:
+    return f"about {size(sum(parts.values()))} ({', '.join(f'{name} {size(parts[name])}' for name in parts)})"
+
+
+def _at_least(parts: Mapping[str, int], error: ConfigError) -> str:
+    return f"at least {_about(parts).removeprefix('about ')}; activations are not counted: {error.found}"
+
+
+class Run(NamedTuple):
+    """One of the runs that are trained at once (``train/many``). ``rows``: who has the same shares forwards with it."""
+
+    config: Any
+    parameters: Sequence[nn.Parameter]
+    rows: Any
+
+
+def predict_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int) -> dict[str, int]:
+    """Bytes by what holds them. Runs that share a forward hold the activations of the rows of all; a step is counted of
+    the largest adapter among them, on so many rows. Errors as `step_of`."""
+    groups: dict[Any, list[str]] = {}
+    for name, run in runs.items():
+        groups.setdefault(run.rows, []).append(name)
+    config = next(iter(runs.values())).config
+    rows = max(1, min(config.batch_size, tokens))
+    length, found = max(1, round(tokens / rows)), []
+    for names in groups.values():  # one after another
+        numbers = {name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names}
+        largest = max(names, key=numbers.__getitem__)
+        step = step_of(model, rows * len(names), length, labelled / max(tokens, 1), name=largest)
+        parts = _of_runs(model, runs, step, waits=len(groups) > 1)
+        if len(names) > 1:  # what is joined of each layer's factors, in the dtype of the base, is there until backward
+            parts["activations"] += sum(numbers.values()) * model.dtype.itemsize
+        found.append(parts)
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _of_runs(model: Any, runs: Mapping[str, Run], step: Step | None, waits: bool = False) -> dict[str, int]:
+    """``waits``: gradients of some wait while forwards of others run."""
+    config = next(iter(runs.values())).config
+    how = {"accumulate": 2 if waits else config.grad_accum, "checkpointing": config.activation_checkpointing}
+    parts = parts_of(model, config.optimiser, step, **how)
+    kept = sum(states(parameter, run.config.optimiser) for run in runs.values() for parameter in run.parameters)
+    return parts | {"optimiser": round(kept)}
 
 
 def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
@@ -134,8 +186,10 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
     return parts, offloaded(step, again) if config.offload_activations else 0
 
 
-def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bool = True) -> Step:
-    """A step of a model with an adapter, counted on a copy without weights.
+def step_of(
+    model: Any, batch: int, length: int, labelled: float, *, chunked: bool = True, name: str | None = None
+) -> Step:
+    """A step of a model with an adapter, or of several that of this name, counted on a copy without weights.
 
     Raises:
         ConfigError: the model reads no tokens, is no decoder, or does what cannot be counted without numbers.
@@ -149,13 +203,14 @@ def step_of(model: Any, batch: int, length: int, labelled: float, *, chunked: bo
     }
     if found := [reason for reason, there in reasons.items() if there]:
         raise ConfigError(f"{own_class(model).__name__}, which {found[0]}", "a decoder of tokens", "plan a like one")
-    twin = _without_weights(model) if like else _repacked(model)
-    return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
+    twin = _without_weights(model) if like else _repacked(model, name)
+    with nullcontext() if name is None or not like else use(twin, name):
+        return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
 
 
-def _repacked(model: Any) -> Any:
+def _repacked(model: Any, name: str | None) -> Any:
     """A like model with plain weights on the meta device, and a like adapter."""
-    config = Handle(model, only_name(model, None)).config
+    config = Handle(model, only_name(model, name)).config
     start = config.variant if not VARIANTS[config.variant].needs else "lora"  # whose shapes are the same
     twin = countable_model(model.config, model.dtype)
     attach(twin, replace(config, variant=start))

@@ -38,6 +38,7 @@ from veneer.train import checkpoint
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import StopOnSignal, duration, say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig, make_config, task_names
+from veneer.train.plan import memory
 from veneer.train.processes import Processes
 from veneer.train.run import lora_of, provenance_of, write_status
 from veneer.train.sweep.cohort import Cohort
@@ -238,7 +239,7 @@ class _Work:
         while self.state.of(self.state.cohort):
             cohort = self._begin(found)
             if not ready:
-                self._say()
+                self._say(cohort)
                 self._open()
             found, ready = None, True
             try:
@@ -395,7 +396,7 @@ class _Work:
         say(self.console, f"Report   {self.output / REPORT}")
         return result
 
-    def _say(self) -> None:
+    def _say(self, cohort: Cohort) -> None:
         config, rows = self.config, self.prepared
         total = sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.requires_grad)
         trained = sum(one.parameters for one in self.state.of(self.state.cohort))
@@ -407,6 +408,12 @@ class _Work:
         ends = f"; the weaker end after steps {', '.join(map(str, self.search.rungs))}" if self.search.rungs else ""
         say(self.console, f"Sweep    {count} candidates ({self.settings.chosen}), {at_once} at once{ends}")
         say(self.console, f"         {trained:,} numbers train at once")
+        if not self.console.quiet:  # a step is counted for it
+            runs = {
+                name: memory.Run(one.task.config, one.parameters, one.order) for name, one in cohort.members.items()
+            }
+            told = memory.estimate_at_once(self.model, runs, *self.task.largest(rows))
+            say(self.console, f"Memory   {told}")
 
 
 def _comparable(config: TrainConfig) -> TrainConfig:
